@@ -1,0 +1,101 @@
+"""feature_kd, forward + backward: eager, SpectralKD's rfft2 formulation, torch.compile, and ours.
+
+    python bench/feature_kd.py --output bench/results/feature_kd_cpu.json
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import harness
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastkd.ops import backends, feature_kd
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+
+
+def rfft2_formulation(student: Tensor, teacher: Tensor) -> Tensor:
+    """SpectralKD as published: the MSE of stacked real and imaginary parts, [B, C, H, W]."""
+    spectra = [torch.fft.rfft2(x, norm="ortho") for x in (student, teacher)]
+    stacked = [torch.stack((spectrum.real, spectrum.imag), dim=-1) for spectrum in spectra]
+    return F.mse_loss(*stacked)
+
+
+def eager_spectral(student: Tensor, teacher: Tensor) -> Tensor:
+    """The same without an FFT, left to autograd: the strongest plain PyTorch form."""
+    d = (student - teacher).float()
+    batch, channels, height, width = d.shape
+    halves = 2 if width % 2 == 0 else 1
+    rows = d.unflatten(3, (width // halves, halves)).sum(dim=3)
+    total = d.square().sum() + rows.square().sum() * (halves / width)
+    return total / (4 * batch * channels * height * (width // 2 + 1))
+
+
+def eager_cosine(student: Tensor, teacher: Tensor) -> Tensor:
+    return 1 - F.cosine_similarity(student.float(), teacher.float(), dim=1).mean()
+
+
+EAGER: dict[str, Loss] = {
+    "mse": lambda s, t: F.mse_loss(s.float(), t.float()),
+    "smooth_l1": lambda s, t: F.smooth_l1_loss(s.float(), t.float()),
+    "spectral": eager_spectral,
+    "cosine": eager_cosine,
+}
+
+
+def step(loss: Loss, student: Tensor, teacher: Tensor) -> Callable[[], object]:
+    return lambda: torch.autograd.grad(loss(student, teacher), student)
+
+
+def case(loss: str, shape: tuple[int, ...], layout: str, dtype: torch.dtype, device: str):
+    """One loss on one [B, C, H, W] shape; ``layout`` is how it lies in memory."""
+    memory = torch.channels_last if layout == "tokens" else torch.contiguous_format
+    student, teacher = (
+        torch.randn(shape, device=device).to(dtype).contiguous(memory_format=memory)
+        for _ in range(2)
+    )
+    student.requires_grad_()
+    # forward: read both; backward: read both, write the gradient
+    traffic = 5 * student.numel() * student.element_size()
+    name = f"{loss} {list(shape)} {str(dtype).removeprefix('torch.')}, {layout}"
+    providers = [harness.Provider("eager", step(EAGER[loss], student, teacher), True)]
+    if loss == "spectral":
+        run = step(rfft2_formulation, student, teacher)
+        if dtype == torch.float32:  # half-precision FFTs need power-of-two grids
+            providers.append(harness.Provider("rfft2 formulation", run, True))
+    compiled = torch.compile(EAGER[loss], dynamic=False)
+    providers.append(
+        harness.Provider("torch.compile", step(compiled, student, teacher), True)
+    )
+    for backend, reason in backends(device).items():
+        if reason is None:
+            ours = step(lambda s, t, b=backend: feature_kd(s, t, loss, backend=b), student, teacher)
+            providers.append(harness.Provider(f"fastkd ({backend})", ours))
+    return harness.Case(name, traffic, providers)
+
+
+def main() -> None:
+    parser = harness.arguments(__doc__.splitlines()[0])
+    options = parser.parse_args()
+    if options.smoke:
+        shapes, dtypes = [(2, 16, 4, 4)], [torch.float32]
+    elif options.device == "cuda":
+        shapes = [(256, 384, 14, 14), (512, 384, 14, 14), (512, 768, 7, 7)]
+        dtypes = [torch.bfloat16, torch.float32]
+    else:
+        shapes, dtypes = [(64, 384, 14, 14)], [torch.float32]
+    cases = [
+        case(loss, shape, layout, dtype, options.device)
+        for shape in shapes
+        for dtype in dtypes
+        for loss in EAGER
+        for layout in ("channels first", "tokens")
+    ]
+    harness.run("feature_kd", cases, options)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,58 @@
+"""fastkd: fused-kernel feature distillation of Vision Transformers.
+
+Four things, each usable alone: operators (`fastkd.ops`), losses and students (`fastkd.losses`,
+`fastkd.models`), measurements (`fastkd.analysis`) and a trainer (`fastkd.training`).
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+from typing import TYPE_CHECKING, Any
+
+from fastkd._registration import register_with_timm
+
+if TYPE_CHECKING:
+    from fastkd.models import create_student, create_teacher, load_released_checkpoint
+    from fastkd.ops import backends, feature_kd
+    from fastkd.training import Recipe, Result, evaluate, train
+
+# Where each public name lives; it is imported when it is first used.
+_PUBLIC = {
+    "train": "fastkd.training",
+    "evaluate": "fastkd.training",
+    "Recipe": "fastkd.training",
+    "Result": "fastkd.training",
+    "create_student": "fastkd.models",
+    "create_teacher": "fastkd.models",
+    "load_released_checkpoint": "fastkd.models",
+    "feature_kd": "fastkd.ops",
+    "backends": "fastkd.ops",
+}
+
+__all__ = [
+    "Recipe",
+    "Result",
+    "backends",
+    "create_student",
+    "create_teacher",
+    "evaluate",
+    "feature_kd",
+    "load_released_checkpoint",
+    "train",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        return importlib.metadata.version("fastkd")
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'fastkd' has no attribute {name!r}")
+    return getattr(importlib.import_module(_PUBLIC[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_PUBLIC])
+
+
+register_with_timm()

@@ -1,0 +1,212 @@
+"""Which implementation of an operator runs: the choice, its reasons, and the self-check.
+
+Every operator has the backend ``"torch"``, which is always usable, and may have ``"triton"`` and
+``"cuda"``. Knows nothing of what an operator computes.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import logging
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastkd.ops.extension import extension
+
+logger = logging.getLogger("fastkd")
+
+NAMES = ("auto", "cuda", "triton", "torch")
+ENVIRONMENT_CHOICE = "FASTKD_BACKEND"
+ENVIRONMENT_SELF_CHECK = "FASTKD_SELF_CHECK"
+
+# Set by the test harness only: fused kernels then accept CPU tensors, because Triton runs in its
+# interpreter, or because the CUDA sources were compiled for the host.
+EMULATED: set[str] = set()
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """One operator on one backend.
+
+    Attributes:
+        forward: the operator's forward on checked inputs.
+        backward: its backward.
+        refuses: a reason why these inputs cannot run here, or None. Only what is special to the
+            operator: device, float64 and missing software are dealt with before.
+    """
+
+    forward: Callable[..., Any]
+    backward: Callable[..., Any]
+    refuses: Callable[..., str | None] = lambda *inputs: None
+
+
+@dataclass
+class Operator:
+    """An operator, its implementations, and what has been learned about them in this process.
+
+    Attributes:
+        name: as users know it, for messages.
+        implementations: by backend name; must hold ``"torch"``.
+        order: backends as ``"auto"`` tries them, fastest first.
+        self_check: runs implementation and reference on small seeded inputs of the given device and
+            dtypes and returns (largest relative error, tolerance).
+    """
+
+    name: str
+    implementations: Mapping[str, Implementation]
+    order: tuple[str, ...]
+    self_check: Callable[[Implementation, torch.device, tuple[torch.dtype, ...]], tuple[float, float]]
+    _checked: dict[tuple[Any, ...], str | None] = field(default_factory=dict)
+    _told: set[str] = field(default_factory=set)
+
+    def select(self, requested: str, tensors: tuple[Tensor, ...], *options: Any) -> Implementation:
+        """The implementation to run for these inputs.
+
+        Args:
+            requested: a backend's name, or ``"auto"``; FASTKD_BACKEND overrides ``"auto"``.
+            tensors: the floating-point inputs.
+            options: whatever else the implementations' ``refuses`` look at.
+
+        Returns:
+            The implementation.
+
+        Raises:
+            RuntimeError: a backend asked for by name cannot run; the reason is in the message.
+            ValueError: ``requested`` is no backend.
+        """
+        if requested == "auto":
+            requested = os.environ.get(ENVIRONMENT_CHOICE, "auto")
+        if requested not in NAMES:
+            raise ValueError(f"{self.name}: backend must be one of {NAMES}, got {requested!r}")
+        if requested != "auto":
+            reason = self.why_not(requested, tensors, *options)
+            if reason is not None:
+                raise RuntimeError(f"{self.name}: backend {requested!r} cannot run: {reason}")
+            return self.implementations[requested]
+        for name in self.order:
+            reason = self.why_not(name, tensors, *options)
+            if reason is None:
+                return self.implementations[name]
+            self._tell_once(name, reason)
+        raise AssertionError(f"{self.name}: 'torch' must be the last of {self.order}")
+
+    def why_not(self, name: str, tensors: tuple[Tensor, ...], *options: Any) -> str | None:
+        """Why a backend cannot run these inputs; None where it can."""
+        if name == "torch":
+            return None
+        implementation = self.implementations.get(name)
+        if implementation is None:
+            return "not implemented for this operator"
+        device = tensors[0].device
+        dtypes = tuple(tensor.dtype for tensor in tensors)
+        if torch.float64 in dtypes:
+            return "float64 runs on 'torch' only"
+        return (
+            unavailable(name, device)
+            or implementation.refuses(*tensors, *options)
+            or self._failed_check(name, implementation, device, dtypes)
+        )
+
+    def _failed_check(
+        self,
+        name: str,
+        implementation: Implementation,
+        device: torch.device,
+        dtypes: tuple[torch.dtype, ...],
+    ) -> str | None:
+        """Compare a fused kernel with the reference once per device model and dtypes."""
+        if os.environ.get(ENVIRONMENT_SELF_CHECK, "1") == "0":
+            return None
+        key = (name, _device_model(device), dtypes)
+        if key in self._checked:
+            return self._checked[key]
+        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            return None  # the check synchronises, which a capture forbids; the next call makes it
+        self._checked[key] = verdict = self._run_check(name, implementation, device, dtypes)
+        return verdict
+
+    def _run_check(
+        self,
+        name: str,
+        implementation: Implementation,
+        device: torch.device,
+        dtypes: tuple[torch.dtype, ...],
+    ) -> str | None:
+        where = f"{_device_model(device)}, {', '.join(str(dtype) for dtype in dtypes)}"
+        try:
+            error, tolerance = self.self_check(implementation, device, dtypes)
+        except Exception as failure:
+            verdict = f"it failed its self-check on {where}: {failure}"
+        else:
+            if error <= tolerance:
+                return None
+            verdict = (
+                f"it disagrees with the reference on {where}: "
+                f"relative error {error:.2e}, allowed {tolerance:.2e}"
+            )
+        logger.warning(
+            "%s: backend %r is switched off in this process: %s", self.name, name, verdict
+        )
+        return verdict
+
+    def _tell_once(self, name: str, reason: str) -> None:
+        message = f"{self.name}: not using backend {name!r}: {reason}"
+        if message not in self._told:
+            self._told.add(message)
+            logger.info(message)
+
+
+def unavailable(name: str, device: torch.device) -> str | None:
+    """Why a backend cannot run on a device, whatever the operator; None where it can.
+
+    Args:
+        name: ``"cuda"``, ``"triton"`` or ``"torch"``.
+        device: where the tensors live.
+
+    Returns:
+        A reason in words, or None.
+    """
+    if name == "torch" or name in EMULATED:
+        return None
+    if device.type != "cuda":
+        seen = "" if torch.cuda.is_available() else ", and torch sees no GPU"
+        return f"it needs CUDA tensors, got {device.type}{seen}"
+    return _unavailable_on_gpu(name, device.index or 0)
+
+
+@functools.cache
+def _unavailable_on_gpu(name: str, index: int) -> str | None:
+    device = torch.device("cuda", index)
+    if name == "cuda":
+        return extension().why_not_on(device)
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton is not installed"
+    capability = torch.cuda.get_device_capability(device)
+    if capability < (8, 0):
+        return f"it needs compute capability 8.0, found {capability[0]}.{capability[1]}"
+    return None
+
+
+@functools.cache
+def _device_model(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def backends(device: torch.device | str | None = None) -> dict[str, str | None]:
+    """The backends, each with the reason why it cannot run here, or None where it can.
+
+    Args:
+        device: where the tensors would live; the default is the GPU where there is one.
+
+    Returns:
+        ``{"cuda": reason or None, "triton": reason or None, "torch": None}``.
+    """
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    return {name: unavailable(name, torch.device(device)) for name in NAMES if name != "auto"}

@@ -1,0 +1,304 @@
+"""feature_kd: the distance between two token maps, fused, as a function with a gradient.
+
+This file is what a user calls: checks, declaration to torch, autograd, choice of implementation.
+What is computed is defined in reference.py; triton.py and cuda.py compute the same faster.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+
+import torch
+from torch import Tensor
+
+from fastkd.ops.backend import Implementation, Operator
+from fastkd.ops.feature_kd import cuda, reference
+from fastkd.ops.feature_kd.reference import LOSSES
+
+POOLS = ("none", "student", "teacher")
+
+
+def feature_kd(
+    student: Tensor,
+    teacher: Tensor,
+    loss: str = "mse",
+    grid: tuple[int, int] | None = None,
+    pool: str = "none",
+    *,
+    beta: float = 1.0,
+    eps: float = 1e-8,
+    backend: str = "auto",
+) -> Tensor:
+    r"""Distance between student and teacher token maps, reduced to a scalar.
+
+    With d = student - teacher:
+
+    - ``"mse"``: mean of d^2 over all elements.
+    - ``"smooth_l1"``: mean of d^2 / (2 beta) where \|d\| < beta, and of \|d\| - beta / 2 elsewhere.
+    - ``"spectral"``: SpectralKD (arXiv 2412.19055, eq. 6), the MSE between the stacked real and
+      imaginary parts of ``rfft2(x, norm="ortho")`` over the grid, evaluated without an FFT: by
+      Parseval it is (sum d^2 + row terms) / (4 B D H (W // 2 + 1)), where the row terms are the
+      squared sums of d over each grid row (over its even and its odd columns, if W is even),
+      divided by the number of columns summed.
+    - ``"cosine"``: mean over tokens of 1 - cos(student token, teacher token).
+
+    The forward reads each input once and allocates nothing of size [B, N, D]; the backward allocates
+    and writes the gradient once. Sums are in float32 (float64 for float64 inputs) in a fixed order,
+    so results are bitwise reproducible on one device. Nothing waits for the GPU, except the very
+    first call on a device model, which compares the chosen kernel with the reference (design of
+    `fastkd.ops.backend`; ``FASTKD_SELF_CHECK=0`` turns it off).
+
+    Args:
+        student: [B, N, Ds] tokens or a [B, Ds, H, W] map; float16, bfloat16, float32 or float64,
+            any strides (a sliced-off class token costs no copy). Receives the gradient.
+        teacher: [B, N, Dt] or [B, Dt, H, W], same kind of shape; its dtype may differ. Receives a
+            gradient only if it requires one.
+        loss: ``"mse"``, ``"spectral"``, ``"smooth_l1"`` or ``"cosine"``.
+        grid: (H, W) with H * W = N, for ``"spectral"`` on [B, N, D] tokens; square if omitted.
+        pool: ``"none"`` for equal widths; ``"teacher"`` averages the teacher's channels down to Ds,
+            ``"student"`` the student's down to Dt, with the windows of
+            `torch.nn.functional.adaptive_avg_pool3d`. The pooled map is never written.
+        beta: threshold of ``"smooth_l1"``, >= 0.
+        eps: ``"cosine"`` takes tokens with a norm below this for directionless: they count with
+            cosine 0 and receive no gradient.
+        backend: ``"auto"``, ``"cuda"``, ``"triton"`` or ``"torch"``; see `fastkd.ops.backends`.
+
+    Returns:
+        Scalar on the inputs' device: float64 if an input is float64, else float32. 0 for B = 0.
+
+    Raises:
+        TypeError: an input is no floating-point tensor.
+        ValueError: shapes, devices, grid, widths or options do not fit; the message names both.
+        RuntimeError: ``backend`` names one that cannot run here, and why.
+    """
+    _check_options(loss, pool, beta, eps)
+    _check_tensors(student, teacher)
+    _check_widths(student, teacher, pool)
+    student_map, teacher_map = _as_maps(student, teacher, grid, loss)
+    value, _ = _operator(student_map, teacher_map, loss, float(beta), float(eps), backend)
+    return value
+
+
+def _check_options(loss: str, pool: str, beta: float, eps: float) -> None:
+    if loss not in LOSSES:
+        raise ValueError(f"feature_kd: loss must be one of {LOSSES}, got {loss!r}")
+    if pool not in POOLS:
+        raise ValueError(f"feature_kd: pool must be one of {POOLS}, got {pool!r}")
+    if not (beta >= 0 and math.isfinite(beta)):
+        raise ValueError(f"feature_kd: beta must be finite and >= 0, got {beta}")
+    if not (eps >= 0 and math.isfinite(eps)):
+        raise ValueError(f"feature_kd: eps must be finite and >= 0, got {eps}")
+
+
+def _check_tensors(student: Tensor, teacher: Tensor) -> None:
+    for name, x in (("student", student), ("teacher", teacher)):
+        if not isinstance(x, Tensor):
+            raise TypeError(f"feature_kd: {name} must be a tensor, got {type(x).__name__}")
+        if not x.is_floating_point():
+            raise TypeError(f"feature_kd: {name} must have a float dtype, got {x.dtype}")
+        if x.ndim not in (3, 4):
+            raise ValueError(
+                f"feature_kd: {name} must be [B, N, D] or [B, D, H, W], got {list(x.shape)}"
+            )
+    if student.device != teacher.device:
+        raise ValueError(
+            f"feature_kd: teacher must be on {student.device} like student, got {teacher.device}"
+        )
+    if student.ndim != teacher.ndim:
+        raise ValueError(
+            "feature_kd: student and teacher must both be [B, N, D] or both [B, D, H, W], "
+            f"got {list(student.shape)} and {list(teacher.shape)}"
+        )
+    if 0 in student.shape[1:] or 0 in teacher.shape[1:]:
+        raise ValueError(
+            "feature_kd: only the batch may be empty, "
+            f"got {list(student.shape)} and {list(teacher.shape)}"
+        )
+
+
+def _check_widths(student: Tensor, teacher: Tensor, pool: str) -> None:
+    tokens = student.ndim == 3
+    student_width, teacher_width = (x.shape[2 if tokens else 1] for x in (student, teacher))
+    wanted = list(student.shape)
+    if pool != "none":
+        wanted[2 if tokens else 1] = teacher_width
+    if list(teacher.shape) != wanted:
+        hint = ""
+        if tokens and student.shape[1] != teacher.shape[1]:
+            hint = " (a CLS token left in?)"
+        elif student_width != teacher_width:
+            hint = " (widths differ: choose pool='teacher' or 'student', or project first)"
+        raise ValueError(
+            f"feature_kd: teacher must be {wanted} like student, got {list(teacher.shape)}{hint}"
+        )
+    narrow, wide = (
+        (student_width, teacher_width) if pool == "teacher" else (teacher_width, student_width)
+    )
+    if narrow > wide:
+        raise ValueError(
+            f"feature_kd: pool={pool!r} averages the {pool}'s channels down, "
+            f"but it has {wide} and the other {narrow}"
+        )
+
+
+def _as_maps(
+    student: Tensor, teacher: Tensor, grid: tuple[int, int] | None, loss: str
+) -> tuple[Tensor, Tensor]:
+    """Both inputs as [B, H, W, D] views; tokens without a grid are one row."""
+    if student.ndim == 4:
+        if grid is not None and tuple(grid) != tuple(student.shape[2:]):
+            raise ValueError(
+                f"feature_kd: grid {tuple(grid)} does not match maps of {tuple(student.shape[2:])}"
+            )
+        return student.permute(0, 2, 3, 1), teacher.permute(0, 2, 3, 1)
+    tokens = student.shape[1]
+    if grid is None:
+        side = math.isqrt(tokens)
+        if loss == "spectral" and side * side != tokens:
+            raise ValueError(
+                f"feature_kd: loss='spectral' needs grid=(H, W) for {tokens} tokens, which are no "
+                "square (a CLS token left in?)"
+            )
+        grid = (side, side) if loss == "spectral" else (1, tokens)
+    if len(grid) != 2 or grid[0] * grid[1] != tokens or min(grid) < 1:
+        raise ValueError(f"feature_kd: grid {tuple(grid)} does not match {tokens} tokens")
+    return student.unflatten(1, grid), teacher.unflatten(1, grid)
+
+
+@torch.library.custom_op("fastkd::feature_kd", mutates_args=())
+def _operator(
+    student: Tensor, teacher: Tensor, loss: str, beta: float, eps: float, backend: str
+) -> tuple[Tensor, Tensor]:
+    """(loss, statistics for the backward) of [B, H, W, D] maps; see `feature_kd`."""
+    if student.shape[0] == 0:
+        dtype = reference.accumulator_dtype(student, teacher)
+        stats = student.new_empty(reference.stats_shape(student, loss), dtype=dtype)
+        return student.new_zeros((), dtype=dtype), stats
+    chosen = OPERATOR.select(backend, (student, teacher), loss)
+    return chosen.forward(student, teacher, loss, beta, eps)
+
+
+@_operator.register_fake
+def _(
+    student: Tensor, teacher: Tensor, loss: str, beta: float, eps: float, backend: str
+) -> tuple[Tensor, Tensor]:
+    dtype = reference.accumulator_dtype(student, teacher)
+    stats = student.new_empty(reference.stats_shape(student, loss), dtype=dtype)
+    return student.new_empty((), dtype=dtype), stats
+
+
+@torch.library.custom_op("fastkd::feature_kd_backward", mutates_args=())
+def _backward_operator(
+    upstream: Tensor,
+    student: Tensor,
+    teacher: Tensor,
+    stats: Tensor,
+    loss: str,
+    beta: float,
+    eps: float,
+    for_teacher: bool,
+    backend: str,
+) -> Tensor:
+    """Upstream times the gradient of one of the maps, in its dtype and layout."""
+    if student.shape[0] == 0:
+        return torch.empty_like(teacher if for_teacher else student)
+    chosen = OPERATOR.select(backend, (student, teacher), loss)
+    return chosen.backward(upstream, student, teacher, stats, loss, beta, eps, for_teacher)
+
+
+@_backward_operator.register_fake
+def _(
+    upstream: Tensor,
+    student: Tensor,
+    teacher: Tensor,
+    stats: Tensor,
+    loss: str,
+    beta: float,
+    eps: float,
+    for_teacher: bool,
+    backend: str,
+) -> Tensor:
+    return torch.empty_like(teacher if for_teacher else student)
+
+
+def _save_for_backward(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    student, teacher, *ctx.options = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(student, teacher, output[1])
+
+
+def _differentiate(ctx, upstream, _):  # type: ignore[no-untyped-def]
+    student, teacher, stats = ctx.saved_tensors
+    loss, beta, eps, backend = ctx.options
+    student_gradient, teacher_gradient = (
+        _backward_operator(upstream, student, teacher, stats, loss, beta, eps, of_teacher, backend)
+        if wanted
+        else None
+        for of_teacher, wanted in enumerate(ctx.needs_input_grad[:2])
+    )
+    return student_gradient, teacher_gradient, None, None, None, None
+
+
+_operator.register_autograd(_differentiate, setup_context=_save_for_backward)
+
+
+CHECK_SHAPE = (2, 5, 6, 40)  # [B, H, W, D]: nothing a power of two, and smaller than any tile
+
+
+def self_check(
+    implementation: Implementation, device: torch.device, dtypes: tuple[torch.dtype, ...]
+) -> tuple[float, float]:
+    """Compare an implementation with the float64 reference on a small seeded input; synchronises.
+
+    Args:
+        implementation: the forward and backward to try.
+        device: where to run them.
+        dtypes: of student and teacher.
+
+    Returns:
+        The largest relative error over all losses, values and gradients, and the error allowed.
+    """
+    generator = torch.Generator().manual_seed(0)
+    student, teacher = (
+        torch.randn(CHECK_SHAPE, generator=generator).to(device, dtype) for dtype in dtypes
+    )
+    upstream = torch.full((), 0.5, device=device)
+    worst = 0.0
+    for loss in LOSSES:
+        value, stats = implementation.forward(student, teacher, loss, 1.0, 1e-8)
+        gradient = implementation.backward(
+            upstream, student, teacher, stats, loss, 1.0, 1e-8, False
+        )
+        exact = (student.double(), teacher.double())
+        exact_value, exact_stats = reference.forward(*exact, loss, 1.0, 1e-8)
+        exact_gradient = reference.backward(
+            upstream.double(), *exact, exact_stats, loss, 1.0, 1e-8, False
+        )
+        for ours, truth in ((value, exact_value), (gradient, exact_gradient)):
+            error = (ours.double() - truth).norm() / truth.norm()
+            worst = max(worst, error.nan_to_num(nan=math.inf).item())
+    low_precision = any(dtype.itemsize < 4 for dtype in dtypes)
+    return worst, 1e-2 if low_precision else 1e-5
+
+
+def _implementations() -> dict[str, Implementation]:
+    implementations = {
+        "torch": Implementation(reference.forward, reference.backward),
+        "cuda": Implementation(cuda.forward, cuda.backward),
+    }
+    if importlib.util.find_spec("triton") is not None:
+        from fastkd.ops.feature_kd import triton
+
+        implementations["triton"] = Implementation(
+            triton.forward, triton.backward, triton.refuses
+        )
+    return implementations
+
+
+OPERATOR = Operator(
+    name="feature_kd",
+    implementations=_implementations(),
+    order=("triton", "cuda", "torch"),
+    self_check=self_check,
+)

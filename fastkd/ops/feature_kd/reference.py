@@ -1,0 +1,264 @@
+"""feature_kd in plain PyTorch: the definition, and the CPU path.
+
+`definition` says what is computed, in the words of the papers: the specification that every other
+implementation is measured against, in float64. `forward` and `backward` compute the same without
+the FFT and without temporaries of the maps' size: a few images at a time, with the gradient written
+out by hand. They run anywhere, in any float dtype.
+
+All maps here are [B, H, W, D] views, with any strides.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+LOSSES = ("mse", "spectral", "smooth_l1", "cosine")
+
+# Bytes of one temporary. Big enough to hide Python's overhead, small enough for a core's cache.
+CHUNK_BYTES = 2 << 20
+
+
+def accumulator_dtype(student: Tensor, teacher: Tensor) -> torch.dtype:
+    """float64 where an input is float64, else float32."""
+    either_double = torch.float64 in (student.dtype, teacher.dtype)
+    return torch.float64 if either_double else torch.float32
+
+
+def pool_channels(x: Tensor, channels: int) -> Tensor:
+    """Average the D channels of [B, H, W, D] down to ``channels`` (adaptive_avg_pool3d's windows)."""
+    if x.shape[-1] == channels:
+        return x
+    if x.shape[-1] % channels == 0:
+        return x.unflatten(-1, (channels, -1)).mean(dim=-1)
+    return F.adaptive_avg_pool1d(x.flatten(0, 2), channels).unflatten(0, x.shape[:3])
+
+
+def definition(
+    student: Tensor, teacher: Tensor, loss: str, beta: float = 1.0, eps: float = 1e-8
+) -> Tensor:
+    """The distance as the papers write it; differentiable by autograd, in the inputs' dtype.
+
+    Args:
+        student: [B, H, W, Ds]; the wider of the two maps is pooled to the other's channels.
+        teacher: [B, H, W, Dt].
+        loss: one of `LOSSES`.
+        beta: where smooth L1 turns from a parabola into a line.
+        eps: tokens with a norm below have no direction: their cosine is 0, without gradient.
+
+    Returns:
+        Scalar: mse and smooth_l1 average over all elements, cosine over tokens, spectral (SpectralKD,
+        arXiv 2412.19055, eq. 6) over the real and imaginary parts of the half spectrum.
+    """
+    channels = min(student.shape[-1], teacher.shape[-1])
+    s, t = pool_channels(student, channels), pool_channels(teacher, channels)
+    if loss == "mse":
+        return F.mse_loss(s, t)
+    if loss == "smooth_l1":
+        return F.smooth_l1_loss(s, t, beta=beta)
+    if loss == "spectral":
+        spectra = [torch.fft.rfft2(x, dim=(1, 2), norm="ortho") for x in (s, t)]
+        return F.mse_loss(*(torch.view_as_real(spectrum) for spectrum in spectra))
+    directed = ~((s.norm(dim=-1) < eps) | (t.norm(dim=-1) < eps))
+    # A token without direction is replaced before the division, not after: 0 * inf is NaN.
+    s, t = (torch.where(directed[..., None], x, 1.0) for x in (s, t))
+    return 1 - (F.cosine_similarity(s, t, dim=-1, eps=0.0) * directed).mean()
+
+
+def mean_scale(student: Tensor, teacher: Tensor, loss: str) -> float:
+    """What the sum over all elements is multiplied by to give the loss."""
+    batch, height, width = student.shape[:3]
+    channels = min(student.shape[-1], teacher.shape[-1])
+    if loss == "cosine":
+        return 1 / (batch * height * width)
+    if loss == "spectral":
+        return 1 / (4 * batch * channels * height * (width // 2 + 1))
+    return 1 / (batch * channels * height * width)
+
+
+def stats_shape(student: Tensor, loss: str) -> tuple[int, ...]:
+    """Shape of what the forward keeps for the backward: [B, H, W, 3] for cosine, else nothing."""
+    return (*student.shape[:3], 3) if loss == "cosine" else (0,)
+
+
+def forward(
+    student: Tensor, teacher: Tensor, loss: str, beta: float, eps: float
+) -> tuple[Tensor, Tensor]:
+    """Loss and statistics, a chunk of images at a time.
+
+    Returns:
+        The scalar loss, and `stats_shape` statistics: cosine, 1 / |student| and 1 / |teacher| of
+        every token (zeros where a token has no direction).
+    """
+    dtype = accumulator_dtype(student, teacher)
+    stats = student.new_empty(stats_shape(student, loss), dtype=dtype)
+    sums = []
+    for chunk in _chunks(student, teacher):
+        s, t = _compared(student[chunk], teacher[chunk], dtype)
+        if loss == "cosine":
+            stats[chunk] = _token_cosines(s, t, eps)
+            sums.append((1 - stats[chunk][..., 0]).sum())
+        else:
+            sums.append(_difference_sum(s, t, loss, beta))
+    return torch.stack(sums).sum() * mean_scale(student, teacher, loss), stats
+
+
+def backward(
+    upstream: Tensor,
+    student: Tensor,
+    teacher: Tensor,
+    stats: Tensor,
+    loss: str,
+    beta: float,
+    eps: float,
+    for_teacher: bool,
+) -> Tensor:
+    """``upstream`` times the gradient of the student, or of the teacher.
+
+    All four losses are symmetric, so the teacher's gradient is the student's with the maps swapped.
+    """
+    own = 2 if for_teacher else 1
+    if for_teacher:
+        student, teacher = teacher, student
+    dtype = accumulator_dtype(student, teacher)
+    gradient = torch.empty_like(student)
+    factor = upstream.to(dtype) * mean_scale(student, teacher, loss)
+    for chunk in _chunks(student, teacher):
+        s, t = _compared(student[chunk], teacher[chunk], dtype)
+        if loss == "cosine":
+            slope = _cosine_slope(s, t, stats[chunk], own).mul_(factor)
+        else:
+            # Where nothing is left to be done, the slope is written where it belongs at once.
+            direct = gradient.dtype == dtype and gradient.shape[-1] == s.shape[-1]
+            out = gradient[chunk] if direct else None
+            slope = _difference_slope(s, t, loss, beta, factor, out)
+            if direct and slope.data_ptr() == gradient[chunk].data_ptr():
+                continue
+        gradient[chunk] = _unpool_gradient(slope, student.shape[-1])
+    return gradient
+
+
+def _chunks(student: Tensor, teacher: Tensor) -> Iterator[slice]:
+    widest = max(student.shape[-1], teacher.shape[-1])
+    image_bytes = student.shape[1:3].numel() * widest * accumulator_dtype(student, teacher).itemsize
+    step = max(1, CHUNK_BYTES // image_bytes)
+    for first in range(0, student.shape[0], step):
+        yield slice(first, first + step)
+
+
+def _compared(student: Tensor, teacher: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    channels = min(student.shape[-1], teacher.shape[-1])
+    s, t = (pool_channels(x.to(dtype), channels) for x in (student, teacher))
+    return s, t
+
+
+def _difference_sum(s: Tensor, t: Tensor, loss: str, beta: float) -> Tensor:
+    if loss == "smooth_l1":
+        return F.smooth_l1_loss(s, t, beta=beta, reduction="sum")
+    if loss == "mse":
+        return F.mse_loss(s, t, reduction="sum")
+    d = s - t
+    flat = _rows_in_memory(d).reshape(-1)
+    return torch.dot(flat, flat) + _half_row_energy(d)
+
+
+def _difference_slope(
+    s: Tensor, t: Tensor, loss: str, beta: float, factor: Tensor, out: Tensor | None
+) -> Tensor:
+    if loss == "spectral":
+        return _plus_half_row_mean((s - t).mul_(2 * factor), out)
+    d = torch.sub(s, t, out=out)
+    if loss == "mse":
+        return d.mul_(2 * factor)
+    if beta > 0:
+        return d.div_(beta).clamp_(-1, 1).mul_(factor)
+    return torch.where(d.isnan(), d, d.sign()).mul_(factor)
+
+
+# Half rows: an even grid row is two interleaved ones (even and odd columns), an odd row is one.
+#
+# rfft2 keeps the columns 0..W/2, and so counts column 0, and W/2 of an even W, once where Parseval
+# counts all others twice. Their energies are those of the row sums of d and of (-1)^w d; in terms of
+# half rows they add up to the sum over half rows of (sum of d)^2 / length.
+
+
+def _rows_in_memory(d: Tensor) -> Tensor:
+    """[B, H, W, D] as it lies in memory: channels-first differences become [B, D, H, W]."""
+    return d.permute(0, 3, 1, 2) if d.stride(2) < d.stride(3) else d
+
+
+def _membership(d: Tensor) -> Tensor | None:
+    """[halves, W] zeros and ones, where the sums are better taken as a product with it, else None.
+
+    Short strided sums along the innermost dimension are slow; a thin matrix product is not.
+    """
+    exact = d.dtype == torch.float64 or torch.get_float32_matmul_precision() == "highest"
+    if d.stride(2) >= d.stride(3) or not exact:
+        return None
+    halves = 2 - d.shape[2] % 2
+    column = torch.arange(d.shape[2], device=d.device)
+    half = torch.arange(halves, device=d.device)
+    return (column % halves == half[:, None]).to(d.dtype)
+
+
+def _half_rows(d: Tensor) -> Tensor:
+    """[B, H, W, D] -> [B, H, length, halves, D]."""
+    halves = 2 - d.shape[2] % 2
+    return d.unflatten(2, (d.shape[2] // halves, halves))
+
+
+def _half_row_energy(d: Tensor) -> Tensor:
+    """Sum over half rows of (sum of d)^2 / length."""
+    membership = _membership(d)
+    if membership is None:
+        sums = _half_rows(d).sum(dim=2)
+    else:
+        sums = membership @ _rows_in_memory(d).reshape(-1, d.shape[2]).mT
+    return sums.square().sum() * (2 - d.shape[2] % 2) / d.shape[2]
+
+
+def _plus_half_row_mean(d: Tensor, out: Tensor | None) -> Tensor:
+    """d + the mean of d over its half row."""
+    membership = _membership(d)
+    if membership is None:
+        rows = _half_rows(d)
+        target = None if out is None else _half_rows(out)
+        return torch.add(rows, rows.mean(dim=2, keepdim=True), out=target).flatten(2, 3)
+    batch, height, width, channels = d.shape
+    rows = _rows_in_memory(d).reshape(-1, width)
+    sums = membership @ rows.mT
+    target = None if out is None else _rows_in_memory(out).view(-1, width)
+    scale = len(membership) / width
+    mixed = torch.addmm(rows, sums.mT, membership, alpha=scale, out=target)
+    return mixed.view(batch, channels, height, width).permute(0, 2, 3, 1)
+
+
+def _token_cosines(s: Tensor, t: Tensor, eps: float) -> Tensor:
+    student_norm, teacher_norm = s.norm(dim=-1), t.norm(dim=-1)
+    undirected = (student_norm < eps) | (teacher_norm < eps)
+    student_inverse = student_norm.reciprocal().masked_fill(undirected, 0)
+    teacher_inverse = teacher_norm.reciprocal().masked_fill(undirected, 0)
+    cosine = ((s * t).sum(dim=-1) * student_inverse * teacher_inverse).masked_fill(undirected, 0)
+    return torch.stack((cosine, student_inverse, teacher_inverse), dim=-1)
+
+
+def _cosine_slope(s: Tensor, t: Tensor, stats: Tensor, own: int) -> Tensor:
+    cosine, own_inverse = stats[..., 0:1], stats[..., own : own + 1]
+    across = stats[..., 1:2] * stats[..., 2:3]
+    return s * (cosine * own_inverse.square()) - t * across
+
+
+def _unpool_gradient(slope: Tensor, channels: int) -> Tensor:
+    """Spread the gradient of averaged channels over the channels of their windows."""
+    pooled = slope.shape[-1]
+    if pooled == channels:
+        return slope
+    if channels % pooled == 0:
+        share = channels // pooled
+        return (slope / share).repeat_interleave(share, dim=-1)
+    # The windows overlap: the transpose of the map that pools, one column per pooled channel.
+    identity = torch.eye(channels, dtype=slope.dtype, device=slope.device)
+    return slope @ F.adaptive_avg_pool1d(identity, pooled).mT

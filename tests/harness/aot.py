@@ -1,0 +1,89 @@
+"""Compiles Triton launches for GPUs that are not there and reads what they would need."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from fastkd.ops.launch import KernelLaunch
+
+ARCHS = (80, 90, 100)
+_TYPES = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"}
+_DIVISIBLE = [["tt.divisibility", 16]]
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What a kernel needs on one architecture.
+
+    Attributes:
+        registers: per thread.
+        stack: bytes of local memory per thread; anything above 0 is a spill or an indexed array.
+        shared: bytes of shared memory per program.
+        ptx: the assembly, to look for instructions in.
+    """
+
+    registers: int
+    stack: int
+    shared: int
+    ptx: str
+
+
+def compile_launch(launch: KernelLaunch, arch: int) -> Compiled:
+    """Compile a launch as it would be specialised for its actual arguments.
+
+    Args:
+        launch: with tensors on any device, also ``"meta"``.
+        arch: compute capability times ten: 80, 90 or 100.
+
+    Returns:
+        Its resource usage and PTX.
+    """
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    names = launch.kernel.arg_names
+    signature: dict[str, str] = {}
+    constants = dict(launch.constants)
+    attributes = {}
+    for place, name in enumerate(names):
+        if name in constants:
+            signature[name] = "constexpr"
+            continue
+        value = launch.arguments[name]
+        if isinstance(value, torch.Tensor):
+            signature[name] = _TYPES[value.dtype]
+            if value.storage_offset() * value.element_size() % 16 == 0:
+                attributes[(place,)] = _DIVISIBLE
+        elif isinstance(value, float):
+            signature[name] = "fp32"
+        elif value == 1:
+            signature[name], constants[name] = "constexpr", 1
+        else:
+            signature[name] = "i32" if abs(value) < 2**31 else "i64"
+            if value % 16 == 0:
+                attributes[(place,)] = _DIVISIBLE
+    source = ASTSource(launch.kernel, signature, constants, attributes)
+    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=launch.options)
+    registers, stack = _resources(compiled.asm["cubin"])
+    return Compiled(registers, stack, compiled.metadata.shared, compiled.asm["ptx"])
+
+
+def _resources(cubin: bytes) -> tuple[int, int]:
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        usage = subprocess.check_output([tool, "--dump-resource-usage", file.name], text=True)
+    registers, stack, local = (
+        int(re.search(rf"{key}:(\d+)", usage).group(1)) for key in ("REG", "STACK", "LOCAL")
+    )
+    return registers, max(stack, local)

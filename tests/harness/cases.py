@@ -1,0 +1,92 @@
+"""Inputs on which kernels go wrong, and how far an answer may be from the truth.
+
+Truth is the float64 reference on the inputs as they are after rounding to their dtype.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+Pair = tuple[Tensor, Tensor]
+
+
+def _noise(shape: tuple[int, ...], seed: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def noise(shape: tuple[int, ...]) -> Pair:
+    return _noise(shape, 1), _noise(shape, 2)
+
+
+def equal(shape: tuple[int, ...]) -> Pair:
+    """Loss and gradient are exactly zero (cosine: to rounding)."""
+    return _noise(shape, 1), _noise(shape, 1)
+
+
+def zero_tokens(shape: tuple[int, ...]) -> Pair:
+    """Every third student token and every fourth teacher token is all zeros: no direction."""
+    student, teacher = noise(shape)
+    student[:, ::3] = 0
+    teacher[:, ::4] = 0
+    return student, teacher
+
+
+def rank_one(shape: tuple[int, ...]) -> Pair:
+    """All tokens of an image are multiples of one vector."""
+    student, teacher = noise(shape)
+    return student[:, :1] * student[..., :1], teacher
+
+
+def dominant_direction(shape: tuple[int, ...]) -> Pair:
+    """One direction is 1e3 times the rest, as in ViT-Tiny's and MAE's last blocks."""
+    shared = _noise((1, 1, shape[-1]), 3) * 30
+    student, teacher = noise(shape)
+    return student * 0.03 + shared, teacher * 0.03 + shared
+
+
+def large(shape: tuple[int, ...]) -> Pair:
+    """Values near float16's largest, 65504: squares overflow unless taken in float32."""
+    return tuple(x.clamp(-1, 1) * 6e4 for x in noise(shape))  # type: ignore[return-value]
+
+
+def tiny(shape: tuple[int, ...]) -> Pair:
+    """Values among float16's subnormals."""
+    return tuple(x * 1e-6 for x in noise(shape))  # type: ignore[return-value]
+
+
+FINITE: dict[str, Callable[[tuple[int, ...]], Pair]] = {
+    case.__name__: case
+    for case in (noise, equal, zero_tokens, rank_one, dominant_direction, large, tiny)
+}
+
+
+def relative_error(found: Tensor, truth: Tensor) -> float:
+    """Norm of the error over the norm of the truth, or the former where the truth is zero."""
+    truth = truth.double()
+    error, size = (found.double() - truth).norm(), truth.norm()
+    return (error / size if size > 0 else error).item()
+
+
+def signed_bias(found: Tensor, truth: Tensor) -> float:
+    """Mean error over the mean size of the truth: rounding averages out, a wrong formula does not."""
+    truth = truth.double()
+    size = truth.abs().mean()
+    return ((found.double() - truth).mean() / size).abs().item() if size > 0 else 0.0
+
+
+def cosine(found: Tensor, truth: Tensor) -> float:
+    """Cosine between two tensors; 1 where both are zero."""
+    found, truth = found.double().flatten(), truth.double().flatten()
+    sizes = found.norm() * truth.norm()
+    if sizes == 0:
+        return 1.0 if found.norm() == truth.norm() else math.nan
+    return (found @ truth / sizes).item()
+
+
+def nearest_dtype_error(dtype: torch.dtype, eager: float) -> float:
+    """Error allowed: 1e-5 in float32, else twice what eager PyTorch makes in the same dtype."""
+    return 1e-5 if dtype == torch.float32 else 2 * eager + 1e-6

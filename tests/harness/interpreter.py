@@ -1,0 +1,43 @@
+"""Runs functions in a process where Triton interprets its kernels on CPU tensors.
+
+Triton decides between compiling and interpreting when a kernel is decorated, so both cannot live in
+one process. The worker starts once and stays.
+"""
+
+from __future__ import annotations
+
+import functools
+import multiprocessing
+import os
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from typing import Any
+
+
+def _prepare() -> None:
+    import numpy
+    import torch
+
+    from fastkd.ops import backend
+
+    numpy.seterr(all="ignore")  # a GPU divides by zero in masked lanes without a word, too
+    torch.set_num_threads(1)
+    backend.EMULATED.add("triton")
+
+
+@functools.cache
+def _worker() -> ProcessPoolExecutor:
+    os.environ["TRITON_INTERPRET"] = "1"
+    try:
+        pool = ProcessPoolExecutor(
+            1, mp_context=multiprocessing.get_context("spawn"), initializer=_prepare
+        )
+        pool.submit(int).result()  # the process inherits the variable when it starts
+    finally:
+        del os.environ["TRITON_INTERPRET"]
+    return pool
+
+
+def run_interpreted(function: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+    """Call a module-level function in the interpreting process; arguments are copied there."""
+    return _worker().submit(function, *arguments, **options).result()
