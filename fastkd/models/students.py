@@ -1,0 +1,542 @@
+"""The students of arXiv 2511.15572: ViTs whose last features are as wide as the teacher's.
+
+Each is timm's own `VisionTransformer` with one part exchanged (the final norm, or the last block),
+so timm's forward passes, heads, parameter groups and checkpoints work as they are. Knows nothing of
+teachers, losses or training.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal, get_args
+
+import torch
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.layers import LayerNorm
+from timm.models import (
+    build_model_with_cfg,
+    generate_default_cfgs,
+    named_apply,
+    register_model,
+)
+from timm.models.vision_transformer import (
+    Block,
+    VisionTransformer,
+    checkpoint_filter_fn,
+    get_init_weights_vit,
+)
+from torch import Tensor, nn
+
+from fastkd.models.zoo import build_timm_model
+
+__all__ = [
+    "Lift",
+    "LiftVisionTransformer",
+    "WideLastBlock",
+    "WideLastVisionTransformer",
+    "create_student",
+]
+
+Variant = Literal["plain", "lift", "widelast", "uniform"]
+
+# Pools that read patch tokens only; "" hands the tokens on. The class token is never read.
+_LIFT_POOLS = ("avg", "avgmax", "max", "")
+
+
+class _WideFinalTransformer(VisionTransformer):
+    """A timm ViT whose final features (`num_features`) are wider than its tokens (`embed_dim`)."""
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Replace the head, as timm does, by one that is `num_features` wide.
+
+        Args:
+            num_classes: number of classes; 0 removes the head.
+            global_pool: new pooling, or None to keep it.
+        """
+        super().reset_classifier(num_classes, global_pool)
+        self.head = self._make_head()
+        self.head.train(self.training)
+
+    def _make_head(self) -> nn.Module:
+        if self.num_classes == 0:
+            return nn.Identity()
+        return nn.Linear(self.num_features, self.num_classes, **self._placement())
+
+    def _placement(self) -> dict[str, Any]:
+        """Device and dtype on which new parts have to be made."""
+        parameter = next(self.parameters())
+        return {"device": parameter.device, "dtype": parameter.dtype}
+
+    def _set_final_width(self, width: int) -> None:
+        self.num_features = self.head_hidden_size = width
+
+    def _init_new(self, name: str) -> None:
+        """Initialise a part made after construction the way timm initialised the rest."""
+        mode = self.weight_init_mode
+        head_bias = -math.log(self.num_classes) if "nlhb" in mode else 0.0
+        init = get_init_weights_vit(mode, head_bias)
+        named_apply(init, self.get_submodule(name), name=name, include_root=True)
+
+
+class Lift(nn.Module):
+    """Lift tokens to the teacher's width: Linear without bias, then LayerNorm.
+
+    Args:
+        dim: channels of the incoming tokens.
+        width: channels of the lifted tokens.
+        eps: of the LayerNorm; timm's 1e-6.
+        device: where the parameters are made.
+        dtype: their dtype.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        width: int,
+        eps: float = 1e-6,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.proj = nn.Linear(dim, width, bias=False, device=device, dtype=dtype)
+        self.norm = LayerNorm(width, eps=eps, device=device, dtype=dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Lift ``x`` from [B, N, dim] to [B, N, width]."""
+        return self.norm(self.proj(x))
+
+
+class LiftVisionTransformer(_WideFinalTransformer):
+    """Lift: the lifted, normalised patch tokens are both distilled and classified.
+
+    The tokens of the last block go through `Lift`, which takes the place of timm's final norm, and
+    the head reads the mean over the lifted patch tokens. The class token stays in the sequence,
+    because patch tokens attend to it, and is not pooled. Nothing is dead: every parameter gets a
+    gradient. Source: arXiv 2511.15572, section "Lift".
+
+    Args:
+        width: channels of the lifted tokens and of the head.
+        global_pool: ``"avg"`` (the paper's), ``"avgmax"``, ``"max"`` over patch tokens, or ``""``.
+        **kwargs: of timm's `VisionTransformer`; its final and pooled norms are replaced.
+
+    Raises:
+        ValueError: ``global_pool`` would read the class token or needs an attention pool.
+    """
+
+    def __init__(self, *, width: int = 384, global_pool: str = "avg", **kwargs: Any) -> None:
+        _check_lift_pool(global_pool)
+        super().__init__(global_pool="avg", **kwargs)
+        self._install_lift(width, global_pool)
+
+    @classmethod
+    def from_vit(
+        cls, vit: VisionTransformer, width: int = 384, global_pool: str = "avg"
+    ) -> LiftVisionTransformer:
+        """Turn a timm `VisionTransformer` into a Lift student in place, keeping what it has learnt.
+
+        Args:
+            vit: the model, which becomes the student; its norm, pooling and head are replaced.
+            width: channels of the lifted tokens.
+            global_pool: as in the constructor.
+        """
+        _check_lift_pool(global_pool)
+        vit.__class__ = cls
+        vit._install_lift(width, global_pool)
+        return vit
+
+    @property
+    def lift(self) -> Lift:
+        """The projection and norm, which sit in timm's final norm slot."""
+        return self.norm
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Replace the head by one as wide as the lifted tokens.
+
+        Args:
+            num_classes: number of classes; 0 removes the head.
+            global_pool: new pooling over patch tokens, or None to keep it.
+
+        Raises:
+            ValueError: ``global_pool`` would read the class token or needs an attention pool.
+        """
+        if global_pool is not None:
+            _check_lift_pool(global_pool)
+        super().reset_classifier(num_classes, global_pool)
+
+    def prune_intermediate_layers(
+        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Drop blocks past ``indices``; ``prune_norm`` drops the lift, which is the norm."""
+        kept = super().prune_intermediate_layers(indices, prune_norm, prune_head)
+        if prune_norm:
+            self._set_final_width(self.embed_dim)
+        return kept
+
+    def _install_lift(self, width: int, global_pool: str) -> None:
+        self.norm = Lift(self.embed_dim, width, **self._placement())
+        self.fc_norm = nn.Identity()
+        self.attn_pool = None
+        self.global_pool = global_pool
+        self.pool_include_prefix = False
+        self._set_final_width(width)
+        self.head = self._make_head()
+        for info in self.feature_info:
+            info["num_chs_norm"] = width  # what forward_intermediates(norm=True) yields
+        self._init_new("norm")
+        self._init_new("head")
+
+
+def _check_lift_pool(global_pool: str) -> None:
+    if global_pool not in _LIFT_POOLS:
+        raise ValueError(
+            f"LiftVisionTransformer: global_pool must be one of {_LIFT_POOLS}, got {global_pool!r} "
+            "(Lift classifies its lifted patch tokens; the class token is not read)"
+        )
+
+
+class WideLastBlock(Block):
+    """timm's transformer block at a new width, entered through a Linear without bias and a norm.
+
+    Args:
+        dim_in: channels of the incoming tokens.
+        dim: channels inside the block and of its output.
+        norm_layer: of the entry and of the block.
+        device: where the parameters are made.
+        dtype: their dtype.
+        **kwargs: of timm's `Block`.
+    """
+
+    def __init__(
+        self,
+        dim_in: int,
+        dim: int,
+        *,
+        norm_layer: type[nn.Module] = LayerNorm,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(dim, norm_layer=norm_layer, device=device, dtype=dtype, **kwargs)
+        self.proj_in = nn.Linear(dim_in, dim, bias=False, device=device, dtype=dtype)
+        self.proj_norm = norm_layer(dim, device=device, dtype=dtype)
+
+    def forward(self, x: Tensor, **kwargs: Any) -> Tensor:
+        """Map ``x`` from [B, N, dim_in] to [B, N, dim]; keywords as in timm's block."""
+        return super().forward(self.proj_norm(self.proj_in(x)), **kwargs)
+
+
+class WideLastVisionTransformer(_WideFinalTransformer):
+    """WideLast: only the last block, the final norm and the head have the teacher's width.
+
+    The last block keeps the head dimension and so has more heads. Source: arXiv 2511.15572,
+    section "WideLast"; key names as in its released checkpoints (``blocks.11.proj_in.weight``).
+
+    Args:
+        width: channels of the last block, a multiple of the head dimension.
+        block_fn: timm's `Block`; no other kind has a wide form.
+        **kwargs: of timm's `VisionTransformer`.
+
+    Raises:
+        ValueError: ``width`` is no multiple of the head dimension, the blocks are not timm's
+            `Block`, or the head pools by attention.
+    """
+
+    def __init__(
+        self, *, width: int = 384, block_fn: type[nn.Module] = Block, **kwargs: Any
+    ) -> None:
+        _check_wide_block_type(block_fn)
+        recorder = _BlockRecorder()
+        super().__init__(block_fn=recorder, **kwargs)
+        self._install_wide_block(width, recorder.arguments)
+
+    @classmethod
+    def from_vit(
+        cls, vit: VisionTransformer, block_arguments: dict[str, Any], width: int = 384
+    ) -> WideLastVisionTransformer:
+        """Turn a timm `VisionTransformer` into a WideLast student in place.
+
+        What it has learnt before the last block is kept; last block, norm and head are new.
+
+        Args:
+            vit: the model, which becomes the student.
+            block_arguments: what timm built its last block with.
+            width: channels of the last block.
+        """
+        _check_wide_block_type(type(vit.blocks[-1]))
+        vit.__class__ = cls
+        vit._install_wide_block(width, block_arguments)
+        return vit
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | list[int] | None = None,
+        return_prefix_tokens: bool = False,
+        norm: bool = False,
+        **kwargs: Any,
+    ) -> Any:
+        """Timm's `forward_intermediates`; the final norm fits the last block alone.
+
+        Raises:
+            ValueError: ``norm`` is asked for blocks that are narrower than the final norm.
+        """
+        if norm and not isinstance(self.norm, nn.Identity):
+            self._check_norm_fits(indices)
+        return super().forward_intermediates(x, indices, return_prefix_tokens, norm, **kwargs)
+
+    def prune_intermediate_layers(
+        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Drop blocks past ``indices``; the final norm goes with the wide block, its only fit."""
+        kept = super().prune_intermediate_layers(indices, prune_norm, prune_head)
+        if not isinstance(self.blocks[-1], WideLastBlock):
+            self.norm = nn.Identity()
+            self._set_final_width(self.embed_dim)
+        return kept
+
+    def _check_norm_fits(self, indices: int | list[int] | None) -> None:
+        last = len(self.blocks) - 1
+        if indices == 1 or (isinstance(indices, (list, tuple)) and set(indices) <= {-1, last}):
+            return
+        raise ValueError(
+            "WideLastVisionTransformer.forward_intermediates: norm=True is possible for block "
+            f"{last} alone, got indices={indices}: the final norm has {self.num_features} "
+            f"channels, the other blocks {self.embed_dim}"
+        )
+
+    def _install_wide_block(self, width: int, block_arguments: dict[str, Any]) -> None:
+        if self.attn_pool is not None:
+            raise ValueError(
+                f"WideLastVisionTransformer: global_pool={self.global_pool!r} pools by attention "
+                f"at {self.embed_dim} channels; choose global_pool='token' or 'avg'"
+            )
+        arguments = _widen(block_arguments, width) | self._placement()
+        last = len(self.blocks) - 1
+        self.blocks[last] = WideLastBlock(self.embed_dim, **arguments)
+        self.feature_info[last]["num_chs"] = width
+        self._set_final_width(width)
+        new = [f"blocks.{last}", "head"]
+        for slot in ("norm", "fc_norm"):
+            if not isinstance(getattr(self, slot), nn.Identity):
+                setattr(self, slot, arguments["norm_layer"](width, **self._placement()))
+                new.append(slot)
+        self.head = self._make_head()
+        for name in new:
+            self._init_new(name)
+
+
+class _BlockRecorder:
+    """A ``block_fn`` that builds timm's blocks and remembers what the last one was built with."""
+
+    def __init__(self) -> None:
+        self.arguments: dict[str, Any] = {}
+
+    def __call__(self, **arguments: Any) -> Block:
+        self.arguments = arguments
+        return Block(**arguments)
+
+
+def _check_wide_block_type(block_type: type[nn.Module]) -> None:
+    if block_type is not Block:
+        raise ValueError(
+            "WideLastVisionTransformer: the last block must be timm's Block to have a wide form, "
+            f"got {block_type.__name__}"
+        )
+
+
+def _widen(block_arguments: dict[str, Any], width: int) -> dict[str, Any]:
+    """Arguments of the same block at another width, with the dimension of its heads kept."""
+    head_dim = block_arguments["dim"] // block_arguments["num_heads"]
+    if width <= 0 or width % head_dim:
+        raise ValueError(
+            "WideLastVisionTransformer: width must be a multiple of the head dimension "
+            f"{head_dim}, got {width}"
+        )
+    return block_arguments | {"dim": width, "num_heads": width // head_dim}
+
+
+def create_student(
+    name: str = "deit_tiny_patch16_224",
+    variant: Variant = "plain",
+    *,
+    width: int = 384,
+    num_classes: int = 1000,
+    img_size: int | tuple[int, int] | None = None,
+    pretrained: bool = False,
+    **timm_kwargs: Any,
+) -> nn.Module:
+    """A student built from a timm model.
+
+    ========  =================================================================  ==============
+    variant   what it is                                                         DeiT-Tiny, 1000
+    ========  =================================================================  ==============
+    plain     the timm model itself, of any kind                                      5,717,416
+    lift      patch tokens lifted to ``width``, normalised, averaged, classified      5,983,528
+    widelast  the last block, final norm and head ``width`` wide                      7,313,896
+    uniform   every block ``width`` wide, as many heads as the base (219)             7,372,759
+    ========  =================================================================  ==============
+
+    Args:
+        name: a timm model name; ``lift``, ``widelast`` and ``uniform`` need a plain ViT or DeiT.
+        variant: one of the four.
+        width: channels of the final features; ``plain`` has none to choose and does not read it.
+        num_classes: of the head; 0 leaves it out.
+        img_size: input size the model is built for; None keeps the timm model's own.
+        pretrained: start from timm's weights. ``lift`` keeps all but the final norm and head,
+            ``widelast`` also not the last block; ``uniform`` has none that fit.
+        **timm_kwargs: of the timm model (``drop_path_rate``, ``in_chans``, ``patch_size``, ...).
+
+    Returns:
+        A timm model. `LiftVisionTransformer` and `WideLastVisionTransformer` are subclasses of
+        timm's `VisionTransformer`.
+
+    Raises:
+        ValueError: an unknown name or variant, a model that has no such variant, a width that does
+            not divide into heads, or pretrained weights that do not exist.
+        RuntimeError: the pretrained weights cannot be downloaded.
+    """
+    if variant not in get_args(Variant):
+        raise ValueError(
+            f"create_student: variant must be one of {get_args(Variant)}, got {variant!r}"
+        )
+    timm_kwargs |= {"num_classes": num_classes, "img_size": img_size}
+    if variant == "lift":
+        return _create_lift(name, width, pretrained, timm_kwargs)
+    if variant == "widelast":
+        return _create_widelast(name, width, pretrained, timm_kwargs)
+    if variant == "uniform":
+        return _create_uniform(name, width, pretrained, timm_kwargs)
+    return _build_base(name, pretrained, timm_kwargs)
+
+
+def _create_lift(name: str, width: int, pretrained: bool, kwargs: dict[str, Any]) -> nn.Module:
+    pool = kwargs.pop("global_pool", "avg")
+    _check_lift_pool(pool)
+    _outline(name, "lift", kwargs)
+    vit = _build_base(name, pretrained, kwargs)
+    return _renamed(LiftVisionTransformer.from_vit(vit, width, pool), "lift")
+
+
+def _create_widelast(name: str, width: int, pretrained: bool, kwargs: dict[str, Any]) -> nn.Module:
+    _check_wide_block_type(type(_outline(name, "widelast", kwargs).blocks[-1]))
+    recorder = _BlockRecorder()
+    _outline(name, "widelast", kwargs | {"block_fn": recorder})
+    _widen(recorder.arguments, width)  # refuse a wrong width before anything is built or downloaded
+    vit = _build_base(name, pretrained, kwargs)
+    student = WideLastVisionTransformer.from_vit(vit, recorder.arguments, width)
+    return _renamed(student, "widelast")
+
+
+def _create_uniform(name: str, width: int, pretrained: bool, kwargs: dict[str, Any]) -> nn.Module:
+    if pretrained:
+        raise ValueError(
+            f"create_student: pretrained weights of {name!r} do not fit variant 'uniform', whose "
+            "every layer has another width; use pretrained=False"
+        )
+    num_heads = _outline(name, "uniform", kwargs).blocks[0].attn.num_heads
+    if width <= 0 or width % num_heads:
+        raise ValueError(
+            f"create_student: width must be a multiple of the {num_heads} heads of {name!r}, "
+            f"got {width}"
+        )
+    return _build_base(name, False, kwargs | {"embed_dim": width})
+
+
+def _build_base(name: str, pretrained: bool, kwargs: dict[str, Any]) -> nn.Module:
+    return build_timm_model(
+        "create_student",
+        name,
+        pretrained=pretrained,
+        alternative="start from random weights with pretrained=False",
+        **kwargs,
+    )
+
+
+def _outline(name: str, variant: str, kwargs: dict[str, Any]) -> VisionTransformer:
+    """The timm model without storage, to look at before anything is built or downloaded."""
+    on_meta = {key: value for key, value in kwargs.items() if key not in ("device", "dtype")}
+    with torch.device("meta"):
+        model = build_timm_model("create_student", name, **on_meta)
+    if type(model) is VisionTransformer or (
+        variant == "uniform" and isinstance(model, VisionTransformer)
+    ):
+        return model
+    raise ValueError(
+        f"create_student: variant {variant!r} is defined for timm's plain VisionTransformer (ViT, "
+        f"DeiT, DINOv2 ...), got {name!r}, a {type(model).__name__}"
+    )
+
+
+def _renamed(student: VisionTransformer, variant: str) -> VisionTransformer:
+    """Keep the base's statistics, but not its name: a checkpoint would be reloaded as the base."""
+    architecture = str(student.pretrained_cfg["architecture"])
+    stem, patch, rest = architecture.partition("_patch")
+    student.pretrained_cfg |= {"architecture": f"{stem}_{variant}{patch}{rest}"}
+    return student
+
+
+def _deit_cfg() -> dict[str, Any]:
+    """What timm says of deit_tiny_patch16_224, without its weights, which are not these models'."""
+    return {
+        "num_classes": 1000,
+        "input_size": (3, 224, 224),
+        "crop_pct": 0.9,
+        "interpolation": "bicubic",
+        "fixed_input_size": True,
+        "mean": IMAGENET_DEFAULT_MEAN,
+        "std": IMAGENET_DEFAULT_STD,
+        "first_conv": "patch_embed.proj",
+        "classifier": "head",
+        "license": "apache-2.0",
+    }
+
+
+default_cfgs = generate_default_cfgs(
+    {
+        "deit_tiny_lift_patch16_224": _deit_cfg(),
+        "deit_tiny_widelast_patch16_224": _deit_cfg(),
+        "deit_tiny_uniform219_patch16_224": _deit_cfg(),
+    }
+)
+
+
+def _build_deit_tiny(
+    model_class: type[nn.Module], architecture: str, pretrained: bool, **kwargs: Any
+) -> Any:
+    feature_cfg = {"out_indices": kwargs.pop("out_indices", 3), "feature_cls": "getter"}
+    deit_tiny = {"patch_size": 16, "embed_dim": 192, "depth": 12, "num_heads": 3}
+    return build_model_with_cfg(
+        model_class,
+        architecture,
+        pretrained,
+        pretrained_filter_fn=checkpoint_filter_fn,
+        feature_cfg=feature_cfg,
+        **deit_tiny | kwargs,
+    )
+
+
+@register_model
+def deit_tiny_lift_patch16_224(pretrained: bool = False, **kwargs: Any) -> LiftVisionTransformer:
+    """DeiT-Tiny with its patch tokens lifted to ``width`` (384) channels; 5,983,528 parameters."""
+    return _build_deit_tiny(
+        LiftVisionTransformer, "deit_tiny_lift_patch16_224", pretrained, **kwargs
+    )
+
+
+@register_model
+def deit_tiny_widelast_patch16_224(
+    pretrained: bool = False, **kwargs: Any
+) -> WideLastVisionTransformer:
+    """DeiT-Tiny with a last block of ``width`` (384) channels; 7,313,896 parameters."""
+    return _build_deit_tiny(
+        WideLastVisionTransformer, "deit_tiny_widelast_patch16_224", pretrained, **kwargs
+    )
+
+
+@register_model
+def deit_tiny_uniform219_patch16_224(pretrained: bool = False, **kwargs: Any) -> VisionTransformer:
+    """DeiT-Tiny with 219 channels (73 per head) in every block; 7,372,759 parameters."""
+    arguments = {"embed_dim": 219} | kwargs
+    return _build_deit_tiny(
+        VisionTransformer, "deit_tiny_uniform219_patch16_224", pretrained, **arguments
+    )

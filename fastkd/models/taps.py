@@ -1,0 +1,329 @@
+"""Taps: logits and typed tokens of chosen layers of a model, from one forward pass.
+
+Every question of layout (prefix tokens, channels first or last, index or name) is answered here, so
+that losses and measurements see only `Tokens`. Knows nothing of what the tokens are used for.
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastkd.tokens import Tokens
+
+TapKey = int | str
+
+
+@dataclass(frozen=True)
+class TapOutput:
+    """What one forward pass gave.
+
+    Attributes:
+        logits: [B, classes]; pooled features [B, D] for a model without a head.
+        tokens: tapped layer -> its tokens, before the final norm. Keys are non-negative block or
+            stage numbers, or module names.
+        final: what the head pools, prefix tokens dropped: patch tokens after the model's own final
+            norm, the lifted tokens of a Lift student, the last feature map of a CNN. None where the
+            model has no such map, or its grid is not known.
+    """
+
+    logits: Tensor
+    tokens: dict[TapKey, Tokens]
+    final: Tokens | None = None
+
+
+class Taps:
+    """Reads layers of a model while it runs; call it in the model's place.
+
+    Models with timm's feature interface are read by number, through their own
+    `forward_intermediates` and `forward_head`: no hooks, no copy for ViTs, and
+    ``torch.compile(fullgraph=True)`` works. A number is a block of a ViT, DeiT, DINOv2 or CaiT (its
+    patch blocks; the class-attention blocks have no patch tokens to give) and a stage of a Swin or
+    CNN. Any other `nn.Module` is read by module name, with forward hooks that live as long as the
+    call; of a 4-D output the channels are taken to come second.
+
+    Taps are no `nn.Module`: a module that holds both a model and its taps registers the model once.
+
+    Args:
+        model: any model; not wrapped in DDP (wrap the module that calls the taps instead).
+        indices: numbers, negative ones from the end, or module names; not both. Repeated ones are
+            read once. Empty: logits and final tokens only.
+        num_prefix: for module names: how many tokens at the front of a [B, N, D] output are no
+            patches (class token, registers).
+        grid: for module names: (H, W) of [B, N, D] outputs; None takes them for square.
+
+    Attributes:
+        indices: the resolved keys of `TapOutput.tokens`, in the order asked for.
+
+    Raises:
+        ValueError: a number out of range or a name that the model does not have.
+        TypeError: numbers and names are mixed, or numbers are given for a model without timm's
+            feature interface.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        indices: Sequence[TapKey] = (),
+        *,
+        num_prefix: int = 0,
+        grid: tuple[int, int] | None = None,
+    ) -> None:
+        self.model = model
+        self._reader = _choose_reader(model, indices, num_prefix, grid)
+        self.indices: list[TapKey] = list(self._reader.keys)
+
+    @property
+    def dims(self) -> dict[TapKey, int]:
+        """Tapped layer -> number of channels.
+
+        Raises:
+            RuntimeError: layers are tapped by name and the model has not run yet; call `probe`.
+        """
+        if len(self._reader.dims) < len(self.indices):
+            raise RuntimeError(
+                f"Taps.dims: the channels of {self.indices} are known after the first forward "
+                "pass; call the taps or Taps.probe(images) first"
+            )
+        return dict(self._reader.dims)
+
+    @torch.no_grad()
+    def probe(self, images: Tensor) -> dict[TapKey, int]:
+        """Run the model once in eval mode, so that `dims` is known; changes no statistics.
+
+        Args:
+            images: [B, C, H, W], as the model will see them; one image is enough.
+
+        Returns:
+            `dims`.
+        """
+        modes = [(module, module.training) for module in self.model.modules()]
+        self.model.eval()
+        try:
+            self(images)
+        finally:
+            for module, training in modes:
+                module.training = training
+        return self.dims
+
+    def __call__(self, images: Tensor) -> TapOutput:
+        """Run the model on ``images`` [B, C, H, W] once."""
+        return self._reader(images)
+
+
+def _choose_reader(
+    model: nn.Module, indices: Sequence[TapKey], num_prefix: int, grid: tuple[int, int] | None
+) -> _NumberReader | _NameReader:
+    if isinstance(indices, (int, str)):
+        raise TypeError(f"Taps: indices must be a sequence, got {indices!r}; write [{indices!r}]")
+    names = [index for index in indices if isinstance(index, str)]
+    numbers = [index for index in indices if isinstance(index, int)]
+    if len(names) + len(numbers) < len(indices) or (names and numbers):
+        raise TypeError(f"Taps: indices must be all numbers or all names, got {list(indices)}")
+    has_interface = all(
+        hasattr(model, name) for name in ("forward_intermediates", "forward_head", "feature_info")
+    )
+    if numbers and not has_interface:
+        raise TypeError(
+            f"Taps: {type(model).__name__} has no forward_intermediates, forward_head and "
+            f"feature_info as timm's models have, so its layers are tapped by module name; got "
+            f"{numbers} (a wrapped model? tap the model inside)"
+        )
+    if has_interface and not names:
+        return _NumberReader(model, numbers)
+    return _NameReader(model, names, num_prefix, grid)
+
+
+class _NumberReader:
+    """Reads blocks and stages of a timm model through timm's feature interface."""
+
+    def __init__(self, model: Any, indices: Sequence[int]) -> None:
+        self.model = model
+        self.name = model_name(model)
+        infos = [model.feature_info[i] for i in range(len(model.feature_info))]
+        modules = [str(info["module"]) for info in infos]
+        self.keys = list(dict.fromkeys(_resolve(index, modules, self.name) for index in indices))
+        self.dims: dict[TapKey, int] = {key: int(infos[key]["num_chs"]) for key in self.keys}
+        self.sources = {key: f"{self.name} {modules[key]}" for key in self.keys}
+        self.in_depth_order = sorted(self.keys)  # the order in which timm returns them
+        self.as_tokens = _gives_tokens_on_one_grid(model, infos)
+        self.final_prefix = _num_prefix_tokens(model)
+        self.block_prefix = self.final_prefix if _blocks_carry_prefix(model) else 0
+        self.final_channels_last = getattr(model, "output_fmt", "NCHW") == "NHWC"
+
+    def __call__(self, images: Tensor) -> TapOutput:
+        features, maps = self._forward(images)
+        grid = self._grid(images)
+        tokens: dict[TapKey, Tokens] = {
+            key: self._tokens(maps[self.in_depth_order.index(key)], grid, key) for key in self.keys
+        }
+        return TapOutput(self.model.forward_head(features), tokens, self._final(features, grid))
+
+    def _forward(self, images: Tensor) -> tuple[Tensor, list[Tensor]]:
+        if not self.keys:
+            return self.model.forward_features(images), []
+        return self.model.forward_intermediates(
+            images,
+            indices=self.in_depth_order,
+            norm=False,
+            output_fmt="NLC" if self.as_tokens else "NCHW",
+        )
+
+    def _grid(self, images: Tensor) -> tuple[int, int] | None:
+        if not self.as_tokens:
+            return None
+        height, width = self.model.patch_embed.dynamic_feat_size(tuple(images.shape[-2:]))
+        return int(height), int(width)
+
+    def _tokens(self, features: Tensor, grid: tuple[int, int] | None, key: int) -> Tokens:
+        if grid is None:
+            return _tokens_of_map(features, self.sources[key], self.block_prefix)
+        return Tokens(features, grid, self.block_prefix, self.sources[key])
+
+    def _final(self, features: Any, grid: tuple[int, int] | None) -> Tokens | None:
+        source = f"{self.name} final"
+        if not isinstance(features, Tensor):  # CrossViT's two branches
+            return None
+        if features.ndim == 4:
+            maps = features.permute(0, 3, 1, 2) if self.final_channels_last else features
+            return _tokens_of_map(maps, source)
+        if features.ndim == 3 and grid is not None:
+            return Tokens(features[:, self.final_prefix :], grid, self.final_prefix, source)
+        return None
+
+
+class _NameReader:
+    """Reads named modules of any model with forward hooks; what is not asked for costs nothing."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        names: Sequence[str],
+        num_prefix: int,
+        grid: tuple[int, int] | None,
+    ) -> None:
+        self.model = model
+        self.name = model_name(model)
+        self.keys = list(dict.fromkeys(names))
+        self.dims: dict[TapKey, int] = {}
+        self.num_prefix = num_prefix
+        self.grid = grid
+        _check_names(self.keys, model, self.name)
+
+    def __call__(self, images: Tensor) -> TapOutput:
+        with self._hooks() as captured:
+            output = self.model(images)
+        tokens: dict[TapKey, Tokens] = {key: self._tokens(key, captured) for key in self.keys}
+        self.dims = {key: read.dim for key, read in tokens.items()}
+        return TapOutput(_logits(output, self.name), tokens)
+
+    @contextmanager
+    def _hooks(self) -> Iterator[dict[str, Any]]:
+        """Hooks for one call only: copies and pickles of the model stay free of them."""
+        captured: dict[str, Any] = {}
+
+        def capture(key: str) -> Any:
+            return lambda module, inputs, output: captured.__setitem__(key, output)
+
+        handles = [
+            self.model.get_submodule(key).register_forward_hook(capture(key)) for key in self.keys
+        ]
+        try:
+            yield captured
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _tokens(self, key: str, captured: dict[str, Any]) -> Tokens:
+        source = f"{self.name} {key}"
+        if key not in captured:
+            raise RuntimeError(f"Taps: {source} did not run in the forward pass")
+        output = captured[key]
+        features = output[0] if isinstance(output, (tuple, list)) else output
+        if isinstance(features, Tensor) and features.ndim == 4:
+            return _tokens_of_map(features, source)
+        if isinstance(features, Tensor) and features.ndim == 3:
+            patches = features[:, self.num_prefix :]
+            return Tokens(patches, self._grid(patches, source), self.num_prefix, source)
+        found = list(features.shape) if isinstance(features, Tensor) else type(features).__name__
+        raise ValueError(f"Taps: {source} must give [B, C, H, W] or [B, N, D], got {found}")
+
+    def _grid(self, patches: Tensor, source: str) -> tuple[int, int]:
+        if self.grid is not None:
+            return self.grid
+        count = patches.shape[1]
+        side = math.isqrt(count)
+        if side * side != count:
+            raise ValueError(
+                f"Taps: {source} gives {count} tokens, which is no square; set grid=(H, W), or "
+                f"num_prefix (now {self.num_prefix}) if a class token or registers are among them"
+            )
+        return side, side
+
+
+def model_name(model: nn.Module) -> str:
+    """The name of a model's architecture, for messages: timm's, else its class's."""
+    cfg = getattr(model, "pretrained_cfg", None) or {}
+    return str(cfg.get("architecture") or type(model).__name__)
+
+
+def _resolve(index: int, modules: list[str], name: str) -> int:
+    count = len(modules)
+    if not -count <= index < count:
+        raise ValueError(
+            f"Taps: index {index} is out of range: {name} has {count} blocks or stages to tap "
+            f"({modules[0]} .. {modules[-1]})"
+        )
+    return index % count
+
+
+def _gives_tokens_on_one_grid(model: Any, infos: list[Any]) -> bool:
+    """Whether timm can hand out [B, N, D] without a copy, on the grid of the patch embedding."""
+    return (
+        hasattr(model, "cls_token")  # None in a ViT without one; absent in Swin, SAM and CNNs
+        and hasattr(getattr(model, "patch_embed", None), "dynamic_feat_size")
+        and len({info["reduction"] for info in infos}) == 1
+    )
+
+
+def _num_prefix_tokens(model: Any) -> int:
+    """Prefix tokens of the final features; CaiT counts its class token in recent timm only."""
+    has_class_token = getattr(model, "cls_token", None) is not None
+    return int(getattr(model, "num_prefix_tokens", has_class_token))
+
+
+def _blocks_carry_prefix(model: Any) -> bool:
+    """CaiT's blocks, for one, see patch tokens alone: the class token joins after them."""
+    return "return_prefix_tokens" in inspect.signature(model.forward_intermediates).parameters
+
+
+def _tokens_of_map(features: Tensor, source: str, num_prefix: int = 0) -> Tokens:
+    """Tokens of a [B, C, H, W] map: a strided view, no copy."""
+    height, width = features.shape[-2:]
+    return Tokens(features.flatten(2).transpose(1, 2), (height, width), num_prefix, source)
+
+
+def _check_names(names: Sequence[str], model: nn.Module, name: str) -> None:
+    known = [module for module, _ in model.named_modules() if module]
+    for wanted in names:
+        if wanted not in known:
+            near = difflib.get_close_matches(wanted, known, n=3) or known[:8]
+            raise ValueError(f"Taps: {name} has no module {wanted!r}; there are {', '.join(near)}")
+
+
+def _logits(output: Any, name: str) -> Tensor:
+    logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)
+    if not isinstance(logits, Tensor):
+        raise TypeError(
+            f"Taps: {name} must return its logits, or an object with .logits, got "
+            f"{type(output).__name__}"
+        )
+    return logits
