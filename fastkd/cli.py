@@ -1,0 +1,277 @@
+"""The command line: flags become arguments of the public functions, their errors become one line.
+
+Parses and prints, nothing else. Whatever imports torch is imported inside a command, so that
+``fastkd --help`` answers at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import os
+import sys
+from collections.abc import Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any, NoReturn
+
+from fastkd.training.recipe import Recipe, fields_by_group, parse_value
+
+USER_ERRORS = (ValueError, TypeError, OSError, RuntimeError, ArithmeticError, ImportError)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command.
+
+    Args:
+        argv: arguments; None takes the process'.
+
+    Returns:
+        The exit status: 0, 2 for a user's error, 130 for an interrupt.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if arguments[:1] == ["demo"]:
+        # The demo has a parser of its own, and every argument after its name is the demo's.
+        return _guarded("demo", _demo, arguments[1:])
+    parser = _parser()
+    options, unknown = parser.parse_known_args(arguments)
+    if unknown:
+        _refuse(options.command, unknown[0])
+    return _guarded(options.command, options.run, options)
+
+
+def _guarded(command: str, run: Any, argument: Any) -> int:
+    try:
+        return run(argument) or 0
+    except KeyboardInterrupt:
+        print(f"fastkd {command}: interrupted", file=sys.stderr)
+        return 130
+    except USER_ERRORS as error:
+        if os.environ.get("FASTKD_DEBUG") == "1":
+            raise
+        text = " ".join(str(error).split()) or type(error).__name__
+        print(f"fastkd {command}: error: {text}", file=sys.stderr)
+        return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        "fastkd", allow_abbrev=False, description="Feature distillation of Vision Transformers."
+    )
+    parser.add_argument("--version", action="version", version=f"fastkd {_version()}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="command")
+    _add_train(commands)
+    _add_evaluate(commands)
+    _add_recipes(commands)
+    environment = commands.add_parser("env", help="print what a bug report needs")
+    environment.set_defaults(run=_env)
+    commands.add_parser("demo", help="distil digits on this machine, in minutes", add_help=False)
+    return parser
+
+
+class _Parser(argparse.ArgumentParser):
+    """Errors in one line, like every other error of the command line."""
+
+    def error(self, message: str) -> NoReturn:
+        """Print the message and leave with status 2."""
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def _refuse(command: str, argument: str) -> NoReturn:
+    flags = ["--" + field.name.replace("_", "-") for field in dataclasses.fields(Recipe)]
+    close = difflib.get_close_matches(argument.split("=")[0], flags, n=1)
+    hint = f" (did you mean {close[0]}?)" if command == "train" and close else ""
+    print(f"fastkd {command}: error: unknown argument {argument}{hint}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def _version() -> str:
+    try:
+        return metadata.version("fastkd")
+    except metadata.PackageNotFoundError:
+        return "(not installed)"
+
+
+def _add_train(commands: Any) -> None:
+    parser = commands.add_parser(
+        "train",
+        allow_abbrev=False,
+        usage="fastkd train [--recipe NAME] --data DIR --output DIR [--teacher NAME] "
+        "[--any-recipe-field VALUE ...]",
+        help="train a student, by a teacher or without one",
+        description="Train a student. Every field of the recipe is a flag; what is not given comes "
+        "from --recipe, or from the defaults shown. Under torchrun the batch is shared.",
+    )
+    parser.add_argument("--recipe", help="a shipped name (see: fastkd recipes) or a YAML file")
+    parser.add_argument("--output", help="the run's folder; a run in it is continued")
+    parser.add_argument(
+        "--resume", default="auto", help="auto, never, or a checkpoint (default: auto)"
+    )
+    parser.add_argument("--device", help="cpu, cuda, cuda:1 (default: cuda where there is one)")
+    parser.add_argument("--quiet", action="store_true", help="show no progress")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print the recipe and its effective values, and stop"
+    )
+    for group, fields in fields_by_group().items():
+        section = parser.add_argument_group(group)
+        for field in fields:
+            _add_field(section, field)
+    parser.set_defaults(run=_train)
+
+
+def _add_field(section: Any, field: dataclasses.Field[Any]) -> None:
+    choices = field.metadata["choices"]
+    text = field.metadata["help"] + (f" ({', '.join(choices)})" if choices else "")
+    # A flag alone switches an option on; `--flag false` switches one of the recipe's off.
+    bare = {"nargs": "?", "const": "true"} if isinstance(field.default, bool) else {}
+    section.add_argument(
+        "--" + field.name.replace("_", "-"),
+        dest=field.name,
+        default=argparse.SUPPRESS,
+        metavar="VALUE",
+        help=f"{text} [{_shown(field.default)}]".replace("%", "%%"),
+        **bare,
+    )
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, tuple):
+        pairs = all(isinstance(item, tuple) for item in value)
+        return ",".join(f"{item[0]}:{item[1]}" if pairs else f"{item:g}" for item in value)
+    return str(value).lower() if value is None or isinstance(value, bool) else str(value)
+
+
+def _train(options: argparse.Namespace) -> int:
+    from fastkd.training.train import train
+
+    given = {
+        field.name: parse_value(field.name, getattr(options, field.name))
+        for field in dataclasses.fields(Recipe)
+        if hasattr(options, field.name)
+    }
+    recipe = Recipe.load(options.recipe)
+    _refuse_terms_without_teacher(recipe, given)
+    teacher = given.pop("teacher", recipe.teacher)
+    if options.dry_run:
+        return _dry_run(recipe, teacher, given)
+    if options.output is None:
+        raise ValueError("--output is missing: the folder that the run is kept in")
+    result = train(
+        None,
+        teacher,
+        given.pop("data", None),
+        options.output,
+        recipe,
+        resume=options.resume,
+        device=options.device,
+        quiet=options.quiet,
+        **given,
+    )
+    if int(os.environ.get("RANK", "0")) == 0:
+        print(result.summary())
+    return 0
+
+
+def _refuse_terms_without_teacher(recipe: Recipe, given: dict[str, Any]) -> None:
+    """`--teacher none` is the matched run without distillation; a forgotten teacher is an error."""
+    terms = [name for name in ("alpha", "hard", "feature_weight", "feature_loss") if name in given]
+    if terms and recipe.teacher is None and "teacher" not in given:
+        raise ValueError(f"{terms[0]}: needs a teacher: --teacher NAME (or none, to leave it out)")
+
+
+def _dry_run(recipe: Recipe, teacher: str | None, given: dict[str, Any]) -> int:
+    import yaml
+
+    from fastkd.training.setup import dry_run
+
+    resolved, values = dry_run(recipe, teacher, given)
+    print(yaml.safe_dump(resolved.to_dict(), sort_keys=False), end="")
+    print()
+    for heading, text in values.items():
+        print(f"{heading + ':':<16} {text}")
+    return 0
+
+
+def _add_evaluate(commands: Any) -> None:
+    parser = commands.add_parser(
+        "evaluate",
+        allow_abbrev=False,
+        help="measure the accuracy of a timm model, a checkpoint or a run",
+    )
+    parser.add_argument("model", help="timm name, checkpoint, or folder of a run")
+    parser.add_argument("--data", required=True, help="folder or timm data set name")
+    parser.add_argument("--checkpoint", help="local weights for a timm name")
+    parser.add_argument("--weights", default="auto", choices=("auto", "raw", "ema"))
+    parser.add_argument("--device", help="cpu, cuda, cuda:1 (default: cuda where there is one)")
+    parser.add_argument("--amp", default="none", choices=("none", "bf16", "fp16"))
+    parser.add_argument("--batch-size", type=int, default=256)
+    parser.add_argument("--workers", type=int, default=4)
+    for name in ("img_size", "crop_pct", "interpolation", "mean", "std", "data_root"):
+        parser.add_argument(
+            "--" + name.replace("_", "-"),
+            dest=name,
+            default=argparse.SUPPRESS,
+            metavar="VALUE",
+            help=Recipe.__dataclass_fields__[name].metadata["help"],
+        )
+    parser.set_defaults(run=_evaluate)
+
+
+def _evaluate(options: argparse.Namespace) -> int:
+    from fastkd.training.evaluate import OPTIONS, evaluate
+
+    given = {
+        name: parse_value(name, getattr(options, name))
+        for name in OPTIONS
+        if hasattr(options, name)
+    }
+    measured = evaluate(
+        options.model,
+        options.data,
+        checkpoint=options.checkpoint,
+        weights=options.weights,
+        device=options.device,
+        amp=options.amp,
+        batch_size=options.batch_size,
+        workers=options.workers,
+        **given,
+    )
+    top5 = "" if measured["top5"] is None else f", top-5 {measured['top5']:.2f} %"
+    print(
+        f"top-1 {measured['top1']:.2f} %{top5}, cross-entropy {measured['loss']:.4f}, "
+        f"{measured['count']:,} images ({options.model}, weights {measured['weights']})"
+    )
+    return 0
+
+
+def _add_recipes(commands: Any) -> None:
+    parser = commands.add_parser("recipes", help="list the shipped recipes, or show one")
+    parser.add_argument("name", nargs="?", help="a recipe to show")
+    parser.set_defaults(run=_recipes)
+
+
+def _recipes(options: argparse.Namespace) -> int:
+    if options.name is not None:
+        print(Recipe.path(options.name).read_text(encoding="utf-8"), end="")
+        return 0
+    for name in Recipe.names():
+        print(f"{name:<26} {_title(Recipe.path(name))}")
+    return 0
+
+
+def _title(path: Path) -> str:
+    return path.read_text(encoding="utf-8").splitlines()[0].lstrip("# ")
+
+
+def _env(_: argparse.Namespace) -> int:
+    from fastkd.environment import report
+
+    print(report())
+    return 0
+
+
+def _demo(argv: list[str]) -> int:
+    from fastkd.demo import main as demo
+
+    return demo(argv)

@@ -1,0 +1,98 @@
+"""The sum that is minimised, and its parts by name.
+
+Knows logits and tokens; not the models they come from, nor how they are optimised.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastkd.losses.feature import FeatureKD, Key
+from fastkd.losses.logit import HardKD, SoftKD
+from fastkd.tokens import Tokens
+
+
+class DistillationLoss(nn.Module):
+    r"""Cross-entropy, logit and feature distillation in one sum.
+
+    .. math:: L = (1 - \alpha) \, CE + \alpha \, KD + w \, L_{feature}
+
+    Source: arXiv 2511.15572. CE is smoothed for class indices; soft targets (Mixup) are taken as
+    they come, smoothed by who mixed them. :math:`\alpha = 0` is what the paper's scripts call
+    "feature only": CE + w feature. KD is the logit term's weight, :math:`\alpha`.
+
+    Args:
+        logit: `SoftKD` or `HardKD`, whose ``weight`` is :math:`\alpha`; None is :math:`\alpha = 0`.
+        feature: `FeatureKD`, whose ``weight`` is w; None leaves it out.
+        label_smoothing: for targets given as class indices.
+
+    Raises:
+        ValueError: :math:`\alpha` outside [0, 1], or a negative w.
+    """
+
+    def __init__(
+        self,
+        logit: SoftKD | HardKD | None = None,
+        feature: FeatureKD | None = None,
+        label_smoothing: float = 0.0,
+    ) -> None:
+        super().__init__()
+        if logit is not None and not 0 <= logit.weight <= 1:
+            raise ValueError(f"DistillationLoss: alpha must lie in [0, 1], got {logit.weight}")
+        if feature is not None and feature.weight < 0:
+            raise ValueError(f"DistillationLoss: the feature weight is negative: {feature.weight}")
+        self.logit = logit
+        self.feature = feature
+        self.label_smoothing = label_smoothing
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Keys of the dict that `forward` returns, ``"loss"`` first."""
+        terms = [term.name for term in (self.logit, self.feature) if term is not None]
+        return ("loss", "ce", *terms)
+
+    def forward(
+        self,
+        logits: Tensor,
+        target: Tensor,
+        teacher_logits: Tensor | None = None,
+        student_tokens: Mapping[Key, Tokens] | None = None,
+        teacher_tokens: Mapping[Key, Tokens] | None = None,
+    ) -> dict[str, Tensor]:
+        """Compute the total and every term.
+
+        Args:
+            logits: [B, classes], the student's.
+            target: [B] class indices, or [B, classes] soft targets.
+            teacher_logits: [B, classes]; needed with a logit term.
+            student_tokens: by tap key; needed with a feature term.
+            teacher_tokens: by tap key; needed with a feature term.
+
+        Returns:
+            Scalars: ``"loss"`` (the total), ``"ce"``, and each term unweighted under its name.
+
+        Raises:
+            ValueError: a term is there but not what it compares.
+        """
+        cross_entropy = self._cross_entropy(logits, target)
+        parts = {"ce": cross_entropy}
+        total = cross_entropy
+        if self.logit is not None:
+            if teacher_logits is None:
+                raise ValueError(f"DistillationLoss: {self.logit.name} needs teacher_logits")
+            parts[self.logit.name] = self.logit(logits, teacher_logits)
+            alpha = self.logit.weight
+            total = (1 - alpha) * cross_entropy + alpha * parts[self.logit.name]
+        if self.feature is not None:
+            if student_tokens is None or teacher_tokens is None:
+                raise ValueError("DistillationLoss: feature needs student_tokens, teacher_tokens")
+            parts[self.feature.name] = self.feature(student_tokens, teacher_tokens)
+            total = total + self.feature.weight * parts[self.feature.name]
+        return {"loss": total, **parts}
+
+    def _cross_entropy(self, logits: Tensor, target: Tensor) -> Tensor:
+        smoothing = 0.0 if target.is_floating_point() else self.label_smoothing
+        return F.cross_entropy(logits.float(), target, label_smoothing=smoothing)

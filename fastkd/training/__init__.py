@@ -1,0 +1,53 @@
+"""The trainer: recipes, data, the loop, checkpoints and logs, behind `train` and `evaluate`.
+
+Names are imported at first use, so that reading a recipe does not import torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fastkd.training.checkpoint import CheckpointError, load_checkpoint
+    from fastkd.training.engine import NonFiniteError
+    from fastkd.training.evaluate import evaluate
+    from fastkd.training.recipe import Recipe
+    from fastkd.training.result import Result
+    from fastkd.training.setup import load_student
+    from fastkd.training.task import DistillationTask, build_task
+    from fastkd.training.train import train
+
+_HOMES = {
+    "CheckpointError": "checkpoint",
+    "load_checkpoint": "checkpoint",
+    "NonFiniteError": "engine",
+    "evaluate": "evaluate",
+    "Recipe": "recipe",
+    "Result": "result",
+    "load_student": "setup",
+    "DistillationTask": "task",
+    "build_task": "task",
+    "train": "train",
+}
+
+__all__ = [
+    "CheckpointError",
+    "DistillationTask",
+    "NonFiniteError",
+    "Recipe",
+    "Result",
+    "build_task",
+    "evaluate",
+    "load_checkpoint",
+    "load_student",
+    "train",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value

@@ -1,0 +1,89 @@
+"""Checkpoints: whole or not there at all, and refused where they are torn or somebody else's.
+
+Knows files and plain state; not what the states belong to.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastkd.training.atomic import replacing
+
+FORMAT = "fastkd-checkpoint"
+VERSION = 1
+LAST = "last.pth"
+BEST = "best.pth"
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be used; the message says why and what can be done."""
+
+
+def save_checkpoint(state: dict[str, Any], path: str | os.PathLike[str]) -> None:
+    """Write a checkpoint atomically: a file of that name is always a whole one.
+
+    Args:
+        state: tensors, numbers, strings and containers of them.
+        path: the file; an older one survives any failure.
+
+    Raises:
+        OSError: the file cannot be written (disk full); nothing is left behind.
+    """
+    try:
+        with replacing(path) as file:
+            torch.save({"format": FORMAT, "version": VERSION, **state}, file)
+    except (RuntimeError, OSError) as error:  # torch's writer turns a full disk into the former
+        raise OSError(
+            f"checkpoint: cannot write {path} ({error}); an older one there is kept"
+        ) from error
+
+
+def load_checkpoint(path: str | os.PathLike[str], device: str | torch.device = "cpu") -> dict:
+    """Read a checkpoint that `save_checkpoint` wrote, with ``weights_only=True``.
+
+    Args:
+        path: a checkpoint, or the folder of a run, whose ``last.pth`` is taken.
+        device: where its tensors go.
+
+    Returns:
+        The state.
+
+    Raises:
+        CheckpointError: not there, torn, not fastkd's, of a later version, or holding more than
+            plain state.
+    """
+    path = Path(path)
+    if path.is_dir():
+        path = path / LAST
+    try:
+        state = torch.load(path, map_location=device, weights_only=True)
+    except FileNotFoundError:
+        raise CheckpointError(f"checkpoint: there is no {path}") from None
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(
+            f"checkpoint: {path} is torn, or holds more than plain state and is not loaded for "
+            f"safety ({_first_line(error)})"
+        ) from error
+    except (RuntimeError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        raise CheckpointError(
+            f"checkpoint: {path} is torn or no checkpoint ({_first_line(error)}); delete it to "
+            f"start again"
+        ) from error
+    if not isinstance(state, dict) or state.get("format") != FORMAT:
+        raise CheckpointError(f"checkpoint: {path} was not written by fastkd's trainer")
+    if state["version"] > VERSION:
+        raise CheckpointError(
+            f"checkpoint: {path} has version {state['version']}, this fastkd reads up to {VERSION}"
+        )
+    return state
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0][:160] if lines else type(error).__name__

@@ -1,0 +1,110 @@
+"""One process or several: who am I, which device, and how sums meet.
+
+Reads torchrun's environment; knows nothing of what is trained.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among its peers.
+
+    Attributes:
+        device: where this process computes.
+        rank: 0 writes files and talks.
+        size: number of processes.
+    """
+
+    device: torch.device
+    rank: int = 0
+    size: int = 1
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes and talks."""
+        return self.rank == 0
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Sum over all processes; synchronises with them, on the device.
+
+        Args:
+            values: a tensor on ``device``; left as it is.
+
+        Returns:
+            The sums, on every process.
+        """
+        if self.size == 1:
+            return values
+        total = values.clone()
+        dist.all_reduce(total)
+        return total
+
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is set on any process; synchronises with the host.
+
+        Args:
+            flag: this process' flag.
+
+        Returns:
+            The same answer on every process.
+        """
+        if self.size == 1:
+            return flag
+        return bool(self.sum(torch.tensor(float(flag), device=self.device)).item())
+
+    def barrier(self) -> None:
+        """Wait for the other processes."""
+        if self.size > 1:
+            dist.barrier()
+
+
+@contextmanager
+def world(device: str | torch.device | None = None) -> Iterator[World]:
+    """Join torchrun's process group if there is one; leave it at the end.
+
+    Args:
+        device: ``"cpu"``, ``"cuda"``, ``"cuda:1"``; None takes CUDA if there is a device. Under
+            torchrun, ``"cuda"`` and None take the local rank's device.
+
+    Yields:
+        This process among its peers.
+
+    Raises:
+        ValueError: CUDA is asked for and not there.
+    """
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    chosen = _device(device, int(os.environ.get("LOCAL_RANK", "0")))
+    if size == 1 and not (dist.is_available() and dist.is_initialized()):
+        yield World(chosen)
+        return
+    joined_before = dist.is_initialized()
+    if not joined_before:
+        dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
+    try:
+        yield World(chosen, dist.get_rank(), dist.get_world_size())
+    finally:
+        if not joined_before:
+            dist.destroy_process_group()
+
+
+def _device(device: str | torch.device | None, local_rank: int) -> torch.device:
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    chosen = torch.device(device)
+    if chosen.type == "cuda":
+        if not torch.cuda.is_available():
+            raise ValueError(f"device: {device} asked for, but torch sees no CUDA device")
+        if chosen.index is None:
+            chosen = torch.device("cuda", local_rank)
+        torch.cuda.set_device(chosen)
+    return chosen

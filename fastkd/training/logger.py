@@ -1,0 +1,165 @@
+"""What a run tells: log.jsonl, epochs.csv and one progress bar.
+
+Gets numbers and writes them; knows neither models nor data. Only the main process has one that
+writes.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import sys
+from pathlib import Path
+from typing import Any, TextIO
+
+from tqdm import tqdm
+
+from fastkd.training.atomic import write_text
+
+LOG = "log.jsonl"
+EPOCHS = "epochs.csv"
+
+
+class _Bar(tqdm):
+    """tqdm without its monitor thread, of which many short runs would see one come and stay."""
+
+    monitor_interval = 0
+
+
+class RunLogger:
+    """Writes the run's logs and shows its progress.
+
+    Args:
+        output: the run's folder; None writes no files.
+        total_updates: of the whole run, for the bar and its ETA.
+        quiet: show nothing.
+        enabled: False makes an object that does nothing, for ranks other than the main one.
+        stream: where progress goes; standard error by default.
+    """
+
+    def __init__(
+        self,
+        output: Path | None,
+        total_updates: int,
+        *,
+        quiet: bool = False,
+        enabled: bool = True,
+        stream: TextIO | None = None,
+    ) -> None:
+        self.output = output if enabled else None
+        self.stream = stream or sys.stderr
+        self.total_updates = total_updates
+        self.shows = enabled and not quiet
+        self._log: TextIO | None = None
+        self._bar: _Bar | None = None
+
+    def start(self, updates: int) -> None:
+        """Open the logs; what they hold past the resumed position is dropped first.
+
+        Args:
+            updates: finished updates of the run.
+        """
+        if self.output is not None:
+            _truncate_log(self.output / LOG, updates)
+            self._log = open(self.output / LOG, "a", encoding="utf-8")  # noqa: SIM115
+        if self.shows and self.stream.isatty():
+            self._bar = _Bar(
+                total=self.total_updates,
+                initial=updates,
+                file=self.stream,
+                unit="update",
+                dynamic_ncols=True,
+            )
+
+    def message(self, text: str) -> None:
+        """Show a line of text.
+
+        Args:
+            text: the line.
+        """
+        if self._bar is not None:
+            self._bar.write(text, file=self.stream)
+        elif self.shows:
+            print(text, file=self.stream, flush=True)
+
+    def advance(self) -> None:
+        """Count one update on the bar."""
+        if self._bar is not None:
+            self._bar.update()
+
+    def interval(self, record: dict[str, Any]) -> None:
+        """Log the means since the last line.
+
+        Args:
+            record: with ``epoch``, ``update``, ``loss``, ``images_per_second``, ``data_wait``.
+        """
+        self._write_line({"kind": "interval", **record})
+        if self._bar is not None:
+            self._bar.set_postfix_str(
+                f"epoch {record['epoch']}, loss {record['loss']:.4g}, "
+                f"{record['images_per_second']:.0f} images/s, data wait {record['data_wait']:.0f}%"
+            )
+
+    def epoch(self, record: dict[str, Any], history: list[dict[str, Any]], epochs: int) -> None:
+        """Log an epoch, rewrite the table of epochs, and say how it went.
+
+        Args:
+            record: the epoch's, the last of ``history``.
+            history: all epochs so far.
+            epochs: of the whole run.
+        """
+        self._write_line({"kind": "epoch", **record})
+        if self.output is not None:
+            _write_csv(self.output / EPOCHS, history)
+        if self._bar is None or "top1" in record:
+            self.message(_epoch_line(record, epochs))
+
+    def close(self) -> None:
+        """Close the files and the bar."""
+        if self._log is not None:
+            self._log.close()
+            self._log = None
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+
+    def _write_line(self, record: dict[str, Any]) -> None:
+        if self._log is not None:
+            self._log.write(json.dumps(record) + "\n")
+            self._log.flush()
+
+
+def _truncate_log(path: Path, updates: int) -> None:
+    """Drop lines that a resumed run will write again; a line torn by a kill goes with them."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        if record["update"] <= updates:
+            kept.append(line + "\n")
+    write_text(path, "".join(kept))
+
+
+def _write_csv(path: Path, history: list[dict[str, Any]]) -> None:
+    columns = list(dict.fromkeys(name for record in history for name in record))
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(history)
+    write_text(path, text.getvalue())
+
+
+def _epoch_line(record: dict[str, Any], epochs: int) -> str:
+    parts = [f"epoch {record['epoch'] + 1}/{epochs}", f"loss {record['loss']:.4f}"]
+    if "top1" in record:
+        parts.append(f"top-1 {record['top1']:.2f} %")
+    if "ema_top1" in record:
+        parts.append(f"EMA top-1 {record['ema_top1']:.2f} %")
+    parts.append(f"{record['images_per_second']:.0f} images/s")
+    parts.append(f"data wait {record['data_wait']:.0f} %")
+    return ", ".join(parts)

@@ -1,0 +1,129 @@
+"""Which samples make up which step: exact, resumable, and the same for every number of ranks.
+
+Knows numbers of samples and ranks; neither images nor loaders.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+from torch.utils.data import Sampler
+
+from fastkd.training.seeding import derive_seed
+
+
+class SampleKey(NamedTuple):
+    """One augmented sample: all that its random transform depends on, beside the run's seed."""
+
+    epoch: int
+    sample: int
+    copy: int
+
+
+class TrainBatchSampler(Sampler[list[SampleKey]]):
+    """Batches of one rank, in an order that depends on (seed, epoch) alone.
+
+    An epoch is a permutation of the samples, each repeated ``repeats`` times in a row and the whole
+    cut to one pass' length (DeiT's repeated augmentation, on any number of processes), then cut
+    into updates of ``world_size * batch_size * accumulation`` samples; the rest is dropped. Within
+    a slice of an update the ranks take every ``world_size``-th sample, so that the update's samples
+    are the same however many ranks share them.
+
+    The position is where the *next* iteration starts. A loader with workers runs ahead of the
+    training loop, so the loop's count of finished updates is the one to keep in a checkpoint.
+
+    Args:
+        num_samples: size of the data set.
+        batch_size: samples per rank and slice.
+        seed: the run's seed.
+        accumulation: slices per update.
+        repeats: copies of a sample that follow each other.
+        rank: this process.
+        world_size: number of processes.
+
+    Raises:
+        ValueError: the data set is smaller than one update.
+    """
+
+    def __init__(
+        self,
+        num_samples: int,
+        batch_size: int,
+        *,
+        seed: int = 0,
+        accumulation: int = 1,
+        repeats: int = 1,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        self.num_samples = num_samples
+        self.batch_size = batch_size
+        self.seed = seed
+        self.accumulation = accumulation
+        self.repeats = repeats
+        self.rank = rank
+        self.world_size = world_size
+        self.epoch = 0
+        self.update = 0
+        self.updates_per_epoch = num_samples // (world_size * batch_size * accumulation)
+        if self.updates_per_epoch == 0:
+            raise ValueError(
+                f"batch_size: {world_size * batch_size * accumulation} images per update, but the "
+                f"training set has only {num_samples}"
+            )
+
+    def set_position(self, epoch: int, update: int = 0) -> None:
+        """Let the next iteration start at an update of an epoch.
+
+        Args:
+            epoch: from 0.
+            update: finished updates of that epoch.
+        """
+        self.epoch = epoch
+        self.update = update
+
+    def order(self, epoch: int) -> np.ndarray:
+        """The epoch's samples over all ranks.
+
+        Args:
+            epoch: from 0.
+
+        Returns:
+            [updates * samples per update, 2] int64: (index, copy) in the order of use.
+        """
+        generator = np.random.default_rng(derive_seed("order", self.seed, epoch))
+        used = self.updates_per_epoch * self.world_size * self.batch_size * self.accumulation
+        indices = np.repeat(generator.permutation(self.num_samples), self.repeats)[:used]
+        copies = np.tile(np.arange(self.repeats), self.num_samples)[:used]
+        return np.stack([indices, copies], axis=1)
+
+    def __iter__(self) -> Iterator[list[SampleKey]]:
+        slice_size = self.world_size * self.batch_size
+        order = self.order(self.epoch)[self.update * self.accumulation * slice_size :]
+        for start in range(0, len(order), slice_size):
+            rows = order[start + self.rank : start + slice_size : self.world_size].tolist()
+            yield [SampleKey(self.epoch, sample, copy) for sample, copy in rows]
+
+    def __len__(self) -> int:
+        return (self.updates_per_epoch - self.update) * self.accumulation
+
+
+class EvalSampler(Sampler[SampleKey]):
+    """Every sample exactly once over all ranks, in order; ranks may differ by one sample.
+
+    Args:
+        num_samples: size of the data set.
+        rank: this process.
+        world_size: number of processes.
+    """
+
+    def __init__(self, num_samples: int, rank: int = 0, world_size: int = 1) -> None:
+        self.indices = range(rank, num_samples, world_size)
+
+    def __iter__(self) -> Iterator[SampleKey]:
+        return (SampleKey(0, sample, 0) for sample in self.indices)
+
+    def __len__(self) -> int:
+        return len(self.indices)

@@ -1,0 +1,83 @@
+"""Random numbers that depend on where a run is, not on how it got there.
+
+Seeds derive from (seed, epoch, sample, copy) or (seed, update, rank): any worker count, and a run
+that was stopped anywhere, draw the same numbers.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+
+# What a derived seed is for, so that the streams of different purposes never coincide.
+PURPOSES = {"model": 0, "order": 1, "sample": 2, "mix": 3, "update": 4}
+
+
+def derive_seed(purpose: str, *parts: int) -> int:
+    """Hash a purpose and whole numbers >= 0 into a 32-bit seed.
+
+    Args:
+        purpose: a key of `PURPOSES`.
+        *parts: what the stream depends on, such as seed, epoch and index.
+
+    Returns:
+        The seed; the same for the same arguments on every machine.
+    """
+    return int(np.random.SeedSequence([PURPOSES[purpose], *parts]).generate_state(1)[0])
+
+
+def seed_cpu(seed: int) -> None:
+    """Seed python, numpy and torch's CPU generator; an accelerator's generator is left alone."""
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.default_generator.manual_seed(seed)
+
+
+def seed_all(seed: int) -> None:
+    """Seed python, numpy and torch, accelerators included; does not synchronise."""
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+@contextmanager
+def preserved_rng() -> Iterator[None]:
+    """Give python, numpy and torch's CPU generator back as they were."""
+    state = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    try:
+        yield
+    finally:
+        random.setstate(state[0])
+        np.random.set_state(state[1])
+        torch.set_rng_state(state[2])
+
+
+def rng_state(device: torch.device) -> dict[str, Any]:
+    """States of all generators, in types that ``torch.load(weights_only=True)`` reads."""
+    _, keys, position, has_gauss, gauss = np.random.get_state()
+    state: dict[str, Any] = {
+        "python": random.getstate(),
+        "numpy": (torch.from_numpy(np.asarray(keys, dtype=np.int64)), position, has_gauss, gauss),
+        "torch": torch.get_rng_state(),
+    }
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device)
+    return state
+
+
+def set_rng_state(state: dict[str, Any], device: torch.device) -> None:
+    """Put back what `rng_state` gave."""
+    version, keys, gauss = state["python"]
+    random.setstate((version, tuple(keys), gauss))
+    np_keys, position, has_gauss, np_gauss = state["numpy"]
+    np.random.set_state(
+        ("MT19937", np_keys.numpy().astype(np.uint32), position, has_gauss, np_gauss)
+    )
+    torch.set_rng_state(state["torch"])
+    if device.type == "cuda" and "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"], device)

@@ -1,0 +1,171 @@
+"""The task: student and terms in one module, the thing that DDP wraps and whose loss is minimised.
+
+Knows how a student's taps feed the terms. The frozen teacher stays outside, and so do devices,
+optimisers and data.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from fastkd.losses import DistillationLoss, FeatureKD, HardKD, SoftKD
+from fastkd.models import LiftVisionTransformer, TapOutput, Taps, Teacher
+from fastkd.training.recipe import Key, Pairs, Recipe
+
+
+class DistillationTask(nn.Module):
+    """A student with its terms; learnable projectors are the terms' and are dropped at inference.
+
+    Args:
+        student: any timm model, or a module whose taps are named.
+        terms: what is minimised.
+        taps: the student's taps; None where no term compares features.
+    """
+
+    def __init__(
+        self, student: nn.Module, terms: DistillationLoss, taps: Taps | None = None
+    ) -> None:
+        super().__init__()
+        self.student = student
+        self.terms = terms
+        self.taps = taps
+        self.decay_embeddings = False
+
+    @property
+    def needs_logits(self) -> bool:
+        """Whether a term compares logits with a teacher's."""
+        return self.terms.logit is not None
+
+    @property
+    def needs_tokens(self) -> bool:
+        """Whether a term compares token maps with a teacher's."""
+        return self.terms.feature is not None
+
+    def forward(
+        self, images: Tensor, target: Tensor, teacher_output: TapOutput | None = None
+    ) -> dict[str, Tensor]:
+        """One forward pass of the student and of every term.
+
+        Args:
+            images: [B, C, H, W], normalised for the student.
+            target: [B] class indices or [B, classes] soft targets.
+            teacher_output: the teacher's logits and tokens for the same images, where needed.
+
+        Returns:
+            ``"loss"`` (the total), ``"output"`` ([B, classes], the student's logits) and every
+            unweighted term under its name.
+
+        Raises:
+            ValueError: a term needs the teacher's output and it is missing.
+        """
+        if (self.needs_logits or self.needs_tokens) and teacher_output is None:
+            raise ValueError("DistillationTask: the terms need teacher_output, got None")
+        if self.taps is None:
+            logits = self.student(images)
+            tokens = None
+        else:
+            output = self.taps(images)
+            logits, tokens = output.logits, self._compared_tokens(output)
+        losses = self.terms(
+            logits,
+            target,
+            teacher_output.logits if teacher_output is not None else None,
+            tokens,
+            teacher_output.tokens if teacher_output is not None else None,
+        )
+        return {**losses, "output": logits}
+
+    def _compared_tokens(self, output: TapOutput) -> dict:
+        feature = self.terms.feature
+        if feature is None or feature.projector != "lift":
+            return output.tokens
+        if output.final is None:
+            raise ValueError(
+                "DistillationTask: projector='lift' needs a student with lifted tokens, such as "
+                "variant='lift'"
+            )
+        return {feature.pairs[0][0]: output.final}
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set[str]:
+        """Parameters that timm's optimiser factory must not decay, beside the 1-d ones."""
+        listed = getattr(self.student, "no_weight_decay", None)
+        if self.decay_embeddings or listed is None:
+            return set()
+        return {f"student.{name}" for name in listed()}
+
+
+def build_task(
+    student: nn.Module, teacher: Teacher | None, recipe: Recipe, example: Tensor
+) -> DistillationTask:
+    """Put a student and the terms of a recipe together, and let the teacher tap what they compare.
+
+    Args:
+        student: the module to train.
+        teacher: None trains on labels alone, the matched run without distillation.
+        recipe: alpha, tau, hard, the feature options, label smoothing.
+        example: [1, C, H, W], an input of the student on the models' device; layers that are tapped
+            by name are run once on it, to learn their channels.
+
+    Returns:
+        The task; learnable projectors are on the example's device.
+
+    Raises:
+        ValueError: widths that the projector cannot bring together, blocks that do not exist.
+    """
+    logit, feature, taps = None, None, None
+    if teacher is not None and recipe.alpha > 0:
+        logit = HardKD(recipe.alpha) if recipe.hard else SoftKD(recipe.tau, recipe.alpha)
+    if teacher is not None and recipe.feature_weight > 0:
+        taps, feature = _feature_term(student, teacher, recipe, example)
+    terms = DistillationLoss(logit, feature, recipe.label_smoothing).to(example.device)
+    task = DistillationTask(student, terms, taps)
+    task.decay_embeddings = recipe.decay_pos_embed
+    return task
+
+
+def _feature_term(
+    student: nn.Module, teacher: Teacher, recipe: Recipe, example: Tensor
+) -> tuple[Taps, FeatureKD]:
+    # One layer at a time, because taps merge what resolves to the same layer (-1 and 11).
+    pairs = tuple(
+        (Taps(student, [s]).indices[0], Taps(teacher.model, [t]).indices[0])
+        for s, t in recipe.pairs
+    )
+    student_keys, teacher_keys = _keys(pairs)
+    taps = Taps(student, student_keys, num_prefix=recipe.student_prefix)
+    teacher_taps = teacher.tap(teacher_keys, num_prefix=recipe.teacher_prefix)
+    if recipe.projector == "lift":
+        student_dims = dict.fromkeys(student_keys, _lifted_width(student))
+    else:
+        student_dims = _dims(taps, example)
+    term = FeatureKD(
+        recipe.feature_loss,
+        pairs,
+        recipe.feature_weight,
+        recipe.projector,
+        student_dims,
+        _dims(teacher_taps, teacher.prepare(example)),
+        recipe.resample,
+    )
+    return taps, term
+
+
+def _keys(pairs: Pairs) -> tuple[list[Key], list[Key]]:
+    """Each side's keys, every one once."""
+    return list(dict.fromkeys(s for s, _ in pairs)), list(dict.fromkeys(t for _, t in pairs))
+
+
+def _dims(taps: Taps, example: Tensor) -> dict[Key, int]:
+    by_name = any(isinstance(key, str) for key in taps.indices)
+    return taps.probe(example) if by_name else taps.dims
+
+
+def _lifted_width(student: nn.Module) -> int:
+    if not isinstance(student, LiftVisionTransformer):
+        raise ValueError(
+            f"projector: 'lift' compares the lifted tokens of a student with variant='lift', "
+            f"{type(student).__name__} has none"
+        )
+    return student.num_features

@@ -1,0 +1,148 @@
+"""FeatureKD against the definitions of its distances, and what it refuses."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from fastkd.losses import FeatureKD, pool_side
+from fastkd.tokens import Tokens, match_grids
+
+GRID = (3, 4)
+
+
+def tokens(seed: int, dim: int = 6, grid: tuple[int, int] = GRID, batch: int = 2) -> Tokens:
+    generator = torch.Generator().manual_seed(seed)
+    data = torch.randn(batch, grid[0] * grid[1], dim, generator=generator, dtype=torch.float64)
+    return Tokens(data, grid, source=f"model{seed}")
+
+
+def as_map(one: Tokens) -> torch.Tensor:
+    return one.data.unflatten(1, one.grid).permute(0, 3, 1, 2)
+
+
+def spectral(student: Tokens, teacher: Tokens) -> torch.Tensor:
+    stacks = [
+        torch.view_as_real(torch.fft.rfft2(as_map(one), norm="ortho")) for one in (student, teacher)
+    ]
+    return F.mse_loss(*stacks)
+
+
+DEFINITIONS = {
+    "mse": lambda s, t: ((s.data - t.data) ** 2).mean(),
+    "spectral": spectral,
+    "smooth_l1": lambda s, t: F.smooth_l1_loss(s.data, t.data),
+    "cosine": lambda s, t: 1 - F.cosine_similarity(s.data, t.data, dim=-1).mean(),
+}
+
+
+@pytest.mark.parametrize("loss", DEFINITIONS)
+def test_each_distance_equals_its_definition(loss):
+    student, teacher = tokens(0), tokens(1)
+    term = FeatureKD(loss, pairs=((11, 23),))
+    torch.testing.assert_close(
+        term({11: student}, {23: teacher}), DEFINITIONS[loss](student, teacher)
+    )
+
+
+def test_pairs_are_averaged():
+    students, teachers = {0: tokens(0), 1: tokens(1)}, {5: tokens(2), 7: tokens(3)}
+    term = FeatureKD("mse", pairs=((0, 5), (1, 7), (1, 5)))
+    expected = sum(
+        F.mse_loss(students[s].data, teachers[t].data) for s, t in ((0, 5), (1, 7), (1, 5))
+    )
+    torch.testing.assert_close(term(students, teachers), expected / 3)
+
+
+@pytest.mark.parametrize("widths", [(6, 12), (12, 6), (6, 9)])
+def test_pool_averages_the_wider_side_as_adaptive_pooling_does(widths):
+    student, teacher = tokens(0, widths[0]), tokens(1, widths[1])
+    narrow = min(widths)
+    pooled = [F.adaptive_avg_pool1d(one.data, narrow) for one in (student, teacher)]
+    term = FeatureKD("mse", pairs=((0, 0),), projector="pool")
+    torch.testing.assert_close(term({0: student}, {0: teacher}), F.mse_loss(*pooled))
+
+
+def test_linear_projects_the_student_to_the_teachers_width():
+    student, teacher = tokens(0, 6), tokens(1, 10)
+    term = FeatureKD(
+        pairs=((0, 0),), projector="linear", student_dims={0: 6}, teacher_dims={0: 10}
+    ).double()
+    linear = term.projectors[0]
+    expected = F.mse_loss(student.data @ linear.weight.T + linear.bias, teacher.data)
+    torch.testing.assert_close(term({0: student}, {0: teacher}), expected)
+
+
+def test_linear_has_one_projector_per_pair_and_each_receives_a_gradient():
+    dims = {0: 6, 1: 6}
+    term = FeatureKD(
+        pairs=((0, 0), (1, 1)), projector="linear", student_dims=dims, teacher_dims={0: 8, 1: 10}
+    ).double()
+    term({0: tokens(0), 1: tokens(1)}, {0: tokens(2, 8), 1: tokens(3, 10)}).backward()
+    assert [tuple(p.weight.shape) for p in term.projectors] == [(8, 6), (10, 6)]
+    assert all(p.weight.grad.abs().sum() > 0 for p in term.projectors)
+
+
+@pytest.mark.parametrize("projector", ["none", "pool", "lift"])
+def test_other_projectors_hold_no_parameters(projector):
+    term = FeatureKD(pairs=((0, 0),), projector=projector, student_dims={0: 6}, teacher_dims={0: 6})
+    assert list(term.parameters()) == []
+
+
+def test_different_grids_are_refused_without_resample():
+    with pytest.raises(ValueError, match="resample"):
+        FeatureKD(pairs=((0, 0),))({0: tokens(0)}, {0: tokens(1, grid=(6, 8))})
+
+
+def test_resample_brings_the_teacher_to_the_students_grid():
+    student, teacher = tokens(0), tokens(1, grid=(6, 8))
+    term = FeatureKD(pairs=((0, 0),), resample="bilinear")
+    expected = F.mse_loss(student.data, match_grids(student, teacher, "bilinear")[1].data)
+    torch.testing.assert_close(term({0: student}, {0: teacher}), expected)
+
+
+def test_unequal_widths_without_projector_name_the_projectors_to_choose():
+    with pytest.raises(ValueError, match=r"6 channels, teacher 12.*'linear'.*'pool'"):
+        FeatureKD(pairs=((0, 0),), student_dims={0: 6}, teacher_dims={0: 12})
+
+
+def test_unequal_widths_are_refused_in_forward_where_none_were_declared():
+    with pytest.raises(ValueError, match="projector='none' needs equal widths"):
+        FeatureKD(pairs=((0, 0),))({0: tokens(0, 6)}, {0: tokens(1, 12)})
+
+
+def test_a_lift_of_another_width_names_the_width_to_choose():
+    with pytest.raises(ValueError, match="width=12"):
+        FeatureKD(pairs=((0, 0),), projector="lift", student_dims={0: 6}, teacher_dims={0: 12})
+
+
+def test_lift_takes_one_pair():
+    with pytest.raises(ValueError, match="one lifted map"):
+        FeatureKD(pairs=((0, 0), (1, 1)), projector="lift")
+
+
+def test_empty_pairs_are_refused():
+    with pytest.raises(ValueError, match="at least one"):
+        FeatureKD(pairs=())
+
+
+def test_linear_without_widths_is_refused():
+    with pytest.raises(ValueError, match="student_dims and teacher_dims"):
+        FeatureKD(pairs=((0, 0),), projector="linear")
+
+
+def test_a_missing_key_is_named():
+    with pytest.raises(ValueError, match=r"teacher has no key 3, only \[0\]"):
+        FeatureKD(pairs=((0, 3),))({0: tokens(0)}, {0: tokens(1)})
+
+
+@pytest.mark.parametrize("option", [{"loss": "l2"}, {"projector": "mlp"}, {"resample": "lanczos"}])
+def test_unknown_options_are_refused(option):
+    with pytest.raises(ValueError, match="must be one of"):
+        FeatureKD(**option)
+
+
+@pytest.mark.parametrize(
+    ("dims", "side"), [((192, 384), "teacher"), ((384, 192), "student"), ((8, 8), "none")]
+)
+def test_pool_side_is_the_wider_one(dims, side):
+    assert pool_side(*dims) == side

@@ -1,0 +1,122 @@
+"""The command line: what it runs, what it prints, how it fails."""
+
+import subprocess
+import sys
+
+import pytest
+
+from fastkd.cli import main
+from fastkd.training.recipe import Recipe
+from tests.training.tiny import image_folder
+
+SMALL = [
+    *("--model", "test_vit", "--img-size", "32", "--epochs", "1", "--warmup-epochs", "0"),
+    *("--batch-size", "6", "--workers", "0", "--amp", "none", "--device", "cpu"),
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return str(image_folder(tmp_path_factory.mktemp("images"), train=4, val=2))
+
+
+def run(capsys, *arguments):
+    try:
+        status = main(arguments)
+    except SystemExit as leaving:
+        status = leaving.code
+    captured = capsys.readouterr()
+    return status, captured.out, captured.err
+
+
+def test_train_and_evaluate_agree_on_a_folder(capsys, folder, tmp_path):
+    output = str(tmp_path / "run")
+    status, out, err = run(
+        capsys, "train", "--data", folder, "--output", output, *SMALL, "--ema-decay", "none"
+    )
+    assert status == 0
+    assert "epoch 1/1" in err
+    top1 = out.split("top-1 after epoch 1: ")[1].split(" ")[0]
+    status, out, _ = run(
+        capsys, "evaluate", output, "--data", folder, "--device", "cpu", "--workers", "0"
+    )
+    assert status == 0
+    assert out.startswith(f"top-1 {top1} %")
+    assert Recipe.load(output).ema_decay is None
+
+
+def test_dry_run_shows_effective_values_and_trains_nothing(capsys, folder, tmp_path):
+    status, out, _ = run(
+        capsys,
+        *("train", "--recipe", "lift_softkd_spectral", "--data", folder, "--num-classes", "1000"),
+        *("--batch-size", "6", "--dry-run", "--output", str(tmp_path / "run")),
+    )
+    assert status == 0
+    assert "variant: lift" in out
+    assert "5,983,528 parameters" in out
+    assert "5.85938e-06 = 0.0005 x 6 / 512" in out
+    assert "12 images, 2 updates an epoch" in out
+    assert not (tmp_path / "run").exists()
+
+
+def test_recipes_lists_every_recipe_and_shows_one(capsys):
+    _, listing, _ = run(capsys, "recipes")
+    assert [line.split()[0] for line in listing.splitlines()] == Recipe.names()
+    _, shown, _ = run(capsys, "recipes", "deit_tiny")
+    assert "Aims at: 72.2 %" in shown
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            "train --featur-loss mse",
+            "unknown argument --featur-loss (did you mean --feature-loss?)",
+        ),
+        ("train --amp fp8 --output x", "amp: expected one of none, bf16, fp16"),
+        ("train --epochs many --output x", "epochs: expected an integer, got 'many'"),
+        ("train --alpha 0.9 --output x", "alpha: needs a teacher"),
+        ("train --recipe nothing --output x", "no recipe 'nothing'"),
+        ("train --data nowhere --output x", "no folder 'nowhere'"),
+        ("train --data nowhere", "--output is missing"),
+        ("evaluate nothing --data nowhere", "no folder 'nowhere'"),
+        ("evaluate x", "required: --data"),
+        ("tarin", "invalid choice: 'tarin'"),
+    ],
+)
+def test_a_users_error_is_one_line_and_status_2(capsys, arguments, message):
+    status, out, err = run(capsys, *arguments.split())
+    assert status == 2
+    assert out == ""
+    assert len(err.splitlines()) == 1
+    assert err.startswith("fastkd")
+    assert ": error: " in err
+    assert message in err
+
+
+def test_debug_shows_the_traceback(capsys, monkeypatch):
+    monkeypatch.setenv("FASTKD_DEBUG", "1")
+    with pytest.raises(ValueError, match="no recipe"):
+        main(["train", "--recipe", "nothing", "--output", "x"])
+
+
+def test_every_recipe_field_is_a_flag(capsys):
+    _, out, _ = run(capsys, "train", "--help")
+    for name in Recipe.__dataclass_fields__:
+        assert "--" + name.replace("_", "-") in out
+
+
+def test_help_and_recipes_import_no_torch():
+    code = (
+        "import sys, fastkd.cli as cli; cli.main(['recipes']); "
+        "sys.exit(any(m in sys.modules for m in ('torch', 'timm', 'numpy')))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0
+
+
+def test_the_module_is_a_command():
+    done = subprocess.run(
+        [sys.executable, "-m", "fastkd", "--version"], capture_output=True, text=True
+    )
+    assert done.returncode == 0
+    assert done.stdout.startswith("fastkd ")

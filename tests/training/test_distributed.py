@@ -1,0 +1,61 @@
+"""Several processes on one run: the same update, exact evaluation, one writer."""
+
+import os
+import socket
+
+import pytest
+import torch
+import torch.multiprocessing as multiprocessing
+
+from fastkd.training import Result, load_checkpoint, train
+from fastkd.training.distributed import world
+from tests.training.tiny import FAST, tensor_data, vit
+
+OPTIONS = FAST | {"alpha": 0.5, "projector": "linear", "accumulation": 2, "log_interval": 1}
+
+
+def run_rank(rank: int, port: int, output: str) -> None:
+    torch.set_num_threads(1)
+    os.environ.update(
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE="2",
+    )
+    # 31 evaluation images: the ranks' shares differ by one.
+    result = train(vit(), vit(24, seed=1), tensor_data(70, 31), output, **OPTIONS)
+    result.save(f"{output}/rank{rank}.json")
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def test_two_processes_run_the_same_training_as_one(tmp_path):
+    train(vit(), vit(24, seed=1), tensor_data(70, 31), tmp_path / "one", **OPTIONS)
+    (tmp_path / "two").mkdir()
+    multiprocessing.spawn(run_rank, (free_port(), str(tmp_path / "two")), nprocs=2)
+    one, two = (load_checkpoint(tmp_path / name) for name in ("one", "two"))
+    for ours, theirs in zip(one["history"], two["history"], strict=True):
+        for name in ("loss", "ce", "soft_kd", "feature", "grad_norm", "top1", "eval_loss"):
+            assert theirs[name] == pytest.approx(ours[name], rel=1e-4), name
+    for name, value in one["student"].items():
+        torch.testing.assert_close(two["student"][name], value, atol=1e-4, rtol=1e-3)
+    ranks = [Result.load(tmp_path / "two" / f"rank{rank}.json") for rank in range(2)]
+    assert ranks[0].top1 == ranks[1].top1
+    assert ranks[0].images == 31
+
+
+def test_one_process_needs_no_process_group():
+    with world("cpu") as alone:
+        assert (alone.rank, alone.size, alone.is_main) == (0, 1, True)
+        assert not torch.distributed.is_initialized()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_cuda_where_there_is_none_is_an_error():
+    with pytest.raises(ValueError, match="no CUDA device"), world("cuda"):
+        pass
