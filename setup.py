@@ -1,7 +1,7 @@
 """Builds fastkd's CUDA library where the machine can, and says in one line why where it cannot.
 
-Everything else about the package is in pyproject.toml. What decides is whether torch is a CUDA build
-and nvcc is found, never whether a GPU is present. FASTKD_BUILD=cuda|none forces the choice;
+Everything else about the package is in pyproject.toml. What decides is whether torch is a CUDA
+build and nvcc is found, never whether a GPU is present. FASTKD_BUILD=cuda|none forces the choice;
 TORCH_CUDA_ARCH_LIST, MAX_JOBS and CUDA_HOME are respected.
 """
 
@@ -25,8 +25,9 @@ def find_toolkit():
     nvcc = shutil.which("nvcc")
     if nvcc is None or "CUDA_HOME" in os.environ or "CUDA_PATH" in os.environ:
         return
-    dry_run = subprocess.run([nvcc, "--dryrun", "-E", "-x", "cu", os.devnull],
-                             capture_output=True, text=True)
+    dry_run = subprocess.run(
+        [nvcc, "--dryrun", "-E", "-x", "cu", os.devnull], capture_output=True, text=True
+    )
     top = re.search(r"TOP=(.+)", dry_run.stderr)
     if top is not None:
         os.environ["CUDA_HOME"] = os.path.realpath(top.group(1).strip())
@@ -71,14 +72,14 @@ def cuda_library():
     info = json.dumps(built).replace('"', '\\"').replace(" ", "")
     # USE_CUDA uncovers the CUDA part of the stable ABI's header.
     defines = [f"-DTORCH_TARGET_VERSION={STABLE_ABI_TARGET}", "-DUSE_CUDA"]
+    common = ["-std=c++20", *defines]
     library = CUDAExtension(
         "fastkd._C",
         SOURCES,
         include_dirs=[str(ROOT / "csrc")],
         extra_compile_args={
-            "cxx": ["-O2", "-std=c++20", "-fvisibility=hidden", *defines]
-            + [f'-DFASTKD_BUILD_INFO="{info}"'],
-            "nvcc": ["-O3", "-std=c++20", "--threads=2", "-Xcompiler=-fvisibility=hidden", *defines],
+            "cxx": ["-O2", "-fvisibility=hidden", *common, f'-DFASTKD_BUILD_INFO="{info}"'],
+            "nvcc": ["-O3", "--threads=2", "-Xcompiler=-fvisibility=hidden", *common],
         },
         extra_link_args=["-Wl,--no-as-needed", "-Wl,--exclude-libs,ALL"],
         py_limited_api=True,

@@ -1,6 +1,6 @@
 """feature_kd, forward + backward: eager, SpectralKD's rfft2 formulation, torch.compile, and ours.
 
-    python bench/feature_kd.py --output bench/results/feature_kd_cpu.json
+python bench/feature_kd.py --output bench/results/feature_kd_cpu.json
 """
 
 from __future__ import annotations
@@ -67,9 +67,7 @@ def case(loss: str, shape: tuple[int, ...], layout: str, dtype: torch.dtype, dev
         if dtype == torch.float32:  # half-precision FFTs need power-of-two grids
             providers.append(harness.Provider("rfft2 formulation", run, True))
     compiled = torch.compile(EAGER[loss], dynamic=False)
-    providers.append(
-        harness.Provider("torch.compile", step(compiled, student, teacher), True)
-    )
+    providers.append(harness.Provider("torch.compile", step(compiled, student, teacher), True))
     for backend, reason in backends(device).items():
         if reason is None:
             ours = step(lambda s, t, b=backend: feature_kd(s, t, loss, backend=b), student, teacher)

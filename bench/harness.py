@@ -74,7 +74,9 @@ def arguments(description: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=description)
     default = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", default=default, help=f"default here: {default}")
-    parser.add_argument("--smoke", action="store_true", help="tiny shapes, two rounds: does it run?")
+    parser.add_argument(
+        "--smoke", action="store_true", help="tiny shapes, two rounds: does it run?"
+    )
     parser.add_argument("--rounds", type=int, default=21, help="timed runs of each provider")
     parser.add_argument("--output", type=Path, help="write the rows as JSON here")
     return parser
@@ -126,7 +128,7 @@ def _run_case(case: Case, device: str, rounds: int, bandwidth: float) -> list[Ro
 
 
 def time_cpu(runs: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """Median seconds of each, taken in turns; an untimed run before each gives it its own caches."""
+    """Median seconds of each, in turns; an untimed run before each gives it its own caches."""
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(rounds):
         for name, work in runs.items():

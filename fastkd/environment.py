@@ -30,7 +30,9 @@ def gpus() -> list[str]:
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)
         memory = properties.total_memory / 2**30
-        found.append(f"{properties.name}, sm_{properties.major}{properties.minor}, {memory:.0f} GiB")
+        found.append(
+            f"{properties.name}, sm_{properties.major}{properties.minor}, {memory:.0f} GiB"
+        )
     return found
 
 

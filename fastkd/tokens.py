@@ -67,7 +67,7 @@ class Tokens:
         maps = self.data.unflatten(1, self.grid).permute(0, 3, 1, 2)
         antialias = mode in ("bilinear", "bicubic")
         options = {"antialias": True, "align_corners": False} if antialias else {}
-        maps = F.interpolate(maps, size=grid, mode=mode, **options)  # type: ignore[arg-type]
+        maps = F.interpolate(maps, size=grid, mode=mode, **options)
         return replace(self, data=maps.flatten(2).transpose(1, 2), grid=grid)
 
 

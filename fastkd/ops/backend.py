@@ -61,7 +61,9 @@ class Operator:
     name: str
     implementations: Mapping[str, Implementation]
     order: tuple[str, ...]
-    self_check: Callable[[Implementation, torch.device, tuple[torch.dtype, ...]], tuple[float, float]]
+    self_check: Callable[
+        [Implementation, torch.device, tuple[torch.dtype, ...]], tuple[float, float]
+    ]
     _checked: dict[tuple[Any, ...], str | None] = field(default_factory=dict)
     _told: set[str] = field(default_factory=set)
 

@@ -1,7 +1,7 @@
 """Loads the compiled CUDA library once and keeps the reason when that fails.
 
-The library is optional: nothing here raises. It registers implementations of operators whose schemas
-are declared in Python, so it must be loaded after them, and it knows nothing of who calls.
+The library is optional: nothing here raises. It registers implementations of operators whose
+schemas are declared in Python. Knows nothing of who calls.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """A Triton launch as a value: what would run, on which grid, with which constants.
 
-Operators build launches, `KernelLaunch.run` starts them, and the test harness compiles the very same
-values ahead of time for GPUs that are not there.
+Operators build launches, `KernelLaunch.run` starts them, and the test harness compiles the very
+same values ahead of time for GPUs that are not there.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class KernelLaunch:
 
     @property
     def options(self) -> dict[str, int | bool]:
-        """Compiler options. Fused multiply-add is asked for: Triton's default is about to change."""
+        """Compiler options; fused multiply-add is named because Triton's default is changing."""
         return {
             "num_warps": self.num_warps,
             "num_stages": self.num_stages,

@@ -72,7 +72,7 @@ def relative_error(found: Tensor, truth: Tensor) -> float:
 
 
 def signed_bias(found: Tensor, truth: Tensor) -> float:
-    """Mean error over the mean size of the truth: rounding averages out, a wrong formula does not."""
+    """Mean error over the mean size of the truth: rounding averages out, a wrong formula stays."""
     truth = truth.double()
     size = truth.abs().mean()
     return ((found.double() - truth).mean() / size).abs().item() if size > 0 else 0.0

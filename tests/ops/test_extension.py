@@ -1,4 +1,4 @@
-"""The compiled library: it loads, registers, depends on torch's stable ABI only, or says why not."""
+"""The compiled library: it loads, registers, needs only torch's stable ABI, or says why not."""
 
 from __future__ import annotations
 

@@ -283,8 +283,7 @@ def test_an_empty_batch_gives_zero(backend, loss):
 def test_a_second_run_is_bitwise_equal(backend, loss):
     inputs = [torch.randn(3, 49, 72, device=backend.device) for _ in range(2)]
     first, second = (
-        backend.call(loss_and_gradients, *inputs, loss=loss, backend=backend.name)
-        for _ in range(2)
+        backend.call(loss_and_gradients, *inputs, loss=loss, backend=backend.name) for _ in range(2)
     )
     assert torch.equal(first[0], second[0]) and torch.equal(first[1], second[1])
 
@@ -435,6 +434,8 @@ def test_a_wrong_kernel_is_switched_off_with_one_warning(backend, caplog):
         assert operator.select("auto", (x, x), "mse") is torch_path
     warnings = [record.message for record in caplog.records if record.levelname == "WARNING"]
     assert len(warnings) == 1
-    assert "disagrees with the reference" in warnings[0] and "relative error 1.00e-02" in warnings[0]
+    assert (
+        "disagrees with the reference" in warnings[0] and "relative error 1.00e-02" in warnings[0]
+    )
     with pytest.raises(RuntimeError, match="disagrees with the reference"):
         operator.select("cuda", (x, x), "mse")

@@ -43,11 +43,11 @@ def feature_kd(
       divided by the number of columns summed.
     - ``"cosine"``: mean over tokens of 1 - cos(student token, teacher token).
 
-    The forward reads each input once and allocates nothing of size [B, N, D]; the backward allocates
-    and writes the gradient once. Sums are in float32 (float64 for float64 inputs) in a fixed order,
-    so results are bitwise reproducible on one device. Nothing waits for the GPU, except the very
-    first call on a device model, which compares the chosen kernel with the reference (design of
-    `fastkd.ops.backend`; ``FASTKD_SELF_CHECK=0`` turns it off).
+    The forward reads each input once and allocates nothing of size [B, N, D]; the backward
+    allocates and writes the gradient once. Sums are in float32 (float64 for float64 inputs) in a
+    fixed order, so results are bitwise reproducible on one device. Nothing waits for the GPU,
+    except the very first call on a device model and dtype, which compares the chosen kernel with
+    the reference; ``FASTKD_SELF_CHECK=0`` turns that off.
 
     Args:
         student: [B, N, Ds] tokens or a [B, Ds, H, W] map; float16, bfloat16, float32 or float64,
@@ -290,9 +290,7 @@ def _implementations() -> dict[str, Implementation]:
     if importlib.util.find_spec("triton") is not None:
         from fastkd.ops.feature_kd import triton
 
-        implementations["triton"] = Implementation(
-            triton.forward, triton.backward, triton.refuses
-        )
+        implementations["triton"] = Implementation(triton.forward, triton.backward, triton.refuses)
     return implementations
 
 

@@ -29,7 +29,7 @@ def accumulator_dtype(student: Tensor, teacher: Tensor) -> torch.dtype:
 
 
 def pool_channels(x: Tensor, channels: int) -> Tensor:
-    """Average the D channels of [B, H, W, D] down to ``channels`` (adaptive_avg_pool3d's windows)."""
+    """Average the D channels of [B, H, W, D] down to ``channels``, by adaptive average pooling."""
     if x.shape[-1] == channels:
         return x
     if x.shape[-1] % channels == 0:
@@ -50,8 +50,8 @@ def definition(
         eps: tokens with a norm below have no direction: their cosine is 0, without gradient.
 
     Returns:
-        Scalar: mse and smooth_l1 average over all elements, cosine over tokens, spectral (SpectralKD,
-        arXiv 2412.19055, eq. 6) over the real and imaginary parts of the half spectrum.
+        Scalar: mse and smooth_l1 average over all elements, cosine over tokens, spectral
+        (SpectralKD, arXiv 2412.19055, eq. 6) over real and imaginary parts of the half spectrum.
     """
     channels = min(student.shape[-1], teacher.shape[-1])
     s, t = pool_channels(student, channels), pool_channels(teacher, channels)
@@ -60,8 +60,11 @@ def definition(
     if loss == "smooth_l1":
         return F.smooth_l1_loss(s, t, beta=beta)
     if loss == "spectral":
-        spectra = [torch.fft.rfft2(x, dim=(1, 2), norm="ortho") for x in (s, t)]
-        return F.mse_loss(*(torch.view_as_real(spectrum) for spectrum in spectra))
+        # rfft2 halves the last of its dimensions: the columns.
+        student_spectrum, teacher_spectrum = (
+            torch.view_as_real(torch.fft.rfft2(x, dim=(1, 2), norm="ortho")) for x in (s, t)
+        )
+        return F.mse_loss(student_spectrum, teacher_spectrum)
     directed = ~((s.norm(dim=-1) < eps) | (t.norm(dim=-1) < eps))
     # A token without direction is replaced before the division, not after: 0 * inf is NaN.
     s, t = (torch.where(directed[..., None], x, 1.0) for x in (s, t))
@@ -180,9 +183,9 @@ def _difference_slope(
 
 # Half rows: an even grid row is two interleaved ones (even and odd columns), an odd row is one.
 #
-# rfft2 keeps the columns 0..W/2, and so counts column 0, and W/2 of an even W, once where Parseval
-# counts all others twice. Their energies are those of the row sums of d and of (-1)^w d; in terms of
-# half rows they add up to the sum over half rows of (sum of d)^2 / length.
+# rfft2 keeps the columns 0..W/2: column 0, and W/2 of an even W, whole, and one of each pair of the
+# others. The energies of the former are those of the row sums of d and of (-1)^w d; in terms of half
+# rows they add up to the sum over half rows of (sum of d)^2 / length.
 
 
 def _rows_in_memory(d: Tensor) -> Tensor:
@@ -221,7 +224,7 @@ def _half_row_energy(d: Tensor) -> Tensor:
 
 
 def _plus_half_row_mean(d: Tensor, out: Tensor | None) -> Tensor:
-    """d + the mean of d over its half row."""
+    """D + the mean of d over its half row."""
     membership = _membership(d)
     if membership is None:
         rows = _half_rows(d)
