@@ -130,6 +130,25 @@ def test_every_shape_and_layout(backend, shape, loss, layout):
         assert relative_error(as_maps(found.cpu(), *shape[1:3]), expected) < 1e-5
 
 
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("student_layout", ["channels_first", "channels_last_map", "cropped"])
+@pytest.mark.parametrize("teacher_layout", ["channels_first", "channels_last_map", "cropped"])
+def test_student_and_teacher_may_differ_in_layout(backend, student_layout, teacher_layout, loss):
+    student, teacher = pair("noise", (2, 4, 6, 16), torch.float32)
+    inputs = layouts(student, student_layout), layouts(teacher, teacher_layout)
+    value, gradient, other = backend.call(
+        loss_and_gradients,
+        *(x.to(backend.device) for x in inputs),
+        (True, True),
+        loss=loss,
+        backend=backend.name,
+    )
+    truth = defined(student, teacher, loss)
+    found = value, *(x.cpu().permute(0, 2, 3, 1) for x in (gradient, other))
+    for ours, expected in zip(found, truth):
+        assert relative_error(ours.cpu(), expected) < 1e-5
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("case", FINITE)

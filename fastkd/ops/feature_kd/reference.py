@@ -18,8 +18,9 @@ from torch import Tensor
 
 LOSSES = ("mse", "spectral", "smooth_l1", "cosine")
 
-# Bytes of one temporary. Big enough to hide Python's overhead, small enough for a core's cache.
+# Bytes of one temporary: on a CPU small enough for the caches, elsewhere big enough to fill a GPU.
 CHUNK_BYTES = 2 << 20
+ACCELERATOR_CHUNK_BYTES = 64 << 20
 
 
 def accumulator_dtype(student: Tensor, teacher: Tensor) -> torch.dtype:
@@ -129,25 +130,25 @@ def backward(
     dtype = accumulator_dtype(student, teacher)
     gradient = torch.empty_like(student)
     factor = upstream.to(dtype) * mean_scale(student, teacher, loss)
+    # Where no cast and no unpooling follow, the slope is written where it belongs at once.
+    in_place = gradient.dtype == dtype and student.shape[-1] <= teacher.shape[-1]
     for chunk in _chunks(student, teacher):
         s, t = _compared(student[chunk], teacher[chunk], dtype)
+        out = gradient[chunk] if in_place else None
         if loss == "cosine":
-            slope = _cosine_slope(s, t, stats[chunk], own).mul_(factor)
+            slope = _cosine_slope(s, t, stats[chunk], own, factor, out)
         else:
-            # Where nothing is left to be done, the slope is written where it belongs at once.
-            direct = gradient.dtype == dtype and gradient.shape[-1] == s.shape[-1]
-            out = gradient[chunk] if direct else None
             slope = _difference_slope(s, t, loss, beta, factor, out)
-            if direct and slope.data_ptr() == gradient[chunk].data_ptr():
-                continue
-        gradient[chunk] = _unpool_gradient(slope, student.shape[-1])
+        if not in_place:
+            gradient[chunk] = _unpool_gradient(slope, student.shape[-1])
     return gradient
 
 
 def _chunks(student: Tensor, teacher: Tensor) -> Iterator[slice]:
     widest = max(student.shape[-1], teacher.shape[-1])
     image_bytes = student.shape[1:3].numel() * widest * accumulator_dtype(student, teacher).itemsize
-    step = max(1, CHUNK_BYTES // image_bytes)
+    on_cpu = student.device.type == "cpu"
+    step = max(1, (CHUNK_BYTES if on_cpu else ACCELERATOR_CHUNK_BYTES) // image_bytes)
     for first in range(0, student.shape[0], step):
         yield slice(first, first + step)
 
@@ -178,13 +179,13 @@ def _difference_slope(
         return d.mul_(2 * factor)
     if beta > 0:
         return d.div_(beta).clamp_(-1, 1).mul_(factor)
-    return torch.where(d.isnan(), d, d.sign()).mul_(factor)
+    return torch.where(d.isnan(), d, d.sign(), out=out).mul_(factor)
 
 
 # Half rows: an even grid row is two interleaved ones (even and odd columns), an odd row is one.
 #
 # rfft2 keeps the columns 0..W/2: column 0, and W/2 of an even W, whole, and one of each pair of the
-# others. The energies of the former are those of the row sums of d and of (-1)^w d; in terms of half
+# others. The former have the energies of the row sums of d and of (-1)^w d; in terms of half
 # rows they add up to the sum over half rows of (sum of d)^2 / length.
 
 
@@ -224,7 +225,7 @@ def _half_row_energy(d: Tensor) -> Tensor:
 
 
 def _plus_half_row_mean(d: Tensor, out: Tensor | None) -> Tensor:
-    """D + the mean of d over its half row."""
+    """The sum of d and its mean over each half row."""
     membership = _membership(d)
     if membership is None:
         rows = _half_rows(d)
@@ -233,10 +234,12 @@ def _plus_half_row_mean(d: Tensor, out: Tensor | None) -> Tensor:
     batch, height, width, channels = d.shape
     rows = _rows_in_memory(d).reshape(-1, width)
     sums = membership @ rows.mT
-    target = None if out is None else _rows_in_memory(out).view(-1, width)
-    scale = len(membership) / width
-    mixed = torch.addmm(rows, sums.mT, membership, alpha=scale, out=target)
-    return mixed.view(batch, channels, height, width).permute(0, 2, 3, 1)
+    target = None if out is None else out.permute(0, 3, 1, 2)
+    direct = target is not None and target.is_contiguous()
+    rows_out = target.view(-1, width) if target is not None and direct else None
+    mixed = torch.addmm(rows, sums.mT, membership, alpha=len(membership) / width, out=rows_out)
+    result = mixed.view(batch, channels, height, width).permute(0, 2, 3, 1)
+    return result if out is None or direct else out.copy_(result)
 
 
 def _token_cosines(s: Tensor, t: Tensor, eps: float) -> Tensor:
@@ -248,10 +251,13 @@ def _token_cosines(s: Tensor, t: Tensor, eps: float) -> Tensor:
     return torch.stack((cosine, student_inverse, teacher_inverse), dim=-1)
 
 
-def _cosine_slope(s: Tensor, t: Tensor, stats: Tensor, own: int) -> Tensor:
+def _cosine_slope(
+    s: Tensor, t: Tensor, stats: Tensor, own: int, factor: Tensor, out: Tensor | None
+) -> Tensor:
     cosine, own_inverse = stats[..., 0:1], stats[..., own : own + 1]
-    across = stats[..., 1:2] * stats[..., 2:3]
-    return s * (cosine * own_inverse.square()) - t * across
+    along = cosine * own_inverse.square() * factor
+    across = stats[..., 1:2] * stats[..., 2:3] * factor
+    return torch.mul(s, along, out=out).addcmul_(t, across, value=-1)
 
 
 def _unpool_gradient(slope: Tensor, channels: int) -> Tensor:
