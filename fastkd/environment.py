@@ -12,7 +12,7 @@ import torch
 from fastkd.ops import backends
 from fastkd.ops.extension import extension
 
-PACKAGES = ("fastkd", "torch", "torchvision", "timm", "triton", "numpy", "einops")
+PACKAGES = ("torchvision", "timm", "triton", "numpy")
 VARIABLES = ("FASTKD_BACKEND", "FASTKD_SELF_CHECK", "FASTKD_BUILD", "TORCH_CUDA_ARCH_LIST")
 
 
@@ -47,6 +47,8 @@ def report() -> str:
         library_state = f"built for torch {built['torch']}, CUDA {built['cuda']}, {archs}; loads"
     rows = [
         ("python", f"{platform.python_version()} on {platform.platform()}"),
+        ("fastkd", version("fastkd")),
+        ("torch", torch.__version__),
         *((package, version(package)) for package in PACKAGES),
         ("CUDA of torch", torch.version.cuda or "none (a CPU build)"),
         ("GPU", "; ".join(gpus()) or "none"),

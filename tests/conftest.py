@@ -10,8 +10,7 @@ import pytest
 import torch
 
 from fastkd.ops import backend as backends
-from tests.harness import host
-from tests.harness.interpreter import run_interpreted
+from tests.harness import host, interpreter
 
 GPU = torch.cuda.is_available()
 
@@ -47,8 +46,9 @@ def backend(request: pytest.FixtureRequest) -> Backend:
             pytest.skip(f"backend {name!r}: {reason}")
         return Backend(name, device, True, _direct)
     if name == "triton":
-        pytest.importorskip("triton")
-        return Backend(name, "cpu", False, run_interpreted)
+        if (reason := interpreter.why_not()) is not None:
+            pytest.skip(reason)
+        return Backend(name, "cpu", False, interpreter.run_interpreted)
     if (reason := host.why_not()) is not None:
         pytest.skip(f"backend 'cuda' on the host: {reason}")
     torch.ops.load_library(str(host.build_library()))

@@ -38,6 +38,25 @@ def _worker() -> ProcessPoolExecutor:
     return pool
 
 
+@functools.cache
+def why_not() -> str | None:
+    """Why Triton's interpreter is of no use here; None where it works."""
+    try:
+        import numpy
+        import triton
+
+        from tests.harness.interpreter_probe import probe
+
+        if run_interpreted(probe) == 3:
+            return None
+        return "Triton's interpreter counts wrongly"
+    except ImportError:
+        return "triton is not installed"
+    except Exception as error:  # triton 3.6 with numpy >= 2.4, for one
+        versions = f"triton {triton.__version__} with numpy {numpy.__version__}"
+        return f"Triton's interpreter does not work ({versions}): {error}"
+
+
 def run_interpreted(function: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
     """Call a module-level function in the interpreting process; arguments are copied there."""
     return _worker().submit(function, *arguments, **options).result()
