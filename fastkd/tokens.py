@@ -9,6 +9,7 @@ import math
 from dataclasses import dataclass, replace
 
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor
 
 RESAMPLE_MODES = ("bilinear", "bicubic", "area", "nearest")
@@ -64,11 +65,11 @@ class Tokens:
             raise ValueError(f"resample must be one of {RESAMPLE_MODES}, got {mode!r}")
         if grid == self.grid:
             return self
-        maps = self.data.unflatten(1, self.grid).permute(0, 3, 1, 2)
+        maps = rearrange(self.data, "b (h w) d -> b d h w", h=self.grid[0])
         antialias = mode in ("bilinear", "bicubic")
         options = {"antialias": True, "align_corners": False} if antialias else {}
         maps = F.interpolate(maps, size=grid, mode=mode, **options)
-        return replace(self, data=maps.flatten(2).transpose(1, 2), grid=grid)
+        return replace(self, data=rearrange(maps, "b d h w -> b (h w) d"), grid=grid)
 
 
 def match_grids(
