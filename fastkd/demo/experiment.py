@@ -1,0 +1,489 @@
+"""The demo's experiment: a teacher, six kinds of students, several seeds, and ranks of features.
+
+Everything is trained by `fastkd.train`, each run in a folder of its own, so an interrupted demo
+continues where it stopped. Knows what is run and measured; not how it is shown.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastkd.analysis import DatasetRank, ImageRank, RankSummary, SecondMoment
+from fastkd.demo.data import CLASSES, SIDE, Digits, load_digits
+from fastkd.demo.progress import Progress
+from fastkd.models import LiftVisionTransformer, Taps, Teacher, create_student
+from fastkd.training import Recipe, Result, train
+from fastkd.training.atomic import write_text
+from fastkd.training.result import RESULT
+from fastkd.training.seeding import preserved_rng
+
+SETTINGS = "settings.json"
+RUNS = "runs"
+TEACHER = "teacher"
+
+_LAST_BLOCK = ((-1, -1),)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What decides the demo's numbers, beside the seeds; one output folder holds one of these.
+
+    Attributes:
+        name: what the report calls it.
+        default_seeds: runs of every student where the user does not say.
+        teacher_epochs: passes over the teacher's augmented copies.
+        augmented_copies: of every training image, for the teacher.
+        teacher_width: channels; students are half as wide.
+        teacher_depth: blocks.
+        student_epochs: passes over the training images.
+        student_depth: blocks.
+        feature_loss: distance between the last token maps.
+        feature_weight: of that distance in the total; a tenth of the paper's, because this
+            teacher's last tokens are so large that the feature term would drown the others.
+        device: where everything runs.
+    """
+
+    name: str
+    default_seeds: int
+    teacher_epochs: int
+    student_epochs: int
+    augmented_copies: int = 10
+    teacher_width: int = 48
+    teacher_depth: int = 4
+    student_depth: int = 3
+    feature_loss: str = "spectral"
+    feature_weight: float = 0.02
+    device: str = "cpu"
+
+    @property
+    def student_width(self) -> int:
+        """Half the teacher's, as DeiT-Tiny's is half of CaiT-S24's."""
+        return self.teacher_width // 2
+
+
+FULL = Settings("full", default_seeds=4, teacher_epochs=10, student_epochs=25)
+QUICK = Settings("quick", default_seeds=1, teacher_epochs=3, student_epochs=10)
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One kind of student.
+
+    Attributes:
+        key: in folder names and results.
+        name: for people.
+        variant: of `fastkd.create_student`.
+        projector: how its features meet the teacher's; None trains without a teacher.
+        twin: key of the same student without distillation, which the gain is counted from.
+    """
+
+    key: str
+    name: str
+    variant: str
+    projector: str | None = None
+    twin: str | None = None
+
+
+CONTENDERS = (
+    Contender("plain", "plain", "plain"),
+    Contender("plain-kd", "plain + KD", "plain", "linear", twin="plain"),
+    Contender("lift", "Lift", "lift"),
+    Contender("lift-kd", "Lift + KD", "lift", "lift", twin="lift"),
+    Contender("widelast", "WideLast", "widelast"),
+    Contender("widelast-kd", "WideLast + KD", "widelast", "none", twin="widelast"),
+)
+
+
+@dataclass(frozen=True)
+class Scores:
+    """A contender's runs.
+
+    Attributes:
+        contender: whose.
+        parameters: of the student, as it is used at inference.
+        top1: held-out accuracy in % after the last epoch, by seed.
+    """
+
+    contender: Contender
+    parameters: int
+    top1: list[float]
+
+
+@dataclass(frozen=True)
+class FeatureRanks:
+    """Ranks of one model's distilled features over the held-out images.
+
+    Attributes:
+        name: of the model.
+        feature: which features.
+        tokens: N, tokens an image.
+        dim: D, channels.
+        image: per-image ranks.
+        dataset: ranks in the basis that all held-out images share.
+    """
+
+    name: str
+    feature: str
+    tokens: int
+    dim: int
+    image: RankSummary
+    dataset: RankSummary
+
+
+@dataclass(frozen=True)
+class Findings:
+    """Everything that the demo measured.
+
+    Attributes:
+        settings: what was run.
+        seeds: runs of every student.
+        train_images: that students were trained on.
+        held_out_images: that everything was measured on.
+        teacher_top1: in %.
+        teacher_parameters: count.
+        scores: one for each of `CONTENDERS`, in order.
+        ranks: the teacher's first.
+        kept: runs that had been finished before.
+    """
+
+    settings: Settings
+    seeds: int
+    train_images: int
+    held_out_images: int
+    teacher_top1: float
+    teacher_parameters: int
+    scores: list[Scores]
+    ranks: list[FeatureRanks]
+    kept: int
+
+    @property
+    def runs(self) -> int:
+        """How many runs the findings rest on, the teacher's included."""
+        return 1 + self.seeds * len(self.scores)
+
+    def gains(self, scores: Scores) -> list[float] | None:
+        """Points over the twin without distillation, by seed; None for such a twin.
+
+        Args:
+            scores: one of ``self.scores``.
+
+        Returns:
+            The differences; both students of a seed see the same batches.
+        """
+        for other in self.scores:
+            if other.contender.key == scores.contender.twin:
+                return [a - b for a, b in zip(scores.top1, other.top1, strict=True)]
+        return None
+
+
+def run_experiment(settings: Settings, seeds: int, output: Path, progress: Progress) -> Findings:
+    """Train what has not been trained yet, and measure.
+
+    Args:
+        settings: sizes and lengths.
+        seeds: runs of every student.
+        output: where the runs are kept.
+        progress: told of every run.
+
+    Returns:
+        The findings.
+
+    Raises:
+        ValueError: ``output`` holds a demo with other settings.
+    """
+    claim(output, settings)
+    with _one_thread():
+        return _Experiment(settings, seeds, output, progress).run()
+
+
+def claim(output: Path, settings: Settings) -> None:
+    """Mark a folder as that of one demo, so that runs of different settings never meet.
+
+    Args:
+        output: the folder; made if needed.
+        settings: the demo's.
+
+    Raises:
+        ValueError: the folder belongs to other settings.
+    """
+    wanted = dataclasses.asdict(settings)
+    path = output / SETTINGS
+    if not path.exists():
+        output.mkdir(parents=True, exist_ok=True)
+        write_text(path, json.dumps(wanted, indent=2) + "\n")
+        return
+    found = json.loads(path.read_text(encoding="utf-8"))
+    names = [name for name in {**found, **wanted} if found.get(name) != wanted.get(name)]
+    if names:
+        changes = ", ".join(f"{n} {found.get(n)!r} -> {wanted.get(n)!r}" for n in names)
+        raise ValueError(
+            f"{output} holds a demo with other settings ({changes}): choose another --output, or "
+            "delete that folder"
+        )
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """More gain little on such small matrices, wait for each other, and sum in another order."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+class _Experiment:
+    """The runs in their order, with what later ones need of earlier ones."""
+
+    def __init__(self, settings: Settings, seeds: int, output: Path, progress: Progress) -> None:
+        self.settings = settings
+        self.seeds = seeds
+        self.output = output
+        self.progress = progress
+        self.digits = load_digits(settings.augmented_copies)
+        self.kept = 0
+        self.ranks: list[FeatureRanks] = []
+
+    def run(self) -> Findings:
+        """Run or fetch everything."""
+        self.progress.start(1 + self.seeds * len(CONTENDERS))
+        teacher, taught = self._train_teacher()
+        self._measure("teacher", teacher.model)
+        results: dict[str, list[Result]] = {contender.key: [] for contender in CONTENDERS}
+        # Seed by seed, so that whoever stops early has compared like with like.
+        for seed in range(self.seeds):
+            for contender in CONTENDERS:
+                results[contender.key].append(self._train_student(contender, seed, teacher))
+        return Findings(
+            settings=self.settings,
+            seeds=self.seeds,
+            train_images=len(self.digits.train),
+            held_out_images=len(self.digits.held_out),
+            teacher_top1=taught.top1,
+            teacher_parameters=taught.parameters,
+            scores=[_scores(contender, results[contender.key]) for contender in CONTENDERS],
+            ranks=self.ranks,
+            kept=self.kept,
+        )
+
+    def _train_teacher(self) -> tuple[Teacher, Result]:
+        model = build_teacher(self.settings)
+        data = (self.digits.augmented, self.digits.held_out)
+        recipe = teacher_recipe(self.settings)
+        result = self._timed(
+            TEACHER, TEACHER, lambda folder: self._train(model, None, data, folder, recipe)
+        )
+        return Teacher(model), result
+
+    def _train_student(self, contender: Contender, seed: int, teacher: Teacher) -> Result:
+        model = build_student(self.settings, contender.variant, seed)
+        guide = None if contender.projector is None else teacher
+        data = (self.digits.train, self.digits.held_out)
+        recipe = student_recipe(self.settings, contender, seed)
+        result = self._timed(
+            f"{contender.name}, seed {seed}",
+            f"{contender.key}-seed{seed}",
+            lambda folder: self._train(model, guide, data, folder, recipe),
+        )
+        if seed == 0 and guide is not None:
+            self._measure(contender.name, model)
+        return result
+
+    def _train(
+        self, model: nn.Module, teacher: Any, data: Any, folder: Path, recipe: Any
+    ) -> Result:
+        """`fastkd.train`, which leaves the trained weights in ``model``, finished before or not."""
+        device = self.settings.device
+        return train(model, teacher, data, folder, recipe, device=device, quiet=True)
+
+    def _timed(self, name: str, folder_name: str, run: Callable[[Path], Result]) -> Result:
+        folder = self.output / RUNS / folder_name
+        finished_before = (folder / RESULT).exists()
+        self.progress.begin(name)
+        started = time.monotonic()
+        result = run(folder)
+        self.kept += finished_before
+        seconds = None if finished_before else time.monotonic() - started
+        self.progress.finish(name, result.top1, seconds)
+        return result
+
+    def _measure(self, name: str, model: nn.Module) -> None:
+        self.ranks.append(measure_ranks(name, model, self.digits, self.settings.device))
+
+
+def _scores(contender: Contender, results: list[Result]) -> Scores:
+    return Scores(contender, results[0].parameters, [result.top1 for result in results])
+
+
+def build_teacher(settings: Settings) -> nn.Module:
+    """The teacher, untrained: a timm ViT that pools its patch tokens.
+
+    Args:
+        settings: its width and depth.
+
+    Returns:
+        The model.
+    """
+    width, depth = settings.teacher_width, settings.teacher_depth
+    return _vit(0, "plain", width, embed_dim=width, depth=depth, global_pool="avg")
+
+
+def build_student(settings: Settings, variant: str, seed: int) -> nn.Module:
+    """A student, untrained, half as wide as the teacher but for what its variant widens.
+
+    Args:
+        settings: widths and depth.
+        variant: of `fastkd.create_student`.
+        seed: of its weights.
+
+    Returns:
+        The model.
+    """
+    return _vit(
+        seed,
+        variant,
+        settings.teacher_width,
+        embed_dim=settings.student_width,
+        depth=settings.student_depth,
+    )
+
+
+def _vit(seed: int, variant: str, width: int, **options: Any) -> nn.Module:
+    # "jax": timm's default, a normal of 0.02, is made for hundreds of channels, not for dozens.
+    with preserved_rng():
+        torch.manual_seed(seed)
+        return create_student(
+            "vit_tiny_patch16_224",
+            variant,  # type: ignore[arg-type]
+            width=width,
+            num_classes=CLASSES,
+            img_size=SIDE,
+            patch_size=2,
+            in_chans=1,
+            num_heads=3,
+            weight_init="jax",
+            **options,
+        )
+
+
+# Label smoothing, AdamW and the cosine are the paper's; the rest suits 8 x 8 pixels and minutes.
+_COMMON: dict[str, Any] = {
+    "warmup_epochs": 1,
+    "batch_size": 64,
+    "lr_scaling": False,
+    "clip_grad": 1.0,
+    "ema_decay": None,
+    "amp": "none",
+    "augment": "none",
+    "workers": 0,
+    "eval_batch_size": 500,
+}
+
+
+def teacher_recipe(settings: Settings) -> Recipe:
+    """How the teacher is trained.
+
+    Args:
+        settings: its length.
+
+    Returns:
+        The recipe.
+    """
+    epochs = settings.teacher_epochs
+    return Recipe(epochs=epochs, eval_interval=epochs, lr=5e-3, **_COMMON)
+
+
+def student_recipe(settings: Settings, contender: Contender, seed: int) -> Recipe:
+    """How a student is trained: 0.1 CE + 0.9 soft KD + w feature, or CE alone without a teacher.
+
+    Args:
+        settings: its length and its feature loss.
+        contender: its projector.
+        seed: of the order of images.
+
+    Returns:
+        The recipe. It is measured once, after the last epoch: no epoch is picked on the held-out
+        images.
+    """
+    epochs = settings.student_epochs
+    return Recipe(
+        epochs=epochs,
+        eval_interval=epochs,
+        lr=4e-3,
+        seed=seed,
+        alpha=0.9,
+        tau=1.0,
+        feature_loss=settings.feature_loss,
+        feature_weight=settings.feature_weight,
+        pairs=_LAST_BLOCK,
+        projector=contender.projector or "none",
+        **_COMMON,
+    )
+
+
+def measure_ranks(name: str, model: nn.Module, digits: Digits, device: str) -> FeatureRanks:
+    """Per-image and data-set ranks of a model's distilled features over the held-out images.
+
+    Args:
+        name: of the model.
+        model: a teacher or a student; left in eval mode.
+        digits: the data.
+        device: where it runs.
+
+    Returns:
+        The ranks.
+    """
+    tokens, feature = distilled_tokens(model, digits.held_out.tensors[0].to(device))
+    image, moment = ImageRank(), SecondMoment()
+    image.update(tokens)
+    moment.update(tokens)
+    dataset = DatasetRank(moment.result().vectors)
+    dataset.update(tokens)
+    _, count, dim = tokens.shape
+    return FeatureRanks(name, feature, count, dim, image.result(), dataset.result())
+
+
+@torch.no_grad()
+def distilled_tokens(model: nn.Module, images: Tensor) -> tuple[Tensor, str]:
+    """The features that take part in distillation.
+
+    Args:
+        model: a teacher or a student.
+        images: [B, 1, 8, 8], normalised.
+
+    Returns:
+        Tokens [B, N, D] (of the last block, or a Lift student's lifted ones) and what they are.
+    """
+    model.eval().to(images.device)
+    output = Taps(model, [-1])(images)
+    if isinstance(model, LiftVisionTransformer) and output.final is not None:
+        return output.final.data, "lifted tokens"
+    (tokens,) = output.tokens.values()
+    return tokens.data, "last block"
+
+
+def mean_and_spread(values: list[float]) -> tuple[float, float | None]:
+    """Mean and sample standard deviation.
+
+    Args:
+        values: at least one.
+
+    Returns:
+        Both; no deviation for a single value.
+    """
+    mean = math.fsum(values) / len(values)
+    if len(values) == 1:
+        return mean, None
+    return mean, math.sqrt(math.fsum((v - mean) ** 2 for v in values) / (len(values) - 1))
