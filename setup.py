@@ -17,7 +17,10 @@ from setuptools import setup
 
 ROOT = Path(__file__).parent
 STABLE_ABI_TARGET = "0x020b000000000000"  # torch 2.11: the oldest one a built library loads on
-SOURCES = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc").glob("*.c*") if p.suffix != ".h")
+CSRC = ROOT / "csrc"
+SOURCES = sorted(str(p.relative_to(ROOT)) for p in [*CSRC.glob("*.cu"), *CSRC.glob("*.cpp")])
+NOT_BUILT = ROOT / "fastkd" / "_not_built.txt"  # read by fastkd.ops.extension
+BUILD_COMMANDS = {"build", "build_ext", "build_py", "bdist_wheel", "editable_wheel", "develop"}
 
 
 def find_toolkit():
@@ -41,6 +44,8 @@ def nvcc_version(cuda_home):
 
 def why_not_cuda():
     """What is missing for a CUDA build; None where nothing is."""
+    if sys.platform != "linux":
+        return f"it is for Linux only, this is {sys.platform}"
     find_toolkit()
     try:
         import torch
@@ -54,7 +59,10 @@ def why_not_cuda():
     found = nvcc_version(CUDA_HOME)
     if found[0] != int(torch.version.cuda.split(".")[0]):
         found_text = ".".join(map(str, found))
-        return f"nvcc is {found_text}, but torch {torch.__version__} is for {torch.version.cuda}"
+        return (
+            f"nvcc is {found_text}, but torch {torch.__version__} is for {torch.version.cuda}; "
+            "pip install --no-build-isolation builds against the torch that is installed"
+        )
     return None
 
 
@@ -63,11 +71,12 @@ def cuda_library():
     from torch.utils.cpp_extension import CUDA_HOME, CUDAExtension
 
     default = "8.0;9.0a;10.0+PTX" if nvcc_version(CUDA_HOME) >= (12, 8) else "8.0;9.0a;9.0+PTX"
-    archs = os.environ.setdefault("TORCH_CUDA_ARCH_LIST", default)
+    archs = os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip() or default
+    os.environ["TORCH_CUDA_ARCH_LIST"] = archs
     built = {
         "torch": torch.__version__,
         "cuda": ".".join(map(str, nvcc_version(CUDA_HOME))),
-        "archs": re.split(r"[;,\s]+", archs.strip()),
+        "archs": re.split(r"[;,\s]+", archs),
     }
     info = json.dumps(built).replace('"', '\\"').replace(" ", "")
     # USE_CUDA uncovers the CUDA part of the stable ABI's header.
@@ -90,11 +99,21 @@ def cuda_library():
     return library
 
 
+def remember(reason):
+    """Leave the reason in the package: pip shows a build's output only with -v."""
+    if reason is None:
+        NOT_BUILT.unlink(missing_ok=True)
+    else:
+        NOT_BUILT.write_text(reason + "\n", encoding="utf-8")
+
+
 def build_options():
     choice = os.environ.get("FASTKD_BUILD", "auto")
     if choice not in ("auto", "cuda", "none"):
         sys.exit(f"FASTKD_BUILD must be cuda or none, got {choice!r}")
     reason = "FASTKD_BUILD=none" if choice == "none" else why_not_cuda()
+    if BUILD_COMMANDS & set(sys.argv):
+        remember(reason)
     if reason is None:
         from torch.utils.cpp_extension import BuildExtension
 

@@ -19,7 +19,8 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 
 def rfft2_formulation(student: Tensor, teacher: Tensor) -> Tensor:
     """SpectralKD as published: the MSE of stacked real and imaginary parts, [B, C, H, W]."""
-    spectra = [torch.fft.rfft2(x, norm="ortho") for x in (student, teacher)]
+    # half-precision FFTs need power-of-two grids
+    spectra = [torch.fft.rfft2(x.float(), norm="ortho") for x in (student, teacher)]
     stacked = [torch.stack((spectrum.real, spectrum.imag), dim=-1) for spectrum in spectra]
     return F.mse_loss(*stacked)
 
@@ -45,6 +46,8 @@ EAGER: dict[str, Loss] = {
     "cosine": eager_cosine,
 }
 
+RAW: dict[str, Loss] = {"mse": F.mse_loss, "smooth_l1": F.smooth_l1_loss}
+
 
 def step(loss: Loss, student: Tensor, teacher: Tensor) -> Callable[[], object]:
     return lambda: torch.autograd.grad(loss(student, teacher), student)
@@ -61,13 +64,21 @@ def case(loss: str, shape: tuple[int, ...], layout: str, dtype: torch.dtype, dev
     # forward: read both; backward: read both, write the gradient
     traffic = 5 * student.numel() * student.element_size()
     name = f"{loss} {list(shape)} {str(dtype).removeprefix('torch.')}, {layout}"
-    providers = [harness.Provider("eager", step(EAGER[loss], student, teacher), True)]
+    baselines = {"eager": EAGER[loss]}
+    if dtype != torch.float32 and loss in RAW:
+        baselines["eager, in half precision"] = RAW[loss]
     if loss == "spectral":
-        run = step(rfft2_formulation, student, teacher)
-        if dtype == torch.float32:  # half-precision FFTs need power-of-two grids
-            providers.append(harness.Provider("rfft2 formulation", run, True))
-    compiled = torch.compile(EAGER[loss], dynamic=False)
-    providers.append(harness.Provider("torch.compile", step(compiled, student, teacher), True))
+        baselines["rfft2 formulation"] = rfft2_formulation
+    baselines["torch.compile"] = torch.compile(EAGER[loss], dynamic=False)
+    if device == "cuda":
+        mode = "max-autotune-no-cudagraphs"  # the harness captures the graph
+        baselines["torch.compile, max-autotune"] = torch.compile(
+            EAGER[loss], dynamic=False, mode=mode
+        )
+    providers = [
+        harness.Provider(name, step(baseline, student, teacher), True)
+        for name, baseline in baselines.items()
+    ]
     for backend, reason in backends(device).items():
         if reason is None:
             ours = step(lambda s, t, b=backend: feature_kd(s, t, loss, backend=b), student, teacher)

@@ -1,24 +1,28 @@
 #!/usr/bin/env bash
 # Everything that needs a GPU, in one command: build, tests, sanitizer, benchmarks, JSON.
 #
-#   bash bench/gpu.sh [OUTPUT_FOLDER]
+#   bash bench/gpu.sh [PART...]      # all parts, or some of: build environment tests sanitizer bench
 #
+# Logs and JSON go to $OUT, or bench/results. All parts take about 20 minutes at most.
 # Uses the python3 on the PATH with the torch it has; installs nothing but fastkd itself, needs no
 # network. PREBUILT=path/to/_C.abi3.so also shows that a library built elsewhere, against another
 # torch, loads here and passes its tests. Goes on after a failed part and reports it at the end.
 set -uo pipefail
 cd "$(dirname "$0")/.."
-output=${1:-${OUT:-bench/results}}
+output=${OUT:-bench/results}
+wanted=" ${*:-prebuilt build environment tests sanitizer bench} "
 mkdir -p "$output"
-export PYTHONPATH=$PWD PYTHONUNBUFFERED=1 FASTKD_BUILD=cuda
+export PYTHONPATH=$PWD PYTHONUNBUFFERED=1
+export FASTKD_REQUIRE=cuda,triton,library # what is missing fails its tests here
 export TORCH_CUDA_ARCH_LIST=${TORCH_CUDA_ARCH_LIST:-$(python3 -c '
 import torch
 major, minor = torch.cuda.get_device_capability()
 print(f"{major}.{minor}" + ("a" if major >= 9 else ""))')}
 failed=()
-part() { # part NAME LIMIT_SECONDS COMMAND...
-  local name=$1 limit=$2
-  shift 2
+part() { # part GROUP NAME LIMIT_SECONDS COMMAND...
+  local group=$1 name=$2 limit=$3
+  shift 3
+  [[ $wanted == *" $group "* ]] || return 0
   printf '\n== %s (%s s) ==\n' "$name" "$SECONDS"
   timeout "$limit" "$@" 2>&1 | tee "$output/$name.log" | tail -n 25
   local status=${PIPESTATUS[0]}
@@ -26,21 +30,21 @@ part() { # part NAME LIMIT_SECONDS COMMAND...
 }
 
 nvidia-smi --query-gpu=name,driver_version --format=csv,noheader
-if [ -n "${PREBUILT:-}" ]; then
+if [ -n "${PREBUILT:-}" ] && [[ $wanted == *" prebuilt "* ]]; then
   rm -f fastkd/_C*.so && cp "$PREBUILT" fastkd/_C.abi3.so
-  part prebuilt 120 python3 -m pytest -x -p no:cacheprovider tests/ops/test_feature_kd.py -k "cuda and self_check"
+  part prebuilt prebuilt 120 python3 -m pytest -x -p no:cacheprovider tests/ops/test_feature_kd.py -k "cuda and self_check"
   rm -f fastkd/_C*.so
 fi
-part build 240 python3 setup.py build_ext --inplace
-part environment 60 python3 -m fastkd.environment
-part tests 300 python3 -m pytest -p no:cacheprovider tests/ops -m "gpu or not gpu" --deselect tests/ops/test_feature_kd_compiled.py
+part build build 240 env FASTKD_BUILD=cuda python3 setup.py build_ext --inplace
+part environment environment 60 python3 -m fastkd.environment
+part tests tests 400 python3 -m pytest -p no:cacheprovider tests/ops -m "gpu or not gpu" --deselect tests/ops/test_feature_kd_compiled.py
 if command -v compute-sanitizer >/dev/null; then
   for tool in memcheck racecheck; do
-    part "sanitizer_$tool" 120 compute-sanitizer --tool "$tool" --error-exitcode 9 python3 bench/sanitize.py
+    part sanitizer "sanitizer_$tool" 120 compute-sanitizer --tool "$tool" --error-exitcode 9 python3 bench/sanitize.py
   done
 fi
 gpu=$(python3 -c 'import torch; print(torch.cuda.get_device_name().split()[1].lower())')
-part feature_kd 240 python3 bench/feature_kd.py --device cuda --output "$output/feature_kd_$gpu.json"
+part bench feature_kd 300 python3 bench/feature_kd.py --device cuda --output "$output/feature_kd_$gpu.json"
 
 printf '\n'
 if [ ${#failed[@]} -gt 0 ]; then

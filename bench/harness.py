@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import statistics
 import subprocess
@@ -58,11 +59,16 @@ class Case:
 
 @dataclass
 class Row:
-    """A result: median milliseconds, traffic, share of the copy roofline, peak extra memory."""
+    """A result: milliseconds, traffic, share of the copy roofline, peak extra memory, speed-up.
+
+    Rates are of the median; the quartiles say how quiet the machine was.
+    """
 
     case: str
     provider: str
     milliseconds: float
+    lower_quartile: float
+    upper_quartile: float
     gigabytes_per_second: float
     roofline_percent: float
     peak_megabytes: float
@@ -99,6 +105,9 @@ def run(title: str, cases: Sequence[Case], options: argparse.Namespace) -> list[
                 f"{row.roofline_percent:>9.0f}%{row.peak_megabytes:>9.1f}{ratio:>10}"
             )
     print("speed-up: against the fastest baseline of the same case")
+    unsteady = [row for row in rows if row.upper_quartile > 1.3 * row.lower_quartile]
+    if unsteady and not options.smoke:
+        print(f"UNSTEADY: {len(unsteady)} of {len(rows)} rows have quartiles 30 % apart or more")
     if options.output is not None:
         save(options.output, title, options.device, bandwidth, rows)
     return rows
@@ -108,16 +117,19 @@ def _run_case(case: Case, device: str, rounds: int, bandwidth: float) -> list[Ro
     runs = {provider.name: provider.run for provider in case.providers}
     peaks = {name: peak_extra_bytes(work, device) for name, work in runs.items()}
     times = time_cuda(runs, rounds) if device == "cuda" else time_cpu(runs, rounds)
-    baselines = [times[provider.name] for provider in case.providers if provider.baseline]
+    quartiles = {name: statistics.quantiles(values, n=4) for name, values in times.items()}
+    baselines = [quartiles[provider.name][1] for provider in case.providers if provider.baseline]
     rows = []
     for provider in case.providers:
-        seconds = times[provider.name]
+        lower, seconds, upper = quartiles[provider.name]
         ratio = min(baselines) / seconds if baselines and not provider.baseline else None
         rows.append(
             Row(
                 case=case.name,
                 provider=provider.name,
                 milliseconds=seconds * 1e3,
+                lower_quartile=lower * 1e3,
+                upper_quartile=upper * 1e3,
                 gigabytes_per_second=case.bytes / seconds / 1e9,
                 roofline_percent=100 * case.bytes / bandwidth / seconds,
                 peak_megabytes=peaks[provider.name] / 1e6,
@@ -127,8 +139,8 @@ def _run_case(case: Case, device: str, rounds: int, bandwidth: float) -> list[Ro
     return rows
 
 
-def time_cpu(runs: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """Median seconds of each, in turns; an untimed run before each gives it its own caches."""
+def time_cpu(runs: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
+    """Seconds of each run, in turns; an untimed run before each gives it its own caches."""
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(rounds):
         for name, work in runs.items():
@@ -136,11 +148,11 @@ def time_cpu(runs: dict[str, Callable[[], object]], rounds: int) -> dict[str, fl
             start = time.perf_counter()
             work()
             seconds[name].append(time.perf_counter() - start)
-    return {name: statistics.median(values) for name, values in seconds.items()}
+    return seconds
 
 
-def time_cuda(runs: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """Median seconds of each as a CUDA graph, in turns, with the L2 cache flushed before."""
+def time_cuda(runs: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
+    """Seconds of each run as a CUDA graph, in turns, with the L2 cache flushed before."""
     flush = torch.empty(L2_FLUSH_BYTES, dtype=torch.int8, device="cuda")
     graphs = {name: _captured(work) for name, work in runs.items()}
     seconds: dict[str, list[float]] = {name: [] for name in runs}
@@ -153,7 +165,7 @@ def time_cuda(runs: dict[str, Callable[[], object]], rounds: int) -> dict[str, f
             end.record()
             end.synchronize()
             seconds[name].append(start.elapsed_time(end) / 1e3)
-    return {name: statistics.median(values) for name, values in seconds.items()}
+    return seconds
 
 
 def _captured(work: Callable[[], object]) -> Callable[[], object]:
@@ -198,7 +210,7 @@ def copy_bandwidth(device: str, smoke: bool = False) -> float:
     copies = {"copy": lambda: target.copy_(source)}
     copies["copy"]()
     timer = time_cuda if device == "cuda" else time_cpu
-    return 2 * source.nbytes / timer(copies, 5)["copy"]
+    return 2 * source.nbytes / statistics.median(timer(copies, 5)["copy"])
 
 
 def machine(device: str) -> str:
@@ -239,6 +251,7 @@ def save(path: Path, title: str, device: str, bandwidth: float, rows: list[Row])
         "commit": commit(),
         "command": " ".join(["python", *sys.argv]),
         "copy_gigabytes_per_second": bandwidth / 1e9,
+        "load_average": os.getloadavg()[0],
         "rows": [asdict(row) for row in rows],
     }
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -23,11 +23,15 @@
 namespace fastkd {
 namespace {
 
+#ifdef FASTKD_HOST_SHIM
+constexpr int kThreads = 64, kMaxBlocks = 66;  // small: few images reach every loop's second round
+#else
 constexpr int kThreads = 256;
-constexpr int kBlocksPerSm = 2;  // 128 registers per thread, so that nothing spills
 constexpr int kMaxBlocks = 4096;  // 31 per SM of an H100; beyond it threads take several lines
-constexpr int kRun = 16;          // tokens in a line where grid rows do not matter
-constexpr int kPack = 8;          // channels per thread: 16 bytes of bf16 or fp16
+#endif
+constexpr int kBlocksPerSm = 2;  // leaves 128 registers per thread, so that nothing spills
+constexpr int kRun = 16;         // tokens in a line where grid rows do not matter
+constexpr int kPack = 8;         // channels per thread: 16 bytes of bf16 or fp16
 
 // How tokens are cut into lines: `runs` lines of `length` tokens per image and channel pack.
 struct Lines {

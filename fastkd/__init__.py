@@ -30,6 +30,8 @@ _PUBLIC = {
     "backends": "fastkd.ops",
 }
 
+_PACKAGES = ("analysis", "losses", "models", "ops", "training")
+
 __all__ = [
     "Recipe",
     "Result",
@@ -46,13 +48,15 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name == "__version__":
         return importlib.metadata.version("fastkd")
+    if name in _PACKAGES:
+        return importlib.import_module(f"fastkd.{name}")
     if name not in _PUBLIC:
         raise AttributeError(f"module 'fastkd' has no attribute {name!r}")
     return getattr(importlib.import_module(_PUBLIC[name]), name)
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_PUBLIC])
+    return sorted([*globals(), *_PUBLIC, *_PACKAGES])
 
 
 register_with_timm()

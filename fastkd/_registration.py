@@ -18,18 +18,24 @@ from types import ModuleType
 class _AfterTimm(MetaPathFinder):
     """Lets timm be found as always, and registers the students when it has been executed."""
 
+    searching = False
+
     def find_spec(
         self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if name != "timm":
+        if name != "timm" or self.searching:
             return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(name)
+        self.searching = True
+        try:
+            spec = importlib.util.find_spec(name)
+        finally:
+            self.searching = False
         if spec is None or spec.loader is None:
             return spec
         execute = spec.loader.exec_module
 
         def execute_and_register(module: ModuleType) -> None:
+            sys.meta_path.remove(self)
             execute(module)
             importlib.import_module("fastkd.models")
 

@@ -68,7 +68,9 @@ class Tokens:
         maps = rearrange(self.data, "b (h w) d -> b d h w", h=self.grid[0])
         antialias = mode in ("bilinear", "bicubic")
         options = {"antialias": True, "align_corners": False} if antialias else {}
-        maps = F.interpolate(maps, size=grid, mode=mode, **options)
+        # In float32, because antialiasing does not exist in half precision on a CPU.
+        wide = maps.float() if maps.element_size() < 4 else maps
+        maps = F.interpolate(wide, size=grid, mode=mode, **options).to(maps.dtype)
         return replace(self, data=rearrange(maps, "b d h w -> b (h w) d"), grid=grid)
 
 

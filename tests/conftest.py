@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+import os
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +15,19 @@ from fastkd.ops import backend as backends
 from tests.harness import host, interpreter
 
 GPU = torch.cuda.is_available()
+REQUIRED = os.environ.get("FASTKD_REQUIRE", "").split(",")
+
+
+def skip_or_fail(what: str, reason: str) -> None:
+    """Skip a test that lacks something; fail it where FASTKD_REQUIRE (a,b,c) says it must be there.
+
+    Args:
+        what: ``"triton"``, ``"cuda"`` (a backend, emulated or not) or ``"library"``.
+        reason: why it is not there.
+    """
+    if what in REQUIRED:
+        pytest.fail(f"{what} is required: {reason}")
+    pytest.skip(reason)
 
 
 @dataclass(frozen=True)
@@ -35,22 +50,30 @@ def _direct(function: Callable[..., Any], *arguments: Any, **options: Any) -> An
     return function(*arguments, **options)
 
 
-@pytest.fixture(scope="session", params=["torch", "triton", "cuda"])
-def backend(request: pytest.FixtureRequest) -> Backend:
+@functools.cache
+def _load_host_library() -> None:
+    torch.ops.load_library(str(host.build_library()))
+
+
+@pytest.fixture(params=["torch", "triton", "cuda"])
+def backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
     """Every backend: on the GPU, or interpreted (Triton) and compiled for the host (CUDA C++)."""
     name = request.param
     if name == "torch" or GPU:
         device = "cuda" if GPU else "cpu"
         reason = backends.unavailable(name, torch.device(device))
         if reason is not None:
-            pytest.skip(f"backend {name!r}: {reason}")
-        return Backend(name, device, True, _direct)
+            skip_or_fail(name, f"backend {name!r}: {reason}")
+        yield Backend(name, device, True, _direct)
+        return
     if name == "triton":
         if (reason := interpreter.why_not()) is not None:
-            pytest.skip(reason)
-        return Backend(name, "cpu", False, interpreter.run_interpreted)
+            skip_or_fail(name, reason)
+        yield Backend(name, "cpu", False, interpreter.run_interpreted)
+        return
     if (reason := host.why_not()) is not None:
-        pytest.skip(f"backend 'cuda' on the host: {reason}")
-    torch.ops.load_library(str(host.build_library()))
+        skip_or_fail(name, f"backend 'cuda' on the host: {reason}")
+    _load_host_library()
     backends.EMULATED.add("cuda")
-    return Backend(name, "cpu", True, _direct)
+    yield Backend(name, "cpu", True, _direct)
+    backends.EMULATED.discard("cuda")  # "auto" must not find it in other tests

@@ -54,16 +54,14 @@ class Operator:
         name: as users know it, for messages.
         implementations: by backend name; must hold ``"torch"``.
         order: backends as ``"auto"`` tries them, fastest first.
-        self_check: runs implementation and reference on small seeded inputs of the given device and
-            dtypes and returns (largest relative error, tolerance).
+        self_check: runs implementation and reference on small seeded inputs of the given device,
+            dtypes and options, and returns (largest error, error allowed).
     """
 
     name: str
     implementations: Mapping[str, Implementation]
     order: tuple[str, ...]
-    self_check: Callable[
-        [Implementation, torch.device, tuple[torch.dtype, ...]], tuple[float, float]
-    ]
+    self_check: Callable[..., tuple[float, float]]
     _checked: dict[tuple[Any, ...], str | None] = field(default_factory=dict)
     _told: set[str] = field(default_factory=set)
 
@@ -112,7 +110,7 @@ class Operator:
         return (
             unavailable(name, device)
             or implementation.refuses(*tensors, *options)
-            or self._failed_check(name, implementation, device, dtypes)
+            or self._failed_check(name, implementation, device, dtypes, options)
         )
 
     def _failed_check(
@@ -121,16 +119,21 @@ class Operator:
         implementation: Implementation,
         device: torch.device,
         dtypes: tuple[torch.dtype, ...],
+        options: tuple[Any, ...],
     ) -> str | None:
-        """Compare a fused kernel with the reference once per device model and dtypes."""
+        """Compare a fused kernel with the reference once per device model, dtypes and options."""
         if os.environ.get(ENVIRONMENT_SELF_CHECK, "1") == "0":
             return None
-        key = (name, _device_model(device), dtypes)
+        key = (name, _device_model(device), dtypes, options)
         if key in self._checked:
             return self._checked[key]
         if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             return None  # the check synchronises, which a capture forbids; the next call makes it
-        self._checked[key] = verdict = self._run_check(name, implementation, device, dtypes)
+        try:
+            verdict = self._run_check(name, implementation, device, dtypes, options)
+        except torch.OutOfMemoryError:
+            return "no memory was left for its self-check"  # this time; it is made again
+        self._checked[key] = verdict
         return verdict
 
     def _run_check(
@@ -139,10 +142,13 @@ class Operator:
         implementation: Implementation,
         device: torch.device,
         dtypes: tuple[torch.dtype, ...],
+        options: tuple[Any, ...],
     ) -> str | None:
-        where = f"{_device_model(device)}, {', '.join(str(dtype) for dtype in dtypes)}"
+        where = ", ".join([_device_model(device), *map(str, dtypes), *map(str, options)])
         try:
-            error, tolerance = self.self_check(implementation, device, dtypes)
+            error, tolerance = self.self_check(implementation, device, dtypes, *options)
+        except torch.OutOfMemoryError:
+            raise
         except Exception as failure:
             verdict = f"it failed its self-check on {where}: {failure}"
         else:
@@ -150,7 +156,7 @@ class Operator:
                 return None
             verdict = (
                 f"it disagrees with the reference on {where}: "
-                f"relative error {error:.2e}, allowed {tolerance:.2e}"
+                f"error {error:.3g}, allowed {tolerance:g}"
             )
         logger.warning(
             "%s: backend %r is switched off in this process: %s", self.name, name, verdict

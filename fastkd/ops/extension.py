@@ -9,12 +9,14 @@ from __future__ import annotations
 import ctypes
 import functools
 import json
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
 LIBRARY_STEM = "_C"
+NOT_BUILT = "_not_built.txt"  # setup.py's reason
 
 
 @dataclass(frozen=True)
@@ -45,12 +47,13 @@ class Extension:
 
 def _covers(arch: str, capability: tuple[int, int]) -> bool:
     """Whether code for ``arch`` ("8.0", "9.0a", "10.0+PTX") runs on a device of ``capability``."""
-    number = arch.removesuffix("+PTX")
-    exact = number.endswith(("a", "f"))
-    major, minor = (int(part) for part in number.rstrip("af").split("."))
-    if exact:
+    found = re.fullmatch(r"(\d+)\.(\d)([af]?)(\+PTX)?", arch)
+    if found is None:
+        return False
+    major, minor = int(found[1]), int(found[2])
+    if found[3]:
         return (major, minor) == capability
-    if arch.endswith("+PTX") and capability >= (major, minor):
+    if found[4] and capability >= (major, minor):
         return True
     return capability[0] == major and capability[1] >= minor
 
@@ -87,7 +90,7 @@ def extension() -> Extension:
     """The compiled library, loaded at the first call."""
     path = library_path()
     if path is None:
-        return Extension(
-            None, "the CUDA library was not built (needs nvcc and a CUDA build of torch at install)"
-        )
+        reason = Path(__file__).parents[1] / NOT_BUILT
+        why = reason.read_text(encoding="utf-8").strip() if reason.exists() else "no install yet"
+        return Extension(None, f"the CUDA library was not built: {why}")
     return load_library(path)

@@ -98,3 +98,20 @@ def test_the_forward_allocates_nothing_of_the_maps_size(maps, backend):
     feature_kd(student, teacher, "spectral", (14, 14), backend=backend.name)
     torch.cuda.synchronize()
     assert torch.cuda.max_memory_allocated() - before < student.nbytes / 100
+
+
+@pytest.mark.parametrize("layout", ["tokens", "channels_first"])
+@pytest.mark.parametrize("loss", LOSSES)
+def test_a_training_batch_is_right(backend, loss, layout):
+    """Large enough that blocks and programs take several rounds."""
+    maps = [torch.randn(512, 14, 14, 384, device="cuda").bfloat16() for _ in range(2)]
+    if layout == "channels_first":
+        maps = [x.permute(0, 3, 1, 2).contiguous() for x in maps]
+    else:
+        maps = [x.flatten(1, 2) for x in maps]
+    student, teacher = maps
+    value, gradient = step(student.requires_grad_(), teacher, loss, backend.name)
+    exact = student.detach().double().requires_grad_()
+    truth, expected = step(exact, teacher.double(), loss, "torch")
+    assert relative_error(value, truth) < 1e-5
+    assert relative_error(gradient, expected) < 4e-3  # half a unit of bfloat16's last place

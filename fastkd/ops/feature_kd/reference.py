@@ -199,13 +199,22 @@ def _membership(d: Tensor) -> Tensor | None:
 
     Short strided sums along the innermost dimension are slow; a thin matrix product is not.
     """
-    exact = d.dtype == torch.float64 or torch.get_float32_matmul_precision() == "highest"
-    if d.stride(2) >= d.stride(3) or not exact:
+    rows_innermost = d.stride(2) < d.stride(3)
+    if not (rows_innermost and d.device.type == "cpu" and _matmul_is_exact(d.dtype)):
         return None
     halves = 2 - d.shape[2] % 2
     column = torch.arange(d.shape[2], device=d.device)
     half = torch.arange(halves, device=d.device)
     return (column % halves == half[:, None]).to(d.dtype)
+
+
+def _matmul_is_exact(dtype: torch.dtype) -> bool:
+    if dtype == torch.float64:
+        return True
+    try:
+        return torch.get_float32_matmul_precision() == "highest"
+    except RuntimeError:  # the user has set precisions per backend
+        return False
 
 
 def _half_rows(d: Tensor) -> Tensor:
@@ -268,6 +277,11 @@ def _unpool_gradient(slope: Tensor, channels: int) -> Tensor:
     if channels % pooled == 0:
         share = channels // pooled
         return (slope / share).repeat_interleave(share, dim=-1)
-    # The windows overlap: the transpose of the map that pools, one column per pooled channel.
-    identity = torch.eye(channels, dtype=slope.dtype, device=slope.device)
-    return slope @ F.adaptive_avg_pool1d(identity, pooled).mT
+    # The windows overlap: a channel lies in one window or in two neighbouring ones.
+    window = torch.arange(pooled, device=slope.device)
+    sizes = -(-(window + 1) * channels // pooled) - window * channels // pooled
+    shares = slope / sizes
+    channel = torch.arange(channels, device=slope.device)
+    first = channel * pooled // channels
+    last = -(-(channel + 1) * pooled // channels) - 1
+    return shares[..., first] + shares[..., last] * (last > first)
