@@ -18,7 +18,11 @@ from typing import Any, NoReturn
 
 from fastkd.training.recipe import Recipe, fields_by_group, parse_value
 
-USER_ERRORS = (ValueError, TypeError, OSError, RuntimeError, ArithmeticError, ImportError)
+# AssertionError: how timm's models refuse an image of another size.
+USER_ERRORS = (
+    *(ValueError, TypeError, OSError, RuntimeError, ArithmeticError, ImportError),
+    AssertionError,
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -50,9 +54,15 @@ def _guarded(command: str, run: Any, argument: Any) -> int:
     except USER_ERRORS as error:
         if os.environ.get("FASTKD_DEBUG") == "1":
             raise
-        text = " ".join(str(error).split()) or type(error).__name__
-        print(f"fastkd {command}: error: {text}", file=sys.stderr)
+        print(f"fastkd {command}: error: {_one_line(error)}", file=sys.stderr)
         return 2
+
+
+def _one_line(error: Exception) -> str:
+    text = str(error).strip()
+    if "Original Traceback" in text:  # a loader's worker sends the traceback along
+        text = text.splitlines()[-1]
+    return " ".join(text.split()) or type(error).__name__
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -143,6 +153,7 @@ def _shown(value: Any) -> str:
 
 
 def _train(options: argparse.Namespace) -> int:
+    from fastkd.training.options import FromRecipe
     from fastkd.training.train import train
 
     given = {
@@ -151,8 +162,7 @@ def _train(options: argparse.Namespace) -> int:
         if hasattr(options, field.name)
     }
     recipe = Recipe.load(options.recipe)
-    _refuse_terms_without_teacher(recipe, given)
-    teacher = given.pop("teacher", recipe.teacher)
+    teacher = given.pop("teacher", FromRecipe.TEACHER)
     if options.dry_run:
         return _dry_run(recipe, teacher, given)
     if options.output is None:
@@ -168,19 +178,16 @@ def _train(options: argparse.Namespace) -> int:
         quiet=options.quiet,
         **given,
     )
-    if int(os.environ.get("RANK", "0")) == 0:
+    if _is_main_process():
         print(result.summary())
     return 0
 
 
-def _refuse_terms_without_teacher(recipe: Recipe, given: dict[str, Any]) -> None:
-    """`--teacher none` is the matched run without distillation; a forgotten teacher is an error."""
-    terms = [name for name in ("alpha", "hard", "feature_weight", "feature_loss") if name in given]
-    if terms and recipe.teacher is None and "teacher" not in given:
-        raise ValueError(f"{terms[0]}: needs a teacher: --teacher NAME (or none, to leave it out)")
+def _is_main_process() -> bool:
+    return os.environ.get("RANK", "0") == "0"
 
 
-def _dry_run(recipe: Recipe, teacher: str | None, given: dict[str, Any]) -> int:
+def _dry_run(recipe: Recipe, teacher: Any, given: dict[str, Any]) -> int:
     import yaml
 
     from fastkd.training.setup import dry_run
@@ -202,12 +209,16 @@ def _add_evaluate(commands: Any) -> None:
     parser.add_argument("model", help="timm name, checkpoint, or folder of a run")
     parser.add_argument("--data", required=True, help="folder or timm data set name")
     parser.add_argument("--checkpoint", help="local weights for a timm name")
-    parser.add_argument("--weights", default="auto", choices=("auto", "raw", "ema"))
+    parser.add_argument(
+        "--weights",
+        choices=("auto", "raw", "ema"),
+        help="of a run; auto: what the run measured to be better (default: raw and EMA, each)",
+    )
     parser.add_argument("--device", help="cpu, cuda, cuda:1 (default: cuda where there is one)")
     parser.add_argument("--amp", default="none", choices=("none", "bf16", "fp16"))
     parser.add_argument("--batch-size", type=int, default=256)
     parser.add_argument("--workers", type=int, default=4)
-    for name in ("img_size", "crop_pct", "interpolation", "mean", "std", "data_root"):
+    for name in ("img_size", "crop_pct", "crop_mode", "interpolation", "mean", "std", "data_root"):
         parser.add_argument(
             "--" + name.replace("_", "-"),
             dest=name,
@@ -226,23 +237,38 @@ def _evaluate(options: argparse.Namespace) -> int:
         for name in OPTIONS
         if hasattr(options, name)
     }
-    measured = evaluate(
-        options.model,
-        options.data,
-        checkpoint=options.checkpoint,
-        weights=options.weights,
-        device=options.device,
-        amp=options.amp,
-        batch_size=options.batch_size,
-        workers=options.workers,
-        **given,
-    )
-    top5 = "" if measured["top5"] is None else f", top-5 {measured['top5']:.2f} %"
-    print(
-        f"top-1 {measured['top1']:.2f} %{top5}, cross-entropy {measured['loss']:.4f}, "
-        f"{measured['count']:,} images ({options.model}, weights {measured['weights']})"
-    )
+    for weights in _asked_weights(options):
+        measured = evaluate(
+            options.model,
+            options.data,
+            checkpoint=options.checkpoint,
+            weights=weights,
+            device=options.device,
+            amp=options.amp,
+            batch_size=options.batch_size,
+            workers=options.workers,
+            **given,
+        )
+        if _is_main_process():
+            print(_accuracy_line(options.model, measured))
     return 0
+
+
+def _asked_weights(options: argparse.Namespace) -> tuple[str, ...]:
+    """All that a run has, unless one is asked for."""
+    from fastkd.training.setup import weights_in
+
+    if options.weights is not None:
+        return (options.weights,)
+    return weights_in(options.model) if Path(options.model).exists() else ("auto",)
+
+
+def _accuracy_line(model: str, measured: dict[str, Any]) -> str:
+    top5 = "" if measured["top5"] is None else f", top-5 {measured['top5']:.2f} %"
+    return (
+        f"top-1 {measured['top1']:.2f} %{top5}, cross-entropy {measured['loss']:.4f}, "
+        f"{measured['count']:,} images ({model}, weights {measured['weights']})"
+    )
 
 
 def _add_recipes(commands: Any) -> None:

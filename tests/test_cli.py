@@ -12,6 +12,7 @@ from tests.training.tiny import image_folder
 SMALL = [
     *("--model", "test_vit", "--img-size", "32", "--epochs", "1", "--warmup-epochs", "0"),
     *("--batch-size", "6", "--workers", "0", "--amp", "none", "--device", "cpu"),
+    *("--lr", "1e-3", "--lr-scaling", "false"),
 ]
 
 
@@ -45,17 +46,52 @@ def test_train_and_evaluate_agree_on_a_folder(capsys, folder, tmp_path):
     assert Recipe.load(output).ema_decay is None
 
 
+def test_a_run_is_evaluated_with_raw_and_averaged_weights_once_each(
+    capsys, folder, tmp_path, monkeypatch
+):
+    output = str(tmp_path / "run")
+    run(capsys, "train", "--data", folder, "--output", output, *SMALL)
+    evaluate = ("evaluate", output, "--data", folder, "--device", "cpu", "--workers", "0")
+    _, out, _ = run(capsys, *evaluate)
+    assert [line.rsplit(" ", 1)[1] for line in out.splitlines()] == ["raw)", "ema)"]
+    _, out, _ = run(capsys, *evaluate, "--weights", "ema")
+    assert [line.rsplit(" ", 1)[1] for line in out.splitlines()] == ["ema)"]
+    monkeypatch.setenv("RANK", "1")
+    assert run(capsys, *evaluate) == (0, "", "")
+
+
+def test_an_unreadable_image_is_one_line_naming_the_file(capsys, tmp_path):
+    folder = image_folder(tmp_path / "images", train=4, val=2)
+    (folder / "val" / "green" / "0.jpg").write_bytes(b"no image")
+    output = str(tmp_path / "run")
+    small = [*SMALL, "--workers", "1"]
+    status, _, err = run(
+        capsys, "train", "--data", str(folder), "--output", output, *small, "--quiet"
+    )
+    assert status == 2
+    assert err.splitlines()[-1].startswith("fastkd train: error: ")
+    assert "cannot read" in err and "green/0.jpg" in err
+    assert "Traceback" not in err
+
+
+def test_a_mistyped_path_is_said_to_be_missing(capsys, folder):
+    status, _, err = run(capsys, "evaluate", "runs/x/best.pth", "--data", folder)
+    assert status == 2
+    assert "there is no file or folder 'runs/x/best.pth'" in err
+
+
 def test_dry_run_shows_effective_values_and_trains_nothing(capsys, folder, tmp_path):
     status, out, _ = run(
         capsys,
         *("train", "--recipe", "lift_softkd_spectral", "--data", folder, "--num-classes", "1000"),
-        *("--batch-size", "6", "--dry-run", "--output", str(tmp_path / "run")),
+        *("--batch-size", "12", "--dry-run", "--output", str(tmp_path / "run")),
     )
     assert status == 0
     assert "variant: lift" in out
     assert "5,983,528 parameters" in out
-    assert "5.85938e-06 = 0.0005 x 6 / 512" in out
-    assert "12 images, 2 updates an epoch" in out
+    assert "1e-06 in 5 epochs to 1.17188e-05 = 0.0005 x 12 / 512, by a cosine to 1e-05" in out
+    assert "12 images, 1 updates an epoch" in out
+    assert "teacher: cait_s24_224" in out
     assert not (tmp_path / "run").exists()
 
 

@@ -337,7 +337,7 @@ def build_teacher(settings: Settings) -> nn.Module:
         The model.
     """
     width, depth = settings.teacher_width, settings.teacher_depth
-    return _vit(0, "plain", width, embed_dim=width, depth=depth, global_pool="avg")
+    return _vit(0, "plain", None, embed_dim=width, depth=depth, global_pool="avg")
 
 
 def build_student(settings: Settings, variant: str, seed: int) -> nn.Module:
@@ -354,13 +354,13 @@ def build_student(settings: Settings, variant: str, seed: int) -> nn.Module:
     return _vit(
         seed,
         variant,
-        settings.teacher_width,
+        None if variant == "plain" else settings.teacher_width,
         embed_dim=settings.student_width,
         depth=settings.student_depth,
     )
 
 
-def _vit(seed: int, variant: str, width: int, **options: Any) -> nn.Module:
+def _vit(seed: int, variant: str, width: int | None, **options: Any) -> nn.Module:
     # "jax": timm's default, a normal of 0.02, is made for hundreds of channels, not for dozens.
     with preserved_rng():
         torch.manual_seed(seed)

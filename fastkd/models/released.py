@@ -16,6 +16,7 @@ from timm.models import clean_state_dict, load_state_dict
 from torch import Tensor, nn
 
 from fastkd.models.students import LiftVisionTransformer, WideLastVisionTransformer
+from fastkd.models.weights import first_names
 
 State = Mapping[str, Tensor]
 Rename = Callable[[str], str]
@@ -38,6 +39,9 @@ def load_released_checkpoint(
     the names and shapes. The released Lift carries the final norm and head of the DeiT inside it,
     which nothing runs: they are left out, and everything else must match exactly.
 
+    A checkpoint holds no epsilons: every LayerNorm, the Lift's too, is assumed to have timm's 1e-6
+    (torch's default is 1e-5, and nothing published says which of them the Lift's has).
+
     Args:
         source: path of a .pth or .safetensors file (a state dict, or a checkpoint with one under
             ``"model"`` or ``"state_dict"``; no code is unpickled), or the state dict itself. Of a
@@ -52,7 +56,7 @@ def load_released_checkpoint(
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: the names are of neither student, or some are missing, unexpected or of another
-            shape, all of which are listed.
+            shape, of which the first are listed.
     """
     state = _read(source)
     if any(_PROJECTION.fullmatch(name) for name in state):
@@ -141,7 +145,7 @@ def _depth(state: State) -> int:
 
 
 def _check_fit(expected: State, given: State) -> None:
-    """As a strict load, in our words: every difference is named."""
+    """As a strict load, in our words: every kind of difference is named."""
     faults = {
         "missing": sorted(expected.keys() - given.keys()),
         "unexpected": sorted(given.keys() - expected.keys()),
@@ -151,6 +155,6 @@ def _check_fit(expected: State, given: State) -> None:
             if expected[name].shape != given[name].shape
         ],
     }
-    found = [f"{kind}: {', '.join(names)}" for kind, names in faults.items() if names]
+    found = [f"{kind}: {first_names(names)}" for kind, names in faults.items() if names]
     if found:
         raise ValueError(f"{_CALLER}: the checkpoint does not fit; {'; '.join(found)}")

@@ -39,6 +39,8 @@ __all__ = [
 
 Variant = Literal["plain", "lift", "widelast", "uniform"]
 
+_TEACHER_WIDTH = 384  # of CaiT-S24, the paper's teacher
+
 # Pools that read patch tokens only; "" hands the tokens on. The class token is never read.
 _LIFT_POOLS = ("avg", "avgmax", "max", "")
 
@@ -359,7 +361,7 @@ def create_student(
     name: str = "deit_tiny_patch16_224",
     variant: Variant = "plain",
     *,
-    width: int = 384,
+    width: int | None = None,
     num_classes: int = 1000,
     img_size: int | tuple[int, int] | None = None,
     pretrained: bool = False,
@@ -379,9 +381,12 @@ def create_student(
     Args:
         name: a timm model name; ``lift``, ``widelast`` and ``uniform`` need a plain ViT or DeiT.
         variant: one of the four.
-        width: channels of the final features; ``plain`` has none to choose and does not read it.
+        width: channels of the final features. None: 384 for ``lift`` and ``widelast``; ``uniform``
+            has no default, because its control has as many parameters as WideLast, which depends on
+            the base (219 for DeiT-Tiny). ``plain`` has none to choose.
         num_classes: of the head; 0 leaves it out.
-        img_size: input size the model is built for; None keeps the timm model's own.
+        img_size: input size the model is built for; None keeps the timm model's own. Models that
+            run at any size (most CNNs) do not take it.
         pretrained: start from timm's weights. ``lift`` keeps all but the final norm and head,
             ``widelast`` also not the last block; ``uniform`` has none that fit.
         **timm_kwargs: of the timm model (``drop_path_rate``, ``in_chans``, ``patch_size``, ...).
@@ -391,8 +396,9 @@ def create_student(
         timm's `VisionTransformer`.
 
     Raises:
-        ValueError: an unknown name or variant, a model that has no such variant, a width that does
-            not divide into heads, or pretrained weights that do not exist.
+        ValueError: an unknown name or variant, a model that has no such variant, a width that is
+            missing or does not divide into heads, or pretrained weights that do not exist.
+        FileNotFoundError: ``name`` is the path of a file.
         RuntimeError: the pretrained weights cannot be downloaded.
     """
     if variant not in get_args(Variant):
@@ -400,13 +406,28 @@ def create_student(
             f"create_student: variant must be one of {get_args(Variant)}, got {variant!r}"
         )
     timm_kwargs |= {"num_classes": num_classes, "img_size": img_size}
+    if variant == "plain":
+        if width is not None:
+            raise ValueError(
+                f"create_student: variant 'plain' has no width to choose, got width={width}; "
+                "'uniform' is the timm model at another width"
+            )
+        return _build_base(name, pretrained, timm_kwargs)
+    width = _default_width(variant) if width is None else width
     if variant == "lift":
         return _create_lift(name, width, pretrained, timm_kwargs)
     if variant == "widelast":
         return _create_widelast(name, width, pretrained, timm_kwargs)
+    return _create_uniform(name, width, pretrained, timm_kwargs)
+
+
+def _default_width(variant: str) -> int:
     if variant == "uniform":
-        return _create_uniform(name, width, pretrained, timm_kwargs)
-    return _build_base(name, pretrained, timm_kwargs)
+        raise ValueError(
+            "create_student: variant 'uniform' needs width=: 219 makes deit_tiny_patch16_224 as "
+            "large as its WideLast, and another base has another width"
+        )
+    return _TEACHER_WIDTH
 
 
 def _create_lift(name: str, width: int, pretrained: bool, kwargs: dict[str, Any]) -> nn.Module:
@@ -433,13 +454,15 @@ def _create_uniform(name: str, width: int, pretrained: bool, kwargs: dict[str, A
             f"create_student: pretrained weights of {name!r} do not fit variant 'uniform', whose "
             "every layer has another width; use pretrained=False"
         )
-    num_heads = _outline(name, "uniform", kwargs).blocks[0].attn.num_heads
+    recorder = _BlockRecorder()  # not every kind of block says how many heads it has
+    _outline(name, "uniform", kwargs | {"block_fn": recorder})
+    num_heads = recorder.arguments["num_heads"]
     if width <= 0 or width % num_heads:
         raise ValueError(
             f"create_student: width must be a multiple of the {num_heads} heads of {name!r}, "
             f"got {width}"
         )
-    return _build_base(name, False, kwargs | {"embed_dim": width})
+    return _renamed(_build_base(name, False, kwargs | {"embed_dim": width}), f"uniform{width}")
 
 
 def _build_base(name: str, pretrained: bool, kwargs: dict[str, Any]) -> nn.Module:
@@ -467,10 +490,15 @@ def _outline(name: str, variant: str, kwargs: dict[str, Any]) -> VisionTransform
     )
 
 
-def _renamed(student: VisionTransformer, variant: str) -> VisionTransformer:
-    """Keep the base's statistics, but not its name: a checkpoint would be reloaded as the base."""
+def _renamed(student: Any, variant: str) -> nn.Module:
+    """Keep the base's statistics, but neither its name nor the source of its weights.
+
+    By these a checkpoint would be reloaded as the base, with weights that do not fit.
+    """
     architecture = str(student.pretrained_cfg["architecture"])
     stem, patch, rest = architecture.partition("_patch")
+    for source in ("url", "file", "state_dict", "hf_hub_id", "hf_hub_filename", "tag"):
+        student.pretrained_cfg.pop(source, None)
     student.pretrained_cfg |= {"architecture": f"{stem}_{variant}{patch}{rest}"}
     return student
 

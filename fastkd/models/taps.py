@@ -47,8 +47,10 @@ class Taps:
     `forward_intermediates` and `forward_head`: no hooks, no copy for ViTs, and
     ``torch.compile(fullgraph=True)`` works. A number is a block of a ViT, DeiT, DINOv2 or CaiT (its
     patch blocks; the class-attention blocks have no patch tokens to give) and a stage of a Swin or
-    CNN. Any other `nn.Module` is read by module name, with forward hooks that live as long as the
-    call; of a 4-D output the channels are taken to come second.
+    CNN, counted as timm's ``feature_info`` does: where the stem is among them it is number 0 (of a
+    ResNet, 0 is the stem's ``act1`` and 4 is ``layer4``). Any other `nn.Module` is read by module
+    name, with forward hooks that live as long as the call; of a 4-D output the channels are taken
+    to come second.
 
     Taps are no `nn.Module`: a module that holds both a model and its taps registers the model once.
 
@@ -157,11 +159,18 @@ class _NumberReader:
         self.as_tokens = _gives_tokens_on_one_grid(model, infos)
         self.final_prefix = _num_prefix_tokens(model)
         self.block_prefix = self.final_prefix if _blocks_carry_prefix(model) else 0
+        self.drops_patches = not isinstance(getattr(model, "patch_drop", None), nn.Identity | None)
         self.final_channels_last = getattr(model, "output_fmt", "NCHW") == "NHWC"
 
     def __call__(self, images: Tensor) -> TapOutput:
+        thinned = self.drops_patches and self.model.training
+        if thinned and self.keys:
+            raise ValueError(
+                f"Taps: {self.name} drops patches in training (patch_drop), so that the rest lies "
+                "on no grid; build it with patch_drop_rate=0 to compare its tokens"
+            )
         features, maps = self._forward(images)
-        grid = self._grid(images)
+        grid = None if thinned else self._grid(images)
         tokens: dict[TapKey, Tokens] = {
             key: self._tokens(maps[self.in_depth_order.index(key)], grid, key) for key in self.keys
         }

@@ -8,15 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.models import get_pretrained_cfg, load_checkpoint, load_state_dict
+from timm.models import get_pretrained_cfg
 from torch import Tensor, nn
 
 from fastkd.models.taps import TapKey, TapOutput, Taps, model_name
-from fastkd.models.zoo import build_timm_model, check_name
+from fastkd.models.weights import read_weights, short_misfit
+from fastkd.models.zoo import build_timm_model, check_name, fixed_input_size
 
 Statistics = Sequence[float]
 
@@ -160,8 +162,10 @@ def create_teacher(
     Args:
         name_or_module: a timm model name, or a module, which is frozen in place.
         checkpoint: local weights (.pth, .safetensors; a state dict or a training checkpoint that
-            holds one), read without unpickling code. For timm names, the formats that timm
-            converts (original DINOv2, Swin ...) load too, and position embeddings are resampled.
+            holds one), read without unpickling code; of a fastkd run's checkpoint, the student's
+            raw or EMA weights, whichever its run measured to be better. For timm names, the formats
+            that timm converts (original DINOv2, Swin ...) load too, and position embeddings are
+            resampled.
         pretrained: without ``checkpoint``, load timm's published weights for a name; for a module
             there is nothing to load. False leaves a name's weights random, which is for tests.
         num_classes: of the head; None takes the checkpoint's or timm's own; 0 leaves the head out,
@@ -170,7 +174,8 @@ def create_teacher(
         std: likewise.
         input_size: what images are resized to; None takes the size that the model is fixed to, if
             it is. To run a timm model at another size than its own, pass ``img_size``.
-        **timm_kwargs: of the timm model.
+        **timm_kwargs: of the timm model. With ``img_size``, images are resized to it, also for
+            models that are not built for a size.
 
     Returns:
         The teacher, on the CPU unless ``device`` is among ``timm_kwargs``.
@@ -178,7 +183,8 @@ def create_teacher(
     Raises:
         ValueError: an unknown name, weights that do not exist or do not fit, or a head that the
             weights do not have.
-        FileNotFoundError: there is no file ``checkpoint``.
+        FileNotFoundError: there is no file ``checkpoint``, or none that ``name_or_module`` is
+            the path of.
         RuntimeError: the pretrained weights cannot be downloaded.
         TypeError: ``name_or_module`` is neither, or options of timm are given for a module.
     """
@@ -225,27 +231,39 @@ def _build(
 def _build_from_file(name: str, checkpoint: str | Path, kwargs: dict[str, Any]) -> nn.Module:
     """Through timm's own loader, which converts the layouts that it knows, and strictly."""
     check_name("create_teacher", name)
-    found = _classes_in(checkpoint, name)
+    state = _read(checkpoint)
+    found = _classes_in(state, name)
     wanted = kwargs["num_classes"]
     if wanted not in (None, 0, found):
         raise ValueError(
             f"create_teacher: {str(checkpoint)!r} has a head of {found} classes, got "
             f"num_classes={wanted}, whose head would be random; use 0 for features alone"
         )
-    overlay = {"file": str(checkpoint), "num_classes": found, "custom_load": False}
+    overlay = {"state_dict": state, "num_classes": found, "custom_load": False}
     options = kwargs | {"num_classes": found, "pretrained_cfg_overlay": overlay}
     try:
         model: Any = build_timm_model("create_teacher", name, pretrained=True, **options)
     except (RuntimeError, KeyError) as error:
         raise _misfit(checkpoint, name, error) from error
+    model.pretrained_cfg.pop("state_dict", None)  # the file's tensors, which nobody needs again
     if wanted == 0:
         model.reset_classifier(0)  # after a strict load: timm loads loosely where heads differ
     return model
 
 
-def _classes_in(checkpoint: str | Path, name: str) -> int:
+def _read(checkpoint: str | Path) -> dict[str, Tensor]:
+    try:
+        return read_weights(checkpoint)
+    except (RuntimeError, ValueError, OSError, EOFError, KeyError, UnpicklingError) as error:
+        reason = " ".join(str(error).split())[:160]
+        raise ValueError(
+            f"create_teacher: {str(checkpoint)!r} cannot be read as weights: torn, or more than "
+            f"plain state, which is not loaded for safety ({reason})"
+        ) from error
+
+
+def _classes_in(state: Mapping[str, Tensor], name: str) -> int:
     """Classes of the head in a checkpoint; 0 for a backbone."""
-    state = load_state_dict(str(checkpoint))
     heads = _cfg_of(name).get("classifier") or ()
     for head in ((heads,) if isinstance(heads, str) else tuple(heads)) + ("head", "fc"):
         if f"{head}.weight" in state:
@@ -272,15 +290,16 @@ def _filled(module: nn.Module, checkpoint: str | Path | None) -> nn.Module:
     if checkpoint is None:
         return module
     try:
-        load_checkpoint(module, str(checkpoint))
+        module.load_state_dict(_read(checkpoint))
     except (RuntimeError, KeyError) as error:
         raise _misfit(checkpoint, model_name(module), error) from error
     return module
 
 
 def _misfit(checkpoint: str | Path, name: str, error: Exception) -> ValueError:
-    differences = " ".join(str(error).split())
-    return ValueError(f"create_teacher: {str(checkpoint)!r} does not fit {name!r}: {differences}")
+    return ValueError(
+        f"create_teacher: {str(checkpoint)!r} does not fit {name!r}: {short_misfit(error)}"
+    )
 
 
 def _refuse_for_modules(options: Mapping[str, Any]) -> None:
@@ -323,17 +342,15 @@ def _input_size(
             f"create_teacher: {model_name(model)} is fixed to images of {fixed}, got "
             f"input_size={asked}; build it for another size with img_size={asked}"
         )
-    return wanted or fixed
+    return wanted or fixed or _pair(built_for)
 
 
 def _fixed_size(
     model: nn.Module, built_for: int | tuple[int, int] | None
 ) -> tuple[int, int] | None:
     """The one input size a timm model runs at, or None where it runs at any."""
-    patch_embed = getattr(model, "patch_embed", None)
-    strict = getattr(patch_embed, "strict_img_size", None)
-    if strict is not None:
-        return _pair(getattr(patch_embed, "img_size", None)) if strict else None
+    if hasattr(getattr(model, "patch_embed", None), "strict_img_size"):
+        return fixed_input_size(model)
     cfg = getattr(model, "pretrained_cfg", None) or {}
     if not cfg.get("fixed_input_size"):
         return None

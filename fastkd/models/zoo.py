@@ -12,6 +12,8 @@ import timm
 from timm.models import get_pretrained_cfg
 from torch import nn
 
+from fastkd.models.weights import looks_like_a_path
+
 # Hugging Face's client raises its transport's own exceptions, whichever transport it was built on.
 _DOWNLOAD_PACKAGES = {"httpx", "httpcore", "huggingface_hub", "requests", "urllib3"}
 
@@ -26,17 +28,22 @@ def build_timm_model(
         name: a timm model name, with or without a pretrained tag.
         pretrained: load timm's weights; the only thing here that touches the network.
         alternative: what a user can do without these weights, appended to errors about them.
-        **kwargs: passed on to `timm.create_model`.
+        **kwargs: passed on to `timm.create_model`; ``img_size`` only to models that have one (most
+            CNNs run at any size and do not).
+
+    Returns:
+        The model.
 
     Raises:
         ValueError: timm does not know ``name``, or publishes no weights for it.
+        FileNotFoundError: ``name`` is the path of a file that is not there.
         RuntimeError: the weights could not be downloaded.
     """
     check_name(caller, name)
     if pretrained and not _has_weights(name, kwargs):
         raise ValueError(f"{caller}: timm publishes no weights for {name!r}{_or_else(alternative)}")
     try:
-        return timm.create_model(name, pretrained=pretrained, **kwargs)
+        return _create(name, pretrained, kwargs)
     except Exception as error:
         if pretrained and _is_download_failure(error):
             raise RuntimeError(
@@ -46,6 +53,32 @@ def build_timm_model(
         raise
 
 
+def _create(name: str, pretrained: bool, kwargs: dict[str, Any]) -> nn.Module:
+    try:
+        return timm.create_model(name, pretrained=pretrained, **kwargs)
+    except TypeError as error:
+        # timm says nowhere which models are built for a size, but by refusing the argument.
+        if kwargs.get("img_size") is None or "'img_size'" not in str(error):
+            raise
+    return timm.create_model(name, pretrained=pretrained, **kwargs | {"img_size": None})
+
+
+def fixed_input_size(model: nn.Module) -> tuple[int, int] | None:
+    """The one input size that a model's patch embedding takes.
+
+    Args:
+        model: any.
+
+    Returns:
+        (H, W); None where it takes any size, or there is no such patch embedding.
+    """
+    patch_embed = getattr(model, "patch_embed", None)
+    size = getattr(patch_embed, "img_size", None)
+    if size is None or not getattr(patch_embed, "strict_img_size", False):
+        return None
+    return int(size[0]), int(size[1])
+
+
 def check_name(caller: str, name: str) -> None:
     """Refuse a name that is not in timm's registry, suggesting the nearest ones.
 
@@ -53,7 +86,10 @@ def check_name(caller: str, name: str) -> None:
 
     Raises:
         ValueError: timm does not know ``name``.
+        FileNotFoundError: it is the path of a file that is not there.
     """
+    if looks_like_a_path(name):
+        raise FileNotFoundError(f"{caller}: there is no file or folder {name!r}")
     architecture = name.split(".", 1)[0]
     if ":" in name or timm.is_model(architecture):
         return

@@ -4,9 +4,23 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
+
+_TEMPORARY = re.compile(r"\..+\.\d+\.tmp")
+
+
+def remove_leftovers(folder: str | os.PathLike[str]) -> None:
+    """Remove what processes killed in the middle of `replacing` left in a folder.
+
+    Args:
+        folder: nobody else may be writing into it.
+    """
+    for path in Path(folder).iterdir():
+        if _TEMPORARY.fullmatch(path.name):
+            path.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

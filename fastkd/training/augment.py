@@ -66,7 +66,7 @@ def eval_transform(recipe: Recipe, spec: InputSpec) -> Transform:
     """Timm's evaluation transform: resize, centre crop, normalise.
 
     Args:
-        recipe: its ``interpolation`` and ``crop_pct``.
+        recipe: its ``interpolation``, ``crop_pct`` and ``crop_mode``.
         spec: size and statistics of the input; statistics must be there.
 
     Returns:
@@ -78,6 +78,7 @@ def eval_transform(recipe: Recipe, spec: InputSpec) -> Transform:
         is_training=False,
         interpolation=interpolation,
         crop_pct=recipe.crop_pct,
+        crop_mode=recipe.crop_mode,
         mean=spec.mean,
         std=spec.std,
     )

@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 
+from fastkd.models.weights import FASTKD_FORMAT as FORMAT
 from fastkd.training.atomic import replacing
 
-FORMAT = "fastkd-checkpoint"
 VERSION = 1
 LAST = "last.pth"
 BEST = "best.pth"
@@ -57,6 +57,7 @@ def load_checkpoint(path: str | os.PathLike[str], device: str | torch.device = "
     Raises:
         CheckpointError: not there, torn, not fastkd's, of a later version, or holding more than
             plain state.
+        PermissionError: this user may not read it.
     """
     path = Path(path)
     if path.is_dir():
@@ -65,12 +66,15 @@ def load_checkpoint(path: str | os.PathLike[str], device: str | torch.device = "
         state = torch.load(path, map_location=device, weights_only=True)
     except FileNotFoundError:
         raise CheckpointError(f"checkpoint: there is no {path}") from None
+    except PermissionError:
+        raise
     except pickle.UnpicklingError as error:
         raise CheckpointError(
             f"checkpoint: {path} is torn, or holds more than plain state and is not loaded for "
             f"safety ({_first_line(error)})"
         ) from error
-    except (RuntimeError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:
+    # OSError: torch's reader seeks to where a file cut short has nothing.
+    except (RuntimeError, EOFError, ValueError, KeyError, OSError, zipfile.BadZipFile) as error:
         raise CheckpointError(
             f"checkpoint: {path} is torn or no checkpoint ({_first_line(error)}); delete it to "
             f"start again"
@@ -82,6 +86,28 @@ def load_checkpoint(path: str | os.PathLike[str], device: str | torch.device = "
             f"checkpoint: {path} has version {state['version']}, this fastkd reads up to {VERSION}"
         )
     return state
+
+
+def move_best(resumed: Path | None, output: Path, best: dict[str, Any]) -> None:
+    """Let a run that continues in another folder find its best checkpoint there.
+
+    Args:
+        resumed: the checkpoint that it continues from; None for a new run.
+        output: the run's folder; a best checkpoint of another run there is removed.
+        best: what the run calls its best.
+    """
+    target = output / BEST
+    source = None if resumed is None else resumed.parent / BEST
+    if source is not None and source.resolve() == target.resolve():
+        return
+    if source is not None and _is_best(source, best):
+        save_checkpoint(load_checkpoint(source), target)
+    else:
+        target.unlink(missing_ok=True)
+
+
+def _is_best(path: Path, best: dict[str, Any]) -> bool:
+    return path.exists() and load_checkpoint(path).get("best") == best
 
 
 def _first_line(error: Exception) -> str:

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from PIL import Image
-from timm.data import create_dataset
+from timm.data import ImageDataset, create_dataset
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
 
@@ -85,20 +85,20 @@ def _open_named(data: str, root: str | None, need_train: bool) -> tuple[Any, Any
         return _open_folder(folder, need_train)
     if "/" not in data or folder.is_absolute() or data.startswith("."):
         raise ValueError(f"data: no folder {data!r}, and a timm data set name has a scheme: hfds/x")
-    train = create_dataset(data, root=root, split="train") if need_train else None
-    return train, create_dataset(data, root=root, split="validation")
+    train = _opened(data, root=root, split="train") if need_train else None
+    return train, _opened(data, root=root, split="validation")
 
 
 def _open_folder(folder: Path, need_train: bool) -> tuple[Any, Any]:
     val_folder = next((folder / n for n in VALIDATION_FOLDERS if (folder / n).is_dir()), None)
     if not need_train and not (folder / "train").is_dir():
-        return None, create_dataset("", root=str(val_folder or folder), search_split=False)
+        return None, _opened("", root=str(val_folder or folder), search_split=False)
     missing = [] if (folder / "train").is_dir() else ["train"]
     if val_folder is None:
         missing.append("val (or validation)")
     if missing:
         raise ValueError(f"data: {folder} has no folder {' and no folder '.join(missing)}")
-    train = create_dataset("", root=str(folder / "train"), search_split=False)
+    train = _opened("", root=str(folder / "train"), search_split=False)
     classes = train.reader.class_to_idx
     strangers = sorted({p.name for p in val_folder.iterdir() if p.is_dir()} - set(classes))  # type: ignore[union-attr]
     if strangers:
@@ -106,8 +106,47 @@ def _open_folder(folder: Path, need_train: bool) -> tuple[Any, Any]:
             f"data: {val_folder} has classes that {folder / 'train'} lacks: {strangers[:5]}"
         )
     # The training set's numbering, so that a class without validation images shifts no label.
-    val = create_dataset("", root=str(val_folder), search_split=False, class_map=classes)
+    val = _opened("", root=str(val_folder), search_split=False, class_map=classes)
     return (train if need_train else None), val
+
+
+def _opened(name: str, **options: Any) -> Any:
+    """Timm's data set; one that reads image files stops at those it cannot read."""
+    dataset = create_dataset(name, **options)
+    return ReadableImages(dataset.reader) if type(dataset) is ImageDataset else dataset
+
+
+class ReadableImages(Dataset):
+    """The images of a timm reader; one that cannot be read is an error.
+
+    timm's own data set takes the next image in its place, with that one's label, and a warning: an
+    accuracy would be counted on other images, and a batch would not be what its seed says.
+
+    Args:
+        reader: timm's: gives (binary file, label) by index, and file names.
+    """
+
+    def __init__(self, reader: Any) -> None:
+        self.reader = reader
+
+    def __len__(self) -> int:
+        return len(self.reader)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        """Image and label; -1 where there is none.
+
+        Raises:
+            OSError: naming the file, which is missing, cut short or no image.
+        """
+        try:
+            file, label, *_ = self.reader[index]
+            with file:
+                image = Image.open(file)
+                image.load()
+        except (OSError, SyntaxError, ValueError) as error:  # Pillow's, for broken files
+            name = self.reader.filename(index, absolute=True)
+            raise OSError(f"data: cannot read {name} (sample {index}): {error}") from error
+        return image, -1 if label is None else label
 
 
 def _open_given(data: Any, need_train: bool) -> tuple[Any, Any]:

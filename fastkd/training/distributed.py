@@ -12,7 +12,8 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from timm.utils import distribute_bn
+from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,27 @@ class World:
         if self.size == 1:
             return flag
         return bool(self.sum(torch.tensor(float(flag), device=self.device)).item())
+
+    @torch.no_grad()
+    def share(self, module: nn.Module) -> None:
+        """Give every process the main one's parameters and buffers.
+
+        Args:
+            module: on ``device``; changed in place everywhere but on rank 0.
+        """
+        if self.size == 1:
+            return
+        for tensor in (*module.parameters(), *module.buffers()):
+            dist.broadcast(tensor.data, 0)
+
+    def average_norms(self, module: nn.Module) -> None:
+        """Average the running statistics of batch norms, which every process has of its own share.
+
+        Args:
+            module: on ``device``; changed in place.
+        """
+        if self.size > 1:
+            distribute_bn(module, self.size, reduce=True)
 
     def barrier(self) -> None:
         """Wait for the other processes."""

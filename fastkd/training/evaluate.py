@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from timm.data import resolve_data_config
 from torch import nn
 
 from fastkd.models import create_teacher
@@ -16,11 +17,12 @@ from fastkd.training.augment import InputSpec
 from fastkd.training.data import Data, DataPair, eval_loader, open_data
 from fastkd.training.distributed import world
 from fastkd.training.engine import evaluate_model
+from fastkd.training.options import refuse_image_options
 from fastkd.training.recipe import Recipe
 from fastkd.training.setup import Shape, class_count, input_spec, load_student
 
 # Recipe fields that say how an evaluation sees its images.
-OPTIONS = ("img_size", "crop_pct", "interpolation", "mean", "std", "data_root")
+OPTIONS = ("img_size", "crop_pct", "crop_mode", "interpolation", "mean", "std", "data_root")
 
 
 def evaluate(
@@ -43,13 +45,15 @@ def evaluate(
         data: as in `train`, of which the evaluation set is used; or one data set, or a folder of
             class folders.
         checkpoint: for a timm name, local weights; for a module, a fastkd checkpoint to load.
-        weights: ``"raw"``, ``"ema"`` or ``"auto"`` (EMA where there is one) of a fastkd checkpoint.
+        weights: ``"raw"``, ``"ema"`` or ``"auto"`` of a fastkd checkpoint; auto takes the EMA where
+            its run measured it to be the better one.
         device: as in `train`.
         amp: ``"none"``, ``"bf16"`` or ``"fp16"``.
         batch_size: images per step and process.
         workers: loader processes.
-        **options: ``img_size``, ``crop_pct``, ``interpolation``, ``mean``, ``std``, ``data_root``
-            as in a recipe; what is not given comes from the run's recipe or timm's configuration.
+        **options: ``img_size``, ``crop_pct``, ``crop_mode``, ``interpolation``, ``mean``, ``std``,
+            ``data_root`` as in a recipe; what is not given comes from the run's recipe, or is
+            timm's for evaluation. Models from a name or a run are built for ``img_size``.
 
     Returns:
         ``top1`` and ``top5`` in % (``top5`` None below five classes), ``loss`` (plain
@@ -64,6 +68,8 @@ def evaluate(
     if not isinstance(model, nn.Module) and Path(model).exists() and checkpoint is not None:
         raise ValueError(f"evaluate: {model} is a checkpoint itself; checkpoint= has no effect")
     opened = open_data(data, options.get("data_root"), need_train=False)
+    if opened.yields_tensors:
+        refuse_image_options(options)
     with world(device) as peers:
         network, recipe, spec, used = _resolve(model, checkpoint, weights, opened, options)
         class_count(network, Shape(opened.num_classes, spec.size[0], None))
@@ -86,20 +92,24 @@ def _resolve(
     if run is None:
         if weights != "auto":
             raise ValueError(f"evaluate: weights={weights!r} chooses in a fastkd checkpoint")
-        network = model if isinstance(model, nn.Module) else _from_timm(str(model), checkpoint)
+        size = options.get("img_size")
+        network = model if isinstance(model, nn.Module) else _from_timm(model, checkpoint, size)
         recipe = _own_recipe(network).override(**options)
-        return network, recipe, input_spec(network, recipe, data), "as given"
-    loaded = load_student(run, weights, model if isinstance(model, nn.Module) else None)
+        spec = input_spec(network, recipe, data, use_test_size=True)
+        return network, recipe, spec, "as given"
+    if isinstance(model, nn.Module):
+        loaded = load_student(run, weights, model)
+    else:
+        loaded = load_student(run, weights, img_size=options.get("img_size"))
     recipe = loaded.recipe.override(**{"mean": loaded.spec.mean, "std": loaded.spec.std, **options})
     return loaded.model, recipe, input_spec(loaded.model, recipe, data), loaded.weights
 
 
-def _from_timm(name: str, checkpoint: str | Path | None) -> nn.Module:
-    return create_teacher(name, checkpoint=checkpoint).model
+def _from_timm(name: str | Path, checkpoint: str | Path | None, img_size: int | None) -> nn.Module:
+    return create_teacher(str(name), checkpoint=checkpoint, img_size=img_size).model
 
 
 def _own_recipe(network: nn.Module) -> Recipe:
-    """Crop and interpolation that a timm model was published with."""
-    config = getattr(network, "pretrained_cfg", None) or {}
-    known = {name: config[name] for name in ("crop_pct", "interpolation") if config.get(name)}
-    return Recipe().override(**known)
+    """How timm evaluates the model."""
+    config = resolve_data_config({}, model=network, use_test_size=True)
+    return Recipe().override(**{n: config[n] for n in ("crop_pct", "crop_mode", "interpolation")})

@@ -6,6 +6,7 @@ writes.
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 import json
@@ -54,14 +55,30 @@ class RunLogger:
         self._log: TextIO | None = None
         self._bar: _Bar | None = None
 
+    def mend(self, updates: int, history: list[dict[str, Any]]) -> None:
+        """Make the files say what a checkpoint says: no more, and no epoch less.
+
+        A kill between two writes, or a run continued in a new folder, leaves them different.
+
+        Args:
+            updates: finished updates of the run.
+            history: its finished epochs.
+        """
+        if self.output is None:
+            return
+        _mend_log(self.output / LOG, updates, history)
+        if history:
+            _write_csv(self.output / EPOCHS, history)
+        else:
+            (self.output / EPOCHS).unlink(missing_ok=True)
+
     def start(self, updates: int) -> None:
-        """Open the logs; what they hold past the resumed position is dropped first.
+        """Open the log and the bar.
 
         Args:
             updates: finished updates of the run.
         """
         if self.output is not None:
-            _truncate_log(self.output / LOG, updates)
             self._log = open(self.output / LOG, "a", encoding="utf-8")  # noqa: SIM115
         if self.shows and self.stream.isatty():
             self._bar = _Bar(
@@ -130,19 +147,25 @@ class RunLogger:
             self._log.flush()
 
 
-def _truncate_log(path: Path, updates: int) -> None:
-    """Drop lines that a resumed run will write again; a line torn by a kill goes with them."""
+def _mend_log(path: Path, updates: int, history: list[dict[str, Any]]) -> None:
+    """Drop lines that will be written again or that a kill tore; add epochs that are missing."""
+    kept = [record for record in _whole_records(path) if record["update"] <= updates]
+    written = {record["epoch"] for record in kept if record.get("kind") == "epoch"}
+    missing = [{"kind": "epoch", **r} for r in history if r["epoch"] not in written]
+    # Stable, so that an epoch's line stays behind the last interval's.
+    records = sorted(kept + missing, key=lambda record: record["update"])
+    if path.exists() or records:
+        write_text(path, "".join(json.dumps(record) + "\n" for record in records))
+
+
+def _whole_records(path: Path) -> list[dict[str, Any]]:
     if not path.exists():
-        return
-    kept = []
+        return []
+    records = []
     for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        if record["update"] <= updates:
-            kept.append(line + "\n")
-    write_text(path, "".join(kept))
+        with contextlib.suppress(json.JSONDecodeError):
+            records.append(json.loads(line))
+    return records
 
 
 def _write_csv(path: Path, history: list[dict[str, Any]]) -> None:

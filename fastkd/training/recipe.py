@@ -49,13 +49,18 @@ class Recipe:
     variant: str = _option(
         "plain", "student", "student architecture", ("plain", "lift", "widelast", "uniform")
     )
-    width: int = _option(384, "student", "lifted, last-block or uniform width of a variant")
+    width: int | None = _option(
+        None, "student", "of a variant; none: 384 for lift and widelast, uniform must be given one"
+    )
     img_size: int | None = _option(None, "student", "input pixels a side; none: the student's own")
     num_classes: int | None = _option(None, "student", "classes; none: as the data say")
     drop_path: float = _option(0.0, "student", "stochastic depth rate at the last block")
 
     teacher: str | None = _option(None, "teacher", "timm name, run folder or fastkd checkpoint")
     teacher_checkpoint: str | None = _option(None, "teacher", "local weights for a timm name")
+    teacher_img_size: int | None = _option(
+        None, "teacher", "pixels a side that images are resized to for it; none: its own"
+    )
 
     alpha: float = _option(0.0, "distillation", "weight of the logit term; CE gets 1 - alpha")
     tau: float = _option(1.0, "distillation", "temperature of soft distillation")
@@ -72,7 +77,8 @@ class Recipe:
     pairs: tuple[tuple[int | str, int | str], ...] = _option(
         ((-1, -1),),
         "distillation",
-        "student:teacher blocks, as 0:0,1:1,11:23; from the end: --pairs=-1:-1",
+        "student:teacher blocks, as 0:0,1:1,11:23; from the end: --pairs=-1:-1; of a CNN, stages "
+        "as timm counts them, the stem included (ResNet: 0 is the stem, 4 is layer4)",
     )
     student_prefix: int = _option(
         0, "distillation", "tokens that are no patches, in student layers paired by module name"
@@ -102,6 +108,9 @@ class Recipe:
         "bicubic", "data", "of training crops and evaluation", ("bicubic", "bilinear", "random")
     )
     crop_pct: float = _option(0.875, "data", "part of the resized image that evaluation crops")
+    crop_mode: str = _option(
+        "center", "data", "how evaluation crops, as in timm", ("center", "squash", "border")
+    )
     scale: tuple[float, ...] = _option((0.08, 1.0), "data", "area range of training crops")
     ratio: tuple[float, ...] = _option((3 / 4, 4 / 3), "data", "aspect range of training crops")
     hflip: float = _option(0.5, "data", "probability of a horizontal flip")

@@ -29,8 +29,8 @@ class Result:
         images: images in the evaluation set.
         parameters: of the student, without projectors that are dropped at inference.
         output: the run's folder; None where nothing was written.
-        last: the checkpoint after the last epoch.
-        best: the checkpoint of the best epoch.
+        last: the checkpoint after the last epoch; None where none was written.
+        best: the checkpoint of the best epoch; None likewise.
         history: one record per epoch, as in epochs.csv.
     """
 

@@ -5,69 +5,28 @@ Decides what follows from what (classes, input size, statistics); the training i
 
 from __future__ import annotations
 
+import contextlib
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.data import resolve_data_config
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from torch import nn
 
 from fastkd.models import Teacher, create_student, create_teacher
+from fastkd.models.weights import better_weights, short_misfit
+from fastkd.models.zoo import fixed_input_size
 from fastkd.training.augment import InputSpec
 from fastkd.training.checkpoint import LAST, load_checkpoint
 from fastkd.training.data import DataPair, open_data, slice_size
+from fastkd.training.options import MODULE_PREFIX, FromRecipe, refuse_image_options, resolve_recipe
 from fastkd.training.recipe import Recipe
 from fastkd.training.samplers import TrainBatchSampler
 from fastkd.training.task import DistillationTask
-
-MODULE_PREFIX = "module:"
-STUDENT_FIELDS = ("variant", "width", "drop_path")
-
-
-def resolve_recipe(
-    recipe: Any, student: Any, teacher: Any, data: Any, overrides: dict[str, Any]
-) -> Recipe:
-    """The recipe of a run as it is saved: with overrides, and with what the caller hands over.
-
-    Args:
-        recipe: anything `Recipe.load` takes.
-        student: a timm name, a module, or None for the recipe's model.
-        teacher: a name, a path, a module, or None for no distillation.
-        data: what `open_data` takes, or None for the recipe's data.
-        overrides: recipe fields.
-
-    Returns:
-        The resolved recipe; modules stand in it as ``module:ClassName``.
-
-    Raises:
-        ValueError: an override that could have no effect, or an unknown one.
-        TypeError: a value of the wrong type.
-    """
-    resolved = Recipe.load(recipe).override(**overrides)
-    if isinstance(student, nn.Module):
-        for name in STUDENT_FIELDS:
-            if name in overrides:
-                raise ValueError(
-                    f"train: {name}={overrides[name]!r} has no effect: the student is given as a "
-                    f"module"
-                )
-    if teacher is None:  # and the record says so, whatever terms the recipe asks for
-        resolved = resolved.override(alpha=0.0, feature_weight=0.0)
-    if student is not None:
-        resolved = resolved.override(model=_name(student))
-    if isinstance(data, str | Path):
-        resolved = resolved.override(data=str(data))
-    return resolved.override(teacher=None if teacher is None else _name(teacher))
-
-
-def _name(model: Any) -> str:
-    if isinstance(model, Teacher):
-        model = model.model
-    return f"{MODULE_PREFIX}{type(model).__name__}" if isinstance(model, nn.Module) else str(model)
 
 
 @dataclass(frozen=True)
@@ -82,7 +41,7 @@ class Shape:
 
     num_classes: int | None
     channels: int
-    img_size: int | None
+    img_size: int | tuple[int, int] | None
 
 
 def build_student(recipe: Recipe, shape: Shape) -> nn.Module:
@@ -127,13 +86,21 @@ def student_shape(recipe: Recipe, data: DataPair) -> Shape:
         The shape.
 
     Raises:
-        ValueError: the recipe has fewer classes than the data.
+        ValueError: the recipe has fewer classes than the data, or another size than their tensors.
     """
     known = data.num_classes
     if recipe.num_classes is not None and known is not None and recipe.num_classes < known:
         raise ValueError(f"num_classes: {recipe.num_classes}, but the data have {known} classes")
-    channels = data.image_size[0] if data.image_size else 3
-    return Shape(recipe.num_classes or known, channels, recipe.img_size)
+    num_classes = recipe.num_classes or known
+    if data.image_size is None:
+        return Shape(num_classes, 3, recipe.img_size)
+    channels, height, width = data.image_size
+    if recipe.img_size is not None and (height, width) != (recipe.img_size,) * 2:
+        raise ValueError(
+            f"img_size: {recipe.img_size}, but the data are tensors of {height} x {width}, which "
+            f"are not resized"
+        )
+    return Shape(num_classes, channels, (height, width))
 
 
 def class_count(student: nn.Module, shape: Shape) -> int | None:
@@ -160,7 +127,9 @@ def class_count(student: nn.Module, shape: Shape) -> int | None:
     return own
 
 
-def input_spec(student: nn.Module, recipe: Recipe, data: DataPair) -> InputSpec:
+def input_spec(
+    student: nn.Module, recipe: Recipe, data: DataPair, *, use_test_size: bool = False
+) -> InputSpec:
     """Size and statistics of the student's input.
 
     Args:
@@ -168,25 +137,68 @@ def input_spec(student: nn.Module, recipe: Recipe, data: DataPair) -> InputSpec:
         recipe: its ``img_size``, ``mean`` and ``std`` come first.
         data: float tensors have a size already, and are fed as they are unless the recipe has
             statistics.
+        use_test_size: take timm's size for evaluation, where it publishes one.
 
     Returns:
         The spec.
+
+    Raises:
+        ValueError: the student takes no images of that size, or the statistics are of another
+            number of channels.
     """
     if data.image_size is not None:
-        return InputSpec(data.image_size, recipe.mean, recipe.std)
+        spec = InputSpec(data.image_size, recipe.mean, recipe.std)
+    else:
+        config = resolve_data_config({}, model=student)
+        size = recipe.img_size
+        height, width = _own_size(student, use_test_size) if size is None else (size, size)
+        spec = InputSpec(
+            (_channels(student), height, width),
+            recipe.mean or tuple(config["mean"]),
+            recipe.std or tuple(config["std"]),
+        )
+    _check_input(student, spec)
+    return spec
+
+
+def _own_size(student: nn.Module, use_test_size: bool) -> tuple[int, int]:
+    """(H, W) that a student is fixed to, or that it was built or published for."""
+    published = getattr(student, "pretrained_cfg", None) or {}
+    built = getattr(getattr(student, "patch_embed", None), "img_size", None)
+    if use_test_size and published.get("test_input_size") and fixed_input_size(student) is None:
+        built = published["test_input_size"][-2:]
+    height, width = built or resolve_data_config({}, model=student)["input_size"][-2:]
+    return height, width
+
+
+def _channels(student: nn.Module) -> int:
+    """Channels of the images that a student takes; timm's models say it in one of three ways."""
     config = getattr(student, "pretrained_cfg", None) or {}
-    channels, height, width = config.get("input_size", (3, 224, 224))
-    fixed = getattr(getattr(student, "patch_embed", None), "img_size", None)
-    if recipe.img_size is not None:
-        height = width = recipe.img_size
-    elif fixed is not None:
-        height, width = fixed
-    channels = getattr(getattr(student, "patch_embed", None), "in_chans", channels)
-    return InputSpec(
-        (channels, height, width),
-        recipe.mean or tuple(config.get("mean", IMAGENET_DEFAULT_MEAN)),
-        recipe.std or tuple(config.get("std", IMAGENET_DEFAULT_STD)),
-    )
+    own = getattr(student, "in_chans", None)
+    if isinstance(own, int):
+        return own
+    for stem in (config.get("first_conv"), "patch_embed.proj"):
+        if isinstance(stem, str) and stem:
+            with contextlib.suppress(AttributeError):
+                layer: Any = student.get_submodule(stem)
+                return int(layer.in_channels)
+    return 3
+
+
+def _check_input(student: nn.Module, spec: InputSpec) -> None:
+    channels, height, width = spec.size
+    fixed = fixed_input_size(student)
+    if fixed is not None and (height, width) != fixed:
+        raise ValueError(
+            f"img_size: the images are {height} x {width}, but the student, a "
+            f"{type(student).__name__}, is built for {fixed[0]} x {fixed[1]}: build it for the "
+            f"images' size (timm: img_size=, or set_input_size)"
+        )
+    if spec.mean is not None and len(spec.mean) != channels:
+        raise ValueError(
+            f"mean: {len(spec.mean)} values for images of {channels} channels: give mean and std "
+            f"with a value for each"
+        )
 
 
 def resolve_teacher(teacher: Any, recipe: Recipe, spec: InputSpec) -> Teacher | None:
@@ -194,32 +206,48 @@ def resolve_teacher(teacher: Any, recipe: Recipe, spec: InputSpec) -> Teacher | 
 
     Args:
         teacher: None, a `Teacher`, a module, a timm name, a run's folder or a fastkd checkpoint.
-        recipe: its ``teacher_checkpoint`` holds local weights for a timm name.
+        recipe: its ``teacher_checkpoint`` holds local weights for a timm name, its
+            ``teacher_img_size`` the size that images are resized to for the teacher.
         spec: the student's input.
 
     Returns:
         The frozen teacher on the CPU, or None.
 
     Raises:
-        ValueError: weights for a module, or what `create_teacher` raises.
+        ValueError: weights for a module, a size for a `Teacher` or for a model that is fixed to
+            another, or what `create_teacher` raises.
     """
     if teacher is None:
         return None
+    size = recipe.teacher_img_size
     by_name = not isinstance(teacher, nn.Module) and not Path(teacher).exists()
     if recipe.teacher_checkpoint is not None and not by_name:
         raise ValueError("teacher_checkpoint: holds weights for a teacher given by its timm name")
     if isinstance(teacher, Teacher):
+        if size is not None:
+            raise ValueError("teacher_img_size: a Teacher has an input_size of its own")
         resolved = teacher
     elif isinstance(teacher, nn.Module):
-        resolved = create_teacher(teacher)
+        resolved = create_teacher(teacher, input_size=size)
     elif by_name:
-        resolved = create_teacher(str(teacher), checkpoint=recipe.teacher_checkpoint)
+        resolved = create_teacher(str(teacher), checkpoint=recipe.teacher_checkpoint, img_size=size)
     else:
-        # Its own training's statistics: a fastkd student carries none in its configuration.
-        loaded = load_student(teacher)
-        resolved = create_teacher(loaded.model, mean=loaded.spec.mean, std=loaded.spec.std)
+        resolved = _trained_teacher(teacher, size)
     resolved.set_input_stats(spec.mean, spec.std)
     return resolved
+
+
+def _trained_teacher(run: str | Path, size: int | None) -> Teacher:
+    """A run's student as a teacher, fed what its run fed it."""
+    loaded = load_student(run, img_size=size)
+    # Not through create_teacher: without statistics it would take those of timm's configuration,
+    # but this model was trained on tensors as they came.
+    return Teacher(
+        loaded.model,
+        mean=loaded.spec.mean,
+        std=loaded.spec.std,
+        input_size=loaded.spec.size[-2:],
+    )
 
 
 @dataclass(frozen=True)
@@ -240,21 +268,28 @@ class LoadedStudent:
 
 
 def load_student(
-    checkpoint: str | Path, weights: str = "auto", model: nn.Module | None = None
+    checkpoint: str | Path,
+    weights: str = "auto",
+    model: nn.Module | None = None,
+    *,
+    img_size: int | None = None,
 ) -> LoadedStudent:
     """Rebuild a student from a checkpoint of its run.
 
     Args:
         checkpoint: a checkpoint, or a run's folder, whose ``last.pth`` is taken.
-        weights: ``"raw"``, ``"ema"``, or ``"auto"``: EMA where there is one.
+        weights: ``"raw"``, ``"ema"``, or ``"auto"``: EMA where it had the higher top-1 when the run
+            measured both last, else raw.
         model: takes the weights; needed where the student was given as a module.
+        img_size: input size to change to (position embeddings are resampled); None keeps what it
+            was trained on.
 
     Returns:
         The student, its input and its recipe.
 
     Raises:
         CheckpointError: the file cannot be used.
-        ValueError: there are no EMA weights, or they do not fit ``model``.
+        ValueError: there are no EMA weights, they do not fit ``model``, or its size cannot change.
     """
     if weights not in ("auto", "raw", "ema"):
         raise ValueError(f"weights: expected auto, raw or ema, got {weights!r}")
@@ -265,13 +300,52 @@ def load_student(
     size, mean, std = (state["input"][name] for name in ("size", "mean", "std"))
     spec = InputSpec(tuple(size), mean and tuple(mean), std and tuple(std))
     if model is None:
-        model = build_student(recipe, Shape(state["num_classes"], spec.size[0], recipe.img_size))
-    used = "raw" if weights == "raw" or state["ema"] is None else "ema"
+        model = build_student(recipe, Shape(state["num_classes"], spec.size[0], state["img_size"]))
+    used = better_weights(state) if weights == "auto" else weights
     try:
         model.load_state_dict(state["student" if used == "raw" else "ema"])
     except RuntimeError as error:
-        raise ValueError(f"student: {checkpoint} does not fit the given model: {error}") from None
+        raise ValueError(
+            f"student: {checkpoint} does not fit the given model: {short_misfit(error)}"
+        ) from None
+    if img_size is not None:
+        spec = replace(spec, size=(spec.size[0], img_size, img_size))
+        change_input_size(model, (img_size, img_size))
     return LoadedStudent(model.eval(), spec, recipe, used)
+
+
+def change_input_size(model: nn.Module, size: tuple[int, int]) -> None:
+    """Let a timm model of a fixed input size take another; position embeddings are resampled.
+
+    Args:
+        model: changed in place; one that runs at any size is left as it is.
+        size: (H, W).
+
+    Raises:
+        ValueError: timm cannot change this model.
+    """
+    if fixed_input_size(model) in (None, size):
+        return
+    if not hasattr(model, "set_input_size"):
+        raise ValueError(
+            f"img_size: {type(model).__name__} is built for one size and timm cannot change it"
+        )
+    model.set_input_size(img_size=size)  # type: ignore[operator]
+
+
+def weights_in(checkpoint: str | Path) -> tuple[str, ...]:
+    """Which weights a checkpoint holds.
+
+    Args:
+        checkpoint: as in `load_student`.
+
+    Returns:
+        ``("raw",)`` or ``("raw", "ema")``.
+
+    Raises:
+        CheckpointError: the file cannot be used.
+    """
+    return ("raw",) if load_checkpoint(checkpoint)["ema"] is None else ("raw", "ema")
 
 
 def build_optimizer(
@@ -326,7 +400,6 @@ def effective_values(
         ValueError: the batch cannot be shared out, or exceeds the data.
     """
     share = slice_size(recipe, world_size)
-    scaled = f" = {recipe.lr:g} x {recipe.batch_size} / 512" if recipe.lr_scaling else ""
     values = {
         "student": f"{recipe.model} ({recipe.variant}), {parameter_count(student):,} parameters"
         if not (recipe.model or "").startswith(MODULE_PREFIX)
@@ -335,7 +408,7 @@ def effective_values(
         "terms": _terms_text(recipe),
         "global batch": f"{recipe.batch_size} = {world_size} process(es) x {recipe.accumulation} "
         f"slice(s) x {share}",
-        "learning rate": f"{recipe.scaled_lr:g}{scaled}",
+        "learning rate": _schedule_text(recipe),
     }
     if data is not None:
         sampler = TrainBatchSampler(
@@ -349,13 +422,13 @@ def effective_values(
 
 
 def dry_run(
-    recipe: Recipe, teacher: str | None, overrides: dict[str, Any]
+    recipe: Recipe, teacher: str | FromRecipe | None, overrides: dict[str, Any]
 ) -> tuple[Recipe, dict[str, str]]:
     """What a run would be, without a teacher's weights, a device or an output.
 
     Args:
         recipe: the run's.
-        teacher: its name, or None.
+        teacher: its name, None, or `FromRecipe.TEACHER`.
         overrides: recipe fields.
 
     Returns:
@@ -369,10 +442,23 @@ def dry_run(
     if data is None:
         shape = Shape(resolved.num_classes, 3, resolved.img_size)
     else:
+        if data.yields_tensors:
+            refuse_image_options(overrides)
         shape = student_shape(resolved, data)
     student = build_student(resolved, shape)
+    if data is not None:
+        input_spec(student, resolved, data)
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     return resolved, effective_values(resolved, student, data, world_size)
+
+
+def _schedule_text(recipe: Recipe) -> str:
+    scaled = f" = {recipe.lr:g} x {recipe.batch_size} / 512" if recipe.lr_scaling else ""
+    warmup = f"from {recipe.warmup_lr:g} in {recipe.warmup_epochs} epochs to "
+    return (
+        f"{warmup if recipe.warmup_epochs else ''}{recipe.scaled_lr:g}{scaled}, by a cosine to "
+        f"{recipe.min_lr:g}"
+    )
 
 
 def _terms_text(recipe: Recipe) -> str:
@@ -405,7 +491,8 @@ def find_checkpoint(output: Path | None, resume: str) -> Path | None:
 
     Args:
         output: the run's folder.
-        resume: ``"auto"`` (its last checkpoint, if there is one), ``"never"``, or a path.
+        resume: ``"auto"`` (its last checkpoint, if there is one), ``"never"``, or the path of a
+            checkpoint or of a run's folder.
 
     Returns:
         The checkpoint, or None to start afresh.
@@ -413,6 +500,6 @@ def find_checkpoint(output: Path | None, resume: str) -> Path | None:
     if resume == "never":
         return None
     if resume != "auto":
-        return Path(resume)
+        return Path(resume) / LAST if Path(resume).is_dir() else Path(resume)
     last = None if output is None else output / LAST
     return last if last is not None and last.exists() else None

@@ -14,12 +14,15 @@ from timm.utils import ModelEmaV3
 from torch import nn
 
 from fastkd.models import Teacher
+from fastkd.models.weights import short_misfit
+from fastkd.training.atomic import remove_leftovers
 from fastkd.training.augment import create_mixup
 from fastkd.training.checkpoint import (
     BEST,
     LAST,
     CheckpointError,
     load_checkpoint,
+    move_best,
     save_checkpoint,
 )
 from fastkd.training.data import Data, DataPair, eval_loader, open_data, train_loader
@@ -27,6 +30,12 @@ from fastkd.training.distributed import World, world
 from fastkd.training.engine import Engine, evaluate_model, train_one_epoch
 from fastkd.training.interrupt import StopRequest
 from fastkd.training.logger import RunLogger
+from fastkd.training.options import (
+    FromRecipe,
+    chosen_teacher,
+    refuse_image_options,
+    resolve_recipe,
+)
 from fastkd.training.recipe import Recipe
 from fastkd.training.result import RESULT, Result
 from fastkd.training.seeding import derive_seed, preserved_rng, rng_state, seed_all, set_rng_state
@@ -38,7 +47,6 @@ from fastkd.training.setup import (
     find_checkpoint,
     input_spec,
     parameter_count,
-    resolve_recipe,
     resolve_teacher,
     student_shape,
 )
@@ -49,7 +57,7 @@ RECIPE = "recipe.yaml"
 
 def train(
     student: str | nn.Module | None = None,
-    teacher: str | Path | nn.Module | None = None,
+    teacher: str | Path | nn.Module | FromRecipe | None = FromRecipe.TEACHER,
     data: Data | None = None,
     output: str | Path | None = None,
     recipe: str | Path | Recipe | None = None,
@@ -68,8 +76,8 @@ def train(
         student: a timm name (its variant comes from the recipe), a module, which is trained in
             place, or None for the recipe's model.
         teacher: a timm name (pretrained, or with ``teacher_checkpoint=``), a folder or checkpoint
-            of a fastkd run, or a module. None trains on the labels alone: the matched run without
-            distillation, whatever the recipe's terms.
+            of a fastkd run, or a module. Left out, it is the recipe's. None trains on the labels
+            alone: the matched run without distillation, whatever the recipe's terms.
         data: a folder with ``train`` and ``val`` (or ``validation``), a timm data set name with its
             scheme, or (train, val) map-style data sets of (PIL image or float tensor, label). None
             takes the recipe's.
@@ -81,7 +89,8 @@ def train(
             trained again), ``"never"`` starts afresh, a path continues from that checkpoint.
         device: ``"cpu"``, ``"cuda"``, ``"cuda:1"``; None takes CUDA where there is a device.
         quiet: show nothing.
-        **overrides: recipe fields by name; unknown ones are errors.
+        **overrides: recipe fields by name; unknown ones, and those that could have no effect, are
+            errors.
 
     Returns:
         What was measured, and where the files are.
@@ -93,13 +102,18 @@ def train(
         KeyboardInterrupt: stopped by SIGINT, after writing a checkpoint.
         SystemExit: stopped by SIGTERM, after writing a checkpoint.
     """
-    resolved = resolve_recipe(recipe, student, teacher, data, overrides)
+    loaded = Recipe.load(recipe)
+    resolved = resolve_recipe(loaded, student, teacher, data, overrides)
+    guide = chosen_teacher(loaded, teacher)
     source = resolved.data if data is None else data
     if source is None:
         raise ValueError("train: data is missing: a folder, a timm data set name or two data sets")
     folder = None if output is None else Path(output)
     with preserved_rng(), world(device) as peers:
-        run = _Run(student, teacher, source, folder, resolved, peers, quiet)
+        opened = open_data(source, resolved.data_root)
+        if opened.yields_tensors:
+            refuse_image_options(overrides)
+        run = _Run(student, guide, opened, folder, resolved, peers, quiet)
         return run.execute(resume)
 
 
@@ -110,7 +124,7 @@ class _Run:
         self,
         student: str | nn.Module | None,
         teacher: str | Path | nn.Module | None,
-        data: Data,
+        data: DataPair,
         output: Path | None,
         recipe: Recipe,
         peers: World,
@@ -119,13 +133,14 @@ class _Run:
         self.recipe = recipe
         self.peers = peers
         self.output = output
-        self.data = open_data(data, recipe.data_root)
-        shape = student_shape(recipe, self.data)
+        self.data = data
+        self.shape = shape = student_shape(recipe, data)
         seed_all(derive_seed("model", recipe.seed))
         if not isinstance(student, nn.Module):
             student = build_student(recipe, shape)
         self.num_classes = class_count(student, shape)
         self.student = student.to(peers.device)
+        peers.share(self.student)  # before anything is copied from it, the EMA for one
         self.spec = input_spec(student, recipe, self.data)
         self.train_loader, self.eval_loader = self._loaders(self.data)
         self.sampler = self.train_loader.batch_sampler
@@ -188,10 +203,12 @@ class _Run:
         checkpoint = find_checkpoint(self.output, resume)
         if checkpoint is not None:
             self._restore(checkpoint)
+        self._mend_output(checkpoint)
         if not self.finished:
             self._prepare_output()
             with self.stop:
                 self._run_epochs(resumed=checkpoint is not None)
+        self.peers.barrier()  # the files that the result names are written
         result = self._result()
         if self.output is not None and self.peers.is_main:
             result.save(self.output / RESULT)
@@ -199,10 +216,22 @@ class _Run:
         return result
 
     def _prepare_output(self) -> None:
-        if self.output is None or not self.peers.is_main:
+        if self.output is not None and self.peers.is_main:
+            self.recipe.save(self.output / RECIPE)
+
+    def _mend_output(self, checkpoint: Path | None) -> None:
+        """Let the folder say what the run has done so far, wherever it did it."""
+        if self.output is None:
             return
-        self.output.mkdir(parents=True, exist_ok=True)
-        self.recipe.save(self.output / RECIPE)
+        if self.peers.is_main:
+            self.output.mkdir(parents=True, exist_ok=True)
+            remove_leftovers(self.output)
+            self.logger.mend(self.engine.position.total, self.history)
+            move_best(checkpoint, self.output, self.best)
+        self.peers.barrier()
+        if self.finished and checkpoint != self.output / LAST:  # finished elsewhere
+            self._prepare_output()
+            self._save(LAST)
 
     def _run_epochs(self, resumed: bool) -> None:
         self.logger.start(self.engine.position.total)
@@ -293,13 +322,16 @@ class _Run:
         )
 
     def _evaluate(self) -> dict[str, Any]:
-        raw = evaluate_model(self.student, self.eval_loader, self.peers, self.recipe.amp)
+        raw = self._measure(self.student)
         record = {"top1": raw["top1"], "top5": raw["top5"], "eval_loss": raw["loss"]}
         if self.engine.ema is not None:
-            averaged = self.engine.ema.module
-            ema = evaluate_model(averaged, self.eval_loader, self.peers, self.recipe.amp)
+            ema = self._measure(self.engine.ema.module)
             record |= {"ema_top1": ema["top1"], "ema_top5": ema["top5"], "ema_loss": ema["loss"]}
         return record
+
+    def _measure(self, model: nn.Module) -> dict[str, Any]:
+        self.peers.average_norms(model)
+        return evaluate_model(model, self.eval_loader, self.peers, self.recipe.amp)
 
     def _note_best(self, record: dict[str, Any]) -> bool:
         top1 = record.get("ema_top1" if self.recipe.best == "ema" else "top1")
@@ -325,10 +357,18 @@ class _Run:
             "ema": None if ema is None else ema.module.state_dict(),
             "recipe": self.recipe.to_dict(),
             "num_classes": self.num_classes,
+            "img_size": self.shape.img_size,
             "input": {"size": self.spec.size, "mean": self.spec.mean, "std": self.spec.std},
             "position": vars(position).copy(),
             "best": self.best,
+            "measured": self._last_measurement(),
         }
+
+    def _last_measurement(self) -> dict[str, float]:
+        """Top-1 of the raw and EMA weights when they were evaluated last; empty before."""
+        evaluated = [record for record in self.history if "top1" in record]
+        last = evaluated[-1] if evaluated else {}
+        return {name: last[name] for name in ("top1", "ema_top1") if name in last}
 
     def _state(self, sums: list[float]) -> dict[str, Any]:
         engine = self.engine
@@ -355,7 +395,9 @@ class _Run:
             if engine.ema is not None:
                 engine.ema.module.load_state_dict(state["ema"])
         except (RuntimeError, ValueError) as error:
-            raise CheckpointError(f"resume: {path} does not fit this student: {error}") from error
+            raise CheckpointError(
+                f"resume: {path} does not fit this student: {short_misfit(error)}"
+            ) from error
         engine.scheduler.load_state_dict(state["scheduler"])
         engine.scaler.load_state_dict(state["scaler"])
         engine.meter.load_state_dict(state["meter"])
@@ -385,7 +427,6 @@ class _Run:
     def _result(self) -> Result:
         last = self.history[-1]
         weights = "EMA" if self.recipe.best == "ema" else "raw"
-        output = self.output
         return Result(
             top1=last["top1"],
             top5=last["top5"],
@@ -398,8 +439,12 @@ class _Run:
             epochs=self.recipe.epochs,
             images=len(self.data.val),
             parameters=parameter_count(self.student),
-            output=None if output is None else str(output),
-            last=None if output is None else str(output / LAST),
-            best=None if output is None else str(output / BEST),
+            output=None if self.output is None else str(self.output),
+            last=self._written(LAST),
+            best=self._written(BEST),
             history=self.history,
         )
+
+    def _written(self, name: str) -> str | None:
+        path = None if self.output is None else self.output / name
+        return str(path) if path is not None and path.exists() else None

@@ -60,10 +60,48 @@ def test_lift_computes_what_the_released_model_computes(deit, lift_state, images
     torch.testing.assert_close(model(images), released_lift_forward(deit, lift_state, images))
 
 
+def normed(tokens, state, name):
+    return F.layer_norm(
+        tokens, tokens.shape[-1:], state[f"{name}.weight"], state[f"{name}.bias"], 1e-6
+    )
+
+
+def linear(tokens, state, name):
+    return F.linear(tokens, state[f"{name}.weight"], state.get(f"{name}.bias"))
+
+
+def released_block_forward(tokens, state, block, heads):
+    """A pre-norm transformer block, by its parameters' names."""
+    count, length, _ = tokens.shape
+    qkv = linear(normed(tokens, state, f"{block}.norm1"), state, f"{block}.attn.qkv")
+    query, key, value = qkv.view(count, length, 3, heads, -1).permute(2, 0, 3, 1, 4)
+    mixed = F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
+    tokens = tokens + linear(mixed, state, f"{block}.attn.proj")
+    hidden = F.gelu(linear(normed(tokens, state, f"{block}.norm2"), state, f"{block}.mlp.fc1"))
+    return tokens + linear(hidden, state, f"{block}.mlp.fc2")
+
+
+def released_widelast_forward(state, images):
+    """The released model's forward pass, from its description rather than from our modules."""
+    patches = F.conv2d(
+        images, state["patch_embed.proj.weight"], state["patch_embed.proj.bias"], stride=8
+    )
+    patches = patches.flatten(2).transpose(1, 2)
+    tokens = torch.cat([state["cls_token"].expand(len(images), -1, -1), patches], 1)
+    tokens = tokens + state["pos_embed"]
+    for block in ("blocks.0", "blocks.1"):
+        tokens = released_block_forward(tokens, state, block, heads=1)
+    tokens = normed(linear(tokens, state, "blocks.2.proj_in"), state, "blocks.2.proj_norm")
+    tokens = released_block_forward(tokens, state, "blocks.2", heads=2)  # 64 channels each
+    return linear(normed(tokens, state, "norm")[:, 0], state, "head")
+
+
 def test_widelast_computes_what_the_released_model_computes(widelast, images):
-    model = load_released_checkpoint(widelast.state_dict()).eval()
+    # Nothing at its initial value, where a norm or a bias that is left out would not be seen.
+    state = {name: torch.randn_like(tensor) / 4 for name, tensor in widelast.state_dict().items()}
+    model = load_released_checkpoint(state).eval()
     assert isinstance(model, WideLastVisionTransformer)
-    torch.testing.assert_close(model(images), widelast(images))
+    torch.testing.assert_close(model(images), released_widelast_forward(state, images))
 
 
 def test_the_architecture_is_read_off_the_shapes(lift_state):
@@ -123,6 +161,12 @@ def test_differences_are_listed_under_the_released_names(lift_state):
         "base_model.cls_token (expected [1, 1, 64], got [1, 1, 63])",
     ):
         assert part in str(error.value)
+
+
+def test_of_many_differences_the_first_are_listed(lift_state):
+    state = {name: tensor for name, tensor in lift_state.items() if ".attn." not in name}
+    with pytest.raises(ValueError, match=r"blocks\.1\.attn\.proj\.weight and 4 more$"):
+        load_released_checkpoint(state)
 
 
 def test_a_projection_of_an_earlier_block_is_not_taken_for_the_lift(lift_state):

@@ -17,7 +17,7 @@ from fastkd.models import (
 )
 
 PARAMETERS = {
-    ("plain", 384): 5_717_416,
+    ("plain", None): 5_717_416,
     ("lift", 384): 5_983_528,
     ("widelast", 384): 7_313_896,
     ("uniform", 219): 7_372_759,
@@ -36,6 +36,7 @@ def count(model):
 
 
 def student(variant, tiny, width=48, **kwargs):
+    width = None if variant == "plain" else width
     return create_student("vit_tiny_patch16_224", variant, width=width, **tiny | kwargs)
 
 
@@ -363,8 +364,9 @@ def test_uniform_takes_a_distilled_deit():
 @pytest.mark.parametrize(
     "name,variant,width,message",
     [
-        ("deit_tiny_patch16_225", "plain", 384, "did you mean deit_tiny_patch16_224"),
+        ("deit_tiny_patch16_225", "plain", None, "did you mean deit_tiny_patch16_224"),
         ("deit_tiny_patch16_224", "lifted", 384, "variant must be one of"),
+        ("deit_tiny_patch16_224", "plain", 384, "'plain' has no width to choose, got width=384"),
         ("deit_tiny_patch16_224", "widelast", 219, "multiple of the head dimension 64"),
         ("deit_tiny_patch16_224", "uniform", 220, "multiple of the 3 heads"),
         ("vit_small_patch16_18x2_224", "widelast", 384, "must be timm's Block"),
@@ -386,3 +388,41 @@ def test_registered_students_say_that_no_weights_are_published():
         ValueError, match=r"publishes no weights for 'deit_tiny_lift.*pretrained=False"
     ):
         create_student("deit_tiny_lift_patch16_224", pretrained=True)
+
+
+@pytest.mark.parametrize("variant", OURS)
+def test_a_width_that_is_not_given_is_that_of_the_papers_teacher(variant):
+    with torch.device("meta"):
+        assert create_student(variant=variant).num_features == 384
+
+
+def test_uniform_needs_a_width():
+    with pytest.raises(ValueError, match=r"'uniform' needs width=: 219 makes deit_tiny"):
+        create_student(variant="uniform")
+
+
+def test_uniform_reads_the_heads_of_blocks_that_do_not_say_how_many():
+    with torch.device("meta"):
+        model = create_student("vit_small_patch16_18x2_224", "uniform", width=396)
+        with pytest.raises(ValueError, match="multiple of the 6 heads"):
+            create_student("vit_small_patch16_18x2_224", "uniform", width=400)
+    assert model.embed_dim == 396
+
+
+@pytest.mark.parametrize("variant,width", [("lift", 384), ("widelast", 384), ("uniform", 219)])
+def test_a_derived_student_names_no_weights_of_its_base(variant, width):
+    with torch.device("meta"):
+        cfg = create_student("deit_tiny_patch16_224", variant, width=width).pretrained_cfg
+    assert not any(cfg.get(name) for name in ("url", "hf_hub_id", "file", "tag"))
+    name = "uniform219" if variant == "uniform" else variant
+    assert cfg["architecture"] == f"deit_tiny_{name}_patch16_224"
+
+
+def test_an_image_size_is_for_models_that_are_built_for_one():
+    assert create_student("resnet10t", img_size=64, num_classes=3).num_classes == 3
+
+
+@pytest.mark.parametrize("name", ["runs/x/best.pth", "best.pth", "weights.safetensors", "./vit"])
+def test_a_path_that_is_not_there_is_no_unknown_model(name):
+    with pytest.raises(FileNotFoundError, match="there is no file or folder"):
+        create_student(name)

@@ -377,3 +377,20 @@ def test_an_output_without_logits_is_refused(images):
         TypeError, match=r"must return its logits, or an object with \.logits, got dict"
     ):
         Taps(Dictionary())(images)
+
+
+def test_dropped_patches_are_named_as_what_leaves_no_grid(tiny, images):
+    model = timm.create_model("vit_tiny_patch16_224", patch_drop_rate=0.5, **tiny)
+    taps = Taps(model, [-1])
+    with pytest.raises(ValueError, match=r"drops patches in training \(patch_drop\)"):
+        taps(images)
+    assert Taps(model)(images).final is None
+    model.eval()
+    assert taps(images).tokens[2].grid == (4, 4)
+
+
+def test_the_stem_of_a_resnet_is_stage_0(images):
+    model = timm.create_model("resnet10t").eval()
+    taps = Taps(model, [0, 4])
+    assert taps.dims == {0: 64, 4: 512}
+    assert taps(images).tokens[4].source.endswith("layer4")

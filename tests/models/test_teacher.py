@@ -264,3 +264,51 @@ def test_compiles_as_one_graph(vit, images):
     compiled = torch.compile(step, fullgraph=True, backend="eager")
     for ours, expected in zip(compiled(images), step(images), strict=True):
         torch.testing.assert_close(ours, expected)
+
+
+def fastkd_checkpoint(vit, **measured):
+    averaged = {name: tensor + 1 for name, tensor in vit.state_dict().items()}
+    return {
+        "format": "fastkd-checkpoint",
+        "student": vit.state_dict(),
+        "ema": averaged,
+        "measured": measured,
+        "optimizer": {},
+    }
+
+
+@pytest.mark.parametrize(
+    ("measured", "averaged"),
+    [
+        ({"top1": 70.0, "ema_top1": 10.0}, False),
+        ({"top1": 70.0, "ema_top1": 71.0}, True),
+        ({"top1": 70.0}, False),
+        ({}, False),
+    ],
+)
+def test_a_checkpoint_of_a_run_gives_its_better_weights(vit, shape, tmp_path, measured, averaged):
+    torch.save(fastkd_checkpoint(vit, **measured), tmp_path / "last.pth")
+    teacher = create_teacher(NAME, checkpoint=tmp_path / "last.pth", **shape)
+    torch.testing.assert_close(teacher.model.head.bias, vit.head.bias + averaged)
+
+
+def test_a_checkpoints_tensors_are_not_kept_a_second_time(checkpoint, shape):
+    teacher = create_teacher(NAME, checkpoint=checkpoint, **shape)
+    assert "state_dict" not in teacher.model.pretrained_cfg
+
+
+def test_of_a_checkpoint_that_does_not_fit_the_first_names_are_listed(checkpoint):
+    with pytest.raises(ValueError, match=r"does not fit 'resnet10t'.* more\. ") as error:
+        create_teacher("resnet10t", checkpoint=checkpoint)
+    assert len(str(error.value)) < 1000
+
+
+def test_a_file_that_is_no_checkpoint_is_refused(tmp_path):
+    (tmp_path / "x.pth").write_bytes(b"PK torn")
+    with pytest.raises(ValueError, match="cannot be read as weights"):
+        create_teacher(NAME, checkpoint=tmp_path / "x.pth")
+
+
+def test_a_model_without_a_size_of_its_own_gets_images_of_img_size(images):
+    teacher = create_teacher("resnet10t", pretrained=False, img_size=64)
+    assert teacher.prepare(images).shape == (2, 3, 64, 64)

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from fastkd.training import checkpoint as checkpoints
+from fastkd.training.atomic import remove_leftovers
 from fastkd.training.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 
 
@@ -38,6 +39,24 @@ def test_a_torn_checkpoint_is_refused(tmp_path, kept):
     path.write_bytes(path.read_bytes()[:kept])
     with pytest.raises(CheckpointError, match="torn"):
         load_checkpoint(path)
+
+
+@pytest.mark.parametrize("part", [0.01, 0.1, 0.5, 0.999])
+def test_a_torn_checkpoint_of_many_megabytes_is_refused(tmp_path, part):
+    path = tmp_path / "last.pth"
+    save_checkpoint({f"weights{i}": torch.zeros(1 << 18) for i in range(4)}, path)
+    os.truncate(path, int(part * path.stat().st_size))
+    with pytest.raises(CheckpointError, match="torn"):
+        load_checkpoint(path)
+
+
+def test_what_a_killed_writer_left_is_removed_and_nothing_else(tmp_path):
+    names = [".last.pth.4711.tmp", ".recipe.yaml.12.tmp"]
+    kept = ["last.pth", "notes.tmp", ".hidden"]
+    for name in names + kept:
+        (tmp_path / name).touch()
+    remove_leftovers(tmp_path)
+    assert sorted(os.listdir(tmp_path)) == sorted(kept)
 
 
 def test_a_foreign_checkpoint_is_refused(tmp_path):

@@ -200,6 +200,18 @@ def test_samples_of_another_form_are_refused(image):
         open_data(([(image, 0)], [(image, 0)]))
 
 
+@pytest.mark.parametrize("content", [b"", b"no image", "half"])
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_an_unreadable_image_is_an_error_naming_its_file(tmp_path, split, content):
+    broken = image_folder(tmp_path) / split / "green" / "1.jpg"
+    whole = broken.read_bytes()
+    broken.write_bytes(whole[: len(whole) // 2] if content == "half" else content)
+    data = open_data(tmp_path)
+    loader = (train_loader if split == "train" else eval_loader)(data, RANDAUGMENT, SPEC, CPU)
+    with pytest.raises(OSError, match=rf"cannot read .*{split}/green/1\.jpg"):
+        list(loader)
+
+
 def test_gray_images_are_brought_to_the_students_channels():
     data = [(Image.new("L", (40, 40), 7), 0)] * 4
     images, _ = batches((data, data), RANDAUGMENT)[0]

@@ -6,12 +6,17 @@ import socket
 import pytest
 import torch
 import torch.multiprocessing as multiprocessing
+from torch import nn
 
 from fastkd.training import Result, load_checkpoint, train
 from fastkd.training.distributed import world
 from tests.training.tiny import FAST, tensor_data, vit
 
 OPTIONS = FAST | {"alpha": 0.5, "projector": "linear", "accumulation": 2, "log_interval": 1}
+MEASURED = (
+    *("loss", "ce", "soft_kd", "feature", "grad_norm"),
+    *("top1", "eval_loss", "ema_top1", "ema_loss"),
+)
 
 
 def run_rank(rank: int, port: int, output: str) -> None:
@@ -23,9 +28,24 @@ def run_rank(rank: int, port: int, output: str) -> None:
         LOCAL_RANK=str(rank),
         WORLD_SIZE="2",
     )
-    # 31 evaluation images: the ranks' shares differ by one.
-    result = train(vit(), vit(24, seed=1), tensor_data(70, 31), output, **OPTIONS)
+    # 31 evaluation images: the ranks' shares differ by one. The main process' weights count.
+    student = vit(seed=rank)
+    result = train(student, vit(24, seed=1), tensor_data(70, 31), output, **OPTIONS)
     result.save(f"{output}/rank{rank}.json")
+    normed = with_batch_norm()
+    train(normed, None, tensor_data(70, 31), f"{output}/normed", **FAST | {"epochs": 1})
+    torch.save(normed.state_dict(), f"{output}/normed{rank}.pth")
+
+
+def with_batch_norm() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(1, 8, 3),
+        nn.BatchNorm2d(8),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(8, 6),
+    )
 
 
 def free_port() -> int:
@@ -40,10 +60,15 @@ def test_two_processes_run_the_same_training_as_one(tmp_path):
     multiprocessing.spawn(run_rank, (free_port(), str(tmp_path / "two")), nprocs=2)
     one, two = (load_checkpoint(tmp_path / name) for name in ("one", "two"))
     for ours, theirs in zip(one["history"], two["history"], strict=True):
-        for name in ("loss", "ce", "soft_kd", "feature", "grad_norm", "top1", "eval_loss"):
+        for name in MEASURED:
             assert theirs[name] == pytest.approx(ours[name], rel=1e-4), name
     for name, value in one["student"].items():
         torch.testing.assert_close(two["student"][name], value, atol=1e-4, rtol=1e-3)
+    for name, value in one["ema"].items():
+        torch.testing.assert_close(two["ema"][name], value, atol=1e-4, rtol=1e-3)
+    normed = [torch.load(tmp_path / "two" / f"normed{rank}.pth") for rank in range(2)]
+    assert torch.equal(normed[0]["1.running_mean"], normed[1]["1.running_mean"])
+    assert torch.equal(normed[0]["1.running_var"], normed[1]["1.running_var"])
     ranks = [Result.load(tmp_path / "two" / f"rank{rank}.json") for rank in range(2)]
     assert ranks[0].top1 == ranks[1].top1
     assert ranks[0].images == 31

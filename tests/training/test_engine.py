@@ -135,10 +135,38 @@ def test_an_epochs_record_holds_means_and_throughput():
         after_update=lambda: None,
     )
     assert [r["update"] for r in records] == [2, 4]
-    means = [r["loss"] for r in records]
-    assert min(means) < record["loss"] * 1.5
+    sums = engine.read_meter()
+    assert record["loss"] == pytest.approx(sums["loss"] / 5)
+    # The epoch's mean is that of its updates: two, two, and the last.
+    last = sums["loss"] - 2 * sum(r["loss"] for r in records)
+    assert min(r["loss"] for r in records) > last > 0
     assert record["update"] == 5
     assert {"ce", "grad_norm", "lr", "images_per_second", "data_wait"} <= set(record)
+
+
+def lr_of_updates(accumulation):
+    engine = engine_for(
+        vit(), epochs=3, warmup_epochs=1, warmup_lr=1e-4, min_lr=1e-3, accumulation=accumulation
+    )
+    rates = [engine.lr]
+    for _ in range(30):
+        engine.update([(IMAGES[:2], LABELS[:2])] * accumulation)
+        rates.append(engine.lr)
+    return rates
+
+
+def test_the_learning_rate_rises_to_its_peak_and_falls_to_its_end():
+    rates = lr_of_updates(1)
+    assert rates[0] == pytest.approx(1e-4)
+    assert rates[9] == pytest.approx(1e-4 + (1e-2 - 1e-4) * 9 / 10)
+    # timm's cosine counts the warm-up as part of its course: update 10 of 30.
+    cosine = [1e-3 + (1e-2 - 1e-3) * (1 + math.cos(math.pi * t / 30)) / 2 for t in range(31)]
+    assert rates[10:] == pytest.approx(cosine[10:])
+    assert rates[29] > rates[30] == pytest.approx(1e-3)
+
+
+def test_the_learning_rate_counts_updates_not_slices():
+    assert lr_of_updates(2) == lr_of_updates(1)
 
 
 def test_evaluation_counts_hits_and_averages_the_loss():

@@ -1,10 +1,15 @@
 """Evaluation of modules, runs and their weights."""
 
+import importlib
+
 import pytest
+import timm
 import torch
 
 from fastkd.training import evaluate, load_student, train
-from tests.training.tiny import image_folder, tensor_data, vit
+from tests.training.tiny import FAST, image_folder, tensor_data, vit
+
+evaluation = importlib.import_module("fastkd.training.evaluate")  # the function has its name
 
 CPU = {"device": "cpu", "workers": 0}
 
@@ -14,6 +19,7 @@ def run(tmp_path_factory):
     root = tmp_path_factory.mktemp("run")
     folder = image_folder(root / "images", train=6, val=3)
     options = {"epochs": 2, "warmup_epochs": 0, "batch_size": 6, "img_size": 32, "amp": "none"}
+    options |= {"lr": 1e-3, "lr_scaling": False}
     result = train(
         "test_vit", None, folder, root / "run", **options, ema_decay=0.5, quiet=True, **CPU
     )
@@ -28,9 +34,81 @@ def test_a_run_evaluates_to_what_training_measured(run, weights, field):
     assert (measured["count"], measured["top5"], measured["weights"]) == (9, None, weights)
 
 
-def test_auto_takes_the_averaged_weights(run):
+def remembering(run, tmp_path, **measured):
+    """The run's checkpoint as if its last evaluation had measured this."""
+    state = torch.load(run[1] / "last.pth", weights_only=True)
+    torch.save(state | {"measured": measured}, tmp_path / "last.pth")
+    return tmp_path / "last.pth"
+
+
+@pytest.mark.parametrize(
+    ("top1", "ema_top1", "expected"), [(9.0, 8.0, "raw"), (8.0, 9.0, "ema"), (9.0, 9.0, "raw")]
+)
+def test_auto_takes_the_weights_that_the_run_measured_to_be_better(
+    run, tmp_path, top1, ema_top1, expected
+):
+    checkpoint = remembering(run, tmp_path, top1=top1, ema_top1=ema_top1)
+    assert evaluate(checkpoint, run[0], **CPU)["weights"] == expected
+
+
+@pytest.mark.parametrize("name", ["last.pth", "best.pth"])
+def test_a_checkpoint_remembers_what_was_measured_at_its_epoch(run, name):
+    _, output, result = run
+    state = torch.load(output / name, weights_only=True)
+    record = result.history[state["position"]["epoch"] - 1]
+    assert state["measured"] == {n: record[n] for n in ("top1", "ema_top1")}
+
+
+def test_a_young_average_is_not_taken_for_the_model(tmp_path):
+    data, model = tensor_data(), vit()
+    options = FAST | {"epochs": 12, "lr": 1e-2, "ema_decay": 0.9999}
+    result = train(model, None, data, tmp_path, **options)
+    assert result.top1 > 80 > result.ema_top1
+    assert evaluate(vit(), data, checkpoint=tmp_path, **CPU)["top1"] == result.top1
+
+
+def test_a_run_is_a_checkpoint_for_a_timm_name_too(run):
+    folder, output, result = run
+    measured = evaluate(
+        "test_vit", folder, checkpoint=output / "last.pth", img_size=32, crop_pct=0.875, **CPU
+    )
+    assert measured["top1"] == max(result.top1, result.ema_top1)
+
+
+def test_a_run_can_be_evaluated_at_another_size(run):
     folder, output, _ = run
-    assert evaluate(output / "best.pth", folder, **CPU)["weights"] == "ema"
+    assert evaluate(output, folder, img_size=48, **CPU)["count"] == 9
+
+
+def test_a_module_of_a_fixed_size_refuses_another(run):
+    folder, _, _ = run
+    module = vit(in_chans=3, img_size=32, num_classes=3)
+    with pytest.raises(ValueError, match=r"images are 48 x 48, but .* built for 32 x 32"):
+        evaluate(module, folder, img_size=48, **CPU)
+
+
+def test_a_timm_model_is_evaluated_as_timm_does(monkeypatch, run):
+    seen = {}
+
+    def record(opened, recipe, spec, *rest):
+        seen.update(size=spec.size, pct=recipe.crop_pct, mode=recipe.crop_mode)
+        raise StopIteration
+
+    monkeypatch.setattr(evaluation, "eval_loader", record)
+    model = timm.create_model("test_resnet", num_classes=3)
+    model.pretrained_cfg |= {
+        "test_input_size": (3, 192, 192),
+        "test_crop_pct": 0.97,
+        "crop_mode": "squash",
+    }
+    with pytest.raises(StopIteration):
+        evaluate(model, run[0], **CPU)
+    assert seen == {"size": (3, 192, 192), "pct": 0.97, "mode": "squash"}
+
+
+def test_options_of_images_are_refused_for_tensors():
+    with pytest.raises(ValueError, match=r"crop_pct=0\.9 has no effect: the data are tensors"):
+        evaluate(vit(), tensor_data(), crop_pct=0.9, **CPU)
 
 
 def test_one_folder_of_classes_will_do(run):

@@ -1,6 +1,7 @@
 """What a run tells, on a terminal and off it."""
 
 import io
+import json
 
 from fastkd.training.logger import RunLogger
 from fastkd.training.result import Result
@@ -44,9 +45,28 @@ def test_quiet_and_other_ranks_show_nothing():
 def test_a_log_torn_by_a_kill_is_mended(tmp_path):
     (tmp_path / "log.jsonl").write_text('{"update": 1}\n{"update": 5}\n{"upda')
     logger = RunLogger(tmp_path, 10, quiet=True)
-    logger.start(3)
-    logger.close()
+    logger.mend(3, [])
     assert (tmp_path / "log.jsonl").read_text() == '{"update": 1}\n'
+
+
+def test_an_epoch_that_a_kill_kept_from_the_files_is_added(tmp_path):
+    first, second = RECORD, RECORD | {"epoch": 1, "update": 10}
+    lines = [{"kind": "epoch", **first}, {"kind": "interval", **second}]
+    (tmp_path / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    RunLogger(tmp_path, 10, quiet=True).mend(10, [first, second])
+    written = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [(r["kind"], r["epoch"]) for r in written] == [
+        ("epoch", 0),
+        ("interval", 1),
+        ("epoch", 1),
+    ]
+    assert len((tmp_path / "epochs.csv").read_text().splitlines()) == 3
+
+
+def test_a_table_of_epochs_that_are_not_of_this_run_is_removed(tmp_path):
+    (tmp_path / "epochs.csv").write_text("epoch\n0\n")
+    RunLogger(tmp_path, 10, quiet=True).mend(0, [])
+    assert not (tmp_path / "epochs.csv").exists()
 
 
 def test_a_summary_says_what_was_measured_and_how_the_best_was_picked():

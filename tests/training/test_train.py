@@ -10,8 +10,24 @@ import torch
 from torch.utils.data import TensorDataset
 
 from fastkd.models import create_teacher
-from fastkd.training import CheckpointError, NonFiniteError, Recipe, Result, load_checkpoint, train
+from fastkd.training import (
+    CheckpointError,
+    NonFiniteError,
+    Recipe,
+    Result,
+    load_checkpoint,
+    load_student,
+    train,
+)
+from fastkd.training.augment import InputSpec
+from fastkd.training.setup import resolve_teacher
 from tests.training.tiny import image_folder, vit
+
+SPEC = InputSpec((3, 32, 32), (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+
+
+def larger_tensors():
+    return (TensorDataset(torch.randn(16, 3, 32, 32), torch.arange(16) % 6),) * 2
 
 
 def weights(path, name="student"):
@@ -259,6 +275,7 @@ def test_a_lift_student_named_by_its_recipe_trains_on_a_folder(fast, tmp_path):
         width=48, img_size=32, num_classes=3, pairs=((-1, -1),), warmup_epochs=0
     )
     options = {"epochs": 1, "batch_size": 6, "workers": 0, "device": "cpu", "quiet": True}
+    options |= {"lr_scaling": False}
     result = train("test_vit", teacher, folder, tmp_path / "run", recipe, **options)
     assert {"ce", "soft_kd", "feature"} <= set(result.history[0])
     assert load_checkpoint(tmp_path / "run")["student"]["head.weight"].shape == (3, 48)
@@ -281,6 +298,10 @@ def test_many_runs_leave_no_threads_behind(data, fast):
         ({"batch_size": 100}, "100 images per update, but the training set has only 70"),
         ({"num_classes": 9}, "6 logits for data of 9 classes"),
         ({"augment": "cpu"}, "set augment='none'"),
+        ({"img_size": 16}, "img_size: 16, but the data are tensors of 8 x 8"),
+        ({"crop_pct": 0.9}, "crop_pct=0.9 has no effect: the data are tensors"),
+        ({"interpolation": "bilinear"}, "interpolation='bilinear' has no effect"),
+        ({"mean": (0.5, 0.5), "std": (1.0, 1.0)}, "2 values for images of 1 channels"),
         ({"epoch": 3}, "did you mean 'epochs'"),
     ],
 )
@@ -289,14 +310,105 @@ def test_options_that_cannot_work_are_refused(data, fast, options, message):
         train(vit(), None, data, **fast | options)
 
 
+def test_a_student_of_another_fixed_size_is_refused(data, fast, tmp_path):
+    with pytest.raises(ValueError, match=r"images are 8 x 8, but the student, .* for 16 x 16"):
+        train(vit(img_size=16), None, data, **fast)
+    folder = image_folder(tmp_path, train=6, val=2)
+    with pytest.raises(ValueError, match=r"images are 32 x 32, but the student, .* for 8 x 8"):
+        train(vit(in_chans=3), None, folder, **fast | {"img_size": 32})
+
+
 def test_no_teacher_gives_the_matched_run_without_distillation(data, fast, tmp_path):
-    options = {"alpha": 0.9, "feature_loss": "spectral", "projector": "linear"}
+    distilling = Recipe(alpha=0.9, feature_loss="spectral", projector="linear")
     plain, matched = vit(), vit()
     train(plain, None, data, **fast)
-    train(matched, None, data, tmp_path, **fast, **options)
+    train(matched, None, data, tmp_path, distilling, **fast)
     assert same(plain.state_dict(), matched.state_dict())
     recipe = Recipe.load(tmp_path)
     assert (recipe.teacher, recipe.alpha, recipe.feature_weight) == (None, 0.0, 0.0)
+
+
+def test_a_teacher_that_is_left_out_is_the_recipes(data, fast, tmp_path):
+    folder = image_folder(tmp_path / "images", train=6, val=2)
+    options = fast | {"epochs": 1, "img_size": 32, "batch_size": 6}
+    train("test_vit", None, folder, tmp_path / "teacher", **options)
+    recipe = Recipe(teacher=str(tmp_path / "teacher"), alpha=0.5)
+    result = train("test_vit", data=folder, recipe=recipe, **options)
+    assert {"soft_kd", "feature"} <= set(result.history[0])
+    result = train("test_vit", None, data=folder, recipe=recipe, **options)
+    assert not {"soft_kd", "feature"} & set(result.history[0])
+
+
+def test_a_young_average_does_not_teach(data, fast, tmp_path):
+    folder = image_folder(tmp_path / "images", train=6, val=2)
+    options = {"img_size": 32, "batch_size": 6, "ema_decay": 0.9999}
+    train("test_vit", None, folder, tmp_path / "teacher", **fast | options | {"epochs": 6})
+    state = load_checkpoint(tmp_path / "teacher")
+    assert state["measured"]["top1"] > state["measured"]["ema_top1"]
+    teacher = resolve_teacher(tmp_path / "teacher", Recipe(), SPEC)
+    assert torch.equal(teacher.model.head.weight, state["student"]["head.weight"])
+
+
+def test_a_runs_student_teaches_at_the_size_and_statistics_of_its_run(data, fast, tmp_path):
+    folder = image_folder(tmp_path / "images", train=6, val=2)
+    options = fast | {"epochs": 1, "batch_size": 6, "img_size": 48}
+    train("test_resnet", None, folder, tmp_path / "images_run", **options)
+    teacher = resolve_teacher(tmp_path / "images_run", Recipe(), SPEC)
+    assert teacher.prepare(torch.zeros(1, 3, 32, 32)).shape == (1, 3, 48, 48)
+    larger = resolve_teacher(tmp_path / "images_run", Recipe(teacher_img_size=64), SPEC)
+    assert larger.prepare(torch.zeros(1, 3, 32, 32)).shape == (1, 3, 64, 64)
+
+
+def test_a_runs_student_of_tensors_teaches_on_images_as_they_come(fast, tmp_path):
+    train("test_vit", None, larger_tensors(), tmp_path, **fast | {"epochs": 1, "num_classes": 6})
+    teacher = resolve_teacher(tmp_path, Recipe(), SPEC)
+    images = torch.randn(1, 3, 32, 32)
+    assert teacher.prepare(images) is images
+
+
+def test_a_named_student_is_built_for_the_size_of_the_tensors(fast, tmp_path):
+    train("test_vit", None, larger_tensors(), tmp_path, **fast | {"epochs": 1, "num_classes": 6})
+    assert load_student(tmp_path).model.patch_embed.img_size == (32, 32)
+
+
+def test_an_img_size_reaches_only_models_that_are_built_for_one(fast, tmp_path):
+    folder = image_folder(tmp_path / "images", train=6, val=2)
+    result = train(
+        "test_resnet", None, folder, **fast | {"epochs": 1, "img_size": 32, "batch_size": 6}
+    )
+    assert result.images == 6
+
+
+def test_a_finished_run_can_be_kept_in_another_folder(data, fast, tmp_path):
+    first = train(vit(), None, data, tmp_path / "first", **fast)
+    options = fast | {"resume": str(tmp_path / "first" / "last.pth")}
+    second = train(vit(seed=3), None, data, tmp_path / "second", **options)
+    assert second.history == first.history
+    assert load_checkpoint(second.best)["best"] == load_checkpoint(first.best)["best"]
+    assert same(weights(first.last), weights(second.last))
+    names = {"recipe.yaml", "log.jsonl", "epochs.csv", "last.pth", "best.pth", "result.json"}
+    assert set(os.listdir(tmp_path / "second")) == names
+    lines = (tmp_path / "second" / "log.jsonl").read_text().splitlines()
+    assert [json.loads(line)["epoch"] for line in lines] == [0, 1]
+
+
+def test_a_best_checkpoint_that_is_not_there_is_not_named(data, fast, tmp_path):
+    train(vit(), None, data, tmp_path / "first", **fast)
+    (tmp_path / "first" / "best.pth").unlink()
+    options = fast | {"resume": str(tmp_path / "first")}
+    assert train(vit(), None, data, tmp_path / "second", **options).best is None
+
+
+def test_a_kill_between_checkpoint_and_log_loses_no_epoch(data, fast, tmp_path):
+    train(vit(), None, data, tmp_path, **fast)
+    lines = (tmp_path / "log.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "log.jsonl").write_text("".join(lines[:-1]))
+    (tmp_path / "epochs.csv").unlink()
+    (tmp_path / ".last.pth.4711.tmp").write_bytes(b"half")
+    train(vit(), None, data, tmp_path, **fast)
+    assert (tmp_path / "log.jsonl").read_text() == "".join(lines)
+    assert len((tmp_path / "epochs.csv").read_text().splitlines()) == 3
+    assert not (tmp_path / ".last.pth.4711.tmp").exists()
 
 
 def test_missing_data_is_an_error(fast):

@@ -287,9 +287,9 @@ def self_check(
         exact_value, exact_stats = reference.forward(*exact, loss, 1.0, 1e-8)
         errors = [(value, exact_value, VALUE_TOLERANCE)]
         for of_teacher, dtype in enumerate(dtypes):
-            options = (loss, 1.0, 1e-8, bool(of_teacher))
-            gradient = implementation.backward(upstream, student, teacher, stats, *options)
-            truth = reference.backward(upstream.double(), *exact, exact_stats, *options)
+            options = {"loss": loss, "beta": 1.0, "eps": 1e-8, "for_teacher": bool(of_teacher)}
+            gradient = implementation.backward(upstream, student, teacher, stats, **options)
+            truth = reference.backward(upstream.double(), *exact, exact_stats, **options)  # type: ignore[arg-type]
             errors.append((gradient, truth, GRADIENT_TOLERANCE[dtype]))
         for ours, truth, tolerance in errors:
             error = (ours.double() - truth).norm() / truth.norm() / tolerance

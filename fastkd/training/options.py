@@ -1,0 +1,159 @@
+"""From what a caller asks for to the recipe of a run; what could have no effect is refused.
+
+Knows recipes and names; neither builds models nor opens data.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from fastkd.models import Teacher
+from fastkd.training.recipe import Recipe, fields_by_group
+
+MODULE_PREFIX = "module:"
+STUDENT_FIELDS = ("variant", "width", "drop_path")
+TEACHER_FIELDS = ("teacher_checkpoint", "teacher_img_size")
+RANDOM_FIELDS = ("scale", "ratio", "hflip", "color_jitter", "auto_augment", "reprob")
+IMAGE_FIELDS = ("interpolation", "crop_pct", "crop_mode")
+# Given as 0, they say what a run without a teacher does anyway.
+WEIGHT_FIELDS = ("alpha", "feature_weight")
+
+
+class FromRecipe(enum.Enum):
+    """Default of an argument that stands for what the recipe says; None means none."""
+
+    TEACHER = "the recipe's teacher"
+
+    def __repr__(self) -> str:
+        return f"<{self.value}>"
+
+
+def chosen_teacher(recipe: Recipe, teacher: Any) -> Any:
+    """The teacher of a run.
+
+    Args:
+        recipe: asked where the caller leaves the choice to it.
+        teacher: a name, a path, a module, None, or `FromRecipe.TEACHER`.
+
+    Returns:
+        The teacher, or None.
+
+    Raises:
+        ValueError: the recipe's teacher is a module that only its author has.
+    """
+    if teacher is not FromRecipe.TEACHER:
+        return teacher
+    if recipe.teacher is not None and recipe.teacher.startswith(MODULE_PREFIX):
+        raise ValueError(
+            f"teacher: the recipe's teacher is {recipe.teacher}: hand the module over, or None to "
+            f"train without one"
+        )
+    return recipe.teacher
+
+
+def resolve_recipe(
+    recipe: Any, student: Any, teacher: Any, data: Any, overrides: dict[str, Any]
+) -> Recipe:
+    """The recipe of a run as it is saved: with overrides, and with what the caller hands over.
+
+    Args:
+        recipe: anything `Recipe.load` takes.
+        student: a timm name, a module, or None for the recipe's model.
+        teacher: a name, a path, a module, None for no distillation, or `FromRecipe.TEACHER`.
+        data: what `open_data` takes, or None for the recipe's data.
+        overrides: recipe fields.
+
+    Returns:
+        The resolved recipe; modules stand in it as ``module:ClassName``.
+
+    Raises:
+        ValueError: an override that could have no effect, an unknown one, or a learning rate that
+            would rise where it should fall.
+        TypeError: a value of the wrong type.
+    """
+    loaded = Recipe.load(recipe)
+    resolved = loaded.override(**overrides)
+    if resolved.variant != loaded.variant and "width" not in overrides:
+        resolved = resolved.override(width=None)  # it was the other variant's
+    teacher = chosen_teacher(loaded, teacher)
+    _refuse_without_effect(resolved, student, teacher, overrides)
+    if teacher is None:  # and the record says so, whatever terms the recipe asks for
+        resolved = resolved.override(**dict.fromkeys(WEIGHT_FIELDS, 0.0))
+        resolved = resolved.override(**dict.fromkeys(TEACHER_FIELDS))
+    if student is not None:
+        resolved = resolved.override(model=_name(student))
+    if isinstance(data, str | Path):
+        resolved = resolved.override(data=str(data))
+    _check_schedule(resolved)
+    return resolved.override(teacher=None if teacher is None else _name(teacher))
+
+
+def _name(model: Any) -> str:
+    if isinstance(model, Teacher):
+        model = model.model
+    return f"{MODULE_PREFIX}{type(model).__name__}" if isinstance(model, nn.Module) else str(model)
+
+
+def _refuse_without_effect(
+    resolved: Recipe, student: Any, teacher: Any, overrides: Mapping[str, Any]
+) -> None:
+    """Only what was asked for in so many words: a recipe may hold more than a run needs."""
+    if isinstance(student, nn.Module):
+        _refuse(overrides, STUDENT_FIELDS, "the student is given as a module")
+    elif resolved.variant == "plain" and overrides.get("width") is not None:
+        _refuse(overrides, ("width",), "variant='plain' has no width to choose")
+    if teacher is None:
+        _refuse_terms(overrides)
+    if resolved.augment != "cpu":
+        reason = f"augment={resolved.augment!r} leaves timm's random transforms out"
+        _refuse(overrides, RANDOM_FIELDS, reason)
+    if resolved.augment == "none":
+        _refuse(overrides, ("repeated_aug",), "with augment='none' all copies would be equal")
+
+
+def _refuse_terms(overrides: Mapping[str, Any]) -> None:
+    fields = [field.name for field in fields_by_group()["distillation"]]
+    for name in (*TEACHER_FIELDS, *fields):
+        value = overrides.get(name)
+        if name in overrides and value is not None and not (name in WEIGHT_FIELDS and value == 0):
+            raise ValueError(f"{name}: needs a teacher, and there is none (got {value!r})")
+
+
+def refuse_image_options(overrides: Mapping[str, Any]) -> None:
+    """Refuse options of image files for data that are tensors already.
+
+    Args:
+        overrides: what the caller gave in so many words.
+
+    Raises:
+        ValueError: one of them is of images.
+    """
+    _refuse(overrides, IMAGE_FIELDS, "the data are tensors, which are neither resized nor cropped")
+
+
+def _refuse(overrides: Mapping[str, Any], names: tuple[str, ...], reason: str) -> None:
+    for name in names:
+        if name in overrides:
+            raise ValueError(f"{name}={overrides[name]!r} has no effect: {reason}")
+
+
+def _check_schedule(recipe: Recipe) -> None:
+    """A cosine that ends above its peak, or a warm-up from above it, runs the wrong way."""
+    peak = f"the learning rate {recipe.scaled_lr:g}"
+    if recipe.lr_scaling:
+        peak += f" (= lr {recipe.lr:g} x batch_size {recipe.batch_size} / 512)"
+    if recipe.scaled_lr <= recipe.min_lr:
+        raise ValueError(
+            f"min_lr: {recipe.min_lr:g} is not below {peak}, so the cosine would not fall: raise "
+            f"lr or batch_size, set lr_scaling=False, or lower min_lr"
+        )
+    if recipe.warmup_epochs > 0 and recipe.warmup_lr > recipe.scaled_lr:
+        raise ValueError(
+            f"warmup_lr: {recipe.warmup_lr:g} is above {peak}, so the warm-up would fall: lower "
+            f"warmup_lr, or raise lr"
+        )

@@ -1,0 +1,92 @@
+"""What a caller asks for: the recipe of a run, and what is refused because it could do nothing."""
+
+import pytest
+
+from fastkd.training.options import FromRecipe, resolve_recipe
+from fastkd.training.recipe import Recipe
+from tests.training.tiny import vit
+
+LIFT = "lift_softkd_spectral"
+
+
+def resolve(recipe=None, student=None, teacher=FromRecipe.TEACHER, **overrides):
+    return resolve_recipe(recipe, student, teacher, None, overrides)
+
+
+def test_the_recipes_teacher_is_the_default():
+    recipe = resolve(LIFT)
+    assert (recipe.teacher, recipe.alpha, recipe.feature_weight) == ("cait_s24_224", 0.9, 0.2)
+
+
+def test_none_is_no_teacher_and_the_record_says_so():
+    recipe = resolve(Recipe(alpha=0.9, teacher="x", teacher_checkpoint="x.pth"), teacher=None)
+    assert (recipe.teacher, recipe.teacher_checkpoint) == (None, None)
+    assert (recipe.alpha, recipe.feature_weight) == (0.0, 0.0)
+
+
+def test_a_recipe_of_a_module_asks_for_the_module():
+    with pytest.raises(ValueError, match="teacher is module:Net: hand the module over, or None"):
+        resolve(Recipe(teacher="module:Net"))
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        {"alpha": 0.5},
+        {"feature_weight": 0.1},
+        {"feature_loss": "spectral"},
+        {"tau": 2.0},
+        {"pairs": ((-1, -1),)},
+        {"projector": "linear"},
+        {"teacher_checkpoint": "x.pth"},
+        {"teacher_img_size": 224},
+    ],
+)
+@pytest.mark.parametrize("recipe", [None, LIFT])
+def test_options_of_distillation_without_a_teacher_are_refused(recipe, override):
+    (name,) = override
+    with pytest.raises(ValueError, match=f"{name}: needs a teacher, and there is none"):
+        resolve(recipe, teacher=None, **override)
+
+
+def test_weights_of_zero_need_no_teacher():
+    assert resolve(LIFT, teacher=None, alpha=0.0, feature_weight=0.0).alpha == 0.0
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"augment": "none", "reprob": 0.1}, "reprob=0.1 has no effect: augment='none'"),
+        ({"augment": "none", "repeated_aug": 3}, "all copies would be equal"),
+        ({"augment": "dataset", "auto_augment": None}, "auto_augment=None has no effect"),
+        ({"width": 384}, "width=384 has no effect: variant='plain' has no width"),
+        ({"student": vit(), "variant": "lift"}, "the student is given as a module"),
+    ],
+)
+def test_options_without_effect_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        resolve(**options)
+
+
+def test_copies_that_the_data_set_augments_are_no_option_without_effect():
+    assert resolve(augment="dataset", repeated_aug=3).repeated_aug == 3
+
+
+def test_a_width_goes_with_its_variant():
+    assert resolve(LIFT).width == 384
+    assert resolve(LIFT, variant="uniform").width is None
+    assert resolve(LIFT, variant="uniform", width=219).width == 219
+
+
+def test_a_cosine_that_would_rise_is_refused_with_its_numbers():
+    message = (
+        r"min_lr: 1e-05 is not below the learning rate 7.8125e-06 \(= lr 0.0005 x batch_size 8"
+    )
+    with pytest.raises(ValueError, match=message):
+        resolve(batch_size=8)
+
+
+def test_a_warm_up_from_above_the_peak_is_refused():
+    with pytest.raises(ValueError, match=r"warmup_lr: 0\.1 is above the learning rate 0\.001"):
+        resolve(warmup_lr=0.1)
+    assert resolve(warmup_lr=0.1, warmup_epochs=0).warmup_lr == 0.1
