@@ -37,13 +37,14 @@ class Backend:
     Attributes:
         name: to hand to an operator.
         device: where the operator's tensors must be.
-        runs_bfloat16: whether bfloat16 can be trusted there (Triton's interpreter gets it wrong).
+        slack: factor on what results may be off: Triton's interpreter truncates bfloat16 where a
+            GPU rounds, and ends a little above twice eager's error.
     """
 
     name: str
     device: str
-    runs_bfloat16: bool
     call: Callable[..., Any]
+    slack: float = 1.0
 
 
 def _direct(function: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
@@ -64,16 +65,16 @@ def backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
         reason = backends.unavailable(name, torch.device(device))
         if reason is not None:
             skip_or_fail(name, f"backend {name!r}: {reason}")
-        yield Backend(name, device, True, _direct)
+        yield Backend(name, device, _direct)
         return
     if name == "triton":
         if (reason := interpreter.why_not()) is not None:
             skip_or_fail(name, reason)
-        yield Backend(name, "cpu", False, interpreter.run_interpreted)
+        yield Backend(name, "cpu", interpreter.run_interpreted, slack=1.1)
         return
     if (reason := host.why_not()) is not None:
         skip_or_fail(name, f"backend 'cuda' on the host: {reason}")
     _load_host_library()
     backends.EMULATED.add("cuda")
-    yield Backend(name, "cpu", True, _direct)
+    yield Backend(name, "cpu", _direct)
     backends.EMULATED.discard("cuda")  # "auto" must not find it in other tests

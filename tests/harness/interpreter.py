@@ -1,5 +1,8 @@
 """Runs functions in a process where Triton interprets its kernels on CPU tensors.
 
+bfloat16 can be trusted here only in kernels that convert to float32 before they add or multiply:
+the interpreter's own bfloat16 sums and dots are silently wrong, and its stores truncate.
+
 Triton decides between compiling and interpreting when a kernel is decorated, so both cannot live in
 one process. The worker starts once and stays.
 """

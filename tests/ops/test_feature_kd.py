@@ -187,8 +187,6 @@ def test_student_and_teacher_may_differ_in_layout(backend, student_layout, teach
 @pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("case", FINITE)
 def test_hard_inputs_are_as_right_as_eager_in_the_same_dtype(backend, case, loss, dtype):
-    if dtype == torch.bfloat16 and not backend.runs_bfloat16:
-        pytest.skip("Triton's interpreter computes bfloat16 wrongly")
     shape = (2, 6, 6, 40)
     student, teacher = pair(case, shape, dtype)
     # Like a GradScaler: float16 keeps no gradients of 1e-9, which is not what is asked here.
@@ -212,7 +210,7 @@ def test_hard_inputs_are_as_right_as_eager_in_the_same_dtype(backend, case, loss
     rounding_of_one = 3e-7 / truth.item() if loss == "cosine" else 0.0
     assert relative_error(value.cpu(), truth) <= 1e-5 + rounding_of_one
     _, eager, _ = defined(student, teacher, loss, torch.float32, upstream)
-    limit = nearest_dtype_error(dtype, relative_error(eager.to(dtype), expected))
+    limit = backend.slack * nearest_dtype_error(dtype, relative_error(eager.to(dtype), expected))
     limit = max(limit, 4 * relative_error(eager, expected))
     assert relative_error(gradient, expected) <= limit
     assert cosine(gradient, expected) > 1 - 10 * limit
@@ -248,8 +246,6 @@ def test_channel_pooling_equals_adaptive_avg_pool3d(backend, pool, layout, loss,
 @pytest.mark.parametrize("student_dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("teacher_dtype", DTYPES, ids=str)
 def test_student_and_teacher_may_differ_in_dtype(backend, student_dtype, teacher_dtype):
-    if torch.bfloat16 in (student_dtype, teacher_dtype) and not backend.runs_bfloat16:
-        pytest.skip("Triton's interpreter computes bfloat16 wrongly")
     student, teacher = pair("noise", (2, 4, 6, 16), torch.float32)
     student, teacher = student.to(student_dtype), teacher.to(teacher_dtype)
     value, gradient, other = backend.call(
@@ -268,7 +264,7 @@ def test_student_and_teacher_may_differ_in_dtype(backend, student_dtype, teacher
     ):
         assert found.dtype == dtype
         rounded = expected.to(dtype)
-        limit = nearest_dtype_error(dtype, relative_error(rounded, expected))
+        limit = backend.slack * nearest_dtype_error(dtype, relative_error(rounded, expected))
         assert relative_error(found.cpu().view_as(expected), expected) <= limit
 
 
@@ -531,8 +527,6 @@ def passes_self_check(name: str, device: str, dtypes, loss: str) -> tuple[float,
 @pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_every_backend_passes_its_self_check(backend, dtype, loss):
-    if dtype == torch.bfloat16 and not backend.runs_bfloat16:
-        pytest.skip("Triton's interpreter computes bfloat16 wrongly")
     dtypes = (dtype, torch.float32)
     error, allowed = backend.call(passes_self_check, backend.name, backend.device, dtypes, loss)
     assert error <= allowed
