@@ -6,12 +6,16 @@ optimisers and data.
 
 from __future__ import annotations
 
+import logging
+
 import torch
 from torch import Tensor, nn
 
 from fastkd.losses import DistillationLoss, FeatureKD, HardKD, SoftKD
 from fastkd.models import LiftVisionTransformer, TapOutput, Taps, Teacher
 from fastkd.training.recipe import Key, Pairs, Recipe
+
+logger = logging.getLogger("fastkd")
 
 
 class DistillationTask(nn.Module):
@@ -139,6 +143,12 @@ def _feature_term(
     if recipe.projector == "lift":
         student_dims = dict.fromkeys(student_keys, _lifted_width(student))
     else:
+        if isinstance(student, LiftVisionTransformer):
+            logger.warning(
+                "the student has lifted tokens, but projector=%r compares those of its last block, "
+                "before the lift; the paper's Lift takes projector='lift'",
+                recipe.projector,
+            )
         student_dims = _dims(taps, example)
     term = FeatureKD(
         recipe.feature_loss,

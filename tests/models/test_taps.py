@@ -39,6 +39,8 @@ CASES = {
 }
 FIXED_SIZE = ("vit", "deit", "distilled", "cait", "swin_first", "swin_last")
 
+WIDTHS = {"plain": None, "lift": 48, "widelast": 48, "uniform": 48}
+
 
 @functools.cache
 def make(case):
@@ -198,7 +200,7 @@ def test_different_grids_meet_in_one_clear_error(vit, images):
 
 @pytest.mark.parametrize("variant", ["plain", "lift", "widelast"])
 def test_compiles_as_one_graph(variant, tiny, images):
-    model = create_student("vit_tiny_patch16_224", variant, width=48, **tiny).eval()
+    model = create_student("vit_tiny_patch16_224", variant, width=WIDTHS[variant], **tiny).eval()
     taps = Taps(model, [0, -1])
 
     def step(x):
@@ -249,7 +251,7 @@ def process_group(tmp_path):
 
 @pytest.mark.parametrize("variant", ["plain", "lift", "widelast"])
 def test_ddp_needs_no_search_for_unused_parameters(variant, tiny, images, process_group):
-    model = create_student("vit_tiny_patch16_224", variant, width=48, **tiny)
+    model = create_student("vit_tiny_patch16_224", variant, width=WIDTHS[variant], **tiny)
     ddp = nn.parallel.DistributedDataParallel(LogitsHolder(model, [-1]))
     for _ in range(2):  # DDP notices a parameter without gradient in the step after
         ddp(images).square().sum().backward()

@@ -140,3 +140,12 @@ def test_embeddings_are_decayed_only_where_the_recipe_says_so(decay_pos_embed):
     assert ("student.pos_embed" in decayed) == decay_pos_embed
     assert "student.head.weight" in decayed
     assert not any(name.endswith("bias") for name in decayed)
+
+
+def test_a_lift_student_that_is_not_compared_by_its_lifted_tokens_is_warned_about(caplog):
+    """Easy to forget beside variant='lift', and the run would be another than the paper's."""
+    teacher = create_teacher(vit(), pretrained=False)
+    recipe = Recipe().override(pairs=((-1, -1),), projector="pool")
+    with caplog.at_level("WARNING", logger="fastkd"):
+        build_task(lift(), teacher, recipe, torch.zeros(1, 1, 8, 8))
+    assert "projector='lift'" in caplog.text
