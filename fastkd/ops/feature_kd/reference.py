@@ -99,15 +99,14 @@ def forward(
     """
     dtype = accumulator_dtype(student, teacher)
     stats = student.new_empty(stats_shape(student, loss), dtype=dtype)
-    sums = []
+    # Added up as they come: torch's summed losses keep the memory of their whole input alive.
+    total = student.new_zeros((), dtype=dtype)
     for chunk in _chunks(student, teacher):
         s, t = _compared(student[chunk], teacher[chunk], dtype)
         if loss == "cosine":
-            stats[chunk] = _token_cosines(s, t, eps)
-            sums.append((1 - stats[chunk][..., 0]).sum())
-        else:
-            sums.append(_difference_sum(s, t, loss, beta))
-    return torch.stack(sums).sum() * mean_scale(student, teacher, loss), stats
+            stats[chunk] = token_cosines(s, t, eps)
+        total += distance_sum(s, t, stats[chunk], loss, beta)
+    return total * mean_scale(student, teacher, loss), stats
 
 
 def backward(
@@ -135,10 +134,7 @@ def backward(
     for chunk in _chunks(student, teacher):
         s, t = _compared(student[chunk], teacher[chunk], dtype)
         out = gradient[chunk] if in_place else None
-        if loss == "cosine":
-            slope = _cosine_slope(s, t, stats[chunk], own, factor, out)
-        else:
-            slope = _difference_slope(s, t, loss, beta, factor, out)
+        slope = distance_slope(s, t, stats[chunk], loss, beta, factor, own, out)
         if not in_place:
             gradient[chunk] = _unpool_gradient(slope, student.shape[-1])
     return gradient
@@ -159,7 +155,10 @@ def _compared(student: Tensor, teacher: Tensor, dtype: torch.dtype) -> tuple[Ten
     return s, t
 
 
-def _difference_sum(s: Tensor, t: Tensor, loss: str, beta: float) -> Tensor:
+def distance_sum(s: Tensor, t: Tensor, stats: Tensor, loss: str, beta: float) -> Tensor:
+    """The loss of [B, H, W, D] maps of one width before `mean_scale`; ``stats`` are cosine's."""
+    if loss == "cosine":
+        return (1 - stats[..., 0]).sum()
     if loss == "smooth_l1":
         return F.smooth_l1_loss(s, t, beta=beta, reduction="sum")
     if loss == "mse":
@@ -169,9 +168,19 @@ def _difference_sum(s: Tensor, t: Tensor, loss: str, beta: float) -> Tensor:
     return torch.dot(flat, flat) + _half_row_energy(d)
 
 
-def _difference_slope(
-    s: Tensor, t: Tensor, loss: str, beta: float, factor: Tensor, out: Tensor | None
+def distance_slope(
+    s: Tensor,
+    t: Tensor,
+    stats: Tensor,
+    loss: str,
+    beta: float,
+    factor: Tensor | float,
+    own: int = 1,
+    out: Tensor | None = None,
 ) -> Tensor:
+    """``factor`` times the gradient of `distance_sum` for s; ``out`` may be s itself."""
+    if loss == "cosine":
+        return _cosine_slope(s, t, stats, own, factor, out)
     if loss == "spectral":
         return _plus_half_row_mean((s - t).mul_(2 * factor), out)
     d = torch.sub(s, t, out=out)
@@ -251,7 +260,8 @@ def _plus_half_row_mean(d: Tensor, out: Tensor | None) -> Tensor:
     return result if out is None or direct else out.copy_(result)
 
 
-def _token_cosines(s: Tensor, t: Tensor, eps: float) -> Tensor:
+def token_cosines(s: Tensor, t: Tensor, eps: float) -> Tensor:
+    """[..., 3]: cosine, 1 / |s| and 1 / |t| of every token; zeros where one has no direction."""
     student_norm, teacher_norm = s.norm(dim=-1), t.norm(dim=-1)
     undirected = (student_norm < eps) | (teacher_norm < eps)
     student_inverse = student_norm.reciprocal().masked_fill(undirected, 0)
@@ -261,7 +271,7 @@ def _token_cosines(s: Tensor, t: Tensor, eps: float) -> Tensor:
 
 
 def _cosine_slope(
-    s: Tensor, t: Tensor, stats: Tensor, own: int, factor: Tensor, out: Tensor | None
+    s: Tensor, t: Tensor, stats: Tensor, own: int, factor: Tensor | float, out: Tensor | None
 ) -> Tensor:
     cosine, own_inverse = stats[..., 0:1], stats[..., own : own + 1]
     along = cosine * own_inverse.square() * factor
