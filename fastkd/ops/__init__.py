@@ -7,5 +7,6 @@ Each lives in a folder of its own: the function a user calls and its declaration
 
 from fastkd.ops.backend import backends
 from fastkd.ops.feature_kd import feature_kd
+from fastkd.ops.lift_kd import lift, lift_kd
 
-__all__ = ["backends", "feature_kd"]
+__all__ = ["backends", "feature_kd", "lift", "lift_kd"]

@@ -12,7 +12,7 @@ import logging
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -24,6 +24,7 @@ logger = logging.getLogger("fastkd")
 NAMES = ("auto", "cuda", "triton", "torch")
 ENVIRONMENT_CHOICE = "FASTKD_BACKEND"
 ENVIRONMENT_SELF_CHECK = "FASTKD_SELF_CHECK"
+ENVIRONMENT_UNPROVEN = "FASTKD_UNPROVEN"
 
 # Set by the test harness only: fused kernels then accept CPU tensors, because Triton runs in its
 # interpreter, or because the CUDA sources were compiled for the host.
@@ -39,15 +40,21 @@ class Implementation:
         backward: its backward.
         refuses: a reason why these inputs cannot run here, or None. Only what is special to the
             operator: device, float64 and missing software are dealt with before.
+        proven: whether a GPU has shown it to be right; if not, it runs only where
+            FASTKD_UNPROVEN=1 asks for it.
     """
 
     forward: Callable[..., Any]
     backward: Callable[..., Any]
     refuses: Callable[..., str | None] = lambda *inputs: None
+    proven: bool = True
+
+
+AnyImplementation = TypeVar("AnyImplementation", bound=Implementation)
 
 
 @dataclass
-class Operator:
+class Operator(Generic[AnyImplementation]):
     """An operator, its implementations, and what has been learned about them in this process.
 
     Attributes:
@@ -59,18 +66,20 @@ class Operator:
     """
 
     name: str
-    implementations: Mapping[str, Implementation]
+    implementations: Mapping[str, AnyImplementation]
     order: tuple[str, ...]
     self_check: Callable[..., tuple[float, float]]
     _checked: dict[tuple[Any, ...], str | None] = field(default_factory=dict)
     _told: set[str] = field(default_factory=set)
 
-    def select(self, requested: str, tensors: tuple[Tensor, ...], *options: Any) -> Implementation:
+    def select(
+        self, requested: str, tensors: tuple[Tensor | None, ...], *options: Any
+    ) -> AnyImplementation:
         """The implementation to run for these inputs.
 
         Args:
             requested: a backend's name, or ``"auto"``; FASTKD_BACKEND overrides ``"auto"``.
-            tensors: the floating-point inputs.
+            tensors: the floating-point inputs, the first of them not None.
             options: whatever else the implementations' ``refuses`` look at.
 
         Returns:
@@ -96,19 +105,21 @@ class Operator:
             self._tell_once(name, reason)
         raise AssertionError(f"{self.name}: 'torch' must be the last of {self.order}")
 
-    def why_not(self, name: str, tensors: tuple[Tensor, ...], *options: Any) -> str | None:
+    def why_not(self, name: str, tensors: tuple[Tensor | None, ...], *options: Any) -> str | None:
         """Why a backend cannot run these inputs; None where it can."""
         if name == "torch":
             return None
         implementation = self.implementations.get(name)
         if implementation is None:
             return "not implemented for this operator"
+        assert tensors[0] is not None
         device = tensors[0].device
-        dtypes = tuple(tensor.dtype for tensor in tensors)
+        dtypes = tuple(None if tensor is None else tensor.dtype for tensor in tensors)
         if torch.float64 in dtypes:
             return "float64 runs on 'torch' only"
         return (
             unavailable(name, device)
+            or _unproven(name, implementation)
             or implementation.refuses(*tensors, *options)
             or self._failed_check(name, implementation, device, dtypes, options)
         )
@@ -118,7 +129,7 @@ class Operator:
         name: str,
         implementation: Implementation,
         device: torch.device,
-        dtypes: tuple[torch.dtype, ...],
+        dtypes: tuple[torch.dtype | None, ...],
         options: tuple[Any, ...],
     ) -> str | None:
         """Compare a fused kernel with the reference once per device model, dtypes and options."""
@@ -132,7 +143,8 @@ class Operator:
         try:
             verdict = self._run_check(name, implementation, device, dtypes, options)
         except torch.OutOfMemoryError:
-            return "no memory was left for its self-check"  # this time; it is made again
+            # For good: a backward must not run elsewhere than the forward whose results it gets.
+            verdict = "no memory was left for its self-check"
         self._checked[key] = verdict
         return verdict
 
@@ -141,7 +153,7 @@ class Operator:
         name: str,
         implementation: Implementation,
         device: torch.device,
-        dtypes: tuple[torch.dtype, ...],
+        dtypes: tuple[torch.dtype | None, ...],
         options: tuple[Any, ...],
     ) -> str | None:
         where = ", ".join([_device_model(device), *map(str, dtypes), *map(str, options)])
@@ -186,6 +198,13 @@ def unavailable(name: str, device: torch.device) -> str | None:
         seen = "" if torch.cuda.is_available() else ", and torch sees no GPU"
         return f"it needs CUDA tensors, got {device.type}{seen}"
     return _unavailable_on_gpu(name, device.index or 0)
+
+
+def _unproven(name: str, implementation: Implementation) -> str | None:
+    allowed = name in EMULATED or os.environ.get(ENVIRONMENT_UNPROVEN) == "1"
+    if implementation.proven or allowed:
+        return None
+    return f"no GPU has verified it yet; {ENVIRONMENT_UNPROVEN}=1 runs it all the same"
 
 
 @functools.cache

@@ -1,7 +1,8 @@
 """Runs functions in a process where Triton interprets its kernels on CPU tensors.
 
 bfloat16 can be trusted here only in kernels that convert to float32 before they add or multiply:
-the interpreter's own bfloat16 sums and dots are silently wrong, and its stores truncate.
+the interpreter's own bfloat16 sums are silently wrong, and its stores truncate. So are its bfloat16
+dots, which the worker therefore replaces.
 
 Triton decides between compiling and interpreting when a kernel is decorated, so both cannot live in
 one process. The worker starts once and stays.
@@ -24,8 +25,29 @@ def _prepare() -> None:
     from fastkd.ops import backend
 
     numpy.seterr(all="ignore")  # a GPU divides by zero in masked lanes without a word, too
+    _mend_bfloat16_dots()
     torch.set_num_threads(1)
     backend.EMULATED.add("triton")
+
+
+def _mend_bfloat16_dots() -> None:
+    """Widen bfloat16 operands, which the interpreter holds as integers, before it multiplies."""
+    import numpy
+    import triton.language as tl
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    multiply = InterpreterBuilder.create_dot
+
+    def widened(handle: Any) -> Any:
+        if handle.dtype.scalar != tl.bfloat16:
+            return handle
+        bits = handle.data.astype(numpy.uint32) << 16
+        return TensorHandle(bits.view(numpy.float32), tl.float32)
+
+    def create_dot(self: Any, a: Any, b: Any, *rest: Any) -> Any:
+        return multiply(self, widened(a), widened(b), *rest)
+
+    InterpreterBuilder.create_dot = create_dot
 
 
 @functools.cache

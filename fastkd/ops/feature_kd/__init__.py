@@ -12,6 +12,7 @@ import math
 import torch
 from torch import Tensor
 
+from fastkd.ops import maps
 from fastkd.ops.backend import Implementation, Operator
 from fastkd.ops.feature_kd import cuda, reference
 from fastkd.ops.feature_kd.reference import LOSSES
@@ -73,9 +74,12 @@ def feature_kd(
         RuntimeError: ``backend`` names one that cannot run here, and why.
     """
     _check_options(loss, pool, beta, eps)
-    _check_tensors(student, teacher)
+    maps.check_map("feature_kd", "student", student)
+    maps.check_map("feature_kd", "teacher", teacher)
+    maps.check_pair("feature_kd", ("student", "teacher"), student, teacher)
     _check_widths(student, teacher, pool)
-    student_map, teacher_map = _as_maps(student, teacher, grid, loss)
+    size = maps.grid_of("feature_kd", student, grid, loss == "spectral")
+    student_map, teacher_map = maps.as_map(student, size), maps.as_map(teacher, size)
     value, _ = _operator(student_map, teacher_map, loss, float(beta), float(eps), backend)
     return value
 
@@ -89,32 +93,6 @@ def _check_options(loss: str, pool: str, beta: float, eps: float) -> None:
         raise ValueError(f"feature_kd: beta must be finite and >= 0, got {beta}")
     if not 0 <= eps < math.inf:
         raise ValueError(f"feature_kd: eps must be finite and >= 0, got {eps}")
-
-
-def _check_tensors(student: Tensor, teacher: Tensor) -> None:
-    for name, x in (("student", student), ("teacher", teacher)):
-        if not isinstance(x, Tensor):
-            raise TypeError(f"feature_kd: {name} must be a tensor, got {type(x).__name__}")
-        if not x.is_floating_point():
-            raise TypeError(f"feature_kd: {name} must have a float dtype, got {x.dtype}")
-        if x.ndim not in (3, 4):
-            raise ValueError(
-                f"feature_kd: {name} must be [B, N, D] or [B, D, H, W], got {list(x.shape)}"
-            )
-    if student.device != teacher.device:
-        raise ValueError(
-            f"feature_kd: teacher must be on {student.device} like student, got {teacher.device}"
-        )
-    if student.ndim != teacher.ndim:
-        raise ValueError(
-            "feature_kd: student and teacher must both be [B, N, D] or both [B, D, H, W], "
-            f"got {list(student.shape)} and {list(teacher.shape)}"
-        )
-    if 0 in student.shape[1:] or 0 in teacher.shape[1:]:
-        raise ValueError(
-            "feature_kd: only the batch may be empty, "
-            f"got {list(student.shape)} and {list(teacher.shape)}"
-        )
 
 
 def _check_widths(student: Tensor, teacher: Tensor, pool: str) -> None:
@@ -140,34 +118,6 @@ def _check_widths(student: Tensor, teacher: Tensor, pool: str) -> None:
             f"feature_kd: pool={pool!r} averages the {pool}'s channels down, "
             f"but it has {wide} and the other {narrow}"
         )
-
-
-def _as_maps(
-    student: Tensor, teacher: Tensor, grid: tuple[int, int] | None, loss: str
-) -> tuple[Tensor, Tensor]:
-    """Both inputs as [B, H, W, D] views; tokens without a grid are one row."""
-    if student.ndim == 4:
-        if grid is not None and tuple(grid) != tuple(student.shape[2:]):
-            raise ValueError(
-                f"feature_kd: grid {tuple(grid)} does not match maps of {tuple(student.shape[2:])}"
-            )
-        return student.permute(0, 2, 3, 1), teacher.permute(0, 2, 3, 1)
-    tokens = student.shape[1]
-    if grid is None:
-        grid = _square(tokens) if loss == "spectral" else (1, tokens)
-    if len(grid) != 2 or grid[0] * grid[1] != tokens or min(grid) < 1:
-        raise ValueError(f"feature_kd: grid {tuple(grid)} does not match {tokens} tokens")
-    return student.unflatten(1, grid), teacher.unflatten(1, grid)
-
-
-def _square(tokens: int) -> tuple[int, int]:
-    side = round(tokens**0.5)  # not isqrt, which torch.compile cannot trace
-    if side * side != tokens:
-        raise ValueError(
-            f"feature_kd: loss='spectral' needs grid=(H, W) for {tokens} tokens, which are no "
-            "square (a CLS token left in?)"
-        )
-    return side, side
 
 
 @torch.library.custom_op("fastkd::feature_kd", mutates_args=())

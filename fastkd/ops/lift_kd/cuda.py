@@ -1,0 +1,223 @@
+"""lift_kd through the compiled library: schemas of its raw operators, their limits and buffers.
+
+The kernels and the binding are csrc/lift_kd.cu and csrc/lift_kd_binding.cpp, which register
+implementations for what is declared here. A tensor without elements stands for an absent one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fastkd.ops.feature_kd.reference import LOSSES
+from fastkd.ops.lift_kd.projection import Gradients, Projection
+from fastkd.ops.lift_kd.reference import stats_shape
+
+WIDTHS = ((192, 384),)  # (Ds, Dt) of the compiled kernels: W must fit into shared memory
+HOST_WIDTHS = (*WIDTHS, (64, 128))  # compiled for CPU tensors, as tests do: a quick one, too
+SHARED_BYTES = 193_536  # of the largest kernel
+TILE_ROWS = 16  # csrc/lift_kd.h's kLiftTileRows
+WORKERS = 4  # kLiftWorkers, per block
+WEIGHT_SPLITS = 22  # kWeightSplits
+HOST_BLOCKS = 2  # CPU tensors: more than one, for partial sums to add up
+
+# Gradients of the Linear's outputs, kept for as many rows as stay in the L2 cache.
+SLOPE_BYTES = 20 << 20
+
+_INPUTS = (
+    "Tensor tokens, Tensor teacher, Tensor weight, Tensor bias, Tensor norm_weight, "
+    "Tensor norm_bias, int loss, float beta, float eps, int blocks"
+)
+torch.library.define(
+    "fastkd::_lift_kd_forward",
+    f"({_INPUTS}, Tensor(a!) packed, Tensor(b!) vectors, Tensor(c!) loss_parts, "
+    "Tensor(d!) pooled_parts, Tensor(e!) result, Tensor(f!) pooled) -> ()",
+)
+torch.library.define(
+    "fastkd::_lift_kd_gradients",
+    f"(Tensor upstream, Tensor pooled_upstream, {_INPUTS}, Tensor(a!) packed, Tensor(b!) vectors, "
+    "Tensor(c!) loss_parts, Tensor(d!) norm_parts, Tensor(e!) slopes, Tensor(f!) weight_parts, "
+    "Tensor(g!) bias_parts, Tensor(h!) result, Tensor(i!) tokens_gradient, "
+    "Tensor(j!) weight_gradient, Tensor(k!) bias_gradient, Tensor(l!) norm_weight_gradient, "
+    "Tensor(m!) norm_bias_gradient) -> ()",
+)
+
+
+def refuses(
+    tokens: Tensor,
+    weight: Tensor,
+    teacher: Tensor | None,
+    loss: str,
+    compute: torch.dtype,
+    normed: bool,
+) -> str | None:
+    """Why these inputs cannot run here; None where they can.
+
+    Args:
+        tokens: [B, H, W, Ds].
+        weight: [Dt, Ds].
+        teacher: [B, H, W, Dt] or None.
+        loss: one of feature_kd's.
+        compute: dtype of the products' operands.
+        normed: whether a LayerNorm follows; here it does not matter.
+
+    Returns:
+        A reason in words, or None.
+    """
+    batch, height, width = tokens.shape[:3]
+    widths = (weight.shape[1], weight.shape[0])
+    compiled = WIDTHS if tokens.is_cuda else HOST_WIDTHS
+    if compute not in (torch.float16, torch.bfloat16):
+        return f"it multiplies in float16 or bfloat16, not {compute}"
+    if widths not in compiled:
+        known = ", ".join(f"{student} to {lifted}" for student, lifted in compiled)
+        return f"it lifts {known} channels, not {widths[0]} to {widths[1]}"
+    if teacher is not None and loss == "spectral" and width > TILE_ROWS:
+        return f"its spectral loss takes grid rows of up to {TILE_ROWS} tokens, got {width}"
+    if batch * height * max(width, TILE_ROWS) >= 2**31:
+        return "it counts tokens in 32 bits"
+    if tokens.is_cuda:
+        properties = torch.cuda.get_device_properties(tokens.device)
+        found = properties.shared_memory_per_block_optin
+        if found < SHARED_BYTES:
+            return f"it needs {SHARED_BYTES} bytes of shared memory per block, found {found}"
+    return None
+
+
+def forward(
+    tokens: Tensor,
+    projection: Projection,
+    teacher: Tensor | None,
+    loss: str,
+    beta: float,
+    pool: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As `reference.forward`; at most four launches, no synchronisation."""
+    batch, width = tokens.shape[0], projection.width
+    blocks = _blocks(tokens)
+    stats = _floats(tokens, *stats_shape(tokens)).fill_(float("nan"))
+    result = _floats(tokens) if teacher is not None else tokens.new_zeros((), dtype=torch.float32)
+    pooled = _floats(tokens, batch, width if pool else 0)
+    if teacher is None and not pool:
+        return result, pooled, stats
+    torch.ops.fastkd._lift_kd_forward(
+        *_inputs(tokens, projection, teacher, loss, beta),
+        *_workspace(tokens, projection),
+        _floats(tokens, blocks),
+        _floats(tokens, blocks * WORKERS + batch if pool else 0, width),
+        result,
+        pooled,
+    )
+    return result, pooled, stats
+
+
+def one_pass(
+    tokens: Tensor,
+    projection: Projection,
+    teacher: Tensor,
+    loss: str,
+    beta: float,
+    needs: Sequence[bool],
+) -> tuple[Tensor, Gradients]:
+    """As `reference.one_pass`; four launches, two more per further chunk, no synchronisation."""
+    result = _floats(tokens)
+    gradients = _differentiate(
+        tokens, projection, teacher, loss, beta, _absent(tokens), _absent(tokens), result, needs
+    )
+    return result, gradients
+
+
+def backward(
+    upstream: Tensor | None,
+    pooled_upstream: Tensor | None,
+    tokens: Tensor,
+    projection: Projection,
+    teacher: Tensor | None,
+    stats: Tensor,
+    loss: str,
+    beta: float,
+    needs: Sequence[bool],
+) -> Gradients:
+    """As `reference.backward`; launches as `one_pass` does. The statistics are not needed."""
+    if upstream is None:
+        teacher = None
+    upstreams = [
+        _absent(tokens) if x is None else x.to(torch.float32).contiguous()
+        for x in (upstream if teacher is not None else None, pooled_upstream)
+    ]
+    return _differentiate(
+        tokens, projection, teacher, loss, beta, *upstreams, _absent(tokens), needs
+    )
+
+
+def _differentiate(
+    tokens: Tensor,
+    projection: Projection,
+    teacher: Tensor | None,
+    loss: str,
+    beta: float,
+    upstream: Tensor,
+    pooled_upstream: Tensor,
+    result: Tensor,
+    needs: Sequence[bool],
+) -> Gradients:
+    gradients = projection.empty_gradients(tokens, needs)
+    width, student_width = projection.weight.shape
+    blocks = _blocks(tokens)
+    of_linear = gradients[1].numel() > 0 or gradients[2].numel() > 0
+    of_norm = gradients[3].numel() > 0 or gradients[4].numel() > 0
+    splits = WEIGHT_SPLITS if of_linear else 0
+    torch.ops.fastkd._lift_kd_gradients(
+        upstream,
+        pooled_upstream,
+        *_inputs(tokens, projection, teacher, loss, beta),
+        *_workspace(tokens, projection),
+        _floats(tokens, blocks),
+        _floats(tokens, blocks if of_norm else 0, 2, width),
+        tokens.new_empty(
+            (_slope_rows(tokens, projection) if of_linear else 0, width), dtype=projection.compute
+        ),
+        _floats(tokens, splits, width, student_width),
+        _floats(tokens, splits, width),
+        result,
+        *gradients,
+    )
+    return gradients
+
+
+def _inputs(
+    tokens: Tensor, projection: Projection, teacher: Tensor | None, loss: str, beta: float
+) -> tuple[Tensor | int | float, ...]:
+    tensors = (_absent(tokens) if x is None else x for x in (teacher, *projection.parameters()))
+    return tokens, *tensors, LOSSES.index(loss), beta, projection.eps, _blocks(tokens)
+
+
+def _workspace(tokens: Tensor, projection: Projection) -> tuple[Tensor, Tensor]:
+    """The weight as the kernels want it, and bias, norm weight and norm bias in float32."""
+    packed = tokens.new_empty(projection.weight.shape, dtype=projection.compute)
+    return packed, _floats(tokens, 3, projection.width)
+
+
+def _slope_rows(tokens: Tensor, projection: Projection) -> int:
+    """Rows of a chunk: whole tiles, and all chunks of about the same size."""
+    batch, height, width = tokens.shape[:3]
+    tiles = -(-batch * height * max(width, TILE_ROWS) // TILE_ROWS)  # spectral pads grid rows
+    limit = max(1, SLOPE_BYTES // (TILE_ROWS * projection.width * projection.compute.itemsize))
+    chunks = -(-tiles // limit)
+    return -(-tiles // chunks) * TILE_ROWS
+
+
+def _blocks(tokens: Tensor) -> int:
+    if not tokens.is_cuda:
+        return HOST_BLOCKS
+    return torch.cuda.get_device_properties(tokens.device).multi_processor_count
+
+
+def _absent(tokens: Tensor) -> Tensor:
+    return tokens.new_empty(0)
+
+
+def _floats(tokens: Tensor, *shape: int) -> Tensor:
+    return tokens.new_empty(shape, dtype=torch.float32)

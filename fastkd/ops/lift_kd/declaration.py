@@ -1,0 +1,299 @@
+"""lift_kd as torch sees it: schemas, fake functions, autograd, and the choice of a backend.
+
+Inputs have been checked and are [B, H, W, D] views. Four operators: the forward (loss and pooled
+tokens), its backward, both in one pass, and the lifted tokens themselves.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastkd.ops.backend import Implementation, Operator
+from fastkd.ops.lift_kd import cuda, reference
+from fastkd.ops.lift_kd.projection import Gradients, Projection
+from fastkd.ops.lift_kd.scale import scaled
+from fastkd.ops.lift_kd.self_check import self_check
+
+Five = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class LiftImplementation(Implementation):
+    """lift_kd on one backend; signatures as in reference.py.
+
+    Attributes:
+        one_pass: loss and gradients together.
+        lift: the lifted tokens.
+    """
+
+    one_pass: Callable[..., tuple[Tensor, Gradients]] = reference.one_pass
+    lift: Callable[..., Tensor] = reference.lift
+
+
+def _select(
+    backend: str, tokens: Tensor, projection: Projection, teacher: Tensor | None, loss: str
+) -> LiftImplementation:
+    tensors = tokens, projection.weight, teacher
+    normed = projection.norm_weight is not None
+    return OPERATOR.select(backend, tensors, loss, projection.compute, normed)
+
+
+@torch.library.custom_op("fastkd::lift_kd", mutates_args=())
+def forward(
+    tokens: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    teacher: Tensor | None,
+    eps: float,
+    loss: str,
+    beta: float,
+    compute: torch.dtype,
+    pool: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(loss, pooled, statistics for the backward); see `reference.forward`."""
+    projection = Projection(weight, bias, norm_weight, norm_bias, eps, compute)
+    if tokens.shape[0] == 0:
+        return _empty_results(tokens, projection, pool)
+    with torch.autocast(tokens.device.type, enabled=False):
+        chosen = _select(backend, tokens, projection, teacher, loss)
+        return chosen.forward(tokens, projection, teacher, loss, beta, pool)
+
+
+def _empty_results(
+    tokens: Tensor, projection: Projection, pool: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    def zeros(*shape: int) -> Tensor:
+        return tokens.new_zeros(shape, dtype=projection.accumulator)
+
+    pooled = zeros(tokens.shape[0], projection.width if pool else 0)
+    return zeros(), pooled, zeros(*reference.stats_shape(tokens))
+
+
+@forward.register_fake
+def _(
+    tokens: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    teacher: Tensor | None,
+    eps: float,
+    loss: str,
+    beta: float,
+    compute: torch.dtype,
+    pool: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    projection = Projection(weight, bias, norm_weight, norm_bias, eps, compute)
+    return _empty_results(tokens, projection, pool)
+
+
+@torch.library.custom_op("fastkd::lift_kd_backward", mutates_args=())
+def backward(
+    upstream: Tensor | None,
+    pooled_upstream: Tensor | None,
+    tokens: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    teacher: Tensor | None,
+    stats: Tensor,
+    eps: float,
+    loss: str,
+    beta: float,
+    compute: torch.dtype,
+    needs: Sequence[bool],
+    backend: str,
+) -> Five:
+    """Gradients of tokens and parameters through loss and pooled tokens."""
+    projection = Projection(weight, bias, norm_weight, norm_bias, eps, compute)
+    if tokens.shape[0] == 0:
+        return _zero_gradients(tokens, projection, needs)
+    with torch.autocast(tokens.device.type, enabled=False):
+        chosen = _select(backend, tokens, projection, teacher, loss)
+        return chosen.backward(
+            upstream, pooled_upstream, tokens, projection, teacher, stats, loss, beta, needs
+        )
+
+
+def _zero_gradients(tokens: Tensor, projection: Projection, needs: Sequence[bool]) -> Gradients:
+    gradients = projection.empty_gradients(tokens, needs)
+    for gradient in gradients:
+        gradient.zero_()
+    return gradients
+
+
+@backward.register_fake
+def _(
+    upstream: Tensor | None,
+    pooled_upstream: Tensor | None,
+    tokens: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    teacher: Tensor | None,
+    stats: Tensor,
+    eps: float,
+    loss: str,
+    beta: float,
+    compute: torch.dtype,
+    needs: Sequence[bool],
+    backend: str,
+) -> Five:
+    projection = Projection(weight, bias, norm_weight, norm_bias, eps, compute)
+    return projection.empty_gradients(tokens, needs)
+
+
+def _keep_inputs(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    *tensors, ctx.eps, ctx.loss, ctx.beta, ctx.compute, _, ctx.backend = inputs
+    ctx.mark_non_differentiable(output[2])
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*tensors, output[2])
+
+
+def _recompute(
+    ctx: Any, upstream: Tensor | None, pooled_upstream: Tensor | None, _: None
+) -> tuple[Tensor | None, ...]:
+    *tensors, stats = ctx.saved_tensors
+    needs = list(ctx.needs_input_grad[:5])
+    if tensors[5] is None:
+        upstream = None  # without a teacher the loss is a constant
+    gradients = backward(
+        upstream, pooled_upstream, *tensors, stats,
+        ctx.eps, ctx.loss, ctx.beta, ctx.compute, needs, ctx.backend,
+    )  # fmt: skip
+    wanted = [g if needed else None for g, needed in zip(gradients, needs, strict=True)]
+    return *wanted, *[None] * 7
+
+
+forward.register_autograd(_recompute, setup_context=_keep_inputs)
+
+
+@torch.library.custom_op("fastkd::lift_kd_one_pass", mutates_args=())
+def one_pass(
+    tokens: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    teacher: Tensor,
+    eps: float,
+    loss: str,
+    beta: float,
+    compute: torch.dtype,
+    needs: Sequence[bool],
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Loss, and the gradients of tokens, weight, bias, norm weight and norm bias."""
+    projection = Projection(weight, bias, norm_weight, norm_bias, eps, compute)
+    if tokens.shape[0] == 0:
+        zero = tokens.new_zeros((), dtype=projection.accumulator)
+        return zero, *_zero_gradients(tokens, projection, needs)
+    with torch.autocast(tokens.device.type, enabled=False):
+        chosen = _select(backend, tokens, projection, teacher, loss)
+        value, gradients = chosen.one_pass(tokens, projection, teacher, loss, beta, needs)
+    return value, *gradients
+
+
+@one_pass.register_fake
+def _(
+    tokens: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    teacher: Tensor,
+    eps: float,
+    loss: str,
+    beta: float,
+    compute: torch.dtype,
+    needs: Sequence[bool],
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    projection = Projection(weight, bias, norm_weight, norm_bias, eps, compute)
+    value = tokens.new_empty((), dtype=projection.accumulator)
+    return value, *projection.empty_gradients(tokens, needs)
+
+
+def _keep_gradients(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.needs = inputs[-2]
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.save_for_backward(*output[1:])
+
+
+def _scale_gradients(ctx: Any, upstream: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    kept = [g for g, needed in zip(ctx.saved_tensors, ctx.needs, strict=True) if needed]
+    gradients = iter(scaled(kept, upstream))
+    return *[next(gradients) if needed else None for needed in ctx.needs], *[None] * 7
+
+
+one_pass.register_autograd(_scale_gradients, setup_context=_keep_gradients)
+
+
+@torch.library.custom_op("fastkd::lift", mutates_args=())
+def lift(
+    tokens: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    eps: float,
+    compute: torch.dtype,
+    out_dtype: torch.dtype,
+    backend: str,
+) -> Tensor:
+    """The lifted tokens, [B, H, W, Dt]."""
+    projection = Projection(weight, bias, norm_weight, norm_bias, eps, compute)
+    if tokens.shape[0] == 0:
+        return tokens.new_empty((*tokens.shape[:3], projection.width), dtype=out_dtype)
+    with torch.autocast(tokens.device.type, enabled=False):
+        chosen = _select(backend, tokens, projection, None, "mse")
+        return chosen.lift(tokens, projection, out_dtype)
+
+
+@lift.register_fake
+def _(
+    tokens: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    eps: float,
+    compute: torch.dtype,
+    out_dtype: torch.dtype,
+    backend: str,
+) -> Tensor:
+    return tokens.new_empty((*tokens.shape[:3], weight.shape[0]), dtype=out_dtype)
+
+
+def _implementations() -> dict[str, LiftImplementation]:
+    implementations = {
+        "torch": LiftImplementation(reference.forward, reference.backward),
+        "cuda": LiftImplementation(cuda.forward, cuda.backward, cuda.refuses, False, cuda.one_pass),
+    }
+    if importlib.util.find_spec("triton") is not None:
+        from fastkd.ops.lift_kd import triton
+
+        implementations["triton"] = LiftImplementation(
+            triton.forward, triton.backward, triton.refuses, True, triton.one_pass, triton.lift
+        )
+    return implementations
+
+
+OPERATOR = Operator(
+    name="lift_kd",
+    implementations=_implementations(),
+    order=("triton", "cuda", "torch"),
+    self_check=self_check,
+)

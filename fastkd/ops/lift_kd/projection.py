@@ -1,0 +1,56 @@
+"""The lifting projector as a value: what every implementation of lift_kd gets beside the tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+# What can have a gradient, in the order of every tuple of gradients and of `needs`.
+DIFFERENTIABLE = ("tokens", "weight", "bias", "norm_weight", "norm_bias")
+Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class Projection:
+    """Linear, then LayerNorm where there is a ``norm_weight``.
+
+    Attributes:
+        weight: [Dt, Ds].
+        bias: [Dt] or None.
+        norm_weight: [Dt], or None for no LayerNorm.
+        norm_bias: [Dt] or None.
+        eps: of the LayerNorm.
+        compute: dtype in which matrix products take their operands; sums are in `accumulator`.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    norm_weight: Tensor | None
+    norm_bias: Tensor | None
+    eps: float
+    compute: torch.dtype
+
+    @property
+    def width(self) -> int:
+        """Channels of the lifted tokens, Dt."""
+        return self.weight.shape[0]
+
+    @property
+    def accumulator(self) -> torch.dtype:
+        """float64 for float64 products, else float32."""
+        return torch.float64 if self.compute == torch.float64 else torch.float32
+
+    def parameters(self) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+        """Weight, bias, norm weight, norm bias."""
+        return self.weight, self.bias, self.norm_weight, self.norm_bias
+
+    def empty_gradients(self, tokens: Tensor, needs: Sequence[bool]) -> Gradients:
+        """Uninitialised gradients like their inputs; without elements where they are not needed."""
+        gradients = [
+            torch.empty_like(x) if needed and x is not None else tokens.new_empty(0)
+            for x, needed in zip((tokens, *self.parameters()), needs, strict=True)
+        ]
+        return tuple(gradients)  # type: ignore[return-value]

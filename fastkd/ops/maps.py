@@ -1,0 +1,109 @@
+"""Token maps as operators get them: checks with the caller's names, and one shape for all kinds.
+
+[B, N, D] tokens and [B, D, H, W] maps both become [B, H, W, D] views, with any strides.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+
+def check_map(function: str, name: str, x: object) -> None:
+    """Refuse what is no map.
+
+    Args:
+        function: the operator's name, for messages.
+        name: the argument's name.
+        x: what was given.
+
+    Raises:
+        TypeError: no floating-point tensor.
+        ValueError: neither three nor four dimensions.
+    """
+    check_tensor(function, name, x)
+    assert isinstance(x, Tensor)
+    if x.ndim not in (3, 4):
+        raise ValueError(
+            f"{function}: {name} must be [B, N, D] or [B, D, H, W], got {list(x.shape)}"
+        )
+
+
+def check_tensor(function: str, name: str, x: object) -> None:
+    """Refuse what is no floating-point tensor, with a TypeError; arguments as for `check_map`."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{function}: {name} must be a tensor, got {type(x).__name__}")
+    if not x.is_floating_point():
+        raise TypeError(f"{function}: {name} must have a float dtype, got {x.dtype}")
+
+
+def check_pair(function: str, names: tuple[str, str], student: Tensor, teacher: Tensor) -> None:
+    """Refuse maps on different devices, of different kinds, or without tokens or channels.
+
+    Args:
+        function: the operator's name, for messages.
+        names: the arguments' names.
+        student: [B, N, D] or [B, D, H, W].
+        teacher: the same kind.
+
+    Raises:
+        ValueError: they do not go together.
+    """
+    if student.device != teacher.device:
+        raise ValueError(
+            f"{function}: {names[1]} must be on {student.device} like {names[0]}, "
+            f"got {teacher.device}"
+        )
+    if student.ndim != teacher.ndim:
+        raise ValueError(
+            f"{function}: {names[0]} and {names[1]} must both be [B, N, D] or both [B, D, H, W], "
+            f"got {list(student.shape)} and {list(teacher.shape)}"
+        )
+    if 0 in student.shape[1:] or 0 in teacher.shape[1:]:
+        raise ValueError(
+            f"{function}: only the batch may be empty, "
+            f"got {list(student.shape)} and {list(teacher.shape)}"
+        )
+
+
+def grid_of(function: str, x: Tensor, grid: tuple[int, int] | None, rows: bool) -> tuple[int, int]:
+    """The grid (H, W) to take a map by.
+
+    Args:
+        function: the operator's name, for messages.
+        x: [B, N, D] or [B, D, H, W].
+        grid: what the user said.
+        rows: whether grid rows matter; if not, tokens without a grid are one row.
+
+    Returns:
+        (H, W).
+
+    Raises:
+        ValueError: ``grid`` does not fit, or is needed and not known.
+    """
+    if x.ndim == 4:
+        if grid is not None and tuple(grid) != tuple(x.shape[2:]):
+            raise ValueError(
+                f"{function}: grid {tuple(grid)} does not match maps of {tuple(x.shape[2:])}"
+            )
+        return x.shape[2], x.shape[3]
+    tokens = x.shape[1]
+    if grid is None:
+        grid = _square(function, tokens) if rows else (1, tokens)
+    if len(grid) != 2 or grid[0] * grid[1] != tokens or min(grid) < 1:
+        raise ValueError(f"{function}: grid {tuple(grid)} does not match {tokens} tokens")
+    return grid
+
+
+def as_map(x: Tensor, grid: tuple[int, int]) -> Tensor:
+    """[B, N, D] or [B, D, H, W] as a [B, H, W, D] view."""
+    return x.permute(0, 2, 3, 1) if x.ndim == 4 else x.unflatten(1, grid)
+
+
+def _square(function: str, tokens: int) -> tuple[int, int]:
+    side = round(tokens**0.5)  # not isqrt, which torch.compile cannot trace
+    if side * side != tokens:
+        raise ValueError(
+            f"{function}: loss='spectral' needs grid=(H, W) for {tokens} tokens, which are no "
+            "square (a CLS token left in?)"
+        )
+    return side, side

@@ -1,0 +1,779 @@
+"""lift_kd and lift: what they compute, on every backend, against the float64 definition."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bench.harness import peak_extra_bytes
+from fastkd.ops import lift, lift_kd
+from fastkd.ops.feature_kd.reference import LOSSES
+from fastkd.ops.lift_kd import OPERATOR
+from fastkd.ops.lift_kd import reference as torch_path
+from fastkd.ops.lift_kd.projection import Projection
+from fastkd.ops.lift_kd.self_check import self_check
+from tests.harness.cases import FINITE, nearest_dtype_error, relative_error, signed_bias
+from tests.ops.test_feature_kd import LAYOUTS, layouts
+
+UPSTREAM = 0.2
+NAMES = ("tokens", "weight", "bias", "norm_weight", "norm_bias")
+
+# [B, H, W, Ds], Dt
+SHAPES = {
+    "small": ((3, 6, 6, 32), 64),  # even grid, whole blocks; the smallest that CUDA C++ takes
+    "swin": ((2, 7, 7, 40), 72),  # odd grid: no Nyquist column
+    "oblong": ((3, 5, 6, 33), 57),  # nothing a multiple of any tile
+    "one_token": ((5, 1, 1, 24), 40),  # a tile of many images
+    "narrower": ((2, 4, 4, 96), 40),  # lifted down
+    "slabs": ((1, 3, 4, 300), 72),  # more channels than one program accumulates or keeps
+}
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+OPTIONS = {
+    "norm": ("norm_weight", "norm_bias"),
+    "norm_without_bias": ("norm_weight",),
+    "bias": ("bias",),
+    "bias_and_norm": ("bias", "norm_weight", "norm_bias"),
+    "linear": (),
+}
+ALL = OPTIONS["bias_and_norm"]
+
+
+@dataclass
+class Problem:
+    """Inputs of lift_kd by name; ``tokens`` and ``teacher`` are [B, H, W, D]."""
+
+    tokens: Tensor
+    teacher: Tensor
+    parameters: dict[str, Tensor]
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        return tuple(self.tokens.shape[1:3])
+
+    def to(self, dtype: torch.dtype) -> Problem:
+        parameters = {name: x.to(dtype) for name, x in self.parameters.items()}
+        return Problem(self.tokens.to(dtype), self.teacher.to(dtype), parameters)
+
+    def call(self, backend, *, layout: str = "tokens", **options):
+        """Value, pooled, lifted gradients by name, computed where the backend works."""
+        tokens, teacher = (
+            layouts(x, layout).to(backend.device) for x in (self.tokens, self.teacher)
+        )
+        if tokens.ndim == 3:
+            options = {"grid": self.grid, **options}
+        parameters = {name: x.to(backend.device) for name, x in self.parameters.items()}
+        return backend.call(
+            loss_and_gradients, tokens, teacher, parameters, backend=backend.name, **options
+        )
+
+
+def draw(shape, width: int, parts=ALL, case: str = "noise") -> Problem:
+    batch, height, columns, channels = shape
+    tokens, _ = FINITE[case]((batch, height * columns, channels))
+    _, teacher = FINITE[case]((batch, height * columns, width))
+    generator = torch.Generator().manual_seed(3)
+    parameters = {
+        "weight": torch.randn(width, channels, generator=generator) * channels**-0.5,
+        "bias": torch.randn(width, generator=generator),
+        "norm_weight": torch.randn(width, generator=generator),
+        "norm_bias": torch.randn(width, generator=generator),
+    }
+    kept = {name: x for name, x in parameters.items() if name == "weight" or name in parts}
+    grid = height, columns
+    return Problem(tokens.unflatten(1, grid), teacher.unflatten(1, grid), kept)
+
+
+def pooled_weights(pooled: Tensor) -> Tensor:
+    """A gradient for the pooled tokens that is no constant."""
+    count = torch.arange(pooled.numel(), dtype=torch.float64, device=pooled.device)
+    return torch.cos(count).view_as(pooled).to(pooled.dtype)
+
+
+def loss_and_gradients(
+    tokens: Tensor,
+    teacher: Tensor,
+    parameters: dict[str, Tensor],
+    pool: bool = False,
+    wanted: tuple[str, ...] = NAMES,
+    upstream: float = UPSTREAM,
+    pooled_upstream: float = 1.0,
+    **options,
+):
+    """One forward and backward; also runs in the interpreter's process."""
+    leaves = {"tokens": tokens, **parameters}
+    leaves = {name: x.detach().requires_grad_(name in wanted) for name, x in leaves.items()}
+    parameters = {name: x for name, x in leaves.items() if name != "tokens"}
+    result = lift_kd(leaves["tokens"], teacher_tokens=teacher, pool=pool, **parameters, **options)
+    value, pooled = result if pool else (result, None)
+    total = value * upstream
+    if pool:
+        total = total + (pooled * pooled_weights(pooled)).sum() * pooled_upstream
+    if total.requires_grad:
+        total.backward()
+    gradients = {name: x.grad for name, x in leaves.items()}
+    return value.detach(), None if pooled is None else pooled.detach(), gradients
+
+
+def defined(
+    problem: Problem,
+    loss: str = "mse",
+    dtype: torch.dtype = torch.float64,
+    upstream: float = UPSTREAM,
+    pooled_upstream: float = 1.0,
+    beta: float = 1.0,
+):
+    """The same by autograd through the definition, in a dtype."""
+    problem = problem.to(dtype)
+    leaves = {"tokens": problem.tokens, **problem.parameters}
+    leaves = {name: x.detach().requires_grad_() for name, x in leaves.items()}
+    projection = Projection(*(leaves.get(name) for name in NAMES[1:]), 1e-6, dtype)
+    # Half maps are compared in float32, as a KD loss in plain PyTorch would.
+    teacher = problem.teacher
+    if dtype != torch.float64:
+        lifted = F.linear(leaves["tokens"], projection.weight, projection.bias)
+        if projection.norm_weight is not None:
+            lifted = F.layer_norm(
+                lifted, (projection.width,), projection.norm_weight, projection.norm_bias, 1e-6
+            )
+        value = torch_path.distance.definition(lifted.float(), teacher.float(), loss, beta)
+        pooled = lifted.mean(dim=(1, 2))
+    else:
+        value, pooled = torch_path.definition(leaves["tokens"], projection, teacher, loss, beta)
+    total = value * upstream
+    if pooled_upstream:
+        total = total + (pooled * pooled_weights(pooled)).sum() * pooled_upstream
+    total.backward()
+    return value.detach(), pooled.detach(), {name: x.grad for name, x in leaves.items()}
+
+
+def as_tokens(x: Tensor, like: Tensor) -> Tensor:
+    return x.permute(0, 2, 3, 1) if x.ndim == 4 else x.view(like.shape)
+
+
+def skip_if_refused(backend, problem: Problem, loss: str, compute: torch.dtype) -> None:
+    refuses = OPERATOR.implementations[backend.name].refuses
+    weight, normed = problem.parameters["weight"], "norm_weight" in problem.parameters
+    reason = refuses(problem.tokens, weight, problem.teacher, loss, compute, normed)
+    if reason is not None:
+        pytest.skip(f"{backend.name}: {reason}")
+
+
+def check(found, expected, tolerance: float = 1e-5) -> None:
+    value, pooled, gradients = found
+    true_value, true_pooled, true_gradients = expected
+    assert relative_error(value.cpu(), true_value) < tolerance
+    if pooled is not None:
+        assert relative_error(pooled.cpu(), true_pooled) < tolerance
+    for name, truth in true_gradients.items():
+        if gradients[name] is None:
+            continue
+        ours = gradients[name].cpu()
+        ours = as_tokens(ours, truth) if name == "tokens" else ours
+        assert relative_error(ours, truth) < tolerance, name
+
+
+@pytest.mark.parametrize("pool", [False, True], ids=["one_pass", "pooled"])
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("parts", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_float64_equals_the_definition_to_1e_12(shape, parts, loss, pool):
+    problem = draw(*shape, parts).to(torch.float64)
+    tokens, teacher = problem.tokens.flatten(1, 2), problem.teacher.flatten(1, 2)
+    found = loss_and_gradients(
+        tokens, teacher, problem.parameters, pool, loss=loss, grid=problem.grid
+    )
+    assert found[0].dtype == torch.float64
+    check(found, defined(problem, loss, pooled_upstream=float(pool)), 1e-12)
+
+
+@pytest.mark.parametrize("pool", [False, True], ids=["one_pass", "pooled"])
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_every_shape(backend, shape, loss, pool):
+    problem = draw(*shape)
+    skip_if_refused(backend, problem, loss, torch.float32)
+    found = problem.call(backend, loss=loss, pool=pool)
+    assert found[0].dtype == torch.float32
+    check(found, defined(problem, loss, pooled_upstream=float(pool)))
+
+
+@pytest.mark.parametrize("pool", [False, True], ids=["one_pass", "pooled"])
+@pytest.mark.parametrize("loss", ["mse", "cosine"])
+@pytest.mark.parametrize("parts", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_bias_and_norm_are_optional(backend, parts, loss, pool, dtype):
+    problem = draw(*SHAPES["small"], parts).to(dtype)
+    skip_if_refused(backend, problem, loss, dtype)
+    found = problem.call(backend, loss=loss, pool=pool)
+    expected = defined(problem, loss, pooled_upstream=float(pool))
+    eager = defined(problem, loss, dtype, pooled_upstream=float(pool))
+    assert set(found[2]) == {"tokens", "weight", *parts}
+    check_half(found, expected, eager, dtype, backend)
+
+
+def check_half(found, expected, eager, dtype: torch.dtype, backend) -> None:
+    """Every result within twice the error of plain PyTorch in the same dtype."""
+    triples = [(found[0], expected[0], eager[0]), (found[1], expected[1], eager[1])]
+    triples += [(found[2][name], expected[2][name], eager[2][name]) for name in expected[2]]
+    for ours, truth, plain in triples:
+        if ours is None:
+            continue
+        ours = as_tokens(ours.cpu(), truth) if ours.shape != truth.shape else ours.cpu()
+        limit = backend.slack * nearest_dtype_error(dtype, relative_error(plain, truth))
+        assert relative_error(ours, truth) <= limit
+        assert signed_bias(ours, truth) <= limit
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("loss", ["spectral", "cosine"])
+@pytest.mark.parametrize("pool", [False, True], ids=["one_pass", "pooled"])
+def test_every_layout(backend, layout, loss, pool):
+    dtype = torch.bfloat16 if backend.name == "cuda" else torch.float32
+    problem = draw(*SHAPES["small"]).to(dtype)
+    skip_if_refused(backend, problem, loss, dtype)
+    found = problem.call(backend, layout=layout, loss=loss, pool=pool)
+    expected = defined(problem, loss, pooled_upstream=float(pool))
+    eager = defined(problem, loss, dtype, pooled_upstream=float(pool))
+    check_half(found, expected, eager, dtype, backend)
+
+
+def equal_to_teacher(problem: Problem) -> Problem:
+    """The teacher's tokens are the lifted student's, as far as the dtype can say."""
+    names = [problem.parameters.get(name) for name in NAMES[1:]]
+    exact = Projection(*(None if x is None else x.double() for x in names), 1e-6, torch.float64)
+    teacher = torch_path.lift(problem.tokens.double(), exact, torch.float64)
+    return Problem(problem.tokens, teacher.to(problem.teacher.dtype), problem.parameters)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("case", FINITE)
+def test_hard_inputs_are_as_right_as_eager_in_the_same_dtype(backend, case, loss, dtype):
+    problem = draw(*SHAPES["small"], ("norm_weight", "norm_bias"), case=case).to(dtype)
+    skip_if_refused(backend, problem, loss, dtype)
+    if case == "equal":
+        problem = equal_to_teacher(problem)
+    # Like a GradScaler: float16 keeps no gradients of 1e-9, which is not what is asked here.
+    largest = defined(problem, loss, upstream=1.0, pooled_upstream=0.0)[2]["tokens"].abs().max()
+    upstream = 1.0 if case == "equal" else 1 / max(largest.item(), 1e-30)
+    options = {"upstream": upstream, "pooled_upstream": 0.1}
+    expected = defined(problem, loss, **options)
+    eager = defined(problem, loss, dtype, **options)
+    # Where the definition's own float32 evaluation loses digits, so may ours.
+    single = defined(problem, loss, torch.float32, **options)
+    found = problem.call(backend, loss=loss, pool=True, **options)
+    assert found[0].isfinite() and found[2]["tokens"].dtype == dtype
+    pairs = [(found[0], expected[0], eager[0], single[0])]
+    pairs += [(found[1], expected[1], eager[1], single[1])]
+    pairs += [(found[2][n], expected[2][n], eager[2][n], single[2][n]) for n in expected[2]]
+    for ours, truth, plain, in_float32 in pairs:
+        ours = ours.cpu().view(truth.shape)
+        if case == "equal" and ours.ndim == 0:
+            assert ours.item() <= 2 * plain.item() + 1e-6
+            continue
+        limit = backend.slack * nearest_dtype_error(dtype, relative_error(plain, truth))
+        limit = max(limit, 4 * relative_error(in_float32, truth))
+        assert relative_error(ours, truth) <= limit
+
+
+def test_smooth_l1_takes_its_threshold(backend):
+    problem = draw(*SHAPES["small"]).to(torch.bfloat16)
+    for beta in (0.0, 0.25, 2.0):
+        found = problem.call(backend, loss="smooth_l1", beta=beta, pool=True)
+        expected = defined(problem, "smooth_l1", beta=beta)
+        check_half(
+            found, expected, defined(problem, "smooth_l1", torch.bfloat16, beta=beta),
+            torch.bfloat16, backend,
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("pool", [False, True], ids=["one_pass", "pooled"])
+@pytest.mark.parametrize("wanted", [("tokens",), ("weight",), ("bias", "norm_bias"), ()])
+def test_only_the_gradients_that_are_required_come_back(backend, wanted, pool):
+    problem = draw(*SHAPES["small"]).to(torch.bfloat16)
+    everything = problem.call(backend, pool=pool)
+    value, pooled, gradients = problem.call(backend, pool=pool, wanted=wanted)
+    assert torch.equal(value, everything[0])
+    for name, gradient in gradients.items():
+        if name in wanted:
+            assert torch.equal(gradient, everything[2][name])
+        else:
+            assert gradient is None
+
+
+@pytest.mark.parametrize("used", ["loss", "pooled"])
+def test_either_output_may_be_used_alone(backend, used):
+    problem = draw(*SHAPES["small"]).to(torch.bfloat16)
+    options = {"upstream": float(used == "loss"), "pooled_upstream": float(used == "pooled")}
+    found = problem.call(backend, pool=True, loss="spectral", **options)
+    expected = defined(problem, "spectral", **options)
+    eager = defined(problem, "spectral", torch.bfloat16, **options)
+    check_half(found, expected, eager, torch.bfloat16, backend)
+
+
+def gradients_of_one_output(tokens, teacher, parameters, used: int, backend: str):
+    tokens = tokens.detach().requires_grad_()
+    outputs = lift_kd(
+        tokens, teacher_tokens=teacher, **parameters, pool=True, loss="spectral", backend=backend
+    )
+    return torch.autograd.grad(outputs[used].sum(), tokens)[0]
+
+
+@pytest.mark.parametrize("used", [0, 1], ids=["loss", "pooled"])
+def test_an_unused_output_has_no_part_in_the_gradient(backend, used):
+    problem = draw(*SHAPES["small"], ("norm_weight",)).to(torch.bfloat16)
+    inputs = (x.flatten(1, 2).to(backend.device) for x in (problem.tokens, problem.teacher))
+    parameters = {name: x.to(backend.device) for name, x in problem.parameters.items()}
+    found = backend.call(gradients_of_one_output, *inputs, parameters, used, backend.name)
+    exact = problem.to(torch.float64)
+    truth = gradients_of_one_output(
+        exact.tokens.flatten(1, 2), exact.teacher.flatten(1, 2), exact.parameters, used, "torch"
+    )
+    assert relative_error(found.cpu(), truth) < 2e-2
+
+
+@pytest.mark.parametrize("upstream", [1.0, 0.0, -3.0])
+def test_the_one_pass_form_scales_by_what_arrives(backend, upstream):
+    problem = draw(*SHAPES["small"]).to(torch.bfloat16)
+    found = problem.call(backend, upstream=upstream)
+    expected = defined(problem, upstream=upstream, pooled_upstream=0.0)
+    eager = defined(problem, "mse", torch.bfloat16, upstream=upstream, pooled_upstream=0.0)
+    check_half(found, expected, eager, torch.bfloat16, backend)
+
+
+def two_backwards(tokens, teacher, parameters, backend: str):
+    tokens = tokens.detach().requires_grad_()
+    value = lift_kd(tokens, teacher_tokens=teacher, **parameters, backend=backend)
+    (first,) = torch.autograd.grad(value * 0.5, tokens, retain_graph=True)
+    first = first.clone()
+    (second,) = torch.autograd.grad(value * 0.25, tokens)
+    return first, second
+
+
+def test_a_retained_graph_can_be_walked_twice(backend):
+    problem = draw(*SHAPES["small"]).to(torch.bfloat16)
+    inputs = (x.flatten(1, 2).to(backend.device) for x in (problem.tokens, problem.teacher))
+    parameters = {name: x.to(backend.device) for name, x in problem.parameters.items()}
+    first, second = backend.call(two_backwards, *inputs, parameters, backend.name)
+    assert torch.equal(first, second * 2)
+
+
+@pytest.mark.parametrize("pool", [False, True], ids=["one_pass", "pooled"])
+def test_scaled_float16_gradients_do_not_vanish(backend, pool):
+    problem = draw(*SHAPES["small"], ("norm_weight",)).to(torch.float16)
+    problem.tokens *= 20  # the norm makes gradients small
+    found = problem.call(backend, pool=pool, upstream=2.0**-7, pooled_upstream=0.0)
+    scaled = problem.call(backend, pool=pool, upstream=2.0**13, pooled_upstream=0.0)
+    truth = defined(problem, upstream=2.0**13, pooled_upstream=0.0)
+    eager = defined(problem, "mse", torch.float16, upstream=2.0**13, pooled_upstream=0.0)
+    assert found[2]["tokens"].eq(0).float().mean() > 0.1  # without scaling they do
+    check_half((scaled[0], None, scaled[2]), truth, eager, torch.float16, backend)
+
+
+@pytest.mark.parametrize("teacher_dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("token_dtype", DTYPES, ids=str)
+def test_float32_parameters_serve_tokens_of_any_dtype(backend, token_dtype, teacher_dtype):
+    problem = draw(*SHAPES["small"])
+    problem.tokens = problem.tokens.to(token_dtype)
+    problem.teacher = problem.teacher.to(teacher_dtype)
+    skip_if_refused(backend, problem, "mse", token_dtype)
+    value, pooled, gradients = problem.call(backend, pool=True)
+    assert value.dtype == torch.float32 and pooled.dtype == token_dtype
+    assert gradients["tokens"].dtype == token_dtype
+    assert gradients["weight"].dtype == gradients["norm_bias"].dtype == torch.float32
+    tolerance = 1e-5 if token_dtype == torch.float32 else 2e-2
+    check((value, pooled, gradients), defined(problem), tolerance)
+
+
+def under_autocast(tokens, teacher, parameters, **options):
+    with torch.autocast(tokens.device.type, torch.bfloat16):
+        return loss_and_gradients(tokens, teacher, parameters, **options)
+
+
+@pytest.mark.parametrize("pool", [False, True], ids=["one_pass", "pooled"])
+def test_autocast_decides_the_dtype_of_products(backend, pool):
+    problem = draw(*SHAPES["small"])
+    inputs = (x.flatten(1, 2).to(backend.device) for x in (problem.tokens, problem.teacher))
+    parameters = {name: x.to(backend.device) for name, x in problem.parameters.items()}
+    value, pooled, gradients = backend.call(
+        under_autocast, *inputs, parameters, pool=pool, backend=backend.name
+    )
+    # float32 in, float32 out, but the products have seen bfloat16 operands
+    assert all(x.dtype == torch.float32 for x in gradients.values())
+    expected = defined(problem, pooled_upstream=float(pool))
+    check((value, pooled, gradients), expected, 2e-2)
+    assert relative_error(gradients["weight"].cpu(), expected[2]["weight"]) > 1e-4
+    if pool:
+        assert pooled.dtype == torch.float32
+
+
+def lifted_with_gradients(tokens, parameters, pool: bool, wanted: bool, **options):
+    leaves = {"tokens": tokens, **parameters}
+    leaves = {name: x.detach().requires_grad_(wanted) for name, x in leaves.items()}
+    result = lift(pool=pool, **leaves, **options)
+    if wanted:
+        (result * pooled_weights(result)).sum().backward()
+    return result.detach(), {name: x.grad for name, x in leaves.items()}
+
+
+@pytest.mark.parametrize("parts", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize("layout", ["cls_sliced_off", "channels_first"])
+@pytest.mark.parametrize("wanted", [False, True], ids=["inference", "training"])
+@pytest.mark.parametrize("pool", [False, True], ids=["map", "pooled"])
+def test_lift_equals_linear_and_layer_norm(backend, pool, wanted, layout, parts):
+    problem = draw(*SHAPES["small"], parts).to(torch.bfloat16)
+    tokens = layouts(problem.tokens, layout).to(backend.device)
+    parameters = {name: x.to(backend.device) for name, x in problem.parameters.items()}
+    found, gradients = backend.call(
+        lifted_with_gradients, tokens, parameters, pool, wanted, backend=backend.name
+    )
+    assert found.dtype == torch.bfloat16
+    exact = {name: x.double() for name, x in problem.parameters.items()}
+    truth, truths = lifted_with_gradients(
+        layouts(problem.tokens.double(), layout), exact, pool, True, backend="torch"
+    )
+    plain = F.linear(problem.tokens.double().flatten(1, 2), exact["weight"], exact.get("bias"))
+    if "norm_weight" in exact:
+        plain = F.layer_norm(
+            plain, plain.shape[-1:], exact["norm_weight"], exact.get("norm_bias"), 1e-6
+        )
+    if pool:
+        plain = plain.mean(dim=1)
+    elif layout == "channels_first":
+        plain = plain.mT.unflatten(2, problem.grid)
+    assert relative_error(truth, plain) < 1e-12
+    assert found.shape == plain.shape
+    assert relative_error(found.cpu(), plain) < 1e-2
+    for name, gradient in gradients.items():
+        if wanted:
+            assert relative_error(gradient.cpu(), truths[name]) < 2e-2, name
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("pool", [False, True], ids=["one_pass", "pooled"])
+def test_nan_and_inf_are_handed_on(backend, loss, bad, pool):
+    problem = draw(*SHAPES["small"]).to(torch.bfloat16)
+    problem.tokens[1, 2, 3, 5] = bad
+    value, pooled, gradients = problem.call(backend, loss=loss, pool=pool)
+    tokens = gradients["tokens"].view(problem.tokens.shape)
+    assert not value.isfinite() and not gradients["weight"].isfinite().all()
+    assert not tokens[1].isfinite().all()
+    assert tokens[0].isfinite().all() and tokens[2].isfinite().all()  # others are untouched
+    if pool:
+        assert not pooled[1].isfinite().any() and pooled[0].isfinite().all()
+
+
+@pytest.mark.parametrize("pool", [False, True], ids=["one_pass", "pooled"])
+def test_an_empty_batch_gives_zero(backend, pool):
+    problem = draw(*SHAPES["small"])
+    problem.tokens, problem.teacher = problem.tokens[:0], problem.teacher[:0]
+    value, pooled, gradients = problem.call(backend, pool=pool)
+    assert value.item() == 0
+    assert gradients["tokens"].shape == (0, 36, 32) and gradients["weight"].eq(0).all()
+    assert not pool or pooled.shape == (0, 64)
+
+
+@pytest.mark.parametrize("pool", [False, True], ids=["one_pass", "pooled"])
+@pytest.mark.parametrize("loss", LOSSES)
+def test_a_second_run_is_bitwise_equal(backend, loss, pool):
+    problem = draw(*SHAPES["small"]).to(torch.bfloat16)
+    first, second = (problem.call(backend, loss=loss, pool=pool) for _ in range(2))
+    assert torch.equal(first[0], second[0])
+    for name in NAMES:
+        assert torch.equal(first[2][name], second[2][name])
+
+
+def inputs_after_a_step(tokens, teacher, parameters, **options):
+    loss_and_gradients(tokens, teacher, parameters, **options)
+    return tokens, teacher, parameters
+
+
+@pytest.mark.parametrize("pool", [False, True], ids=["one_pass", "pooled"])
+def test_inputs_are_left_as_they_are(backend, pool):
+    problem = draw(*SHAPES["small"]).to(torch.bfloat16)
+    tokens, teacher = (
+        x.flatten(1, 2).to(backend.device) for x in (problem.tokens, problem.teacher)
+    )
+    parameters = {name: x.to(backend.device) for name, x in problem.parameters.items()}
+    after = backend.call(
+        inputs_after_a_step, tokens.clone(), teacher.clone(),
+        {name: x.clone() for name, x in parameters.items()}, pool=pool, backend=backend.name,
+    )  # fmt: skip
+    assert torch.equal(after[0], tokens) and torch.equal(after[1], teacher)
+    assert all(torch.equal(after[2][name], x) for name, x in parameters.items())
+
+
+def in_small_bands(tokens, teacher, parameters, **options):
+    """Several bands and splits, as only training batches have them."""
+    from fastkd.ops.lift_kd import triton
+
+    before = triton.BAND_TOKENS
+    triton.BAND_TOKENS = 128
+    try:
+        return loss_and_gradients(tokens, teacher, parameters, **options)
+    finally:
+        triton.BAND_TOKENS = before
+
+
+@pytest.mark.parametrize("pool", [False, True], ids=["one_pass", "pooled"])
+@pytest.mark.parametrize("loss", ["mse", "spectral"])
+def test_triton_adds_up_all_bands(backend, loss, pool):
+    if backend.name != "triton":
+        pytest.skip("the others have no bands of their own")
+    problem = draw((9, 6, 7, 33), 57)
+    tokens, teacher = (
+        x.flatten(1, 2).to(backend.device) for x in (problem.tokens, problem.teacher)
+    )
+    parameters = {name: x.to(backend.device) for name, x in problem.parameters.items()}
+    found = backend.call(
+        in_small_bands, tokens, teacher, parameters,
+        pool=pool, loss=loss, grid=problem.grid, backend=backend.name,
+    )  # fmt: skip
+    check(found, defined(problem, loss, pooled_upstream=float(pool)))
+
+
+@pytest.fixture
+def small_chunks(monkeypatch):
+    monkeypatch.setattr(torch_path, "CHUNK_BYTES", 57 * 4 * 10)  # ten tokens
+
+
+@pytest.mark.parametrize("pool", [False, True], ids=["one_pass", "pooled"])
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("grid", [(2, 3), (5, 6), (1, 30), (3, 12)])
+def test_the_torch_path_is_right_however_it_is_cut(small_chunks, loss, grid, pool):
+    problem = draw((3, *grid, 33), 57)
+    tokens, teacher = problem.tokens.flatten(1, 2), problem.teacher.flatten(1, 2)
+    found = loss_and_gradients(tokens, teacher, problem.parameters, pool, loss=loss, grid=grid)
+    check(found, defined(problem, loss, pooled_upstream=float(pool)))
+
+
+def eager_step(tokens, teacher, parameters):
+    lifted = F.linear(tokens, parameters["weight"])
+    norm = parameters["norm_weight"], parameters["norm_bias"]
+    value = F.mse_loss(F.layer_norm(lifted, lifted.shape[-1:], *norm, 1e-6), teacher)
+    return torch.autograd.grad(value, (tokens, *parameters.values()))
+
+
+def test_on_a_cpu_it_takes_a_quarter_of_eagers_memory_however_many_tokens():
+    def peaks(batch: int) -> tuple[int, int]:
+        problem = draw((batch, 14, 14, 192), 384, ("norm_weight", "norm_bias"))
+        tokens = problem.tokens.flatten(1, 2).requires_grad_()
+        teacher = problem.teacher.flatten(1, 2)
+        parameters = {name: x.requires_grad_() for name, x in problem.parameters.items()}
+
+        def ours() -> object:
+            value = lift_kd(tokens, teacher_tokens=teacher, **parameters)
+            return torch.autograd.grad(value, (tokens, *parameters.values()))
+
+        own = peak_extra_bytes(ours, "cpu")
+        eager = peak_extra_bytes(lambda: eager_step(tokens, teacher, parameters), "cpu")
+        return own - tokens.nbytes, eager  # the tokens' gradient is a result
+
+    small, _ = peaks(16)
+    large, eager = peaks(64)
+    assert large < 1.05 * small
+    assert large + 64 * 196 * 192 * 4 <= eager / 4
+
+
+FLAT = (torch.randn(2, 9, 8), torch.randn(12, 8), torch.randn(2, 9, 12))
+
+
+@pytest.mark.parametrize("pool", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_the_forward_passes_opcheck(dtype, pool):
+    problem = draw((2, 3, 3, 8), 12).to(dtype)
+    leaves = [problem.tokens, *problem.parameters.values()]
+    leaves = [x.requires_grad_() for x in leaves]
+    arguments = (*leaves, problem.teacher, 1e-6, "spectral", 1.0, dtype, pool, "torch")
+    torch.library.opcheck(torch.ops.fastkd.lift_kd.default, arguments)
+
+
+def test_the_other_operators_pass_opcheck():
+    problem = draw((2, 3, 3, 8), 12)
+    leaves = [problem.tokens, *problem.parameters.values()]
+    tail = (1e-6, "cosine", 1.0, torch.float32)
+    needs = [True, True, False, True, True]
+    _, pooled, stats = torch.ops.fastkd.lift_kd(*leaves, problem.teacher, *tail, True, "torch")
+    upstream = torch.tensor(0.5)
+    torch.library.opcheck(
+        torch.ops.fastkd.lift_kd_backward.default,
+        (upstream, pooled, *leaves, problem.teacher, stats, *tail, needs, "torch"),
+    )
+    torch.library.opcheck(
+        torch.ops.fastkd.lift.default,
+        (*leaves, 1e-6, torch.float32, torch.float32, "torch"),
+    )
+    torch.library.opcheck(
+        torch.ops.fastkd.scale_.default, ([torch.ones(3), torch.ones(2, 2)], upstream)
+    )
+    leaves = [x.requires_grad_() for x in leaves]
+    needs = [True] * 5
+    torch.library.opcheck(
+        torch.ops.fastkd.lift_kd_one_pass.default, (*leaves, problem.teacher, *tail, needs, "torch")
+    )
+
+
+def test_gradients_pass_gradcheck():
+    problem = draw((2, 2, 3, 4), 5).to(torch.float64)
+    tokens, teacher = problem.tokens.flatten(1, 2), problem.teacher.flatten(1, 2)
+    leaves = [x.requires_grad_() for x in (tokens, *problem.parameters.values())]
+    for loss in LOSSES:
+        for pool in (False, True):
+
+            def step(tokens, *parameters, loss=loss, pool=pool):
+                named = dict(zip(problem.parameters, parameters))
+                return lift_kd(
+                    tokens, teacher_tokens=teacher, loss=loss, grid=(2, 3), pool=pool, **named
+                )
+
+            assert torch.autograd.gradcheck(step, leaves)
+
+
+@pytest.mark.parametrize("pool", [False, True], ids=["one_pass", "pooled"])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_compiles_without_a_graph_break(pool, autocast):
+    problem = draw((2, 4, 4, 8), 12)
+    tokens, teacher = problem.tokens.flatten(1, 2).requires_grad_(), problem.teacher.flatten(1, 2)
+    parameters = {name: x.requires_grad_() for name, x in problem.parameters.items()}
+
+    def step(tokens, teacher, parameters):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            result = lift_kd(
+                tokens * 2, teacher_tokens=teacher, loss="spectral", pool=pool, **parameters
+            )
+        return result[0] + result[1].float().square().sum() if pool else result * 3
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    leaves = tokens, *parameters.values()
+    value, expected = compiled(tokens, teacher, parameters), step(tokens, teacher, parameters)
+    assert torch.equal(value, expected)
+    for found, truth in zip(
+        torch.autograd.grad(value, leaves), torch.autograd.grad(expected, leaves)
+    ):
+        assert torch.equal(found, truth)
+
+
+def test_compiles_with_dynamic_token_counts():
+    weight, norm = torch.randn(12, 8), torch.randn(12)
+
+    def step(tokens, teacher):
+        return lift_kd(tokens, weight, teacher, None, norm, pool=True)
+
+    compiled = torch.compile(step, fullgraph=True, dynamic=True, backend="aot_eager")
+    for count in (16, 36, 49):
+        inputs = torch.randn(2, count, 8), torch.randn(2, count, 12)
+        for found, expected in zip(compiled(*inputs), step(*inputs)):
+            assert torch.equal(found, expected)
+
+
+def test_no_gradient_is_computed_without_grad_mode():
+    tokens, weight, teacher = FLAT
+    with torch.no_grad():
+        value = lift_kd(tokens.clone().requires_grad_(), weight, teacher)
+    assert not value.requires_grad
+
+
+def test_a_second_derivative_is_refused():
+    tokens, weight, teacher = FLAT
+    tokens = tokens.clone().requires_grad_()
+    value, pooled = lift_kd(tokens, weight, teacher, pool=True)
+    (gradient,) = torch.autograd.grad(value + pooled.sum(), tokens, create_graph=True)
+    with pytest.raises(RuntimeError, match="autograd formula"):
+        gradient.sum().backward()
+
+
+S, W, T = torch.zeros(8, 196, 192), torch.zeros(384, 192), torch.zeros(8, 196, 384)
+V = torch.zeros(384)
+
+BAD_INPUTS = {
+    "cls_in_teacher": (
+        (S, W, torch.zeros(8, 197, 384)),
+        {},
+        r"teacher_tokens must be \[8, 196, 384\].*got \[8, 197, 384\] \(a CLS token left in\?\)",
+    ),
+    "teacher_width": ((S, W, S), {}, r"teacher_tokens must be \[8, 196, 384\].*\[8, 196, 192\]"),
+    "weight": ((S, W.mT, T), {}, r"weight must be \[Dt, 192\].*got \[192, 384\]"),
+    "bias": ((S, W, T), {"bias": V[:3]}, r"bias must be \[384\].*got \[3\]"),
+    "norm": ((S, W, T), {"norm_bias": V}, r"norm_bias needs norm_weight"),
+    "loss": ((S, W, T), {"loss": "l2"}, r"'mse', 'spectral'.*got 'l2'"),
+    "grid": ((S, W, T), {"grid": (14, 13)}, r"grid \(14, 13\) does not match 196 tokens"),
+    "no_square": ((S[:, 1:], W, T[:, 1:]), {"loss": "spectral"}, r"195 tokens"),
+    "dims": ((S[0], W, T[0]), {}, r"\[B, N, D\] or \[B, D, H, W\], got \[196, 192\]"),
+    "mixed": ((S, W, torch.zeros(8, 384, 14, 14)), {}, r"both"),
+    "no_tokens": ((S[:, :0], W, T[:, :0]), {}, r"only the batch of student_tokens may be empty"),
+    "eps": ((S, W, T), {"eps": -1.0}, r"eps must be finite and >= 0, got -1"),
+    "beta": ((S, W, T), {"beta": float("nan")}, r"beta must be finite"),
+    "backend": ((S, W, T), {"backend": "jax"}, r"backend must be one of.*got 'jax'"),
+    "device": ((S, W.to("meta"), T), {}, r"weight must be on cpu like the tokens, got meta"),
+    "teacher_gradient": (
+        (S, W, T.clone().requires_grad_()),
+        {},
+        r"teacher_tokens requires a gradient.*detach",
+    ),
+}
+
+
+@pytest.mark.parametrize(("inputs", "options", "message"), BAD_INPUTS.values(), ids=BAD_INPUTS)
+def test_bad_inputs_are_named(inputs, options, message):
+    with pytest.raises(ValueError, match=f"lift_kd: .*{message}"):
+        lift_kd(*inputs, **options)
+
+
+def test_lift_names_its_own_arguments():
+    with pytest.raises(ValueError, match=r"lift: weight must be \[Dt, 192\].*got \[192, 384\]"):
+        lift(S, W.mT)
+    with pytest.raises(TypeError, match="lift: tokens must have a float dtype"):
+        lift(S.int(), W)
+
+
+@pytest.mark.parametrize("bad", [T.int(), [1.0]], ids=["int", "list"])
+def test_inputs_without_a_float_dtype_are_a_type_error(bad):
+    with pytest.raises(TypeError, match="teacher_tokens must"):
+        lift_kd(S, W, bad)
+
+
+def test_float64_stays_on_the_reference(backend):
+    if backend.name == "torch":
+        return
+    inputs = [x.double().to(backend.device) for x in FLAT]
+    with pytest.raises(RuntimeError, match="float64 runs on 'torch' only"):
+        backend.call(lift_kd, *inputs, backend=backend.name)
+
+
+def passes_self_check(name: str, device: str, dtypes, loss: str, compute, normed: bool):
+    implementation = OPERATOR.implementations[name]
+    return self_check(implementation, torch.device(device), dtypes, loss, compute, normed)
+
+
+@pytest.mark.parametrize("normed", [True, False], ids=["norm", "linear"])
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("compute", DTYPES, ids=str)
+def test_every_backend_passes_its_self_check(backend, compute, loss, normed):
+    if backend.name == "cuda" and compute == torch.float32:
+        pytest.skip("half precision only")
+    dtypes = (torch.float32, torch.float32, torch.bfloat16)
+    error, allowed = backend.call(
+        passes_self_check, backend.name, backend.device, dtypes, loss, compute, normed
+    )
+    assert error <= allowed
+
+
+def test_an_unproven_backend_runs_only_where_it_is_asked_for(monkeypatch):
+    from fastkd.ops import backend as backends
+
+    monkeypatch.setattr(backends, "unavailable", lambda name, device: None)
+    monkeypatch.setattr(backends, "EMULATED", set())
+    monkeypatch.setenv("FASTKD_SELF_CHECK", "0")
+    inputs = (torch.zeros(2, 6, 6, 32), torch.zeros(64, 32), torch.zeros(2, 6, 6, 64))
+    tensors = tuple(x.bfloat16() for x in inputs)
+    assert not OPERATOR.implementations["cuda"].proven
+    reason = OPERATOR.why_not("cuda", tensors, "mse", torch.bfloat16, True)
+    assert "no GPU has verified it yet" in reason
+    monkeypatch.setenv("FASTKD_UNPROVEN", "1")
+    reason = OPERATOR.why_not("cuda", tensors, "mse", torch.bfloat16, True)
+    assert reason is None or "verified" not in reason
