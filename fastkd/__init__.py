@@ -14,7 +14,7 @@ from fastkd._registration import register_with_timm
 
 if TYPE_CHECKING:
     from fastkd.models import create_student, create_teacher, load_released_checkpoint
-    from fastkd.ops import backends, feature_kd
+    from fastkd.ops import backends, feature_kd, lift, lift_kd
     from fastkd.training import Recipe, Result, evaluate, train
 
 # Where each public name lives; it is imported when it is first used.
@@ -27,6 +27,8 @@ _PUBLIC = {
     "create_teacher": "fastkd.models",
     "load_released_checkpoint": "fastkd.models",
     "feature_kd": "fastkd.ops",
+    "lift": "fastkd.ops",
+    "lift_kd": "fastkd.ops",
     "backends": "fastkd.ops",
 }
 
@@ -40,6 +42,8 @@ __all__ = [
     "create_teacher",
     "evaluate",
     "feature_kd",
+    "lift",
+    "lift_kd",
     "load_released_checkpoint",
     "train",
 ]

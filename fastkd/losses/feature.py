@@ -1,19 +1,19 @@
 """Distillation of feature maps between pairs of blocks.
 
 Knows tokens, widths and projectors; which model the tokens come from is the caller's business, and
-the distance itself is `fastkd.ops.feature_kd`.
+the distance itself is `fastkd.ops.feature_kd`, or `fastkd.ops.lift_kd` after a learned projector.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
 from fastkd.losses.projectors import PROJECTORS, check_widths, linear_projector, pool_side
-from fastkd.ops import feature_kd
+from fastkd.ops import feature_kd, lift_kd
 from fastkd.tokens import RESAMPLE_MODES, Tokens, match_grids
 
 Key = int | str
@@ -33,7 +33,7 @@ class FeatureKD(nn.Module):
     - ``"none"``: equal widths, tokens compared as they are;
     - ``"pool"``: the wider side's channels are averaged down (what SpectralKD's code does);
     - ``"linear"``: a learned Linear per pair, student to teacher width (FitNets, arXiv 1412.6550),
-      dropped at inference;
+      dropped at inference; the projected map is never written;
     - ``"lift"``: the student classifies from its own lifted tokens and those are compared
       (arXiv 2511.15572); the caller puts them under the pair's student key.
 
@@ -46,7 +46,7 @@ class FeatureKD(nn.Module):
         teacher_dims: channels per teacher key; likewise.
         resample: None refuses different grids; otherwise the mode that brings the teacher's map to
             the student's grid (`fastkd.tokens.match_grids`).
-        backend: passed to `fastkd.ops.feature_kd`.
+        backend: passed to the operators.
         beta: the threshold of ``"smooth_l1"``.
 
     Raises:
@@ -114,7 +114,7 @@ class FeatureKD(nn.Module):
 
         Args:
             student: tokens by key; receive the gradient.
-            teacher: tokens by key; frozen.
+            teacher: tokens by key; frozen (``"linear"`` refuses one that requires a gradient).
 
         Returns:
             Scalar float32, unweighted.
@@ -123,27 +123,49 @@ class FeatureKD(nn.Module):
             ValueError: a key is missing, grids differ without ``resample``, or widths differ.
         """
         distances = [
-            self._distance(
-                index, _lookup("student", student, pair[0]), _lookup("teacher", teacher, pair[1])
-            )
-            for index, pair in enumerate(self.pairs)
+            self._distance(index, *self.matched(student, teacher, index))
+            for index in range(len(self.pairs))
         ]
         return torch.stack(distances).mean()
 
-    def _distance(self, index: int, student: Tokens, teacher: Tokens) -> Tensor:
-        student, teacher = match_grids(student, teacher, self.resample)
-        data = self.projectors[index](student.data) if self.projector == "linear" else student.data
-        check_widths(self.projector, self.pairs[index], data.shape[-1], teacher.dim)
-        pool = pool_side(student.dim, teacher.dim) if self.projector == "pool" else "none"
-        return feature_kd(
-            data,
-            teacher.data,
-            loss=self.loss,
-            grid=student.grid,
-            pool=pool,
-            beta=self.beta,
-            backend=self.backend,
+    @property
+    def options(self) -> dict[str, Any]:
+        """What defines the distance, as the operators' keywords."""
+        return {"loss": self.loss, "beta": self.beta, "backend": self.backend}
+
+    def matched(
+        self, student: Mapping[Key, Tokens], teacher: Mapping[Key, Tokens], index: int = 0
+    ) -> tuple[Tokens, Tokens]:
+        """Both sides of a pair, on one grid.
+
+        Args:
+            student: tokens by key.
+            teacher: tokens by key; resampled where the grids differ.
+            index: which pair.
+
+        Returns:
+            The student's tokens, the teacher's.
+
+        Raises:
+            ValueError: a key is missing, or grids differ without ``resample``.
+        """
+        student_key, teacher_key = self.pairs[index]
+        return match_grids(
+            _lookup("student", student, student_key),
+            _lookup("teacher", teacher, teacher_key),
+            self.resample,
         )
+
+    def _distance(self, index: int, student: Tokens, teacher: Tokens) -> Tensor:
+        check_widths(self.projector, self.pairs[index], student.dim, teacher.dim)
+        grid = student.grid
+        if self.projector == "linear":
+            layer = cast(nn.Linear, self.projectors[index])
+            return lift_kd(
+                student.data, layer.weight, teacher.data, layer.bias, grid=grid, **self.options
+            )
+        pool = pool_side(student.dim, teacher.dim) if self.projector == "pool" else "none"
+        return feature_kd(student.data, teacher.data, grid=grid, pool=pool, **self.options)
 
     def extra_repr(self) -> str:
         """Options, for ``print``."""

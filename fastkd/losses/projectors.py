@@ -67,6 +67,16 @@ def linear_projector(student_dim: int, teacher_dim: int) -> nn.Linear:
         A linear layer with bias; weights from N(0, 0.02) truncated, as in ViTs.
     """
     projector = nn.Linear(student_dim, teacher_dim)
-    nn.init.trunc_normal_(projector.weight, std=0.02)
-    nn.init.zeros_(projector.bias)
+    init_linear(projector)
     return projector
+
+
+def init_linear(layer: nn.Linear) -> None:
+    """Initialise a projector in place as ViTs do: truncated N(0, 0.02), bias zero.
+
+    Args:
+        layer: with or without bias.
+    """
+    nn.init.trunc_normal_(layer.weight, std=0.02)
+    if layer.bias is not None:
+        nn.init.zeros_(layer.bias)

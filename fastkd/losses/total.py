@@ -77,6 +77,34 @@ class DistillationLoss(nn.Module):
         Raises:
             ValueError: a term is there but not what it compares.
         """
+        distance = None
+        if self.feature is not None:
+            if student_tokens is None or teacher_tokens is None:
+                raise ValueError("DistillationLoss: feature needs student_tokens, teacher_tokens")
+            distance = self.feature(student_tokens, teacher_tokens)
+        return self.combine(logits, target, teacher_logits, distance)
+
+    def combine(
+        self,
+        logits: Tensor,
+        target: Tensor,
+        teacher_logits: Tensor | None = None,
+        distance: Tensor | None = None,
+    ) -> dict[str, Tensor]:
+        """The total and every term, where the feature term has been computed on the way.
+
+        Args:
+            logits: [B, classes], the student's.
+            target: [B] class indices, or [B, classes] soft targets.
+            teacher_logits: [B, classes]; needed with a logit term.
+            distance: scalar, the unweighted feature term; needed with one.
+
+        Returns:
+            As `forward`.
+
+        Raises:
+            ValueError: a term is there but not what it needs.
+        """
         cross_entropy = self._cross_entropy(logits, target)
         parts = {"ce": cross_entropy}
         total = cross_entropy
@@ -87,10 +115,10 @@ class DistillationLoss(nn.Module):
             alpha = self.logit.weight
             total = (1 - alpha) * cross_entropy + alpha * parts[self.logit.name]
         if self.feature is not None:
-            if student_tokens is None or teacher_tokens is None:
-                raise ValueError("DistillationLoss: feature needs student_tokens, teacher_tokens")
-            parts[self.feature.name] = self.feature(student_tokens, teacher_tokens)
-            total = total + self.feature.weight * parts[self.feature.name]
+            if distance is None:
+                raise ValueError("DistillationLoss: the feature term needs its distance")
+            parts[self.feature.name] = distance
+            total = total + self.feature.weight * distance
         return {"loss": total, **parts}
 
     def _cross_entropy(self, logits: Tensor, target: Tensor) -> Tensor:

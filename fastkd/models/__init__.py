@@ -1,7 +1,7 @@
 """Students, teachers, and the taps that read their features.
 
 Importing this registers the DeiT-Tiny students in timm. Built from timm's and torch's own pieces;
-knows nothing of losses or of training.
+knows nothing of training, and of losses the lifting projector alone.
 """
 
 from fastkd.models.released import load_released_checkpoint

@@ -1,8 +1,9 @@
 """The students of arXiv 2511.15572: ViTs whose last features are as wide as the teacher's.
 
 Each is timm's own `VisionTransformer` with one part exchanged (the final norm, or the last block),
-so timm's forward passes, heads, parameter groups and checkpoints work as they are. Knows nothing of
-teachers, losses or training.
+so timm's forward passes, heads, parameter groups and checkpoints work as they are. Of losses it
+knows the lifting projector, which is both a part of a student and half of a loss; of teachers and
+training nothing.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from timm.models.vision_transformer import (
 )
 from torch import Tensor, nn
 
+from fastkd.losses.lift import Lift, has_hooks
 from fastkd.models.zoo import build_timm_model
 
 __all__ = [
@@ -80,34 +82,6 @@ class _WideFinalTransformer(VisionTransformer):
         named_apply(init, self.get_submodule(name), name=name, include_root=True)
 
 
-class Lift(nn.Module):
-    """Lift tokens to the teacher's width: Linear without bias, then LayerNorm.
-
-    Args:
-        dim: channels of the incoming tokens.
-        width: channels of the lifted tokens.
-        eps: of the LayerNorm; timm's 1e-6.
-        device: where the parameters are made.
-        dtype: their dtype.
-    """
-
-    def __init__(
-        self,
-        dim: int,
-        width: int,
-        eps: float = 1e-6,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__()
-        self.proj = nn.Linear(dim, width, bias=False, device=device, dtype=dtype)
-        self.norm = LayerNorm(width, eps=eps, device=device, dtype=dtype)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Lift ``x`` from [B, N, dim] to [B, N, width]."""
-        return self.norm(self.proj(x))
-
-
 class LiftVisionTransformer(_WideFinalTransformer):
     """Lift: the lifted, normalised patch tokens are both distilled and classified.
 
@@ -116,14 +90,26 @@ class LiftVisionTransformer(_WideFinalTransformer):
     because patch tokens attend to it, and is not pooled. Nothing is dead: every parameter gets a
     gradient. Source: arXiv 2511.15572, section "Lift".
 
+    With ``global_pool="avg"``, `forward` never writes the lifted tokens (`fastkd.ops.lift`), and
+    `forward_head_kd` gives logits and feature distance from one pass. timm's `forward_features`,
+    `forward_head` and `forward_intermediates` are built from the plain layers, as is what an
+    exporter or tracer records.
+
     Args:
         width: channels of the lifted tokens and of the head.
         global_pool: ``"avg"`` (the paper's), ``"avgmax"``, ``"max"`` over patch tokens, or ``""``.
         **kwargs: of timm's `VisionTransformer`; its final and pooled norms are replaced.
 
+    Attributes:
+        fused_lift: set it to False for the plain layers everywhere, which is what second
+            derivatives and `torch.vmap` need.
+
     Raises:
         ValueError: ``global_pool`` would read the class token or needs an attention pool.
     """
+
+    fused_lift: bool = True
+    __jit_unused_properties__ = ("lift",)  # TorchScript has its own type for every Lift
 
     def __init__(self, *, width: int = 384, global_pool: str = "avg", **kwargs: Any) -> None:
         _check_lift_pool(global_pool)
@@ -150,6 +136,90 @@ class LiftVisionTransformer(_WideFinalTransformer):
     def lift(self) -> Lift:
         """The projection and norm, which sit in timm's final norm slot."""
         return self.norm
+
+    def forward(
+        self,
+        x: Tensor,
+        attn_mask: Tensor | None = None,
+        is_causal: bool = False,
+    ) -> Tensor:
+        """Logits [B, classes] of images ``x`` [B, C, H, W]; arguments as in timm."""
+        if not torch.jit.is_scripting():  # noqa: SIM102 -- TorchScript would compile an `and`
+            if self.fuses_lift(x):
+                return self._forward_fused(x, attn_mask, is_causal)
+        x = self.forward_features(x, attn_mask=attn_mask, is_causal=is_causal)
+        return self.forward_head(x)
+
+    def forward_head_kd(
+        self,
+        tokens: Tensor,
+        teacher_tokens: Tensor,
+        loss: str = "mse",
+        *,
+        grid: tuple[int, int] | None = None,
+        beta: float = 1.0,
+        backend: str = "auto",
+    ) -> tuple[Tensor, Tensor]:
+        """Logits, and the lifted tokens' distance to a teacher's, in one pass for training.
+
+        Args:
+            tokens: [B, N, embed_dim], patch tokens of the last block, not yet lifted; that is what
+                ``Taps.last_block`` gives.
+            teacher_tokens: [B, N, width], frozen.
+            loss: of `fastkd.ops.lift_kd`, as are the others.
+            grid: (H, W) with H * W = N; needed by ``"spectral"`` where it is not square.
+            beta: threshold of ``"smooth_l1"``.
+            backend: which implementation runs.
+
+        Returns:
+            [B, classes], and the scalar distance.
+
+        Raises:
+            ValueError: shapes, grid or options do not fit, or `fuses_lift` says no.
+        """
+        if not self.fuses_lift(tokens):
+            raise ValueError(
+                "LiftVisionTransformer.forward_head_kd: needs global_pool='avg', fused_lift=True "
+                "and a lift without hooks or exchanged layers; take the lifted tokens of "
+                "forward_features and compare them with feature_kd"
+            )
+        distance, pooled = self.lift.compare(
+            tokens, teacher_tokens, loss, grid=grid, beta=beta, pool=True, backend=backend
+        )
+        return self._classify(pooled), distance
+
+    def fuses_lift(self, x: Tensor) -> bool:
+        """Whether logits are computed without writing the lifted tokens.
+
+        Args:
+            x: the input of the pass that is asked about; a tracer's records plain layers, and so
+                does a shape without storage.
+        """
+        return (
+            self.fused_lift
+            and not _is_recorded(x)
+            and not x.is_meta
+            and self.global_pool == "avg"
+            and isinstance(self.norm, Lift)
+            and self.norm.is_fusible()
+            and not has_hooks(self.blocks)  # which the fused pass runs one by one
+        )
+
+    def _forward_fused(self, x: Tensor, attn_mask: Tensor | None, is_causal: bool) -> Tensor:
+        (tokens,) = self.forward_intermediates(
+            x,
+            indices=1,
+            norm=False,
+            output_fmt="NLC",
+            intermediates_only=True,
+            attn_mask=attn_mask,
+            is_causal=is_causal,
+        )
+        return self._classify(self.lift.pooled(tokens))
+
+    def _classify(self, pooled: Tensor) -> Tensor:
+        """What timm's `forward_head` does after the pool."""
+        return self.head(self.head_drop(self.fc_norm(pooled)))
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Replace the head by one as wide as the lifted tokens.
@@ -186,6 +256,16 @@ class LiftVisionTransformer(_WideFinalTransformer):
             info["num_chs_norm"] = width  # what forward_intermediates(norm=True) yields
         self._init_new("norm")
         self._init_new("head")
+
+
+def _is_recorded(x: Tensor) -> bool:
+    """Whether the pass is traced or exported, to run where the operators may not be known."""
+    return isinstance(x, torch.fx.Proxy) or torch.jit.is_tracing() or _is_exporting()
+
+
+@torch.compiler.assume_constant_result  # torch 2.11's compiler says yes when it does not export
+def _is_exporting() -> bool:
+    return torch.compiler.is_exporting()
 
 
 def _check_lift_pool(global_pool: str) -> None:

@@ -120,6 +120,21 @@ class Taps:
         """Run the model on ``images`` [B, C, H, W] once."""
         return self._reader(images)
 
+    def last_block(self, images: Tensor) -> Tokens:
+        """Tokens of the last block or stage, tapped or not; final norm and head do not run.
+
+        Args:
+            images: [B, C, H, W].
+
+        Returns:
+            Its tokens, before the final norm.
+
+        Raises:
+            ValueError: layers are tapped by name, so nothing says which of them is the last; or
+                patches are dropped in training.
+        """
+        return self._reader.last_block(images)
+
 
 def _choose_reader(
     model: nn.Module, indices: Sequence[TapKey], num_prefix: int, grid: tuple[int, int] | None
@@ -154,7 +169,7 @@ class _NumberReader:
         modules = [str(info["module"]) for info in infos]
         self.keys = list(dict.fromkeys(_resolve(index, modules, self.name) for index in indices))
         self.dims: dict[TapKey, int] = {key: int(infos[key]["num_chs"]) for key in self.keys}
-        self.sources = {key: f"{self.name} {modules[key]}" for key in self.keys}
+        self.sources = [f"{self.name} {module}" for module in modules]
         self.in_depth_order = sorted(self.keys)  # the order in which timm returns them
         self.as_tokens = _gives_tokens_on_one_grid(model, infos)
         self.final_prefix = _num_prefix_tokens(model)
@@ -163,28 +178,40 @@ class _NumberReader:
         self.final_channels_last = getattr(model, "output_fmt", "NCHW") == "NHWC"
 
     def __call__(self, images: Tensor) -> TapOutput:
-        thinned = self.drops_patches and self.model.training
-        if thinned and self.keys:
-            raise ValueError(
-                f"Taps: {self.name} drops patches in training (patch_drop), so that the rest lies "
-                "on no grid; build it with patch_drop_rate=0 to compare its tokens"
-            )
+        if self.keys:
+            self._refuse_dropped_patches()
         features, maps = self._forward(images)
-        grid = None if thinned else self._grid(images)
+        grid = None if self._is_thinned() else self._grid(images)
         tokens: dict[TapKey, Tokens] = {
             key: self._tokens(maps[self.in_depth_order.index(key)], grid, key) for key in self.keys
         }
         return TapOutput(self.model.forward_head(features), tokens, self._final(features, grid))
 
+    def last_block(self, images: Tensor) -> Tokens:
+        self._refuse_dropped_patches()
+        (features,) = self._intermediates(images, indices=1, intermediates_only=True)
+        return self._tokens(features, self._grid(images), -1)
+
     def _forward(self, images: Tensor) -> tuple[Tensor, list[Tensor]]:
         if not self.keys:
             return self.model.forward_features(images), []
+        return self._intermediates(images, indices=self.in_depth_order)
+
+    def _intermediates(self, images: Tensor, **options: Any) -> Any:
+        output_fmt = "NLC" if self.as_tokens else "NCHW"
         return self.model.forward_intermediates(
-            images,
-            indices=self.in_depth_order,
-            norm=False,
-            output_fmt="NLC" if self.as_tokens else "NCHW",
+            images, norm=False, output_fmt=output_fmt, **options
         )
+
+    def _is_thinned(self) -> bool:
+        return self.drops_patches and self.model.training
+
+    def _refuse_dropped_patches(self) -> None:
+        if self._is_thinned():
+            raise ValueError(
+                f"Taps: {self.name} drops patches in training (patch_drop), so that the rest lies "
+                "on no grid; build it with patch_drop_rate=0 to compare its tokens"
+            )
 
     def _grid(self, images: Tensor) -> tuple[int, int] | None:
         if not self.as_tokens:
@@ -233,6 +260,12 @@ class _NameReader:
         tokens: dict[TapKey, Tokens] = {key: self._tokens(key, captured) for key in self.keys}
         self.dims = {key: read.dim for key, read in tokens.items()}
         return TapOutput(_logits(output, self.name), tokens)
+
+    def last_block(self, images: Tensor) -> Tokens:
+        raise ValueError(
+            f"Taps.last_block: {self.name} is tapped by name ({', '.join(self.keys)}), so that its "
+            "last block is not known; tap it by number"
+        )
 
     @contextmanager
     def _hooks(self) -> Iterator[dict[str, Any]]:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from fastkd.losses import DistillationLoss, FeatureKD, HardKD, SoftKD
 from fastkd.models import LiftVisionTransformer, TapOutput, Taps, Teacher
+from fastkd.tokens import Tokens
 from fastkd.training.recipe import Key, Pairs, Recipe
 
 logger = logging.getLogger("fastkd")
@@ -25,12 +26,17 @@ class DistillationTask(nn.Module):
         student: any timm model, or a module whose taps are named.
         terms: what is minimised.
         taps: the student's taps; None where no term compares features.
+
+    Raises:
+        ValueError: a term compares features and there are no taps.
     """
 
     def __init__(
         self, student: nn.Module, terms: DistillationLoss, taps: Taps | None = None
     ) -> None:
         super().__init__()
+        if terms.feature is not None and taps is None:
+            raise ValueError("DistillationTask: the feature term needs the student's taps")
         self.student = student
         self.terms = terms
         self.taps = taps
@@ -65,31 +71,41 @@ class DistillationTask(nn.Module):
         """
         if (self.needs_logits or self.needs_tokens) and teacher_output is None:
             raise ValueError("DistillationTask: the terms need teacher_output, got None")
-        if self.taps is None:
-            logits = self.student(images)
-            tokens = None
-        else:
-            output = self.taps(images)
-            logits, tokens = output.logits, self._compared_tokens(output)
-        losses = self.terms(
-            logits,
-            target,
-            teacher_output.logits if teacher_output is not None else None,
-            tokens,
-            teacher_output.tokens if teacher_output is not None else None,
-        )
+        logits, distance = self._run_student(images, teacher_output)
+        teacher_logits = None if teacher_output is None else teacher_output.logits
+        losses = self.terms.combine(logits, target, teacher_logits, distance)
         return {**losses, "output": logits}
 
-    def _compared_tokens(self, output: TapOutput) -> dict:
-        feature = self.terms.feature
-        if feature is None or feature.projector != "lift":
-            return output.tokens
+    def _run_student(
+        self, images: Tensor, teacher_output: TapOutput | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Logits, and the distance to the teacher's tokens where a term compares them."""
+        feature, taps = self.terms.feature, self.taps
+        if feature is None or taps is None or teacher_output is None:
+            return self.student(images), None
+        if feature.projector == "lift":
+            return self._run_lifting_student(images, taps, feature, teacher_output.tokens)
+        output = taps(images)
+        return output.logits, feature(output.tokens, teacher_output.tokens)
+
+    def _run_lifting_student(
+        self, images: Tensor, taps: Taps, feature: FeatureKD, teacher: dict[Key, Tokens]
+    ) -> tuple[Tensor, Tensor]:
+        """Logits and distance in one pass, or from written lifted tokens where that cannot be."""
+        key = feature.pairs[0][0]
+        student = self.student
+        if isinstance(student, LiftVisionTransformer) and student.fuses_lift(images):
+            tokens, targets = feature.matched({key: taps.last_block(images)}, teacher)
+            return student.forward_head_kd(
+                tokens.data, targets.data, grid=tokens.grid, **feature.options
+            )
+        output = taps(images)
         if output.final is None:
             raise ValueError(
                 "DistillationTask: projector='lift' needs a student with lifted tokens, such as "
                 "variant='lift'"
             )
-        return {feature.pairs[0][0]: output.final}
+        return output.logits, feature({key: output.final}, teacher)
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:

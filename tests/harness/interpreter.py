@@ -1,8 +1,7 @@
 """Runs functions in a process where Triton interprets its kernels on CPU tensors.
 
-bfloat16 can be trusted here only in kernels that convert to float32 before they add or multiply:
-the interpreter's own bfloat16 sums are silently wrong, and its stores truncate. So are its bfloat16
-dots, which the worker therefore replaces.
+The interpreter holds bfloat16 as integers: its own dots of them are silently wrong and its casts
+truncate, so the worker replaces both. Its sums stay wrong: kernels must add in float32.
 
 Triton decides between compiling and interpreting when a kernel is decorated, so both cannot live in
 one process. The worker starts once and stays.
@@ -25,29 +24,46 @@ def _prepare() -> None:
     from fastkd.ops import backend
 
     numpy.seterr(all="ignore")  # a GPU divides by zero in masked lanes without a word, too
-    _mend_bfloat16_dots()
+    os.environ["FASTKD_SELF_CHECK"] = "0"  # slow here, and the tests compare more
+    _mend_bfloat16()
     torch.set_num_threads(1)
     backend.EMULATED.add("triton")
 
 
-def _mend_bfloat16_dots() -> None:
-    """Widen bfloat16 operands, which the interpreter holds as integers, before it multiplies."""
+def _mend_bfloat16() -> None:
+    """Casts that round to nearest even, as a GPU's do, and dots of what the bits stand for."""
     import numpy
     import triton.language as tl
-    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+    from triton.runtime import interpreter
 
-    multiply = InterpreterBuilder.create_dot
+    convert = interpreter._convert_float
+    multiply = interpreter.InterpreterBuilder.create_dot
 
-    def widened(handle: Any) -> Any:
+    def widened(bits: Any) -> Any:
+        return (bits.view(numpy.uint16).astype(numpy.uint32) << 16).view(numpy.float32)
+
+    def rounded(values: Any) -> Any:
+        bits = numpy.ascontiguousarray(values).view(numpy.uint32)
+        nearest = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+        return numpy.where(numpy.isnan(values), 0x7FC0, nearest).astype(numpy.uint16)
+
+    def convert_float(values: Any, source: Any, target: Any, rounding: Any) -> Any:
+        if (source, target) == (tl.float32, tl.bfloat16):
+            return rounded(values)
+        if (source, target) == (tl.bfloat16, tl.float32):
+            return widened(values)
+        return convert(values, source, target, rounding)
+
+    def operand(handle: Any) -> Any:
         if handle.dtype.scalar != tl.bfloat16:
             return handle
-        bits = handle.data.astype(numpy.uint32) << 16
-        return TensorHandle(bits.view(numpy.float32), tl.float32)
+        return interpreter.TensorHandle(widened(handle.data), tl.float32)
 
     def create_dot(self: Any, a: Any, b: Any, *rest: Any) -> Any:
-        return multiply(self, widened(a), widened(b), *rest)
+        return multiply(self, operand(a), operand(b), *rest)
 
-    InterpreterBuilder.create_dot = create_dot
+    interpreter._convert_float = convert_float
+    interpreter.InterpreterBuilder.create_dot = create_dot
 
 
 @functools.cache

@@ -72,6 +72,49 @@ def test_linear_projects_the_student_to_the_teachers_width():
     torch.testing.assert_close(term({0: student}, {0: teacher}), expected)
 
 
+@pytest.mark.parametrize("loss", DEFINITIONS)
+def test_linear_has_the_gradients_of_its_layer_before_the_distance(loss):
+    student, teacher = tokens(0, 6), tokens(1, 10)
+    student.data.requires_grad_()
+    term = FeatureKD(
+        loss, ((0, 0),), projector="linear", student_dims={0: 6}, teacher_dims={0: 10}
+    ).double()
+    projected = Tokens(term.projectors[0](student.data), GRID)
+    wanted = (student.data, *term.parameters())
+    expected = torch.autograd.grad(DEFINITIONS[loss](projected, teacher), wanted)
+    gradients = torch.autograd.grad(term({0: student}, {0: teacher}), wanted)
+    for ours, theirs in zip(gradients, expected):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_linear_never_calls_its_layer_and_so_writes_no_projected_map():
+    term = FeatureKD(
+        pairs=((0, 0),), projector="linear", student_dims={0: 6}, teacher_dims={0: 10}
+    ).double()
+    term.projectors[0].register_forward_hook(lambda *_: pytest.fail("the projected map is written"))
+    term({0: tokens(0, 6)}, {0: tokens(1, 10)}).backward()
+
+
+def test_linear_resamples_the_teacher_as_the_others_do():
+    student, teacher = tokens(0, 6), tokens(1, 10, grid=(6, 8))
+    term = FeatureKD(
+        "spectral", ((0, 0),), projector="linear", student_dims={0: 6}, teacher_dims={0: 10},
+        resample="area",
+    ).double()  # fmt: skip
+    projected = Tokens(term.projectors[0](student.data), GRID)
+    expected = spectral(projected, match_grids(student, teacher, "area")[1])
+    torch.testing.assert_close(term({0: student}, {0: teacher}), expected)
+
+
+def test_linear_keeps_the_names_of_its_parameters():
+    dims = {0: 6, 1: 6}
+    term = FeatureKD(
+        pairs=((0, 0), (1, 1)), projector="linear", student_dims=dims, teacher_dims=dims
+    )
+    names = [f"projectors.{index}.{name}" for index in (0, 1) for name in ("weight", "bias")]
+    assert list(term.state_dict()) == names
+
+
 def test_linear_has_one_projector_per_pair_and_each_receives_a_gradient():
     dims = {0: 6, 1: 6}
     term = FeatureKD(

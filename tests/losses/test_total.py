@@ -65,3 +65,15 @@ def test_a_term_without_its_teacher_output_is_an_error():
 def test_alpha_above_one_is_refused():
     with pytest.raises(ValueError, match=r"alpha must lie in \[0, 1\]"):
         DistillationLoss(SoftKD(weight=1.5))
+
+
+def test_a_distance_computed_on_the_way_takes_the_place_of_the_tokens():
+    terms = DistillationLoss(SoftKD(weight=0.9), FeatureKD(pairs=((0, 0),), weight=0.2), 0.1)
+    expected = terms(LOGITS, TARGET, TEACHER_LOGITS, STUDENT, TEACHER)
+    distance = terms.feature(STUDENT, TEACHER)
+    assert terms.combine(LOGITS, TARGET, TEACHER_LOGITS, distance) == expected
+
+
+def test_a_feature_term_without_its_distance_is_an_error():
+    with pytest.raises(ValueError, match="feature term needs its distance"):
+        DistillationLoss(feature=FeatureKD()).combine(LOGITS, TARGET)

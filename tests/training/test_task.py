@@ -5,11 +5,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fastkd.models import create_student, create_teacher
+from fastkd.losses import DistillationLoss, FeatureKD
+from fastkd.models import create_teacher
 from fastkd.training.recipe import Recipe
 from fastkd.training.setup import build_optimizer
-from fastkd.training.task import build_task
-from tests.training.tiny import vit
+from fastkd.training.task import DistillationTask, build_task
+from tests.training.tiny import lift, vit
 
 IMAGES = torch.randn(4, 1, 8, 8, generator=torch.Generator().manual_seed(3))
 TARGET = torch.tensor([0, 1, 2, 3])
@@ -19,22 +20,6 @@ EXAMPLE = torch.zeros(1, 1, 8, 8)
 def task_for(student, teacher, **options):
     teacher = create_teacher(teacher)
     return build_task(student, teacher, Recipe(**options), EXAMPLE), teacher
-
-
-def lift(width: int = 24):
-    torch.manual_seed(0)
-    return create_student(
-        "vit_tiny_patch16_224",
-        "lift",
-        width=width,
-        num_classes=6,
-        img_size=8,
-        patch_size=4,
-        in_chans=1,
-        embed_dim=16,
-        depth=2,
-        num_heads=2,
-    )
 
 
 def spectral(student, teacher):
@@ -100,6 +85,11 @@ def test_logits_only_distillation_needs_no_taps():
     task, teacher = task_for(vit(), vit(24, seed=1), alpha=0.5, feature_weight=0.0)
     assert task.taps is None
     assert set(task(IMAGES, TARGET, teacher(IMAGES))) == {"loss", "ce", "soft_kd", "output"}
+
+
+def test_a_feature_term_without_taps_is_refused():
+    with pytest.raises(ValueError, match="needs the student's taps"):
+        DistillationTask(vit(), DistillationLoss(feature=FeatureKD()))
 
 
 def test_a_missing_teacher_output_is_an_error():

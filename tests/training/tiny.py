@@ -9,6 +9,8 @@ from PIL import Image
 from timm.models.vision_transformer import VisionTransformer
 from torch.utils.data import TensorDataset
 
+from fastkd.models import LiftVisionTransformer
+
 # A run on tensors, in this process, with a learning rate at which tiny models learn.
 FAST: dict[str, Any] = {
     "epochs": 2,
@@ -39,6 +41,10 @@ def vit(dim: int = 16, depth: int = 2, seed: int = 0, **options: Any) -> VisionT
             **options,
         }
     )
+
+
+def lift(width: int = 24, **options: Any) -> LiftVisionTransformer:
+    return LiftVisionTransformer.from_vit(vit(**options), width)
 
 
 def tensor_data(train: int = 70, val: int = 30) -> tuple[TensorDataset, TensorDataset]:

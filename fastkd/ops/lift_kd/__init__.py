@@ -238,16 +238,18 @@ def _compute_dtype(*inputs: Tensor) -> torch.dtype:
     if torch.float64 in [x.dtype for x in inputs]:
         return torch.float64
     device = inputs[0].device.type
-    if torch.is_autocast_enabled(device):
-        return torch.get_autocast_dtype(device)
-    return inputs[0].dtype
+    return torch.get_autocast_dtype(device) if _autocasts(device) else inputs[0].dtype
 
 
 def _output_dtype(tokens: Tensor, norm_weight: Tensor | None, compute: torch.dtype) -> torch.dtype:
     """What torch's own layers would return: under autocast a LayerNorm gives float32."""
-    if norm_weight is not None and torch.is_autocast_enabled(tokens.device.type):
+    if norm_weight is not None and _autocasts(tokens.device.type):
         return torch.float64 if compute == torch.float64 else torch.float32
     return compute
+
+
+def _autocasts(device: str) -> bool:
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
 def _check_tokens(function: str, name: str, tokens: Tensor) -> None:

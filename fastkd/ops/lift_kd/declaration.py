@@ -30,10 +30,12 @@ class LiftImplementation(Implementation):
     Attributes:
         one_pass: loss and gradients together.
         lift: the lifted tokens.
+        checked_widths: Ds and Dt of the self-check; by default multiples of no block.
     """
 
     one_pass: Callable[..., tuple[Tensor, Gradients]] = reference.one_pass
     lift: Callable[..., Tensor] = reference.lift
+    checked_widths: tuple[int, int] = (72, 136)
 
 
 def _select(
@@ -156,7 +158,7 @@ def _(
 
 
 def _keep_inputs(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *tensors, ctx.eps, ctx.loss, ctx.beta, ctx.compute, _, ctx.backend = inputs
+    *tensors, ctx.eps, ctx.loss, ctx.beta, ctx.compute, ctx.pool, ctx.backend = inputs
     ctx.mark_non_differentiable(output[2])
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*tensors, output[2])
@@ -169,6 +171,8 @@ def _recompute(
     needs = list(ctx.needs_input_grad[:5])
     if tensors[5] is None:
         upstream = None  # without a teacher the loss is a constant
+    if not ctx.pool:
+        pooled_upstream = None
     gradients = backward(
         upstream, pooled_upstream, *tensors, stats,
         ctx.eps, ctx.loss, ctx.beta, ctx.compute, needs, ctx.backend,
@@ -229,10 +233,15 @@ def _(
 def _keep_gradients(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.needs = inputs[-2]
     ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)  # or zeros of the gradients' sizes would be made for them
     ctx.save_for_backward(*output[1:])
 
 
-def _scale_gradients(ctx: Any, upstream: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+def _scale_gradients(
+    ctx: Any, upstream: Tensor | None, *_: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    if upstream is None:
+        return (None,) * 12
     kept = [g for g, needed in zip(ctx.saved_tensors, ctx.needs, strict=True) if needed]
     gradients = iter(scaled(kept, upstream))
     return *[next(gradients) if needed else None for needed in ctx.needs], *[None] * 7

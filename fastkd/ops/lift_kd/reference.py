@@ -85,11 +85,11 @@ def forward(
 
     Returns:
         The scalar loss (0 without a teacher); [B, Dt] means, or no elements without ``pool``, both
-        in the accumulator's dtype; and `stats_shape` statistics, which are NaN here, because this
+        in the accumulator's dtype; and `stats_shape` statistics, which are zeros here, because this
         path's backward needs none.
     """
     dtype = projection.accumulator
-    stats = tokens.new_full(stats_shape(tokens), float("nan"), dtype=dtype)
+    stats = tokens.new_zeros(stats_shape(tokens), dtype=dtype)
     pooled = tokens.new_zeros((tokens.shape[0], projection.width if pool else 0), dtype=dtype)
     lifter = _Lifter(projection)
     # Added up as they come: torch's summed losses keep the memory of their whole input alive.
@@ -176,10 +176,14 @@ class _Lifter:
         _, self.need_weight, self.need_bias, self.need_norm_weight, self.need_norm_bias = needs
         self.need_rows = needs[0]
         self.weight = projection.weight.to(projection.compute)
+        # CPUs multiply float16 slowly, and sum it up in float16.
+        if projection.compute == torch.float16 and self.weight.device.type == "cpu":
+            self.weight = self.weight.float()
         self.bias, self.norm_weight, self.norm_bias = (
             None if x is None else x.to(dtype) for x in projection.parameters()[1:]
         )
         self.eps = projection.eps
+        self.compute = projection.compute
         self.dtype = dtype
         zeros = self.weight.new_zeros
         width = projection.width
@@ -189,8 +193,9 @@ class _Lifter:
         self.norm_bias_gradient = zeros(width, dtype=dtype) if self.need_norm_bias else None
 
     def rows(self, tokens: Tensor) -> Tensor:
-        """[b, h, w, Ds] -> [R, Ds] in the dtype of the products."""
-        return tokens.reshape(-1, tokens.shape[-1]).to(self.weight.dtype)
+        """[b, h, w, Ds] -> [R, Ds], rounded to the dtype of the products."""
+        rows = tokens.reshape(-1, tokens.shape[-1]).to(self.compute)
+        return rows.to(self.weight.dtype)
 
     def lift(self, rows: Tensor) -> Tensor:
         """[R, Ds] -> [R, Dt]; keeps what `backward` needs until the next call."""

@@ -27,7 +27,9 @@ def scaled(gradients: Sequence[Tensor], upstream: Tensor) -> list[Tensor]:
         The products.
     """
     gradients = list(gradients)
-    if _graph_is_kept():  # retain_graph=True: another backward may ask for the originals
+    # retain_graph=True: another backward may ask for the originals. A compiler that traces this
+    # (subclasses of tensors tell) has its own ways to save memory.
+    if _graph_is_kept() or any(type(gradient) is not Tensor for gradient in gradients):
         return [gradient * upstream.to(gradient.dtype) for gradient in gradients]
     _scale_(gradients, upstream)
     return gradients

@@ -12,9 +12,7 @@ from torch import Tensor
 from fastkd.ops.lift_kd import reference
 from fastkd.ops.lift_kd.projection import Projection
 
-# [B, H, W] of the map; its rows fill no tile, and its last tile is cut off.
-CHECKED_SIZE = (3, 7, 6)
-CHECKED_WIDTHS = (192, 384)  # Ds, Dt: the paper's, which every fused implementation takes
+CHECKED_SIZE = (3, 7, 6)  # [B, H, W] of the map: its rows fill no tile, its last tile is cut off
 VALUE_TOLERANCE = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 GRADIENT_TOLERANCE = {torch.float32: 1e-4, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 
@@ -30,7 +28,7 @@ def self_check(
     """Compare an implementation with the float64 reference on small seeded inputs; synchronises.
 
     Args:
-        implementation: forward, backward, one_pass and lift to try.
+        implementation: forward, backward, one_pass and lift to try, at its ``checked_widths``.
         device: where to run them.
         dtypes: of tokens, weight and teacher; no teacher is checked with one.
         loss: one of feature_kd's.
@@ -47,7 +45,7 @@ def self_check(
     def draw(*shape: int, dtype: torch.dtype | None) -> Tensor:
         return torch.randn(shape, generator=generator).to(device, dtype or torch.float32)
 
-    narrow, wide = CHECKED_WIDTHS
+    narrow, wide = implementation.checked_widths
     tokens = draw(*CHECKED_SIZE, narrow, dtype=token_dtype)
     teacher = draw(*CHECKED_SIZE, wide, dtype=teacher_dtype)
     weight = draw(wide, narrow, dtype=weight_dtype) * narrow**-0.5

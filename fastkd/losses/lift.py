@@ -1,0 +1,294 @@
+"""The lifting projector, and its distance to a teacher as a term for anybody's loop.
+
+Knows layers, widths and tokens; which models they belong to is the caller's business, and what is
+computed without writing the lifted tokens is `fastkd.ops.lift_kd` and `fastkd.ops.lift`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastkd.losses.feature import FEATURE_LOSSES
+from fastkd.losses.projectors import init_linear
+from fastkd.ops import lift, lift_kd
+from fastkd.tokens import RESAMPLE_MODES, Tokens, match_grids
+
+Grid = tuple[int, int]
+
+
+class Lift(nn.Module):
+    """Lift tokens to the teacher's width: Linear, then LayerNorm (arXiv 2511.15572, "Lift").
+
+    Called, it gives the lifted tokens; `pooled` and `compare` give what is made of them, and never
+    write them.
+
+    Args:
+        dim: channels of the incoming tokens.
+        width: channels of the lifted tokens.
+        eps: of the LayerNorm; timm's 1e-6.
+        device: where the parameters are made.
+        dtype: their dtype.
+        bias: give the Linear a bias; the paper's has none.
+        norm: have the LayerNorm.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        width: int,
+        eps: float = 1e-6,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        bias: bool = False,
+        norm: bool = True,
+    ) -> None:
+        super().__init__()
+        self.proj = nn.Linear(dim, width, bias=bias, device=device, dtype=dtype)
+        self.norm: nn.Module = nn.Identity()
+        if norm:
+            self.norm = nn.LayerNorm(width, eps=eps, device=device, dtype=dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Lift ``x`` from [B, N, dim] to [B, N, width]."""
+        return self.norm(self.proj(x))
+
+    def pooled(self, tokens: Tensor, *, backend: str = "auto") -> Tensor:
+        """The mean of the lifted tokens, [B, width].
+
+        Args:
+            tokens: [B, N, dim] or [B, dim, H, W], any strides.
+            backend: of `fastkd.ops.lift`.
+        """
+        return lift(tokens, **self.operands(), pool=True, backend=backend)
+
+    def compare(
+        self,
+        tokens: Tensor,
+        teacher_tokens: Tensor,
+        loss: str = "mse",
+        *,
+        grid: Grid | None = None,
+        beta: float = 1.0,
+        pool: bool = False,
+        backend: str = "auto",
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Distance of the lifted tokens to a frozen teacher's; with ``pool`` also their mean.
+
+        Args:
+            tokens: [B, N, dim] or [B, dim, H, W], any strides.
+            teacher_tokens: [B, N, width] or [B, width, H, W], likewise; gets no gradient.
+            loss: of `fastkd.ops.lift_kd`, as are the others.
+            grid: (H, W) of [B, N, D] tokens.
+            beta: of ``"smooth_l1"``.
+            pool: return the pair of distance and `pooled`.
+            backend: which implementation runs.
+
+        Returns:
+            A scalar; with ``pool`` it and [B, width].
+
+        Raises:
+            ValueError: shapes, grid or options do not fit.
+        """
+        return lift_kd(
+            tokens,
+            teacher_tokens=teacher_tokens,
+            **self.operands(),
+            loss=loss,
+            grid=grid,
+            pool=pool,
+            beta=beta,
+            backend=backend,
+        )
+
+    def is_fusible(self) -> bool:
+        """Whether `pooled` and `compare` compute what the layers would.
+
+        Not where someone has exchanged a layer (adapters, quantisation, parametrisations) or hooks
+        on to one (feature extractors, FSDP): then only calling the layers does what was meant.
+        """
+        as_built = type(self) is Lift and type(self.proj) is nn.Linear
+        normed = type(self.norm) is nn.LayerNorm and self.norm.elementwise_affine
+        return (
+            as_built
+            and (normed or type(self.norm) is nn.Identity)
+            and not any(has_hooks(module) for module in (self, self.proj, self.norm))
+        )
+
+    def operands(self) -> dict[str, Any]:
+        """The layers' parameters and epsilon, by the names that the operators give them.
+
+        Raises:
+            ValueError: the layers do more than their parameters say; see `is_fusible`.
+        """
+        if not self.is_fusible():
+            raise ValueError(
+                "Lift: a layer has been exchanged or holds hooks, which fused operators would pass "
+                "by; call the layers, and compare what they give with fastkd.ops.feature_kd"
+            )
+        norm = self.norm if isinstance(self.norm, nn.LayerNorm) else None
+        return {
+            "weight": self.proj.weight,
+            "bias": self.proj.bias,
+            "norm_weight": None if norm is None else norm.weight,
+            "norm_bias": None if norm is None else norm.bias,
+            "eps": 0.0 if norm is None else norm.eps,
+        }
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether calling the module runs hooks."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    )
+
+
+class LiftKD(nn.Module):
+    r"""Feature distillation through a lifting projector, which the term holds.
+
+    .. math:: L = d(LayerNorm(W F^s + b), F^t)
+
+    with d as `FeatureKD` has it. The lifted tokens [B, N, Dt] are never written: this is
+    `fastkd.ops.lift_kd`. With ``pool`` it also gives their mean, which the student of
+    arXiv 2511.15572 classifies; at inference, `lift` does.
+
+    Args:
+        student_dim: channels of the student's tokens, Ds.
+        teacher_dim: channels of the teacher's tokens, Dt.
+        loss: the distance d: ``"mse"``, ``"spectral"``, ``"smooth_l1"`` or ``"cosine"``.
+        weight: what the caller multiplies the term with; kept here, not applied here.
+        bias: give the Linear a bias; the paper's has none.
+        norm: have the LayerNorm.
+        eps: of the LayerNorm.
+        beta: the threshold of ``"smooth_l1"``.
+        pool: return the mean of the lifted tokens, too.
+        resample: for `Tokens`, whose grids are known: None refuses different ones; otherwise the
+            mode that brings the teacher's to the student's (`fastkd.tokens.match_grids`).
+        backend: of `fastkd.ops.lift_kd`.
+        device: where the parameters are made.
+        dtype: their dtype.
+
+    Attributes:
+        projector: the `Lift`, of Linear ``proj`` and LayerNorm ``norm``.
+
+    Raises:
+        ValueError: an unknown option.
+    """
+
+    name = "feature"
+
+    def __init__(
+        self,
+        student_dim: int,
+        teacher_dim: int,
+        loss: str = "mse",
+        weight: float = 0.2,
+        *,
+        bias: bool = False,
+        norm: bool = True,
+        eps: float = 1e-6,
+        beta: float = 1.0,
+        pool: bool = False,
+        resample: str | None = None,
+        backend: str = "auto",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if loss not in FEATURE_LOSSES:
+            raise ValueError(f"LiftKD: loss must be one of {FEATURE_LOSSES}, got {loss!r}")
+        if resample is not None and resample not in RESAMPLE_MODES:
+            raise ValueError(
+                f"LiftKD: resample must be None or one of {RESAMPLE_MODES}, got {resample!r}"
+            )
+        self.projector = Lift(student_dim, teacher_dim, eps, device, dtype, bias=bias, norm=norm)
+        init_linear(self.projector.proj)
+        self.loss = loss
+        self.weight = weight
+        self.beta = beta
+        self.pool = pool
+        self.resample = resample
+        self.backend = backend
+
+    def forward(
+        self,
+        student_tokens: Tensor | Tokens,
+        teacher_tokens: Tensor | Tokens,
+        grid: Grid | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Lift the student's tokens and compare them with the teacher's.
+
+        Args:
+            student_tokens: [B, N, Ds], [B, Ds, H, W] or `Tokens`; receive the gradient.
+            teacher_tokens: [B, N, Dt], [B, Dt, H, W] or `Tokens`, of the same kind; frozen.
+            grid: (H, W) of [B, N, D] tensors, for ``"spectral"``; square if omitted.
+
+        Returns:
+            The scalar distance, unweighted; with ``pool`` the pair of it and [B, Dt].
+
+        Raises:
+            TypeError: one side is `Tokens` and the other is not.
+            ValueError: widths, counts or grids do not fit.
+        """
+        student, teacher, grid = self._matched(student_tokens, teacher_tokens, grid)
+        self._check_width("student_tokens", student, self.projector.proj.in_features)
+        self._check_width("teacher_tokens", teacher, self.projector.proj.out_features)
+        return self.projector.compare(
+            student,
+            teacher,
+            self.loss,
+            grid=grid,
+            beta=self.beta,
+            pool=self.pool,
+            backend=self.backend,
+        )
+
+    def lift(self, tokens: Tensor | Tokens, pool: bool = True) -> Tensor:
+        """What to classify where there is no teacher.
+
+        Args:
+            tokens: the student's, [B, N, Ds], [B, Ds, H, W] or `Tokens`.
+            pool: False gives the lifted tokens themselves.
+
+        Returns:
+            [B, Dt]; without ``pool`` [B, N, Dt], or [B, Dt, H, W] for a map.
+
+        Raises:
+            ValueError: ``tokens`` have another number of channels.
+        """
+        data = tokens.data if isinstance(tokens, Tokens) else tokens
+        self._check_width("tokens", data, self.projector.proj.in_features)
+        return lift(data, **self.projector.operands(), pool=pool, backend=self.backend)
+
+    def _matched(
+        self, student: Tensor | Tokens, teacher: Tensor | Tokens, grid: Grid | None
+    ) -> tuple[Tensor, Tensor, Grid | None]:
+        if isinstance(student, Tensor) and isinstance(teacher, Tensor):
+            return student, teacher, grid
+        if not (isinstance(student, Tokens) and isinstance(teacher, Tokens)):
+            raise TypeError(
+                "LiftKD: student_tokens and teacher_tokens must be two tensors or two Tokens, got "
+                f"{type(student).__name__} and {type(teacher).__name__}"
+            )
+        if grid is not None and tuple(grid) != student.grid:
+            raise ValueError(f"LiftKD: grid {tuple(grid)} is given with Tokens of {student.grid}")
+        student, teacher = match_grids(student, teacher, self.resample)
+        return student.data, teacher.data, student.grid
+
+    def _check_width(self, argument: str, tokens: Tensor, dim: int) -> None:
+        channels = 1 if tokens.ndim == 4 else -1
+        if tokens.ndim not in (3, 4) or tokens.shape[channels] != dim:
+            raise ValueError(
+                f"LiftKD: {argument} must be [B, N, {dim}] or [B, {dim}, H, W], got "
+                f"{list(tokens.shape)}"
+            )
+
+    def extra_repr(self) -> str:
+        """Options, for ``print``."""
+        return f"{self.loss}, weight={self.weight}, pool={self.pool}"

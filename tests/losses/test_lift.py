@@ -1,0 +1,208 @@
+"""LiftKD against the plain layers it stands for, and what it refuses."""
+
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from fastkd.losses import LiftKD
+from fastkd.losses.lift import Lift
+from fastkd.tokens import Tokens, match_grids
+
+GRID = (3, 4)
+STUDENT, TEACHER = 6, 10
+
+LOSSES = ["mse", "spectral", "smooth_l1", "cosine"]
+
+
+def random(*shape: int, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+
+def term_for(loss: str = "mse", **options) -> LiftKD:
+    torch.manual_seed(0)
+    term = LiftKD(STUDENT, TEACHER, loss, **options).double()
+    for parameter in term.parameters():  # a LayerNorm begins with ones and zeros
+        torch.nn.init.normal_(parameter)
+    return term
+
+
+def by_layers(term: LiftKD, tokens: torch.Tensor) -> torch.Tensor:
+    """[B, N, Ds] -> [B, N, Dt] as anybody writes it."""
+    projector = term.projector
+    lifted = F.linear(tokens, projector.proj.weight, projector.proj.bias)
+    if isinstance(projector.norm, torch.nn.Identity):
+        return lifted
+    norm = projector.norm
+    return F.layer_norm(lifted, (TEACHER,), norm.weight, norm.bias, norm.eps)
+
+
+def distance(loss: str, student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+    if loss == "mse":
+        return F.mse_loss(student, teacher)
+    if loss == "smooth_l1":
+        return F.smooth_l1_loss(student, teacher)
+    if loss == "cosine":
+        return 1 - F.cosine_similarity(student, teacher, dim=-1).mean()
+    spectra = (
+        torch.fft.rfft2(tokens.unflatten(1, GRID), dim=(1, 2), norm="ortho")
+        for tokens in (student, teacher)
+    )
+    return F.mse_loss(*(torch.view_as_real(spectrum) for spectrum in spectra))
+
+
+def assert_same(ours, theirs, inputs):
+    """Equal values, and equal gradients of their sum of squares."""
+    gradients = []
+    for outputs in (ours, theirs):
+        total = sum(output.square().sum() for output in outputs)
+        gradients.append(torch.autograd.grad(total, inputs))
+    for one, expected in zip((*ours, *gradients[0]), (*theirs, *gradients[1])):
+        torch.testing.assert_close(one, expected)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("bias,norm,pool", itertools.product([False, True], repeat=3))
+def test_value_and_gradients_are_those_of_the_layers(loss, bias, norm, pool):
+    term = term_for(loss, bias=bias, norm=norm, pool=pool)
+    tokens = random(2, 13, STUDENT).requires_grad_()
+    teacher = random(2, 12, TEACHER, seed=1)
+    patches = tokens[:, 1:]  # strided: the class token is sliced off, not copied
+    outputs = term(patches, teacher, GRID)
+    lifted = by_layers(term, patches)
+    expected = [distance(loss, lifted, teacher)] + [lifted.mean(1)] * pool
+    assert_same(outputs if pool else [outputs], expected, [tokens, *term.parameters()])
+
+
+def test_maps_are_taken_as_they_are():
+    term = term_for("spectral", pool=True)
+    student, teacher = random(2, STUDENT, *GRID), random(2, TEACHER, *GRID, seed=1)
+    value, pooled = term(student, teacher)
+    lifted = by_layers(term, student.flatten(2).mT)
+    torch.testing.assert_close(value, distance("spectral", lifted, teacher.flatten(2).mT))
+    torch.testing.assert_close(pooled, lifted.mean(1))
+    torch.testing.assert_close(term.lift(student, pool=False).flatten(2).mT, lifted)
+
+
+def test_tokens_bring_their_grid():
+    term = term_for("spectral")
+    student, teacher = random(2, 12, STUDENT), random(2, 12, TEACHER, seed=1)
+    value = term(Tokens(student, GRID), Tokens(teacher, GRID))
+    torch.testing.assert_close(value, distance("spectral", by_layers(term, student), teacher))
+
+
+def test_tokens_of_another_grid_are_resampled_to_the_students():
+    term = term_for("spectral", resample="bicubic")
+    student = Tokens(random(2, 12, STUDENT), GRID)
+    teacher = Tokens(random(2, 48, TEACHER, seed=1), (6, 8))
+    expected = distance(
+        "spectral",
+        by_layers(term, student.data),
+        match_grids(student, teacher, "bicubic")[1].data,
+    )
+    torch.testing.assert_close(term(student, teacher), expected)
+
+
+@pytest.mark.parametrize("bias,norm", itertools.product([False, True], repeat=2))
+def test_lift_gives_what_to_classify(bias, norm):
+    term = term_for(bias=bias, norm=norm)
+    tokens = random(2, 12, STUDENT)
+    lifted = by_layers(term, tokens)
+    torch.testing.assert_close(term.lift(tokens), lifted.mean(1))
+    torch.testing.assert_close(term.lift(Tokens(tokens, GRID)), lifted.mean(1))
+    torch.testing.assert_close(term.lift(tokens, pool=False), lifted)
+
+
+def test_pooled_tokens_are_the_same_with_a_teacher_and_without():
+    term = term_for(pool=True)
+    tokens, teacher = random(2, 12, STUDENT), random(2, 12, TEACHER, seed=1)
+    torch.testing.assert_close(term(tokens, teacher)[1], term.lift(tokens))
+
+
+def test_beta_is_the_threshold_of_smooth_l1():
+    term = term_for("smooth_l1", beta=0.3)
+    tokens, teacher = random(2, 12, STUDENT), random(2, 12, TEACHER, seed=1)
+    expected = F.smooth_l1_loss(by_layers(term, tokens), teacher, beta=0.3)
+    torch.testing.assert_close(term(tokens, teacher), expected)
+
+
+def test_a_new_projector_is_the_papers_initialised_as_in_vits():
+    projector = LiftKD(192, 384).projector
+    assert list(projector.state_dict()) == ["proj.weight", "norm.weight", "norm.bias"]
+    assert projector.norm.eps == 1e-6
+    assert projector.proj.weight.std().item() == pytest.approx(0.02, rel=0.1)
+    assert not LiftKD(6, 8, bias=True).projector.proj.bias.any()
+
+
+def test_the_projector_called_gives_the_lifted_tokens():
+    term = term_for(bias=True)
+    tokens = random(2, 12, STUDENT)
+    torch.testing.assert_close(term.projector(tokens), by_layers(term, tokens))
+
+
+def test_a_projector_is_fused_only_as_it_was_built():
+    assert Lift(4, 6).is_fusible() and Lift(4, 6, bias=True, norm=False).is_fusible()
+    hooked, adapted, plain_norm = Lift(4, 6), Lift(4, 6), Lift(4, 6)
+    hooked.proj.register_forward_hook(lambda *_: None)
+    adapted.proj = torch.nn.Sequential(adapted.proj)
+    plain_norm.norm = torch.nn.LayerNorm(6, elementwise_affine=False)
+    assert not any(lift.is_fusible() for lift in (hooked, adapted, plain_norm))
+
+
+@pytest.mark.parametrize("use", ["forward", "lift"])
+def test_layers_that_do_more_than_their_weights_say_are_refused(use):
+    term = term_for()
+    term.projector.proj = torch.nn.utils.parametrizations.orthogonal(term.projector.proj)
+    arguments = [random(2, 12, STUDENT), random(2, 12, TEACHER)][: 2 if use == "forward" else 1]
+    with pytest.raises(ValueError, match="Lift: a layer has been exchanged"):
+        getattr(term, use)(*arguments)
+
+
+@pytest.mark.parametrize("option", [{"loss": "l2"}, {"resample": "lanczos"}])
+def test_unknown_options_are_refused(option):
+    with pytest.raises(ValueError, match=r"LiftKD: .* one of .*, got"):
+        LiftKD(STUDENT, TEACHER, **option)
+
+
+def test_a_backend_that_cannot_run_here_is_refused():
+    with pytest.raises((RuntimeError, ValueError), match="backend"):
+        term_for(backend="abacus")(random(2, 12, STUDENT), random(2, 12, TEACHER))
+
+
+@pytest.mark.parametrize(
+    ("student", "teacher", "message"),
+    [
+        ((2, 12, 7), (2, 12, 10), r"student_tokens must be \[B, N, 6\].*got \[2, 12, 7\]"),
+        ((2, 12, 6), (2, 12, 6), r"teacher_tokens must be \[B, N, 10\].*got \[2, 12, 6\]"),
+        ((2, 6, 3, 4), (2, 7, 3, 4), r"teacher_tokens must be .*\[B, 10, H, W\], got \[2, 7, 3"),
+        ((2, 12, 6), (2, 13, 10), r"must be \[2, 12, 10\].*got \[2, 13, 10\].*CLS"),
+        ((12, 6), (12, 10), r"student_tokens must be \[B, N, 6\]"),
+    ],
+)
+def test_shapes_that_do_not_fit_are_named(student, teacher, message):
+    with pytest.raises(ValueError, match=message):
+        term_for()(random(*student), random(*teacher))
+
+
+def test_tokens_on_one_side_alone_are_refused():
+    with pytest.raises(TypeError, match="two tensors or two Tokens, got Tokens and Tensor"):
+        term_for()(Tokens(random(2, 12, STUDENT), GRID), random(2, 12, TEACHER))
+
+
+def test_tokens_of_other_grids_are_refused_without_resample():
+    student = Tokens(random(2, 12, STUDENT), GRID)
+    with pytest.raises(ValueError, match="resample"):
+        term_for()(student, Tokens(random(2, 48, TEACHER), (6, 8)))
+
+
+def test_a_grid_that_contradicts_the_tokens_is_refused():
+    pair = Tokens(random(2, 12, STUDENT), GRID), Tokens(random(2, 12, TEACHER), GRID)
+    with pytest.raises(ValueError, match=r"grid \(2, 6\) is given with Tokens of \(3, 4\)"):
+        term_for()(*pair, grid=(2, 6))
+
+
+def test_a_teacher_that_wants_a_gradient_is_refused():
+    with pytest.raises(ValueError, match="frozen"):
+        term_for()(random(2, 12, STUDENT), random(2, 12, TEACHER).requires_grad_())
