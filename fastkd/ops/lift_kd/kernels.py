@@ -64,22 +64,23 @@ def _resident_tokens(
 
 @triton.jit
 def _weight_block(
-    weight, output, width, first, channels, TRANSPOSED: tl.constexpr, BLOCK_I: tl.constexpr
+    weight, output, width, first, weight_row, TRANSPOSED: tl.constexpr, BLOCK_I: tl.constexpr
 ):
-    """[BLOCK_O, BLOCK_I] of the weight, or its transpose."""
+    """[BLOCK_O, BLOCK_I] of the weight, or its transpose; its rows are padded with zeros."""
     channel = first + tl.arange(0, BLOCK_I)
     if TRANSPOSED:
-        pointer = weight + output[None, :] * channels + channel[:, None]
-        mask = (channel < channels)[:, None] & (output < width)[None, :]
+        pointer = weight + output[None, :] * weight_row + channel[:, None]
+        mask = (channel < weight_row)[:, None] & (output < width)[None, :]
     else:
-        pointer = weight + output[:, None] * channels + channel[None, :]
-        mask = (output < width)[:, None] & (channel < channels)[None, :]
+        pointer = weight + output[:, None] * weight_row + channel[None, :]
+        mask = (output < width)[:, None] & (channel < weight_row)[None, :]
     return tl.load(pointer, mask=mask, other=0.0)
 
 
 @triton.jit
 def _project(
-    tokens, resident, offset, inside, channels, channel_stride, weight, bias, output, width,
+    tokens, resident, offset, inside, channels, channel_stride, weight, weight_row,
+    bias, output, width,
     HAS_BIAS: tl.constexpr, COMPUTE: tl.constexpr, PRECISION: tl.constexpr,
     RESIDENT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_I: tl.constexpr,
 ):  # fmt: skip
@@ -87,14 +88,14 @@ def _project(
     y = tl.zeros([BLOCK_M, BLOCK_O], dtype=tl.float32)
     if RESIDENT > 0:
         for block in tl.static_range(RESIDENT):
-            w = _weight_block(weight, output, width, block * BLOCK_I, channels, True, BLOCK_I)
+            w = _weight_block(weight, output, width, block * BLOCK_I, weight_row, True, BLOCK_I)
             y = tl.dot(resident[block], w, y, input_precision=PRECISION)
     else:
         for first in range(0, channels, BLOCK_I):
             x = _token_block(
                 tokens, offset, inside, first, channels, channel_stride, COMPUTE, BLOCK_I
             )
-            w = _weight_block(weight, output, width, first, channels, True, BLOCK_I)
+            w = _weight_block(weight, output, width, first, weight_row, True, BLOCK_I)
             y = tl.dot(x, w, y, input_precision=PRECISION)
     if HAS_BIAS:
         y += tl.load(bias + output, mask=output < width, other=0.0)[None, :]
@@ -134,7 +135,7 @@ def _half_row_sums(same, d, HALF_ROW: tl.constexpr):
 def forward(
     tokens, weight, bias, norm_weight, norm_bias, teacher, stats, partials, pooled, lifted,
     token_count, first_tile, tile_rows, image_tokens, grid_width, images,
-    channels, width, norm_eps, beta, cosine_eps, inverse_half_row,
+    channels, width, weight_row, norm_eps, beta, cosine_eps, inverse_half_row,
     tokens_batch, tokens_row, tokens_column, tokens_channel,
     teacher_batch, teacher_row, teacher_column, teacher_channel,
     NORMED: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_NORM_BIAS: tl.constexpr,
@@ -162,8 +163,9 @@ def forward(
         for first in range(0, width, BLOCK_O):
             output = first + tl.arange(0, BLOCK_O)
             y = _project(
-                tokens, resident, offset, inside, channels, tokens_channel, weight, bias, output,
-                width, HAS_BIAS, COMPUTE, PRECISION, RESIDENT, BLOCK_M, BLOCK_O, BLOCK_I,
+                tokens, resident, offset, inside, channels, tokens_channel, weight, weight_row,
+                bias, output, width,
+                HAS_BIAS, COMPUTE, PRECISION, RESIDENT, BLOCK_M, BLOCK_O, BLOCK_I,
             )  # fmt: skip
             square += tl.sum(y * y, axis=1)
         rstd = 1.0 / tl.sqrt(square / width + norm_eps)
@@ -173,8 +175,8 @@ def forward(
     for first in range(0, width, BLOCK_O):
         output = first + tl.arange(0, BLOCK_O)
         y = _project(
-            tokens, resident, offset, inside, channels, tokens_channel, weight, bias, output,
-            width, HAS_BIAS, COMPUTE, PRECISION, RESIDENT, BLOCK_M, BLOCK_O, BLOCK_I,
+            tokens, resident, offset, inside, channels, tokens_channel, weight, weight_row,
+            bias, output, width, HAS_BIAS, COMPUTE, PRECISION, RESIDENT, BLOCK_M, BLOCK_O, BLOCK_I,
         )  # fmt: skip
         sums = _forward_chunk(
             y, first, sums, rstd, same, position, inside, first_image, tile,
@@ -280,7 +282,7 @@ def token_gradient(
     upstream, pooled_upstream, pooled_projected, tokens, weight, bias, norm_weight, norm_bias,
     teacher, stats, gradient, slopes, columns,
     token_count, first_tile, tile_rows, image_tokens, grid_width,
-    channels, width, beta, scale, inverse_half_row,
+    channels, width, weight_row, beta, scale, inverse_half_row,
     tokens_batch, tokens_row, tokens_column, tokens_channel,
     teacher_batch, teacher_row, teacher_column, teacher_channel,
     gradient_batch, gradient_row, gradient_column, gradient_channel,
@@ -334,8 +336,8 @@ def token_gradient(
         output = first + tl.arange(0, BLOCK_O)
         mask = inside[:, None] & (output < width)[None, :]
         y = _project(
-            tokens, resident, offset, inside, channels, tokens_channel, weight, bias, output,
-            width, HAS_BIAS, COMPUTE, PRECISION, RESIDENT, BLOCK_M, BLOCK_O, BLOCK_I,
+            tokens, resident, offset, inside, channels, tokens_channel, weight, weight_row,
+            bias, output, width, HAS_BIAS, COMPUTE, PRECISION, RESIDENT, BLOCK_M, BLOCK_O, BLOCK_I,
         )  # fmt: skip
         norm_scale = _per_output(norm_weight, output, width, NORMED, 1.0)
         normed = y * rstd[:, None]
@@ -372,7 +374,13 @@ def token_gradient(
             summed = ()
             for block in tl.static_range(SLAB):
                 w = _weight_block(
-                    weight, output, width, (slab * SLAB + block) * BLOCK_I, channels, False, BLOCK_I
+                    weight,
+                    output,
+                    width,
+                    (slab * SLAB + block) * BLOCK_I,
+                    weight_row,
+                    False,
+                    BLOCK_I,
                 )
                 summed = summed + (
                     tl.dot(operand, w, accumulators[block], input_precision=PRECISION),
@@ -423,7 +431,7 @@ def _pooled_share(
 
 @triton.jit
 def pooled_projection(
-    pooled_upstream, norm_weight, weight, bias, projected, images, channels, width,
+    pooled_upstream, norm_weight, weight, bias, projected, images, channels, width, weight_row,
     HAS_BIAS: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_I: tl.constexpr,
 ):  # fmt: skip
     """[images, channels + 1]: mean over outputs of g P W_c, and of g P b_c in the last column."""
@@ -438,7 +446,7 @@ def pooled_projection(
         scaled = tl.load(pointer, mask=mask, other=0.0)
         scaled *= _per_output(norm_weight, output, width, True, 1.0)
         w = _weight_block(
-            weight, output, width, tl.program_id(1) * BLOCK_I, channels, False, BLOCK_I
+            weight, output, width, tl.program_id(1) * BLOCK_I, weight_row, False, BLOCK_I
         )
         total = tl.dot(scaled, w.to(tl.float32), total, input_precision="tf32x3")
         if HAS_BIAS:
@@ -468,7 +476,11 @@ def weight_gradient(
     split = tl.program_id(2)
     start = split * split_tokens
     end = tl.minimum(start + split_tokens, band_tokens)
+    target = partials + (split * width + output)[:, None].to(tl.int64) * channels + channel[None, :]
+    mask = (output < width)[:, None] & (channel < channels)[None, :]
     total = tl.zeros([BLOCK_O, BLOCK_I], dtype=tl.float32)
+    if ADD:
+        total += tl.load(target, mask=mask, other=0.0)
     for first in range(start, end, BLOCK_M):
         local = first + tl.arange(0, BLOCK_M)
         inside = local < end
@@ -486,19 +498,18 @@ def weight_gradient(
             other=0.0,
         )
         total = tl.dot(slope, x, total, input_precision=PRECISION)
-    target = partials + (split * width + output)[:, None].to(tl.int64) * channels + channel[None, :]
-    mask = (output < width)[:, None] & (channel < channels)[None, :]
-    if ADD:
-        total += tl.load(target, mask=mask, other=0.0)
     tl.store(target, total, mask=mask)
 
 
 @triton.jit
 def centre_columns(
-    source, target, rows, columns, parts, part_stride,
+    source, target, rows, columns, target_row, parts, part_stride,
     CENTRE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Target [rows, columns] = sum of the parts of source, minus its mean over the rows."""
+    """Target [rows, columns] = sum of the parts of source, minus its mean over the rows.
+
+    Its rows may be longer than the source's; the rest is filled with zeros.
+    """
     column = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     mean = tl.zeros([BLOCK_C], dtype=tl.float32)
     if CENTRE:
@@ -512,9 +523,9 @@ def centre_columns(
     row = first + tl.arange(0, BLOCK_R)
     value = _summed_parts(source, first, column, rows, columns, parts, part_stride, BLOCK_R)
     tl.store(
-        target + row[:, None].to(tl.int64) * columns + column[None, :],
+        target + row[:, None].to(tl.int64) * target_row + column[None, :],
         (value - mean[None, :]).to(target.dtype.element_ty),
-        mask=(row < rows)[:, None] & (column < columns)[None, :],
+        mask=(row < rows)[:, None] & (column < target_row)[None, :],
     )
 
 

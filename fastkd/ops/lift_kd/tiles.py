@@ -50,13 +50,13 @@ class Tile:
 
 
 HALF = Tile(64, 64, 4, 4, forward=Loop(32, 8, 2), gradient=Loop(32, 8, 2))
-HALF_SM80 = Tile(32, 64, 4, 4, forward=Loop(32, 8, 2), gradient=Loop(32, 8, 2))
+SMALL_HALF = Tile(32, 64, 4, 4, forward=Loop(32, 8, 2), gradient=Loop(32, 8, 2))
 FLOAT = Tile(32, 32, 0, 3, forward=Loop(32, 8, 2), gradient=Loop(16, 8, 2))
 
 # What FASTKD_AUTOTUNE=1 tries besides the default; those that do not fit a GPU drop out there.
 CANDIDATES = (
     HALF,
-    HALF_SM80,
+    SMALL_HALF,
     Tile(64, 64, 4, 4, forward=Loop(32, 4, 2), gradient=Loop(32, 4, 2)),
     Tile(64, 64, 0, 4, forward=Loop(64, 8, 3), gradient=Loop(32, 8, 3)),
     Tile(128, 64, 4, 4, forward=Loop(64, 8, 2), gradient=Loop(32, 8, 2)),
@@ -66,11 +66,12 @@ CANDIDATES = (
 )
 
 
-def default_tile(compute: torch.dtype, capability: int) -> Tile:
+def default_tile(compute: torch.dtype, channels: int, capability: int) -> Tile:
     """The configuration for products in a dtype on a GPU.
 
     Args:
         compute: dtype of the products' operands.
+        channels: of the tokens; an odd number takes more registers for addresses.
         capability: compute capability times ten.
 
     Returns:
@@ -78,7 +79,7 @@ def default_tile(compute: torch.dtype, capability: int) -> Tile:
     """
     if compute == torch.float32:
         return FLOAT
-    return HALF if capability >= 90 else HALF_SM80
+    return HALF if capability >= 90 and channels % 8 == 0 else SMALL_HALF
 
 
 def capability(device: torch.device) -> int:

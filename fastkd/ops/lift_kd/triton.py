@@ -27,7 +27,9 @@ from fastkd.ops.lift_kd.tuning import tuned
 
 BLOCK = 64  # channels per block where there is nothing to choose
 BAND_TOKENS = 2 * 132 * 64  # two tiles per SM of an H100; their slopes (13 MB) stay in its L2 cache
+WEIGHT_BLOCK_FLOAT = 32  # of weight_gradient: three products of tf32 parts take more registers
 SCALE_BLOCK = 4096
+ROW_MULTIPLE = 16  # elements
 MAX_TOKENS = 2**31 - 1
 
 
@@ -36,7 +38,8 @@ class Prepared:
     """Parameters as the kernels take them.
 
     Attributes:
-        weight: [Dt, Ds] contiguous, in the dtype of the products, centred under a LayerNorm.
+        weight: [Dt, Ds] in the dtype of the products, centred under a LayerNorm; its rows are
+            padded with zeros to `ROW_MULTIPLE`, so that they can be loaded 16 bytes at once.
         bias: [Dt] fp32, likewise centred; None for none.
         norm_weight: [Dt] in any dtype; None for no LayerNorm.
         norm_bias: likewise.
@@ -62,9 +65,11 @@ def prepare(projection: Projection) -> tuple[Prepared, list[KernelLaunch]]:
     normed = projection.norm_weight is not None
     launches = []
     weight, bias = projection.weight, projection.bias
-    if normed or weight.dtype != projection.compute or not weight.is_contiguous():
+    padded = triton.cdiv(weight.shape[1], ROW_MULTIPLE) * ROW_MULTIPLE
+    as_is = weight.dtype == projection.compute and weight.is_contiguous()
+    if normed or not as_is or padded > weight.shape[1]:
         source = weight.contiguous()
-        weight = torch.empty_like(source, dtype=projection.compute)
+        weight = weight.new_empty((weight.shape[0], padded), dtype=projection.compute)
         launches.append(_centre_launch(source, weight, 1, normed))
     if bias is not None and (normed or bias.dtype != torch.float32 or not bias.is_contiguous()):
         source = bias.contiguous()
@@ -79,20 +84,23 @@ def prepare(projection: Projection) -> tuple[Prepared, list[KernelLaunch]]:
 
 
 def _centre_launch(source: Tensor, target: Tensor, parts: int, centre: bool) -> KernelLaunch:
-    """``source`` is [parts * rows, columns] where ``target`` is [rows, columns]."""
-    rows, columns = target.shape
+    """``source`` is [parts * rows, columns], ``target`` [rows, columns or more]."""
+    rows, target_row = target.shape
+    columns = source.shape[-1]
     return KernelLaunch(
         kernels.centre_columns,
-        (triton.cdiv(columns, BLOCK), triton.cdiv(rows, BLOCK)),
+        (triton.cdiv(target_row, BLOCK), triton.cdiv(rows, BLOCK)),
         {
             "source": source,
             "target": target,
             "rows": rows,
             "columns": columns,
+            "target_row": target_row,
             "parts": parts,
             "part_stride": rows * columns,
         },
         {"CENTRE": centre, "BLOCK_R": BLOCK, "BLOCK_C": BLOCK},
+        num_warps=8,
     )
 
 
@@ -105,7 +113,7 @@ def refuses(
     normed: bool,
 ) -> str | None:
     """Why these inputs cannot run here; None where they can."""
-    tile = default_tile(compute, capability(tokens.device))
+    tile = default_tile(compute, tokens.shape[3], capability(tokens.device))
     if loss == "spectral" and tokens.shape[2] > tile.rows:
         return f"a grid row must have at most {tile.rows} tokens, got {tokens.shape[2]}"
     if tokens.shape[:3].numel() + BAND_TOKENS > MAX_TOKENS:
@@ -174,7 +182,7 @@ def _one_pass(
     partials = tokens.new_empty(cut.tiles, dtype=torch.float32)
     prepared, launches = prepare(projection)
     _run(launches)
-    work = _Gradients(tokens, projection, prepared, teacher, loss, beta, stats, needs, cut)
+    work = GradientWork(tokens, projection, prepared, teacher, loss, beta, stats, needs, cut)
     for band in work.bands():
         forward_launch(
             tokens, prepared, teacher, loss, beta, stats, partials, None, cut, band
@@ -186,7 +194,7 @@ def _one_pass(
 
 def _tile(tokens: Tensor, projection: Projection, loss: str) -> Tile:
     """The fixed configuration, or the one that FASTKD_AUTOTUNE=1 has found fastest."""
-    default = default_tile(projection.compute, capability(tokens.device))
+    default = default_tile(projection.compute, tokens.shape[3], capability(tokens.device))
 
     def run(tile: Tile, tokens: Tensor, teacher: Tensor) -> None:
         needs = [True, *(x is not None for x in projection.parameters())]
@@ -212,10 +220,10 @@ def backward(
     _run(launches)
     if upstream is None:
         teacher = None
-    work = _Gradients(tokens, projection, prepared, teacher, loss, beta, stats, needs, cut)
+    work = GradientWork(tokens, projection, prepared, teacher, loss, beta, stats, needs, cut)
     pooled = None
     if pooled_upstream is not None:
-        pooled = _PooledUpstream(pooled_upstream, tokens, prepared)
+        pooled = PooledUpstream(pooled_upstream, tokens, prepared)
         _run(pooled.launches)
     for band in work.bands():
         _run(work.launches(band, upstream, pooled))
@@ -344,7 +352,7 @@ def _forward_launch(
     )
 
 
-class _PooledUpstream:
+class PooledUpstream:
     """The gradient of the pooled tokens as the kernels take it.
 
     Attributes:
@@ -374,6 +382,7 @@ class _PooledUpstream:
                     "images": images,
                     "channels": channels,
                     "width": width,
+                    "weight_row": prepared.weight.shape[1],
                 },
                 {
                     "HAS_BIAS": prepared.bias is not None,
@@ -385,7 +394,7 @@ class _PooledUpstream:
         )
 
 
-class _Gradients:
+class GradientWork:
     """The gradients in the making: band by band, then summed."""
 
     def __init__(
@@ -407,16 +416,18 @@ class _Gradients:
         self.need_vectors = vectors
         width = projection.width
         self.band_tiles = min(cut.tiles, max(1, BAND_TOKENS // cut.tile_rows))
-        self.slopes = self.columns = self.partials = None
+        self.slopes = self.partials = self.columns = self.sums = None
         self.split_tokens = 0
         if self.need_weight:
             band_tokens = self.band_tiles * cut.tile_rows
             self.slopes = tokens.new_empty((band_tokens, width), dtype=projection.compute)
-            self.split_tokens = _split_tokens(band_tokens, prepared.weight)
+            self.split_tokens = _split_tokens(band_tokens, projection.weight)
             splits = triton.cdiv(band_tokens, self.split_tokens)
-            self.partials = tokens.new_empty((splits, *prepared.weight.shape), dtype=torch.float32)
+            shape = splits, *projection.weight.shape
+            self.partials = tokens.new_empty(shape, dtype=torch.float32)
         if any(vectors):
             self.columns = tokens.new_empty((cut.tiles, 3, width), dtype=torch.float32)
+            self.sums = tokens.new_empty((3, width), dtype=torch.float32)
 
     def bands(self) -> list[Band]:
         """All tiles; in bands of a bounded number where slopes are kept for the weight."""
@@ -427,7 +438,7 @@ class _Gradients:
         ]
 
     def launches(
-        self, band: Band, upstream: Tensor | None, pooled: _PooledUpstream | None
+        self, band: Band, upstream: Tensor | None, pooled: PooledUpstream | None
     ) -> list[KernelLaunch]:
         """The gradient of a band, and what it adds to the weight's."""
         launches = [self._gradient(band, upstream, pooled)]
@@ -436,7 +447,7 @@ class _Gradients:
         return launches
 
     def _gradient(
-        self, band: Band, upstream: Tensor | None, pooled: _PooledUpstream | None
+        self, band: Band, upstream: Tensor | None, pooled: PooledUpstream | None
     ) -> KernelLaunch:
         tokens, prepared, gradient = self.tokens, self.prepared, self.results[0]
         tile = self.cut.tile
@@ -481,11 +492,14 @@ class _Gradients:
 
     def _weight(self, band: Band) -> KernelLaunch:
         assert self.slopes is not None and self.partials is not None
-        tokens, width, channels = self.tokens, *self.prepared.weight.shape
+        tokens = self.tokens
+        splits, width, channels = self.partials.shape
         first = band.first_tile * self.cut.tile_rows
+        compute = self.prepared.compute
+        block = WEIGHT_BLOCK_FLOAT if compute == torch.float32 else BLOCK
         return KernelLaunch(
             kernels.weight_gradient,
-            (triton.cdiv(width, BLOCK), triton.cdiv(channels, BLOCK), self.partials.shape[0]),
+            (triton.cdiv(width, block), triton.cdiv(channels, block), splits),
             {
                 "tokens": tokens,
                 "slopes": self.slopes,
@@ -501,10 +515,10 @@ class _Gradients:
             },
             {
                 "ADD": band.first_tile > 0,
-                **_products(self.prepared.compute),
-                "BLOCK_M": BLOCK,
-                "BLOCK_O": BLOCK,
-                "BLOCK_I": BLOCK,
+                **_products(compute),
+                "BLOCK_M": block,
+                "BLOCK_O": block,
+                "BLOCK_I": block,
             },
             num_warps=4,
             num_stages=3,
@@ -512,25 +526,35 @@ class _Gradients:
 
     def finish(self) -> Gradients:
         """Sum what the bands and tiles have left, in a fixed order."""
-        normed = self.prepared.normed
-        _, weight, *vectors = self.results
-        if self.partials is not None:
-            _centre_launch(self.partials, weight, self.partials.shape[0], normed).run()
-        if self.columns is not None:
-            tiles, _, width = self.columns.shape
-            sums = self.columns.new_empty((3, width))
-            KernelLaunch(
-                kernels.finish_columns,
-                (triton.cdiv(3 * width, BLOCK),),
-                {"columns": self.columns, "result": sums, "tiles": tiles, "width": width},
-                {"BLOCK_R": BLOCK, "BLOCK_C": BLOCK},
-            ).run()
-            if normed:
-                sums[0] -= sums[0].mean()
-            for vector, total, needed in zip(vectors, sums, self.need_vectors, strict=True):
+        _run(self.finish_launches())
+        if self.sums is not None:
+            if self.prepared.normed:
+                self.sums[0] -= self.sums[0].mean()
+            for vector, total, needed in zip(
+                self.results[2:], self.sums, self.need_vectors, strict=True
+            ):
                 if needed:
                     vector.copy_(total)
         return self.results
+
+    def finish_launches(self) -> list[KernelLaunch]:
+        """The sums of the weight's partial gradients, and of the columns."""
+        launches = []
+        if self.partials is not None:
+            splits = self.partials.shape[0]
+            weight = self.results[1]
+            launches.append(_centre_launch(self.partials, weight, splits, self.prepared.normed))
+        if self.columns is not None and self.sums is not None:
+            tiles, _, width = self.columns.shape
+            launches.append(
+                KernelLaunch(
+                    kernels.finish_columns,
+                    (triton.cdiv(3 * width, BLOCK),),
+                    {"columns": self.columns, "result": self.sums, "tiles": tiles, "width": width},
+                    {"BLOCK_R": BLOCK, "BLOCK_C": BLOCK},
+                )
+            )
+        return launches
 
 
 def _split_tokens(band_tokens: int, weight: Tensor) -> int:
@@ -580,7 +604,7 @@ def _common_arguments(
     cut: Cut,
     band: Band,
 ) -> dict[str, Any]:
-    width, channels = prepared.weight.shape
+    width, weight_row = prepared.weight.shape
     grid_width = tokens.shape[2]
     unused = prepared.weight
     return {
@@ -595,8 +619,9 @@ def _common_arguments(
         "tile_rows": cut.tile_rows,
         "image_tokens": tokens.shape[1:3].numel(),
         "grid_width": grid_width,
-        "channels": channels,
+        "channels": tokens.shape[3],
         "width": width,
+        "weight_row": weight_row,
         "beta": beta,
         "inverse_half_row": 2 / grid_width if grid_width % 2 == 0 else 1 / grid_width,
         **_strides("tokens", tokens),

@@ -1,0 +1,101 @@
+"""lift_kd's Triton kernels, compiled for GPUs that need not be there: they fit and do not spill."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fastkd.ops.feature_kd.reference import LOSSES
+from fastkd.ops.lift_kd.projection import Projection
+from fastkd.ops.lift_kd.reference import stats_shape
+from tests.harness import aot
+
+tiles = pytest.importorskip("fastkd.ops.lift_kd.tiles")
+triton = pytest.importorskip("fastkd.ops.lift_kd.triton")
+
+SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes per program
+
+# Ds, Dt
+WIDTHS = {
+    "tiny": (192, 384),  # DeiT-Tiny to CaiT-S24, the paper's
+    "small": (384, 768),  # tokens no longer stay for all outputs; gradient in two slabs
+    "uneven": (219, 1024),  # the last block is cut off, and rows are not 16-byte aligned
+}
+
+
+def on_meta(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def launches(widths, loss, dtype, arch, *, pool=True, parts=("norm_weight", "norm_bias")):
+    """Everything that a forward and backward over a training batch start."""
+    channels, width = widths
+    tokens = on_meta(256, 14, 14, channels, dtype=dtype)
+    teacher = on_meta(256, 14, 14, width, dtype=dtype)
+    names = ("bias", "norm_weight", "norm_bias")
+    vectors = [on_meta(width) if name in parts else None for name in names]
+    projection = Projection(on_meta(width, channels), *vectors, 1e-6, dtype)
+    cut = tiles.Cut.of(tokens, loss, tiles.default_tile(dtype, channels, arch))
+    prepared, started = triton.prepare(projection)
+    stats, scalar = on_meta(*stats_shape(tokens)), on_meta()
+    pooled = on_meta(256, width if pool else 0)
+    started += triton.forward_launches(
+        tokens, prepared, teacher, loss, 1.0, scalar, pooled, stats, cut
+    )
+    needs = [True, True, *(vector is not None for vector in vectors)]
+    work = triton.GradientWork(tokens, projection, prepared, teacher, loss, 1.0, stats, needs, cut)
+    upstream = triton.PooledUpstream(pooled, tokens, prepared) if pool else None
+    started += [] if upstream is None else upstream.launches
+    band = work.bands()[1]
+    return [*started, *work.launches(band, scalar, upstream), *work.finish_launches()]
+
+
+def check(launch, arch: int) -> aot.Compiled:
+    compiled = aot.compile_launch(launch, arch)
+    name = launch.kernel.__name__
+    assert compiled.stack == 0, name
+    assert compiled.shared <= SHARED[arch], name
+    assert compiled.registers * 32 * launch.num_warps <= 65536, name
+    return compiled
+
+
+@pytest.mark.parametrize("arch", aot.ARCHS)
+@pytest.mark.parametrize("loss", LOSSES)
+def test_every_kernel_fits_without_spilling(loss, arch):
+    for launch in launches(WIDTHS["tiny"], loss, torch.bfloat16, arch):
+        check(launch, arch)
+
+
+@pytest.mark.parametrize("arch", aot.ARCHS)
+@pytest.mark.parametrize("widths", [WIDTHS["small"], WIDTHS["uneven"]], ids=["small", "uneven"])
+def test_other_widths_fit_without_spilling(widths, arch):
+    for launch in launches(widths, "spectral", torch.bfloat16, arch):
+        check(launch, arch)
+
+
+@pytest.mark.parametrize("arch", aot.ARCHS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+def test_other_dtypes_fit_without_spilling(dtype, arch):
+    for launch in launches(WIDTHS["tiny"], "spectral", dtype, arch):
+        check(launch, arch)
+
+
+@pytest.mark.parametrize("parts", [(), ("bias",), ("bias", "norm_weight")], ids=str)
+def test_other_options_fit_without_spilling(parts):
+    for launch in launches(WIDTHS["tiny"], "cosine", torch.bfloat16, 90, pool=False, parts=parts):
+        check(launch, 90)
+
+
+def test_products_run_on_the_tensor_cores_of_an_h100():
+    products = {"forward", "token_gradient", "weight_gradient"}
+    for launch in launches(WIDTHS["tiny"], "spectral", torch.bfloat16, 90):
+        if launch.kernel.__name__ in products:
+            assert "wgmma.mma_async" in check(launch, 90).ptx
+            products.discard(launch.kernel.__name__)
+    assert not products
+
+
+def test_tokens_and_teacher_come_in_16_bytes_at_once():
+    for launch in launches(WIDTHS["tiny"], "mse", torch.bfloat16, 90):
+        if launch.kernel.__name__ in ("forward", "token_gradient"):
+            assert "ld.global.v4.b32" in check(launch, 90).ptx
