@@ -8,6 +8,7 @@ machine drifts for all of them. Every file written names machine, versions and c
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import platform
@@ -50,18 +51,24 @@ class Case:
         name: what is computed, on which shape.
         bytes: least traffic of the scheme in use; its formula stands where the case is made.
         providers: the competitors.
+        flops: of the scheme's matrix products, where they may be what limits it.
+        dtype: of the products' operands.
     """
 
     name: str
     bytes: int
     providers: list[Provider] = field(default_factory=list)
+    flops: int = 0
+    dtype: torch.dtype = torch.float32
 
 
 @dataclass
 class Row:
-    """A result: milliseconds, traffic, share of the copy roofline, peak extra memory, speed-up.
+    """A result: milliseconds, traffic, share of the roofline, peak extra memory, speed-up.
 
-    Rates are of the median; the quartiles say how quiet the machine was.
+    The roofline is the longer of the times that a plain copy would take for the bytes and a large
+    matrix product for the flops. Rates are of the median; the quartiles say how quiet the machine
+    was.
     """
 
     case: str
@@ -95,9 +102,15 @@ def run(title: str, cases: Sequence[Case], options: argparse.Namespace) -> list[
     print(f"{title} on {machine(options.device)}; copy bandwidth {bandwidth / 1e9:.0f} GB/s")
     print(f"{'':44}{'ms':>10}{'GB/s':>8}{'roofline':>10}{'peak MB':>9}{'speed-up':>10}")
     rows = []
+    products: dict[torch.dtype, float] = {}
     for case in cases:
         print(case.name)
-        for row in _run_case(case, options.device, rounds, bandwidth):
+        limit = case.bytes / bandwidth
+        if case.flops:
+            rate = product_rate(case.dtype, options.device, options.smoke)
+            products[case.dtype] = rate
+            limit = max(limit, case.flops / rate)
+        for row in _run_case(case, options.device, rounds, limit):
             rows.append(row)
             ratio = "" if row.speedup is None else f"{row.speedup:.2f}x"
             print(
@@ -109,11 +122,11 @@ def run(title: str, cases: Sequence[Case], options: argparse.Namespace) -> list[
     if unsteady and not options.smoke:
         print(f"UNSTEADY: {len(unsteady)} of {len(rows)} rows have quartiles 30 % apart or more")
     if options.output is not None:
-        save(options.output, title, options.device, bandwidth, rows)
+        save(options.output, title, options.device, bandwidth, products, rows)
     return rows
 
 
-def _run_case(case: Case, device: str, rounds: int, bandwidth: float) -> list[Row]:
+def _run_case(case: Case, device: str, rounds: int, limit: float) -> list[Row]:
     runs = {provider.name: provider.run for provider in case.providers}
     peaks = {name: peak_extra_bytes(work, device) for name, work in runs.items()}
     times = time_cuda(runs, rounds) if device == "cuda" else time_cpu(runs, rounds)
@@ -131,7 +144,7 @@ def _run_case(case: Case, device: str, rounds: int, bandwidth: float) -> list[Ro
                 lower_quartile=lower * 1e3,
                 upper_quartile=upper * 1e3,
                 gigabytes_per_second=case.bytes / seconds / 1e9,
-                roofline_percent=100 * case.bytes / bandwidth / seconds,
+                roofline_percent=100 * limit / seconds,
                 peak_megabytes=peaks[provider.name] / 1e6,
                 speedup=ratio,
             )
@@ -213,6 +226,17 @@ def copy_bandwidth(device: str, smoke: bool = False) -> float:
     return 2 * source.nbytes / statistics.median(timer(copies, 5)["copy"])
 
 
+@functools.cache
+def product_rate(dtype: torch.dtype, device: str, smoke: bool = False) -> float:
+    """Floating-point operations per second of a large matrix product."""
+    size = 256 if smoke else 8192 if device == "cuda" else 2048
+    left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    products = {"product": lambda: left @ right}
+    products["product"]()
+    timer = time_cuda if device == "cuda" else time_cpu
+    return 2 * size**3 / statistics.median(timer(products, 5)["product"])
+
+
 def machine(device: str) -> str:
     """The processor that was measured."""
     if device == "cuda":
@@ -237,7 +261,14 @@ def commit() -> str:
     return f"{name} with changes" if dirty else name
 
 
-def save(path: Path, title: str, device: str, bandwidth: float, rows: list[Row]) -> None:
+def save(
+    path: Path,
+    title: str,
+    device: str,
+    bandwidth: float,
+    products: dict[torch.dtype, float],
+    rows: list[Row],
+) -> None:
     """Write rows with everything needed to read them later."""
     record = {
         "benchmark": title,
@@ -251,6 +282,9 @@ def save(path: Path, title: str, device: str, bandwidth: float, rows: list[Row])
         "commit": commit(),
         "command": " ".join(["python", *sys.argv]),
         "copy_gigabytes_per_second": bandwidth / 1e9,
+        "product_teraflops_per_second": {
+            str(dtype).removeprefix("torch."): rate / 1e12 for dtype, rate in products.items()
+        },
         "load_average": os.getloadavg()[0],
         "rows": [asdict(row) for row in rows],
     }

@@ -9,7 +9,7 @@ import argparse
 
 import torch
 
-from fastkd.ops import feature_kd
+from fastkd.ops import feature_kd, lift_kd
 from fastkd.ops.feature_kd.reference import LOSSES
 
 # [B, H, W, Ds], Dt: whole packs, odd everything, pooled by two, pooled with overlapping windows
@@ -31,12 +31,34 @@ def run_feature_kd(device: str, backend: str) -> int:
     return runs
 
 
+def run_lift_kd(device: str, backend: str) -> int:
+    """The paper's widths, tokens that fill no tile, every loss, both forms."""
+    runs = 0
+    for batch, height, width in ((3, 5, 7), (2, 14, 14), (20, 1, 1)):
+        for loss in LOSSES:
+            for dtype in (torch.float16, torch.bfloat16):
+                for pool in (False, True):
+                    tokens = torch.randn(batch, height * width, 192, device=device).to(dtype)
+                    teacher = torch.randn(batch, height * width, 384, device=device).to(dtype)
+                    weight = torch.randn(384, 192, device=device)
+                    vectors = [torch.randn(384, device=device) for _ in range(3)]
+                    leaves = [x.requires_grad_() for x in (tokens, weight, *vectors)]
+                    options = {"grid": (height, width), "pool": pool, "backend": backend}
+                    result = lift_kd(tokens, weight, teacher, *vectors, loss=loss, **options)
+                    total = result[0] + result[1].sum() if pool else result
+                    torch.autograd.grad(total, leaves)
+                    runs += 1
+    return runs
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cuda")
     options = parser.parse_args()
     backend = "cuda" if options.device == "cuda" else "torch"
-    print(f"feature_kd: {run_feature_kd(options.device, backend)} runs on backend {backend!r}")
+    for operator in (run_feature_kd, run_lift_kd):
+        name = operator.__name__.removeprefix("run_")
+        print(f"{name}: {operator(options.device, backend)} runs on backend {backend!r}")
 
 
 if __name__ == "__main__":

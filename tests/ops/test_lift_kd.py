@@ -580,6 +580,20 @@ def test_on_a_cpu_it_takes_a_quarter_of_eagers_memory_however_many_tokens():
     assert large + 64 * 196 * 192 * 4 <= eager / 4
 
 
+def test_tuning_keeps_the_fastest_configuration_that_fits(monkeypatch):
+    tiles = pytest.importorskip("fastkd.ops.lift_kd.tiles")
+    from fastkd.ops.lift_kd import tuning
+
+    milliseconds = dict.fromkeys(tiles.CANDIDATES, 2.0)
+    milliseconds |= {tiles.HALF: 3.0, tiles.CANDIDATES[3]: 1.0, tiles.FLOAT: float("inf")}
+    monkeypatch.setattr(tuning, "_milliseconds", lambda tile, *rest: milliseconds[tile])
+    problem = draw(*SHAPES["small"])
+    projection = Projection(problem.parameters["weight"], None, None, None, 1e-6, torch.bfloat16)
+    search = (problem.tokens, projection, "mse", tiles.HALF, None)
+    assert tuning._search(*search) == tiles.CANDIDATES[3]
+    assert tuning.tuned(*search) == tiles.HALF  # not asked for
+
+
 FLAT = (torch.randn(2, 9, 8), torch.randn(12, 8), torch.randn(2, 9, 12))
 
 
