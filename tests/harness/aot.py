@@ -49,6 +49,7 @@ def compile_launch(launch: KernelLaunch, arch: int) -> Compiled:
     from triton.compiler import ASTSource
 
     names = launch.kernel.arg_names
+    general = {param.name for param in launch.kernel.params if param.do_not_specialize}
     signature: dict[str, str] = {}
     constants = dict(launch.constants)
     attributes = {}
@@ -63,11 +64,11 @@ def compile_launch(launch: KernelLaunch, arch: int) -> Compiled:
                 attributes[(place,)] = _DIVISIBLE
         elif isinstance(value, float):
             signature[name] = "fp32"
-        elif value == 1:
+        elif value == 1 and name not in general:
             signature[name], constants[name] = "constexpr", 1
         else:
             signature[name] = "i32" if abs(value) < 2**31 else "i64"
-            if value % 16 == 0:
+            if value % 16 == 0 and name not in general:
                 attributes[(place,)] = _DIVISIBLE
     source = ASTSource(launch.kernel, signature, constants, attributes)
     compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=launch.options)

@@ -16,8 +16,8 @@ from fastkd.ops.lift_kd.projection import Gradients, Projection
 from fastkd.ops.lift_kd.reference import stats_shape
 
 WIDTHS = ((192, 384),)  # (Ds, Dt) of the compiled kernels: W must fit into shared memory
-HOST_WIDTHS = (*WIDTHS, (64, 128))  # compiled for CPU tensors, as tests do: a quick one, too
-SHARED_BYTES = 193_536  # of the largest kernel
+HOST_WIDTHS = (*WIDTHS, (32, 64))  # compiled for CPU tensors, as tests do: a quick one, too
+SHARED_BYTES = 212_512  # per block of the largest kernel: W, exchanged sums, column sums
 TILE_ROWS = 16  # csrc/lift_kd.h's kLiftTileRows
 WORKERS = 4  # kLiftWorkers, per block
 WEIGHT_SPLITS = 22  # kWeightSplits
@@ -38,10 +38,10 @@ torch.library.define(
 torch.library.define(
     "fastkd::_lift_kd_gradients",
     f"(Tensor upstream, Tensor pooled_upstream, {_INPUTS}, Tensor(a!) packed, Tensor(b!) vectors, "
-    "Tensor(c!) loss_parts, Tensor(d!) norm_parts, Tensor(e!) slopes, Tensor(f!) weight_parts, "
-    "Tensor(g!) bias_parts, Tensor(h!) result, Tensor(i!) tokens_gradient, "
-    "Tensor(j!) weight_gradient, Tensor(k!) bias_gradient, Tensor(l!) norm_weight_gradient, "
-    "Tensor(m!) norm_bias_gradient) -> ()",
+    "Tensor(c!) loss_parts, Tensor(d!) column_parts, Tensor(e!) slopes, "
+    "Tensor(f!) weight_parts, Tensor(g!) result, Tensor(h!) tokens_gradient, "
+    "Tensor(i!) weight_gradient, Tensor(j!) bias_gradient, Tensor(k!) norm_weight_gradient, "
+    "Tensor(l!) norm_bias_gradient) -> ()",
 )
 
 
@@ -94,10 +94,10 @@ def forward(
     beta: float,
     pool: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As `reference.forward`; at most four launches, no synchronisation."""
+    """As `reference.forward`; a fill and at most four launches, no synchronisation."""
     batch, width = tokens.shape[0], projection.width
     blocks = _blocks(tokens)
-    stats = _floats(tokens, *stats_shape(tokens)).fill_(float("nan"))
+    stats = _floats(tokens, *stats_shape(tokens)).zero_()
     result = _floats(tokens) if teacher is not None else tokens.new_zeros((), dtype=torch.float32)
     pooled = _floats(tokens, batch, width if pool else 0)
     if teacher is None and not pool:
@@ -121,7 +121,7 @@ def one_pass(
     beta: float,
     needs: Sequence[bool],
 ) -> tuple[Tensor, Gradients]:
-    """As `reference.one_pass`; four launches, two more per further chunk, no synchronisation."""
+    """As `reference.one_pass`; five launches, two more per further chunk, no synchronisation."""
     result = _floats(tokens)
     gradients = _differentiate(
         tokens, projection, teacher, loss, beta, _absent(tokens), _absent(tokens), result, needs
@@ -141,14 +141,14 @@ def backward(
     needs: Sequence[bool],
 ) -> Gradients:
     """As `reference.backward`; launches as `one_pass` does. The statistics are not needed."""
-    if upstream is None:
-        teacher = None
-    upstreams = [
+    if upstream is None or teacher is None:
+        upstream = teacher = None
+    of_loss, of_pooled = (
         _absent(tokens) if x is None else x.to(torch.float32).contiguous()
-        for x in (upstream if teacher is not None else None, pooled_upstream)
-    ]
+        for x in (upstream, pooled_upstream)
+    )
     return _differentiate(
-        tokens, projection, teacher, loss, beta, *upstreams, _absent(tokens), needs
+        tokens, projection, teacher, loss, beta, of_loss, of_pooled, _absent(tokens), needs
     )
 
 
@@ -166,21 +166,19 @@ def _differentiate(
     gradients = projection.empty_gradients(tokens, needs)
     width, student_width = projection.weight.shape
     blocks = _blocks(tokens)
-    of_linear = gradients[1].numel() > 0 or gradients[2].numel() > 0
-    of_norm = gradients[3].numel() > 0 or gradients[4].numel() > 0
-    splits = WEIGHT_SPLITS if of_linear else 0
+    of_weight = gradients[1].numel() > 0
+    of_vectors = any(gradient.numel() > 0 for gradient in gradients[2:])
     torch.ops.fastkd._lift_kd_gradients(
         upstream,
         pooled_upstream,
         *_inputs(tokens, projection, teacher, loss, beta),
         *_workspace(tokens, projection),
         _floats(tokens, blocks),
-        _floats(tokens, blocks if of_norm else 0, 2, width),
+        _floats(tokens, blocks if of_vectors else 0, 3, width),
         tokens.new_empty(
-            (_slope_rows(tokens, projection) if of_linear else 0, width), dtype=projection.compute
+            (_slope_rows(tokens, projection) if of_weight else 0, width), dtype=projection.compute
         ),
-        _floats(tokens, splits, width, student_width),
-        _floats(tokens, splits, width),
+        _floats(tokens, WEIGHT_SPLITS if of_weight else 0, width, student_width),
         result,
         *gradients,
     )

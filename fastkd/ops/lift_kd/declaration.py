@@ -200,7 +200,9 @@ def one_pass(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Loss, and the gradients of tokens, weight, bias, norm weight and norm bias."""
-    projection = Projection(weight, bias, norm_weight, norm_bias, eps, compute)
+    projection = Projection(
+        weight, bias, norm_weight, norm_bias, eps, compute, exact_gradients=True
+    )
     if tokens.shape[0] == 0:
         zero = tokens.new_zeros((), dtype=projection.accumulator)
         return zero, *_zero_gradients(tokens, projection, needs)
@@ -225,13 +227,16 @@ def _(
     needs: Sequence[bool],
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    projection = Projection(weight, bias, norm_weight, norm_bias, eps, compute)
+    projection = Projection(
+        weight, bias, norm_weight, norm_bias, eps, compute, exact_gradients=True
+    )
     value = tokens.new_empty((), dtype=projection.accumulator)
     return value, *projection.empty_gradients(tokens, needs)
 
 
 def _keep_gradients(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.needs = inputs[-2]
+    ctx.dtypes = [x.dtype for x, needed in zip(inputs[:5], ctx.needs, strict=True) if needed]
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)  # or zeros of the gradients' sizes would be made for them
     ctx.save_for_backward(*output[1:])
@@ -243,7 +248,8 @@ def _scale_gradients(
     if upstream is None:
         return (None,) * 12
     kept = [g for g, needed in zip(ctx.saved_tensors, ctx.needs, strict=True) if needed]
-    gradients = iter(scaled(kept, upstream))
+    products = zip(scaled(kept, upstream), ctx.dtypes, strict=True)
+    gradients = (gradient.to(dtype) for gradient, dtype in products)
     return *[next(gradients) if needed else None for needed in ctx.needs], *[None] * 7
 
 
@@ -289,7 +295,14 @@ def _(
 def _implementations() -> dict[str, LiftImplementation]:
     implementations = {
         "torch": LiftImplementation(reference.forward, reference.backward),
-        "cuda": LiftImplementation(cuda.forward, cuda.backward, cuda.refuses, False, cuda.one_pass),
+        "cuda": LiftImplementation(
+            cuda.forward,
+            cuda.backward,
+            cuda.refuses,
+            proven=False,
+            one_pass=cuda.one_pass,
+            checked_widths=(192, 384),
+        ),
     }
     if importlib.util.find_spec("triton") is not None:
         from fastkd.ops.lift_kd import triton

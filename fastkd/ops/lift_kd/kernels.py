@@ -131,7 +131,7 @@ def _half_row_sums(same, d, HALF_ROW: tl.constexpr):
     return sums
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_tile"])  # one compilation for all bands
 def forward(
     tokens, weight, bias, norm_weight, norm_bias, teacher, stats, partials, pooled, lifted,
     token_count, first_tile, tile_rows, image_tokens, grid_width, images,
@@ -277,7 +277,7 @@ def _slope(d, same, beta, inverse_half_row, LOSS: tl.constexpr, HALF_ROW: tl.con
     return slope
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_tile"])
 def token_gradient(
     upstream, pooled_upstream, pooled_projected, tokens, weight, bias, norm_weight, norm_bias,
     teacher, stats, gradient, slopes, columns,
@@ -462,7 +462,7 @@ def pooled_projection(
         tl.store(target + channels, constant / width, mask=image < images)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_position", "band_tokens"])
 def weight_gradient(
     tokens, slopes, partials,
     first_position, band_tokens, split_tokens, image_tokens, grid_width, channels, width,

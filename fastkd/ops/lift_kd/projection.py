@@ -24,6 +24,8 @@ class Projection:
         norm_bias: [Dt] or None.
         eps: of the LayerNorm.
         compute: dtype in which matrix products take their operands; sums are in `accumulator`.
+        exact_gradients: hand the parameters' gradients out in the accumulator's dtype, because they
+            will be scaled before they are rounded to the parameters' own.
     """
 
     weight: Tensor
@@ -32,6 +34,7 @@ class Projection:
     norm_bias: Tensor | None
     eps: float
     compute: torch.dtype
+    exact_gradients: bool = False
 
     @property
     def width(self) -> int:
@@ -49,8 +52,21 @@ class Projection:
 
     def empty_gradients(self, tokens: Tensor, needs: Sequence[bool]) -> Gradients:
         """Uninitialised gradients like their inputs; without elements where they are not needed."""
-        gradients = [
-            torch.empty_like(x) if needed and x is not None else tokens.new_empty(0)
-            for x, needed in zip((tokens, *self.parameters()), needs, strict=True)
-        ]
-        return tuple(gradients)  # type: ignore[return-value]
+        dtype = self.accumulator if self.exact_gradients else None
+        return (
+            _empty_like(tokens, needs[0]),
+            _empty_like(self.weight, needs[1], dtype),
+            _empty_like(self.bias, needs[2], dtype, tokens),
+            _empty_like(self.norm_weight, needs[3], dtype, tokens),
+            _empty_like(self.norm_bias, needs[4], dtype, tokens),
+        )
+
+
+def _empty_like(
+    x: Tensor | None, needed: bool, dtype: torch.dtype | None = None, other: Tensor | None = None
+) -> Tensor:
+    if x is None or not needed:
+        source = other if x is None else x
+        assert source is not None
+        return source.new_empty(0)
+    return torch.empty_like(x, dtype=dtype)
