@@ -249,7 +249,7 @@ def _output_dtype(tokens: Tensor, norm_weight: Tensor | None, compute: torch.dty
 
 
 def _autocasts(device: str) -> bool:
-    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return device != "meta" and torch.is_autocast_enabled(device)  # which meta refuses to answer
 
 
 def _check_tokens(function: str, name: str, tokens: Tensor) -> None:
