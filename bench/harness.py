@@ -105,6 +105,7 @@ def run(title: str, cases: Sequence[Case], options: argparse.Namespace) -> list[
     products: dict[torch.dtype, float] = {}
     for case in cases:
         print(case.name)
+        torch._dynamo.reset()  # or its limit on recompilations makes late cases eager
         limit = case.bytes / bandwidth
         if case.flops:
             rate = product_rate(case.dtype, options.device, options.smoke)
@@ -117,12 +118,14 @@ def run(title: str, cases: Sequence[Case], options: argparse.Namespace) -> list[
                 f"  {row.provider:<42}{row.milliseconds:>10.3f}{row.gigabytes_per_second:>8.0f}"
                 f"{row.roofline_percent:>9.0f}%{row.peak_megabytes:>9.1f}{ratio:>10}"
             )
+        if options.output is not None:  # after every case: a run that is cut short leaves rows
+            save(options.output, title, options.device, bandwidth, products, rows)
     print("speed-up: against the fastest baseline of the same case")
     unsteady = [row for row in rows if row.upper_quartile > 1.3 * row.lower_quartile]
     if unsteady and not options.smoke:
         print(f"UNSTEADY: {len(unsteady)} of {len(rows)} rows have quartiles 30 % apart or more")
     if options.output is not None:
-        save(options.output, title, options.device, bandwidth, products, rows)
+        print(f"wrote {options.output}")
     return rows
 
 
@@ -292,4 +295,3 @@ def save(
     partial = path.with_suffix(".partial")
     partial.write_text(json.dumps(record, indent=1) + "\n")
     partial.replace(path)
-    print(f"wrote {path}")

@@ -1,4 +1,4 @@
-"""Runs every CUDA C++ kernel once on small odd shapes, to be watched by compute-sanitizer.
+"""Runs every kernel of a backend on small odd shapes, to be watched by compute-sanitizer.
 
 compute-sanitizer --tool memcheck python bench/sanitize.py
 """
@@ -34,28 +34,34 @@ def run_feature_kd(device: str, backend: str) -> int:
 def run_lift_kd(device: str, backend: str) -> int:
     """The paper's widths, tokens that fill no tile, every loss, both forms."""
     runs = 0
+    widths = [(192, 384)] if backend == "cuda" else [(192, 384), (300, 72)]
     for batch, height, width in ((3, 5, 7), (2, 14, 14), (20, 1, 1)):
-        for loss in LOSSES:
-            for dtype in (torch.float16, torch.bfloat16):
-                for pool in (False, True):
-                    tokens = torch.randn(batch, height * width, 192, device=device).to(dtype)
-                    teacher = torch.randn(batch, height * width, 384, device=device).to(dtype)
-                    weight = torch.randn(384, 192, device=device)
-                    vectors = [torch.randn(384, device=device) for _ in range(3)]
-                    leaves = [x.requires_grad_() for x in (tokens, weight, *vectors)]
-                    options = {"grid": (height, width), "pool": pool, "backend": backend}
-                    result = lift_kd(tokens, weight, teacher, *vectors, loss=loss, **options)
-                    total = result[0] + result[1].sum() if pool else result
-                    torch.autograd.grad(total, leaves)
-                    runs += 1
+        for narrow, wide in widths:
+            for loss in LOSSES:
+                for dtype in (torch.float16, torch.bfloat16):
+                    for pool in (False, True):
+                        tokens = torch.randn(batch, height * width, narrow, device=device)
+                        teacher = torch.randn(batch, height * width, wide, device=device)
+                        tokens, teacher = tokens.to(dtype), teacher.to(dtype)
+                        weight = torch.randn(wide, narrow, device=device)
+                        vectors = [torch.randn(wide, device=device) for _ in range(3)]
+                        leaves = [x.requires_grad_() for x in (tokens, weight, *vectors)]
+                        result = lift_kd(
+                            tokens, weight, teacher, *vectors,
+                            loss=loss, grid=(height, width), pool=pool, backend=backend,
+                        )  # fmt: skip
+                        total = result[0] + result[1].sum() if pool else result
+                        torch.autograd.grad(total, leaves)
+                        runs += 1
     return runs
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cuda")
+    parser.add_argument("--backend", help="cuda or triton; by default cuda on a GPU, else torch")
     options = parser.parse_args()
-    backend = "cuda" if options.device == "cuda" else "torch"
+    backend = options.backend or ("cuda" if options.device == "cuda" else "torch")
     for operator in (run_feature_kd, run_lift_kd):
         name = operator.__name__.removeprefix("run_")
         print(f"{name}: {operator(options.device, backend)} runs on backend {backend!r}")

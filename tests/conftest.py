@@ -18,6 +18,15 @@ GPU = torch.cuda.is_available()
 REQUIRED = os.environ.get("FASTKD_REQUIRE", "").split(",")
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """FASTKD_SHARD=i/n keeps every n-th test: several processes then compile kernels at once."""
+    shard, _, shards = os.environ.get("FASTKD_SHARD", "").partition("/")
+    if shards:
+        kept = items[int(shard) :: int(shards)]
+        config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+        items[:] = kept
+
+
 def skip_or_fail(what: str, reason: str) -> None:
     """Skip a test that lacks something; fail it where FASTKD_REQUIRE (a,b,c) says it must be there.
 

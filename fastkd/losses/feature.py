@@ -12,7 +12,13 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
-from fastkd.losses.projectors import PROJECTORS, check_widths, linear_projector, pool_side
+from fastkd.losses.projectors import (
+    PROJECTORS,
+    check_widths,
+    has_hooks,
+    linear_projector,
+    pool_side,
+)
 from fastkd.ops import feature_kd, lift_kd
 from fastkd.tokens import RESAMPLE_MODES, Tokens, match_grids
 
@@ -160,12 +166,23 @@ class FeatureKD(nn.Module):
         check_widths(self.projector, self.pairs[index], student.dim, teacher.dim)
         grid = student.grid
         if self.projector == "linear":
-            layer = cast(nn.Linear, self.projectors[index])
-            return lift_kd(
-                student.data, layer.weight, teacher.data, layer.bias, grid=grid, **self.options
-            )
+            return self._projected_distance(self.projectors[index], student, teacher)
         pool = pool_side(student.dim, teacher.dim) if self.projector == "pool" else "none"
         return feature_kd(student.data, teacher.data, grid=grid, pool=pool, **self.options)
+
+    def _projected_distance(self, layer: nn.Module, student: Tokens, teacher: Tokens) -> Tensor:
+        if type(layer) is nn.Linear and not has_hooks(layer):
+            distance = lift_kd(
+                student.data,
+                layer.weight,
+                teacher.data,
+                layer.bias,
+                grid=student.grid,
+                **self.options,
+            )
+            return cast(Tensor, distance)
+        # Someone has exchanged it, or listens to it: only calling it does what was meant.
+        return feature_kd(layer(student.data), teacher.data, grid=student.grid, **self.options)
 
     def extra_repr(self) -> str:
         """Options, for ``print``."""

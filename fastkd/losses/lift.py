@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fastkd.losses.feature import FEATURE_LOSSES
-from fastkd.losses.projectors import init_linear
+from fastkd.losses.projectors import has_hooks, init_linear
 from fastkd.ops import lift, lift_kd
 from fastkd.tokens import RESAMPLE_MODES, Tokens, match_grids
 
@@ -137,16 +137,6 @@ class Lift(nn.Module):
             "norm_bias": None if norm is None else norm.bias,
             "eps": 0.0 if norm is None else norm.eps,
         }
-
-
-def has_hooks(module: nn.Module) -> bool:
-    """Whether calling the module runs hooks."""
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-    )
 
 
 class LiftKD(nn.Module):

@@ -80,3 +80,13 @@ def init_linear(layer: nn.Linear) -> None:
     nn.init.trunc_normal_(layer.weight, std=0.02)
     if layer.bias is not None:
         nn.init.zeros_(layer.bias)
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether calling the module runs hooks."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    )

@@ -28,7 +28,8 @@ from timm.models.vision_transformer import (
 )
 from torch import Tensor, nn
 
-from fastkd.losses.lift import Lift, has_hooks
+from fastkd.losses.lift import Lift
+from fastkd.losses.projectors import has_hooks
 from fastkd.models.zoo import build_timm_model
 
 __all__ = [

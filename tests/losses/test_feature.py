@@ -87,11 +87,12 @@ def test_linear_has_the_gradients_of_its_layer_before_the_distance(loss):
         torch.testing.assert_close(ours, theirs)
 
 
-def test_linear_never_calls_its_layer_and_so_writes_no_projected_map():
+def test_linear_never_calls_its_layer_and_so_writes_no_projected_map(monkeypatch):
     term = FeatureKD(
         pairs=((0, 0),), projector="linear", student_dims={0: 6}, teacher_dims={0: 10}
     ).double()
-    term.projectors[0].register_forward_hook(lambda *_: pytest.fail("the projected map is written"))
+    failing = lambda *_: pytest.fail("the projected map is written")  # noqa: E731
+    monkeypatch.setattr(torch.nn.Linear, "forward", failing)
     term({0: tokens(0, 6)}, {0: tokens(1, 10)}).backward()
 
 
@@ -189,3 +190,28 @@ def test_unknown_options_are_refused(option):
 )
 def test_pool_side_is_the_wider_one(dims, side):
     assert pool_side(*dims) == side
+
+
+class Doubled(torch.nn.Linear):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 2 * super().forward(x)
+
+
+def test_an_exchanged_projector_is_called():
+    student, teacher = tokens(0), tokens(1, dim=8)
+    term = FeatureKD("mse", ((11, 23),), projector="linear", student_dims={11: 6},
+                     teacher_dims={23: 8}).double()  # fmt: skip
+    layer = Doubled(6, 8).double()
+    term.projectors[0] = layer
+    expected = F.mse_loss(layer(student.data), teacher.data)
+    torch.testing.assert_close(term({11: student}, {23: teacher}), expected)
+
+
+def test_hooks_on_a_projector_run():
+    student, teacher = tokens(0), tokens(1, dim=8)
+    term = FeatureKD("mse", ((11, 23),), projector="linear", student_dims={11: 6},
+                     teacher_dims={23: 8}).double()  # fmt: skip
+    seen = []
+    term.projectors[0].register_forward_hook(lambda *arguments: seen.append(1))
+    term({11: student}, {23: teacher})
+    assert seen

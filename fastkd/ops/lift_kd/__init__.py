@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastkd.ops import maps
+from fastkd.ops.backend import NAMES
 from fastkd.ops.feature_kd.reference import LOSSES
 from fastkd.ops.lift_kd import declaration
 from fastkd.ops.lift_kd.declaration import OPERATOR
@@ -98,15 +99,19 @@ def lift_kd(
     Lift student classifies (arXiv 2511.15572). z [B, N, Dt] is never allocated.
 
     Without ``pool`` the gradients are made in the forward, in one walk over both maps, and the
-    backward only scales them (not even that if the gradient that arrives is 1). With it, and in
-    float16, the backward computes z again, tile by tile. Only the gradients that are required are
+    backward only scales them; where the gradient that arrives is 1, it looks and is done (a
+    compiled or retained graph always multiplies). With it, and in float16, the backward computes z
+    again, tile by tile. Second derivatives are refused; forward-mode differentiation and
+    `torch.func` are not supported. Only the gradients that are required are
     computed, in a fixed order, so results are bitwise reproducible on one device. Nothing waits
     for the GPU, except the first call on a device model, dtypes and options, which checks the
     chosen kernel.
 
     Precision: products take their operands in autocast's dtype where autocast is on, else in
-    that of ``student_tokens``; parameters may be kept in another (float32 master weights). All
-    sums, the LayerNorm and the distance are in float32 (float64 if an input is float64).
+    that of ``student_tokens``; parameters may be kept in another (float32 master weights). The
+    LayerNorm, the distance and all sums over tokens are in float32 (float64 if an input is
+    float64). The fused backends keep products in float32 as well; the PyTorch one takes them as
+    `torch.nn.functional.linear` gives them.
 
     Args:
         student_tokens: [B, N, Ds] tokens or a [B, Ds, H, W] map, N >= 1; float16, bfloat16, float32
@@ -142,10 +147,11 @@ def lift_kd(
         raise ValueError(f"lift_kd: loss must be one of {LOSSES}, got {loss!r}")
     if not 0 <= beta < math.inf:
         raise ValueError(f"lift_kd: beta must be finite and >= 0, got {beta}")
+    _check_backend("lift_kd", backend)
     size = maps.grid_of("lift_kd", student_tokens, grid, loss == "spectral")
     tokens, teacher = maps.as_map(student_tokens, size), maps.as_map(teacher_tokens, size)
     parameters = weight, bias, norm_weight, norm_bias
-    compute = _compute_dtype(tokens, weight, teacher)
+    compute = _compute_dtype(tokens, teacher, *parameters)
     needs = _needs(tokens, *parameters)
     options = float(eps), loss, float(beta), compute
     # Loss scaling keeps float16 gradients from vanishing, but it arrives in the backward only.
@@ -195,9 +201,10 @@ def lift(
     """
     _check_tokens("lift", "tokens", tokens)
     _check_projection("lift", tokens, weight, bias, norm_weight, norm_bias, eps)
+    _check_backend("lift", backend)
     view = maps.as_map(tokens, maps.grid_of("lift", tokens, None, rows=False))
     parameters = weight, bias, norm_weight, norm_bias
-    compute = _compute_dtype(tokens, weight)
+    compute = _compute_dtype(tokens, *parameters)
     out_dtype = _output_dtype(tokens, norm_weight, compute)
     if pool:
         options = float(eps), "mse", 1.0, compute
@@ -233,12 +240,12 @@ def _needs(*inputs: Tensor | None) -> list[bool]:
     return [grad and x is not None and x.requires_grad for x in inputs]
 
 
-def _compute_dtype(*inputs: Tensor) -> torch.dtype:
+def _compute_dtype(tokens: Tensor, *others: Tensor | None) -> torch.dtype:
     """In which dtype products take their operands: autocast's, else that of the tokens."""
-    if torch.float64 in [x.dtype for x in inputs]:
+    if torch.float64 in [x.dtype for x in (tokens, *others) if x is not None]:
         return torch.float64
-    device = inputs[0].device.type
-    return torch.get_autocast_dtype(device) if _autocasts(device) else inputs[0].dtype
+    device = tokens.device.type
+    return torch.get_autocast_dtype(device) if _autocasts(device) else tokens.dtype
 
 
 def _output_dtype(tokens: Tensor, norm_weight: Tensor | None, compute: torch.dtype) -> torch.dtype:
@@ -250,6 +257,11 @@ def _output_dtype(tokens: Tensor, norm_weight: Tensor | None, compute: torch.dty
 
 def _autocasts(device: str) -> bool:
     return device != "meta" and torch.is_autocast_enabled(device)  # which meta refuses to answer
+
+
+def _check_backend(function: str, backend: str) -> None:
+    if backend not in NAMES:
+        raise ValueError(f"{function}: backend must be one of {NAMES}, got {backend!r}")
 
 
 def _check_tokens(function: str, name: str, tokens: Tensor) -> None:

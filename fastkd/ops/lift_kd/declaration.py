@@ -7,12 +7,14 @@ tokens), its backward, both in one pass, and the lifted tokens themselves.
 from __future__ import annotations
 
 import importlib.util
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from fastkd.ops.backend import Implementation, Operator
 from fastkd.ops.lift_kd import cuda, reference
@@ -235,7 +237,7 @@ def _(
 
 
 def _keep_gradients(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.needs = inputs[-2]
+    *_, ctx.needs, ctx.backend = inputs
     ctx.dtypes = [x.dtype for x, needed in zip(inputs[:5], ctx.needs, strict=True) if needed]
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)  # or zeros of the gradients' sizes would be made for them
@@ -248,7 +250,7 @@ def _scale_gradients(
     if upstream is None:
         return (None,) * 12
     kept = [g for g, needed in zip(ctx.saved_tensors, ctx.needs, strict=True) if needed]
-    products = zip(scaled(kept, upstream), ctx.dtypes, strict=True)
+    products = zip(scaled(kept, upstream, ctx.backend), ctx.dtypes, strict=True)
     gradients = (gradient.to(dtype) for gradient, dtype in products)
     return *[next(gradients) if needed else None for needed in ctx.needs], *[None] * 7
 
@@ -290,6 +292,29 @@ def _(
     backend: str,
 ) -> Tensor:
     return tokens.new_empty((*tokens.shape[:3], weight.shape[0]), dtype=out_dtype)
+
+
+def _product_flops(tokens_shape: Sequence[int], weight_shape: Sequence[int]) -> int:
+    return 2 * math.prod(tokens_shape[:3]) * math.prod(weight_shape)
+
+
+@register_flop_formula([torch.ops.fastkd.lift_kd, torch.ops.fastkd.lift])
+def _(tokens_shape: Any, weight_shape: Any, *_: Any, **__: Any) -> int:
+    """One product; what torch.utils.flop_counter counts of the layers, too."""
+    return _product_flops(tokens_shape, weight_shape)
+
+
+@register_flop_formula(torch.ops.fastkd.lift_kd_one_pass)
+def _(tokens_shape: Any, weight_shape: Any, *_: Any, **__: Any) -> int:
+    return 3 * _product_flops(tokens_shape, weight_shape)
+
+
+@register_flop_formula(torch.ops.fastkd.lift_kd_backward)
+def _(
+    _upstream: Any, _pooled: Any, tokens_shape: Any, weight_shape: Any, *_: Any, **__: Any
+) -> int:
+    """Two products; the third, which computes the lifted tokens again, is overhead."""
+    return 2 * _product_flops(tokens_shape, weight_shape)
 
 
 def _implementations() -> dict[str, LiftImplementation]:

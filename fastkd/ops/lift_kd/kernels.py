@@ -9,7 +9,9 @@ are centred over the outputs first: LN(W x) is then RMSNorm(W_c x), without a me
 minus its mean over the outputs.
 
 Moves per tile: tokens once, teacher once (twice in the one-pass form, from the L2 cache the second
-time), weight once per pass from the L2 cache. Registers and shared memory: tiles.py.
+time), weight once per pass from the L2 cache. sm_90, bf16, [., 192] -> 384 with LayerNorm: forward
+79 to 119 registers and 53 KB of shared memory, token_gradient 215 to 238 and 98 KB, weight_gradient
+64 and 49 KB; nothing is spilled (gates of tests/ops/test_lift_kd_compiled.py).
 """
 
 from __future__ import annotations

@@ -53,20 +53,13 @@ class Projection:
     def empty_gradients(self, tokens: Tensor, needs: Sequence[bool]) -> Gradients:
         """Uninitialised gradients like their inputs; without elements where they are not needed."""
         dtype = self.accumulator if self.exact_gradients else None
-        return (
-            _empty_like(tokens, needs[0]),
-            _empty_like(self.weight, needs[1], dtype),
-            _empty_like(self.bias, needs[2], dtype, tokens),
-            _empty_like(self.norm_weight, needs[3], dtype, tokens),
-            _empty_like(self.norm_bias, needs[4], dtype, tokens),
-        )
-
-
-def _empty_like(
-    x: Tensor | None, needed: bool, dtype: torch.dtype | None = None, other: Tensor | None = None
-) -> Tensor:
-    if x is None or not needed:
-        source = other if x is None else x
-        assert source is not None
-        return source.new_empty(0)
-    return torch.empty_like(x, dtype=dtype)
+        gradients = [torch.empty_like(tokens) if needs[0] else tokens.new_empty(0)]
+        for parameter, needed in zip(self.parameters(), needs[1:], strict=True):
+            if parameter is None or not needed:
+                gradients.append(tokens.new_empty(0))
+                continue
+            # Contiguous, because kernels write row by row, however the parameter lies in memory.
+            gradients.append(
+                torch.empty_like(parameter, dtype=dtype, memory_format=torch.contiguous_format)
+            )
+        return tuple(gradients)  # type: ignore[return-value]

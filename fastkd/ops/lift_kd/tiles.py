@@ -71,15 +71,16 @@ def default_tile(compute: torch.dtype, channels: int, capability: int) -> Tile:
 
     Args:
         compute: dtype of the products' operands.
-        channels: of the tokens; an odd number takes more registers for addresses.
-        capability: compute capability times ten.
+        channels: of the tokens; if no multiple of 16, addresses take more registers.
+        capability: compute capability times ten; 120 (consumer GPUs) has no wgmma or tcgen05.
 
     Returns:
         The tile; its ``rows`` also bound the grid rows that spectral can take.
     """
     if compute == torch.float32:
         return FLOAT
-    return HALF if capability >= 90 and channels % 8 == 0 else SMALL_HALF
+    large = 90 <= capability < 120 and channels % 16 == 0
+    return HALF if large else SMALL_HALF
 
 
 def capability(device: torch.device) -> int:

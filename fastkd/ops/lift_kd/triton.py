@@ -426,7 +426,10 @@ class GradientWork:
             shape = splits, *projection.weight.shape
             self.partials = tokens.new_empty(shape, dtype=torch.float32)
         if any(vectors):
-            self.columns = tokens.new_empty((cut.tiles, 3, width), dtype=torch.float32)
+            shape = cut.tiles, 3, width
+            # Without a norm there is nobody to write its weight's column sums.
+            fill = tokens.new_empty if prepared.normed else tokens.new_zeros
+            self.columns = fill(shape, dtype=torch.float32)
             self.sums = tokens.new_empty((3, width), dtype=torch.float32)
 
     def bands(self) -> list[Band]:
