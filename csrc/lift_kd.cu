@@ -284,7 +284,7 @@ Lift lift_of(const LiftKd& p, const LiftBuffers& buffers) {
   return lift;
 }
 
-// What is there as a kernel: calls body(width_tag, C{}).
+// Widths that there are kernels for.
 template <int In_, int Out_>
 struct Widths {
   static constexpr int In = In_, Out = Out_;
@@ -305,6 +305,7 @@ bool with_widths(int in, int out, Body&& body) {
   return false;
 }
 
+// Calls body(widths, C{}) for the widths and the dtype of the products.
 template <typename Body>
 void with_kernels(const LiftKd& p, Body&& body) {
   with_widths(p.tokens.channels, p.out, [&](auto widths) {
@@ -376,9 +377,11 @@ void lift_kd_forward(const LiftKd& p, const LiftBuffers& buffers, float* loss, f
   });
 }
 
-void lift_kd_gradients(const LiftKd& p, const float* upstream, const float* pooled_upstream,
+void lift_kd_gradients(const LiftKd& given, const float* upstream, const float* pooled_upstream,
                        const LiftBuffers& buffers, float* loss, const LiftGradients& gradients,
                        cudaStream_t stream) {
+  LiftKd p = given;
+  if (upstream == nullptr && loss == nullptr) p.teacher = {};  // nothing comes from its side
   with_kernels(p, [&](auto widths, auto compute) {
     using C = decltype(compute);
     constexpr int In = decltype(widths)::In, Out = decltype(widths)::Out;

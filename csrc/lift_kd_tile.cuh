@@ -54,12 +54,12 @@ struct Lift {
 struct Place {
   int worker, half, lane, g, q;
 
+  // The shuffle tells the compiler that all lanes have the same warp: nothing on it diverges.
   __device__ Place()
-      : worker(threadIdx.x / kWarpSize / 2),
-        half(threadIdx.x / kWarpSize % 2),
-        lane(threadIdx.x % kWarpSize),
-        g(lane / 4),
-        q(lane % 4) {}
+      : Place(__shfl_sync(kFullWarp, static_cast<int>(threadIdx.x) / kWarpSize, 0)) {}
+
+  __device__ explicit Place(int warp)
+      : worker(warp / 2), half(warp % 2), lane(threadIdx.x % kWarpSize), g(lane / 4), q(lane % 4) {}
 };
 
 // Two warps that wait for each other between writing and reading. Their buffers alternate: who
@@ -220,6 +220,7 @@ struct TeacherRows {
 template <int kGroups>
 struct TeacherRows<true, kGroups> {
   static constexpr int kAhead = kGroups < 3 ? kGroups : 3;
+  static_assert(kGroups % kAhead == 0);  // or the ring would meet its start at another place
   float ring[2][kAhead][kOctet];
   const float* rows[2];
 

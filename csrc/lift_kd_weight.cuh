@@ -110,6 +110,7 @@ __global__ void __launch_bounds__(kLiftThreads, 1) weight_gradient(WeightGradien
   for (int at = first; at < last; ++at) {
     const int buffer = (at - first) % 2;
     if (at + 1 < last) stage.fetch(p, (at + 1) * Tile::kRows, p.rows, output, input);
+    __syncwarp();  // lanes without a token to fetch are ahead
     const C* slopes = stages + buffer * Tile::kStage;
     const C* tokens = slopes + Tile::kRows * Tile::kOutputStride;
 #pragma unroll

@@ -347,6 +347,28 @@ def test_an_unused_output_has_no_part_in_the_gradient(backend, used):
     assert relative_error(found.cpu(), truth) < 2e-2
 
 
+def pooled_gradient_at_an_odd_address(tokens, teacher, parameters, backend: str):
+    tokens = tokens.detach().requires_grad_()
+    value, pooled = lift_kd(
+        tokens, teacher_tokens=teacher, **parameters, pool=True, backend=backend
+    )
+    # The gradient of the second half of a concatenation is a view that starts anywhere.
+    joined = torch.cat([pooled.new_zeros(3), pooled.flatten()])
+    return torch.autograd.grad(value + (joined * pooled_weights(joined)).sum(), tokens)[0]
+
+
+def test_the_pooled_gradient_may_start_at_any_address(backend):
+    problem = draw(*SHAPES["small"], ("norm_weight",)).to(torch.bfloat16)
+    inputs = (x.flatten(1, 2).to(backend.device) for x in (problem.tokens, problem.teacher))
+    parameters = {name: x.to(backend.device) for name, x in problem.parameters.items()}
+    found = backend.call(pooled_gradient_at_an_odd_address, *inputs, parameters, backend.name)
+    exact = problem.to(torch.float64)
+    truth = pooled_gradient_at_an_odd_address(
+        exact.tokens.flatten(1, 2), exact.teacher.flatten(1, 2), exact.parameters, "torch"
+    )
+    assert relative_error(found.cpu(), truth) < 2e-2
+
+
 @pytest.mark.parametrize("upstream", [1.0, 0.0, -3.0, 0.3])
 def test_the_one_pass_form_scales_by_what_arrives(backend, upstream):
     problem = draw(*SHAPES["small"]).to(torch.bfloat16)

@@ -34,6 +34,7 @@ GRIDS = {
     "whole_tiles": (3, 2, 16),
     "odd_rows": (2, 3, 9),  # spectral: a row a tile, one half row
     "more_workers_than_tiles": (1, 2, 5),
+    "several_stages": (2, 100, 16),  # of every run of rows that a block adds up for the weight
 }
 
 

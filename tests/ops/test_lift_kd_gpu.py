@@ -16,7 +16,7 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
 
-BATCH, TOKENS, NARROW, WIDE = 96, 196, 192, 384  # 18,816 tokens: more than one band
+BATCH, TOKENS, NARROW, WIDE = 160, 196, 192, 384  # 31,360 tokens: more than one band
 FORMS = pytest.mark.parametrize("pool", [False, True], ids=["one_pass", "pooled"])
 
 

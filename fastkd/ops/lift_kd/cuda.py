@@ -22,6 +22,7 @@ TILE_ROWS = 16  # csrc/lift_kd.h's kLiftTileRows
 WORKERS = 4  # kLiftWorkers, per block
 WEIGHT_SPLITS = 22  # kWeightSplits
 HOST_BLOCKS = 2  # CPU tensors: more than one, for partial sums to add up
+MAX_BLOCKS: int | None = None  # fewer than a GPU has multiprocessors: for small inputs to loop
 
 # Gradients of the Linear's outputs, kept for as many rows as stay in the L2 cache.
 SLOPE_BYTES = 20 << 20
@@ -144,8 +145,7 @@ def backward(
     if upstream is None or teacher is None:
         upstream = teacher = None
     of_loss, of_pooled = (
-        _absent(tokens) if x is None else x.to(torch.float32).contiguous()
-        for x in (upstream, pooled_upstream)
+        _absent(tokens) if x is None else _dense(x) for x in (upstream, pooled_upstream)
     )
     return _differentiate(
         tokens, projection, teacher, loss, beta, of_loss, of_pooled, _absent(tokens), needs
@@ -167,6 +167,7 @@ def _differentiate(
     width, student_width = projection.weight.shape
     blocks = _blocks(tokens)
     of_weight = gradients[1].numel() > 0
+    padded = loss == "spectral" and teacher is not None
     of_vectors = any(gradient.numel() > 0 for gradient in gradients[2:])
     torch.ops.fastkd._lift_kd_gradients(
         upstream,
@@ -176,7 +177,8 @@ def _differentiate(
         _floats(tokens, blocks),
         _floats(tokens, blocks if of_vectors else 0, 3, width),
         tokens.new_empty(
-            (_slope_rows(tokens, projection) if of_weight else 0, width), dtype=projection.compute
+            (_slope_rows(tokens, projection, padded) if of_weight else 0, width),
+            dtype=projection.compute,
         ),
         _floats(tokens, WEIGHT_SPLITS if of_weight else 0, width, student_width),
         result,
@@ -198,16 +200,26 @@ def _workspace(tokens: Tensor, projection: Projection) -> tuple[Tensor, Tensor]:
     return packed, _floats(tokens, 3, projection.width)
 
 
-def _slope_rows(tokens: Tensor, projection: Projection) -> int:
-    """Rows of a chunk: whole tiles, and all chunks of about the same size."""
+def _slope_rows(tokens: Tensor, projection: Projection, padded: bool) -> int:
+    """Rows of a chunk: a tile for each of the workers, as many times as the buffer may be large."""
     batch, height, width = tokens.shape[:3]
-    tiles = -(-batch * height * max(width, TILE_ROWS) // TILE_ROWS)  # spectral pads grid rows
-    limit = max(1, SLOPE_BYTES // (TILE_ROWS * projection.width * projection.compute.itemsize))
-    chunks = -(-tiles // limit)
-    return -(-tiles // chunks) * TILE_ROWS
+    if padded:  # spectral's tiles are whole grid rows, of 8 or 16 tokens
+        width = TILE_ROWS // 2 if width <= TILE_ROWS // 2 else TILE_ROWS
+    tiles = -(-batch * height * width // TILE_ROWS)
+    limit = SLOPE_BYTES // (TILE_ROWS * projection.width * projection.compute.itemsize)
+    workers = _blocks(tokens) * WORKERS
+    return min(tiles, max(limit // workers, 1) * workers) * TILE_ROWS
+
+
+def _dense(x: Tensor) -> Tensor:
+    """Contiguous float32 at a 16-byte address, as kernels load it; a view may start anywhere."""
+    x = x.to(torch.float32).contiguous()
+    return x if x.data_ptr() % 16 == 0 else x.clone()
 
 
 def _blocks(tokens: Tensor) -> int:
+    if MAX_BLOCKS is not None:
+        return MAX_BLOCKS
     if not tokens.is_cuda:
         return HOST_BLOCKS
     return torch.cuda.get_device_properties(tokens.device).multi_processor_count

@@ -50,8 +50,8 @@ class Tile:
 
 
 HALF = Tile(64, 64, 4, 4, forward=Loop(32, 8, 2), gradient=Loop(32, 8, 2))
-SMALL_HALF = Tile(32, 64, 4, 4, forward=Loop(32, 8, 2), gradient=Loop(32, 8, 2))
-FLOAT = Tile(32, 32, 0, 3, forward=Loop(32, 8, 2), gradient=Loop(16, 8, 2))
+SMALL_HALF = Tile(32, 64, 4, 4, forward=Loop(32, 4, 2), gradient=Loop(32, 8, 2))
+FLOAT = Tile(32, 32, 0, 2, forward=Loop(32, 8, 2), gradient=Loop(16, 8, 2))
 
 # What FASTKD_AUTOTUNE=1 tries besides the default; those that do not fit a GPU drop out there.
 CANDIDATES = (

@@ -238,6 +238,11 @@ T __shfl_xor_sync(unsigned, T value, int lane_mask) {
   return host_shim::exchange(value)[host_shim::lane() ^ lane_mask];
 }
 
+template <typename T>
+T __shfl_sync(unsigned, T value, int lane) {
+  return host_shim::exchange(value)[lane];
+}
+
 inline void __syncwarp() { host_shim::exchange(0); }
 
 inline float rsqrtf(float x) { return 1.f / std::sqrt(x); }
