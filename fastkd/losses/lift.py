@@ -152,7 +152,8 @@ class LiftKD(nn.Module):
         student_dim: channels of the student's tokens, Ds.
         teacher_dim: channels of the teacher's tokens, Dt.
         loss: the distance d: ``"mse"``, ``"spectral"``, ``"smooth_l1"`` or ``"cosine"``.
-        weight: what the caller multiplies the term with; kept here, not applied here.
+        weight: what the caller multiplies the loss with; kept here, not applied here. The Linear's
+            is ``projector.proj.weight``.
         bias: give the Linear a bias; the paper's has none.
         norm: have the LayerNorm.
         eps: of the LayerNorm.
@@ -227,8 +228,9 @@ class LiftKD(nn.Module):
             ValueError: widths, counts or grids do not fit.
         """
         student, teacher, grid = self._matched(student_tokens, teacher_tokens, grid)
-        self._check_width("student_tokens", student, self.projector.proj.in_features)
-        self._check_width("teacher_tokens", teacher, self.projector.proj.out_features)
+        width, channels = self.projector.operands()["weight"].shape
+        self._check_width("student_tokens", student, channels)
+        self._check_width("teacher_tokens", teacher, width)
         return self.projector.compare(
             student,
             teacher,
@@ -253,8 +255,9 @@ class LiftKD(nn.Module):
             ValueError: ``tokens`` have another number of channels.
         """
         data = tokens.data if isinstance(tokens, Tokens) else tokens
-        self._check_width("tokens", data, self.projector.proj.in_features)
-        return lift(data, **self.projector.operands(), pool=pool, backend=self.backend)
+        operands = self.projector.operands()
+        self._check_width("tokens", data, operands["weight"].shape[1])
+        return lift(data, **operands, pool=pool, backend=self.backend)
 
     def _matched(
         self, student: Tensor | Tokens, teacher: Tensor | Tokens, grid: Grid | None
@@ -281,4 +284,7 @@ class LiftKD(nn.Module):
 
     def extra_repr(self) -> str:
         """Options, for ``print``."""
-        return f"{self.loss}, weight={self.weight}, pool={self.pool}"
+        return (
+            f"{self.loss}, weight={self.weight}, beta={self.beta}, pool={self.pool}, "
+            f"resample={self.resample}, backend={self.backend}"
+        )

@@ -50,9 +50,9 @@ def check_widths(
             f"are: create the student with width={teacher_dim}"
         )
     raise ValueError(
-        f"FeatureKD: {where}; projector='none' needs equal widths: choose projector='linear' "
-        f"(learned, dropped at inference), 'pool' (averages the wider side), or a student "
-        f"variant 'lift' or 'widelast' with width={teacher_dim}"
+        f"FeatureKD: {where}; projector='none' needs equal widths: choose projector='lift' if the "
+        "student is a Lift already, 'linear' (learned, dropped at inference), 'pool' (averages the "
+        f"wider side), or a student variant 'lift' or 'widelast' with width={teacher_dim}"
     )
 
 

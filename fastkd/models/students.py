@@ -184,6 +184,12 @@ class LiftVisionTransformer(_WideFinalTransformer):
                 "and a lift without hooks or exchanged layers; take the lifted tokens of "
                 "forward_features and compare them with feature_kd"
             )
+        if tokens.ndim != 3 or tokens.shape[2] != self.embed_dim:
+            raise ValueError(
+                f"LiftVisionTransformer.forward_head_kd: tokens must be [B, N, {self.embed_dim}], "
+                "patch tokens of the last block, not yet lifted (Taps.last_block gives them), "
+                f"got {list(tokens.shape)}"
+            )
         distance, pooled = self.lift.compare(
             tokens, teacher_tokens, loss, grid=grid, beta=beta, pool=True, backend=backend
         )

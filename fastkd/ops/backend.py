@@ -194,8 +194,8 @@ def unavailable(name: str, device: torch.device) -> str | None:
     """
     if name == "torch" or name in EMULATED:
         return None
-    if device.type != "cuda":
-        seen = "" if torch.cuda.is_available() else ", and torch sees no GPU"
+    seen = "" if torch.cuda.is_available() else ", and torch sees no GPU"
+    if device.type != "cuda" or seen:
         return f"it needs CUDA tensors, got {device.type}{seen}"
     return _unavailable_on_gpu(name, device.index or 0)
 

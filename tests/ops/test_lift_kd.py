@@ -754,21 +754,27 @@ def test_no_gradient_is_computed_without_grad_mode():
     assert not value.requires_grad
 
 
-def test_a_second_derivative_of_the_one_pass_form_is_refused():
+@pytest.mark.parametrize("pool", [False, True], ids=["one_pass", "pooled"])
+def test_a_second_derivative_is_refused(pool):
     tokens, weight, teacher = FLAT
     tokens = tokens.clone().requires_grad_()
-    value = lift_kd(tokens, weight, teacher).square()  # the gradient is no constant times upstream
+    result = lift_kd(tokens, weight, teacher, pool=pool)
+    value = result[0].square() + result[1].sum() if pool else result.square()
     with pytest.raises(RuntimeError, match="lift_kd: its gradient cannot be differentiated again"):
         torch.autograd.grad(value, tokens, create_graph=True)
 
 
-def test_a_second_derivative_of_the_pooled_form_is_refused():
+def test_a_float64_teacher_changes_no_dtype():
     tokens, weight, teacher = FLAT
-    tokens = tokens.clone().requires_grad_()
-    value, pooled = lift_kd(tokens, weight, teacher, pool=True)
-    (gradient,) = torch.autograd.grad(value + pooled.sum(), tokens, create_graph=True)
-    with pytest.raises(RuntimeError, match="autograd formula"):
-        gradient.sum().backward()
+    value, pooled = lift_kd(tokens, weight, teacher.double(), pool=True)
+    assert value.dtype == pooled.dtype == torch.float32
+    assert torch.equal(value, lift_kd(tokens, weight, teacher))
+
+
+def test_a_gradient_of_the_lifted_map_has_no_backend_of_its_own():
+    tokens, weight, _ = FLAT
+    with pytest.raises(RuntimeError, match=r"lift: backend 'triton' cannot run: .*torch's own"):
+        lift(tokens, weight.clone().requires_grad_(), backend="triton")
 
 
 S, W, T = torch.zeros(8, 196, 192), torch.zeros(384, 192), torch.zeros(8, 196, 384)
@@ -779,6 +785,11 @@ BAD_INPUTS = {
         (S, W, torch.zeros(8, 197, 384)),
         {},
         r"teacher_tokens must be \[8, 196, 384\].*got \[8, 197, 384\] \(a CLS token left in\?\)",
+    ),
+    "cls_in_student": (
+        (torch.zeros(8, 197, 192), W, T),
+        {},
+        r"got \[8, 196, 384\] \(a CLS token left in student_tokens\?\)",
     ),
     "teacher_width": ((S, W, S), {}, r"teacher_tokens must be \[8, 196, 384\].*\[8, 196, 192\]"),
     "weight": ((S, W.mT, T), {}, r"weight must be \[Dt, 192\].*got \[192, 384\]"),

@@ -109,9 +109,9 @@ def lift_kd(
 
     Precision: products take their operands in autocast's dtype where autocast is on, else in
     that of ``student_tokens``; parameters may be kept in another (float32 master weights). The
-    LayerNorm, the distance and all sums over tokens are in float32 (float64 if an input is
-    float64). The fused backends keep products in float32 as well; the PyTorch one takes them as
-    `torch.nn.functional.linear` gives them.
+    LayerNorm, the distance and all sums over tokens are in float32 (float64 if ``student_tokens``
+    or a parameter is). The fused backends keep products in float32 as well; the PyTorch one takes
+    them as `torch.nn.functional.linear` gives them.
 
     Args:
         student_tokens: [B, N, Ds] tokens or a [B, Ds, H, W] map, N >= 1; float16, bfloat16, float32
@@ -130,9 +130,9 @@ def lift_kd(
         backend: ``"auto"``, ``"cuda"``, ``"triton"`` or ``"torch"``; see `fastkd.ops.backends`.
 
     Returns:
-        The scalar loss, float32 (float64 if an input is); 0 for B = 0. With ``pool`` the pair of
-        it and [B, Dt], whose dtype is what the eager layers would give: float32 after a LayerNorm
-        under autocast, else that of the products.
+        The scalar loss, float32 (float64 if ``student_tokens`` or a parameter is); 0 for B = 0.
+        With ``pool`` the pair of it and [B, Dt]: in float32 after a LayerNorm under autocast (as
+        CUDA's autocast has it, on every device), else in the dtype of the products.
 
     Raises:
         TypeError: an input is no floating-point tensor.
@@ -151,7 +151,7 @@ def lift_kd(
     size = maps.grid_of("lift_kd", student_tokens, grid, loss == "spectral")
     tokens, teacher = maps.as_map(student_tokens, size), maps.as_map(teacher_tokens, size)
     parameters = weight, bias, norm_weight, norm_bias
-    compute = _compute_dtype(tokens, teacher, *parameters)
+    compute = _compute_dtype(tokens, *parameters)
     needs = _needs(tokens, *parameters)
     options = float(eps), loss, float(beta), compute
     # Loss scaling keeps float16 gradients from vanishing, but it arrives in the backward only.
@@ -211,6 +211,11 @@ def lift(
         _, pooled, _ = declaration.forward(view, *parameters, None, *options, True, backend)
         return pooled.to(out_dtype)
     if any(_needs(view, *parameters)):
+        if backend not in ("auto", "torch"):
+            raise RuntimeError(
+                f"lift: backend {backend!r} cannot run: lifted tokens that need a gradient are "
+                "computed by torch's own layers; pool=True has a fused gradient"
+            )
         lifted = _lift_by_layers(view, *parameters, eps, compute, out_dtype)
     else:
         lifted = declaration.lift(view, *parameters, float(eps), compute, out_dtype, backend)
@@ -317,8 +322,9 @@ def _check_teacher(student: Tensor, weight: Tensor, teacher: Tensor) -> None:
     wanted = list(student.shape)
     wanted[channels] = weight.shape[0]
     if list(teacher.shape) != wanted:
-        differs = student.ndim == 3 and student.shape[1] != teacher.shape[1]
-        hint = " (a CLS token left in?)" if differs else ""
+        surplus = student.shape[1] - teacher.shape[1] if student.ndim == 3 else 0
+        hint = " (a CLS token left in?)" if surplus < 0 else ""
+        hint = " (a CLS token left in student_tokens?)" if surplus > 0 else hint
         raise ValueError(
             f"lift_kd: teacher_tokens must be {wanted} like student_tokens and weight, "
             f"got {list(teacher.shape)}{hint}"

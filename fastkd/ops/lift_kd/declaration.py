@@ -169,6 +169,7 @@ def _keep_inputs(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) 
 def _recompute(
     ctx: Any, upstream: Tensor | None, pooled_upstream: Tensor | None, _: None
 ) -> tuple[Tensor | None, ...]:
+    _refuse_second_derivatives()
     *tensors, stats = ctx.saved_tensors
     needs = list(ctx.needs_input_grad[:5])
     if tensors[5] is None:
@@ -181,6 +182,14 @@ def _recompute(
     )  # fmt: skip
     wanted = [g if needed else None for g, needed in zip(gradients, needs, strict=True)]
     return *wanted, *[None] * 7
+
+
+def _refuse_second_derivatives() -> None:
+    if torch.is_grad_enabled():  # in a backward, this is create_graph=True
+        raise RuntimeError(
+            "lift_kd: its gradient cannot be differentiated again (create_graph=True); take "
+            "torch's own layers and losses where second derivatives are needed"
+        )
 
 
 forward.register_autograd(_recompute, setup_context=_keep_inputs)
@@ -247,6 +256,7 @@ def _keep_gradients(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...
 def _scale_gradients(
     ctx: Any, upstream: Tensor | None, *_: Tensor | None
 ) -> tuple[Tensor | None, ...]:
+    _refuse_second_derivatives()
     if upstream is None:
         return (None,) * 12
     kept = [g for g, needed in zip(ctx.saved_tensors, ctx.needs, strict=True) if needed]

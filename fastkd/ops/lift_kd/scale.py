@@ -25,15 +25,7 @@ def scaled(gradients: Sequence[Tensor], upstream: Tensor, backend: str) -> list[
 
     Returns:
         The products.
-
-    Raises:
-        RuntimeError: the result is to be differentiated again.
     """
-    if torch.is_grad_enabled():
-        raise RuntimeError(
-            "lift_kd: its gradient cannot be differentiated again (create_graph=True); take "
-            "torch's own layers and losses where second derivatives are needed"
-        )
     gradients = list(gradients)
     # retain_graph=True: another backward may ask for the originals. A compiler that traces this
     # (subclasses of tensors tell) has its own ways to save memory.
