@@ -209,7 +209,7 @@ def test_a_teacher_that_wants_a_gradient_is_refused():
 
 
 def test_ten_steps_of_the_loss_alone_follow_those_of_plain_layers():
-    """Gradients made in the forward, scaled by the weight of the loss: equal to float32 rounding."""
+    """Gradients made in the forward, scaled by the loss weight: equal to float32 rounding."""
 
     def losses(fused: bool) -> list[float]:
         torch.manual_seed(0)
