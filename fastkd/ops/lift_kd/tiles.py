@@ -30,7 +30,7 @@ class Loop:
 
 @dataclass(frozen=True)
 class Tile:
-    """A configuration of `_forward` and `_gradient`.
+    """A configuration of the kernels `forward` and `token_gradient`.
 
     Attributes:
         rows: tokens per tile, BLOCK_M.

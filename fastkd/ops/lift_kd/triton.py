@@ -307,13 +307,13 @@ def forward_launch(
     cut: Cut,
     band: Band,
 ) -> KernelLaunch:
-    """`_forward` over a band: partial losses, statistics, and sums for the pooled tokens."""
+    """`kernels.forward` over a band: partial losses, statistics, and sums for the pooled tokens."""
     arguments = {"stats": stats, "partials": partials, "pooled": sums}
     return _forward_launch(tokens, prepared, teacher, loss, beta, arguments, cut, band)
 
 
 def lift_launch(tokens: Tensor, prepared: Prepared, lifted: Tensor, cut: Cut) -> KernelLaunch:
-    """`_forward` over everything, for the lifted tokens alone."""
+    """`kernels.forward` over everything, for the lifted tokens alone."""
     arguments = {"lifted": lifted}
     band = Band(0, cut.tiles)
     return _forward_launch(tokens, prepared, None, "mse", 1.0, arguments, cut, band)
@@ -357,7 +357,7 @@ class PooledUpstream:
 
     Attributes:
         share: [B, Dt] fp32, the part of every token of an image.
-        projected: [B, Ds + 1], see `_pooled_projection`.
+        projected: [B, Ds + 1], see `kernels.pooled_projection`.
         launches: that fill it.
     """
 
