@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 import math
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,11 +34,13 @@ class LiftImplementation(Implementation):
         one_pass: loss and gradients together.
         lift: the lifted tokens.
         checked_widths: Ds and Dt of the self-check; by default multiples of no block.
+        checked_in: entered for the self-check.
     """
 
     one_pass: Callable[..., tuple[Tensor, Gradients]] = reference.one_pass
     lift: Callable[..., Tensor] = reference.lift
     checked_widths: tuple[int, int] = (72, 136)
+    checked_in: Callable[[], AbstractContextManager[None]] = nullcontext
 
 
 def _select(
@@ -337,6 +340,7 @@ def _implementations() -> dict[str, LiftImplementation]:
             proven=False,
             one_pass=cuda.one_pass,
             checked_widths=(192, 384),
+            checked_in=cuda.few_blocks,
         ),
     }
     if importlib.util.find_spec("triton") is not None:
