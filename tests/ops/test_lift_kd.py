@@ -459,7 +459,9 @@ def lifted_with_gradients(tokens, parameters, pool: bool, wanted: bool, **option
 @pytest.mark.parametrize("wanted", [False, True], ids=["inference", "training"])
 @pytest.mark.parametrize("pool", [False, True], ids=["map", "pooled"])
 def test_lift_equals_linear_and_layer_norm(backend, pool, wanted, layout, parts):
-    # Training on the map goes through torch's own layers, whose half precision is not ours to test.
+    if wanted and not pool and backend.name != "torch":
+        pytest.skip("training on the map goes through torch's own layers, and says so")
+    # Their half precision is not ours to test.
     dtype = torch.float32 if wanted and not pool else torch.bfloat16
     problem = draw(*SHAPES["small"], parts).to(dtype)
     tokens = layouts(problem.tokens, layout).to(backend.device)
