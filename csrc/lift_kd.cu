@@ -15,12 +15,12 @@
 // registers 16 bytes at a time, with no shared memory between.
 //
 // Moves: tokens and teacher once, the tokens' gradient once; y's gradient once to L2. Every worker
-// reads all of W for 16 tokens, which takes shared memory 2.4 times as long as the tensor cores;
-// the registers are already those that wgmma, which would read it once for 64, has in two
-// warpgroups.
-// 192 -> 384 on sm_90a: 240 to 255 registers, nothing spilled, 207.5 KB of shared memory (W 150,
-// what warps exchange 35, column sums 18, vectors 4.5). Fetching a tile's inputs during the tile
-// before would cost 48 registers more and spill: four independent workers hide the latency instead.
+// reads all of W for 16 tokens, which should keep shared memory busy about twice as long as the
+// tensor cores (an estimate: no GPU has run this); the registers are already those that wgmma,
+// which would read it once for 64, has in two warpgroups. 192 -> 384 on sm_90a: 240 to 255
+// registers, nothing spilled, 207.5 KB of shared memory (W 150, what warps exchange 35, column sums
+// 18, vectors 4.5). Fetching a tile's inputs during the tile before would cost 48 registers more
+// and spill: four independent workers hide the latency instead.
 
 #include <algorithm>
 

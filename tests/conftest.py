@@ -46,14 +46,11 @@ class Backend:
     Attributes:
         name: to hand to an operator.
         device: where the operator's tensors must be.
-        slack: factor on what results may be off: Triton's interpreter truncates bfloat16 where a
-            GPU rounds, and ends a little above twice eager's error.
     """
 
     name: str
     device: str
     call: Callable[..., Any]
-    slack: float = 1.0
 
 
 def _direct(function: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
@@ -79,7 +76,7 @@ def backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
     if name == "triton":
         if (reason := interpreter.why_not()) is not None:
             skip_or_fail(name, reason)
-        yield Backend(name, "cpu", interpreter.run_interpreted, slack=1.1)
+        yield Backend(name, "cpu", interpreter.run_interpreted)
         return
     if (reason := host.why_not()) is not None:
         skip_or_fail(name, f"backend 'cuda' on the host: {reason}")

@@ -23,8 +23,6 @@ from fastkd.ops.lift_kd.projection import Gradients, Projection
 from fastkd.ops.lift_kd.scale import scaled
 from fastkd.ops.lift_kd.self_check import self_check
 
-Five = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
-
 
 @dataclass(frozen=True)
 class LiftImplementation(Implementation):
@@ -121,7 +119,7 @@ def backward(
     compute: torch.dtype,
     needs: Sequence[bool],
     backend: str,
-) -> Five:
+) -> Gradients:
     """Gradients of tokens and parameters through loss and pooled tokens."""
     projection = Projection(weight, bias, norm_weight, norm_bias, eps, compute)
     if tokens.shape[0] == 0:
@@ -157,7 +155,7 @@ def _(
     compute: torch.dtype,
     needs: Sequence[bool],
     backend: str,
-) -> Five:
+) -> Gradients:
     projection = Projection(weight, bias, norm_weight, norm_bias, eps, compute)
     return projection.empty_gradients(tokens, needs)
 

@@ -1,7 +1,8 @@
 """How lift_kd's Triton kernels are cut: the fixed configuration per dtype and GPU.
 
-Measured without a GPU: every configuration here compiles for its architectures without spilling
-(tests/ops/test_lift_kd_compiled.py). Which is fastest only a GPU can say: tuning.py asks it.
+No GPU has run them yet. The three defaults compile for their architectures without spilling
+(tests/ops/test_lift_kd_compiled.py); candidates may spill. Which is fastest only a GPU can say:
+tuning.py asks it.
 """
 
 from __future__ import annotations
