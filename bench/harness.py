@@ -36,11 +36,14 @@ class Provider:
         name: column in the table.
         run: the work to time, without arguments.
         baseline: whether ours are compared against it.
+        capturable: whether a CUDA graph can hold it; what synchronises cannot be, and is timed from
+            an idle GPU to an idle GPU instead, the host's part included.
     """
 
     name: str
     run: Callable[[], object]
     baseline: bool = False
+    capturable: bool = True
 
 
 @dataclass
@@ -132,7 +135,10 @@ def run(title: str, cases: Sequence[Case], options: argparse.Namespace) -> list[
 def _run_case(case: Case, device: str, rounds: int, limit: float) -> list[Row]:
     runs = {provider.name: provider.run for provider in case.providers}
     peaks = {name: peak_extra_bytes(work, device) for name, work in runs.items()}
-    times = time_cuda(runs, rounds) if device == "cuda" else time_cpu(runs, rounds)
+    if device == "cuda":
+        times = time_cuda(runs, rounds, [p.name for p in case.providers if not p.capturable])
+    else:
+        times = time_cpu(runs, rounds)
     quartiles = {name: statistics.quantiles(values, n=4) for name, values in times.items()}
     baselines = [quartiles[provider.name][1] for provider in case.providers if provider.baseline]
     rows = []
@@ -167,14 +173,21 @@ def time_cpu(runs: dict[str, Callable[[], object]], rounds: int) -> dict[str, li
     return seconds
 
 
-def time_cuda(runs: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each run as a CUDA graph, in turns, with the L2 cache flushed before."""
+def time_cuda(
+    runs: dict[str, Callable[[], object]], rounds: int, uncaptured: Sequence[str] = ()
+) -> dict[str, list[float]]:
+    """Seconds of each run, in turns, with the L2 cache flushed before.
+
+    As a CUDA graph, but for those in ``uncaptured``.
+    """
     flush = torch.empty(L2_FLUSH_BYTES, dtype=torch.int8, device="cuda")
-    graphs = {name: _captured(work) for name, work in runs.items()}
+    graphs = {n: work if n in uncaptured else _captured(work) for n, work in runs.items()}
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(rounds):
         for name, replay in graphs.items():
             flush.zero_()
+            if name in uncaptured:
+                torch.cuda.synchronize()
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             start.record()
             replay()

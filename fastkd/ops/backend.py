@@ -31,13 +31,17 @@ ENVIRONMENT_UNPROVEN = "FASTKD_UNPROVEN"
 EMULATED: set[str] = set()
 
 
+def _no_backward(*inputs: Any) -> Any:
+    raise NotImplementedError("this operator has no backward of its own on any backend")
+
+
 @dataclass(frozen=True)
 class Implementation:
     """One operator on one backend.
 
     Attributes:
         forward: the operator's forward on checked inputs.
-        backward: its backward.
+        backward: its backward, where it depends on the backend.
         refuses: a reason why these inputs cannot run here, or None. Only what is special to the
             operator: device, float64 and missing software are dealt with before.
         proven: whether a GPU has shown it to be right; if not, it runs only where
@@ -45,7 +49,7 @@ class Implementation:
     """
 
     forward: Callable[..., Any]
-    backward: Callable[..., Any]
+    backward: Callable[..., Any] = _no_backward
     refuses: Callable[..., str | None] = lambda *inputs: None
     proven: bool = True
 

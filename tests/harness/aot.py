@@ -13,7 +13,12 @@ import torch
 from fastkd.ops.launch import KernelLaunch
 
 ARCHS = (80, 90, 100)
-_TYPES = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"}
+_TYPES = {
+    torch.float64: "*fp64",
+    torch.float32: "*fp32",
+    torch.float16: "*fp16",
+    torch.bfloat16: "*bf16",
+}
 _DIVISIBLE = [["tt.divisibility", 16]]
 
 

@@ -64,6 +64,71 @@ FINITE: dict[str, Callable[[tuple[int, ...]], Pair]] = {
 }
 
 
+def _with_values(shape: tuple[int, ...], values: Tensor) -> Tensor:
+    """Matrices of random directions with the given singular values."""
+    left, _, right = torch.linalg.svd(_noise(shape, 4).double(), full_matrices=False)
+    return ((left * values) @ right).float()
+
+
+def _flat(shape: tuple[int, ...]) -> Tensor:
+    return torch.ones(min(shape[-2:]), dtype=torch.float64)
+
+
+def noise_matrix(shape: tuple[int, ...]) -> Tensor:
+    return _noise(shape, 1)
+
+
+def dominant_value(shape: tuple[int, ...]) -> Tensor:
+    """s_1 is 1e3 times the rest, as in ViT-Tiny's and MAE's last blocks."""
+    values = _flat(shape)
+    values[0] = 1e3
+    return _with_values(shape, values)
+
+
+def power_law(shape: tuple[int, ...]) -> Tensor:
+    """s_k = 1 / k: thresholds fall on a slowly falling tail, as in CaiT."""
+    return _with_values(shape, 1 / _flat(shape).cumsum(0))
+
+
+def rank_deficient(shape: tuple[int, ...]) -> Tensor:
+    values = _flat(shape)
+    values[(len(values) + 2) // 3 :] = 0
+    return _with_values(shape, values)
+
+
+def repeated_values(shape: tuple[int, ...]) -> Tensor:
+    """All energies are equal, so that levels may fall on ties."""
+    return _with_values(shape, _flat(shape))
+
+
+def all_zero(shape: tuple[int, ...]) -> Tensor:
+    return torch.zeros(shape)
+
+
+def repeated_token(shape: tuple[int, ...]) -> Tensor:
+    """Every token is the same: rank one."""
+    return _noise(shape, 1)[..., :1, :].expand(shape).contiguous()
+
+
+def near_half_limit(shape: tuple[int, ...]) -> Tensor:
+    return _noise(shape, 1).clamp(-1, 1) * 6e4
+
+
+SPECTRA: dict[str, Callable[[tuple[int, ...]], Tensor]] = {
+    case.__name__: case
+    for case in (
+        noise_matrix,
+        dominant_value,
+        power_law,
+        rank_deficient,
+        repeated_values,
+        all_zero,
+        repeated_token,
+        near_half_limit,
+    )
+}
+
+
 def relative_error(found: Tensor, truth: Tensor) -> float:
     """Norm of the error over the norm of the truth, or the former where the truth is zero."""
     truth = truth.double()

@@ -12,6 +12,7 @@
 #include <algorithm>
 #include <array>
 #include <barrier>
+#include <bit>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -27,11 +28,13 @@
 #undef __shared__
 #undef __forceinline__
 #undef __launch_bounds__
+#undef __grid_constant__
 #define __global__
 #define __device__
 #define __host__
 #define __forceinline__ inline
 #define __launch_bounds__(...)
+#define __grid_constant__
 #define __shared__ static  // one block runs at a time, and all its threads share it
 
 using std::max;
@@ -243,7 +246,21 @@ T __shfl_sync(unsigned, T value, int lane) {
   return host_shim::exchange(value)[lane];
 }
 
+// A lane that nobody is `distance` below keeps its own.
+template <typename T>
+T __shfl_up_sync(unsigned, T value, unsigned distance) {
+  const unsigned lane = host_shim::lane();
+  return host_shim::exchange(value)[lane < distance ? lane : lane - distance];
+}
+
 inline void __syncwarp() { host_shim::exchange(0); }
+
+inline unsigned __float_as_uint(float x) { return std::bit_cast<unsigned>(x); }
+inline float __uint_as_float(unsigned bits) { return std::bit_cast<float>(bits); }
+inline int __popc(unsigned bits) { return std::popcount(bits); }
+inline unsigned __funnelshift_l(unsigned low, unsigned high, unsigned shift) {
+  return static_cast<unsigned>((uint64_t{high} << 32 | low) << shift % 32 >> 32);
+}
 
 inline float rsqrtf(float x) { return 1.f / std::sqrt(x); }
 

@@ -1,0 +1,152 @@
+"""second_moment: the sum over tokens of their outer products, as a data set's shared basis needs.
+
+This file is what a user calls: checks, declaration to torch, choice of implementation. What is
+computed is defined in reference.py; triton.py computes the same in one pass over the tokens.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+
+import torch
+from torch import Tensor
+
+from fastkd.ops import maps
+from fastkd.ops.backend import Implementation, Operator
+from fastkd.ops.second_moment import reference
+from fastkd.ops.second_moment.reference import WEIGHTS
+
+__all__ = ["check_tokens", "second_moment"]
+
+
+def second_moment(tokens: Tensor, weight: str = "none", *, backend: str = "auto") -> Tensor:
+    r"""Sum of the tokens' outer products, uncentred.
+
+    - ``"none"``: sum_t x_t x_t^T.
+    - ``"row_norm"``: sum_t x_t x_t^T / \|\|x_t\|\|^2; a token of zeros counts as nothing. Its trace
+      is the number of the other tokens.
+
+    It is a sum, not a mean, and float64, so that it can be added up over batches. Products are
+    summed in float32 over fixed stretches of tokens (float64 for float64 tokens), and the stretches
+    in float64 in a fixed order: bitwise reproducible on one device. Float32 products are never made
+    in TensorFloat-32 alone, whatever torch is set to. Allocates chunks of a few thousand tokens, or
+    in a kernel up to 32 matrices [D, D] of partial sums, however many tokens there are; waits for
+    the GPU only in the first call on a device model and dtype, which compares the chosen kernel
+    with the definition.
+
+    A measurement, without a gradient: `torch.Tensor.detach` the tokens, or call it in
+    `torch.no_grad`.
+
+    Args:
+        tokens: [..., D], any leading dimensions, any strides (a sliced-off class token costs no
+            copy); float16, bfloat16, float32 or float64. A NaN or an infinity makes its rows and
+            columns NaN or infinite, with ``"row_norm"`` everything NaN.
+        weight: ``"none"``, where squares of float32 and bfloat16 tokens must be within float32's
+            range, or ``"row_norm"``, which takes tokens of any size.
+        backend: ``"auto"``, ``"triton"`` or ``"torch"``; see `fastkd.ops.backends`.
+
+    Returns:
+        [D, D] float64, exactly symmetric; zeros where there are no tokens.
+
+    Raises:
+        TypeError: ``tokens`` is no floating-point tensor.
+        ValueError: it has no channels, requires a gradient, or ``weight`` is unknown.
+        RuntimeError: ``backend`` names one that cannot run here, and why.
+    """
+    check_tokens("second_moment", tokens)
+    if weight not in WEIGHTS:
+        raise ValueError(f"second_moment: weight must be one of {WEIGHTS}, got {weight!r}")
+    return _operator(tokens, weight, backend)
+
+
+def check_tokens(function: str, tokens: Tensor) -> None:
+    """Refuse what cannot be measured: no floating-point tensor, no channels, a gradient wanted.
+
+    Args:
+        function: the caller's name, for messages.
+        tokens: what was given as [..., D].
+
+    Raises:
+        TypeError: no floating-point tensor.
+        ValueError: no channels, or gradients are on and the tokens require one.
+    """
+    maps.check_tensor(function, "tokens", tokens)
+    if tokens.ndim == 0 or tokens.shape[-1] == 0:
+        raise ValueError(
+            f"{function}: tokens must be [..., D] with at least one channel, "
+            f"got {list(tokens.shape)}"
+        )
+    if tokens.requires_grad and torch.is_grad_enabled():
+        raise ValueError(
+            f"{function}: tokens must not require a gradient, as a measurement has none, got "
+            "requires_grad=True (pass tokens.detach(), or call it in torch.no_grad())"
+        )
+
+
+@torch.library.custom_op("fastkd::second_moment", mutates_args=())
+def _operator(tokens: Tensor, weight: str, backend: str) -> Tensor:
+    """See `second_moment`."""
+    if tokens.numel() == 0:
+        return tokens.new_zeros((tokens.shape[-1],) * 2, dtype=torch.float64)
+    images = reference.as_images(tokens)
+    # The body of a custom operator runs with autocast on: it would recast the reference's products.
+    with torch.autocast(tokens.device.type, enabled=False):
+        return OPERATOR.select(backend, (images,), weight).forward(images, weight)
+
+
+@_operator.register_fake
+def _(tokens: Tensor, weight: str, backend: str) -> Tensor:
+    return tokens.new_empty((tokens.shape[-1],) * 2, dtype=torch.float64)
+
+
+# [B, N, D]: one tile and step that are cut off; and several tiles, steps and splits of each kind.
+CHECKED_SHAPES = ((2, 5, 24), (3, 197, 136))
+TOLERANCE = 1e-5  # sums are as exact as float32's whatever the tokens are
+
+
+def self_check(
+    implementation: Implementation,
+    device: torch.device,
+    dtypes: tuple[torch.dtype | None, ...],
+    weight: str,
+) -> tuple[float, float]:
+    """Compare an implementation with the float64 definition on small seeded tokens; synchronises.
+
+    Args:
+        implementation: the forward to try.
+        device: where to run it.
+        dtypes: of the tokens.
+        weight: one of the two.
+
+    Returns:
+        The largest relative error, and what is allowed.
+    """
+    generator = torch.Generator().manual_seed(0)
+    worst = 0.0
+    for shape in CHECKED_SHAPES:
+        tokens = torch.randn(shape, generator=generator).to(device, dtypes[0])
+        moment = implementation.forward(tokens, weight)
+        truth = reference.definition(tokens.double(), weight)
+        error = (moment - truth).norm() / truth.norm()
+        worst = max(worst, error.nan_to_num(nan=math.inf).item())
+    return worst, TOLERANCE
+
+
+def _implementations() -> dict[str, Implementation]:
+    implementations = {"torch": Implementation(reference.forward)}
+    if importlib.util.find_spec("triton") is not None:
+        from fastkd.ops.second_moment import triton
+
+        implementations["triton"] = Implementation(
+            triton.forward, refuses=triton.refuses, proven=False
+        )
+    return implementations
+
+
+OPERATOR = Operator(
+    name="second_moment",
+    implementations=_implementations(),
+    order=("triton", "torch"),
+    self_check=self_check,
+)

@@ -1,0 +1,128 @@
+"""second_moment in plain PyTorch: the definition, and the path of CPUs and unproven GPUs.
+
+`definition` says what is computed: the specification that every other implementation is measured
+against, in float64. `forward` computes the same a chunk of tokens at a time, the upper triangle
+only, with float32 products and float64 sums over chunks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from fastkd.ops.precision import exact_float32
+
+WEIGHTS = ("none", "row_norm")
+
+# Tokens whose products are summed in float32. On a CPU they fit the caches; a GPU's tensor cores
+# may cut off what they add up, always in one direction: short sums keep that bias below 1e-5.
+CHUNK_ROWS = 1024
+ACCELERATOR_CHUNK_ROWS = 4096
+
+# Columns of one product on a CPU: narrow enough to leave out most of the lower triangle.
+STRIP = 128
+
+
+def definition(tokens: Tensor, weight: str) -> Tensor:
+    """The sum over tokens of x x^T, or of x x^T / ||x||^2; [..., D] -> [D, D], in their dtype."""
+    rows = tokens.reshape(-1, tokens.shape[-1])
+    if weight == "row_norm":
+        rows = rows[rows.ne(0).any(dim=-1)]
+        rows = rows / rows.norm(dim=-1, keepdim=True)
+    return rows.mT @ rows
+
+
+def as_images(tokens: Tensor) -> Tensor:
+    """[..., D] as [B, N, D]: a view where two strides reach every token, else a copy."""
+    while tokens.ndim < 3:
+        tokens = tokens[None]
+    for dim in reversed(range(tokens.ndim - 2)):
+        pair = tokens.shape[dim : dim + 2]
+        if 1 in pair or tokens.stride(dim) == pair[1] * tokens.stride(dim + 1):
+            tokens = tokens.flatten(dim, dim + 1)
+    return tokens[None] if tokens.ndim == 2 else tokens.flatten(0, -3)
+
+
+def row_chunks(tokens: Tensor, rows: int) -> Iterator[Tensor]:
+    """The tokens of [B, N, D] in order, as [up to ``rows``, D] matrices.
+
+    Whole images share a chunk, longer ones are cut. A chunk is a copy only where something else, a
+    class token sliced off for one, lies between its images.
+    """
+    for images in tokens.split(max(1, rows // max(1, tokens.shape[1]))):
+        for part in images.split(rows, dim=1):
+            yield part.reshape(-1, part.shape[-1])
+
+
+def forward(tokens: Tensor, weight: str) -> Tensor:
+    """[B, N, D] -> [D, D] float64, exactly symmetric; see `fastkd.ops.second_moment`."""
+    channels = tokens.shape[-1]
+    moment = tokens.new_zeros((channels, channels), dtype=torch.float64)
+    on_cpu = tokens.device.type == "cpu"
+    chunk_rows, strip = (CHUNK_ROWS, STRIP) if on_cpu else (ACCELERATOR_CHUNK_ROWS, channels)
+    dtype = _product_dtype(tokens)
+    with exact_float32():
+        for rows in row_chunks(tokens, chunk_rows):
+            left, rights = operands(rows, weight, dtype)
+            for first in range(0, channels, strip):
+                own = slice(first, first + strip)
+                for right in rights:
+                    moment[own, first:] += _product(left[:, own], right[:, first:])
+    return moment.triu() + moment.triu(1).mT
+
+
+def operands(rows: Tensor, weight: str, dtype: torch.dtype) -> tuple[Tensor, list[Tensor]]:
+    """Matrices whose products left^T right add up to the second moment of a chunk.
+
+    Args:
+        rows: [rows, D].
+        weight: one of `WEIGHTS`.
+        dtype: of the operands.
+
+    Returns:
+        The left operand and the right ones, [rows, D]. Half-precision tokens are exact on the left;
+        on the right, where a norm divides them, a second operand holds what rounding left over.
+    """
+    if weight == "none":
+        rows = rows.to(dtype)
+        return rows, [rows]
+    scaled, weighted = normalised(rows.to(torch.promote_types(rows.dtype, torch.float32)))
+    high = weighted.to(dtype)
+    if high.dtype == weighted.dtype:
+        return scaled, [weighted]
+    return scaled.to(dtype), [high, (weighted - high).to(dtype)]
+
+
+def normalised(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Factors of x x^T / ||x||^2 that neither overflow nor underflow.
+
+    Args:
+        rows: [..., D] float32 or float64.
+
+    Returns:
+        a x and a x / ||a x||^2, [..., D], where a is the power of two that brings the token's
+        largest channel into [1, 2). Both are zero for a token of zeros, NaN for one that is not
+        finite.
+    """
+    largest = rows.abs().amax(dim=-1, keepdim=True)
+    mantissa = torch.frexp(largest).mantissa
+    # A quotient that is a power of two is exact; torch.exp2 need not be.
+    power = (largest / (2 * mantissa)).masked_fill(largest == 0, 1.0)
+    scaled = rows / power
+    squared_norm = scaled.square().sum(dim=-1, keepdim=True)  # at least 1, unless the token is zero
+    return scaled, scaled / squared_norm.clamp(min=1.0)
+
+
+def _product_dtype(tokens: Tensor) -> torch.dtype:
+    """The tokens' own on a GPU, whose half-precision products are exact; else at least float32."""
+    if tokens.device.type == "cuda":
+        return tokens.dtype
+    return torch.promote_types(tokens.dtype, torch.float32)
+
+
+def _product(left: Tensor, right: Tensor) -> Tensor:
+    if left.dtype in (torch.float16, torch.bfloat16):
+        return torch.mm(left.mT, right, out_dtype=torch.float32)
+    return left.mT @ right

@@ -1,0 +1,324 @@
+"""spectrum: energies of batches of token matrices, and what is read off them.
+
+This file is what a user calls to get energies: checks, declaration to torch, autograd, choice of
+implementation. What is computed is defined in reference.py; cuda.py computes eigenvalues and ranks
+in one launch. measures.py reads ranks off energies, subspaces.py compares directions.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fastkd.ops.backend import Implementation, Operator
+from fastkd.ops.spectrum import cuda, reference
+from fastkd.ops.spectrum.measures import (
+    LEVELS,
+    check_levels,
+    effective_rank,
+    energy_curve,
+    rank_at,
+    singular_values_of,
+    stable_rank,
+)
+from fastkd.ops.spectrum.subspaces import overlap, principal_angles, subspace
+
+__all__ = [
+    "LEVELS",
+    "effective_rank",
+    "energy_curve",
+    "gram",
+    "overlap",
+    "principal_angles",
+    "rank_at",
+    "singular_values",
+    "spectral_ranks",
+    "spectrum",
+    "stable_rank",
+    "subspace",
+]
+
+
+def gram(x: Tensor) -> Tensor:
+    """Gram matrix of the smaller side of every matrix: X X^T if N <= D, else X^T X.
+
+    Products are accumulated in float32 (float64 for float64), and are not made of TensorFloat-32
+    whatever torch is set to. Has a gradient.
+
+    Args:
+        x: [..., N, D] in float16, bfloat16, float32 or float64, any strides.
+
+    Returns:
+        [..., n, n], n = min(N, D), float32 (float64 for float64). A NaN or an infinity stays in its
+        own matrix.
+
+    Raises:
+        TypeError: ``x`` is no floating-point tensor.
+        ValueError: it has no tokens or channels.
+    """
+    _check("gram", x)
+    product = _gram(_batched(x))
+    return product.view(*x.shape[:-2], *product.shape[1:])
+
+
+def spectrum(x: Tensor, *, backend: str = "auto") -> Tensor:
+    r"""Energies of every matrix: its squared singular values s_1^2 >= s_2^2 >= ...
+
+    They are the eigenvalues of the smaller Gram matrix (`gram`), exact to about 1e-7 of the total
+    for float16, bfloat16 and float32 inputs: energies below that share are rounding. Nothing is
+    centred. Allocates [..., n, n]; the library's solver, where it is the one that runs, may
+    synchronise with the host.
+
+    The gradient goes through the eigenvectors of the saved Gram matrix, 2 V diag(g) V^T X, and
+    divides by no gap: repeated energies are safe. There is no second derivative.
+
+    Args:
+        x: [..., N, D] in float16, bfloat16, float32 or float64, any strides.
+        backend: ``"auto"``, ``"cuda"`` (min(N, D) <= 257) or ``"torch"``; see
+            `fastkd.ops.backends`.
+
+    Returns:
+        [..., n] float32 (float64 for float64), n = min(N, D), descending, never negative. All NaN
+        for a matrix with a NaN or an infinity, or whose energies float32 cannot hold.
+
+    Raises:
+        TypeError: ``x`` is no floating-point tensor.
+        ValueError: it has no tokens or channels.
+        RuntimeError: ``backend`` names one that cannot run here, and why.
+    """
+    _check("spectrum", x)
+    energies, _, _ = _operator(_batched(x), [], backend)
+    return energies.view(*x.shape[:-2], energies.shape[-1])
+
+
+def spectral_ranks(
+    x: Tensor, q: Sequence[float] = LEVELS, *, backend: str = "auto"
+) -> tuple[Tensor, Tensor]:
+    """Energies of every matrix with their rank@q, which the CUDA kernel finds in the same launch.
+
+    Args:
+        x: as in `spectrum`.
+        q: up to eight parts of the energy, in (0, 1].
+        backend: as in `spectrum`.
+
+    Returns:
+        `spectrum` of x, [..., n], which carries the gradient; and `rank_at` of it, [..., len(q)]
+        int64.
+
+    Raises:
+        TypeError: ``x`` is no floating-point tensor.
+        ValueError: it has no tokens or channels, or a q is out of range.
+        RuntimeError: ``backend`` names one that cannot run here, and why.
+    """
+    _check("spectral_ranks", x)
+    check_levels("spectral_ranks", q)
+    if len(q) > cuda.MOST_LEVELS:
+        raise ValueError(
+            f"spectral_ranks: q may hold {cuda.MOST_LEVELS} levels, got {len(q)}; "
+            "rank_at(spectrum(x), q) takes any number"
+        )
+    energies, ranks, _ = _operator(_batched(x), list(q), backend)
+    batch = x.shape[:-2]
+    return energies.view(*batch, energies.shape[-1]), ranks.view(*batch, len(q))
+
+
+def singular_values(x: Tensor, *, backend: str = "auto") -> Tensor:
+    """Singular values of every matrix, as square roots of `spectrum`.
+
+    A square root magnifies what rounding leaves: values below about 3e-4 of the largest are not
+    told from 0 in float32; pass float64 where those matter.
+
+    Args:
+        x: as in `spectrum`.
+        backend: as in `spectrum`.
+
+    Returns:
+        [..., n] float32 (float64 for float64), descending; the gradient of a value that is 0 is 0.
+
+    Raises:
+        TypeError: ``x`` is no floating-point tensor.
+        ValueError: it has no tokens or channels.
+        RuntimeError: ``backend`` names one that cannot run here, and why.
+    """
+    _check("singular_values", x)
+    return singular_values_of(spectrum(x, backend=backend))
+
+
+def _check(caller: str, x: Tensor) -> None:
+    if not isinstance(x, Tensor) or not x.is_floating_point():
+        got = x.dtype if isinstance(x, Tensor) else type(x).__name__
+        raise TypeError(f"{caller}: x must be a floating-point tensor, got {got}")
+    if x.ndim < 2 or 0 in x.shape[-2:]:
+        raise ValueError(
+            f"{caller}: x must be [..., N, D] with at least one token and one channel, "
+            f"got {list(x.shape)}"
+        )
+
+
+def _batched(x: Tensor) -> Tensor:
+    """[B, N, D]; a copy only where several leading dimensions do not lie evenly."""
+    return x if x.ndim == 3 else x.reshape(math.prod(x.shape[:-2]), *x.shape[-2:])
+
+
+@torch.library.custom_op("fastkd::gram", mutates_args=())
+def _gram(x: Tensor) -> Tensor:
+    """See `gram`; of [B, N, D]."""
+    with torch.autocast(x.device.type, enabled=False):
+        return reference.gram(x)
+
+
+@_gram.register_fake
+def _(x: Tensor) -> Tensor:
+    size = min(x.shape[1], x.shape[2])
+    return x.new_empty((x.shape[0], size, size), dtype=reference.accumulator_dtype(x))
+
+
+@torch.library.custom_op("fastkd::gram_backward", mutates_args=())
+def _gram_backward(upstream: Tensor, x: Tensor) -> Tensor:
+    """(upstream + upstream^T) times the smaller side of x, as x lies."""
+    with torch.autocast(x.device.type, enabled=False):
+        return reference.multiply_smaller_side(upstream + upstream.mT, x)
+
+
+@_gram_backward.register_fake
+def _(upstream: Tensor, x: Tensor) -> Tensor:
+    return torch.empty_like(x)
+
+
+def _save_tokens(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    ctx.save_for_backward(inputs[0])
+
+
+def _differentiate_gram(ctx, upstream):  # type: ignore[no-untyped-def]
+    return _gram_backward(upstream, ctx.saved_tensors[0])
+
+
+_gram.register_autograd(_differentiate_gram, setup_context=_save_tokens)
+
+
+@torch.library.custom_op("fastkd::spectrum", mutates_args=())
+def _operator(x: Tensor, levels: list[float], backend: str) -> tuple[Tensor, Tensor, Tensor]:
+    """(energies, ranks, Gram matrix for the backward) of [B, N, D]; see `spectral_ranks`."""
+    with torch.autocast(x.device.type, enabled=False):
+        product = reference.gram(x)
+        if len(x) == 0:
+            size = product.shape[-1]
+            return (
+                product.new_empty(0, size),
+                x.new_empty(0, len(levels), dtype=torch.long),
+                product,
+            )
+        chosen = OPERATOR.select(backend, (x,), product.shape[-1])
+        return *chosen.forward(product, tuple(levels)), product
+
+
+@_operator.register_fake
+def _(x: Tensor, levels: list[float], backend: str) -> tuple[Tensor, Tensor, Tensor]:
+    size = min(x.shape[1], x.shape[2])
+    dtype = reference.accumulator_dtype(x)
+    return (
+        x.new_empty((x.shape[0], size), dtype=dtype),
+        x.new_empty((x.shape[0], len(levels)), dtype=torch.long),
+        x.new_empty((x.shape[0], size, size), dtype=dtype),
+    )
+
+
+@torch.library.custom_op("fastkd::spectrum_backward", mutates_args=())
+def _backward_operator(upstream: Tensor, x: Tensor, product: Tensor) -> Tensor:
+    """Gradient of x; see `reference.backward`, which every backend takes."""
+    with torch.autocast(x.device.type, enabled=False):
+        return reference.backward(upstream, x, product)
+
+
+@_backward_operator.register_fake
+def _(upstream: Tensor, x: Tensor, product: Tensor) -> Tensor:
+    return torch.empty_like(x)
+
+
+def _save_for_backward(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    _, ranks, product = output
+    ctx.mark_non_differentiable(ranks, product)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(inputs[0], product)
+
+
+def _differentiate(ctx, upstream, _ranks, _product):  # type: ignore[no-untyped-def]
+    if upstream is None:
+        return None, None, None
+    x, product = ctx.saved_tensors
+    return _backward_operator(upstream, x, product), None, None
+
+
+_operator.register_autograd(_differentiate, setup_context=_save_for_backward)
+
+
+# Of the total energy, as the solvers are exact to a few units of rounding of the largest.
+SELF_CHECK_TOLERANCE = 1e-6
+
+
+def self_check(
+    implementation: Implementation, device: torch.device, dtypes: tuple[torch.dtype, ...], size: int
+) -> tuple[float, float]:
+    """Compare a solver with the float64 reference on small seeded matrices; synchronises.
+
+    Args:
+        implementation: the solver to try.
+        device: where to run it.
+        dtypes: of the tokens; solvers see their Gram matrices in float32.
+        size: n, which chooses the kernel.
+
+    Returns:
+        The largest error of an energy, as a part of the total; infinite where a rank is wrong. And
+        what is allowed.
+    """
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(3, size, size + 3, generator=generator, dtype=torch.float64)
+    x[1] *= torch.logspace(0, -6, size, dtype=torch.float64).unsqueeze(-1)
+    product = (x @ x.mT).to(device, torch.float32)
+    product[2] = 0.0
+    energies, ranks = implementation.forward(product, LEVELS)
+    truth, _ = reference.solve(product.double(), ())
+    total = truth.sum(dim=-1, keepdim=True).clamp_min(1e-30)
+    error = ((energies.double() - truth).abs() / total).amax().nan_to_num(nan=math.inf).item()
+    near = ranks_near(truth, ranks, LEVELS)
+    return (error if near else math.inf), SELF_CHECK_TOLERANCE
+
+
+def ranks_near(
+    energies: Tensor, ranks: Tensor, levels: tuple[float, ...], band: float = 1e-5
+) -> bool:
+    """Whether ranks are right; a curve within ``band`` of a level may count as on either side.
+
+    Args:
+        energies: [B, n], the truth, in float64.
+        ranks: [B, levels].
+        levels: parts of the energy.
+        band: half the width of what counts as a tie.
+
+    Returns:
+        The answer.
+    """
+    least = reference.ranks_of(energies, tuple(level - band for level in levels))
+    most = reference.ranks_of(energies, tuple(level + band for level in levels))
+    return bool(((least <= ranks) & (ranks <= most)).all())
+
+
+def _too_large(x: Tensor, size: int) -> str | None:
+    if size <= cuda.LARGEST:
+        return None
+    return f"it takes matrices up to {cuda.LARGEST} on their smaller side, got {size}"
+
+
+# A solver: forward(gram, levels) as `reference.solve`. The backward is the library's everywhere.
+OPERATOR: Operator[Implementation] = Operator(
+    name="spectrum",
+    implementations={
+        "torch": Implementation(reference.solve),
+        "cuda": Implementation(cuda.solve, refuses=_too_large, proven=False),
+    },
+    order=("cuda", "torch"),
+    self_check=self_check,
+)

@@ -1,0 +1,133 @@
+"""Spectra in plain PyTorch: the definition, and what runs where no kernel does.
+
+`definition` is the specification, by a singular value decomposition. `gram`, `solve` and `backward`
+take the way that is faster by far: eigenvalues of the smaller Gram matrix, by the library's batched
+solver. All matrices here are [B, N, D], with any strides.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastkd.ops.precision import exact_float32
+
+# Bytes of one temporary in float32: on a CPU small enough for the caches.
+CHUNK_BYTES = 4 << 20
+ACCELERATOR_CHUNK_BYTES = 256 << 20
+
+# k equal energies reach q = k / n exactly, but their rounded sum may stay a hair below it.
+TIE = {torch.float32: 1e-6, torch.float64: 1e-12}
+
+
+def definition(x: Tensor) -> Tensor:
+    """Squared singular values [B, min(N, D)], descending, in the dtype of x."""
+    return torch.linalg.svdvals(x).square()
+
+
+def accumulator_dtype(x: Tensor) -> torch.dtype:
+    """float64 for float64, else float32."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def smaller_side(x: Tensor) -> Tensor:
+    """X [B, n, m] or its transpose, with n = min(N, D) rows."""
+    return x if x.shape[-2] <= x.shape[-1] else x.mT
+
+
+def gram(x: Tensor) -> Tensor:
+    """Gram matrix of the smaller side, [B, n, n] in `accumulator_dtype`."""
+    rows = smaller_side(x)
+    size = rows.shape[-2]
+    products = x.new_empty((len(x), size, size), dtype=accumulator_dtype(x))
+    if x.device.type == "cuda" and x.dtype in (torch.float16, torch.bfloat16):
+        return torch.bmm(rows, rows.mT, out_dtype=torch.float32)
+    with exact_float32():
+        for chunk in _chunks(x):
+            wide = rows[chunk].to(products.dtype)
+            torch.bmm(wide, wide.mT, out=products[chunk])
+    return products
+
+
+def solve(gram: Tensor, levels: tuple[float, ...]) -> tuple[Tensor, Tensor]:
+    """Eigenvalues of positive semidefinite matrices, and the ranks that they give.
+
+    Args:
+        gram: [B, n, n] float32 or float64.
+        levels: parts of the energy, in (0, 1].
+
+    Returns:
+        Energies [B, n], descending, what rounding made negative set to 0, NaN for a matrix that is
+        not finite; ranks [B, levels] int64, see `ranks_of`.
+    """
+    finite = _finite(gram)
+    # The solvers refuse NaN on a CPU and may not end on a GPU.
+    energies = torch.linalg.eigvalsh(torch.where(finite, gram, 0.0)).clamp_min(0).flip(-1)
+    energies = torch.where(finite.squeeze(-1), energies, torch.nan)
+    return energies, ranks_of(energies, levels)
+
+
+def ranks_of(energies: Tensor, levels: tuple[float, ...]) -> Tensor:
+    """Smallest number of leading energies that hold each part of the total.
+
+    Args:
+        energies: [..., n] float32 or float64.
+        levels: parts of the energy.
+
+    Returns:
+        [..., levels] int64, from 1 to n; 0 where there is no energy, or one that is not finite.
+    """
+    curve = energies.double().cumsum(dim=-1)
+    total = curve[..., -1:]
+    ranks = curve.new_empty((*curve.shape[:-1], len(levels)), dtype=torch.long)
+    for place, level in enumerate(levels):
+        missed = curve < (level - TIE[energies.dtype]) * total
+        ranks[..., place] = missed.sum(dim=-1) + 1
+    has_rank = (total > 0) & total.isfinite()
+    return torch.where(has_rank, ranks.clamp_max(energies.shape[-1]), 0)
+
+
+def backward(upstream: Tensor, x: Tensor, gram: Tensor) -> Tensor:
+    r"""Gradient of sum(upstream * energies) with respect to x, in its dtype.
+
+    With G = R R^T = V diag(e) V^T of the smaller side R: 2 V diag(upstream) V^T R. No gap between
+    eigenvalues is divided by, so that repeated ones do no harm: the gradient of a function that is
+    symmetric in them does not depend on which eigenvectors the solver returns.
+
+    Args:
+        upstream: [B, n] in the dtype of ``gram``.
+        x: [B, N, D].
+        gram: [B, n, n], what `gram` gave.
+
+    Returns:
+        [B, N, D]; NaN for a matrix that is not finite.
+    """
+    finite = _finite(gram)
+    vectors = torch.linalg.eigh(torch.where(finite, gram, 0.0)).eigenvectors.flip(-1)
+    with exact_float32():
+        weight = (vectors * (2 * upstream).unsqueeze(-2)) @ vectors.mT
+    return multiply_smaller_side(torch.where(finite, weight, torch.nan), x)
+
+
+def multiply_smaller_side(weight: Tensor, x: Tensor) -> Tensor:
+    """Weight [B, n, n] times the smaller side of x, laid back as x [B, N, D] and in its dtype."""
+    product = torch.empty_like(x)
+    rows, target = smaller_side(x), smaller_side(product)
+    with exact_float32():
+        for chunk in _chunks(x):
+            target[chunk] = (weight[chunk] @ rows[chunk].to(weight.dtype)).to(x.dtype)
+    return product
+
+
+def _finite(gram: Tensor) -> Tensor:
+    """Which matrices are finite, [B, 1, 1] bool."""
+    return gram.isfinite().all(dim=-1, keepdim=True).all(dim=-2, keepdim=True)
+
+
+def _chunks(x: Tensor) -> list[slice]:
+    """Images whose tokens in float32 fill a chunk; all of them where nothing is converted."""
+    if x.dtype == accumulator_dtype(x):
+        return [slice(0, len(x))]
+    budget = CHUNK_BYTES if x.device.type == "cpu" else ACCELERATOR_CHUNK_BYTES
+    step = max(1, budget // (4 * x.shape[1] * x.shape[2]))
+    return [slice(start, start + step) for start in range(0, len(x), step)]

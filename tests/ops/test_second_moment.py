@@ -1,0 +1,379 @@
+"""second_moment: what it computes, on every backend, against float64 outer products."""
+
+from __future__ import annotations
+
+import logging
+
+import numpy
+import pytest
+import torch
+from torch import Tensor
+
+from fastkd.ops.backend import Implementation, Operator
+from fastkd.ops.second_moment import OPERATOR, reference, second_moment, self_check
+from fastkd.ops.second_moment.reference import WEIGHTS
+from tests.harness.cases import FINITE, relative_error
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+
+# [B, N, D]
+SHAPES = {
+    "one_token": (1, 1, 24),
+    "one_channel": (2, 5, 1),
+    "deit": (2, 196, 48),  # more tokens than one split takes
+    "oblong": (3, 37, 33),  # nothing a multiple of any tile
+    "three_tiles": (2, 33, 150),  # off-diagonal tiles, whole and cut off
+    "large_tiles": (1, 70, 256),  # which half precision takes, two by two
+}
+
+
+# There are no kernels in CUDA C++ for this.
+on_every_backend = pytest.mark.parametrize("backend", ["torch", "triton"], indirect=True)
+on_triton = pytest.mark.parametrize("backend", ["triton"], indirect=True)
+
+
+def outer_products(tokens: Tensor, weight: str) -> Tensor:
+    """The definition, independent of ours: one numpy outer product per token."""
+    rows = tokens.double().cpu().numpy().reshape(-1, tokens.shape[-1])
+    moment = numpy.zeros((rows.shape[1],) * 2)
+    for row in rows:
+        energy = row @ row
+        if weight == "none":
+            moment += numpy.outer(row, row)
+        elif energy > 0:
+            moment += numpy.outer(row / energy, row)
+    return torch.from_numpy(moment)
+
+
+def measure(tokens: Tensor, weight: str, backend: str) -> Tensor:
+    return second_moment(tokens, weight, backend=backend)
+
+
+def measured(backend, tokens: Tensor, weight: str) -> Tensor:
+    return backend.call(measure, tokens.to(backend.device), weight, backend.name).cpu()
+
+
+def draw(case: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    return FINITE[case](shape)[0].to(dtype)
+
+
+def layouts(tokens: Tensor, layout: str) -> Tensor:
+    """[B, N, D] tokens as a view of what models produce."""
+    batch, count, channels = tokens.shape
+    if layout == "cls_sliced_off":
+        return torch.cat([tokens[:, :1], tokens], dim=1)[:, 1:]
+    if layout == "flat":
+        return tokens.reshape(-1, channels)
+    if layout == "layers_sliced":
+        return torch.stack([tokens, tokens, tokens])[1:2]
+    if layout == "channels_first":
+        return tokens.mT.contiguous().mT
+    if layout == "channels_sliced":
+        return torch.cat([tokens, tokens[..., :1]], dim=2)[..., :channels]
+    if layout == "cropped_map":
+        rows = tokens.unflatten(1, (1, count))
+        return torch.cat([rows, rows], dim=1)[:, 1:]
+    if layout == "expanded":
+        return tokens[:1].expand(batch, count, channels)
+    assert layout == "every_other_token"
+    return tokens.repeat_interleave(2, dim=1)[:, ::2]
+
+
+LAYOUTS = (
+    *("cls_sliced_off", "flat", "layers_sliced", "channels_first", "channels_sliced"),
+    *("cropped_map", "expanded", "every_other_token"),
+)
+
+
+@pytest.mark.parametrize("weight", WEIGHTS)
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_float64_equals_the_outer_products_to_1e_13(shape, weight):
+    tokens = draw("noise", shape, torch.float64)
+    truth = outer_products(tokens, weight)
+    assert relative_error(second_moment(tokens, weight), truth) < 1e-13
+    assert relative_error(reference.definition(tokens, weight), truth) < 1e-13
+
+
+@on_every_backend
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("weight", WEIGHTS)
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_every_shape_is_right_and_exactly_symmetric(backend, shape, weight, dtype):
+    tokens = draw("noise", shape, dtype)
+    moment = measured(backend, tokens, weight)
+    assert moment.dtype == torch.float64
+    assert relative_error(moment, outer_products(tokens, weight)) < 1e-5
+    assert torch.equal(moment, moment.mT)
+
+
+@on_every_backend
+@pytest.mark.parametrize("weight", WEIGHTS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_layout(backend, layout, weight):
+    tokens = layouts(draw("noise", (3, 20, 24), torch.float32), layout)
+    moment = measured(backend, tokens, weight)
+    assert relative_error(moment, outer_products(tokens, weight)) < 1e-5
+
+
+@pytest.mark.parametrize("layout", ["cls_sliced_off", "flat", "layers_sliced", "channels_first"])
+def test_tokens_that_two_strides_reach_are_not_copied(layout):
+    tokens = layouts(torch.randn(3, 20, 24), layout)
+    assert reference.as_images(tokens).data_ptr() == tokens.data_ptr()
+
+
+def test_a_map_is_one_view_of_tokens():
+    maps = torch.randn(2, 8, 5, 6)
+    tokens = maps.permute(0, 2, 3, 1)
+    images = reference.as_images(tokens)
+    assert images.shape == (2, 30, 8) and images.data_ptr() == maps.data_ptr()
+    assert torch.equal(images, tokens.flatten(1, 2))
+
+
+@pytest.mark.parametrize("shape", [(4, 3, 2), (1, 20, 2), (2, 11, 2), (3, 1, 2)], ids=str)
+def test_chunks_hold_every_token_once_and_in_order(shape):
+    tokens = torch.randn(shape)
+    chunks = list(reference.row_chunks(tokens, 8))
+    assert torch.equal(torch.cat(chunks), tokens.flatten(0, 1))
+    assert max(len(chunk) for chunk in chunks) <= 8
+
+
+@on_every_backend
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("weight", WEIGHTS)
+@pytest.mark.parametrize("case", FINITE)
+def test_hard_tokens_are_as_right_as_float32_in_every_dtype(backend, case, weight, dtype):
+    tokens = draw(case, (2, 45, 40), dtype)
+    moment = measured(backend, tokens, weight)
+    # Eager PyTorch in half precision is wrong by 1e-3, or NaN: the sum is to be better than that.
+    assert relative_error(moment, outer_products(tokens, weight)) < 1e-5
+
+
+@on_every_backend
+@pytest.mark.parametrize("scale", [1e-40, 1e-25, 1e25, 1e37])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_row_norm_takes_tokens_whose_squares_float32_cannot_hold(backend, dtype, scale):
+    tokens = (torch.randn(2, 9, 40).double() * scale).to(dtype)
+    truth = outer_products(tokens.double() / scale, "row_norm")
+    assert relative_error(measured(backend, tokens, "row_norm"), truth) < 1e-5
+
+
+def test_row_norm_takes_tokens_whose_squares_float64_cannot_hold():
+    tokens = torch.randn(9, 8, dtype=torch.float64)
+    truth = outer_products(tokens, "row_norm")
+    for scale in (1e-200, 1e200):
+        assert relative_error(second_moment(tokens * scale, "row_norm"), truth) < 1e-13
+
+
+@on_every_backend
+def test_row_norm_takes_tokens_of_very_different_sizes(backend):
+    tokens = torch.randn(2, 9, 40) * torch.logspace(-20, 20, 9)[:, None]
+    truth = outer_products(tokens, "row_norm")
+    assert relative_error(measured(backend, tokens, "row_norm"), truth) < 1e-5
+
+
+@on_every_backend
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_trace_under_row_norm_counts_tokens_with_energy(backend, dtype):
+    tokens = draw("noise", (2, 9, 40), dtype)
+    tokens[0, 2:5] = 0
+    moment = measured(backend, tokens, "row_norm")
+    assert abs(moment.trace().item() - 15) < 1e-4
+
+
+@on_every_backend
+@pytest.mark.parametrize("weight", WEIGHTS)
+@pytest.mark.parametrize("shape", [(0, 4, 8), (3, 0, 8), (0, 8)], ids=str)
+def test_no_tokens_and_zero_tokens_give_zeros(backend, shape, weight):
+    for tokens in (torch.empty(shape), torch.zeros(2, 3, 8)):
+        moment = measured(backend, tokens, weight)
+        assert moment.dtype == torch.float64
+        assert torch.equal(moment, torch.zeros(8, 8, dtype=torch.float64))
+
+
+@on_every_backend
+def test_a_single_token_needs_no_leading_dimension(backend):
+    token = torch.randn(8)
+    assert relative_error(measured(backend, token, "none"), outer_products(token, "none")) < 1e-6
+
+
+@on_every_backend
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_non_finite_token_is_handed_on(backend, bad, dtype):
+    tokens = draw("noise", (2, 9, 40), dtype)
+    tokens[1, 3, 5] = bad
+    plain = measured(backend, tokens, "none")
+    assert not plain[5].isfinite().any() and not plain[:, 5].isfinite().any()
+    assert plain[:5, :5].isfinite().all() and plain[6:, 6:].isfinite().all()
+    assert measured(backend, tokens, "row_norm").isnan().all()
+
+
+@on_every_backend
+def test_values_at_float16s_limit_do_not_overflow(backend):
+    tokens = torch.full((2, 50, 16), 65504.0, dtype=torch.float16)
+    moment = measured(backend, tokens, "none")
+    assert relative_error(moment, torch.full((16, 16), 100 * 65504.0**2)) < 1e-6
+
+
+@on_every_backend
+@pytest.mark.parametrize("weight", WEIGHTS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_second_run_is_bitwise_equal(backend, weight, dtype):
+    tokens = draw("noise", (2, 150, 72), dtype)
+    first, second = (measured(backend, tokens, weight) for _ in range(2))
+    assert torch.equal(first, second)
+
+
+def measured_in_bands(tokens: Tensor, weight: str) -> Tensor:
+    """Triton with splits and bands so short that a few hundred tokens take several of them."""
+    from fastkd.ops.second_moment import triton
+
+    before = triton.SPLIT_ROWS, triton.SHORTEST_SPLIT, triton.MAX_SPLITS
+    triton.SPLIT_ROWS, triton.SHORTEST_SPLIT, triton.MAX_SPLITS = 64, 32, 2
+    try:
+        return triton.forward(tokens, weight)
+    finally:
+        triton.SPLIT_ROWS, triton.SHORTEST_SPLIT, triton.MAX_SPLITS = before
+
+
+@on_triton
+@pytest.mark.parametrize("weight", WEIGHTS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_triton_adds_all_splits_of_all_bands(backend, dtype, weight):
+    tokens = draw("noise", (2, 150, 40), dtype)
+    moment = backend.call(measured_in_bands, tokens.to(backend.device), weight).cpu()
+    assert relative_error(moment, outer_products(tokens, weight)) < 1e-5
+    assert torch.equal(moment, moment.mT)
+
+
+def test_torch_adds_all_chunks_and_strips():
+    tokens = torch.randn(1, 2 * reference.CHUNK_ROWS + 7, reference.STRIP + 5)
+    truth = tokens[0].double().mT @ tokens[0].double()
+    assert relative_error(second_moment(tokens), truth) < 1e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_half_precision_operands_lose_nothing_that_float32_keeps(dtype):
+    """The path of GPUs: what a norm divides is two operands, the left one is exact."""
+    rows = (torch.randn(300, 64) * torch.logspace(-4, 4, 300)[:, None]).to(dtype)
+    left, rights = reference.operands(rows, "row_norm", dtype)
+    assert left.dtype == dtype and {right.dtype for right in rights} == {dtype}
+    moment = sum(left.double().mT @ right.double() for right in rights)
+    assert relative_error(moment, outer_products(rows, "row_norm")) < 2e-6
+
+
+@on_every_backend
+def test_tokens_are_not_written_to(backend):
+    tokens = torch.randn(2, 9, 40, device=backend.device)
+    for weight in WEIGHTS:
+        assert torch.equal(backend.call(tokens_after, tokens, weight, backend.name), tokens)
+
+
+def tokens_after(tokens: Tensor, weight: str, backend: str) -> Tensor:
+    second_moment(tokens, weight, backend=backend)
+    return tokens
+
+
+@pytest.mark.parametrize("weight", WEIGHTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_opcheck(dtype, weight):
+    tokens = torch.randn(2, 3, 8).to(dtype)
+    torch.library.opcheck(torch.ops.fastkd.second_moment.default, (tokens, weight, "torch"))
+
+
+def test_compiles_without_a_graph_break_and_with_any_number_of_tokens():
+    def measure_twice(tokens):
+        return second_moment(tokens * 2, "row_norm")
+
+    compiled = torch.compile(measure_twice, fullgraph=True, dynamic=True, backend="aot_eager")
+    for count in (4, 9, 16):
+        tokens = torch.randn(2, count, 8)
+        assert torch.equal(compiled(tokens), measure_twice(tokens))
+
+
+@pytest.mark.parametrize("weight", WEIGHTS)
+def test_autocast_changes_nothing(weight):
+    tokens = torch.randn(2, 49, 40)
+    expected = second_moment(tokens, weight)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(second_moment(tokens, weight), expected)
+
+
+@pytest.fixture
+def fast_matmul():
+    before = torch.backends.mkldnn.matmul.fp32_precision
+    torch.backends.mkldnn.matmul.fp32_precision = "bf16"
+    yield
+    torch.backends.mkldnn.matmul.fp32_precision = before
+
+
+@pytest.mark.parametrize("weight", WEIGHTS)
+def test_the_users_matmul_precision_changes_nothing(weight, fast_matmul):
+    tokens = torch.randn(2, 196, 64)
+    moment = second_moment(tokens, weight)
+    assert relative_error(moment, outer_products(tokens, weight)) < 1e-5
+    assert torch.backends.mkldnn.matmul.fp32_precision == "bf16"
+
+
+def test_tokens_that_require_a_gradient_are_refused():
+    tokens = torch.randn(4, 8, requires_grad=True)
+    with pytest.raises(ValueError, match=r"second_moment: .*gradient.*detach"):
+        second_moment(tokens)
+    with torch.no_grad():
+        assert not second_moment(tokens).requires_grad
+    assert not second_moment(tokens.detach()).requires_grad
+
+
+BAD_INPUTS = {
+    "weight": (torch.zeros(4, 8), {"weight": "norm"}, ValueError, "'row_norm'.*got 'norm'"),
+    "no_channels": (torch.zeros(4, 0), {}, ValueError, r"at least one channel, got \[4, 0\]"),
+    "scalar": (torch.zeros(()), {}, ValueError, r"tokens must be \[..., D\].*got \[\]"),
+    "backend": (torch.zeros(4, 8), {"backend": "jax"}, ValueError, "backend.*got 'jax'"),
+    "int": (torch.zeros(4, 8, dtype=torch.int), {}, TypeError, "tokens must have a float dtype"),
+    "list": ([1.0], {}, TypeError, "tokens must be a tensor, got list"),
+}
+
+
+@pytest.mark.parametrize(
+    ("tokens", "options", "error", "text"), BAD_INPUTS.values(), ids=BAD_INPUTS
+)
+def test_bad_inputs_are_named(tokens, options, error, text):
+    with pytest.raises(error, match=f"second_moment: .*{text}"):
+        second_moment(tokens, **options)
+
+
+@on_triton
+def test_float64_stays_on_the_reference(backend):
+    with pytest.raises(RuntimeError, match="float64 runs on 'torch' only"):
+        measured(backend, torch.zeros(4, 8, dtype=torch.float64), "none")
+
+
+def test_more_than_triton_can_count_is_refused():
+    triton = pytest.importorskip("fastkd.ops.second_moment.triton")
+    tokens = torch.empty(1, 1, 8, device="meta")
+    assert triton.refuses(tokens, "none") is None
+    assert "tokens, got 3000000000" in triton.refuses(tokens.expand(1, 3 * 10**9, 8), "none")
+    assert "channels, got 40000" in triton.refuses(tokens[..., :1].expand(1, 1, 40000), "none")
+
+
+def passes_self_check(name: str, device: str, dtype: torch.dtype, weight: str):
+    return self_check(OPERATOR.implementations[name], torch.device(device), (dtype,), weight)
+
+
+@on_every_backend
+@pytest.mark.parametrize("weight", WEIGHTS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_backend_passes_its_self_check(backend, dtype, weight):
+    error, allowed = backend.call(passes_self_check, backend.name, backend.device, dtype, weight)
+    assert error <= allowed
+
+
+def test_a_wrong_kernel_is_switched_off(monkeypatch, caplog):
+    monkeypatch.setattr("fastkd.ops.backend.EMULATED", {"triton"})
+    wrong = Implementation(lambda x, w: reference.forward(x, w) * 1.001, lambda: None)
+    implementations = {"triton": wrong, "torch": OPERATOR.implementations["torch"]}
+    operator = Operator("second_moment", implementations, ("triton", "torch"), self_check)
+    with caplog.at_level(logging.WARNING, logger="fastkd"):
+        chosen = operator.select("auto", (torch.randn(1, 2, 8),), "none")
+    assert chosen is OPERATOR.implementations["torch"]
+    assert "disagrees with the reference" in caplog.text

@@ -1,0 +1,112 @@
+"""second_moment's Triton kernels, compiled for GPUs that need not be there: they do not spill."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fastkd.ops.second_moment.reference import WEIGHTS
+from tests.harness import aot
+
+triton = pytest.importorskip("fastkd.ops.second_moment.triton")
+
+SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes per program
+HALVES = [torch.bfloat16, torch.float16]
+
+WIDTHS = [192, 384, 1040, 219, 1001]
+
+# D and dtype of the tiles that 384 channels do not take, and of those that are cut off.
+OTHERS = {
+    "small tiles": (192, torch.bfloat16),
+    "not 16-byte aligned": (219, torch.bfloat16),
+    "not 16-byte aligned, float32": (219, torch.float32),
+    "large tiles cut off": (1040, torch.bfloat16),
+}
+
+
+def launches(channels: int, weight: str, dtype: torch.dtype, *, cls_token: bool = False):
+    """Everything that the second moment of a batch starts, each kernel once."""
+    tokens = torch.empty(1024, 196 + cls_token, channels, dtype=dtype, device="meta")
+    moment = torch.empty(channels, channels, dtype=torch.float64, device="meta")
+    started = triton.launches(tokens[:, int(cls_token) :], weight, moment)
+    assert len(started) == 4 + (weight == "row_norm")  # two bands
+    return started
+
+
+def check(launch, arch: int) -> aot.Compiled:
+    compiled = aot.compile_launch(launch, arch)
+    name = launch.kernel.__name__
+    assert compiled.stack == 0, name
+    assert compiled.shared <= SHARED[arch], name
+    assert compiled.registers * 32 * launch.num_warps <= 65536, name
+    return compiled
+
+
+def products(*arguments, **options):
+    return next(x for x in launches(*arguments, **options) if x.kernel is triton.tile_moments)
+
+
+@pytest.mark.parametrize("arch", aot.ARCHS)
+@pytest.mark.parametrize("weight", WEIGHTS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_every_kernel_fits_without_spilling(dtype, weight, arch):
+    for launch in launches(384, weight, dtype):
+        check(launch, arch)
+
+
+@pytest.mark.parametrize("arch", aot.ARCHS)
+@pytest.mark.parametrize("weight", WEIGHTS)
+@pytest.mark.parametrize(("channels", "dtype"), OTHERS.values(), ids=OTHERS)
+def test_the_products_of_other_widths_fit_without_spilling(channels, dtype, weight, arch):
+    check(products(channels, weight, dtype), arch)
+
+
+@pytest.mark.parametrize("weight", WEIGHTS)
+def test_float16_fits_without_spilling(weight):
+    for launch in launches(384, weight, torch.float16):
+        check(launch, 90)
+
+
+@pytest.mark.parametrize("channels", [192, 384])
+@pytest.mark.parametrize("weight", WEIGHTS)
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_products_run_on_the_tensor_cores_of_an_h100(dtype, weight, channels):
+    compiled = check(products(channels, weight, dtype), 90)
+    assert "wgmma.mma_async" in compiled.ptx
+
+
+def test_tokens_come_in_16_bytes_at_once_without_a_copy_of_a_sliced_off_class_token():
+    weights, moments, _, *_ = launches(384, "row_norm", torch.bfloat16, cls_token=True)
+    assert "ld.global.v4.b32" in check(weights, 90).ptx
+    assert "cp.async.cg.shared.global" in check(moments, 90).ptx
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), (1, 1, 24), (5, 1, 24), (1, 5, 1)], ids=str)
+def test_sizes_of_one_which_triton_takes_for_constants_compile(shape):
+    tokens = torch.empty(shape, device="meta")
+    moment = torch.empty(shape[2], shape[2], dtype=torch.float64, device="meta")
+    for launch in triton.launches(tokens, "row_norm", moment):
+        check(launch, 90)
+
+
+def test_bands_share_one_compilation():
+    _, first, _, second, _ = launches(384, "row_norm", torch.bfloat16)
+    assert first.constants == second.constants
+    assert first.arguments["first_row"] == 0 < second.arguments["first_row"]
+    general = {x.name for x in triton.tile_moments.params if x.do_not_specialize}
+    assert general == {"first_row"}
+
+
+@pytest.mark.parametrize("channels", WIDTHS)
+@pytest.mark.parametrize("tokens", [1, 255, 50_000, 200_000])
+def test_every_token_is_in_one_split_and_no_sum_is_too_long(tokens, channels):
+    images = torch.empty(1, tokens, channels, dtype=torch.bfloat16, device="meta")
+    moment = torch.empty(channels, channels, dtype=torch.float64, device="meta")
+    covered = 0
+    for launch in triton.launches(images, "none", moment)[::2]:
+        assert launch.arguments["first_row"] == covered
+        splits, split_rows = launch.grid[2], launch.arguments["split_rows"]
+        assert split_rows <= triton.SPLIT_ROWS and splits <= triton.MAX_SPLITS
+        assert covered + (splits - 1) * split_rows < tokens  # none is empty
+        covered += splits * split_rows
+    assert covered >= tokens

@@ -1,0 +1,184 @@
+"""Ranks, curves and subspaces: answers that are known without computing them."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from fastkd.ops.spectrum import (
+    effective_rank,
+    energy_curve,
+    overlap,
+    principal_angles,
+    rank_at,
+    singular_values,
+    stable_rank,
+    subspace,
+)
+
+
+def axes(*numbers: int, dim: int = 6) -> torch.Tensor:
+    return torch.eye(dim, dtype=torch.float64)[:, list(numbers)]
+
+
+def rotated(angle: float) -> torch.Tensor:
+    """A line at an angle to the first axis."""
+    return axes(0) * math.cos(angle) + axes(1) * math.sin(angle)
+
+
+def test_rank_at_is_the_first_position_that_reaches_the_part():
+    energies = torch.tensor([70.0, 20.0, 9.0, 1.0])
+    assert rank_at(energies, (0.69, 0.70, 0.71, 0.9, 0.99, 1.0)).tolist() == [1, 1, 2, 2, 3, 4]
+
+
+def test_rank_at_one_level_has_no_dimension_for_it():
+    assert rank_at(torch.ones(3, 4, 10), 0.8).shape == (3, 4)
+    assert rank_at(torch.ones(3, 10), (0.8,)).shape == (3, 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_k_of_n_equal_energies_hold_k_parts_of_n(dtype):
+    for n in (10, 49, 196, 257):
+        energies = torch.full((n,), 0.1, dtype=dtype)
+        levels = [k / n for k in range(1, n + 1)]
+        assert rank_at(energies, levels).tolist() == list(range(1, n + 1))
+
+
+def test_a_matrix_without_energy_or_with_nan_has_rank_zero():
+    energies = torch.tensor([[0.0, 0.0], [torch.nan, 1.0], [torch.inf, 1.0], [1.0, 0.0]])
+    assert rank_at(energies, 0.9).tolist() == [0, 0, 0, 1]
+
+
+def test_ranks_in_any_basis_take_energies_in_its_order():
+    assert rank_at(torch.tensor([1.0, 0.0, 9.0]), 0.9).item() == 3
+
+
+def test_the_energy_curve_ends_at_one():
+    curve = energy_curve(torch.tensor([[3.0, 1.0], [0.0, 0.0], [torch.nan, 1.0]]))
+    assert curve[0].tolist() == [0.75, 1.0]
+    assert curve[1].tolist() == [0.0, 0.0]
+    assert curve[2].isnan().all()
+
+
+def test_effective_and_stable_rank_of_k_equal_energies_are_k():
+    for k in (1, 3, 8):
+        energies = torch.zeros(8)
+        energies[:k] = 5.0
+        assert effective_rank(energies).item() == pytest.approx(k, rel=1e-6)
+        assert stable_rank(energies).item() == pytest.approx(k, rel=1e-6)
+
+
+def test_effective_rank_is_of_singular_values_not_of_energies():
+    p = [0.75, 0.25]  # singular values 3 and 1
+    expected = math.exp(-sum(x * math.log(x) for x in p))
+    assert effective_rank(torch.tensor([9.0, 1.0])).item() == pytest.approx(expected, rel=1e-6)
+
+
+def test_measures_without_energy_are_zero_and_nan_stays_nan():
+    energies = torch.tensor([[0.0, 0.0], [torch.nan, 1.0]])
+    for measure in (effective_rank, stable_rank):
+        zero, nan = measure(energies).tolist()
+        assert zero == 0 and math.isnan(nan)
+
+
+def test_gradients_are_finite_where_energies_vanish():
+    energies = torch.tensor([[4.0, 0.0, 0.0], [0.0, 0.0, 0.0]], requires_grad=True)
+    for measure in (effective_rank, stable_rank, energy_curve):
+        (gradient,) = torch.autograd.grad(measure(energies).sum(), energies)
+        assert gradient.isfinite().all()
+    x = torch.zeros(1, 2, 3, requires_grad=True)
+    singular_values(x).sum().backward()
+    assert (x.grad == 0).all()
+
+
+@pytest.mark.parametrize("measure", [rank_at, energy_curve, effective_rank, stable_rank])
+def test_what_is_no_spectrum_is_refused(measure):
+    with pytest.raises(TypeError, match=f"{measure.__name__}: energies must be a floating-point"):
+        measure(torch.ones(3, dtype=torch.long))
+    with pytest.raises(ValueError, match=r"energies must be \[\.\.\., n\]"):
+        measure(torch.ones(3, 0))
+
+
+@pytest.mark.parametrize("shape", [(3, 7, 12), (3, 12, 7)])
+def test_a_subspace_spans_the_leading_right_singular_vectors(shape):
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    found = subspace(x, 4)
+    truth = torch.linalg.svd(x.double()).Vh[:, :4].mT
+    assert found.shape == (3, shape[-1], 4)
+    assert (found.mT @ found - torch.eye(4)).abs().max() < 1e-12
+    assert (found @ found.mT - truth @ truth.mT).abs().max() < 1e-10
+
+
+@pytest.mark.parametrize("shape", [(7, 12), (12, 7)])
+def test_weak_directions_are_found_beside_a_dominant_one(shape):
+    left, _, right = torch.linalg.svd(
+        torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0)),
+        full_matrices=False,
+    )
+    values = torch.logspace(0, -4, 7, dtype=torch.float64)
+    found = subspace((left * values) @ right, 5)
+    assert overlap(found, right[:5].mT).item() == pytest.approx(1, abs=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(4, 6), (6, 4)])
+def test_directions_past_the_rank_are_zero(shape):
+    x = torch.zeros(shape)
+    x[0, 0] = 3.0
+    found = subspace(x, 3)
+    assert found[:, 0].abs().tolist() == axes(0, dim=shape[1])[:, 0].tolist()
+    assert (found[:, 1:] == 0).all()
+
+
+def test_a_subspace_of_nan_is_nan_and_spoils_no_other():
+    x = torch.randn(2, 4, 6)
+    clean = subspace(x, 2)
+    x[0, 0, 0] = torch.nan
+    found = subspace(x, 2)
+    assert found[0].isnan().all() and torch.equal(found[1], clean[1])
+    assert overlap(found, clean).isnan().tolist() == [True, False]
+    assert principal_angles(found, clean).isnan().all(dim=-1).tolist() == [True, False]
+
+
+def test_angles_between_lines_are_the_angles():
+    for angle in (1e-4, 0.3, 1.0, math.pi / 2):
+        assert principal_angles(axes(0), rotated(angle)).item() == pytest.approx(angle, abs=1e-7)
+        assert overlap(axes(0), rotated(angle)).item() == pytest.approx(
+            math.cos(angle) ** 2, abs=1e-12
+        )
+
+
+def test_angles_ascend_and_overlap_is_their_mean_squared_cosine():
+    a, b = axes(0, 1, 2), axes(0, 3, 4)
+    angles = principal_angles(a, b)
+    assert angles.tolist() == pytest.approx([0, math.pi / 2, math.pi / 2], abs=1e-7)
+    assert overlap(a, b).item() == pytest.approx(1 / 3)
+
+
+def test_subspaces_of_different_dimensions_compare_the_smaller_one():
+    assert principal_angles(axes(0), axes(0, 1, 2)).tolist() == pytest.approx([0], abs=1e-7)
+    assert overlap(axes(0), axes(0, 1, 2)).item() == pytest.approx(1)
+
+
+def test_one_subspace_compares_with_many():
+    many = torch.stack([axes(0, 1), axes(2, 3)])
+    assert overlap(many, axes(0, 1)).tolist() == [1, 0]
+
+
+def test_random_subspaces_overlap_by_k_over_d():
+    noise = torch.randn(400, 40, 5, generator=torch.Generator().manual_seed(0))
+    bases = torch.linalg.qr(noise.double()).Q
+    assert overlap(bases[:200], bases[200:]).mean().item() == pytest.approx(5 / 40, rel=0.05)
+
+
+def test_bad_subspaces_are_refused():
+    x = torch.randn(4, 6)
+    with pytest.raises(ValueError, match=r"subspace: k must be from 1 to min\(N, D\) of \[4, 6\]"):
+        subspace(x, 5)
+    with pytest.raises(ValueError, match=r"overlap: a and b must be \[\.\.\., D, k\] with one D"):
+        overlap(axes(0, dim=5), axes(0, dim=6))
+    with pytest.raises(RuntimeError, match="subspace: x requires a gradient"):
+        subspace(x.requires_grad_(), 2)
+    with pytest.raises(TypeError, match="principal_angles: b must be a floating-point"):
+        principal_angles(axes(0), 3)
