@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from fastkd._registration import register_with_timm
 
 if TYPE_CHECKING:
+    from fastkd.analysis import Report, analyze
     from fastkd.models import create_student, create_teacher, load_released_checkpoint
     from fastkd.ops import backends, feature_kd, lift, lift_kd
     from fastkd.training import Recipe, Result, evaluate, train
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
 _PUBLIC = {
     "train": "fastkd.training",
     "evaluate": "fastkd.training",
+    "analyze": "fastkd.analysis",
+    "Report": "fastkd.analysis",
     "Recipe": "fastkd.training",
     "Result": "fastkd.training",
     "create_student": "fastkd.models",
@@ -36,7 +39,9 @@ _PACKAGES = ("analysis", "losses", "models", "ops", "training")
 
 __all__ = [
     "Recipe",
+    "Report",
     "Result",
+    "analyze",
     "backends",
     "create_student",
     "create_teacher",

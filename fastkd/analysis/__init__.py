@@ -1,30 +1,29 @@
-"""Measurements of features: accumulators that take token maps batch by batch.
+"""Measurements of features: accumulators that take token maps batch by batch, and `analyze`.
 
-Know tensors only: which model, layer or data set the tokens come from is the caller's business.
+Accumulators know tensors only: which model, layer or data set the tokens come from is the caller's
+business. `analyze` runs all of them over models and images, and makes a `Report`.
 """
 
-from fastkd.analysis.ranks import (
-    LEVELS,
-    DatasetRank,
-    ImageRank,
-    RankStatistics,
-    RankSummary,
-    SecondMoment,
-    SharedBasis,
-    captured_energy,
-    image_energies,
-    rank_at,
-)
+from fastkd.analysis.moments import SecondMoment, SharedBasis
+from fastkd.analysis.pattern import TokenPattern
+from fastkd.analysis.report import Report
+from fastkd.analysis.results import BANDWIDTH_LEVELS, LEVELS, Curve, Distribution, Ranks
+from fastkd.analysis.run import analyze
+from fastkd.analysis.shared import InSharedBasis, captured_energies
+from fastkd.analysis.spectra import ImageSpectra
 
 __all__ = [
+    "BANDWIDTH_LEVELS",
     "LEVELS",
-    "DatasetRank",
-    "ImageRank",
-    "RankStatistics",
-    "RankSummary",
+    "Curve",
+    "Distribution",
+    "ImageSpectra",
+    "InSharedBasis",
+    "Ranks",
+    "Report",
     "SecondMoment",
     "SharedBasis",
-    "captured_energy",
-    "image_energies",
-    "rank_at",
+    "TokenPattern",
+    "analyze",
+    "captured_energies",
 ]

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastkd.analysis import DatasetRank, ImageRank, RankSummary, SecondMoment
+from fastkd.analysis import ImageSpectra, InSharedBasis, Ranks, SecondMoment
 from fastkd.demo.data import CLASSES, SIDE, Digits, load_digits
 from fastkd.demo.progress import Progress
 from fastkd.models import LiftVisionTransformer, Taps, Teacher, create_student
@@ -137,8 +137,8 @@ class FeatureRanks:
     feature: str
     tokens: int
     dim: int
-    image: RankSummary
-    dataset: RankSummary
+    image: Ranks
+    dataset: Ranks
 
 
 @dataclass(frozen=True)
@@ -446,13 +446,13 @@ def measure_ranks(name: str, model: nn.Module, digits: Digits, device: str) -> F
         The ranks.
     """
     tokens, feature = distilled_tokens(model, digits.held_out.tensors[0].to(device))
-    image, moment = ImageRank(), SecondMoment()
+    image, moment = ImageSpectra(), SecondMoment()
     image.update(tokens)
     moment.update(tokens)
-    dataset = DatasetRank(moment.result().vectors)
+    dataset = InSharedBasis(moment.result(), subspaces=())
     dataset.update(tokens)
     _, count, dim = tokens.shape
-    return FeatureRanks(name, feature, count, dim, image.result(), dataset.result())
+    return FeatureRanks(name, feature, count, dim, image.result().ranks, dataset.result().ranks)
 
 
 @torch.no_grad()

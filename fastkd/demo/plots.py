@@ -96,11 +96,11 @@ def save_ranks(findings: Findings, path: Path) -> None:
 
 
 def _draw_ranks(axes: Axes, ranks: FeatureRanks, level: float) -> None:
-    for summary, color, label in (
+    for own, color, label in (
         (ranks.image, _OWN, "in its own basis"),
         (ranks.dataset, _SHARED, "in the basis of all images"),
     ):
-        counts = summary.histograms[level]
+        counts = own.histogram(level)
         axes.bar(np.arange(len(counts)), counts, width=0.9, color=color, alpha=0.85, label=label)
     for limit, name, side in ((ranks.tokens, "N", "left"), (ranks.dim, "D", "right")):
         axes.axvline(limit + 0.5, color="#555555", linewidth=1, linestyle="--")
@@ -117,8 +117,8 @@ def _draw_ranks(axes: Axes, ranks: FeatureRanks, level: float) -> None:
         )
     axes.set_xlabel(f"dimensions that hold {100 * level:.0f} % of an image's energy")
     axes.set_title(
-        f"median {ranks.image.statistics[level].median:.0f} of its own, "
-        f"{ranks.dataset.statistics[level].median:.0f} shared",
+        f"median {ranks.image.distribution(level).median:.0f} of its own, "
+        f"{ranks.dataset.distribution(level).median:.0f} shared",
         fontsize=10,
     )
     axes.set_xlim(0, ranks.dim + 1.5)

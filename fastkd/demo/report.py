@@ -11,6 +11,7 @@ import math
 import platform
 import textwrap
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ import sklearn
 import timm
 import torch
 
-from fastkd.analysis import LEVELS, RankSummary
+from fastkd.analysis import LEVELS, Ranks
 from fastkd.demo.experiment import RUNS, Findings, Scores, mean_and_spread
 from fastkd.training.atomic import write_text
 
@@ -129,8 +130,8 @@ def rank_table(findings: Findings) -> str:
     return f"{title}\n{_aligned(rows)}"
 
 
-def _rank_cells(summary: RankSummary) -> list[str]:
-    cells = (summary.statistics[level] for level in LEVELS)
+def _rank_cells(ranks: Ranks) -> list[str]:
+    cells = (ranks.distribution(level) for level in LEVELS)
     return [f"{s.median:.0f} ({s.percentile_99:.0f})" for s in cells]
 
 
@@ -211,11 +212,20 @@ def as_dict(findings: Findings) -> dict[str, Any]:
                 "feature": ranks.feature,
                 "tokens": ranks.tokens,
                 "dim": ranks.dim,
-                "per_image": ranks.image.to_dict(),
-                "dataset": ranks.dataset.to_dict(),
+                "per_image": _ranks_dict(ranks.image),
+                "dataset": _ranks_dict(ranks.dataset),
             }
             for ranks in findings.ranks
         ],
+    }
+
+
+def _ranks_dict(ranks: Ranks) -> dict[str, Any]:
+    return {
+        "images": len(ranks.values),
+        "largest_possible": ranks.largest,
+        "statistics": {f"{q:g}": asdict(ranks.distribution(q)) for q in ranks.levels},
+        "histograms": {f"{q:g}": ranks.histogram(q).tolist() for q in ranks.levels},
     }
 
 

@@ -6,6 +6,7 @@ seeded by what the sample is, so that batches do not depend on the number of wor
 
 from __future__ import annotations
 
+import contextlib
 import signal
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from fastkd.training.samplers import EvalSampler, SampleKey, TrainBatchSampler
 from fastkd.training.seeding import derive_seed, preserved_rng, seed_cpu
 
 VALIDATION_FOLDERS = ("val", "validation")
+PROBED = 8  # samples that are tried, to see what a data set yields
 Data = str | Path | Sequence[Any]
 
 
@@ -36,7 +38,7 @@ class DataPair:
         val: the evaluation set.
         num_classes: None where the data do not say.
         yields_tensors: whether images are float tensors [C, H, W] instead of PIL images.
-        image_size: (C, H, W) of the first image, where it is a tensor.
+        image_size: (C, H, W) of the first image that can be read, where it is a tensor.
     """
 
     train: Any
@@ -69,11 +71,13 @@ def open_data(data: Data, root: str | None = None, *, need_train: bool = True) -
         train, val = _open_given(data, need_train)
     for dataset in (train, val):
         _check_map_style(dataset)
-    probe = _probe(val if train is None else train)
+    first = val if train is None else train
+    # What reads image files is known to yield PIL images, even where the first file is broken.
+    probe = None if isinstance(first, ReadableImages) else _probe(first)
     return DataPair(
         train=train,
         val=val,
-        num_classes=_num_classes(val if train is None else train),
+        num_classes=_num_classes(first),
         yields_tensors=isinstance(probe, Tensor),
         image_size=tuple(probe.shape) if isinstance(probe, Tensor) else None,  # type: ignore[arg-type]
     )
@@ -171,9 +175,9 @@ def _check_map_style(dataset: Any) -> None:
 
 
 def _probe(dataset: Any) -> Any:
-    """The first image, without leaving a trace in the random generators."""
+    """The first image that can be read, without leaving a trace in the random generators."""
     with preserved_rng():
-        sample = dataset[0]
+        sample = _first_readable(dataset)
     if not isinstance(sample, tuple | list) or len(sample) != 2:
         raise ValueError(f"data: samples must be (image, label), got {type(sample).__name__}")
     image = sample[0]
@@ -183,6 +187,14 @@ def _probe(dataset: Any) -> Any:
         return image
     got = f"{image.dtype} {list(image.shape)}" if isinstance(image, Tensor) else type(image)
     raise ValueError(f"data: images must be PIL images or float tensors [C, H, W], got {got}")
+
+
+def _first_readable(dataset: Any) -> Any:
+    """One broken file says nothing of the data set; a few in a row, that it is not there."""
+    for index in range(min(len(dataset), PROBED) - 1):
+        with contextlib.suppress(OSError):
+            return dataset[index]
+    return dataset[min(len(dataset), PROBED) - 1]
 
 
 def _num_classes(dataset: Any) -> int | None:
@@ -330,7 +342,7 @@ def eval_loader(
     Returns:
         A loader of (images [B, C, H, W], labels [B]).
     """
-    dataset = _sample_dataset(data.val, data, spec, lambda: eval_transform(recipe, spec), None)
+    dataset = eval_samples(data, recipe, spec)
     sampler = EvalSampler(len(data.val), rank, world_size)
     return _loader(
         dataset,
@@ -341,6 +353,45 @@ def eval_loader(
         sampler=sampler,
         batch_size=recipe.eval_batch_size,
     )
+
+
+def eval_samples(
+    data: DataPair, recipe: Recipe, spec: InputSpec, seed: int | None = None
+) -> SampleDataset:
+    """The evaluation set as a model takes it in; float tensors are not normalised yet.
+
+    Args:
+        data: the opened data.
+        recipe: evaluation options.
+        spec: what the model takes in.
+        seed: of what a data set draws at random itself; None where nothing is random.
+
+    Returns:
+        A data set of (image [C, H, W], label), addressed by `SampleKey`.
+
+    Raises:
+        ValueError: no PIL image has as many channels as the model takes.
+    """
+    return _sample_dataset(data.val, data, spec, lambda: eval_transform(recipe, spec), seed)
+
+
+def loader_options(workers: int, device: torch.device) -> dict[str, Any]:
+    """How every `DataLoader` here runs its workers; an iteration draws from no global generator.
+
+    Args:
+        workers: loader processes; they leave interrupts to the main process.
+        device: pinned memory is used for an accelerator.
+
+    Returns:
+        Keyword arguments of the loader.
+    """
+    return {
+        "num_workers": workers,
+        "pin_memory": device.type == "cuda",
+        "persistent_workers": workers > 0,
+        "worker_init_fn": _leave_interrupts_to_the_main_process,
+        "generator": torch.Generator(),  # its own: the global one would be drawn from at the start
+    }
 
 
 def slice_size(recipe: Recipe, world_size: int) -> int:
@@ -394,15 +445,7 @@ def _loader(
     # PIL images were normalised by their transform.
     statistics = (spec.mean, spec.std) if data.yields_tensors else (None, None)
     return DataLoader(
-        dataset,
-        num_workers=workers,
-        collate_fn=Collate(*statistics),
-        pin_memory=device.type == "cuda",
-        persistent_workers=workers > 0,
-        worker_init_fn=_leave_interrupts_to_the_main_process,
-        # Its own generator: starting an iteration must not draw from the global one.
-        generator=torch.Generator(),
-        **batching,
+        dataset, collate_fn=Collate(*statistics), **loader_options(workers, device), **batching
     )
 
 

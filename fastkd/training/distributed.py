@@ -9,6 +9,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -62,6 +63,21 @@ class World:
         if self.size == 1:
             return flag
         return bool(self.sum(torch.tensor(float(flag), device=self.device)).item())
+
+    def gather(self, value: Any) -> list[Any]:
+        """Collect a picklable value of every process; synchronises with them.
+
+        Args:
+            value: this process'; tensors in it should be on the CPU.
+
+        Returns:
+            All of them in the order of ranks, on every process.
+        """
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values
 
     @torch.no_grad()
     def share(self, module: nn.Module) -> None:

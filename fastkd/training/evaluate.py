@@ -9,17 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from timm.data import resolve_data_config
 from torch import nn
 
 from fastkd.models import create_teacher
-from fastkd.training.augment import InputSpec
-from fastkd.training.data import Data, DataPair, eval_loader, open_data
+from fastkd.training.data import Data, eval_loader, open_data
 from fastkd.training.distributed import world
 from fastkd.training.engine import evaluate_model
 from fastkd.training.options import refuse_image_options
-from fastkd.training.recipe import Recipe
-from fastkd.training.setup import Shape, class_count, input_spec, load_student
+from fastkd.training.setup import Preprocessing, Shape, class_count, load_student
 
 # Recipe fields that say how an evaluation sees its images.
 OPTIONS = ("img_size", "crop_pct", "crop_mode", "interpolation", "mean", "std", "data_root")
@@ -71,9 +68,10 @@ def evaluate(
     if opened.yields_tensors:
         refuse_image_options(options)
     with world(device) as peers:
-        network, recipe, spec, used = _resolve(model, checkpoint, weights, opened, options)
+        network, preprocessing, used = _resolve(model, checkpoint, weights, options)
+        spec = preprocessing.input_spec(network, opened)
         class_count(network, Shape(opened.num_classes, spec.size[0], None))
-        recipe = recipe.override(eval_batch_size=batch_size, workers=workers)
+        recipe = preprocessing.recipe.override(eval_batch_size=batch_size, workers=workers)
         loader = eval_loader(opened, recipe, spec, peers.device, peers.rank, peers.size)
         return evaluate_model(network.to(peers.device), loader, peers, amp) | {"weights": used}
 
@@ -82,10 +80,9 @@ def _resolve(
     model: str | Path | nn.Module,
     checkpoint: str | Path | None,
     weights: str,
-    data: DataPair,
     options: dict[str, Any],
-) -> tuple[nn.Module, Recipe, InputSpec, str]:
-    """The network, the recipe and input by which it is evaluated, and which weights it has."""
+) -> tuple[nn.Module, Preprocessing, str]:
+    """The network, how it sees its images, and which weights it has."""
     run = model if not isinstance(model, nn.Module) and Path(model).exists() else None
     if isinstance(model, nn.Module) and checkpoint is not None:
         run = checkpoint
@@ -94,22 +91,13 @@ def _resolve(
             raise ValueError(f"evaluate: weights={weights!r} chooses in a fastkd checkpoint")
         size = options.get("img_size")
         network = model if isinstance(model, nn.Module) else _from_timm(model, checkpoint, size)
-        recipe = _own_recipe(network).override(**options)
-        spec = input_spec(network, recipe, data, use_test_size=True)
-        return network, recipe, spec, "as given"
+        return network, Preprocessing.of_model(network).override(**options), "as given"
     if isinstance(model, nn.Module):
         loaded = load_student(run, weights, model)
     else:
         loaded = load_student(run, weights, img_size=options.get("img_size"))
-    recipe = loaded.recipe.override(**{"mean": loaded.spec.mean, "std": loaded.spec.std, **options})
-    return loaded.model, recipe, input_spec(loaded.model, recipe, data), loaded.weights
+    return loaded.model, Preprocessing.of_run(loaded).override(**options), loaded.weights
 
 
 def _from_timm(name: str | Path, checkpoint: str | Path | None, img_size: int | None) -> nn.Module:
     return create_teacher(str(name), checkpoint=checkpoint, img_size=img_size).model
-
-
-def _own_recipe(network: nn.Module) -> Recipe:
-    """How timm evaluates the model."""
-    config = resolve_data_config({}, model=network, use_test_size=True)
-    return Recipe().override(**{n: config[n] for n in ("crop_pct", "crop_mode", "interpolation")})

@@ -314,6 +314,40 @@ def load_student(
     return LoadedStudent(model.eval(), spec, recipe, used)
 
 
+@dataclass(frozen=True)
+class Preprocessing:
+    """How a model sees the images it is evaluated on.
+
+    Attributes:
+        recipe: its ``img_size``, ``mean``, ``std``, ``crop_pct``, ``crop_mode``, ``interpolation``.
+        use_test_size: without an ``img_size``, take timm's size for evaluation where it publishes
+            one.
+    """
+
+    recipe: Recipe
+    use_test_size: bool = False
+
+    @classmethod
+    def of_model(cls, model: nn.Module) -> Preprocessing:
+        """How timm evaluates a model; timm's defaults for one that is not timm's."""
+        config = resolve_data_config({}, model=model, use_test_size=True)
+        names = ("crop_pct", "crop_mode", "interpolation")
+        return cls(Recipe().override(**{name: config[name] for name in names}), True)
+
+    @classmethod
+    def of_run(cls, student: LoadedStudent) -> Preprocessing:
+        """How a run evaluated its student."""
+        return cls(student.recipe.override(mean=student.spec.mean, std=student.spec.std))
+
+    def override(self, **options: Any) -> Preprocessing:
+        """Change fields of the recipe; ValueError and TypeError as `Recipe.override`."""
+        return replace(self, recipe=self.recipe.override(**options))
+
+    def input_spec(self, model: nn.Module, data: DataPair) -> InputSpec:
+        """Size and statistics of the model's input for these data, as `input_spec`."""
+        return input_spec(model, self.recipe, data, use_test_size=self.use_test_size)
+
+
 def change_input_size(model: nn.Module, size: tuple[int, int]) -> None:
     """Let a timm model of a fixed input size take another; position embeddings are resampled.
 

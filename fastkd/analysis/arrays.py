@@ -1,0 +1,344 @@
+"""Tokens that were saved earlier: folders of .npy files, one an image, as a source of batches.
+
+Reads what numpy writes, the object arrays of stages too, and never unpickles anything but arrays.
+Knows files and shapes; neither models nor measurements.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import pickle
+from collections.abc import Iterator
+from functools import cached_property
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import torch
+from timm.data.readers.img_extensions import get_img_extensions
+from torch import Tensor
+
+from fastkd.analysis.images import balanced_subset
+from fastkd.analysis.sources import (
+    Batch,
+    Layer,
+    LayerChoice,
+    check_batch_size,
+    checked_places,
+    parse_layers,
+)
+
+SUFFIX = ".npy"
+Shape = tuple[int, int]
+
+# Where numpy 1 and numpy 2 say that pickled arrays are put together.
+_NUMPY_MODULES = ("numpy.core.multiarray", "numpy._core.multiarray")
+_FLOATS = ("f2", "f4", "f8")
+
+
+class ArrayError(ValueError):
+    """A file that holds no tokens; the message says what it holds instead."""
+
+
+def is_array_folder(data: Any) -> bool:
+    """Whether data are a folder of saved tokens: whichever comes first in it, .npy or an image."""
+    if not isinstance(data, str | Path) or not Path(data).is_dir():
+        return False
+    images = get_img_extensions(as_set=True)
+    for _, _, files in os.walk(data, followlinks=True):
+        suffixes = {Path(file).suffix.lower() for file in files}
+        if SUFFIX in suffixes:
+            return True
+        if suffixes & images:
+            return False
+    return False
+
+
+def read_tokens(path: str | Path) -> list[np.ndarray]:
+    """Read the layers of one saved image.
+
+    What a file may hold, in float16, float32 or float64 of any byte order:
+
+    - [N, D]: one layer; [L, N, D]: layers of one shape;
+    - [L, 1, N, D] or [L, H, W, D]: likewise, with a batch of one or a grid;
+    - an object array of L layers with a shape each: [N, D], [1, N, D], [H, W, D] or [1, H, W, D].
+
+    Pickled object arrays are put together from plain bytes by this module; a pickle that asks for
+    anything but float arrays is refused before it gets it.
+
+    Args:
+        path: a .npy file.
+
+    Returns:
+        Per layer [N, D] in the native byte order. Layers of plain arrays are mapped into memory,
+        read when they are used.
+
+    Raises:
+        ArrayError: it holds something else, or is cut short.
+        OSError: it cannot be read.
+    """
+    try:
+        content = _read_npy(path)
+    except OSError:
+        raise
+    except Exception as error:  # a hostile or broken pickle may fail in any way
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ArrayError(f"cannot be read as saved tokens: {reason[:160]}") from error
+    if isinstance(content, list):
+        return [_as_tokens(layer) for layer in content]
+    if content.ndim == 2:
+        return [_as_tokens(content)]
+    if content.ndim in (3, 4):
+        return [_as_tokens(layer) for layer in content]
+    raise ArrayError(f"holds {list(content.shape)}, expected [N, D] or [L, N, D]")
+
+
+class ArraySource:
+    """Tokens of a folder of .npy files, one an image, at any depth.
+
+    The first readable file in the order of names says how many layers there are and of which shape;
+    a file with others is skipped and reported, because ranks of images with different numbers of
+    tokens cannot be compared. Folders inside the folder count as classes in the selection.
+
+    Args:
+        folder: holds the files; `read_tokens` says what may be in them.
+        layers: ``"all"``, ``"last"``, or some by number (negative from the end) or name
+            (``"layer.3"``), of which the order is that of depth.
+        images: how many files; None, or more than there are: all.
+        seed: of the choice and its order.
+        batch_size: images per batch.
+        device: where tokens are put.
+
+    Raises:
+        ValueError: no file, none that can be read, or a layer that is not there.
+    """
+
+    weights = "saved tokens"
+    architecture = ""
+    parameters: int | None = None
+    input_size: tuple[int, int] | None = None
+
+    def __init__(
+        self,
+        folder: str | Path,
+        *,
+        layers: LayerChoice = "all",
+        images: int | None = 1000,
+        seed: int = 0,
+        batch_size: int = 64,
+        device: str | torch.device = "cpu",
+    ) -> None:
+        check_batch_size(batch_size)
+        if images is not None and images < 1:
+            raise ValueError(f"ArraySource: images must be at least 1, or None, got {images}")
+        self.name = str(folder)
+        self._folder = Path(folder)
+        self._batch_size = batch_size
+        self._device = torch.device(device)
+        files = _files(self._folder)
+        if not files:
+            raise ValueError(f"data: {folder} holds no {SUFFIX} file")
+        self._shapes = _first_shapes(files)
+        self._numbers = _chosen(parse_layers(layers), len(self._shapes))
+        self.layers = [Layer(f"layer.{i}", i, self._shapes[i][1]) for i in self._numbers]
+        classes = [str(file.parent) for file in files]
+        chosen = balanced_subset(classes, len(files), images, seed)
+        self._files = [files[index] for index in chosen]
+        self.images = len(self._files)
+
+    @cached_property
+    def fingerprint(self) -> dict[str, Any]:
+        """Names and sizes of the selected files, and the layers; no file is read."""
+        files = "\n".join(f"{self._file_name(f)} {f.stat().st_size}" for f in self._files)
+        return {
+            "weights": self.weights,
+            "layers": [layer.name for layer in self.layers],
+            "shapes": [list(self._shapes[number]) for number in self._numbers],
+            "selection": {
+                "images": self.images,
+                "files": hashlib.sha256(files.encode()).hexdigest(),
+            },
+        }
+
+    def batches(self, start: int = 0, stop: int | None = None) -> Iterator[Batch]:
+        """As `TokenSource.batches`."""
+        places = checked_places(start, stop, self.images)
+        for first in range(places.start, places.stop, self._batch_size):
+            yield self._batch(range(first, min(first + self._batch_size, places.stop)))
+
+    def _batch(self, places: range) -> Batch:
+        read: dict[int, list[np.ndarray]] = {}
+        skipped = []
+        for place in places:
+            try:
+                read[place] = self._read(self._files[place])
+            except (ArrayError, OSError) as error:
+                name = self._file_name(self._files[place])
+                skipped.append((place, name, " ".join(str(error).split())))
+        layers = zip(*read.values(), strict=True)
+        return Batch(list(read), [self._stack(layer) for layer in layers], skipped)
+
+    def _read(self, file: Path) -> list[np.ndarray]:
+        layers = read_tokens(file)
+        shapes = _shapes(layers)
+        if shapes != self._shapes:
+            raise ArrayError(
+                f"holds {_described(shapes)}, the first file holds {_described(self._shapes)}"
+            )
+        return [layers[number] for number in self._numbers]
+
+    def _stack(self, layer: tuple[np.ndarray, ...]) -> Tensor:
+        return torch.from_numpy(np.stack(layer)).to(self._device)
+
+    def _file_name(self, file: Path) -> str:
+        return file.relative_to(self._folder).as_posix()
+
+
+def _files(folder: Path) -> list[Path]:
+    found = (Path(root, f) for root, _, files in os.walk(folder, followlinks=True) for f in files)
+    return sorted(file for file in found if file.suffix.lower() == SUFFIX)
+
+
+def _first_shapes(files: list[Path]) -> list[Shape]:
+    first_error: Exception | None = None
+    for file in files:
+        try:
+            return _shapes(read_tokens(file))
+        except (ArrayError, OSError) as error:
+            first_error = first_error or error
+    raise ValueError(
+        f"data: none of {len(files)} {SUFFIX} files can be read as tokens; {files[0].name} "
+        f"{first_error}"
+    ) from first_error
+
+
+def _shapes(layers: list[np.ndarray]) -> list[Shape]:
+    return [(layer.shape[0], layer.shape[1]) for layer in layers]
+
+
+def _described(shapes: list[Shape]) -> str:
+    kinds = ", ".join(str(list(shape)) for shape in dict.fromkeys(shapes))
+    return f"{len(shapes)} layers of {kinds}"
+
+
+def _chosen(layers: str | list[int | str], count: int) -> list[int]:
+    if layers == "all":
+        return list(range(count))
+    if layers == "last":
+        return [count - 1]
+    names = {f"layer.{number}": number for number in range(count)}
+    names |= {str(number): number % count for number in range(-count, count)}
+    for layer in layers:
+        if str(layer) not in names:
+            raise ValueError(
+                f"layers: {layer!r} is not there: the saved tokens have {count} layers "
+                f"(layer.0 .. layer.{count - 1})"
+            )
+    return sorted({names[str(layer)] for layer in layers})
+
+
+def _as_tokens(layer: Any) -> np.ndarray:
+    """[N, D] of a layer: a batch of one and a grid are flattened."""
+    if not isinstance(layer, np.ndarray):
+        raise ArrayError(f"holds a {type(layer).__name__} where a layer's array is expected")
+    if layer.dtype.kind != "f" or layer.dtype.itemsize > 8:
+        raise ArrayError(f"holds {layer.dtype}, expected float16, float32 or float64")
+    if layer.ndim not in (2, 3) and not (layer.ndim == 4 and layer.shape[0] == 1):
+        raise ArrayError(
+            f"holds a layer of {list(layer.shape)}, expected [N, D], [1, N, D] or [H, W, D]"
+        )
+    if layer.size == 0:
+        raise ArrayError(f"holds a layer of {list(layer.shape)}, without a token")
+    tokens = layer.reshape(-1, layer.shape[-1])
+    return tokens if layer.dtype.isnative else tokens.astype(layer.dtype.newbyteorder("="))
+
+
+def _read_npy(path: str | Path) -> Any:
+    """A float array, or the list of what an object array holds."""
+    with open(path, "rb") as file:
+        if _holds_objects(file):
+            return _ArrayUnpickler(file).load_content()
+    return np.load(path, mmap_mode="r", allow_pickle=False)
+
+
+def _holds_objects(file: BinaryIO) -> bool:
+    """Read the header; the file is left where its data start."""
+    version = np.lib.format.read_magic(file)
+    read_header = {
+        (1, 0): np.lib.format.read_array_header_1_0,
+        (2, 0): np.lib.format.read_array_header_2_0,
+    }.get(version)
+    if read_header is None:
+        raise ArrayError(f"version {version} of the .npy format is not known")
+    _, _, dtype = read_header(file)
+    return bool(dtype.hasobject)
+
+
+class _ArrayUnpickler(pickle.Unpickler):
+    """Unpickles object arrays of float arrays, with nothing of numpy's own that could be misled.
+
+    Numpy rebuilds an array from a dtype and bytes that a hostile file may choose so that memory is
+    corrupted. Here both names lead to records, and arrays are made from these after checks.
+    """
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ("numpy", "dtype"):
+            return _PickledDtype
+        if (module, name) == ("numpy", "ndarray"):
+            return _PickledArray
+        if module in _NUMPY_MODULES and name == "_reconstruct":
+            return _PickledArray
+        raise pickle.UnpicklingError(
+            f"it has pickled {module}.{name}, which is no array of floats and is not loaded for "
+            "safety"
+        )
+
+    def load_content(self) -> Any:
+        content = self.load()
+        if not isinstance(content, _PickledArray):
+            raise ArrayError(f"it has pickled a {type(content).__name__}")
+        return content.content()
+
+
+class _PickledDtype:
+    """What numpy pickles of a dtype: its code, and its byte order as state."""
+
+    def __init__(self, code: str, *_: Any) -> None:
+        self.code = code
+        self.order = "="
+
+    def __setstate__(self, state: Any) -> None:
+        self.order = state[1]
+
+    @property
+    def is_object(self) -> bool:
+        return self.code in ("O", "O4", "O8")
+
+    def numpy(self) -> np.dtype:
+        if self.code not in _FLOATS or self.order not in ("<", ">", "=", "|"):
+            raise ArrayError(f"it has pickled an array of type {self.code!r}, expected floats")
+        return np.dtype(self.order.replace("|", "=") + self.code)
+
+
+class _PickledArray:
+    """What numpy pickles of an array: (version, shape, dtype, column-major, bytes or list)."""
+
+    def __init__(self, *_: Any) -> None:
+        """The arguments of ``_reconstruct`` say nothing that the state does not."""
+        self.state: Any = None
+
+    def __setstate__(self, state: Any) -> None:
+        self.state = state
+
+    def content(self) -> Any:
+        """A float array, or of an object array a list of them; floats if it holds only those."""
+        _, shape, dtype, column_major, data = self.state
+        if not dtype.is_object:
+            order: Any = "F" if column_major else "C"
+            return np.frombuffer(data, dtype.numpy()).reshape(shape, order=order)
+        if all(isinstance(item, float) for item in data):  # equal shapes, which numpy took apart
+            return np.array(data, dtype=np.float64).reshape(shape)  # lists are row-major always
+        if len(shape) > 1:
+            raise ArrayError(f"it has pickled objects in the shape {list(shape)}, expected [L]")
+        return [item.content() if isinstance(item, _PickledArray) else item for item in data]

@@ -1,0 +1,283 @@
+"""Which images an analysis looks at, and reading them without being stopped by a broken one.
+
+Opens data as the trainer does. Knows images and labels; neither models nor measurements.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
+
+from fastkd.training.augment import InputSpec
+from fastkd.training.data import (
+    VALIDATION_FOLDERS,
+    Collate,
+    Data,
+    DataPair,
+    ReadableImages,
+    SampleDataset,
+    eval_samples,
+    loader_options,
+    open_data,
+)
+from fastkd.training.recipe import Recipe
+from fastkd.training.samplers import SampleKey
+
+SHOWN_REASON = 200
+
+
+class ReadImages(NamedTuple):
+    """Some images of a selection, in order.
+
+    Attributes:
+        places: of the images that were read.
+        images: [B, C, H, W] as a model takes them in; None where none was read.
+        skipped: (place, reason) of the others.
+    """
+
+    places: list[int]
+    images: Tensor | None
+    skipped: list[tuple[int, str]]
+
+
+@dataclass(frozen=True)
+class ImageSelection:
+    """Images of a data set, in random order: neighbours have nothing to do with each other.
+
+    Attributes:
+        data: the opened data; its evaluation set is selected from.
+        indices: [images] int64, place in the selection -> index in the evaluation set.
+        seed: what the selection was drawn with.
+    """
+
+    data: DataPair
+    indices: np.ndarray
+    seed: int
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def name(self, place: int) -> str:
+        """What people know an image by: its file's path in the folder, else its number."""
+        index = int(self.indices[place])
+        reader = _reader(self.data.val)
+        if hasattr(reader, "samples"):
+            return str(reader.filename(index))
+        if hasattr(self.data.val, "samples"):  # torchvision's folders
+            return str(self.data.val.samples[index][0])
+        return f"sample {index}"
+
+    @property
+    def fingerprint(self) -> dict[str, Any]:
+        """Plain values that tell this selection from another; the images are not read."""
+        names = "\n".join(self.name(place) for place in range(len(self)))
+        return {
+            "images": len(self),
+            "of": len(self.data.val),
+            "names": hashlib.sha256(names.encode()).hexdigest(),
+        }
+
+    def read(
+        self,
+        recipe: Recipe,
+        spec: InputSpec,
+        places: range,
+        *,
+        batch_size: int,
+        workers: int,
+        device: torch.device,
+    ) -> Iterator[ReadImages]:
+        """Read images as a model takes them in, each place in exactly one batch.
+
+        Args:
+            recipe: how images are resized and cropped.
+            spec: size and statistics of the input.
+            places: in the selection, ascending.
+            batch_size: places per batch, whether they can be read or not.
+            workers: loader processes; 0 reads in this one.
+            device: where the images will go; pinned memory is used for an accelerator.
+
+        Yields:
+            Batches on the CPU, in order.
+
+        Raises:
+            ValueError: no PIL image has as many channels as the model takes.
+        """
+        statistics = (spec.mean, spec.std) if self.data.yields_tensors else (None, None)
+        yield from DataLoader(
+            _Selected(eval_samples(self.data, recipe, spec, self.seed), self.indices, spec.size),
+            sampler=places,
+            batch_size=batch_size,
+            collate_fn=_CollateRead(Collate(*statistics)),
+            **loader_options(workers, device),
+        )
+
+
+def open_images(
+    data: Data, root: str | None = None, images: int | None = 1000, seed: int = 0
+) -> ImageSelection:
+    """Select images: as many of every class where labels are known, at random otherwise.
+
+    No class gives a second image before all have given one. Labels are taken from lists that
+    readers and data sets have; no image is decoded for its label.
+
+    Args:
+        data: an image folder, with folders for classes or without, or with ``val`` (or
+            ``validation``) in it; a timm data set name (``"hfds/..."``, ``"torch/cifar100"``); a
+            map-style data set yielding (PIL image or float tensor, label); or a pair (train, val)
+            of these, of which the second is taken.
+        root: where a named data set keeps its files.
+        images: how many; None, or more than there are: all.
+        seed: of the choice and its order.
+
+    Returns:
+        The selection; the same for the same data and seed on every machine.
+
+    Raises:
+        ValueError: no data there, no image, or fewer than one asked for.
+    """
+    if images is not None and images < 1:
+        raise ValueError(f"open_images: images must be at least 1, or None for all, got {images}")
+    opened = _open(data, root)
+    count = len(opened.val)
+    labels = known_labels(opened.val)
+    return ImageSelection(opened, balanced_subset(labels, count, images, seed), seed)
+
+
+def balanced_subset(
+    labels: Sequence[Any] | None, count: int, images: int | None, seed: int
+) -> np.ndarray:
+    """Choose samples evenly from all classes, in random order.
+
+    Args:
+        labels: of all samples; None takes them for one class.
+        count: number of samples.
+        images: how many to choose; None or more than ``count``: all.
+        seed: of the choice and its order.
+
+    Returns:
+        [chosen] int64, distinct indices below ``count``.
+    """
+    generator = np.random.default_rng(seed)
+    order = generator.permutation(count)
+    if labels is not None:
+        # Every class' first ones before any second ones; among equals, chance decides.
+        rounds = _occurrence(np.unique(np.asarray(labels), return_inverse=True)[1][order])
+        order = order[np.lexsort((generator.permutation(count), rounds))]
+    return generator.permutation(order[:images])
+
+
+def known_labels(dataset: Any) -> list[Any] | None:
+    """Labels of a data set's samples, as far as they are known without decoding images.
+
+    Args:
+        dataset: a map-style data set.
+
+    Returns:
+        One plain value a sample; None where there is no list of them, or they are no classes.
+    """
+    if isinstance(dataset, Subset):
+        inner = known_labels(dataset.dataset)
+        return None if inner is None else [inner[index] for index in dataset.indices]
+    labels = _label_list(dataset)
+    if labels is None or len(labels) != len(dataset):
+        return None
+    plain = [label.item() if hasattr(label, "item") else label for label in labels]
+    return plain if all(isinstance(label, int | str) for label in plain) else None
+
+
+def _open(data: Data, root: str | None) -> DataPair:
+    if isinstance(data, str | Path) and Path(data).is_dir():
+        folder = Path(data)
+        # Of a folder with train and val the latter alone is listed: no label's number matters here.
+        inner = (folder / name for name in VALIDATION_FOLDERS)
+        data = next((path for path in inner if path.is_dir()), folder)
+    try:
+        return open_data(data, root, need_train=False)
+    except RuntimeError as error:  # of timm's and torchvision's readers: nothing found
+        raise ValueError(f"data: {error}") from error
+
+
+def _reader(dataset: Any) -> Any:
+    return dataset.reader if isinstance(dataset, ReadableImages) else None
+
+
+def _label_list(dataset: Any) -> Any:
+    """A list of labels wherever timm, torchvision and torch keep one."""
+    if isinstance(dataset, TensorDataset):
+        return dataset.tensors[1]
+    if isinstance(dataset, list | tuple):
+        return [label for _, label in dataset]
+    for owner in (_reader(dataset), dataset):
+        for attribute in ("targets", "labels"):
+            if getattr(owner, attribute, None) is not None:
+                return getattr(owner, attribute)
+    reader = _reader(dataset)
+    if hasattr(reader, "iter_targets"):  # Hugging Face's, column by column
+        return list(reader.iter_targets())
+    files = getattr(reader, "samples", None)
+    return None if files is None else [label for _, label in files]
+
+
+def _occurrence(classes: np.ndarray) -> np.ndarray:
+    """How many samples of the same class come before each: [samples] int64."""
+    by_class = np.argsort(classes, kind="stable")
+    counts = np.bincount(classes)
+    first = np.repeat(np.cumsum(counts) - counts, counts)
+    occurrence = np.empty_like(by_class)
+    occurrence[by_class] = np.arange(len(classes)) - first
+    return occurrence
+
+
+class _Selected(Dataset):
+    """Place -> (place, image), or (place, reason) where the image cannot be read."""
+
+    def __init__(
+        self, samples: SampleDataset, indices: np.ndarray, size: tuple[int, int, int]
+    ) -> None:
+        self.samples = samples
+        self.indices = indices
+        self.size = size
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, place: int) -> tuple[int, Tensor | str]:
+        key = SampleKey(epoch=0, sample=int(self.indices[place]), copy=0)
+        try:
+            image, _ = self.samples[key]
+        except (
+            Exception
+        ) as error:  # what Pillow, its plugins and data sets raise has no common base
+            return place, _reason(error)
+        if tuple(image.shape) != self.size:
+            return place, f"is {list(image.shape)}, expected {list(self.size)}"
+        return place, image
+
+
+class _CollateRead:
+    """Stacks what was read, apart from what was not."""
+
+    def __init__(self, stack: Collate) -> None:
+        self.stack = stack
+
+    def __call__(self, samples: list[tuple[int, Tensor | str]]) -> ReadImages:
+        read = [(image, place) for place, image in samples if isinstance(image, Tensor)]
+        skipped = [(place, reason) for place, reason in samples if isinstance(reason, str)]
+        images = self.stack(read)[0] if read else None
+        return ReadImages([place for _, place in read], images, skipped)
+
+
+def _reason(error: Exception) -> str:
+    """The cause in one line; the reader's own words rather than those wrapped around them."""
+    cause = error.__cause__ if isinstance(error.__cause__, Exception) else error
+    text = " ".join(str(cause).split()) or "no message"
+    return f"{type(cause).__name__}: {text}"[:SHOWN_REASON]

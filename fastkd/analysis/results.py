@@ -1,0 +1,265 @@
+"""What an analysis found: plain records of numbers and arrays, one per model and layer.
+
+The one form in which results travel from the accumulators to tables, figures and files. Knows how
+to read a distribution off per-image values; nothing of how anything was measured or is shown.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+# Parts of an image's energy at which ranks are read, and of a token's at which bandwidths are.
+LEVELS = (0.80, 0.90, 0.95, 0.99)
+BANDWIDTH_LEVELS = (0.5, 0.6, 0.7, 0.8, 0.9)
+
+
+@dataclass(frozen=True)
+class Distribution:
+    """How a number is distributed over images.
+
+    Attributes:
+        mean: over images.
+        std: population standard deviation over images.
+        lower_quartile: 25th percentile; percentiles interpolate linearly, as numpy's.
+        median: 50th percentile.
+        upper_quartile: 75th percentile.
+        percentile_99: 99 % of the images need at most this many dimensions (what the paper's tables
+            print).
+    """
+
+    mean: float
+    std: float
+    lower_quartile: float
+    median: float
+    upper_quartile: float
+    percentile_99: float
+
+    @classmethod
+    def of(cls, values: np.ndarray) -> Distribution:
+        """The distribution of values [images]; all NaN where there is none."""
+        if len(values) == 0:
+            return cls(*[float("nan")] * 6)
+        quartiles = np.percentile(values, (25, 50, 75, 99)).tolist()
+        return cls(float(np.mean(values)), float(np.std(values)), *quartiles)
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """rank@q of every image: the dimensions that hold a part q of its energy.
+
+    Attributes:
+        levels: the parts q.
+        values: [images, levels] int32; 0 for an image without energy, or with a NaN or infinity.
+        largest: how many dimensions there are: min(N, D), or D in a shared basis.
+    """
+
+    levels: tuple[float, ...]
+    values: np.ndarray
+    largest: int
+
+    def at(self, level: float) -> np.ndarray:
+        """The ranks at a level, [measured images] int32; images without one are left out."""
+        if level not in self.levels:
+            raise ValueError(f"Ranks.at: level must be one of {self.levels}, got {level}")
+        ranks = self.values[:, self.levels.index(level)]
+        return ranks[ranks > 0]
+
+    def distribution(self, level: float) -> Distribution:
+        """How rank@level is distributed over images."""
+        return Distribution.of(self.at(level))
+
+    def histogram(self, level: float) -> np.ndarray:
+        """Number of images by rank, [largest + 1] int64."""
+        return np.bincount(self.at(level), minlength=self.largest + 1)
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A cumulated curve in [0, 1], averaged.
+
+    Attributes:
+        mean: [K] float64; the first K dimensions or frequency bins hold this part.
+        std: [K] float64, population standard deviation over images or tokens; None if not measured.
+    """
+
+    mean: np.ndarray
+    std: np.ndarray | None = None
+
+
+@dataclass(frozen=True)
+class Sep:
+    """Token spectral energy pattern of one layer: cumulated energy over channel frequency.
+
+    Attributes:
+        convention: ``"full"`` (all D bins in FFT order) or ``"folded"`` (D // 2 + 1 unique bins).
+        curve: mean over tokens, and std over tokens where it was measured.
+        white_noise: [F] float64, the expected curve of white noise.
+        levels: parts of the energy.
+        bandwidths: [levels] float64 in (0, 1]: first bin at which ``curve.mean`` reaches the level,
+            divided by the number of bins.
+        tokens: how many were averaged.
+        without_energy: tokens left out because they are zero.
+    """
+
+    convention: str
+    curve: Curve
+    white_noise: np.ndarray
+    levels: tuple[float, ...]
+    bandwidths: np.ndarray
+    tokens: int
+    without_energy: int
+
+
+@dataclass(frozen=True)
+class SepTest:
+    """Does the order of the channels matter? Bandwidths under random channel permutations.
+
+    Attributes:
+        levels: parts of the energy.
+        observed: [levels] float64, bandwidths of the channels as they are.
+        observed_interval: [levels, 2] float64, bootstrap interval of ``observed`` over images; None
+            where per-image curves were not kept.
+        permuted: [permutations, levels] float64.
+        shift: [levels] float64, mean of permuted - observed.
+        shift_interval: [levels, 2] float64, bootstrap interval of ``shift`` over permutations.
+        p_value: [levels] float64, two-sided: (1 + permutations at least as far from their mean as
+            the observed one) / (1 + permutations).
+        confidence: of the intervals: 0.95.
+    """
+
+    levels: tuple[float, ...]
+    observed: np.ndarray
+    observed_interval: np.ndarray | None
+    permuted: np.ndarray
+    shift: np.ndarray
+    shift_interval: np.ndarray
+    p_value: np.ndarray
+    confidence: float
+
+
+@dataclass(frozen=True)
+class Subspaces:
+    """How far top-k subspaces turn away from each other, for one k.
+
+    Attributes:
+        k: dimensions of every subspace.
+        overlap_shared: [images] float32 in [0, 1]: ||V_i^T V||_F^2 / k of an image's own top-k
+            right-singular subspace and the shared one; NaN for an image of rank below k.
+        overlap_pairs: [pairs] float32, the same between two random images.
+        angles_shared: [k] float64, degrees: mean principal angles to the shared one, ascending.
+        angles_pairs: [k] float64, degrees: mean principal angles between two random images.
+        overlap_random: k / D, the expectation for random subspaces.
+        angles_random: [k] float64, degrees: mean principal angles between random subspaces.
+    """
+
+    k: int
+    overlap_shared: np.ndarray
+    overlap_pairs: np.ndarray
+    angles_shared: np.ndarray
+    angles_pairs: np.ndarray
+    overlap_random: float
+    angles_random: np.ndarray
+
+
+@dataclass(frozen=True)
+class SharedView:
+    """The images of one layer in the basis that all of them share: what a second pass gives.
+
+    Attributes:
+        ranks: dimensions of the shared basis that each image needs.
+        curves: [images, D] float32: captured energy of every image.
+        curve: mean and std over images of ``curves``.
+        rotation: one per k, ascending.
+    """
+
+    ranks: Ranks
+    curves: np.ndarray
+    curve: Curve
+    rotation: list[Subspaces]
+
+
+@dataclass(frozen=True)
+class LayerResult:
+    """One layer of one model.
+
+    Attributes:
+        name: ``"blocks.23"``, ``"stages.3"``, or a module's name.
+        index: its number among the model's blocks or stages, or its place among named modules.
+        tokens: N, tokens of an image.
+        channels: D.
+        ranks: per-image rank@q.
+        curve: per-image energy over dimensions, mean and std over images.
+        effective_rank: [images] float32, Roy & Vetterli's; NaN where an image has no rank.
+        stable_rank: [images] float32, sum of energies over the largest; NaN likewise.
+        shared_energies: [D] float64, eigenvalues of the uncentred (or centred, as the settings say)
+            second moment of all tokens, descending.
+        sep: None where it was not asked for.
+        sep_test: None where it was not made: it is made for layers with ``shared``.
+        shared: None for layers without a second pass.
+    """
+
+    name: str
+    index: int
+    tokens: int
+    channels: int
+    ranks: Ranks
+    curve: Curve
+    effective_rank: np.ndarray
+    stable_rank: np.ndarray
+    shared_energies: np.ndarray
+    sep: Sep | None = None
+    sep_test: SepTest | None = None
+    shared: SharedView | None = None
+
+
+@dataclass(frozen=True)
+class ModelResult:
+    """One model on the analysed images.
+
+    Attributes:
+        name: as given by the user, or the label given for it.
+        weights: ``"pretrained"``, ``"untrained"``, a file's name, or ``"saved tokens"``.
+        architecture: timm's name of the architecture, or a class name; "" for saved tokens.
+        parameters: how many; None for saved tokens.
+        input_size: (H, W) of the images fed in; None for saved tokens.
+        images: how many were measured.
+        non_finite: of these, images with a NaN or infinity in at least one layer.
+        skipped: (name, reason) of every image that could not be read.
+        layers: in depth order; the last one has ``shared``.
+        seconds: time by part: ``"forward"`` (reading included), ``"analysis"``.
+    """
+
+    name: str
+    weights: str
+    architecture: str
+    parameters: int | None
+    input_size: tuple[int, int] | None
+    images: int
+    non_finite: int
+    skipped: list[tuple[str, str]]
+    layers: list[LayerResult]
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def last(self) -> LayerResult:
+        """The deepest layer that was analysed."""
+        return self.layers[-1]
+
+
+def intervals(samples: np.ndarray, confidence: float) -> np.ndarray:
+    """Central intervals of bootstrap samples.
+
+    Args:
+        samples: [resamples, ...].
+        confidence: in (0, 1).
+
+    Returns:
+        [..., 2] float64: lower and upper end.
+    """
+    tail = 100 * (1 - confidence) / 2
+    ends: Sequence[Any] = np.percentile(samples, (tail, 100 - tail), axis=0)
+    return np.stack(list(ends), axis=-1)

@@ -1,0 +1,112 @@
+"""How an interrupted analysis goes on: the accumulators of every pass, in a file per process."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastkd.training.atomic import replacing
+
+SAVE_EVERY_SECONDS = 60.0
+
+
+class Resume:
+    """Keeps the state of the passes over one model's images.
+
+    Args:
+        folder: where; None keeps nothing.
+        name: of the model's files.
+        rank: this process.
+        size: number of processes.
+        wanted: whether an interrupted analysis is continued; else its files are removed.
+    """
+
+    def __init__(
+        self, folder: Path | None, name: str, rank: int = 0, size: int = 1, wanted: bool = False
+    ) -> None:
+        self.folder = folder
+        self.wanted = wanted
+        self._suffix = f"-{rank}of{size}.pt"
+        self._name = name
+        self._fingerprint = ""
+        self._saved = time.monotonic()
+
+    def open(self, fingerprint: dict[str, Any]) -> None:
+        """Say what the passes depend on, before the first of them.
+
+        Args:
+            fingerprint: plain values; a state that was saved with other ones is refused.
+        """
+        self._fingerprint = json.dumps(fingerprint, sort_keys=True, default=str)
+
+    def state(self, phase: str) -> dict[str, Any] | None:
+        """What was saved of a pass.
+
+        Args:
+            phase: the pass.
+
+        Returns:
+            The state; None where there is nothing to go on from.
+
+        Raises:
+            ValueError: it belongs to another analysis, or the file is damaged.
+        """
+        if self.folder is None or not self.wanted or not self._path(phase).exists():
+            return None
+        path = self._path(phase)
+        try:
+            saved = torch.load(path, map_location="cpu", weights_only=True)
+            before, state = saved["fingerprint"], saved["state"]
+        except (RuntimeError, EOFError, KeyError, TypeError, pickle.UnpicklingError) as error:
+            raise ValueError(
+                f"analyze: {path} cannot be read ({type(error).__name__}); remove it to start over"
+            ) from error
+        if before != self._fingerprint:
+            what = _difference(before, self._fingerprint)
+            raise ValueError(
+                f"analyze: {path} belongs to another analysis ({what}); give the same arguments, "
+                f"or remove {path.parent} to start over"
+            )
+        return state
+
+    def save(self, phase: str, state: dict[str, Any]) -> None:
+        """Keep the state of a pass.
+
+        Args:
+            phase: the pass.
+            state: tensors, numbers, strings, and containers of them.
+        """
+        if self.folder is None:
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with replacing(self._path(phase)) as file:
+            torch.save({"fingerprint": self._fingerprint, "state": state}, file)
+        self._saved = time.monotonic()
+
+    def save_now_and_then(self, phase: str, make_state: Callable[[], dict[str, Any]]) -> None:
+        """`save` if the last one is a minute ago."""
+        if time.monotonic() - self._saved >= SAVE_EVERY_SECONDS:
+            self.save(phase, make_state())
+
+    def _path(self, phase: str) -> Path:
+        assert self.folder is not None
+        return self.folder / f"{self._name}-{phase}{self._suffix}"
+
+
+def _difference(before: str, now: str) -> str:
+    """The first thing that differs, in words."""
+    old, new = json.loads(before), json.loads(now)
+    names = [name for name in {**old, **new} if old.get(name) != new.get(name)]
+    name = names[0]
+    return f"its {name} is {_short(old.get(name))}, not {_short(new.get(name))}"
+
+
+def _short(value: Any, length: int = 60) -> str:
+    text = str(value)
+    return text if len(text) <= length else text[: length - 3] + "..."

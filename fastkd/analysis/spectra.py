@@ -1,0 +1,124 @@
+r"""Per-image spectra: how many dimensions each image needs in the basis that suits it best.
+
+The first of the two views of arXiv 2511.15572: for an image's tokens X [N, D], neither centred nor
+normalised, rank@q is the smallest k whose k largest squared singular values hold a part q of their
+sum. Knows tensors only: which model or layer they come from is the caller's business.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastkd.analysis.accumulator import Accumulator, mean_and_std
+from fastkd.analysis.results import LEVELS, Curve, Ranks
+from fastkd.ops.spectrum import effective_rank, energy_curve, spectral_ranks, stable_rank
+
+
+@dataclass(frozen=True)
+class ImageSpectraResult:
+    """Spectra of a set of images.
+
+    Attributes:
+        ranks: per-image rank@q.
+        curve: energy over dimensions, mean and std over images with energy.
+        effective_rank: [images] float32, Roy & Vetterli's; NaN where an image has no rank.
+        stable_rank: [images] float32; NaN likewise.
+        images: how many were measured.
+        without_energy: images left out because all their tokens are zero.
+        non_finite: images left out because of a NaN or an infinity.
+    """
+
+    ranks: Ranks
+    curve: Curve
+    effective_rank: np.ndarray
+    stable_rank: np.ndarray
+    images: int
+    without_energy: int
+    non_finite: int
+
+
+class ImageSpectra(Accumulator):
+    """Spectrum of every image: ranks, energy curve, effective and stable rank.
+
+    Args:
+        levels: parts of the energy at which ranks are read, in (0, 1], up to eight.
+
+    Raises:
+        ValueError: a level outside (0, 1], or none.
+    """
+
+    def __init__(self, levels: Sequence[float] = LEVELS) -> None:
+        super().__init__()
+        self.levels = checked_levels("ImageSpectra", levels)
+
+    def options(self) -> dict[str, Any]:
+        """The levels."""
+        return {"levels": self.levels}
+
+    def update(self, tokens: Tensor, places: Sequence[int] | None = None) -> None:
+        """Measure a batch.
+
+        Args:
+            tokens: [B, N, D] in any float dtype, prefix tokens already dropped.
+            places: the images' numbers; rows of the result are in their order. Counted without.
+
+        Raises:
+            ValueError: another shape.
+            TypeError: tokens are not floating-point.
+        """
+        tokens, finite = self._checked(tokens)
+        energies, ranks = spectral_ranks(tokens, self.levels)
+        known = ranks[:, 0] > 0
+        curves = torch.where(known.unsqueeze(-1), energy_curve(energies), 0.0).double()
+        self._add("curve", curves.sum(dim=0))
+        self._add("curve_squares", curves.square().sum(dim=0))
+        self._add("known", known.sum())
+        self._add("non_finite", (~finite).sum())
+        self.rows.add(
+            self._places(places, tokens),
+            ranks=ranks.int(),
+            effective_rank=torch.where(known, effective_rank(energies), torch.nan).float(),
+            stable_rank=torch.where(known, stable_rank(energies), torch.nan).float(),
+        )
+
+    def result(self) -> ImageSpectraResult:
+        """Summarise what was seen so far; waits for the device.
+
+        Returns:
+            Ranks, curves and counts.
+
+        Raises:
+            ValueError: no image was seen.
+        """
+        rows = self.rows.sorted()
+        if not rows:
+            raise ValueError("ImageSpectra.result: no image was seen")
+        known, non_finite = int(self.sums["known"]), int(self.sums["non_finite"])
+        images = len(rows["ranks"])
+        mean, std = mean_and_std(self.sums["curve"], self.sums["curve_squares"], self.sums["known"])
+        return ImageSpectraResult(
+            ranks=Ranks(self.levels, rows["ranks"], largest=len(mean)),
+            curve=Curve(mean, std),
+            effective_rank=rows["effective_rank"],
+            stable_rank=rows["stable_rank"],
+            images=images,
+            without_energy=images - known - non_finite,
+            non_finite=non_finite,
+        )
+
+
+def checked_levels(caller: str, levels: Sequence[float]) -> tuple[float, ...]:
+    """Levels as a tuple.
+
+    Raises:
+        ValueError: there are none, or one is outside (0, 1].
+    """
+    if len(levels) == 0 or not all(0 < level <= 1 for level in levels):
+        raise ValueError(f"{caller}: levels must lie in (0, 1], got {tuple(levels)}")
+    return tuple(float(level) for level in levels)

@@ -1,0 +1,358 @@
+"""One model measured on one selection of images: two streamed passes, merged over processes.
+
+The first pass takes spectra, second moments and frequency patterns of every layer; the second one
+looks at the images again in the basis that the first one found. What is kept between batches is
+accumulators, and the tokens of the second pass where they fit into the memory given for them.
+Knows token sources and accumulators; neither models nor files of results.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastkd.analysis.accumulator import Accumulator
+from fastkd.analysis.moments import SecondMoment
+from fastkd.analysis.pattern import CONVENTIONS, TokenPattern
+from fastkd.analysis.progress import AnalysisProgress
+from fastkd.analysis.results import LEVELS, LayerResult, ModelResult
+from fastkd.analysis.resume import Resume
+from fastkd.analysis.shared import SUBSPACES, InSharedBasis
+from fastkd.analysis.sources import Batch, TokenSource
+from fastkd.analysis.spectra import ImageSpectra, checked_levels
+from fastkd.training.distributed import World
+from fastkd.training.interrupt import StopRequest
+
+SHARED = ("last", "all", "none")
+NO_PATTERN = "none"
+_GIGABYTE = 1e9
+_NAMED_IMAGES = 3  # unreadable ones that an error lists
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is measured; everything that two reports must have in common to be compared.
+
+    Attributes:
+        levels: parts of the energy at which ranks are read.
+        convention: of the frequency pattern (SEP): ``"full"``, ``"folded"``, or ``"none"`` to leave
+            it out.
+        permutations: of the channels, for the pattern's test; 0 leaves it out.
+        subspaces: dimensions k at which rotation is measured.
+        shared: layers that get a second pass: ``"last"``, ``"all"`` or ``"none"``.
+        centred: subtract the data set's mean token in the second pass.
+        seed: of permutations and bootstrap samples.
+        memory: GB of tokens that may be kept for the second pass, over all processes.
+        max_unreadable: part of the images that may be unreadable.
+    """
+
+    levels: tuple[float, ...] = LEVELS
+    convention: str = "full"
+    permutations: int = 100
+    subspaces: tuple[int, ...] = SUBSPACES
+    shared: str = "last"
+    centred: bool = False
+    seed: int = 0
+    memory: float = 0.5
+    max_unreadable: float = 0.05
+
+    def __post_init__(self) -> None:
+        checked_levels("analyze", self.levels)
+        known = (*CONVENTIONS, NO_PATTERN)
+        if self.convention not in known:
+            raise ValueError(f"analyze: sep must be one of {known}, got {self.convention!r}")
+        if self.shared not in SHARED:
+            raise ValueError(f"analyze: shared must be one of {SHARED}, got {self.shared!r}")
+        if any(k < 1 for k in self.subspaces):
+            raise ValueError(f"analyze: subspaces must be >= 1, got {self.subspaces}")
+        for name in ("permutations", "memory"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"analyze: {name} must be >= 0, got {getattr(self, name)}")
+        if not 0 <= self.max_unreadable <= 1:
+            raise ValueError(
+                f"analyze: max_unreadable must be a part from 0 to 1, got {self.max_unreadable}"
+            )
+
+
+class Study:
+    """Measures one source; every process calls `run`.
+
+    Args:
+        source: gives the tokens.
+        settings: what to measure.
+        world: this process among its peers, which share the images.
+        resume: where progress is kept.
+        progress: shown to the user.
+    """
+
+    def __init__(
+        self,
+        source: TokenSource,
+        settings: Settings,
+        world: World,
+        resume: Resume,
+        progress: AnalysisProgress,
+    ) -> None:
+        self.source = source
+        self.settings = settings
+        self.world = world
+        self.resume = resume
+        self.progress = progress
+        self.share = _share(source.images, world)
+        depth = len(source.layers)
+        self.second = {"last": [depth - 1], "all": list(range(depth)), "none": []}[settings.shared]
+        self.skipped: dict[int, tuple[str, str]] = {}
+        self.seconds = {"forward": 0.0, "analysis": 0.0}
+        self.tokens = [0] * depth  # N of every layer
+        self._kept: list[tuple[list[int], dict[int, Tensor]]] | None = []
+        self._kept_bytes = 0
+
+    def run(self) -> ModelResult:
+        """Measure everything.
+
+        Returns:
+            The result, the same on every process.
+
+        Raises:
+            RuntimeError: more images are unreadable than allowed, or none is left.
+        """
+        fingerprint = {
+            **asdict(self.settings),
+            **self.source.fingerprint,
+            "processes": self.world.size,
+        }
+        self.resume.open(fingerprint)
+        with StopRequest() as stop:
+            first = self._pass("first", [self._first_measures(i) for i in self._layers()], stop)
+            self._merge_first(first)
+            second = {layer: self._in_shared_basis(first[layer]) for layer in self.second}
+            if second:
+                self._second_pass(second, stop)
+        return self._result(first, second)
+
+    def _layers(self) -> range:
+        return range(len(self.source.layers))
+
+    def _first_measures(self, layer: int) -> dict[str, Accumulator]:
+        settings = self.settings
+        measures: dict[str, Accumulator] = {
+            "spectra": ImageSpectra(settings.levels),
+            "moment": SecondMoment(settings.centred),
+        }
+        if settings.convention != NO_PATTERN:
+            measures["pattern"] = TokenPattern(settings.convention, detailed=layer in self.second)
+        return measures
+
+    def _in_shared_basis(self, measures: dict[str, Any]) -> InSharedBasis:
+        with self._timed("analysis"):
+            basis = measures["moment"].result()
+        return InSharedBasis(basis, self.settings.levels, self.settings.subspaces)
+
+    def _second_pass(self, second: dict[int, InSharedBasis], stop: StopRequest) -> None:
+        measures = [{"shared": second[i]} if i in second else {} for i in self._layers()]
+        if self._kept is None:
+            self._pass("second", measures, stop)
+        else:
+            self._update_from_kept(second)
+        for measure in second.values():
+            _merge(measure, self.world)
+
+    def _update_from_kept(self, second: dict[int, InSharedBasis]) -> None:
+        assert self._kept is not None
+        self.progress.start(self.source.name, "second", sum(len(p) for p, _ in self._kept), 0)
+        for places, tokens in self._kept:
+            with self._timed("analysis"):
+                for layer, measure in second.items():
+                    measure.update(tokens[layer], places)
+            self.progress.advance(len(places))
+        self._kept = None
+
+    def _pass(
+        self, name: str, measures: list[dict[str, Any]], stop: StopRequest
+    ) -> list[dict[str, Any]]:
+        """Stream this process' images through the accumulators, from where it was interrupted."""
+        begin, end = self.share
+        state = self.resume.state(name)
+        if state is not None:
+            self._restore(state, measures)
+            begin = state["next"]
+        if begin > self.share[0]:
+            self._kept = None  # tokens of images seen before the interruption are gone
+        self.progress.start(self.source.name, name, end - self.share[0], begin - self.share[0])
+        for batch in self._batches(begin, end):
+            with self._timed("analysis"), torch.no_grad():
+                self._update(batch, measures, keep=name == "first")
+            begin = self._after(batch)
+            self.progress.advance(len(batch.places) + len(batch.skipped), len(self.skipped))
+            self._check_unreadable(len(self.skipped))
+            if stop.received is not None:
+                self.resume.save(name, self._state(begin, measures))
+                stop.raise_as_exception()
+            self.resume.save_now_and_then(name, partial(self._state, begin, measures))
+        self.resume.save(name, self._state(end, measures))
+        return measures
+
+    def _batches(self, begin: int, end: int) -> Iterator[Batch]:
+        batches = iter(self.source.batches(begin, end))
+        while True:
+            with self._timed("forward"):
+                batch = next(batches, None)
+            if batch is None:
+                return
+            yield batch
+
+    def _after(self, batch: Batch) -> int:
+        """The first place behind a batch."""
+        return max([*batch.places, *(place for place, _, _ in batch.skipped)]) + 1
+
+    def _update(self, batch: Batch, measures: list[dict[str, Any]], keep: bool) -> None:
+        self.skipped |= {place: (name, reason) for place, name, reason in batch.skipped}
+        if not batch.places:
+            return
+        for layer, (tokens, accumulators) in enumerate(zip(batch.tokens, measures, strict=True)):
+            self.tokens[layer] = max(self.tokens[layer], tokens.shape[1])
+            for accumulator in accumulators.values():
+                accumulator.update(tokens, batch.places)
+        if keep and self._kept is not None:
+            self._keep(batch)
+
+    def _keep(self, batch: Batch) -> None:
+        """Keep the tokens of the second pass, or none at all if they would take too much memory."""
+        assert self._kept is not None
+        tokens = {layer: batch.tokens[layer] for layer in self.second}
+        self._kept_bytes += sum(x.numel() * x.element_size() for x in tokens.values())
+        images = self.share[1] - self.share[0]
+        seen = sum(len(places) for places, _ in self._kept) + len(batch.places)
+        allowed = self.settings.memory * _GIGABYTE / self.world.size
+        if self._kept_bytes * images / seen > allowed:
+            self._kept = None
+            return
+        # A copy: a view without the class token would keep the whole sequence alive.
+        self._kept.append((batch.places, {layer: x.clone() for layer, x in tokens.items()}))
+
+    def _merge_first(self, first: list[dict[str, Any]]) -> None:
+        self._merge_counts()
+        with self._timed("analysis"):
+            for measures in first:
+                for accumulator in measures.values():
+                    _merge(accumulator, self.world)
+
+    def _merge_counts(self) -> None:
+        """Bring together what all processes skipped, and how many tokens their images have."""
+        seen = self.world.gather((self.skipped, self.tokens))
+        self.skipped = {place: why for skipped, _ in seen for place, why in skipped.items()}
+        self.tokens = [max(tokens[layer] for _, tokens in seen) for layer in self._layers()]
+        self._check_unreadable(len(self.skipped))
+        if not any(self.tokens):
+            raise RuntimeError(f"analyze: no image could be read{self._unreadable_names()}")
+
+    def _check_unreadable(self, count: int) -> None:
+        if count > self.settings.max_unreadable * self.source.images:
+            raise RuntimeError(
+                f"analyze: {count} of {self.source.images} images could not be read, more than the "
+                f"{100 * self.settings.max_unreadable:g} % allowed by max_unreadable"
+                f"{self._unreadable_names()}"
+            )
+
+    def _unreadable_names(self) -> str:
+        named = [f"{name} ({why})" for name, why in list(self.skipped.values())[:_NAMED_IMAGES]]
+        more = len(self.skipped) - len(named)
+        return ": " + "; ".join(named) + (f"; and {more} more" if more > 0 else "")
+
+    def _state(self, at: int, measures: list[dict[str, Any]]) -> dict[str, Any]:
+        return {
+            "next": at,
+            "measures": [{n: a.state() for n, a in layer.items()} for layer in measures],
+            "skipped": self.skipped,
+            "tokens": self.tokens,
+            "seconds": self.seconds,
+        }
+
+    def _restore(self, state: dict[str, Any], measures: list[dict[str, Any]]) -> None:
+        for layer, states in zip(measures, state["measures"], strict=True):
+            for name, accumulator in layer.items():
+                accumulator.restore(states[name])
+        self.skipped = dict(state["skipped"])
+        self.tokens = list(state["tokens"])
+        self.seconds = dict(state["seconds"])
+
+    def _timed(self, part: str) -> _Timer:
+        return _Timer(self.seconds, part)
+
+    def _result(self, first: list[dict[str, Any]], second: dict[int, InSharedBasis]) -> ModelResult:
+        with self._timed("analysis"):
+            layers = [self._layer_result(i, first[i], second.get(i)) for i in self._layers()]
+        source = self.source
+        return ModelResult(
+            name=source.name,
+            weights=source.weights,
+            architecture=source.architecture,
+            parameters=source.parameters,
+            input_size=source.input_size,
+            images=len(layers[-1].ranks.values),
+            non_finite=max(measures["spectra"].result().non_finite for measures in first),
+            skipped=[self.skipped[place] for place in sorted(self.skipped)],
+            layers=layers,
+            seconds=dict(self.seconds),
+        )
+
+    def _layer_result(
+        self, number: int, measures: dict[str, Any], shared: InSharedBasis | None
+    ) -> LayerResult:
+        layer, spectra = self.source.layers[number], measures["spectra"].result()
+        energies = measures["moment"].energies() if shared is None else shared.basis.energies
+        pattern: TokenPattern | None = measures.get("pattern")
+        test = None
+        if pattern is not None and pattern.detailed and self.settings.permutations > 0:
+            test = pattern.permutation_test(self.settings.permutations, seed=self.settings.seed)
+        return LayerResult(
+            name=layer.name,
+            index=layer.index,
+            tokens=self.tokens[number],
+            channels=layer.channels,
+            ranks=spectra.ranks,
+            curve=spectra.curve,
+            effective_rank=spectra.effective_rank,
+            stable_rank=spectra.stable_rank,
+            shared_energies=energies.cpu().numpy(),
+            sep=None if pattern is None else pattern.result(),
+            sep_test=test,
+            shared=None if shared is None else shared.result(),
+        )
+
+
+class _Timer:
+    """Adds the seconds of a block to a part."""
+
+    def __init__(self, seconds: dict[str, float], part: str) -> None:
+        self.seconds = seconds
+        self.part = part
+
+    def __enter__(self) -> None:
+        self.begin = time.perf_counter()
+
+    def __exit__(self, *_: object) -> None:
+        self.seconds[self.part] += time.perf_counter() - self.begin
+
+
+def _share(images: int, world: World) -> tuple[int, int]:
+    """This process' places, in whole pairs: partners 2 t and 2 t + 1 stay together."""
+    pairs = (images + 1) // 2
+    ends = [2 * (pairs * rank // world.size) for rank in (world.rank, world.rank + 1)]
+    return min(ends[0], images), min(ends[1], images)
+
+
+def _merge(accumulator: Accumulator, world: World) -> None:
+    """Make an accumulator hold what those of all processes have seen, in the order of ranks."""
+    if world.size == 1:
+        return
+    first, *others = world.gather(accumulator.state())
+    accumulator.restore(first)
+    for state in others:
+        accumulator.merge(accumulator.with_state(state))

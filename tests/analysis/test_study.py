@@ -1,0 +1,245 @@
+"""The loop over images: two passes, interruptions, several processes, unreadable images."""
+
+from __future__ import annotations
+
+import io
+import os
+import signal
+import socket
+
+import numpy as np
+import pytest
+import torch
+import torch.multiprocessing as multiprocessing
+
+from fastkd.analysis import codec, resume, study
+from fastkd.analysis.progress import AnalysisProgress
+from fastkd.analysis.results import ModelResult
+from fastkd.analysis.resume import Resume
+from fastkd.analysis.study import Settings, Study
+from fastkd.training.distributed import World, world
+from tests.analysis.made_tokens import Interrupted, TensorSource, in_plane, normal, waves
+
+ALONE = World(torch.device("cpu"))
+QUICK = {"permutations": 5, "subspaces": (1, 4)}
+
+
+def measure(source, folder=None, go_on=False, peers=ALONE, **settings) -> ModelResult:
+    state = Resume(folder, "00", peers.rank, peers.size, go_on)
+    return Study(
+        source, Settings(**QUICK | settings), peers, state, AnalysisProgress(shows=False)
+    ).run()
+
+
+def layers(images=13):
+    """Two layers of noise of different sizes, an odd number of images."""
+    return normal(images, 6, 10), normal(images, 5, 12, seed=1)
+
+
+def assert_same(ours: ModelResult, theirs: ModelResult, tolerance: float = 0.0) -> None:
+    """Every number and array; all but the times."""
+    arrays: list[dict] = [{}, {}]
+    plain = []
+    for result, kept in zip((ours, theirs), arrays):
+        plain.append(codec.encode(result, kept, "result"))
+        plain[-1].pop("seconds")
+    assert arrays[0].keys() == arrays[1].keys()
+    for name, value in arrays[0].items():
+        np.testing.assert_allclose(value, arrays[1][name], atol=tolerance, err_msg=name)
+    if tolerance == 0:
+        assert plain[0] == plain[1]
+
+
+def test_constructed_features_have_their_rank_rotation_and_bandwidth():
+    plane = torch.stack([in_plane(range(4), scale=2.0)] * 6 + [in_plane(range(4, 8))] * 2)
+    wave = torch.stack([waves(3)] * 8)
+    result = measure(TensorSource(plane, wave), shared="all", levels=(0.5, 0.99), max_unreadable=0)
+    flat, frequency = result.layers
+    assert flat.ranks.values.tolist() == [[2, 4]] * 8
+    assert flat.shared.ranks.values.tolist() == [[2, 4]] * 6 + [[6, 8]] * 2
+    four = flat.shared.rotation[1]
+    assert four.overlap_shared.tolist() == pytest.approx([1] * 6 + [0] * 2, abs=1e-6)
+    assert four.overlap_pairs.tolist() == pytest.approx([1] * 4, abs=1e-6)
+    assert four.angles_pairs.tolist() == pytest.approx([0] * 4, abs=1e-4)
+    assert flat.shared_energies[:9].tolist() == pytest.approx([0.75] * 4 + [1 / 16] * 4 + [0])
+    assert frequency.ranks.values.tolist() == [[1, 2]] * 8  # a cosine and a sine
+    assert frequency.sep.bandwidths.tolist() == pytest.approx([4 / 32] + [30 / 32] * 4)
+    assert frequency.sep_test.observed.tolist() == frequency.sep.bandwidths.tolist()
+    assert (result.images, result.skipped, result.non_finite) == (8, [], 0)
+
+
+def test_only_the_last_layer_gets_a_second_pass_unless_asked():
+    shared = {s: [x.shared is not None for x in measure(TensorSource(*layers()), shared=s).layers]
+              for s in study.SHARED}  # fmt: skip
+    assert shared == {"last": [False, True], "all": [True, True], "none": [False, False]}
+    assert all(x.sep_test is None for x in measure(TensorSource(*layers()), shared="none").layers)
+
+
+def test_what_is_not_asked_for_is_not_measured():
+    result = measure(TensorSource(*layers()), convention="none")
+    assert all(layer.sep is None and layer.sep_test is None for layer in result.layers)
+    assert measure(TensorSource(*layers()), permutations=0).last.sep_test is None
+
+
+def test_kept_tokens_and_a_second_reading_give_the_same():
+    kept, read = TensorSource(*layers()), TensorSource(*layers())
+    assert_same(measure(kept), measure(read, memory=0.0), tolerance=1e-6)
+    assert kept.asked == [0, 4, 8, 12]
+    assert read.asked == [0, 4, 8, 12] * 2
+
+
+def test_tokens_are_kept_only_as_far_as_memory_allows():
+    size = 13 * 5 * 12 * 4 / 1e9  # of the last layer alone
+    for memory, readings in ((size, 1), (0.9 * size, 2)):
+        source = TensorSource(*layers())
+        measure(source, memory=memory)
+        assert len(source.asked) == 4 * readings
+
+
+@pytest.mark.parametrize("crashes", [[2], [6]], ids=["first pass", "second pass"])
+def test_an_interrupted_analysis_goes_on_to_the_same_numbers(crashes, tmp_path, monkeypatch):
+    monkeypatch.setattr(resume, "SAVE_EVERY_SECONDS", 0.0)
+    whole = measure(TensorSource(*layers(), unreadable=[5]), memory=0.0, max_unreadable=0.5)
+    source = TensorSource(*layers(), unreadable=[5], crashes=crashes)
+    with pytest.raises(Interrupted):
+        measure(source, tmp_path, memory=0.0, max_unreadable=0.5)
+    source.asked.clear()
+    source.crashes.clear()
+    assert_same(measure(source, tmp_path, True, memory=0.0, max_unreadable=0.5), whole)
+    assert len(source.asked) < 8
+
+
+def test_after_an_interruption_images_whose_tokens_are_lost_are_read_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(resume, "SAVE_EVERY_SECONDS", 0.0)
+    with pytest.raises(Interrupted):
+        measure(TensorSource(*layers(), crashes=[2]), tmp_path)
+    source = TensorSource(*layers())
+    assert_same(measure(source, tmp_path, True), measure(TensorSource(*layers())), tolerance=1e-6)
+    assert source.asked == [8, 12, 0, 4, 8, 12]
+
+
+def test_a_signal_saves_before_it_stops(tmp_path):
+    source = TensorSource(*layers())
+    batches = source.batches
+
+    def signalled(start, stop):
+        for number, batch in enumerate(batches(start, stop)):
+            if number == 1:
+                signal.raise_signal(signal.SIGTERM)
+            yield batch
+
+    source.batches = signalled
+    with pytest.raises(SystemExit):
+        measure(source, tmp_path)
+    source.batches = batches
+    source.asked.clear()
+    assert_same(measure(source, tmp_path, True), measure(TensorSource(*layers())), tolerance=1e-6)
+    assert source.asked[0] == 8
+
+
+def test_another_analysis_is_not_gone_on_with(tmp_path):
+    measure(TensorSource(*layers()), tmp_path)
+    with pytest.raises(ValueError, match=r"another analysis \(its seed is 0, not 1\)"):
+        measure(TensorSource(*layers()), tmp_path, True, seed=1)
+    with pytest.raises(ValueError, match=r"another analysis \(its sum is"):
+        measure(TensorSource(*layers(12)), tmp_path, True)
+
+
+def test_a_torn_state_is_one_clear_error(tmp_path):
+    measure(TensorSource(*layers()), tmp_path)
+    path = tmp_path / "00-first-0of1.pt"
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(ValueError, match=r"00-first-0of1\.pt cannot be read .*remove it"):
+        measure(TensorSource(*layers()), tmp_path, True)
+
+
+def test_unreadable_images_are_named_and_left_out():
+    result = measure(TensorSource(*layers(), unreadable=[2, 7]), max_unreadable=0.5)
+    assert result.skipped == [("2.jpg", "cut short"), ("7.jpg", "cut short")]
+    assert (result.images, len(result.last.ranks.values)) == (11, 11)
+    # Two of the six pairs miss a partner, and the last image never had one.
+    assert len(result.last.shared.rotation[0].overlap_pairs) == 4
+
+
+def test_a_whole_batch_may_be_unreadable():
+    result = measure(TensorSource(*layers(), unreadable=range(4, 8)), max_unreadable=0.5)
+    assert result.images == 9
+
+
+def test_too_many_unreadable_images_stop_the_run():
+    with pytest.raises(RuntimeError, match=r"2 of 13 images .* 10 % .*2\.jpg \(cut short\)"):
+        measure(TensorSource(*layers(), unreadable=[2, 3, 7]), max_unreadable=0.1)
+    with pytest.raises(RuntimeError, match=r"no image could be read.*; and 10 more"):
+        measure(TensorSource(*layers(), unreadable=range(13)), max_unreadable=1)
+
+
+def test_images_that_are_not_finite_are_counted():
+    first, last = layers()
+    last[3, 0, 0] = torch.nan
+    result = measure(TensorSource(first, last))
+    assert (result.images, result.non_finite) == (13, 1)
+    assert (result.layers[0].ranks.values > 0).all()
+    assert np.isfinite(result.last.sep.curve.mean).all()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"convention": "half"}, "sep must be one of"),
+        ({"shared": "first"}, "shared must be one of"),
+        ({"levels": (2,)}, "levels must lie in"),
+        ({"subspaces": (0,)}, "subspaces must be >= 1"),
+        ({"permutations": -1}, "permutations must be >= 0, got -1"),
+        ({"memory": -1.0}, "memory must be >= 0"),
+        ({"max_unreadable": 5}, "max_unreadable must be a part from 0 to 1, got 5"),
+    ],
+)
+def test_settings_that_mean_nothing_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        Settings(**settings)
+
+
+def test_progress_is_plain_lines_where_there_is_no_terminal(monkeypatch):
+    monkeypatch.setattr("fastkd.analysis.progress.LINE_EVERY_SECONDS", 0.0)
+    stream = io.StringIO()
+    progress = AnalysisProgress(stream=stream)
+    progress.start("vit", "first", 10, 2)
+    progress.advance(4, 1)
+    assert stream.getvalue() == "vit: spectra: 6 of 10 images, 1 unreadable\n"
+
+
+def run_rank(rank: int, port: int, output: str) -> None:
+    torch.set_num_threads(1)
+    os.environ.update(
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE="2",
+    )
+    results = []
+    with world("cpu") as peers:
+        for images in (13, 2):
+            source = TensorSource(*layers(images), unreadable=[5])
+            results.append(measure(source, peers=peers, max_unreadable=0.5))
+    arrays: dict = {}
+    codec.encode(results, arrays, "results")
+    np.savez(f"{output}/{rank}.npz", **arrays)
+
+
+def test_two_processes_give_the_numbers_of_one(tmp_path):
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+    multiprocessing.spawn(run_rank, (port, str(tmp_path)), nprocs=2)
+    expected: dict = {}
+    one = [
+        measure(TensorSource(*layers(images), unreadable=[5]), max_unreadable=0.5)
+        for images in (13, 2)  # with 2 images, one process has none
+    ]
+    codec.encode(one, expected, "results")
+    for rank in range(2):
+        with np.load(tmp_path / f"{rank}.npz") as found:
+            assert set(found) == set(expected)
+            for name, value in expected.items():
+                np.testing.assert_allclose(found[name], value, atol=2e-6, err_msg=name)
