@@ -5,7 +5,7 @@
 #                                    # or by their own names: tests_lift_kd bench_feature_kd ...
 #
 # Logs and JSON go to $OUT, or bench/results. No part may take more than five minutes; the limits add
-# up to 32, what is used to about half. Benchmarks write what they have after every case.
+# up to 55, what is used to less than half. Benchmarks write what they have after every case.
 # Uses the python3 on the PATH with the torch it has; installs nothing but fastkd itself, needs no
 # network. PREBUILT=path/to/_C.abi3.so also shows that a library built elsewhere, against another
 # torch, loads here and passes its tests. Goes on after a failed part and reports it at the end.
@@ -51,8 +51,10 @@ shards() { # shards COUNT TEST_FILE...: kernels compile on several cores
   return "$status"
 }
 export -f shards
-for operator in lift_kd feature_kd; do
-  part tests "tests_$operator" 240 bash -c "shards 8 tests/ops/test_$operator.py"
+for operator in lift_kd spectrum second_moment feature_kd; do
+  files=tests/ops/test_$operator.py
+  [ "$operator" != second_moment ] || files+=" tests/ops/test_sep.py"
+  part tests "tests_$operator" 240 bash -c "shards 8 $files"
   part tests "tests_${operator}_gpu" 100 python3 -m pytest -p no:cacheprovider "tests/ops/test_${operator}_gpu.py"
 done
 part tests tests_extension 40 python3 -m pytest -p no:cacheprovider tests/ops/test_extension.py
@@ -63,7 +65,7 @@ if command -v compute-sanitizer >/dev/null; then
   part sanitizer sanitizer_triton 100 compute-sanitizer --tool memcheck --error-exitcode 9 python3 bench/sanitize.py --backend triton
 fi
 gpu=$(python3 -c 'import torch; print(torch.cuda.get_device_name().split()[1].lower())')
-for bench in lift_kd feature_kd; do
+for bench in lift_kd spectrum second_moment feature_kd; do
   part bench "bench_$bench" 300 python3 "bench/$bench.py" --device cuda --output "$output/${bench}_$gpu.json"
 done
 

@@ -9,7 +9,7 @@ import argparse
 
 import torch
 
-from fastkd.ops import feature_kd, lift_kd
+from fastkd.ops import feature_kd, lift_kd, second_moment, spectral_ranks
 from fastkd.ops.feature_kd.reference import LOSSES
 from fastkd.ops.lift_kd import cuda
 
@@ -61,13 +61,41 @@ def run_lift_kd(device: str, backend: str) -> int:
     return runs
 
 
+def run_spectrum(device: str, backend: str) -> int:
+    """Every size class of the kernel at its ends, a matrix of zeros and one that is not finite."""
+    if backend == "triton":
+        return 0
+    sizes = (1, 2, 31, 32, 33, 49, 64, 65, 128, 129, 192, 193, 196, 197, 208, 209, 256, 257)
+    for size in sizes:
+        tokens = torch.randn(4, size, size + 3, device=device)
+        tokens[1] = 0
+        tokens[2, 0, 0] = torch.nan
+        spectral_ranks(tokens, backend=backend)
+    return len(sizes)
+
+
+def run_second_moment(device: str, backend: str) -> int:
+    """Whole tiles and cut ones, with and without a class token sliced off."""
+    if backend == "cuda":
+        return 0
+    runs = 0
+    for batch, tokens_each, channels in ((2, 5, 24), (3, 197, 136), (40, 197, 219)):
+        for weight in ("none", "row_norm"):
+            for dtype in (torch.float32, torch.float16, torch.bfloat16):
+                tokens = torch.randn(batch, tokens_each, channels, device=device).to(dtype)
+                for view in (tokens, tokens[:, 1:]):
+                    second_moment(view, weight, backend=backend)
+                    runs += 1
+    return runs
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--backend", help="cuda or triton; by default cuda on a GPU, else torch")
     options = parser.parse_args()
     backend = options.backend or ("cuda" if options.device == "cuda" else "torch")
-    for operator in (run_feature_kd, run_lift_kd):
+    for operator in (run_feature_kd, run_lift_kd, run_spectrum, run_second_moment):
         name = operator.__name__.removeprefix("run_")
         print(f"{name}: {operator(options.device, backend)} runs on backend {backend!r}")
 

@@ -13,19 +13,20 @@
 
 namespace fastkd {
 
-constexpr int kTableSize = 256;       // levels 1 to 8 of the tree
+constexpr int kTableSize = 256;       // nodes: levels 1 to 8 of the tree
 constexpr int kHalvings = 21;         // levels below: leaves of 2^-29, finer than the reflections
 constexpr int kRun = 8;               // rows per round of the recurrence
-constexpr int kRescale = 2;           // rows between rescalings
+constexpr int kRescale = 4;           // rows between rescalings
 constexpr int kMostPerLane = 9;       // eigenvalues per lane of the warp that cumulates them
 constexpr double kLevelSlack = 1e-6;  // of the total: equal energies may miss their share by a hair
 static_assert(kMostPerLane * kWarpSize >= kSpectrumLargest);
 
 // Squared couplings below this are raised to it, which moves no eigenvalue by more than 2^-29 of
-// the trace. However close x is to an eigenvalue, two rows of the recurrence then shrink it to no
-// less than about 2^-120, which float holds. Rescaling every four rows is not enough: on a diagonal
-// of small integers both of its values can reach zero, and all that follow.
-constexpr float kLeastCoupling = 0x1p-60f;
+// the trace. However close x is to an eigenvalue, the recurrence then shrinks by no more than 2^-60
+// every two rows, and 2^-60 once: it is rescaled to kTop to stay within float. From 1 it would not:
+// on a diagonal of small integers both of its values would reach zero, and all that follow.
+constexpr float kLeastCoupling = 0x1p-60f, kTop = 0x1p100f;
+constexpr int kOne = 127, kTopExponent = kOne + 100, kLargestExponent = 254;  // biased
 
 __device__ __forceinline__ float power_of_two(int biased_exponent) {
   return __uint_as_float(static_cast<unsigned>(biased_exponent) << 23);
@@ -35,6 +36,34 @@ __device__ __forceinline__ float power_of_two(int biased_exponent) {
 __device__ __forceinline__ int exponent_above(float x) {
   return static_cast<int>((__float_as_uint(x) + 0x7fffffu) >> 23);
 }
+
+// Signs of the leading principal minors of T - x: they change as often as T has eigenvalues less
+// than x. A minor of exactly 0 has neighbours of opposite signs, so its own does not matter.
+struct SturmSequence {
+  float x, last = 0.f, minor = kTop;
+  unsigned signs = 0;
+  int changes = 0;
+
+  __device__ __forceinline__ void extend(const TridiagonalRow& row) {
+    const float next = (row.diagonal - x) * minor - row.coupling * last;
+    last = minor;
+    minor = next;
+    signs = __funnelshift_l(__float_as_uint(next), signs, 1);
+  }
+
+  // The larger value goes to kTop, or as near as one factor takes it.
+  __device__ __forceinline__ void rescale() {
+    const unsigned larger = __float_as_uint(fmaxf(fabsf(last), fabsf(minor)));
+    const int exponent = kTopExponent + kOne - static_cast<int>(larger >> 23);
+    const float factor = power_of_two(min(exponent, kLargestExponent));
+    last *= factor;
+    minor *= factor;
+  }
+
+  __device__ __forceinline__ void count_run() {
+    changes += __popc((signs ^ signs >> 1) & ((1 << kRun) - 1));
+  }
+};
 
 template <typename Shape>
 struct BisectionWorkspace {
@@ -53,7 +82,7 @@ class Bisection {
   __device__ __forceinline__ Bisection(const TridiagonalRow* rows, int size, Workspace& workspace)
       : size(size), rounds((size + kRun - 1) / kRun), shared(workspace) {
     exponent = exponent_above(trace_of(rows));
-    const float factor = power_of_two(254 - exponent);
+    const float factor = power_of_two(2 * kOne - exponent);
     for (int i = threadIdx.x; i < rounds * kRun; i += Shape::kThreads) {
       // What fills up the last round adds eigenvalues of 2, above every x.
       TridiagonalRow row{2.f, kLeastCoupling};
@@ -67,11 +96,13 @@ class Bisection {
 
   // Leaves shared.energies, in units, descending, for all threads to read.
   __device__ __forceinline__ void run() {
-    for (int i = threadIdx.x; i < kTableSize; i += Shape::kThreads)
-      shared.table[i] = count_below(static_cast<float>(i + 1) / kTableSize);
+    fill_table();
     __syncthreads();
-    for (int i = threadIdx.x; i < size; i += Shape::kThreads)
-      shared.energies[i] = descend(size - 1 - i);
+    const int first_of_warp = threadIdx.x / kWarpSize * kWarpSize;
+    if (Shape::kOwned == 1 || first_of_warp + Shape::kThreads >= size)
+      resolve<1>();
+    else
+      resolve<Shape::kOwned>();
     __syncthreads();
   }
 
@@ -111,44 +142,70 @@ class Bisection {
     return fmaxf(warp_sum(sum), 1.f);
   }
 
-  // Sign changes in the leading principal minors of T - x: as many as T has eigenvalues less than
-  // x. A minor of exactly 0 has neighbours of opposite signs, so its own does not matter.
-  __device__ __forceinline__ int count_below(float x) const {
-    float last = 0.f, minor = 1.f;
-    unsigned signs = 0;
-    int count = 0;
+  __device__ __forceinline__ void fill_table() const {
+    constexpr int kCount = kTableSize / Shape::kThreads;
+    SturmSequence nodes[kCount];
+#pragma unroll
+    for (int m = 0; m < kCount; ++m)
+      nodes[m].x = static_cast<float>(threadIdx.x + m * Shape::kThreads + 1) / kTableSize;
+    run_through(nodes);
+#pragma unroll
+    for (int m = 0; m < kCount; ++m)
+      shared.table[threadIdx.x + m * Shape::kThreads] = nodes[m].changes;
+  }
+
+  // Several sequences at once do not wait for each other.
+  template <int kCount>
+  __device__ __forceinline__ void run_through(SturmSequence (&sequences)[kCount]) const {
     for (int round = 0; round < rounds; ++round) {
       const TridiagonalRow* rows = shared.rows + round * kRun;
 #pragma unroll
       for (int i = 0; i < kRun; ++i) {
-        const float next = (rows[i].diagonal - x) * minor - rows[i].coupling * last;
-        last = minor;
-        minor = next;
-        signs = __funnelshift_l(__float_as_uint(next), signs, 1);
-        if (i % kRescale == kRescale - 1) rescale(last, minor);
+#pragma unroll
+        for (SturmSequence& sequence : sequences) {
+          sequence.extend(rows[i]);
+          if (i % kRescale == kRescale - 1) sequence.rescale();
+        }
       }
-      count += __popc((signs ^ signs >> 1) & ((1 << kRun) - 1));
+#pragma unroll
+      for (SturmSequence& sequence : sequences) sequence.count_run();
     }
-    return count;
   }
 
-  // The larger of both gets the exponent of 1.
-  static __device__ __forceinline__ void rescale(float& last, float& minor) {
-    const unsigned larger = __float_as_uint(fmaxf(fabsf(last), fabsf(minor)));
-    const float factor = power_of_two(254 - static_cast<int>(larger >> 23));
-    last *= factor;
-    minor *= factor;
+  // Energies threadIdx.x + kThreads * m, m < kCount.
+  template <int kCount>
+  __device__ __forceinline__ void resolve() const {
+    int below[kCount];
+    float left[kCount], half = 0.5f / kTableSize;
+#pragma unroll
+    for (int m = 0; m < kCount; ++m) {
+      below[m] = size - 1 - static_cast<int>(threadIdx.x + m * Shape::kThreads);
+      left[m] = look_up(below[m]);
+    }
+    for (int i = 0; i < kHalvings; ++i, half *= 0.5f) {
+      SturmSequence nodes[kCount];
+#pragma unroll
+      for (int m = 0; m < kCount; ++m) nodes[m].x = left[m] + half;
+      run_through(nodes);
+#pragma unroll
+      for (int m = 0; m < kCount; ++m)
+        if (nodes[m].changes <= below[m]) left[m] = nodes[m].x;
+    }
+#pragma unroll
+    for (int m = 0; m < kCount; ++m) {
+      // The first leaf has 0, and what rounding made of it.
+      const float energy = left[m] > 0.f ? left[m] + half : 0.f;
+      if (below[m] >= 0) shared.energies[threadIdx.x + m * Shape::kThreads] = energy;
+    }
   }
 
-  __device__ __forceinline__ float descend(int below) const {
+  // The left end of the table's interval.
+  __device__ __forceinline__ float look_up(int below) const {
     int entry = 0;
 #pragma unroll
     for (int step = kTableSize / 2; step > 0; step /= 2)
       if (shared.table[entry + step - 1] <= below) entry += step;
-    float left = static_cast<float>(entry) / kTableSize, half = 0.5f / kTableSize;
-    for (int i = 0; i < kHalvings; ++i, half *= 0.5f)
-      if (count_below(left + half) <= below) left += half;
-    return left > 0.f ? left + half : 0.f;  // the first leaf has 0, and what rounding made of it
+    return static_cast<float>(entry) / kTableSize;
   }
 
   static __device__ __forceinline__ double sum_before(double value) {

@@ -22,7 +22,7 @@ def solve(gram: Tensor, levels: tuple[float, ...]) -> tuple[Tensor, Tensor]:
     """As `reference.solve`, for matrices up to `LARGEST`; one launch, no synchronisation.
 
     Eigenvalues are those of the lower triangle, to about 1e-7 of their sum; what is smaller than
-    2^-27 of it is 0. Allocates the results alone.
+    about 2^-29 of it is 0. Allocates the results alone.
 
     Args:
         gram: [B, n, n] float32, contiguous, positive semidefinite.
