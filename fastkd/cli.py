@@ -156,7 +156,7 @@ def _shown(value: Any) -> str:
 
 def _train(options: argparse.Namespace) -> int:
     from fastkd.training.options import FromRecipe
-    from fastkd.training.train import train
+    from fastkd.training.trainer import train
 
     given = {
         field.name: parse_value(field.name, getattr(options, field.name))
@@ -232,7 +232,7 @@ def _add_evaluate(commands: Any) -> None:
 
 
 def _evaluate(options: argparse.Namespace) -> int:
-    from fastkd.training.evaluate import OPTIONS, evaluate
+    from fastkd.training.evaluation import OPTIONS, evaluate
 
     given = {
         name: parse_value(name, getattr(options, name))

@@ -37,6 +37,18 @@ def test_every_public_name_is_there_and_documented():
     assert set(fastkd.__all__) <= set(dir(fastkd))
 
 
+def test_no_submodule_takes_the_place_of_a_public_function():
+    code = """
+import importlib, pkgutil, fastkd
+for package in ("training", "analysis", "losses", "models"):
+    folder = importlib.import_module(f"fastkd.{package}")
+    for found in pkgutil.iter_modules(folder.__path__):
+        importlib.import_module(f"fastkd.{package}.{found.name}")
+print([name for name in fastkd.__all__ if not callable(getattr(fastkd, name))])
+"""
+    assert run_python(code).strip() == "[]"
+
+
 def test_an_unknown_name_is_an_attribute_error():
     with pytest.raises(AttributeError, match="no attribute 'distil'"):
         fastkd.distil  # noqa: B018

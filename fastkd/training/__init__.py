@@ -11,24 +11,24 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from fastkd.training.checkpoint import CheckpointError, load_checkpoint
     from fastkd.training.engine import NonFiniteError
-    from fastkd.training.evaluate import evaluate
+    from fastkd.training.evaluation import evaluate
     from fastkd.training.recipe import Recipe
     from fastkd.training.result import Result
     from fastkd.training.setup import load_student
     from fastkd.training.task import DistillationTask, build_task
-    from fastkd.training.train import train
+    from fastkd.training.trainer import train
 
 _HOMES = {
     "CheckpointError": "checkpoint",
     "load_checkpoint": "checkpoint",
     "NonFiniteError": "engine",
-    "evaluate": "evaluate",
+    "evaluate": "evaluation",
     "Recipe": "recipe",
     "Result": "result",
     "load_student": "setup",
     "DistillationTask": "task",
     "build_task": "task",
-    "train": "train",
+    "train": "trainer",
 }
 
 __all__ = [

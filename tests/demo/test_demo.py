@@ -1,7 +1,6 @@
 """The demo at a size that takes seconds: what it writes, what it keeps, what it refuses."""
 
 import contextlib
-import importlib
 import io
 import json
 import sys
@@ -15,6 +14,7 @@ from fastkd.cli import main as cli
 from fastkd.demo import experiment, main, run_demo
 from fastkd.demo.data import HELD_OUT, load_digits
 from fastkd.demo.experiment import CONTENDERS, QUICK, mean_and_spread
+from fastkd.training import trainer
 
 TINY = replace(
     QUICK,
@@ -49,16 +49,14 @@ def printed(finished):
 @pytest.fixture
 def trained(monkeypatch):
     """Names of the runs whose recipes were really begun, filled as the demo goes."""
-    # By its path: `fastkd.training.train` is the function.
-    train_module = importlib.import_module("fastkd.training.train")
     names = []
-    prepare = train_module._Run._prepare_output
+    prepare = trainer._Run._prepare_output
 
     def noting(run):
         names.append(run.output.name)
         prepare(run)
 
-    monkeypatch.setattr(train_module._Run, "_prepare_output", noting)
+    monkeypatch.setattr(trainer._Run, "_prepare_output", noting)
     return names
 
 

@@ -1,15 +1,11 @@
 """Evaluation of modules, runs and their weights."""
 
-import importlib
-
 import pytest
 import timm
 import torch
 
-from fastkd.training import evaluate, load_student, train
+from fastkd.training import evaluate, evaluation, load_student, train
 from tests.training.tiny import FAST, image_folder, tensor_data, vit
-
-evaluation = importlib.import_module("fastkd.training.evaluate")  # the function has its name
 
 CPU = {"device": "cpu", "workers": 0}
 
