@@ -267,8 +267,8 @@ class _Run:
     def _refuse_to_forget(self, folder: Path) -> None:
         if not self.resume and (folder / RESUME_FOLDER).exists():
             raise ValueError(
-                f"analyze: {folder} holds an interrupted analysis; give resume to go on with it, "
-                f"or remove {folder / RESUME_FOLDER} to start over"
+                f"analyze: {folder} holds an interrupted analysis; give resume=True "
+                f"(--resume) to go on with it, or remove {folder / RESUME_FOLDER} to start over"
             )
 
     def report_of(self, number: int, subject: Model, untrained: bool, **options: Any) -> Report:
@@ -351,11 +351,16 @@ def _data_name(data: Any) -> str | None:
 
 def _environment(peers: World) -> dict[str, str]:
     on_gpu = peers.device.type == "cuda"
-    found = {name: metadata.version(name) for name in ("torch", "timm", "numpy")}
     return {
-        "fastkd": metadata.version("fastkd"),
         "python": platform.python_version(),
-        **found,
+        **{name: _version(name) for name in ("fastkd", "torch", "timm", "numpy")},
         "device": torch.cuda.get_device_name(peers.device) if on_gpu else "cpu",
         "processes": str(peers.size),
     }
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"  # but run from its sources

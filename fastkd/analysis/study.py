@@ -193,10 +193,16 @@ class Study:
             self._check_unreadable(len(self.skipped))
             if stop.received is not None:
                 self.resume.save(name, self._state(begin, measures))
+                self._say_how_to_go_on()
                 stop.raise_as_exception()
             self.resume.save_now_and_then(name, partial(self._state, begin, measures))
         self.resume.save(name, self._state(end, measures))
         return measures
+
+    def _say_how_to_go_on(self) -> None:
+        if self.resume.folder is not None:
+            self.progress.close()
+            self.progress.say("stopped; the same command with --resume goes on from here")
 
     def _batches(self, begin: int, end: int) -> Iterator[Batch]:
         batches = iter(self.source.batches(begin, end))

@@ -110,7 +110,7 @@ def test_an_interrupted_analysis_is_resumed_model_by_model(photographs, tmp_path
     monkeypatch.setattr(run._Feed, "source", source)
     with pytest.raises(KeyboardInterrupt):
         analyze(models, photographs, out, **SMALL, **QUICK)
-    with pytest.raises(ValueError, match="holds an interrupted analysis; give resume"):
+    with pytest.raises(ValueError, match="holds an interrupted analysis; give resume=True"):
         analyze(models, photographs, out, **SMALL, **QUICK)
     with pytest.raises(ValueError, match="measured with other options"):
         analyze(models, photographs, out, resume=True, seed=1, **SMALL, **QUICK)
