@@ -14,6 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+# Squares of a few million of these still fit into float32.
+LARGEST_VALUE = 1e15
+
 
 class Rows:
     """Values of images, a row each, in whatever order they come.
@@ -55,6 +58,8 @@ class Rows:
 
     def state(self) -> dict[str, Any]:
         """Plain tensors on the CPU; `of` takes them."""
+        self._places = _merged(self._places)
+        self._columns = {name: _merged(chunks) for name, chunks in self._columns.items()}
         return {
             "places": [chunk.cpu() for chunk in self._places],
             "columns": {name: [c.cpu() for c in chunks] for name, chunks in self._columns.items()},
@@ -169,7 +174,10 @@ class Accumulator:
 
 
 def finite_images(caller: str, tokens: Tensor) -> tuple[Tensor, Tensor]:
-    """Check a batch, and put zeros in place of images with a NaN or an infinity.
+    """Check a batch, and put zeros in place of images that cannot be measured.
+
+    Those with a NaN, an infinity, or a value beyond `LARGEST_VALUE`, whose energy float32 could not
+    hold and which would spoil the sums of all others.
 
     Args:
         caller: named in errors.
@@ -191,10 +199,16 @@ def finite_images(caller: str, tokens: Tensor) -> tuple[Tensor, Tensor]:
             f"{list(tokens.shape)}" + (" (a batch dimension missing?)" if tokens.ndim == 2 else "")
         )
     tokens = tokens.detach()
-    finite = tokens.isfinite().flatten(1).all(dim=1)
+    lowest, highest = tokens.flatten(1).aminmax(dim=1)  # NaN where there is one
+    finite = (lowest >= -LARGEST_VALUE) & (highest <= LARGEST_VALUE)
     if tokens.device.type == "cpu" and bool(finite.all()):
         return tokens, finite
-    return torch.where(finite[:, None, None], tokens, 0.0), finite
+    return only(finite, tokens), finite
+
+
+def only(images: Tensor, tokens: Tensor) -> Tensor:
+    """Tokens [B, N, D] of some images [B] bool, zeros in place of the others."""
+    return torch.where(images[:, None, None], tokens, 0.0)
 
 
 def mean_and_std(total: Tensor, squares: Tensor, count: Tensor) -> tuple[np.ndarray, np.ndarray]:
@@ -210,6 +224,13 @@ def mean_and_std(total: Tensor, squares: Tensor, count: Tensor) -> tuple[np.ndar
     """
     mean = total / count
     return mean.cpu().numpy(), (squares / count - mean.square()).clamp_min(0).sqrt().cpu().numpy()
+
+
+def _merged(chunks: list[Tensor]) -> list[Tensor]:
+    """As few tensors as possible: small ones take more room than what is in them."""
+    if len({(chunk.shape[1:], chunk.device) for chunk in chunks}) == 1:
+        return [torch.cat(chunks)]
+    return chunks
 
 
 def _joined(chunks: list[Tensor]) -> np.ndarray:

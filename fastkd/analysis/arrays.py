@@ -42,17 +42,22 @@ class ArrayError(ValueError):
 
 
 def is_array_folder(data: Any) -> bool:
-    """Whether data are a folder of saved tokens: whichever comes first in it, .npy or an image."""
+    """Whether data are a folder of saved tokens.
+
+    Raises:
+        ValueError: there are both .npy files and images in it, so that either may be meant.
+    """
     if not isinstance(data, str | Path) or not Path(data).is_dir():
         return False
     images = get_img_extensions(as_set=True)
+    found: set[str] = set()
     for _, _, files in os.walk(data, followlinks=True):
-        suffixes = {Path(file).suffix.lower() for file in files}
-        if SUFFIX in suffixes:
-            return True
-        if suffixes & images:
-            return False
-    return False
+        found |= {Path(file).suffix.lower() for file in files}
+        if SUFFIX in found and found & images:
+            raise ValueError(
+                f"data: {data} holds both images and {SUFFIX} files; give a folder of one kind"
+            )
+    return SUFFIX in found
 
 
 def read_tokens(path: str | Path) -> list[np.ndarray]:
@@ -149,13 +154,17 @@ class ArraySource:
 
     @cached_property
     def fingerprint(self) -> dict[str, Any]:
-        """Names and sizes of the selected files, and the layers; no file is read."""
-        files = "\n".join(f"{self._file_name(f)} {f.stat().st_size}" for f in self._files)
+        """Place, names, sizes and ages of the files, and the layers; no file is read."""
+        files = "\n".join(
+            f"{self._file_name(file)} {file.stat().st_size} {file.stat().st_mtime_ns}"
+            for file in self._files
+        )
         return {
             "weights": self.weights,
             "layers": [layer.name for layer in self.layers],
             "shapes": [list(self._shapes[number]) for number in self._numbers],
             "selection": {
+                "folder": str(self._folder.resolve()),
                 "images": self.images,
                 "files": hashlib.sha256(files.encode()).hexdigest(),
             },

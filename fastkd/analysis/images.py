@@ -30,6 +30,7 @@ from fastkd.training.data import (
 )
 from fastkd.training.recipe import Recipe
 from fastkd.training.samplers import SampleKey
+from fastkd.training.seeding import derive_seed, preserved_rng, seed_cpu
 
 SHOWN_REASON = 200
 
@@ -77,13 +78,28 @@ class ImageSelection:
 
     @property
     def fingerprint(self) -> dict[str, Any]:
-        """Plain values that tell this selection from another; the images are not read."""
-        names = "\n".join(self.name(place) for place in range(len(self)))
+        """Plain values that tell this selection from another; two images are read for it."""
+        names = hashlib.sha256()
+        for place in range(len(self)):
+            names.update(f"{self.name(place)}\n".encode())
         return {
             "images": len(self),
             "of": len(self.data.val),
-            "names": hashlib.sha256(names.encode()).hexdigest(),
+            "names": names.hexdigest(),
+            # Other images may have the same names, or no names at all.
+            "ends": [self._content(place) for place in sorted({0, len(self) - 1})],
         }
+
+    def _content(self, place: int) -> str:
+        """A hash of an image as it is read; of the reason where it cannot be."""
+        try:
+            with preserved_rng():
+                seed_cpu(derive_seed("fingerprint", self.seed, place))
+                image = self.data.val[int(self.indices[place])][0]
+            pixels = image.numpy() if isinstance(image, Tensor) else np.asarray(image)
+            return hashlib.sha256(np.ascontiguousarray(pixels).tobytes()).hexdigest()
+        except Exception as error:  # whatever a data set raises, as where it is read
+            return _reason(error)
 
     def read(
         self,

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastkd.analysis.accumulator import Accumulator
+from fastkd.analysis.accumulator import Accumulator, only
 from fastkd.ops.second_moment import second_moment
 
 
@@ -104,6 +104,11 @@ class SecondMoment(Accumulator):
         """
         return torch.linalg.eigvalsh(self._mean()[0]).clamp_min(0).flip(-1)
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether no token was seen, so that there is no result."""
+        return int(self.sums.get("tokens", 0)) == 0
+
     def _mean(self) -> tuple[Tensor, Tensor | None]:
         """Second moment per token, and the mean token where it is centred."""
         tokens = int(self.sums.get("tokens", 0))
@@ -125,7 +130,7 @@ def _sums_around_the_mean(tokens: Tensor, finite: Tensor, count: Tensor) -> tupl
     """
     dtype = torch.promote_types(tokens.dtype, torch.float32)
     mean = (tokens.sum(dim=(0, 1), dtype=torch.float64) / count.clamp_min(1)).to(dtype)
-    around = torch.where(finite[:, None, None], tokens.to(dtype) - mean, 0.0)
+    around = only(finite, tokens.to(dtype) - mean)
     centre, rest = mean.double(), around.sum(dim=(0, 1), dtype=torch.float64)
     crossed = centre.outer(rest)
     products = second_moment(around) + crossed + crossed.mT + count * centre.outer(centre)

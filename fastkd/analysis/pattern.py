@@ -19,6 +19,7 @@ from fastkd.analysis.accumulator import Accumulator, mean_and_std
 from fastkd.analysis.results import BANDWIDTH_LEVELS, Curve, Sep, SepTest, intervals
 from fastkd.ops.second_moment import second_moment
 from fastkd.ops.sep import (
+    TIE_TOLERANCE,
     bandwidth,
     permuted_moment,
     sep_curves,
@@ -91,8 +92,9 @@ class TokenPattern(Accumulator):
             curves = torch.where(here, sep_curves(tokens[some], self.convention), 0.0).double()
             self._add("curve", curves.sum(dim=(0, 1)))
             self._add("curve_squares", curves.square().sum(dim=(0, 1)))
-            own = curves.sum(dim=1) / here.sum(dim=1)  # NaN for an image without energy
-            self.rows.add(places[some], curves=own.float())
+            count = here.sum(dim=1)
+            own = curves.sum(dim=1) / count.clamp_min(1)
+            self.rows.add(places[some], curves=own.float(), tokens=count.squeeze(-1))
 
     def _chunks(self, tokens: Tensor) -> list[slice]:
         """Images whose transforms are made at once."""
@@ -163,10 +165,21 @@ class TokenPattern(Accumulator):
         for part in range(0, permutations, step):
             some = torch.stack(orders[part : part + step]).to(moment.device)
             curves = sep_from_moment(permuted_moment(moment, some), convention=self.convention)
-            permuted.append(bandwidth(curves, levels).cpu())
-        observed = bandwidth(sep_from_moment(moment, convention=self.convention), levels)
-        curves = torch.from_numpy(self.rows.sorted()["curves"]).double()
-        return _test(torch.cat(permuted), observed.cpu(), curves, tuple(levels), seed)
+            permuted.append(curves.cpu())
+        rows = self.rows.sorted()
+        return _test(
+            sep_from_moment(moment, convention=self.convention).cpu(),
+            torch.cat(permuted),
+            torch.from_numpy(rows["curves"]).double(),
+            torch.from_numpy(rows["tokens"]).double(),
+            tuple(levels),
+            seed,
+        )
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether no token with energy was seen, so that there is no result."""
+        return int(self.sums.get("tokens", 0)) == 0
 
     def _tokens(self) -> int:
         tokens = int(self.sums.get("tokens", 0))
@@ -176,32 +189,46 @@ class TokenPattern(Accumulator):
 
 
 def _test(
-    permuted: Tensor, observed: Tensor, curves: Tensor, levels: tuple[float, ...], seed: int
+    observed: Tensor,
+    permuted: Tensor,
+    images: Tensor,
+    weights: Tensor,
+    levels: tuple[float, ...],
+    seed: int,
 ) -> SepTest:
+    """The test, from curves [F] as they are, [R, F] permuted and [images, F] of every image."""
     rng = np.random.default_rng(seed)
-    count = len(permuted)
-    shifts = (permuted - observed).numpy()
-    drawn = rng.integers(count, size=(RESAMPLES, count))
-    centre = permuted.mean(dim=0)
-    # Bandwidths are multiples of one bin: a distance equal but for rounding counts as equal.
-    as_far = (permuted - centre).abs() >= (observed - centre).abs() - 1e-9
+    # Between bins: of bandwidths in whole bins, a shift by less than one would be the grid's.
+    here, there = _crossings(observed, levels), _crossings(permuted, levels)
+    centre = torch.cat([there, here[None]]).mean(dim=0)
+    as_far = (there - centre).abs() >= (here - centre).abs()
+    resampled = _resampled_mean(images, weights, rng)
+    drawn = rng.integers(len(there), size=(RESAMPLES, len(there)))
+    shifts = there.numpy()[drawn].mean(axis=1) - _crossings(resampled, levels).numpy()
     return SepTest(
         levels=levels,
-        observed=observed.numpy(),
-        observed_interval=_interval_over_images(curves, levels, rng),
-        permuted=permuted.numpy(),
-        shift=shifts.mean(axis=0),
-        shift_interval=intervals(shifts[drawn].mean(axis=1), CONFIDENCE),
-        p_value=((1 + as_far.sum(dim=0)) / (1 + count)).numpy(),
+        observed=bandwidth(observed, levels).numpy(),
+        observed_interval=intervals(bandwidth(resampled, levels).numpy(), CONFIDENCE),
+        permuted=bandwidth(permuted, levels).numpy(),
+        shift=(there.mean(dim=0) - here).numpy(),
+        shift_interval=intervals(shifts, CONFIDENCE),
+        p_value=((1 + as_far.sum(dim=0)).double() / (1 + len(there))).numpy(),
         confidence=CONFIDENCE,
     )
 
 
-def _interval_over_images(
-    curves: Tensor, levels: tuple[float, ...], rng: np.random.Generator
-) -> np.ndarray:
-    """Bootstrap interval of the bandwidths, images being what is drawn."""
-    curves = curves[curves[:, -1].isfinite()]
-    weights = rng.multinomial(len(curves), [1 / len(curves)] * len(curves), size=RESAMPLES)
-    means = torch.from_numpy(weights / len(curves)) @ curves
-    return intervals(bandwidth(means, levels).numpy(), CONFIDENCE)
+def _resampled_mean(images: Tensor, weights: Tensor, rng: np.random.Generator) -> Tensor:
+    """Mean curves [RESAMPLES, F] of bootstrap samples of images, each weighted by its tokens."""
+    drawn = rng.multinomial(len(images), [1 / len(images)] * len(images), size=RESAMPLES)
+    shares = torch.from_numpy(drawn).double() * weights
+    return shares @ images / shares.sum(dim=1, keepdim=True)
+
+
+def _crossings(curves: Tensor, levels: tuple[float, ...]) -> Tensor:
+    """Where curves [..., F] cross each level, over F, linear within a bin; [..., levels]."""
+    start = torch.cat([torch.zeros_like(curves[..., :1]), curves], dim=-1)
+    wanted = (curves.new_tensor(levels) - TIE_TOLERANCE).expand(*curves.shape[:-1], -1).contiguous()
+    after = torch.searchsorted(start.contiguous(), wanted).clamp(1, curves.shape[-1])
+    low, high = start.gather(-1, after - 1), start.gather(-1, after)
+    part = (wanted - low) / (high - low).clamp_min(torch.finfo(curves.dtype).tiny)
+    return (after - 1 + part.clamp(0, 1)) / curves.shape[-1]

@@ -136,11 +136,7 @@ class Report:
         """
         if not reports:
             raise ValueError("Report.merged: reports must hold at least one report, got none")
-        for name in _DEFINING:
-            found = [report.settings.get(name) for report in reports]
-            if not all(codec.same(found[0], value) for value in found):
-                got = " and ".join(sorted({repr(value) for value in found}))
-                raise ValueError(f"Report.merged: reports must have the same {name}, got {got}")
+        check_comparable("Report.merged", [report.settings for report in reports])
         names = iter(_distinct([model.name for report in reports for model in report.models]))
         renamed = [
             (report, model, dataclasses.replace(model, name=next(names)))
@@ -180,6 +176,23 @@ class Report:
         }
         text = json.dumps(content, indent=1, allow_nan=False, ensure_ascii=False)
         write_text(folder / "report.json", text + "\n")
+
+
+def check_comparable(caller: str, settings: Sequence[Mapping[str, Any]]) -> None:
+    """Refuse settings under which numbers of the same name are different quantities.
+
+    Args:
+        caller: named in the error.
+        settings: of several reports.
+
+    Raises:
+        ValueError: two of them differ; it names the setting.
+    """
+    for name in _DEFINING:
+        found = [plain.get(name) for plain in settings]
+        if not all(codec.same(found[0], value) for value in found):
+            got = " and ".join(sorted({repr(value) for value in found}))
+            raise ValueError(f"{caller}: reports must have the same {name}, got {got}")
 
 
 def _draw(models: Sequence[ModelResult], folder: Path) -> dict[str, list[str]]:

@@ -121,11 +121,11 @@ class SepTest:
     Attributes:
         levels: parts of the energy.
         observed: [levels] float64, bandwidths of the channels as they are.
-        observed_interval: [levels, 2] float64, bootstrap interval of ``observed`` over images; None
-            where per-image curves were not kept.
+        observed_interval: [levels, 2] float64, bootstrap interval of ``observed`` over images.
         permuted: [permutations, levels] float64.
-        shift: [levels] float64, mean of permuted - observed.
-        shift_interval: [levels, 2] float64, bootstrap interval of ``shift`` over permutations.
+        shift: [levels] float64, mean of permuted - observed, with bandwidths read between bins.
+        shift_interval: [levels, 2] float64, bootstrap interval of ``shift``: images are drawn for
+            what was observed, permutations for the mean of the others.
         p_value: [levels] float64, two-sided: (1 + permutations at least as far from their mean as
             the observed one) / (1 + permutations).
         confidence: of the intervals: 0.95.
@@ -133,7 +133,7 @@ class SepTest:
 
     levels: tuple[float, ...]
     observed: np.ndarray
-    observed_interval: np.ndarray | None
+    observed_interval: np.ndarray
     permuted: np.ndarray
     shift: np.ndarray
     shift_interval: np.ndarray
@@ -197,9 +197,9 @@ class LayerResult:
         stable_rank: [images] float32, sum of energies over the largest; NaN likewise.
         shared_energies: [D] float64, eigenvalues of the uncentred (or centred, as the settings say)
             second moment of all tokens, descending.
-        sep: None where it was not asked for.
+        sep: None where it was not asked for, or no token has energy.
         sep_test: None where it was not made: it is made for layers with ``shared``.
-        shared: None for layers without a second pass.
+        shared: None for layers without a second pass, or without a finite image.
     """
 
     name: str
@@ -227,7 +227,8 @@ class ModelResult:
         parameters: how many; None for saved tokens.
         input_size: (H, W) of the images fed in; None for saved tokens.
         images: how many were measured.
-        non_finite: of these, images with a NaN or infinity in at least one layer.
+        non_finite: of these, images left out of at least one layer because of a NaN, an infinity,
+            or a value that is too large for its square.
         skipped: (name, reason) of every image that could not be read.
         layers: in depth order; the last one has ``shared``.
         seconds: time by part: ``"forward"`` (reading included), ``"analysis"``.

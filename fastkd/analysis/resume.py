@@ -34,6 +34,7 @@ class Resume:
         self.wanted = wanted
         self._suffix = f"-{rank}of{size}.pt"
         self._name = name
+        self._size = size
         self._fingerprint = ""
         self._saved = time.monotonic()
 
@@ -42,8 +43,20 @@ class Resume:
 
         Args:
             fingerprint: plain values; a state that was saved with other ones is refused.
+
+        Raises:
+            ValueError: the interrupted analysis ran on another number of processes.
         """
-        self._fingerprint = json.dumps(fingerprint, sort_keys=True, default=str)
+        self._fingerprint = plain_json(fingerprint)
+        if self.folder is None or not self.wanted:
+            return
+        left = {path.name.rsplit("-", 1)[1] for path in self.folder.glob(f"{self._name}-*-*of*.pt")}
+        others = {name.removesuffix(".pt").split("of")[1] for name in left} - {str(self._size)}
+        if others:
+            raise ValueError(
+                f"analyze: {self.folder} was interrupted with {others.pop()} process(es); resume "
+                f"with as many, got {self._size}, or remove it to start over"
+            )
 
     def state(self, phase: str) -> dict[str, Any] | None:
         """What was saved of a pass.
@@ -68,7 +81,7 @@ class Resume:
                 f"analyze: {path} cannot be read ({type(error).__name__}); remove it to start over"
             ) from error
         if before != self._fingerprint:
-            what = _difference(before, self._fingerprint)
+            what = difference(before, self._fingerprint)
             raise ValueError(
                 f"analyze: {path} belongs to another analysis ({what}); give the same arguments, "
                 f"or remove {path.parent} to start over"
@@ -99,8 +112,21 @@ class Resume:
         return self.folder / f"{self._name}-{phase}{self._suffix}"
 
 
-def _difference(before: str, now: str) -> str:
-    """The first thing that differs, in words."""
+def plain_json(fingerprint: dict[str, Any]) -> str:
+    """A fingerprint as text, the same for equal ones."""
+    return json.dumps(fingerprint, sort_keys=True, default=str)
+
+
+def difference(before: str, now: str) -> str:
+    """The first thing in which two fingerprints differ, in words.
+
+    Args:
+        before: `plain_json` of one.
+        now: of the other.
+
+    Returns:
+        ``"its seed is 0, not 1"``.
+    """
     old, new = json.loads(before), json.loads(now)
     names = [name for name in {**old, **new} if old.get(name) != new.get(name)]
     name = names[0]

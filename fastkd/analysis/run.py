@@ -18,14 +18,15 @@ from torch import nn
 from fastkd.analysis.arrays import ArraySource, is_array_folder
 from fastkd.analysis.images import ImageSelection, open_images
 from fastkd.analysis.progress import AnalysisProgress
-from fastkd.analysis.report import Report
+from fastkd.analysis.report import Report, check_comparable
 from fastkd.analysis.results import BANDWIDTH_LEVELS, LEVELS
-from fastkd.analysis.resume import Resume
+from fastkd.analysis.resume import Resume, difference, plain_json
 from fastkd.analysis.shared import SUBSPACES
 from fastkd.analysis.sources import LayerChoice, ModelSource, TokenSource
 from fastkd.analysis.study import Settings, Study
 from fastkd.analysis.subjects import resolve
-from fastkd.training.atomic import remove_leftovers
+from fastkd.training.atomic import remove_leftovers, write_text
+from fastkd.training.checkpoint import LAST
 from fastkd.training.data import Data
 from fastkd.training.distributed import World, world
 
@@ -80,13 +81,15 @@ def analyze(
 
     Args:
         model: a timm name (pretrained weights are downloaded), a folder or checkpoint of a fastkd
-            run, a checkpoint that the paper's authors released, a module, or the folder of a saved
-            report; or several of them. With saved tokens as data: a label.
+            run, a checkpoint that the paper's authors released, a module (it is moved to the
+            device), or the folder of a saved report; or several of them. With saved tokens as data:
+            a label.
         data: an image folder (class folders or not, ``val`` is taken), a timm data set name
             (``"hfds/..."``, ``"torch/..."``), a map-style data set, or a folder of saved token
             arrays (.npy, [L, N, D] an image). Not needed where every model is a saved report.
         output: folder for report.md, report.json, arrays.npz, tables and figures, and, until it is
-            done, for what ``resume`` goes on from. A report in it is replaced. None: no files.
+            done, for what ``resume`` goes on from. A report's files in it are replaced. None: no
+            files.
         compare: more models, put beside the first in every table and figure.
         layers: ``"all"`` blocks or stages, the ``"last"`` one, or some: ``"0,5,23"``,
             ``[0, 5, "final"]``, or module names. The lifted tokens of a Lift student count as its
@@ -140,7 +143,7 @@ def analyze(
         max_unreadable=max_unreadable,
     )
     several = not isinstance(model, str | Path | nn.Module)
-    subjects: list[Model] = [*(model if several else [model]), *compare]  # type: ignore[misc]
+    subjects: list[Any] = [*(model if several else [model]), *compare]  # type: ignore[misc]
     _check_arguments(subjects, data, checkpoint, output, resume)
     if figures and output is not None:
         _need_matplotlib()
@@ -166,12 +169,18 @@ def analyze(
             "img_size": img_size,
             "bandwidth_levels": BANDWIDTH_LEVELS,
         }
+        saved = [Report.load(str(subject)) for subject in subjects if _is_report(subject)]
+        if len(saved) < len(subjects):  # before anything is measured in vain
+            check_comparable("analyze", [described, *(report.settings for report in saved)])
         folder = None if output is None else Path(output)
         progress = AnalysisProgress(shows=peers.is_main and not quiet)
         run = _Run(feed, settings, described, peers, progress, folder, resume)
-        own = {"checkpoint": checkpoint, "weights": weights, "img_size": img_size}
+        own = [
+            _options_of(subject, len(subjects) > 1, checkpoint, untrained, weights, img_size)
+            for subject in subjects
+        ]
         report = Report.merged(
-            [run.report_of(n, subject, untrained, **own) for n, subject in enumerate(subjects)]
+            [run.report_of(n, subject, **own[n]) for n, subject in enumerate(subjects)]
         )
         asked = {"compare_paper": compare_paper, "command": command}
         report = replace(report, settings=report.settings | asked)
@@ -216,6 +225,7 @@ class _Feed:
                 amp=self.amp,
                 num_prefix=self.num_prefix,
             )
+        self._refuse_model_options(options)
         saved = ArraySource(
             self.data,
             layers=self.layers,
@@ -226,6 +236,16 @@ class _Feed:
         )
         saved.name = str(subject)
         return saved
+
+    def _refuse_model_options(self, options: dict[str, Any]) -> None:
+        given = options | {"amp": self.amp, "num_prefix": self.num_prefix}
+        neutral = {"weights": "auto", "amp": "none"}
+        for name, value in given.items():
+            if value and value != neutral.get(name):
+                raise ValueError(
+                    f"analyze: {name} is of models that are run, but {self.data} holds saved "
+                    f"tokens, got {name}={value!r}"
+                )
 
 
 class _Run:
@@ -271,38 +291,44 @@ class _Run:
                 f"(--resume) to go on with it, or remove {folder / RESUME_FOLDER} to start over"
             )
 
-    def report_of(self, number: int, subject: Model, untrained: bool, **options: Any) -> Report:
+    def report_of(self, number: int, subject: Model, **options: Any) -> Report:
         """The report of one model: read, kept from before, or measured now."""
         if _is_report(subject):
             return Report.load(str(subject))
-        done = self._kept_report(number)
-        if done is not None:
-            self.progress.say(f"{subject}: kept from before")
-            return done
-        untrained = untrained and (_may_be_a_name(subject) or number == 0)
-        source = self.feed.source(subject, untrained=untrained, **options)
+        source = self.feed.source(subject, **options)
         state = Resume(self.kept, f"{number:02}", self.peers.rank, self.peers.size, self.resume)
+        study = Study(source, self.settings, self.peers, state, self.progress)
+        done = self._kept_report(number, plain_json(study.fingerprint()))
+        if done is not None:
+            self.progress.say(f"{source.name}: kept from before")
+            return done
         try:
-            result = Study(source, self.settings, self.peers, state, self.progress).run()
+            result = study.run()
         finally:
             self.progress.close()
         report = Report([result], self.described, _environment(self.peers))
         if self.kept is not None and self.peers.is_main:
             report.save(self.kept / f"{number:02}", figures=False)
+            # Last: a report without it is not yet whole.
+            write_text(self._key(number), plain_json(study.fingerprint()))
         return report
 
-    def _kept_report(self, number: int) -> Report | None:
+    def _key(self, number: int) -> Path:
+        assert self.kept is not None
+        return self.kept / f"{number:02}" / "fingerprint.json"
+
+    def _kept_report(self, number: int, fingerprint: str) -> Report | None:
         """What was measured before the interruption."""
-        folder = None if self.kept is None else self.kept / f"{number:02}"
-        if not self.resume or folder is None or not (folder / REPORT).exists():
+        if not self.resume or self.kept is None or not self._key(number).exists():
             return None
-        report = Report.load(folder)
-        if report != replace(report, settings=self.described):
+        before = self._key(number).read_text(encoding="utf-8")
+        if before != fingerprint:
             raise ValueError(
-                f"analyze: {folder} was measured with other options; give the same ones to resume, "
-                f"or remove {folder.parent} to start over"
+                f"analyze: {self.kept / f'{number:02}'} was measured with other options "
+                f"({difference(before, fingerprint)}); give the same ones to resume, or remove "
+                f"{self.kept} to start over"
             )
-        return report
+        return Report.load(self.kept / f"{number:02}")
 
 
 def _check_arguments(
@@ -332,11 +358,27 @@ def _need_matplotlib() -> None:
 
 
 def _is_report(subject: Model) -> bool:
-    return isinstance(subject, str | Path) and (Path(subject) / REPORT).is_file()
+    """Whether it is the folder of a saved report; a run that a report lies in is a run."""
+    if not isinstance(subject, str | Path) or (Path(subject) / LAST).is_file():
+        return False
+    return (Path(subject) / REPORT).is_file()
 
 
-def _may_be_a_name(subject: Model) -> bool:
-    return isinstance(subject, str) and not Path(subject).exists()
+def _options_of(
+    subject: Model, several: bool, checkpoint: Any, untrained: bool, weights: str, img_size: Any
+) -> dict[str, Any]:
+    """What is asked for all models, as far as it means something for one of several.
+
+    Random weights are for timm's names, raw or averaged ones for files; a single model that they
+    mean nothing for refuses them.
+    """
+    is_name = isinstance(subject, str) and not Path(subject).exists()
+    return {
+        "checkpoint": checkpoint,
+        "untrained": untrained and (is_name or not several),
+        "weights": "auto" if several and is_name else weights,
+        "img_size": img_size,
+    }
 
 
 def _plain_layers(layers: LayerChoice) -> str:

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastkd.analysis.accumulator import Accumulator, Rows
+from fastkd.analysis.accumulator import Accumulator, Rows, only
 from fastkd.analysis.moments import SharedBasis
 from fastkd.analysis.results import LEVELS, Curve, Ranks, SharedView, Subspaces
 from fastkd.analysis.spectra import checked_levels
@@ -104,9 +104,10 @@ class InSharedBasis(Accumulator):
             TypeError: tokens are not floating-point.
         """
         self._check_channels(len(self.basis.energies))
-        tokens, _ = self._checked(tokens)
+        tokens, finite = self._checked(tokens)
         if self.basis.mean is not None:
-            tokens = tokens - self.basis.mean.to(tokens)
+            wide = tokens.to(torch.promote_types(tokens.dtype, torch.float32))
+            tokens = only(finite, wide - self.basis.mean.to(wide))
         energies = captured_energies(tokens, self.basis.vectors)
         where = self._places(places, tokens)
         columns = {"ranks": rank_at(energies, self.levels).int(), "curves": energy_curve(energies)}
@@ -130,7 +131,7 @@ class InSharedBasis(Accumulator):
         for place, vectors in zip(places, own, strict=True):
             partner = self._waiting.pop(place ^ 1, None)
             if partner is None:
-                self._waiting[place] = vectors
+                self._waiting[place] = vectors.clone()  # not a view that keeps the whole batch
             else:
                 met.append((place // 2, vectors, partner.to(vectors.device)))
         if not met:
@@ -224,7 +225,7 @@ def captured_energies(tokens: Tensor, vectors: Tensor) -> Tensor:
             f"{list(tokens.shape)}, got {list(vectors.shape)} (a basis of another layer?)"
         )
     dtype = torch.float64 if tokens.dtype == torch.float64 else torch.float32
-    with exact_float32():
+    with torch.autocast(tokens.device.type, enabled=False), exact_float32():
         return (tokens.to(dtype) @ vectors.to(tokens.device, dtype)).square().sum(dim=1)
 
 

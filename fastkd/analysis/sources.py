@@ -153,7 +153,13 @@ class ModelSource:
         self._batch_size = batch_size
         self._workers = workers
         self._amp = amp
+        self._num_prefix = num_prefix
         self._reader = _choose_reader(self._model, parse_layers(layers), num_prefix)
+        if num_prefix and isinstance(self._reader, _StageReader):
+            raise ValueError(
+                f"num_prefix: it is of modules read by name; blocks and stages know their prefix "
+                f"tokens, got num_prefix={num_prefix} with layers {layers!r}"
+            )
         probe = self._tokens(torch.zeros(1, *self._spec.size))
         self.layers = [
             Layer(name, index, tokens.shape[2])
@@ -170,6 +176,7 @@ class ModelSource:
             "weights": weights_hash(self._model),
             "layers": [layer.name for layer in self.layers],
             "amp": self._amp,
+            "num_prefix": self._num_prefix,
             "selection": self._selection.fingerprint,
             "transform": self._transform(),
         }

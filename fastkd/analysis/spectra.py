@@ -29,18 +29,27 @@ class ImageSpectraResult:
         curve: energy over dimensions, mean and std over images with energy.
         effective_rank: [images] float32, Roy & Vetterli's; NaN where an image has no rank.
         stable_rank: [images] float32; NaN likewise.
-        images: how many were measured.
+        finite: [images] bool; others were left out because of a NaN, an infinity, or a value that
+            is too large for its square.
         without_energy: images left out because all their tokens are zero.
-        non_finite: images left out because of a NaN or an infinity.
     """
 
     ranks: Ranks
     curve: Curve
     effective_rank: np.ndarray
     stable_rank: np.ndarray
-    images: int
+    finite: np.ndarray
     without_energy: int
-    non_finite: int
+
+    @property
+    def images(self) -> int:
+        """How many were measured, those left out included."""
+        return len(self.finite)
+
+    @property
+    def non_finite(self) -> int:
+        """How many were left out because of values."""
+        return int((~self.finite).sum())
 
 
 class ImageSpectra(Accumulator):
@@ -79,9 +88,9 @@ class ImageSpectra(Accumulator):
         self._add("curve", curves.sum(dim=0))
         self._add("curve_squares", curves.square().sum(dim=0))
         self._add("known", known.sum())
-        self._add("non_finite", (~finite).sum())
         self.rows.add(
             self._places(places, tokens),
+            finite=finite,
             ranks=ranks.int(),
             effective_rank=torch.where(known, effective_rank(energies), torch.nan).float(),
             stable_rank=torch.where(known, stable_rank(energies), torch.nan).float(),
@@ -99,17 +108,14 @@ class ImageSpectra(Accumulator):
         rows = self.rows.sorted()
         if not rows:
             raise ValueError("ImageSpectra.result: no image was seen")
-        known, non_finite = int(self.sums["known"]), int(self.sums["non_finite"])
-        images = len(rows["ranks"])
         mean, std = mean_and_std(self.sums["curve"], self.sums["curve_squares"], self.sums["known"])
         return ImageSpectraResult(
             ranks=Ranks(self.levels, rows["ranks"], largest=len(mean)),
             curve=Curve(mean, std),
             effective_rank=rows["effective_rank"],
             stable_rank=rows["stable_rank"],
-            images=images,
-            without_energy=images - known - non_finite,
-            non_finite=non_finite,
+            finite=rows["finite"],
+            without_energy=int(rows["finite"].sum()) - int(self.sums["known"]),
         )
 
 

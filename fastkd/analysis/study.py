@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -26,6 +27,7 @@ from fastkd.analysis.resume import Resume
 from fastkd.analysis.shared import SUBSPACES, InSharedBasis
 from fastkd.analysis.sources import Batch, TokenSource
 from fastkd.analysis.spectra import ImageSpectra, checked_levels
+from fastkd.ops.spectrum import MOST_LEVELS
 from fastkd.training.distributed import World
 from fastkd.training.interrupt import StopRequest
 
@@ -64,6 +66,10 @@ class Settings:
 
     def __post_init__(self) -> None:
         checked_levels("analyze", self.levels)
+        if len(self.levels) > MOST_LEVELS:
+            raise ValueError(
+                f"analyze: levels may be {MOST_LEVELS} at most, got {len(self.levels)}"
+            )
         known = (*CONVENTIONS, NO_PATTERN)
         if self.convention not in known:
             raise ValueError(f"analyze: sep must be one of {known}, got {self.convention!r}")
@@ -122,19 +128,29 @@ class Study:
         Raises:
             RuntimeError: more images are unreadable than allowed, or none is left.
         """
-        fingerprint = {
-            **asdict(self.settings),
-            **self.source.fingerprint,
-            "processes": self.world.size,
-        }
-        self.resume.open(fingerprint)
+        self.resume.open(self.fingerprint())
         with StopRequest() as stop:
             first = self._pass("first", [self._first_measures(i) for i in self._layers()], stop)
-            self._merge_first(first)
-            second = {layer: self._in_shared_basis(first[layer]) for layer in self.second}
+            self._merge_first(first, stop)
+            second = {
+                layer: self._in_shared_basis(first[layer])
+                for layer in self.second
+                if not first[layer]["moment"].is_empty
+            }
             if second:
                 self._second_pass(second, stop)
+            self._stop_together(stop)
         return self._result(first, second)
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What the numbers depend on, as plain values.
+
+        Neither the memory for kept tokens nor the limit on unreadable images changes them: a run
+        that such a limit stopped can be gone on with after raising it.
+        """
+        settings = asdict(self.settings)
+        del settings["memory"], settings["max_unreadable"]
+        return {**settings, **self.source.fingerprint, "name": self.source.name}
 
     def _layers(self) -> range:
         return range(len(self.source.layers))
@@ -155,23 +171,37 @@ class Study:
         return InSharedBasis(basis, self.settings.levels, self.settings.subspaces)
 
     def _second_pass(self, second: dict[int, InSharedBasis], stop: StopRequest) -> None:
-        measures = [{"shared": second[i]} if i in second else {} for i in self._layers()]
         if self._kept is None:
+            measures = [{"shared": second[i]} if i in second else {} for i in self._layers()]
             self._pass("second", measures, stop)
         else:
-            self._update_from_kept(second)
+            self._update_from_kept(second, stop)
+        self._stop_together(stop)
         for measure in second.values():
             _merge(measure, self.world)
 
-    def _update_from_kept(self, second: dict[int, InSharedBasis]) -> None:
+    def _update_from_kept(self, second: dict[int, InSharedBasis], stop: StopRequest) -> None:
         assert self._kept is not None
         self.progress.start(self.source.name, "second", sum(len(p) for p, _ in self._kept), 0)
         for places, tokens in self._kept:
+            if stop.received is not None:
+                break
             with self._timed("analysis"):
                 for layer, measure in second.items():
                     measure.update(tokens[layer], places)
             self.progress.advance(len(places))
         self._kept = None
+
+    def _stop_together(self, stop: StopRequest) -> None:
+        """End on every process if one of them was asked to, before any waits for the others."""
+        if not self.world.any(stop.received is not None):
+            return
+        if self.resume.folder is not None:
+            self.progress.close()
+            self.progress.say("stopped; the same command with --resume goes on from here")
+        if stop.received is None:
+            raise SystemExit("analyze: another process was asked to stop")
+        stop.raise_as_exception()
 
     def _pass(
         self, name: str, measures: list[dict[str, Any]], stop: StopRequest
@@ -190,19 +220,11 @@ class Study:
                 self._update(batch, measures, keep=name == "first")
             begin = self._after(batch)
             self.progress.advance(len(batch.places) + len(batch.skipped), len(self.skipped))
-            self._check_unreadable(len(self.skipped))
-            if stop.received is not None:
-                self.resume.save(name, self._state(begin, measures))
-                self._say_how_to_go_on()
-                stop.raise_as_exception()
+            if stop.received is not None or self._too_many_unreadable():
+                break
             self.resume.save_now_and_then(name, partial(self._state, begin, measures))
-        self.resume.save(name, self._state(end, measures))
+        self.resume.save(name, self._state(begin, measures))
         return measures
-
-    def _say_how_to_go_on(self) -> None:
-        if self.resume.folder is not None:
-            self.progress.close()
-            self.progress.say("stopped; the same command with --resume goes on from here")
 
     def _batches(self, begin: int, end: int) -> Iterator[Batch]:
         batches = iter(self.source.batches(begin, end))
@@ -242,7 +264,8 @@ class Study:
         # A copy: a view without the class token would keep the whole sequence alive.
         self._kept.append((batch.places, {layer: x.clone() for layer, x in tokens.items()}))
 
-    def _merge_first(self, first: list[dict[str, Any]]) -> None:
+    def _merge_first(self, first: list[dict[str, Any]], stop: StopRequest) -> None:
+        self._stop_together(stop)
         self._merge_counts()
         with self._timed("analysis"):
             for measures in first:
@@ -254,17 +277,17 @@ class Study:
         seen = self.world.gather((self.skipped, self.tokens))
         self.skipped = {place: why for skipped, _ in seen for place, why in skipped.items()}
         self.tokens = [max(tokens[layer] for _, tokens in seen) for layer in self._layers()]
-        self._check_unreadable(len(self.skipped))
+        if self._too_many_unreadable():
+            raise RuntimeError(
+                f"analyze: {len(self.skipped)} of {self.source.images} images could not be read, "
+                f"more than the {100 * self.settings.max_unreadable:g} % allowed by max_unreadable"
+                f"{self._unreadable_names()}"
+            )
         if not any(self.tokens):
             raise RuntimeError(f"analyze: no image could be read{self._unreadable_names()}")
 
-    def _check_unreadable(self, count: int) -> None:
-        if count > self.settings.max_unreadable * self.source.images:
-            raise RuntimeError(
-                f"analyze: {count} of {self.source.images} images could not be read, more than the "
-                f"{100 * self.settings.max_unreadable:g} % allowed by max_unreadable"
-                f"{self._unreadable_names()}"
-            )
+    def _too_many_unreadable(self) -> bool:
+        return len(self.skipped) > self.settings.max_unreadable * self.source.images
 
     def _unreadable_names(self) -> str:
         named = [f"{name} ({why})" for name, why in list(self.skipped.values())[:_NAMED_IMAGES]]
@@ -294,6 +317,7 @@ class Study:
     def _result(self, first: list[dict[str, Any]], second: dict[int, InSharedBasis]) -> ModelResult:
         with self._timed("analysis"):
             layers = [self._layer_result(i, first[i], second.get(i)) for i in self._layers()]
+            finite = np.all([x["spectra"].result().finite for x in first], axis=0)
         source = self.source
         return ModelResult(
             name=source.name,
@@ -301,8 +325,8 @@ class Study:
             architecture=source.architecture,
             parameters=source.parameters,
             input_size=source.input_size,
-            images=len(layers[-1].ranks.values),
-            non_finite=max(measures["spectra"].result().non_finite for measures in first),
+            images=len(finite),
+            non_finite=int((~finite).sum()),
             skipped=[self.skipped[place] for place in sorted(self.skipped)],
             layers=layers,
             seconds=dict(self.seconds),
@@ -312,8 +336,9 @@ class Study:
         self, number: int, measures: dict[str, Any], shared: InSharedBasis | None
     ) -> LayerResult:
         layer, spectra = self.source.layers[number], measures["spectra"].result()
-        energies = measures["moment"].energies() if shared is None else shared.basis.energies
         pattern: TokenPattern | None = measures.get("pattern")
+        if pattern is not None and pattern.is_empty:
+            pattern = None
         test = None
         if pattern is not None and pattern.detailed and self.settings.permutations > 0:
             test = pattern.permutation_test(self.settings.permutations, seed=self.settings.seed)
@@ -326,11 +351,18 @@ class Study:
             curve=spectra.curve,
             effective_rank=spectra.effective_rank,
             stable_rank=spectra.stable_rank,
-            shared_energies=energies.cpu().numpy(),
+            shared_energies=_energies(measures["moment"], layer.channels, shared),
             sep=None if pattern is None else pattern.result(),
             sep_test=test,
             shared=None if shared is None else shared.result(),
         )
+
+
+def _energies(moment: SecondMoment, channels: int, shared: InSharedBasis | None) -> np.ndarray:
+    if moment.is_empty:
+        return np.full(channels, np.nan)
+    energies = moment.energies() if shared is None else shared.basis.energies
+    return energies.cpu().numpy()
 
 
 class _Timer:

@@ -232,9 +232,9 @@ def sep_permutations(models: Sequence[ModelResult]) -> Table:
     return Table(
         "sep_permutations",
         "SEP bandwidths under random permutations of the channels",
-        f"Shift: permuted minus observed. Intervals hold {shown}: of the observed bandwidth over "
-        "images, of the shift over permutations. A small p says that the order of the channels "
-        "matters.",
+        f"Shift: permuted minus observed, read between bins. Bootstrap intervals hold {shown}: of "
+        "the observed bandwidth over images, of the shift over images and permutations. A small p "
+        "says that the order of the channels matters.",
         columns,
         [
             (m.name, layer.name, *row)
@@ -413,7 +413,7 @@ def _rank_rows(model: ModelResult) -> Iterable[tuple[Any, ...]]:
 def _sep_rows(model: ModelResult, sep: Sep, levels: list[float]) -> Iterable[tuple[Any, ...]]:
     test = model.last.sep_test
     ends = {}
-    if test and test.observed_interval is not None:
+    if test is not None:
         ends = dict(zip(test.levels, test.observed_interval.tolist(), strict=True))
     ours = _bandwidths(sep)
     noise = dict(zip(sep.levels, readings.white_noise_bandwidths(sep).tolist(), strict=True))
@@ -428,8 +428,7 @@ def _sep_rows(model: ModelResult, sep: Sep, levels: list[float]) -> Iterable[tup
 
 def _permutation_rows(test: SepTest) -> Iterable[tuple[Any, ...]]:
     for index, level in enumerate(test.levels):
-        interval = test.observed_interval
-        ends = (None, None) if interval is None else tuple(interval[index].tolist())
+        ends = test.observed_interval[index].tolist()
         yield (
             100 * level,
             (float(test.observed[index]), *ends),

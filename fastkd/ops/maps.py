@@ -5,7 +5,9 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 
 def check_map(function: str, name: str, x: object) -> None:
@@ -29,11 +31,15 @@ def check_map(function: str, name: str, x: object) -> None:
 
 
 def check_tensor(function: str, name: str, x: object) -> None:
-    """Refuse what is no floating-point tensor, with a TypeError; arguments as for `check_map`."""
+    """Refuse what is no floating-point tensor, with a TypeError; arguments as for `check_map`.
+
+    A tensor that carries a tangent is refused, too: see `refuse_forward_mode`.
+    """
     if not isinstance(x, Tensor):
         raise TypeError(f"{function}: {name} must be a tensor, got {type(x).__name__}")
     if not x.is_floating_point():
         raise TypeError(f"{function}: {name} must have a float dtype, got {x.dtype}")
+    refuse_forward_mode(function, x)
 
 
 def check_pair(function: str, names: tuple[str, str], student: Tensor, teacher: Tensor) -> None:
@@ -107,3 +113,22 @@ def _square(function: str, tokens: int) -> tuple[int, int]:
             "square (a CLS token left in?)"
         )
     return side, side
+
+
+def refuse_forward_mode(function: str, x: Tensor) -> None:
+    """Refuse a tensor that carries a tangent: the result's would silently be zero.
+
+    Args:
+        function: the caller, for messages.
+        x: one of its inputs.
+
+    Raises:
+        NotImplementedError: it is a dual tensor of forward-mode differentiation.
+    """
+    if torch.compiler.is_compiling() or forward_ad._current_level < 0:
+        return
+    if forward_ad.unpack_dual(x).tangent is not None:
+        raise NotImplementedError(
+            f"{function}: has no forward-mode derivative (torch.func.jvp, "
+            "torch.autograd.forward_ad); differentiate in reverse mode"
+        )

@@ -6,6 +6,7 @@ would change the answer, not only its last digits.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -18,18 +19,30 @@ _SETTINGS: tuple[Any, ...] = (
 )
 
 
+_LOCK = threading.Lock()
+_depth = 0
+_before: list[str] = []
+
+
 @contextmanager
 def exact_float32() -> Iterator[None]:
-    """Keep float32 matrix products in float32 inside the block; changes nothing outside it.
+    """Keep float32 matrix products in float32 inside the block.
 
-    torch's settings are the process': another thread that multiplies at the same moment is exact
-    too, and not the faster for it.
+    torch's settings are the process': they come back when the last thread has left its block, and
+    another thread that multiplies before that is exact, too, and not the faster for it.
     """
-    before = [setting.fp32_precision for setting in _SETTINGS]
+    global _depth
+    with _LOCK:
+        if _depth == 0:
+            _before[:] = [setting.fp32_precision for setting in _SETTINGS]
+            for setting in _SETTINGS:
+                setting.fp32_precision = "ieee"
+        _depth += 1
     try:
-        for setting in _SETTINGS:
-            setting.fp32_precision = "ieee"
         yield
     finally:
-        for setting, precision in zip(_SETTINGS, before, strict=True):
-            setting.fp32_precision = precision
+        with _LOCK:
+            _depth -= 1
+            if _depth == 0:
+                for setting, precision in zip(_SETTINGS, _before, strict=True):
+                    setting.fp32_precision = precision

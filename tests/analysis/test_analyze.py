@@ -87,6 +87,35 @@ def test_saved_tokens_are_measured_under_a_label(saved_tokens):
     assert tuple(int(np.argmax(parts >= q)) + 1 for q in (0.8, 0.9, 0.95, 0.99)) in ranks
 
 
+def test_saved_tokens_refuse_what_is_of_models(saved_tokens):
+    for given in ({"checkpoint": "x.pth"}, {"img_size": 32}, {"amp": "bf16"}, {"untrained": True}):
+        (name,) = given
+        with pytest.raises(ValueError, match=f"analyze: {name} is of models that are run"):
+            analyze("theirs", saved_tokens, quiet=True, device="cpu", **QUICK, **given)
+
+
+def test_a_folder_of_images_and_tokens_is_refused(photographs, tmp_path):
+    for path in photographs.glob("cat/*.png"):
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    np.save(tmp_path / "stray.npy", np.ones((2, 3)))
+    with pytest.raises(ValueError, match=r"both images and \.npy files"):
+        analyze(VIT, tmp_path, **SMALL, **QUICK)
+
+
+def test_reports_that_cannot_be_compared_are_refused_before_measuring(
+    photographs, tmp_path, monkeypatch
+):
+    analyze(VIT, photographs, tmp_path / "one", levels=(0.5,), **SMALL, **QUICK)
+    monkeypatch.setattr(run._Feed, "source", None)
+    with pytest.raises(ValueError, match="reports must have the same levels"):
+        analyze([VIT, tmp_path / "one"], photographs, **SMALL, **QUICK)
+
+
+def test_averaged_weights_may_be_asked_for_beside_a_teacher_by_name():
+    assert run._options_of(VIT, True, None, True, "ema", None)["weights"] == "auto"
+    assert run._options_of(VIT, False, None, False, "ema", None)["weights"] == "ema"
+
+
 def test_the_same_seed_gives_the_same_report_and_images_are_taken_evenly(photographs):
     ours, theirs = (analyze(VIT, photographs, images=4, **SMALL, **QUICK) for _ in range(2))
     np.testing.assert_array_equal(
@@ -96,7 +125,7 @@ def test_the_same_seed_gives_the_same_report_and_images_are_taken_evenly(photogr
 
 
 def test_an_interrupted_analysis_is_resumed_model_by_model(photographs, tmp_path, monkeypatch):
-    models, out = [VIT, "deit_tiny_patch16_224"], tmp_path / "out"
+    models, out = [VIT, "vit_tiny_patch16_384"], tmp_path / "out"
     whole = analyze(models, photographs, **SMALL, **QUICK)
     built = []
 
@@ -112,10 +141,12 @@ def test_an_interrupted_analysis_is_resumed_model_by_model(photographs, tmp_path
         analyze(models, photographs, out, **SMALL, **QUICK)
     with pytest.raises(ValueError, match="holds an interrupted analysis; give resume=True"):
         analyze(models, photographs, out, **SMALL, **QUICK)
-    with pytest.raises(ValueError, match="measured with other options"):
+    with pytest.raises(ValueError, match=r"measured with other options .*its seed is 0, not 1"):
         analyze(models, photographs, out, resume=True, seed=1, **SMALL, **QUICK)
+    other = ["deit_tiny_patch16_224", models[1]]
+    with pytest.raises(ValueError, match="measured with other options"):
+        analyze(other, photographs, out, resume=True, **SMALL, **QUICK)
     resumed = analyze(models, photographs, out, resume=True, **SMALL, **QUICK)
-    assert built == [models[0], models[1], models[1]]
     for ours, theirs in zip(resumed.models, whole.models):
         np.testing.assert_array_equal(ours.last.ranks.values, theirs.last.ranks.values)
         np.testing.assert_allclose(ours.last.sep.curve.mean, theirs.last.sep.curve.mean)
@@ -164,6 +195,7 @@ def test_the_command_line_measures_and_says_where_the_report_is(photographs, tmp
         ([VIT, "deit_tiny_patch16_224", "--data", "DATA", "--checkpoint", "x.pth"], "one model"),
         ([VIT, "--data", "DATA", "--resume"], "resume needs output"),
         ([VIT, "--data", "DATA", "--untrained", "--layers", "99"], "99"),
+        ([VIT, "--data", "DATA", "--untrained", "--num-prefix", "1"], "num_prefix: it is of mod"),
         ([VIT, "--data", "DATA", "--levels", "a"], "invalid floats with commas between value: 'a'"),
         ([VIT, "--data", "DATA", "--colour", "red"], "unknown argument --colour"),
     ],

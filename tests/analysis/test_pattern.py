@@ -66,6 +66,23 @@ def test_the_permutation_test_tells_waves_from_noise():
     assert (noise.p_value > 0.05).all()
 
 
+def test_the_interval_of_the_shift_holds_none_where_there_is_none():
+    held = 0
+    for seed in range(10):
+        pattern = pattern_of(normal(30, 8, 24, seed=seed), detailed=True)
+        interval = pattern.permutation_test(permutations=40, seed=seed).shift_interval
+        held += ((interval[:, 0] <= 0) & (interval[:, 1] >= 0)).sum()
+    assert held >= 0.85 * 50
+
+
+def test_images_count_by_their_tokens_in_the_interval():
+    tokens = torch.stack([waves(2)] + [waves(9)] * 9)
+    tokens[1:, 1:] = 0  # one token each, beside sixteen
+    test = pattern_of(tokens, detailed=True).permutation_test(permutations=5, levels=(0.25,))
+    assert test.observed[0] == pytest.approx(3 / 32)
+    assert test.observed_interval[0, 0] == pytest.approx(3 / 32)
+
+
 def test_permutations_are_those_of_the_tokens_channels():
     tokens = torch.stack([waves(1), waves(4)])
     test = pattern_of(tokens, detailed=True).permutation_test(permutations=2, seed=3)

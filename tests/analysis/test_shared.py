@@ -57,6 +57,45 @@ def test_images_are_seen_from_the_mean_where_the_moment_is_centred():
     assert view_of(batch).curve.mean[0] > 0.99 > centred.curve.mean[0]
 
 
+def test_a_bad_image_stays_out_of_the_centred_view():
+    batch = normal(4, 6, 8) + 5
+    batch[2, 0, 0] = torch.nan
+    view = view_of(batch, basis=basis_of(batch, centred=True))
+    assert (view.ranks.values[:, 0] > 0).tolist() == [True, True, False, True]
+    assert np.isnan(view.rotation[0].overlap_shared).tolist() == [False, False, True, False]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_mean_is_subtracted_in_float32(dtype):
+    batch = (normal(6, 5, 4) + 30).to(dtype)
+    ours = view_of(batch, basis=basis_of(batch, centred=True))
+    truth = view_of(batch.double(), basis=basis_of(batch.double(), centred=True))
+    np.testing.assert_allclose(ours.curve.mean, truth.curve.mean, atol=1e-5)
+
+
+def test_a_huge_value_in_one_image_does_not_spoil_the_basis_of_the_others():
+    batch = normal(4, 6, 8)
+    expected = basis_of(batch[:3]).energies
+    batch[3, 0, 0] = 1e20
+    shared = basis_of(batch)
+    torch.testing.assert_close(shared.energies, expected)
+    assert shared.non_finite == 1
+
+
+def test_autocast_does_not_reach_captured_energies():
+    tokens, basis = normal(2, 6, 8), torch.eye(8)
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = captured_energies(tokens, basis)
+    assert torch.equal(inside, captured_energies(tokens, basis))
+
+
+def test_a_waiting_image_keeps_its_own_subspace_alone():
+    view = InSharedBasis(basis_of(normal(4, 6, 10)), subspaces=(2,))
+    view.update(normal(4, 6, 10), [0, 2, 4, 6])
+    (first, *_) = view._waiting.values()
+    assert first.untyped_storage().nbytes() == 10 * 2 * 8
+
+
 def test_moments_merge_and_leave_out_images_that_are_not_finite():
     batch = normal(6, 5, 4)
     left, right = SecondMoment(), SecondMoment()

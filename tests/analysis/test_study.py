@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.multiprocessing as multiprocessing
 
-from fastkd.analysis import codec, resume, study
+from fastkd.analysis import InSharedBasis, codec, resume, study
 from fastkd.analysis.progress import AnalysisProgress
 from fastkd.analysis.results import ModelResult
 from fastkd.analysis.resume import Resume
@@ -137,6 +137,54 @@ def test_a_signal_saves_before_it_stops(tmp_path):
     assert source.asked[0] == 8
 
 
+@pytest.mark.parametrize("memory", [0.0, 1.0], ids=["read again", "kept"])
+def test_a_signal_in_the_second_pass_stops_it_and_the_first_is_not_lost(memory, tmp_path):
+    update, calls = InSharedBasis.update, []
+
+    def signalled(view, tokens, places):
+        calls.append(places)
+        if len(calls) == 2:
+            signal.raise_signal(signal.SIGTERM)
+        update(view, tokens, places)
+
+    source = TensorSource(*layers())
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(InSharedBasis, "update", signalled)
+        measure(source, tmp_path, memory=memory)
+    assert len(calls) == 2
+    source.asked.clear()
+    whole = measure(TensorSource(*layers()))
+    assert_same(measure(source, tmp_path, True, memory=0.0), whole, tolerance=1e-6)
+    assert 0 not in source.asked[-2:]
+
+
+def test_a_run_stopped_by_its_limit_goes_on_with_a_larger_one(tmp_path):
+    source = TensorSource(*layers(), unreadable=[2, 5])
+    with pytest.raises(RuntimeError, match="more than the 5 % allowed"):
+        measure(source, tmp_path)
+    source.asked.clear()
+    result = measure(source, tmp_path, True, max_unreadable=0.2)
+    assert len(result.skipped) == 2 and result.images == 11
+    assert source.asked[0] > 0
+
+
+def test_another_number_of_processes_does_not_go_on_silently(tmp_path):
+    measure(TensorSource(*layers()), tmp_path)
+    (tmp_path / "00-first-0of1.pt").rename(tmp_path / "00-first-0of2.pt")
+    with pytest.raises(ValueError, match=r"interrupted with 2 process\(es\).*got 1"):
+        measure(TensorSource(*layers()), tmp_path, True)
+
+
+@pytest.mark.parametrize("value", [0.0, torch.nan], ids=["zeros", "NaN"])
+def test_a_dead_layer_costs_only_its_own_results(value):
+    first, last = layers()
+    result = measure(TensorSource(first, last * 0 + value))
+    assert result.layers[0].sep is not None
+    assert result.last.sep is None and result.last.sep_test is None
+    assert (result.last.ranks.values == 0).all()
+    assert (result.last.shared is None) == (value != 0)
+
+
 def test_another_analysis_is_not_gone_on_with(tmp_path):
     measure(TensorSource(*layers()), tmp_path)
     with pytest.raises(ValueError, match=r"another analysis \(its seed is 0, not 1\)"):
@@ -173,12 +221,14 @@ def test_too_many_unreadable_images_stop_the_run():
         measure(TensorSource(*layers(), unreadable=range(13)), max_unreadable=1)
 
 
-def test_images_that_are_not_finite_are_counted():
+def test_images_that_are_not_finite_in_any_layer_are_counted():
     first, last = layers()
     last[3, 0, 0] = torch.nan
+    first[5, 0, 0] = 1e20  # its energy is beyond float32
     result = measure(TensorSource(first, last))
-    assert (result.images, result.non_finite) == (13, 1)
-    assert (result.layers[0].ranks.values > 0).all()
+    assert (result.images, result.non_finite) == (13, 2)
+    assert (result.layers[0].ranks.values > 0).all(axis=1).sum() == 12
+    assert np.isfinite(result.layers[0].shared_energies).all()
     assert np.isfinite(result.last.sep.curve.mean).all()
 
 
@@ -188,6 +238,7 @@ def test_images_that_are_not_finite_are_counted():
         ({"convention": "half"}, "sep must be one of"),
         ({"shared": "first"}, "shared must be one of"),
         ({"levels": (2,)}, "levels must lie in"),
+        ({"levels": (0.5,) * 9}, "levels may be 8 at most, got 9"),
         ({"subspaces": (0,)}, "subspaces must be >= 1"),
         ({"permutations": -1}, "permutations must be >= 0, got -1"),
         ({"memory": -1.0}, "memory must be >= 0"),

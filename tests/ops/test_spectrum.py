@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import os
+
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from fastkd.ops import backend as backends
+from fastkd.ops.precision import exact_float32
 from fastkd.ops.spectrum import (
     LEVELS,
     OPERATOR,
+    batched,
     effective_rank,
     energy_curve,
     gram,
@@ -59,9 +63,10 @@ def test_energies_and_ranks_are_those_of_a_float64_svd(shape, case, dtype, backe
 
 
 @EVERY_BACKEND
+@pytest.mark.parametrize("case", ["power_law", "dominant_value", "repeated_token"])
 @pytest.mark.parametrize("size", [196, 257])
-def test_energies_of_the_papers_sizes(size, backend):
-    x = SPECTRA["power_law"]((1, size, 264))
+def test_energies_of_the_papers_sizes(size, case, backend):
+    x = SPECTRA[case]((1, size, 264))
     energies, ranks = spectral_ranks(x.to(backend.device), backend=backend.name)
     assert error_of_total(energies, x) < ENERGY_TOLERANCE
     assert ranks_near(true_energies(x), ranks.cpu(), LEVELS)
@@ -155,6 +160,13 @@ def test_gradients_pass_gradcheck_in_float64():
         assert torch.autograd.gradcheck(function, x)
 
 
+def test_a_forward_derivative_is_refused():
+    x = torch.randn(2, 4, 6)
+    for function in (spectrum, gram, singular_values):
+        with pytest.raises(NotImplementedError, match=f"{function.__name__}: has no forward-mode"):
+            torch.func.jvp(function, (x,), (x,))
+
+
 def test_a_second_derivative_is_refused():
     x = torch.randn(2, 4, 6, dtype=torch.float64, requires_grad=True)
     (first,) = torch.autograd.grad(spectrum(x).square().sum(), x, create_graph=True)
@@ -184,9 +196,54 @@ def test_gram_is_float32_whatever_products_torch_is_set_to():
 
 
 def test_many_images_in_half_precision_go_through_in_chunks(monkeypatch):
-    monkeypatch.setattr(reference, "CHUNK_BYTES", 4 * 6 * 8 * 2)
+    monkeypatch.setattr(reference, "CHUNK_BYTES", 8 * 6 * 8 * 2)
     x = SPECTRA["noise_matrix"]((5, 6, 8)).bfloat16()
     assert error_of_total(spectrum(x), x) < ENERGY_TOLERANCE
+
+
+def test_on_a_cpu_weak_energies_are_right_beside_strong_ones():
+    x = SPECTRA["noise_matrix"]((2, 12, 20)) * torch.logspace(0, -5, 20)
+    truth = true_energies(x)
+    assert ((spectrum(x) - truth) / truth).abs().max() < 1e-5
+    assert effective_rank(spectrum(SPECTRA["repeated_token"]((1, 49, 64)))).item() < 1 + 1e-5
+
+
+def test_the_bits_do_not_depend_on_the_number_of_threads(monkeypatch):
+    monkeypatch.setattr(batched, "_WORTH_SHARING", 0)
+    x = SPECTRA["noise_matrix"]((7, 9, 12))
+    threads = torch.get_num_threads()
+    results = []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            results.append(spectrum(x))
+            assert torch.get_num_threads() == count
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
+
+
+def test_a_forked_process_does_not_wait_for_its_parents_threads(monkeypatch):
+    monkeypatch.setattr(batched, "_WORTH_SHARING", 0)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    batched.eigvalsh(torch.eye(3).expand(4, 3, 3))
+    assert batched._POOLS
+    child = os.fork()
+    if child == 0:
+        os._exit(len(batched._POOLS))
+    assert os.waitpid(child, 0)[1] == 0
+
+
+def test_threads_that_are_exact_at_the_same_time_leave_the_setting_as_it_was():
+    setting = torch.backends.cuda.matmul
+    before = setting.fp32_precision
+    first, second = exact_float32(), exact_float32()
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert setting.fp32_precision == "ieee"
+    second.__exit__(None, None, None)
+    assert setting.fp32_precision == before
 
 
 def test_singular_values_are_roots_of_energies():
@@ -256,8 +313,12 @@ def test_larger_matrices_than_the_kernel_takes_go_to_the_library(monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        (([1.0],), TypeError, "x must be a floating-point tensor, got list"),
-        ((torch.ones(2, 3, dtype=torch.long),), TypeError, r"got torch\.int64"),
+        (([1.0],), TypeError, "x must be a tensor, got list"),
+        (
+            (torch.ones(2, 3, dtype=torch.long),),
+            TypeError,
+            r"must have a float dtype, got torch\.int64",
+        ),
         ((torch.ones(3),), ValueError, r"x must be \[\.\.\., N, D\].*got \[3\]"),
         ((torch.ones(2, 0, 3),), ValueError, r"got \[2, 0, 3\]"),
     ],
@@ -270,8 +331,9 @@ def test_bad_matrices_are_refused(arguments, error, message):
 
 def test_bad_levels_are_refused():
     x = torch.ones(2, 3, 4)
-    with pytest.raises(ValueError, match=r"spectral_ranks: q must be in \(0, 1\], got \[99\]"):
+    with pytest.raises(ValueError, match=r"spectral_ranks: q must be in \(0, 1\], got \[99\.0\]"):
         spectral_ranks(x, (99,))
+    assert spectral_ranks(x, np.float32(0.5))[1].shape == (2, 1)
     with pytest.raises(ValueError, match=r"q may hold 8 levels, got 9"):
         spectral_ranks(x, (0.5,) * 9)
 

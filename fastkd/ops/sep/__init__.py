@@ -14,6 +14,7 @@ from fastkd.ops.second_moment.reference import as_images, row_chunks
 from fastkd.ops.sep.reference import (
     CONVENTIONS,
     LEVELS,
+    TIE_TOLERANCE,
     bandwidth,
     check_convention,
     permuted_moment,
@@ -27,6 +28,7 @@ from fastkd.ops.sep.reference import (
 __all__ = [
     "CONVENTIONS",
     "LEVELS",
+    "TIE_TOLERANCE",
     "bandwidth",
     "permuted_moment",
     "sep",

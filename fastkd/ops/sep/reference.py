@@ -74,7 +74,7 @@ def sep_power(tokens: Tensor) -> Tensor:
         ValueError: it has no channels.
     """
     power = _token_power("sep_power", tokens).reshape(-1, tokens.shape[-1] // 2 + 1)
-    total = power @ _folds(tokens.shape[-1], power)
+    total = (power * _folds(tokens.shape[-1], power)).sum(dim=-1)
     return (power / total.masked_fill(total == 0, 1.0)[:, None]).sum(dim=0, dtype=torch.float64)
 
 

@@ -13,13 +13,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fastkd.ops import maps
 from fastkd.ops.backend import Implementation, Operator
 from fastkd.ops.spectrum import cuda, reference
 from fastkd.ops.spectrum.measures import (
     LEVELS,
-    check_levels,
     effective_rank,
     energy_curve,
+    levels_of,
     rank_at,
     singular_values_of,
     stable_rank,
@@ -28,6 +29,7 @@ from fastkd.ops.spectrum.subspaces import overlap, principal_angles, subspace
 
 __all__ = [
     "LEVELS",
+    "MOST_LEVELS",
     "effective_rank",
     "energy_curve",
     "gram",
@@ -40,6 +42,8 @@ __all__ = [
     "stable_rank",
     "subspace",
 ]
+
+MOST_LEVELS = cuda.MOST_LEVELS  # that a kernel takes at once
 
 
 def gram(x: Tensor) -> Tensor:
@@ -67,10 +71,11 @@ def gram(x: Tensor) -> Tensor:
 def spectrum(x: Tensor, *, backend: str = "auto") -> Tensor:
     r"""Energies of every matrix: its squared singular values s_1^2 >= s_2^2 >= ...
 
-    They are the eigenvalues of the smaller Gram matrix (`gram`), exact to about 1e-7 of the total
-    for float16, bfloat16 and float32 inputs: energies below that share are rounding. Nothing is
-    centred. Allocates [..., n, n]; the library's solver, where it is the one that runs, may
-    synchronise with the host.
+    They are the eigenvalues of the smaller Gram matrix (`gram`). On a CPU it is made and solved in
+    float64, so that energies down to about 1e-14 of the total are right; elsewhere in float32, with
+    errors of a few 1e-7 of the total, so that smaller energies are rounding. Nothing is centred.
+    Allocates [..., n, n]; the library's solver, where it is the one that runs, may synchronise with
+    the host.
 
     The gradient goes through the eigenvectors of the saved Gram matrix, 2 V diag(g) V^T X, and
     divides by no gap: repeated energies are safe. There is no second derivative.
@@ -95,13 +100,13 @@ def spectrum(x: Tensor, *, backend: str = "auto") -> Tensor:
 
 
 def spectral_ranks(
-    x: Tensor, q: Sequence[float] = LEVELS, *, backend: str = "auto"
+    x: Tensor, q: float | Sequence[float] = LEVELS, *, backend: str = "auto"
 ) -> tuple[Tensor, Tensor]:
     """Energies of every matrix with their rank@q, which the CUDA kernel finds in the same launch.
 
     Args:
         x: as in `spectrum`.
-        q: up to eight parts of the energy, in (0, 1].
+        q: a part of the energy, in (0, 1], or up to eight of them.
         backend: as in `spectrum`.
 
     Returns:
@@ -114,22 +119,22 @@ def spectral_ranks(
         RuntimeError: ``backend`` names one that cannot run here, and why.
     """
     _check("spectral_ranks", x)
-    check_levels("spectral_ranks", q)
-    if len(q) > cuda.MOST_LEVELS:
+    levels = levels_of("spectral_ranks", q)
+    if len(levels) > MOST_LEVELS:
         raise ValueError(
-            f"spectral_ranks: q may hold {cuda.MOST_LEVELS} levels, got {len(q)}; "
+            f"spectral_ranks: q may hold {MOST_LEVELS} levels, got {len(levels)}; "
             "rank_at(spectrum(x), q) takes any number"
         )
-    energies, ranks, _ = _operator(_batched(x), list(q), backend)
+    energies, ranks, _ = _operator(_batched(x), list(levels), backend)
     batch = x.shape[:-2]
-    return energies.view(*batch, energies.shape[-1]), ranks.view(*batch, len(q))
+    return energies.view(*batch, energies.shape[-1]), ranks.view(*batch, len(levels))
 
 
 def singular_values(x: Tensor, *, backend: str = "auto") -> Tensor:
     """Singular values of every matrix, as square roots of `spectrum`.
 
-    A square root magnifies what rounding leaves: values below about 3e-4 of the largest are not
-    told from 0 in float32; pass float64 where those matter.
+    A square root magnifies what rounding leaves: where energies are found in float32 (see
+    `spectrum`), values below about 5e-4 of the largest are not told from 0.
 
     Args:
         x: as in `spectrum`.
@@ -148,9 +153,7 @@ def singular_values(x: Tensor, *, backend: str = "auto") -> Tensor:
 
 
 def _check(caller: str, x: Tensor) -> None:
-    if not isinstance(x, Tensor) or not x.is_floating_point():
-        got = x.dtype if isinstance(x, Tensor) else type(x).__name__
-        raise TypeError(f"{caller}: x must be a floating-point tensor, got {got}")
+    maps.check_tensor(caller, "x", x)
     if x.ndim < 2 or 0 in x.shape[-2:]:
         raise ValueError(
             f"{caller}: x must be [..., N, D] with at least one token and one channel, "
@@ -167,7 +170,7 @@ def _batched(x: Tensor) -> Tensor:
 def _gram(x: Tensor) -> Tensor:
     """See `gram`; of [B, N, D]."""
     with torch.autocast(x.device.type, enabled=False):
-        return reference.gram(x)
+        return reference.gram(x, reference.accumulator_dtype(x))
 
 
 @_gram.register_fake
@@ -203,26 +206,27 @@ _gram.register_autograd(_differentiate_gram, setup_context=_save_tokens)
 def _operator(x: Tensor, levels: list[float], backend: str) -> tuple[Tensor, Tensor, Tensor]:
     """(energies, ranks, Gram matrix for the backward) of [B, N, D]; see `spectral_ranks`."""
     with torch.autocast(x.device.type, enabled=False):
-        product = reference.gram(x)
+        product = reference.gram(x, reference.solver_dtype(x))
         if len(x) == 0:
-            size = product.shape[-1]
-            return (
-                product.new_empty(0, size),
-                x.new_empty(0, len(levels), dtype=torch.long),
-                product,
-            )
-        chosen = OPERATOR.select(backend, (x,), product.shape[-1])
-        return *chosen.forward(product, tuple(levels)), product
+            energies = product.new_empty(0, product.shape[-1])
+            ranks = x.new_empty(0, len(levels), dtype=torch.long)
+        else:
+            chosen = OPERATOR.select(backend, (x,), product.shape[-1])
+            energies, ranks = chosen.forward(product, tuple(levels))
+        dtype = reference.accumulator_dtype(x)
+        if energies.dtype != dtype:  # solved in float64, but ties are those of the tokens' dtype
+            energies = energies.to(dtype)
+            ranks = reference.ranks_of(energies, tuple(levels))
+        return energies, ranks, product
 
 
 @_operator.register_fake
 def _(x: Tensor, levels: list[float], backend: str) -> tuple[Tensor, Tensor, Tensor]:
     size = min(x.shape[1], x.shape[2])
-    dtype = reference.accumulator_dtype(x)
     return (
-        x.new_empty((x.shape[0], size), dtype=dtype),
+        x.new_empty((x.shape[0], size), dtype=reference.accumulator_dtype(x)),
         x.new_empty((x.shape[0], len(levels)), dtype=torch.long),
-        x.new_empty((x.shape[0], size, size), dtype=dtype),
+        x.new_empty((x.shape[0], size, size), dtype=reference.solver_dtype(x)),
     )
 
 
@@ -306,6 +310,10 @@ def ranks_near(
     return bool(((least <= ranks) & (ranks <= most)).all())
 
 
+def _solve_in_float32(product: Tensor, levels: tuple[float, ...]) -> tuple[Tensor, Tensor]:
+    return cuda.solve(product.float(), levels)
+
+
 def _too_large(x: Tensor, size: int) -> str | None:
     if size <= cuda.LARGEST:
         return None
@@ -317,7 +325,7 @@ OPERATOR: Operator[Implementation] = Operator(
     name="spectrum",
     implementations={
         "torch": Implementation(reference.solve),
-        "cuda": Implementation(cuda.solve, refuses=_too_large, proven=False),
+        "cuda": Implementation(_solve_in_float32, refuses=_too_large, proven=False),
     },
     order=("cuda", "torch"),
     self_check=self_check,

@@ -6,11 +6,12 @@ nothing of how those were found, and run on any device, in plain PyTorch, withou
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 
+from fastkd.ops import maps
 from fastkd.ops.spectrum import reference
 
 LEVELS = (0.80, 0.90, 0.95, 0.99)
@@ -36,10 +37,8 @@ def rank_at(energies: Tensor, q: float | Sequence[float] = LEVELS) -> Tensor:
         ValueError: they are empty, or a q is out of range.
     """
     check_energies("rank_at", energies)
-    levels = (q,) if isinstance(q, int | float) else tuple(q)
-    check_levels("rank_at", levels)
-    ranks = reference.ranks_of(_wide(energies.detach()), levels)
-    return ranks[..., 0] if isinstance(q, int | float) else ranks
+    ranks = reference.ranks_of(_wide(energies.detach()), levels_of("rank_at", q))
+    return ranks if isinstance(q, Iterable) else ranks[..., 0]
 
 
 def energy_curve(energies: Tensor) -> Tensor:
@@ -66,7 +65,9 @@ def effective_rank(energies: Tensor) -> Tensor:
     r"""Effective rank: exp of the Shannon entropy of p_k = s_k / sum(s), s_k the singular values.
 
     Roy & Vetterli, "The effective rank: a measure of effective dimensionality" (EUSIPCO 2007),
-    whose distribution is that of the singular values, not of the energies.
+    whose distribution is that of the singular values, not of the energies. It counts what small
+    values there are, so it is as right as those (see `spectrum`): of energies found in float32, a
+    matrix of rank one may have 1.07. Its slope at a value of 0 is infinite.
 
     Args:
         energies: [..., n], squared singular values.
@@ -115,14 +116,16 @@ def singular_values_of(energies: Tensor) -> Tensor:
     return torch.where(zero, 0.0, torch.where(zero, 1.0, energies).sqrt())
 
 
-def check_levels(caller: str, levels: Sequence[float]) -> None:
-    """Refuse parts of the energy outside (0, 1].
+def levels_of(caller: str, q: float | Sequence[float]) -> tuple[float, ...]:
+    """Parts of the energy as a tuple, be it one or several.
 
     Raises:
-        ValueError: naming the caller and what came.
+        ValueError: one is outside (0, 1]; names the caller and what came.
     """
+    levels = tuple(map(float, q)) if isinstance(q, Iterable) else (float(q),)
     if not all(0 < level <= 1 for level in levels):
         raise ValueError(f"{caller}: q must be in (0, 1], got {list(levels)}")
+    return levels
 
 
 def check_energies(caller: str, energies: Tensor) -> None:
@@ -132,9 +135,7 @@ def check_energies(caller: str, energies: Tensor) -> None:
         TypeError: no floating-point tensor.
         ValueError: no energy in the last dimension.
     """
-    if not isinstance(energies, Tensor) or not energies.is_floating_point():
-        got = energies.dtype if isinstance(energies, Tensor) else type(energies).__name__
-        raise TypeError(f"{caller}: energies must be a floating-point tensor, got {got}")
+    maps.check_tensor(caller, "energies", energies)
     if energies.ndim == 0 or energies.shape[-1] == 0:
         raise ValueError(
             f"{caller}: energies must be [..., n] with n >= 1, got {list(energies.shape)}"

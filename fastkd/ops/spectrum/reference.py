@@ -11,10 +11,15 @@ import torch
 from torch import Tensor
 
 from fastkd.ops.precision import exact_float32
+from fastkd.ops.spectrum import batched
 
-# Bytes of one temporary in float32: on a CPU small enough for the caches.
+# Bytes of converted tokens at a time: on a CPU small enough for the caches.
 CHUNK_BYTES = 4 << 20
 ACCELERATOR_CHUNK_BYTES = 256 << 20
+
+# Tensor cores cut off what they add up in float32, always towards zero: beyond some hundred columns
+# that would show in the sixth digit.
+TENSOR_CORE_COLUMNS = 256
 
 # k equal energies reach q = k / n exactly, but their rounded sum may stay a hair below it.
 TIE = {torch.float32: 1e-6, torch.float64: 1e-12}
@@ -35,15 +40,25 @@ def smaller_side(x: Tensor) -> Tensor:
     return x if x.shape[-2] <= x.shape[-1] else x.mT
 
 
-def gram(x: Tensor) -> Tensor:
-    """Gram matrix of the smaller side, [B, n, n] in `accumulator_dtype`."""
+def solver_dtype(x: Tensor) -> torch.dtype:
+    """float64 on a CPU, where it costs little and keeps energies of 1e-12 of the total."""
+    return torch.float64 if x.device.type == "cpu" else accumulator_dtype(x)
+
+
+def gram(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Gram matrix of the smaller side, [B, n, n]; products and sums in ``dtype``."""
     rows = smaller_side(x)
     size = rows.shape[-2]
-    products = x.new_empty((len(x), size, size), dtype=accumulator_dtype(x))
-    if x.device.type == "cuda" and x.dtype in (torch.float16, torch.bfloat16):
-        return torch.bmm(rows, rows.mT, out_dtype=torch.float32)
+    half = x.dtype in (torch.float16, torch.bfloat16)
+    if x.device.type == "cuda" and half and dtype == torch.float32:
+        parts = rows.split(TENSOR_CORE_COLUMNS, dim=-1)
+        products = torch.bmm(parts[0], parts[0].mT, out_dtype=torch.float32)
+        for part in parts[1:]:
+            products += torch.bmm(part, part.mT, out_dtype=torch.float32)
+        return products
+    products = x.new_empty((len(x), size, size), dtype=dtype)
     with exact_float32():
-        for chunk in _chunks(x):
+        for chunk in _chunks(x, dtype):
             wide = rows[chunk].to(products.dtype)
             torch.bmm(wide, wide.mT, out=products[chunk])
     return products
@@ -62,8 +77,9 @@ def solve(gram: Tensor, levels: tuple[float, ...]) -> tuple[Tensor, Tensor]:
     """
     finite = _finite(gram)
     # The solvers refuse NaN on a CPU and may not end on a GPU.
-    energies = torch.linalg.eigvalsh(torch.where(finite, gram, 0.0)).clamp_min(0).flip(-1)
-    energies = torch.where(finite.squeeze(-1), energies, torch.nan)
+    energies = batched.eigvalsh(torch.where(finite, gram, 0.0)).clamp_min(0).flip(-1)
+    finite = finite.squeeze(-1) & energies[..., :1].isfinite()
+    energies = torch.where(finite, energies, torch.nan)
     return energies, ranks_of(energies, levels)
 
 
@@ -95,7 +111,7 @@ def backward(upstream: Tensor, x: Tensor, gram: Tensor) -> Tensor:
     symmetric in them does not depend on which eigenvectors the solver returns.
 
     Args:
-        upstream: [B, n] in the dtype of ``gram``.
+        upstream: [B, n].
         x: [B, N, D].
         gram: [B, n, n], what `gram` gave.
 
@@ -103,9 +119,9 @@ def backward(upstream: Tensor, x: Tensor, gram: Tensor) -> Tensor:
         [B, N, D]; NaN for a matrix that is not finite.
     """
     finite = _finite(gram)
-    vectors = torch.linalg.eigh(torch.where(finite, gram, 0.0)).eigenvectors.flip(-1)
+    vectors = batched.eigh(torch.where(finite, gram, 0.0))[1].flip(-1)
     with exact_float32():
-        weight = (vectors * (2 * upstream).unsqueeze(-2)) @ vectors.mT
+        weight = (vectors * (2 * upstream).to(gram.dtype).unsqueeze(-2)) @ vectors.mT
     return multiply_smaller_side(torch.where(finite, weight, torch.nan), x)
 
 
@@ -114,7 +130,7 @@ def multiply_smaller_side(weight: Tensor, x: Tensor) -> Tensor:
     product = torch.empty_like(x)
     rows, target = smaller_side(x), smaller_side(product)
     with exact_float32():
-        for chunk in _chunks(x):
+        for chunk in _chunks(x, weight.dtype):
             target[chunk] = (weight[chunk] @ rows[chunk].to(weight.dtype)).to(x.dtype)
     return product
 
@@ -124,10 +140,10 @@ def _finite(gram: Tensor) -> Tensor:
     return gram.isfinite().all(dim=-1, keepdim=True).all(dim=-2, keepdim=True)
 
 
-def _chunks(x: Tensor) -> list[slice]:
-    """Images whose tokens in float32 fill a chunk; all of them where nothing is converted."""
-    if x.dtype == accumulator_dtype(x):
+def _chunks(x: Tensor, dtype: torch.dtype) -> list[slice]:
+    """Images whose converted tokens fill a chunk; all of them where nothing is converted."""
+    if x.dtype == dtype:
         return [slice(0, len(x))]
     budget = CHUNK_BYTES if x.device.type == "cpu" else ACCELERATOR_CHUNK_BYTES
-    step = max(1, budget // (4 * x.shape[1] * x.shape[2]))
+    step = max(1, budget // (dtype.itemsize * x.shape[1] * x.shape[2]))
     return [slice(start, start + step) for start in range(0, len(x), step)]

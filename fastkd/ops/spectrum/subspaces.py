@@ -9,7 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastkd.ops.spectrum import reference
+from fastkd.ops import maps
+from fastkd.ops.spectrum import batched, reference
 
 # Of the largest singular value; below it a direction is rounding, as for numpy.linalg.matrix_rank.
 _RANK_TOLERANCE = 1e-7
@@ -42,7 +43,7 @@ def subspace(x: Tensor, k: int) -> Tensor:
     rows = reference.smaller_side(wide)
     gram = rows @ rows.mT
     finite = gram.isfinite().all(dim=-1, keepdim=True).all(dim=-2, keepdim=True)
-    energies, vectors = torch.linalg.eigh(torch.where(finite, gram, 0.0))
+    energies, vectors = _eigh(torch.where(finite, gram, 0.0))
     energies, vectors = energies[..., -k:].flip(-1), vectors[..., -k:].flip(-1)
     values = energies.clamp_min(0).sqrt().unsqueeze(-2)
     known = values > _RANK_TOLERANCE * values[..., :1]
@@ -97,6 +98,12 @@ def overlap(a: Tensor, b: Tensor) -> Tensor:
     return products.square().sum(dim=(-2, -1)) / min(products.shape[-2:])
 
 
+def _eigh(matrices: Tensor) -> tuple[Tensor, Tensor]:
+    batch, size = matrices.shape[:-2], matrices.shape[-1]
+    values, vectors = batched.eigh(matrices.reshape(-1, size, size))
+    return values.view(*batch, size), vectors.view(*batch, size, size)
+
+
 def _products(caller: str, a: Tensor, b: Tensor) -> Tensor:
     _check_matrix(caller, "a", a)
     _check_matrix(caller, "b", b)
@@ -109,9 +116,7 @@ def _products(caller: str, a: Tensor, b: Tensor) -> Tensor:
 
 
 def _check_matrix(caller: str, name: str, x: Tensor) -> None:
-    if not isinstance(x, Tensor) or not x.is_floating_point():
-        got = x.dtype if isinstance(x, Tensor) else type(x).__name__
-        raise TypeError(f"{caller}: {name} must be a floating-point tensor, got {got}")
+    maps.check_tensor(caller, name, x)
     if x.ndim < 2:
         raise ValueError(f"{caller}: {name} must have two dimensions or more, got {list(x.shape)}")
     if x.requires_grad and torch.is_grad_enabled():
