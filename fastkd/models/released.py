@@ -39,8 +39,8 @@ def load_released_checkpoint(
     the names and shapes. The released Lift carries the final norm and head of the DeiT inside it,
     which nothing runs: they are left out, and everything else must match exactly.
 
-    A checkpoint holds no epsilons: every LayerNorm, the Lift's too, is assumed to have timm's 1e-6
-    (torch's default is 1e-5, and nothing published says which of them the Lift's has).
+    A checkpoint holds no epsilons: as in the released code, the Lift's LayerNorm has torch's 1e-5
+    and every other one timm's 1e-6.
 
     Args:
         source: path of a .pth or .safetensors file (a state dict, or a checkpoint with one under

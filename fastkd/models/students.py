@@ -47,6 +47,9 @@ _TEACHER_WIDTH = 384  # of CaiT-S24, the paper's teacher
 # Pools that read patch tokens only; "" hands the tokens on. The class token is never read.
 _LIFT_POOLS = ("avg", "avgmax", "max", "")
 
+# Of the lift's LayerNorm, as in the paper's released code; all other norms have timm's 1e-6.
+LIFT_EPS = 1e-5
+
 
 class _WideFinalTransformer(VisionTransformer):
     """A timm ViT whose final features (`num_features`) are wider than its tokens (`embed_dim`)."""
@@ -252,7 +255,7 @@ class LiftVisionTransformer(_WideFinalTransformer):
         return kept
 
     def _install_lift(self, width: int, global_pool: str) -> None:
-        self.norm = Lift(self.embed_dim, width, **self._placement())
+        self.norm = Lift(self.embed_dim, width, eps=LIFT_EPS, **self._placement())
         self.fc_norm = nn.Identity()
         self.attn_pool = None
         self.global_pool = global_pool

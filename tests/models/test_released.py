@@ -49,7 +49,7 @@ def released_lift_forward(deit, state, images):
     _, (tokens,) = deit.forward_intermediates(images, [-1], output_fmt="NLC")
     lifted = F.linear(tokens, state["projections.2.weight"])
     normed = F.layer_norm(
-        lifted, (WIDTH,), state["layer_norms.2.weight"], state["layer_norms.2.bias"], 1e-6
+        lifted, (WIDTH,), state["layer_norms.2.weight"], state["layer_norms.2.bias"], 1e-5
     )
     return F.linear(normed.mean(1), state["head.weight"], state["head.bias"])
 
