@@ -48,7 +48,7 @@ __device__ __forceinline__ unsigned block_max(unsigned value) {
   return value;
 }
 
-// For a matrix without energy, or with a NaN or an infinity.
+// For a matrix without energy, or without energies that a float can hold.
 __device__ __forceinline__ void store_constant(const Spectrum& p, float energy, float* energies,
                                                int64_t* ranks) {
   for (int i = threadIdx.x; i < p.size; i += blockDim.x) energies[i] = energy;
@@ -80,8 +80,13 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocksPerSm)
 
   Bisection<Shape> bisection(reduction.result, p.size, search);
   bisection.run();
+  const float unit = bisection.unit(), scale = power_of_two(exponent);
+  if (__float_as_uint(search.energies[0] * unit * scale) >= kInfinity) {
+    store_constant(p, __uint_as_float(kNaN), energies, ranks);
+    return;
+  }
   for (int i = threadIdx.x; i < p.size; i += Shape::kThreads)
-    energies[i] = search.energies[i] * bisection.unit() * power_of_two(exponent);
+    energies[i] = search.energies[i] * unit * scale;
   if (threadIdx.x < kWarpSize) bisection.store_ranks(p, ranks);
 }
 

@@ -22,7 +22,8 @@ struct Spectrum {
 };
 
 // One launch. ranks: the fewest leading energies that sum to at least levels - 1e-6 of their total.
-// A matrix with NaN or infinity has NaN energies and ranks of 0; one of zeros has ranks of 0.
+// A matrix with NaN or infinity, or an energy beyond a float's range, has NaN energies and ranks of
+// 0; one of zeros has ranks of 0.
 void spectrum_solve(const Spectrum& problem, cudaStream_t stream);
 
 }  // namespace fastkd

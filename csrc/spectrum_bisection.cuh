@@ -44,8 +44,9 @@ struct SturmSequence {
   unsigned signs = 0;
   int changes = 0;
 
+  // Which product is fused is not left to the compiler: all instances are to count alike.
   __device__ __forceinline__ void extend(const TridiagonalRow& row) {
-    const float next = (row.diagonal - x) * minor - row.coupling * last;
+    const float next = fmaf(row.diagonal - x, minor, -row.coupling * last);
     last = minor;
     minor = next;
     signs = __funnelshift_l(__float_as_uint(next), signs, 1);
@@ -98,11 +99,7 @@ class Bisection {
   __device__ __forceinline__ void run() {
     fill_table();
     __syncthreads();
-    const int first_of_warp = threadIdx.x / kWarpSize * kWarpSize;
-    if (Shape::kOwned == 1 || first_of_warp + Shape::kThreads >= size)
-      resolve<1>();
-    else
-      resolve<Shape::kOwned>();
+    resolve_own();
     __syncthreads();
   }
 
@@ -170,6 +167,16 @@ class Bisection {
 #pragma unroll
       for (SturmSequence& sequence : sequences) sequence.count_run();
     }
+  }
+
+  // A warp does no work for energies that none of its threads has.
+  __device__ __forceinline__ void resolve_own() const {
+    const int first_of_warp = threadIdx.x / kWarpSize * kWarpSize;
+    if (first_of_warp >= size) return;
+    if (Shape::kOwned == 1 || first_of_warp + Shape::kThreads >= size)
+      resolve<1>();
+    else
+      resolve<Shape::kOwned>();
   }
 
   // Energies threadIdx.x + kThreads * m, m < kCount.

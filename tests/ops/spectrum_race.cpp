@@ -1,5 +1,6 @@
 // Runs the kernel of spectrum on the host shim, to be watched by ThreadSanitizer: sizes that reach
-// several column tiles and several chunks of them, and a matrix of zeros, which leaves early.
+// several column tiles, several chunks of them and several vector elements per thread, and a matrix
+// of zeros, which leaves early.
 
 #include <cmath>
 #include <cstdio>
@@ -28,7 +29,7 @@ bool runs(int size) {
 }  // namespace
 
 int main() {
-  const bool ok = runs(20) && runs(65);
+  const bool ok = runs(20) && runs(65) && runs(129);
   std::printf("%s\n", ok ? "energies are right" : "an energy or a rank is wrong");
   return ok ? 0 : 1;
 }

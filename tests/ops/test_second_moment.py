@@ -149,6 +149,14 @@ def test_hard_tokens_are_as_right_as_float32_in_every_dtype(backend, case, weigh
 
 
 @on_every_backend
+def test_row_norm_takes_float16_tokens_whose_channels_are_all_small_parts_of_them(backend):
+    # What rounding leaves over of x / ||x||^2 is then as small as it gets, and the same everywhere.
+    tokens = (1.7 * torch.randn(1, 6, 768).sign()).half()
+    moment = measured(backend, tokens, "row_norm")
+    assert relative_error(moment, outer_products(tokens, "row_norm")) < 2e-6
+
+
+@on_every_backend
 @pytest.mark.parametrize("scale", [1e-40, 1e-25, 1e25, 1e37])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_row_norm_takes_tokens_whose_squares_float32_cannot_hold(backend, dtype, scale):
@@ -260,6 +268,26 @@ def test_half_precision_operands_lose_nothing_that_float32_keeps(dtype):
     assert left.dtype == dtype and {right.dtype for right in rights} == {dtype}
     moment = sum(left.double().mT @ right.double() for right in rights)
     assert relative_error(moment, outer_products(rows, "row_norm")) < 2e-6
+
+
+@pytest.mark.parametrize("magnitude", [1.0, 1.1, 1.3, 1.5, 1.7, 1.9, 6e-5, 6e4])
+@pytest.mark.parametrize("channels", [384, 768, 1024, 4096])
+def test_float16_operands_hold_what_is_left_over_of_many_equal_channels(channels, magnitude):
+    rows = (magnitude * torch.randn(8, channels).sign()).half()
+    left, rights = reference.operands(rows, "row_norm", torch.float16)
+    moment = sum(left.double().mT @ right.double() for right in rights)
+    assert relative_error(moment, reference.definition(rows.double(), "row_norm")) < 2e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_normalising_by_powers_of_two_brings_every_norm_near_1(dtype):
+    limits = torch.finfo(dtype)
+    sizes = torch.tensor([limits.smallest_normal / 64, 1.0, limits.max / 64], dtype=dtype)
+    rows = torch.randn(3, 200, dtype=dtype) * sizes[:, None]
+    scaled, weighted = reference.normalised(rows)
+    norms = scaled.norm(dim=-1)
+    assert (norms >= 0.5 - 1e-6).all() and (norms <= 1 + 1e-6).all()
+    assert torch.allclose((scaled * weighted).sum(dim=-1), torch.ones(3, dtype=dtype))
 
 
 @on_every_backend

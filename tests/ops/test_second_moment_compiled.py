@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from fastkd.ops.second_moment import LONG_SHAPE
 from fastkd.ops.second_moment.reference import WEIGHTS
 from tests.harness import aot
 
@@ -13,7 +14,7 @@ triton = pytest.importorskip("fastkd.ops.second_moment.triton")
 SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes per program
 HALVES = [torch.bfloat16, torch.float16]
 
-WIDTHS = [192, 384, 1040, 219, 1001]
+WIDTHS = [192, 384, 1040, 219, 1001, 4096]
 
 # D and dtype of the tiles that 384 channels do not take, and of those that are cut off.
 OTHERS = {
@@ -26,7 +27,7 @@ OTHERS = {
 
 def launches(channels: int, weight: str, dtype: torch.dtype, *, cls_token: bool = False):
     """Everything that the second moment of a batch starts, each kernel once."""
-    tokens = torch.empty(1024, 196 + cls_token, channels, dtype=dtype, device="meta")
+    tokens = torch.empty(256, 196 + cls_token, channels, dtype=dtype, device="meta")
     moment = torch.empty(channels, channels, dtype=torch.float64, device="meta")
     started = triton.launches(tokens[:, int(cls_token) :], weight, moment)
     assert len(started) == 4 + (weight == "row_norm")  # two bands
@@ -99,7 +100,7 @@ def test_bands_share_one_compilation():
 
 @pytest.mark.parametrize("channels", WIDTHS)
 @pytest.mark.parametrize("tokens", [1, 255, 50_000, 200_000])
-def test_every_token_is_in_one_split_and_no_sum_is_too_long(tokens, channels):
+def test_every_token_is_in_one_split_and_no_sum_is_too_long_or_large(tokens, channels):
     images = torch.empty(1, tokens, channels, dtype=torch.bfloat16, device="meta")
     moment = torch.empty(channels, channels, dtype=torch.float64, device="meta")
     covered = 0
@@ -107,6 +108,13 @@ def test_every_token_is_in_one_split_and_no_sum_is_too_long(tokens, channels):
         assert launch.arguments["first_row"] == covered
         splits, split_rows = launch.grid[2], launch.arguments["split_rows"]
         assert split_rows <= triton.SPLIT_ROWS and splits <= triton.MAX_SPLITS
+        assert splits == 1 or splits * channels**2 * 4 <= triton.PARTIAL_BYTES
         assert covered + (splits - 1) * split_rows < tokens  # none is empty
         covered += splits * split_rows
     assert covered >= tokens
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES], ids=str)
+def test_the_self_check_has_a_sum_as_long_as_they_get(dtype):
+    tokens = torch.empty(LONG_SHAPE, dtype=dtype, device="meta")
+    assert triton.Cut.of(tokens, "none").split_rows == triton.SPLIT_ROWS

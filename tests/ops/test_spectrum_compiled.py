@@ -30,5 +30,5 @@ def test_kernels_fit_without_spilling(arch):
 def test_kernels_have_no_race_within_a_block():
     main = host.ROOT / "tests" / "ops" / "spectrum_race.cpp"
     program = host.build_program(main, [host.CSRC / "spectrum.cu"], sanitizer="thread")
-    done = subprocess.run([program], capture_output=True, text=True)
+    done = subprocess.run([program], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0 and "WARNING: ThreadSanitizer" not in done.stderr, done.stderr

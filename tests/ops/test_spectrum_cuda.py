@@ -143,6 +143,11 @@ def test_a_matrix_that_is_not_finite_spoils_no_other(backend, bad, place):
     assert torch.equal(ranks[[0, 2]], clean_ranks[[0, 2]])
 
 
+def test_an_energy_beyond_float32_makes_all_nan_of_a_finite_matrix(backend):
+    energies, ranks = solve(torch.full((1, 5, 5), 3e38), backend)  # one energy, of 1.5e39
+    assert energies.isnan().all() and (ranks == 0).all()
+
+
 @pytest.mark.parametrize("size", [49, 129])
 def test_the_upper_triangle_is_not_read(backend, size):
     gram = draw(size, "noise")

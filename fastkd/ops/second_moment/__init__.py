@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -31,9 +32,9 @@ def second_moment(tokens: Tensor, weight: str = "none", *, backend: str = "auto"
     summed in float32 over fixed stretches of tokens (float64 for float64 tokens), and the stretches
     in float64 in a fixed order: bitwise reproducible on one device. Float32 products are never made
     in TensorFloat-32 alone, whatever torch is set to. Allocates chunks of a few thousand tokens, or
-    in a kernel up to 32 matrices [D, D] of partial sums, however many tokens there are; waits for
-    the GPU only in the first call on a device model and dtype, which compares the chosen kernel
-    with the definition.
+    in a kernel partial sums, up to 32 matrices [D, D] in up to 128 MB (one, if it is larger),
+    however many tokens there are; waits for the GPU only in the first call on a device model and
+    dtype, which compares the chosen kernel with the definition.
 
     A measurement, without a gradient: `torch.Tensor.detach` the tokens, or call it in
     `torch.no_grad`.
@@ -102,6 +103,8 @@ def _(tokens: Tensor, weight: str, backend: str) -> Tensor:
 
 # [B, N, D]: one tile and step that are cut off; and several tiles, steps and splits of each kind.
 CHECKED_SHAPES = ((2, 5, 24), (3, 197, 136))
+EQUAL_SHAPE = (1, 5, 768)  # channels of one magnitude, the smallest parts of a norm
+LONG_SHAPE = (32, 1024, 72)  # sums as long as they get: only a GPU's tensor cores cut them off
 TOLERANCE = 1e-5  # sums are as exact as float32's whatever the tokens are
 
 
@@ -122,15 +125,23 @@ def self_check(
     Returns:
         The largest relative error, and what is allowed.
     """
-    generator = torch.Generator().manual_seed(0)
     worst = 0.0
-    for shape in CHECKED_SHAPES:
-        tokens = torch.randn(shape, generator=generator).to(device, dtypes[0])
+    for drawn in _checked_tokens(long=device.type == "cuda"):
+        tokens = drawn.to(device, dtypes[0])
         moment = implementation.forward(tokens, weight)
         truth = reference.definition(tokens.double(), weight)
         error = (moment - truth).norm() / truth.norm()
         worst = max(worst, error.nan_to_num(nan=math.inf).item())
     return worst, TOLERANCE
+
+
+def _checked_tokens(long: bool) -> Iterator[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    for shape in CHECKED_SHAPES:
+        yield torch.randn(shape, generator=generator)
+    yield 1.7 * torch.randn(EQUAL_SHAPE, generator=generator).sign()
+    if long:
+        yield torch.randn(LONG_SHAPE, generator=generator)
 
 
 def _implementations() -> dict[str, Implementation]:

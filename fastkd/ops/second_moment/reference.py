@@ -16,8 +16,10 @@ from fastkd.ops.precision import exact_float32
 
 WEIGHTS = ("none", "row_norm")
 
-# Tokens whose products are summed in float32. On a CPU they fit the caches; a GPU's tensor cores
-# may cut off what they add up, always in one direction: short sums keep that bias below 1e-5.
+# Tokens whose products are summed in float32. On a CPU so many fit the caches. The tensor cores of
+# GPUs, which half precision runs on, round what they add up towards zero: 4096 squares on the
+# diagonal fall short by up to 2e-5 of their sum, and further chunks do not average that out. Other
+# precisions round to nearest, and run faster in long sums.
 CHUNK_ROWS = 1024
 ACCELERATOR_CHUNK_ROWS = 4096
 
@@ -56,15 +58,20 @@ def row_chunks(tokens: Tensor, rows: int) -> Iterator[Tensor]:
             yield part.reshape(-1, part.shape[-1])
 
 
+def chunk_rows(tokens: Tensor) -> int:
+    """How many tokens one product takes."""
+    short = tokens.device.type == "cpu" or tokens.dtype in (torch.float16, torch.bfloat16)
+    return CHUNK_ROWS if short else ACCELERATOR_CHUNK_ROWS
+
+
 def forward(tokens: Tensor, weight: str) -> Tensor:
     """[B, N, D] -> [D, D] float64, exactly symmetric; see `fastkd.ops.second_moment`."""
     channels = tokens.shape[-1]
     moment = tokens.new_zeros((channels, channels), dtype=torch.float64)
-    on_cpu = tokens.device.type == "cpu"
-    chunk_rows, strip = (CHUNK_ROWS, STRIP) if on_cpu else (ACCELERATOR_CHUNK_ROWS, channels)
+    strip = STRIP if tokens.device.type == "cpu" else channels
     dtype = _product_dtype(tokens)
     with exact_float32():
-        for rows in row_chunks(tokens, chunk_rows):
+        for rows in row_chunks(tokens, chunk_rows(tokens)):
             left, rights = operands(rows, weight, dtype)
             for first in range(0, channels, strip):
                 own = slice(first, first + strip)
@@ -102,17 +109,21 @@ def normalised(rows: Tensor) -> tuple[Tensor, Tensor]:
         rows: [..., D] float32 or float64.
 
     Returns:
-        a x and a x / ||a x||^2, [..., D], where a is the power of two that brings the token's
-        largest channel into [1, 2). Both are zero for a token of zeros, NaN for one that is not
-        finite.
+        a x and a x / ||a x||^2, [..., D], where a is the power of two that brings the token's norm
+        into [1/2, 1]: float16, too, holds the channels of both, and what rounding the second leaves
+        over. Both are zero for a token of zeros, NaN for one that is not finite.
     """
-    largest = rows.abs().amax(dim=-1, keepdim=True)
-    mantissa = torch.frexp(largest).mantissa
+    # First by the largest channel: before that, the norm itself may overflow or underflow.
+    scaled = rows / _power_of_two(rows.abs().amax(dim=-1, keepdim=True))
+    scaled = scaled / (2 * _power_of_two(scaled.square().sum(dim=-1, keepdim=True).sqrt()))
+    squared_norm = scaled.square().sum(dim=-1, keepdim=True)
+    return scaled, scaled / squared_norm.masked_fill(squared_norm == 0, 1.0)
+
+
+def _power_of_two(x: Tensor) -> Tensor:
+    """The largest that is no larger than a positive x; 1 for 0, NaN where x is not finite."""
     # A quotient that is a power of two is exact; torch.exp2 need not be.
-    power = (largest / (2 * mantissa)).masked_fill(largest == 0, 1.0)
-    scaled = rows / power
-    squared_norm = scaled.square().sum(dim=-1, keepdim=True)  # at least 1, unless the token is zero
-    return scaled, scaled / squared_norm.clamp(min=1.0)
+    return (x / (2 * torch.frexp(x).mantissa)).masked_fill(x == 0, 1.0)
 
 
 def _product_dtype(tokens: Tensor) -> torch.dtype:

@@ -2,14 +2,15 @@
 
 Cut: the upper triangle of [D, D] in square tiles, times splits of up to SPLIT_ROWS tokens; one
 program sums its tokens' products in float32 registers and writes one tile. A last kernel adds the
-splits in float64, in order, and mirrors the triangle. Tokens are taken in bands of MAX_SPLITS
-splits, so that the partial sums stay small however many tokens there are. For row_norm a first
-kernel leaves two numbers per token: a power of two that brings its largest channel near 1, and the
-inverse of its squared norm after that; made in the tiles, they would need whole tokens in each.
+splits in float64, in order, and mirrors the triangle. Tokens are taken in bands of a few splits,
+so that the partial sums stay small however many tokens and channels there are. For row_norm a first
+kernel leaves two numbers per token: a power of two that brings its norm near 1, and the inverse of
+its squared norm after that; made in the tiles, they would need whole tokens in each.
 
 Moves: the tokens (row_norm: twice), and again for every tile, from the L2 cache; half of 4 D^2
 bytes per split, twice. Half-precision tokens are exact operands; divided by a squared norm they are
-two, the rounded value and what rounding left over, so that products are as exact as float32's.
+two, the rounded value and what rounding left over, so that products are as exact as float32's
+(with norms near 1 all operands are about D^-1/2, and float16 still holds what is left over).
 sm_90, bf16, D = 384: 103 registers (row_norm 129) and 98 KB (64 KB) of shared memory; nothing is
 spilled on sm_80, sm_90, sm_100 (gates of tests/ops/test_second_moment_compiled.py).
 """
@@ -27,9 +28,12 @@ from fastkd.ops.launch import KernelLaunch
 
 WEIGHT_ROWS, WEIGHT_CHANNELS = 8, 256  # tile of row_weights
 FINISH_BLOCK = 32
-SPLIT_ROWS = 4096  # tensor cores cut off what they add up: the bias of longer sums would show
+# Tensor cores round what they add up towards zero: the diagonal, a sum of squares, falls short by
+# about 3e-6 over so many tokens on an H100 (6e-6 on an A100), and in proportion over more.
+SPLIT_ROWS = 1024
 SHORTEST_SPLIT = 256  # below, writing the partial sums costs more than it gains
 MAX_SPLITS = 32
+PARTIAL_BYTES = 2**27  # of the partial sums, where one split does not take more
 MAX_ROWS = 2**31 - 2**18  # positions are int32; the last band's blocks may run past the tokens
 MAX_CHANNELS = 2**15
 
@@ -50,12 +54,20 @@ def _token_tile(pointers, inside, channel, channels):
 
 
 @triton.jit
+def _power_of_two(biased_exponent):
+    return (biased_exponent << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def row_weights(
     tokens, weights,
     rows, channels, image_tokens, image_stride, token_stride,
     BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Two numbers per token, [2, rows]: a power of two a, and 1 / ||a x||^2 (0 for zeros)."""
+    """Two numbers per token, [2, rows]: a power of two a, and 1 / ||a x||^2 (0 for zeros).
+
+    a brings the norm into [1/2, 1], or as near as it can be held and be finite.
+    """
     position = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     inside = position < rows
     pointers = tokens + _locate(position, image_tokens, image_stride, token_stride)[:, None]
@@ -65,15 +77,20 @@ def row_weights(
         # As integers, sizes of floats are in the same order, and NaN is the largest.
         bits = x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
         largest = tl.maximum(largest, tl.max(bits, axis=1))
-    exponent = largest >> 23
-    scale = (tl.maximum(254 - exponent, 1) << 23).to(tl.float32, bitcast=True)
+    # First by the largest channel: before that, the norm itself may overflow or underflow.
+    exponent = tl.maximum(254 - (largest >> 23), 1)
+    scale = _power_of_two(exponent)
     squared_norm = tl.zeros([BLOCK_R], dtype=tl.float32)
     for first in range(0, channels, BLOCK_C):
         x = _token_tile(pointers, inside, first + tl.arange(0, BLOCK_C), channels).to(tl.float32)
         x *= scale[:, None]
         squared_norm += tl.sum(x * x, axis=1)
-    inverse = tl.where(squared_norm < float("inf"), 1.0 / squared_norm, float("nan"))
-    tl.store(weights + position, scale, mask=inside)
+    excess = (((squared_norm.to(tl.int32, bitcast=True) >> 23) - 127) >> 1) + 1
+    final_exponent = tl.minimum(tl.maximum(exponent - excess, 1), 254)
+    change = _power_of_two(127 + final_exponent - exponent)
+    inverse = 1.0 / (squared_norm * change * change)
+    inverse = tl.where(squared_norm < float("inf"), inverse, float("nan"))
+    tl.store(weights + position, _power_of_two(final_exponent), mask=inside)
     tl.store(weights + rows + position, tl.where(largest == 0, 0.0, inverse), mask=inside)
 
 
@@ -192,12 +209,13 @@ class Cut:
 
     @staticmethod
     def of(tokens: Tensor, weight: str) -> Cut:
-        """The cut of [B, N, D] tokens: enough programs to fill a GPU, no sum too long."""
+        """The cut of [B, N, D] tokens: enough programs to fill a GPU, no sum too long or large."""
         tile = tile_of(tokens, weight)
-        band_rows = min(tokens.shape[:2].numel(), MAX_SPLITS * SPLIT_ROWS)
+        most_splits = min(MAX_SPLITS, max(1, PARTIAL_BYTES // (4 * tokens.shape[-1] ** 2)))
+        band_rows = min(tokens.shape[:2].numel(), most_splits * SPLIT_ROWS)
         blocks = triton.cdiv(tokens.shape[-1], tile.channels)
         wanted = triton.cdiv(tile.programs, blocks * (blocks + 1) // 2)
-        wanted = min(wanted, MAX_SPLITS, triton.cdiv(band_rows, SHORTEST_SPLIT))
+        wanted = min(wanted, most_splits, triton.cdiv(band_rows, SHORTEST_SPLIT))
         wanted = max(wanted, triton.cdiv(band_rows, SPLIT_ROWS))
         split_rows = triton.cdiv(triton.cdiv(band_rows, wanted), tile.rows) * tile.rows
         return Cut(tile, split_rows, triton.cdiv(band_rows, split_rows))

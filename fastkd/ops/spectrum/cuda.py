@@ -21,8 +21,8 @@ torch.library.define(
 def solve(gram: Tensor, levels: tuple[float, ...]) -> tuple[Tensor, Tensor]:
     """As `reference.solve`, for matrices up to `LARGEST`; one launch, no synchronisation.
 
-    Eigenvalues are those of the lower triangle, to about 1e-7 of their sum; what is smaller than
-    about 2^-29 of it is 0. Allocates the results alone.
+    Eigenvalues are those of the lower triangle, to a few 1e-7 of their sum; what is smaller
+    than about 2^-29 of it is 0. Allocates the results alone.
 
     Args:
         gram: [B, n, n] float32, contiguous, positive semidefinite.
@@ -30,7 +30,8 @@ def solve(gram: Tensor, levels: tuple[float, ...]) -> tuple[Tensor, Tensor]:
 
     Returns:
         Energies [B, n] float32, descending, at least 0; ranks [B, levels] int64. A matrix with a
-        NaN or an infinity has NaN energies and ranks of 0, one of zeros has ranks of 0.
+        NaN or an infinity, or with an energy beyond float32's range, has NaN energies and ranks
+        of 0, one of zeros has ranks of 0.
 
     Raises:
         ValueError: more levels than the kernel takes.
