@@ -55,7 +55,8 @@ def _guarded(command: str, run: Any, argument: Any) -> int:
     except USER_ERRORS as error:
         if os.environ.get("FASTKD_DEBUG") == "1":
             raise
-        print(f"fastkd {command}: error: {_one_line(error)}", file=sys.stderr)
+        text = _one_line(error).removeprefix(f"{command}: ")
+        print(f"fastkd {command}: error: {text}", file=sys.stderr)
         return 2
 
 
@@ -318,31 +319,42 @@ def _add_analyze(commands: Any) -> None:
         "--layers", default="all", help="all, last, or numbers and names: 0,5,final (default: all)"
     )
     models.add_argument(
-        "--num-prefix", type=int, default=0, help="of layers by module name: tokens without a patch"
+        "--num-prefix",
+        type=int,
+        default=0,
+        help="class and register tokens of layers given by module name",
     )
     models.add_argument("--img-size", type=int, help="pixels a side (default: each model's own)")
     measures = parser.add_argument_group("measurements")
     measures.add_argument(
-        "--levels", type=_numbers(float), metavar="Q,Q,...", help="(default: 0.8,0.9,0.95,0.99)"
+        "--levels",
+        type=_numbers(float),
+        metavar="Q,Q,...",
+        help="parts of the energy (default: 0.8,0.9,0.95,0.99)",
     )
     measures.add_argument(
         "--sep", choices=("full", "folded", "none"), default="full",
         help="bins of the frequency pattern (default: full, as in the paper)",
     )  # fmt: skip
     measures.add_argument(
-        "--permutations", type=int, default=100, help="of its test; 0: none (default: 100)"
+        "--permutations",
+        type=int,
+        default=100,
+        help="channel permutations of SEP's test (default: 100)",
     )
     measures.add_argument(
         "--subspaces",
         type=_numbers(int),
         metavar="K,K,...",
-        help="of rotation (default: 1,4,16,64)",
+        help="sizes k of the subspaces compared (default: 1,4,16,64)",
     )
     measures.add_argument(
         "--shared", choices=("last", "all", "none"), default="last",
         help="layers seen in the data set's basis too (default: last)",
     )  # fmt: skip
-    measures.add_argument("--centred", action="store_true", help="subtract the mean token there")
+    measures.add_argument(
+        "--centred", action="store_true", help="subtract the mean token in the shared basis"
+    )
     measures.add_argument(
         "--compare-paper", action="store_true", help="put the published numbers beside ours"
     )

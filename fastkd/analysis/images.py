@@ -92,14 +92,14 @@ class ImageSelection:
 
     def _content(self, place: int) -> str:
         """A hash of an image as it is read; of the reason where it cannot be."""
-        try:
-            with preserved_rng():
-                seed_cpu(derive_seed("fingerprint", self.seed, place))
+        with preserved_rng():
+            seed_cpu(derive_seed("fingerprint", self.seed, place))
+            try:
                 image = self.data.val[int(self.indices[place])][0]
-            pixels = image.numpy() if isinstance(image, Tensor) else np.asarray(image)
-            return hashlib.sha256(np.ascontiguousarray(pixels).tobytes()).hexdigest()
-        except Exception as error:  # whatever a data set raises, as where it is read
-            return _reason(error)
+            except Exception as error:  # whatever a data set raises, as where it is read
+                return _reason(error)
+        pixels = image.numpy() if isinstance(image, Tensor) else np.asarray(image)
+        return hashlib.sha256(np.ascontiguousarray(pixels).tobytes()).hexdigest()
 
     def read(
         self,
@@ -211,6 +211,8 @@ def known_labels(dataset: Any) -> list[Any] | None:
 
 
 def _open(data: Data, root: str | None) -> DataPair:
+    if isinstance(data, str | Path) and Path(data).is_file():
+        raise ValueError(f"data: {data} is a file; give the folder that holds it")
     if isinstance(data, str | Path) and Path(data).is_dir():
         folder = Path(data)
         # Of a folder with train and val the latter alone is listed: no label's number matters here.

@@ -91,6 +91,7 @@ def render(
     blocks = [
         _heading(models),
         *_warning(models),
+        *_centring(settings),
         "## What was measured",
         *_table(by_name["models"]),
         *_differences(settings),
@@ -103,6 +104,16 @@ def render(
         *_reproduce(settings),
     ]
     return "\n\n".join(block.strip("\n") for block in blocks) + "\n"
+
+
+def _centring(settings: Mapping[str, Any]) -> list[str]:
+    if not settings.get("centred"):
+        return []
+    return [
+        "> **Centred**: what is said of the shared basis (ranks in it, captured energy, rotation) "
+        "is of tokens minus the data set's mean token. Each image's own spectrum is not centred, "
+        "so that the two are no longer measured on the same tokens."
+    ]
 
 
 def _heading(models: Sequence[ModelResult]) -> str:

@@ -15,6 +15,7 @@ import json
 import logging
 import math
 import os
+import re
 import zipfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -74,14 +75,15 @@ class Report:
         The results come first: whatever stops the figures leaves them complete.
 
         Args:
-            folder: made if it is not there. Files of an earlier report are replaced by those of the
-                same name; others stay, and ``report.md`` lists what belongs to this one.
+            folder: made if it is not there. Files of an earlier report are replaced, and those that
+                this one has no like of removed; files that no report has listed stay.
             figures: draw them, if matplotlib is installed; a warning is logged if it is not.
 
         Returns:
             The path of ``report.md``.
         """
         target = Path(folder)
+        before = _listed_files(target)
         (target / "tables").mkdir(parents=True, exist_ok=True)
         self._save_results(target)
         tables = all_tables(
@@ -93,6 +95,8 @@ class Report:
         drawn = _draw(self.models, target / "figures") if figures else {}
         text = markdown.render(self.models, self.settings, self.environment, tables, drawn)
         write_text(target / "report.md", text)
+        for name in before - _listed_files(target):
+            (target / name).unlink(missing_ok=True)
         return target / "report.md"
 
     @classmethod
@@ -147,6 +151,10 @@ class Report:
         environment = _joined_text([report.environment for report in reports])
         return cls([new for _, _, new in renamed], settings, environment)
 
+    def __repr__(self) -> str:
+        """Names, not arrays."""
+        return f"Report({', '.join(model.name for model in self.models)})"
+
     def to_dict(self) -> dict[str, Any]:
         """The numbers of the report as plain values for JSON; NaN becomes None, arrays stay out."""
         return {
@@ -176,6 +184,14 @@ class Report:
         }
         text = json.dumps(content, indent=1, allow_nan=False, ensure_ascii=False)
         write_text(folder / "report.json", text + "\n")
+
+
+def _listed_files(folder: Path) -> set[str]:
+    """Tables and figures that the report in a folder lists as its own."""
+    path = folder / "report.md"
+    text = path.read_text(encoding="utf-8") if path.is_file() else ""
+    stems = re.findall(r"^- `((?:tables|figures)/[\w-]+)\.\w+`, `\.\w+`", text, re.MULTILINE)
+    return {stem + suffix for stem in stems for suffix in (".csv", ".tex", ".png", ".pdf")}
 
 
 def check_comparable(caller: str, settings: Sequence[Mapping[str, Any]]) -> None:

@@ -127,10 +127,21 @@ def difference(before: str, now: str) -> str:
     Returns:
         ``"its seed is 0, not 1"``.
     """
-    old, new = json.loads(before), json.loads(now)
+    old, new = _flat(json.loads(before)), _flat(json.loads(now))
     names = [name for name in {**old, **new} if old.get(name) != new.get(name)]
     name = names[0]
     return f"its {name} is {_short(old.get(name))}, not {_short(new.get(name))}"
+
+
+def _flat(fingerprint: dict[str, Any]) -> dict[str, Any]:
+    """Nested values by their own names: ``selection.images``; the plain ones first."""
+    inner = [
+        (f"{outer}.{name}", value)
+        for outer, values in fingerprint.items()
+        if isinstance(values, dict)
+        for name, value in values.items()
+    ]
+    return {n: v for n, v in fingerprint.items() if not isinstance(v, dict)} | dict(inner)
 
 
 def _short(value: Any, length: int = 60) -> str:

@@ -46,10 +46,10 @@ def analyze(
     checkpoint: str | Path | None = None,
     untrained: bool = False,
     weights: str = "auto",
-    levels: Sequence[float] = LEVELS,
+    levels: float | Sequence[float] = LEVELS,
     sep: str = "full",
     permutations: int = 100,
-    subspaces: Sequence[int] = SUBSPACES,
+    subspaces: int | Sequence[int] = SUBSPACES,
     shared: str = "last",
     centred: bool = False,
     compare_paper: bool = False,
@@ -102,9 +102,10 @@ def analyze(
         sep: ``"full"`` (all D bins, as the paper's figures), ``"folded"`` (D // 2 + 1 unique bins)
             or ``"none"``.
         permutations: of the channels, for the test of the pattern; 0 leaves it out.
-        subspaces: dimensions k at which rotation is measured.
+        subspaces: dimensions k at which rotation is measured; those above min(N, D) are left out.
         shared: layers that get the data-set view: the ``"last"`` one, ``"all"`` or ``"none"``.
-        centred: subtract the data set's mean token in that view; the paper does not.
+        centred: subtract the data set's mean token in that view, not from each image's own
+            spectrum; the paper does not.
         compare_paper: put the published numbers beside those of models that the paper has.
         seed: of the selection of images, permutations and bootstrap samples.
         max_unreadable: part of the images that may be unreadable before the run stops.
@@ -132,10 +133,10 @@ def analyze(
         ModuleNotFoundError: figures are wanted and matplotlib is not installed.
     """
     settings = Settings(
-        levels=tuple(levels),
+        levels=(levels,) if isinstance(levels, float) else tuple(levels),
         convention=sep,
         permutations=permutations,
-        subspaces=tuple(subspaces),
+        subspaces=(subspaces,) if isinstance(subspaces, int) else tuple(subspaces),
         shared=shared,
         centred=centred,
         seed=seed,
@@ -280,8 +281,10 @@ class _Run:
         self.resume = resume
         if peers.is_main and folder is not None:
             self._refuse_to_forget(folder)
-            folder.mkdir(parents=True, exist_ok=True)
-            remove_leftovers(folder)
+            if folder.is_dir():
+                remove_leftovers(folder)
+            if self.resume and not (folder / RESUME_FOLDER).exists():
+                progress.say(f"nothing to resume in {folder}: measuring from the start")
         peers.barrier()
 
     def _refuse_to_forget(self, folder: Path) -> None:

@@ -235,7 +235,9 @@ def parse_layers(layers: LayerChoice) -> str | list[int | str]:
         isinstance(item, bool) or not isinstance(item, int | str) for item in items
     ):
         raise TypeError(f"layers: expected all, last, or numbers and names, got {layers!r}")
-    chosen = [_number_or_name(item) for item in items]
+    if len(items) == 1 and items[0] in ("all", "last"):
+        return str(items[0])
+    chosen = [-1 if item == "last" else _number_or_name(item) for item in items]
     if not chosen or "" in chosen:
         raise ValueError(f"layers: expected all, last, or numbers and names, got {layers!r}")
     return chosen

@@ -281,13 +281,17 @@ class Study:
             raise RuntimeError(
                 f"analyze: {len(self.skipped)} of {self.source.images} images could not be read, "
                 f"more than the {100 * self.settings.max_unreadable:g} % allowed by max_unreadable"
-                f"{self._unreadable_names()}"
+                f"{self._unreadable_names()}{self._how_to_allow()}"
             )
         if not any(self.tokens):
             raise RuntimeError(f"analyze: no image could be read{self._unreadable_names()}")
 
     def _too_many_unreadable(self) -> bool:
         return len(self.skipped) > self.settings.max_unreadable * self.source.images
+
+    def _how_to_allow(self) -> str:
+        kept = self.resume.folder is not None
+        return "; with a larger limit, give resume (--resume) to go on from here" if kept else ""
 
     def _unreadable_names(self) -> str:
         named = [f"{name} ({why})" for name, why in list(self.skipped.values())[:_NAMED_IMAGES]]

@@ -233,8 +233,10 @@ def sep_permutations(models: Sequence[ModelResult]) -> Table:
         "sep_permutations",
         "SEP bandwidths under random permutations of the channels",
         f"Shift: permuted minus observed, read between bins. Bootstrap intervals hold {shown}: of "
-        "the observed bandwidth over images, of the shift over images and permutations. A small p "
-        "says that the order of the channels matters.",
+        "the observed bandwidth over images, of the shift over images and permutations: how well "
+        "the mean shift is known. p is what tells whether the order of the channels matters: how "
+        "often a single random order is as far from the mean of all, at least 1 / (1 + "
+        "permutations).",
         columns,
         [
             (m.name, layer.name, *row)
@@ -267,9 +269,10 @@ def rotation(models: Sequence[ModelResult]) -> Table:
         "Rotation of subspaces",
         "Overlap: mean squared cosine of the principal angles between top-k right-singular "
         "subspaces, of each image with the subspace that all images share, and between random "
-        "pairs of images; 1 is the same subspace, k/D what random ones give. Excess: (overlap - "
-        "k/D) / (1 - k/D). Angles are mean principal angles in degrees, first, median and last of "
-        "the k.",
+        "pairs of images; 1 is the same subspace, k/D what random ones give. An image is part of "
+        "what all share: with few images its overlap with that is above k/D even for noise, that "
+        "of pairs is not. Excess: (overlap - k/D) / (1 - k/D). Angles are mean principal angles in "
+        "degrees, first, median and last of the k.",
         columns,
         [row for model in models for row in _rotation_rows(model)],
         [
@@ -303,8 +306,9 @@ def comparison(models: Sequence[ModelResult]) -> Table:
         "comparison",
         "Models side by side, last layer",
         "Ranks are over images, p99 is their 99th percentile. Excess overlap: 0 for subspaces that "
-        "are turned at random against the shared one (or each other), 1 for equal ones. b(q): SEP "
-        "bandwidth. D differs between models, and ranks can be no larger than D.",
+        "are turned at random against each other, 1 for equal ones; with the shared one it is "
+        "above 0 even for noise where images are few. b(q): SEP bandwidth. D differs between "
+        "models, and ranks can be no larger than D.",
         columns,
         [_comparison_row(model, highest, sizes, levels) for model in models],
     )

@@ -268,3 +268,25 @@ def test_reading_leaves_the_global_generators_alone(tmp_path):
     torch.manual_seed(3), np.random.seed(3)
     read(open_images(tmp_path))
     assert (torch.rand(1).item(), np.random.rand()) == expected
+
+
+def test_the_fingerprint_sees_other_pictures_under_the_same_names(folder_of_two, tmp_path):
+    before = open_images(folder_of_two).fingerprint
+    assert open_images(folder_of_two).fingerprint == before
+    for path in folder_of_two.iterdir():
+        Image.new("RGB", (40, 40), "red").save(path)
+    assert open_images(folder_of_two).fingerprint != before
+
+
+@pytest.fixture
+def folder_of_two(tmp_path):
+    folder = tmp_path / "two"
+    folder.mkdir()
+    for name in ("a", "b"):
+        Image.new("RGB", (40, 40), "blue").save(folder / f"{name}.png")
+    return folder
+
+
+def test_a_file_in_place_of_a_folder_is_refused(folder_of_two):
+    with pytest.raises(ValueError, match=r"a\.png is a file; give the folder"):
+        open_images(folder_of_two / "a.png")

@@ -321,3 +321,15 @@ def test_a_value_that_json_cannot_hold_is_refused_by_its_path():
 def test_a_value_of_another_kind_is_refused_by_its_path(kind, value, message):
     with pytest.raises(ValueError, match=rf"here.*{message}"):
         codec.decode(kind, value, {"x": np.zeros(1)}, "here")
+
+
+def test_a_second_report_in_the_folder_leaves_nothing_of_the_first(report, tmp_path):
+    report.save(tmp_path, figures=False)
+    (tmp_path / "tables" / "mine.csv").write_text("kept")
+    before = {path.name for path in (tmp_path / "tables").iterdir()}
+    smaller = dataclasses.replace(report, models=report.models[1:])  # without skipped images
+    smaller.save(tmp_path, figures=False)
+    alone = smaller.save(tmp_path / "alone", figures=False).parent
+    names = {path.name for path in (tmp_path / "tables").iterdir()}
+    assert names == {path.name for path in (alone / "tables").iterdir()} | {"mine.csv"}
+    assert names < before
