@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# Squares of a few million of these still fit into float32.
-LARGEST_VALUE = 1e15
+# Its square still fits into float32. A NaN is not below it either.
+LARGEST_NORM = 1e18
 
 
 class Rows:
@@ -176,7 +176,7 @@ class Accumulator:
 def finite_images(caller: str, tokens: Tensor) -> tuple[Tensor, Tensor]:
     """Check a batch, and put zeros in place of images that cannot be measured.
 
-    Those with a NaN, an infinity, or a value beyond `LARGEST_VALUE`, whose energy float32 could not
+    Those with a NaN, an infinity, or a norm beyond `LARGEST_NORM`, whose energy float32 could not
     hold and which would spoil the sums of all others.
 
     Args:
@@ -199,8 +199,8 @@ def finite_images(caller: str, tokens: Tensor) -> tuple[Tensor, Tensor]:
             f"{list(tokens.shape)}" + (" (a batch dimension missing?)" if tokens.ndim == 2 else "")
         )
     tokens = tokens.detach()
-    lowest, highest = tokens.flatten(1).aminmax(dim=1)  # NaN where there is one
-    finite = (lowest >= -LARGEST_VALUE) & (highest <= LARGEST_VALUE)
+    dtype = torch.promote_types(tokens.dtype, torch.float32)
+    finite = torch.linalg.vector_norm(tokens, dim=(1, 2), dtype=dtype) <= LARGEST_NORM
     if tokens.device.type == "cpu" and bool(finite.all()):
         return tokens, finite
     return only(finite, tokens), finite

@@ -28,6 +28,7 @@ from fastkd.analysis.shared import SUBSPACES, InSharedBasis
 from fastkd.analysis.sources import Batch, TokenSource
 from fastkd.analysis.spectra import ImageSpectra, checked_levels
 from fastkd.ops.spectrum import MOST_LEVELS
+from fastkd.ops.threads import each
 from fastkd.training.distributed import World
 from fastkd.training.interrupt import StopRequest
 
@@ -243,10 +244,14 @@ class Study:
         self.skipped |= {place: (name, reason) for place, name, reason in batch.skipped}
         if not batch.places:
             return
-        for layer, (tokens, accumulators) in enumerate(zip(batch.tokens, measures, strict=True)):
+
+        def update(layer: int) -> None:
+            tokens = batch.tokens[layer]
             self.tokens[layer] = max(self.tokens[layer], tokens.shape[1])
-            for accumulator in accumulators.values():
+            for accumulator in measures[layer].values():
                 accumulator.update(tokens, batch.places)
+
+        each(update, self._layers(), batch.tokens[0].device)
         if keep and self._kept is not None:
             self._keep(batch)
 
@@ -320,7 +325,11 @@ class Study:
 
     def _result(self, first: list[dict[str, Any]], second: dict[int, InSharedBasis]) -> ModelResult:
         with self._timed("analysis"):
-            layers = [self._layer_result(i, first[i], second.get(i)) for i in self._layers()]
+            layers = each(
+                lambda i: self._layer_result(i, first[i], second.get(i)),
+                self._layers(),
+                torch.device("cpu"),
+            )
             finite = np.all([x["spectra"].result().finite for x in first], axis=0)
         source = self.source
         return ModelResult(

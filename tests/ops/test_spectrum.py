@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from fastkd.ops import backend as backends
+from fastkd.ops import threads
 from fastkd.ops.precision import exact_float32
 from fastkd.ops.spectrum import (
     LEVELS,
     OPERATOR,
-    batched,
     effective_rank,
     energy_curve,
     gram,
@@ -25,6 +25,7 @@ from fastkd.ops.spectrum import (
     spectral_ranks,
     spectrum,
     stable_rank,
+    subspace,
 )
 from tests.harness.cases import SPECTRA, relative_error
 
@@ -209,9 +210,9 @@ def test_on_a_cpu_weak_energies_are_right_beside_strong_ones():
 
 
 def test_the_bits_do_not_depend_on_the_number_of_threads(monkeypatch):
-    monkeypatch.setattr(batched, "_WORTH_SHARING", 0)
+    monkeypatch.setattr(threads, "_WORTH_SHARING", 0)
     x = SPECTRA["noise_matrix"]((7, 9, 12))
-    threads = torch.get_num_threads()
+    before = torch.get_num_threads()
     results = []
     try:
         for count in (1, 2, 3):
@@ -219,18 +220,31 @@ def test_the_bits_do_not_depend_on_the_number_of_threads(monkeypatch):
             results.append(spectrum(x))
             assert torch.get_num_threads() == count
     finally:
-        torch.set_num_threads(threads)
+        torch.set_num_threads(before)
     assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
 
 
-def test_a_forked_process_does_not_wait_for_its_parents_threads(monkeypatch):
-    monkeypatch.setattr(batched, "_WORTH_SHARING", 0)
+def test_shared_work_goes_with_inference_mode_and_with_gradients(monkeypatch):
+    monkeypatch.setattr(threads, "_WORTH_SHARING", 0)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
-    batched.eigvalsh(torch.eye(3).expand(4, 3, 3))
-    assert batched._POOLS
+    x = SPECTRA["noise_matrix"]((5, 6, 9))
+    expected = true_energies(x)
+    with torch.inference_mode():
+        assert relative_error(spectrum(x * 1), expected) < 1e-6
+        assert gram(x * 1).shape == (5, 6, 6) and subspace(x * 1, 2).shape == (5, 9, 2)
+    x.requires_grad_()
+    (spectrum(x).sum() + gram(x).diagonal(dim1=1, dim2=2).sum()).backward()
+    assert relative_error(x.grad, 4 * x.detach()) < 1e-5
+
+
+def test_a_forked_process_does_not_wait_for_its_parents_threads(monkeypatch):
+    monkeypatch.setattr(threads, "_WORTH_SHARING", 0)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    spectrum(torch.randn(4, 3, 3))
+    assert threads._POOLS
     child = os.fork()
     if child == 0:
-        os._exit(len(batched._POOLS))
+        os._exit(len(threads._POOLS))
     assert os.waitpid(child, 0)[1] == 0
 
 

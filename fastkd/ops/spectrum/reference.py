@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fastkd.ops.precision import exact_float32
-from fastkd.ops.spectrum import batched
+from fastkd.ops.threads import over_shares
 
 # Bytes of converted tokens at a time: on a CPU small enough for the caches.
 CHUNK_BYTES = 4 << 20
@@ -57,10 +57,15 @@ def gram(x: Tensor, dtype: torch.dtype) -> Tensor:
             products += torch.bmm(part, part.mT, out_dtype=torch.float32)
         return products
     products = x.new_empty((len(x), size, size), dtype=dtype)
+    tokens = rows.detach()
+
+    def multiply(share: slice) -> None:
+        for some in _chunks(x, dtype, share):
+            wide = tokens[some].to(dtype)
+            torch.bmm(wide, wide.mT, out=products[some])
+
     with exact_float32():
-        for chunk in _chunks(x, dtype):
-            wide = rows[chunk].to(products.dtype)
-            torch.bmm(wide, wide.mT, out=products[chunk])
+        over_shares(multiply, x, size * x.shape[1] * x.shape[2])
     return products
 
 
@@ -75,12 +80,18 @@ def solve(gram: Tensor, levels: tuple[float, ...]) -> tuple[Tensor, Tensor]:
         Energies [B, n], descending, what rounding made negative set to 0, NaN for a matrix that is
         not finite; ranks [B, levels] int64, see `ranks_of`.
     """
+    matrices = gram.detach()
+    shares = over_shares(lambda some: _energies(matrices[some]), gram, gram.shape[-1] ** 3)
+    energies = torch.cat(shares)
+    return energies, ranks_of(energies, levels)
+
+
+def _energies(gram: Tensor) -> Tensor:
     finite = _finite(gram)
     # The solvers refuse NaN on a CPU and may not end on a GPU.
-    energies = batched.eigvalsh(torch.where(finite, gram, 0.0)).clamp_min(0).flip(-1)
+    energies = torch.linalg.eigvalsh(torch.where(finite, gram, 0.0)).clamp_min(0).flip(-1)
     finite = finite.squeeze(-1) & energies[..., :1].isfinite()
-    energies = torch.where(finite, energies, torch.nan)
-    return energies, ranks_of(energies, levels)
+    return torch.where(finite, energies, torch.nan)
 
 
 def ranks_of(energies: Tensor, levels: tuple[float, ...]) -> Tensor:
@@ -118,11 +129,19 @@ def backward(upstream: Tensor, x: Tensor, gram: Tensor) -> Tensor:
     Returns:
         [B, N, D]; NaN for a matrix that is not finite.
     """
-    finite = _finite(gram)
-    vectors = batched.eigh(torch.where(finite, gram, 0.0))[1].flip(-1)
+    weight = torch.empty_like(gram)
+    twice = (2 * upstream.detach()).to(gram.dtype)
+    matrices = gram.detach()
+
+    def weigh(share: slice) -> None:
+        finite = _finite(matrices[share])
+        vectors = torch.linalg.eigh(torch.where(finite, matrices[share], 0.0)).eigenvectors.flip(-1)
+        weighted = (vectors * twice[share].unsqueeze(-2)) @ vectors.mT
+        weight[share] = torch.where(finite, weighted, torch.nan)
+
     with exact_float32():
-        weight = (vectors * (2 * upstream).to(gram.dtype).unsqueeze(-2)) @ vectors.mT
-    return multiply_smaller_side(torch.where(finite, weight, torch.nan), x)
+        over_shares(weigh, gram, 4 * gram.shape[-1] ** 3)
+    return multiply_smaller_side(weight, x)
 
 
 def multiply_smaller_side(weight: Tensor, x: Tensor) -> Tensor:
@@ -130,7 +149,7 @@ def multiply_smaller_side(weight: Tensor, x: Tensor) -> Tensor:
     product = torch.empty_like(x)
     rows, target = smaller_side(x), smaller_side(product)
     with exact_float32():
-        for chunk in _chunks(x, weight.dtype):
+        for chunk in _chunks(x, weight.dtype, slice(0, len(x))):
             target[chunk] = (weight[chunk] @ rows[chunk].to(weight.dtype)).to(x.dtype)
     return product
 
@@ -140,10 +159,12 @@ def _finite(gram: Tensor) -> Tensor:
     return gram.isfinite().all(dim=-1, keepdim=True).all(dim=-2, keepdim=True)
 
 
-def _chunks(x: Tensor, dtype: torch.dtype) -> list[slice]:
-    """Images whose converted tokens fill a chunk; all of them where nothing is converted."""
+def _chunks(x: Tensor, dtype: torch.dtype, share: slice) -> list[slice]:
+    """Parts of a share whose converted tokens fill a chunk; all where nothing is converted."""
+    stop = min(share.stop, len(x))
     if x.dtype == dtype:
-        return [slice(0, len(x))]
+        return [slice(share.start, stop)]
     budget = CHUNK_BYTES if x.device.type == "cpu" else ACCELERATOR_CHUNK_BYTES
     step = max(1, budget // (dtype.itemsize * x.shape[1] * x.shape[2]))
-    return [slice(start, start + step) for start in range(0, len(x), step)]
+    starts = range(share.start, stop, step)
+    return [slice(start, min(start + step, stop)) for start in starts]

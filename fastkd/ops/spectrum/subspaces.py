@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from fastkd.ops import maps
-from fastkd.ops.spectrum import batched, reference
+from fastkd.ops.spectrum import reference
+from fastkd.ops.threads import over_shares
 
 # Of the largest singular value; below it a direction is rounding, as for numpy.linalg.matrix_rank.
 _RANK_TOLERANCE = 1e-7
@@ -39,15 +40,22 @@ def subspace(x: Tensor, k: int) -> Tensor:
     _check_matrix("subspace", "x", x)
     if 0 in x.shape[-2:] or not 1 <= k <= min(x.shape[-2:]):
         raise ValueError(f"subspace: k must be from 1 to min(N, D) of {list(x.shape)}, got {k}")
-    wide = x.double()
-    rows = reference.smaller_side(wide)
+    tokens = x.detach().reshape(-1, *x.shape[-2:])
+    cost = min(x.shape[-2:]) ** 2 * (x.shape[-2] + 4 * x.shape[-1])
+    vectors = torch.cat(over_shares(lambda some: _top(tokens[some], k), tokens, cost))
+    return vectors.view(*x.shape[:-2], x.shape[-1], k)
+
+
+def _top(tokens: Tensor, k: int) -> Tensor:
+    """`subspace` of [B, N, D]."""
+    rows = reference.smaller_side(tokens.double())
     gram = rows @ rows.mT
     finite = gram.isfinite().all(dim=-1, keepdim=True).all(dim=-2, keepdim=True)
-    energies, vectors = _eigh(torch.where(finite, gram, 0.0))
+    energies, vectors = torch.linalg.eigh(torch.where(finite, gram, 0.0))
     energies, vectors = energies[..., -k:].flip(-1), vectors[..., -k:].flip(-1)
     values = energies.clamp_min(0).sqrt().unsqueeze(-2)
     known = values > _RANK_TOLERANCE * values[..., :1]
-    if x.shape[-2] <= x.shape[-1]:
+    if tokens.shape[-2] <= tokens.shape[-1]:
         vectors = rows.mT @ vectors / torch.where(known, values, 1.0)
     return torch.where(finite, torch.where(known, vectors, 0.0), torch.nan)
 
@@ -96,12 +104,6 @@ def overlap(a: Tensor, b: Tensor) -> Tensor:
     """
     products = _products("overlap", a, b)
     return products.square().sum(dim=(-2, -1)) / min(products.shape[-2:])
-
-
-def _eigh(matrices: Tensor) -> tuple[Tensor, Tensor]:
-    batch, size = matrices.shape[:-2], matrices.shape[-1]
-    values, vectors = batched.eigh(matrices.reshape(-1, size, size))
-    return values.view(*batch, size), vectors.view(*batch, size, size)
 
 
 def _products(caller: str, a: Tensor, b: Tensor) -> Tensor:
