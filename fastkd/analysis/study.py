@@ -251,7 +251,8 @@ class Study:
             for accumulator in measures[layer].values():
                 accumulator.update(tokens, batch.places)
 
-        each(update, self._layers(), batch.tokens[0].device)
+        # The last layer has most to measure: begun first, it is not what all wait for.
+        each(update, self._layers()[::-1], batch.tokens[0].device)
         if keep and self._kept is not None:
             self._keep(batch)
 
