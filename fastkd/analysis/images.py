@@ -17,17 +17,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 
 from fastkd.training.augment import InputSpec
-from fastkd.training.data import (
-    VALIDATION_FOLDERS,
-    Collate,
-    Data,
-    DataPair,
-    ReadableImages,
-    SampleDataset,
-    eval_samples,
-    loader_options,
-    open_data,
-)
+from fastkd.training.data import Collate, SampleDataset, eval_samples, loader_options
+from fastkd.training.datasets import VALIDATION_FOLDERS, Data, DataPair, ReadableImages, open_data
 from fastkd.training.recipe import Recipe
 from fastkd.training.samplers import SampleKey
 from fastkd.training.seeding import derive_seed, preserved_rng, seed_cpu

@@ -27,7 +27,7 @@ from fastkd.analysis.study import Settings, Study
 from fastkd.analysis.subjects import resolve
 from fastkd.training.atomic import remove_leftovers, write_text
 from fastkd.training.checkpoint import LAST
-from fastkd.training.data import Data
+from fastkd.training.datasets import Data
 from fastkd.training.distributed import World, world
 
 RESUME_FOLDER = "resume"

@@ -20,7 +20,7 @@ from fastkd.models.weights import FASTKD_FORMAT, read_weights, short_misfit
 from fastkd.models.zoo import build_timm_model, check_name
 from fastkd.training.augment import InputSpec
 from fastkd.training.checkpoint import LAST
-from fastkd.training.data import DataPair
+from fastkd.training.datasets import DataPair
 from fastkd.training.seeding import preserved_rng, seed_cpu
 from fastkd.training.setup import Preprocessing, change_input_size, load_student
 

@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 from fastkd.models import create_teacher
-from fastkd.training.data import Data, eval_loader, open_data
+from fastkd.training.data import eval_loader
+from fastkd.training.datasets import Data, open_data
 from fastkd.training.distributed import world
 from fastkd.training.engine import evaluate_model
 from fastkd.training.options import refuse_image_options

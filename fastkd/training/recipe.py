@@ -28,7 +28,10 @@ Pairs = tuple[tuple[Key, Key], ...]
 
 # Fields that say where and how fast a run happens, not what it computes: they may change on resume.
 OPERATIONAL_FIELDS = frozenset(
-    {"data", "data_root", "workers", "log_interval", "checkpoint_interval", "eval_batch_size"}
+    {
+        *("data", "data_root", "workers", "max_unreadable", "compile", "channels_last"),
+        *("eval_batch_size", "log_interval", "track", "checkpoint_interval", "keep_checkpoints"),
+    }
 )
 
 
@@ -96,11 +99,23 @@ class Recipe:
 
     data: str | None = _option(None, "data", "folder with train/ and val/, or a timm data set name")
     data_root: str | None = _option(None, "data", "where a timm data set name keeps its files")
+    labels: bool = _option(
+        True,
+        "data",
+        "false: train on the teacher alone, without cross-entropy; labels may be missing",
+    )
+    train_samples: int | None = _option(
+        None, "data", "images an epoch of streamed data; none: as the data say"
+    )
+    max_unreadable: int = _option(
+        20, "data", "unreadable training images that are replaced before the run stops"
+    )
     augment: str = _option(
         "cpu",
         "data",
-        "cpu: timm's random transforms; none: nothing random; dataset: the data set's own",
-        ("cpu", "none", "dataset"),
+        "cpu: timm's random transforms; gpu: workers decode and crop, the device does the rest; "
+        "none: nothing random; dataset: the data set's own",
+        ("cpu", "gpu", "none", "dataset"),
     )
     mean: tuple[float, ...] | None = _option(None, "data", "input mean; none: the student's own")
     std: tuple[float, ...] | None = _option(None, "data", "input std; none: the student's own")
@@ -144,12 +159,30 @@ class Recipe:
     ema_decay: float | None = _option(0.99996, "optimisation", "of averaged weights; none: off")
     ema_warmup: bool = _option(False, "optimisation", "let the EMA's decay grow to ema_decay")
     amp: str = _option("bf16", "optimisation", "autocast type", ("none", "bf16", "fp16"))
+    max_nonfinite: int = _option(
+        10, "optimisation", "updates in a row that may be skipped for an infinite or NaN loss"
+    )
+    compile: str = _option(
+        "none",
+        "optimisation",
+        "torch.compile of student, terms and teacher, by its mode; reduce-overhead: CUDA graphs",
+        ("none", "default", "reduce-overhead", "max-autotune"),
+    )
+    channels_last: bool = _option(
+        False, "optimisation", "channels-last memory format, faster for convolutions on a GPU"
+    )
     seed: int = _option(0, "optimisation", "of weights, order, augmentation and dropout")
 
     eval_interval: int = _option(1, "evaluation", "epochs between evaluations; the last always is")
     eval_batch_size: int = _option(256, "evaluation", "images per rank and step")
     best: str = _option("raw", "evaluation", "whose top-1 picks the best epoch", ("raw", "ema"))
     log_interval: int = _option(50, "evaluation", "updates between lines of log.jsonl")
+    track: str | None = _option(
+        None, "evaluation", "where else metrics go, if installed", ("tensorboard", "wandb", "both")
+    )
+    keep_checkpoints: int = _option(
+        2, "evaluation", "last checkpoints that are kept: last.pth, last-1.pth, ..."
+    )
     checkpoint_interval: int = _option(
         0, "evaluation", "updates between checkpoints inside an epoch; 0: at its end only"
     )
@@ -460,9 +493,16 @@ def _check_ranges(recipe: Recipe) -> None:
     """Refuse values that no run can use; each message names the field."""
     for name in ("epochs", "batch_size", "accumulation", "repeated_aug", "eval_batch_size"):
         _require(getattr(recipe, name) >= 1, name, "at least 1", recipe)
-    for name in ("eval_interval", "log_interval"):
+    for name in ("eval_interval", "log_interval", "keep_checkpoints", "max_nonfinite"):
         _require(getattr(recipe, name) >= 1, name, "at least 1", recipe)
-    for name in ("workers", "checkpoint_interval", "warmup_epochs", "feature_weight", "seed"):
+    for name in (
+        "workers",
+        "max_unreadable",
+        "checkpoint_interval",
+        "warmup_epochs",
+        "feature_weight",
+        "seed",
+    ):
         _require(getattr(recipe, name) >= 0, name, "at least 0", recipe)
     for side, name in enumerate(("student_prefix", "teacher_prefix")):
         by_name = all(isinstance(pair[side], str) for pair in recipe.pairs)
@@ -487,6 +527,8 @@ def _check_ranges(recipe: Recipe) -> None:
     decay = recipe.ema_decay
     _require(decay is None or 0 <= decay < 1, "ema_decay", "none or in [0, 1)", recipe)
     _require(recipe.best == "raw" or decay is not None, "best", "raw without ema_decay", recipe)
+    counted = recipe.train_samples is None or recipe.train_samples >= 1
+    _require(counted, "train_samples", "none or at least 1", recipe)
     slices = recipe.batch_size % recipe.accumulation == 0
     _require(slices, "batch_size", f"a multiple of accumulation ({recipe.accumulation})", recipe)
 

@@ -22,7 +22,8 @@ from fastkd.models.weights import better_weights, short_misfit
 from fastkd.models.zoo import fixed_input_size
 from fastkd.training.augment import InputSpec
 from fastkd.training.checkpoint import LAST, load_checkpoint
-from fastkd.training.data import DataPair, open_data, slice_size
+from fastkd.training.data import slice_size
+from fastkd.training.datasets import DataPair, open_data
 from fastkd.training.options import MODULE_PREFIX, FromRecipe, refuse_image_options, resolve_recipe
 from fastkd.training.recipe import Recipe
 from fastkd.training.samplers import TrainBatchSampler

@@ -25,7 +25,8 @@ from fastkd.training.checkpoint import (
     move_best,
     save_checkpoint,
 )
-from fastkd.training.data import Data, DataPair, eval_loader, open_data, train_loader
+from fastkd.training.data import eval_loader, train_loader
+from fastkd.training.datasets import Data, DataPair, open_data
 from fastkd.training.distributed import World, world
 from fastkd.training.engine import Engine, evaluate_model, train_one_epoch
 from fastkd.training.interrupt import StopRequest

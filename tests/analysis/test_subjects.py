@@ -17,7 +17,7 @@ from fastkd.models import (
     create_teacher,
 )
 from fastkd.training import train
-from fastkd.training.data import open_data
+from fastkd.training.datasets import open_data
 from tests.training.tiny import FAST, tensor_data, vit
 
 SMALL = {"img_size": 32, "num_classes": 5}

@@ -15,7 +15,8 @@ from fastkd.training.augment import (
     eval_transform,
     train_transform,
 )
-from fastkd.training.data import eval_loader, open_data, slice_size, train_loader
+from fastkd.training.data import eval_loader, slice_size, train_loader
+from fastkd.training.datasets import open_data
 from fastkd.training.recipe import Recipe
 from tests.training.tiny import image_folder, tensor_data
 

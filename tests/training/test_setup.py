@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from fastkd.training.data import open_data
+from fastkd.training.datasets import open_data
 from fastkd.training.recipe import Recipe
 from fastkd.training.setup import change_input_size, input_spec
 from tests.training.tiny import vit
