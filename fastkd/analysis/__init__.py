@@ -7,10 +7,12 @@ business. `analyze` runs all of them over models and images, and makes a `Report
 from fastkd.analysis.moments import SecondMoment, SharedBasis
 from fastkd.analysis.pattern import TokenPattern
 from fastkd.analysis.report import Report
-from fastkd.analysis.results import BANDWIDTH_LEVELS, LEVELS, Curve, Distribution, Ranks
+from fastkd.analysis.results import Curve, Distribution, Ranks
 from fastkd.analysis.run import analyze
 from fastkd.analysis.shared import InSharedBasis, captured_energies
 from fastkd.analysis.spectra import ImageSpectra
+from fastkd.ops.sep import LEVELS as BANDWIDTH_LEVELS
+from fastkd.ops.spectrum import LEVELS
 
 __all__ = [
     "BANDWIDTH_LEVELS",

@@ -14,6 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastkd.ops import maps
+
 # Its square still fits into float32. A NaN is not below it either.
 LARGEST_NORM = 1e18
 
@@ -173,6 +175,20 @@ class Accumulator:
         return torch.tensor(list(places), dtype=torch.int64)
 
 
+class TokenAccumulator(Accumulator):
+    """Base of those that count the tokens they measure, in ``sums["tokens"]``."""
+
+    @property
+    def tokens(self) -> int:
+        """How many were measured so far; waits for the device."""
+        return int(self.sums.get("tokens", 0))
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether none was, so that there is no result."""
+        return self.tokens == 0
+
+
 def finite_images(caller: str, tokens: Tensor) -> tuple[Tensor, Tensor]:
     """Check a batch, and put zeros in place of images that cannot be measured.
 
@@ -190,9 +206,7 @@ def finite_images(caller: str, tokens: Tensor) -> tuple[Tensor, Tensor]:
         ValueError: another shape.
         TypeError: tokens are not floating-point.
     """
-    if not isinstance(tokens, Tensor) or not tokens.is_floating_point():
-        got = tokens.dtype if isinstance(tokens, Tensor) else type(tokens).__name__
-        raise TypeError(f"{caller}: tokens must be a floating-point tensor, got {got}")
+    maps.check_tensor(caller, "tokens", tokens)
     if tokens.ndim != 3 or 0 in tokens.shape[1:]:
         raise ValueError(
             f"{caller}: tokens must be [B, N, D] with at least one token and one channel, got "

@@ -17,11 +17,13 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 
 from fastkd.training.augment import InputSpec
-from fastkd.training.data import Collate, SampleDataset, eval_samples, loader_options
+from fastkd.training.data import SampleDataset, eval_samples
 from fastkd.training.datasets import VALIDATION_FOLDERS, Data, DataPair, ReadableImages, open_data
 from fastkd.training.recipe import Recipe
 from fastkd.training.samplers import SampleKey
+from fastkd.training.samples import Collate, collate
 from fastkd.training.seeding import derive_seed, preserved_rng, seed_cpu
+from fastkd.training.workers import loader_options
 
 SHOWN_REASON = 200
 
@@ -118,12 +120,11 @@ class ImageSelection:
         Raises:
             ValueError: no PIL image has as many channels as the model takes.
         """
-        statistics = (spec.mean, spec.std) if self.data.yields_tensors else (None, None)
         yield from DataLoader(
             _Selected(eval_samples(self.data, recipe, spec, self.seed), self.indices, spec.size),
             sampler=places,
             batch_size=batch_size,
-            collate_fn=_CollateRead(Collate(*statistics)),
+            collate_fn=_CollateRead(collate(self.data, spec)),
             **loader_options(workers, device),
         )
 
@@ -210,7 +211,7 @@ def _open(data: Data, root: str | None) -> DataPair:
         inner = (folder / name for name in VALIDATION_FOLDERS)
         data = next((path for path in inner if path.is_dir()), folder)
     try:
-        return open_data(data, root, need_train=False)
+        return open_data(data, root, need_train=False, labels=False)
     except RuntimeError as error:  # of timm's and torchvision's readers: nothing found
         raise ValueError(f"data: {error}") from error
 
@@ -281,7 +282,7 @@ class _CollateRead:
     def __call__(self, samples: list[tuple[int, Tensor | str]]) -> ReadImages:
         read = [(image, place) for place, image in samples if isinstance(image, Tensor)]
         skipped = [(place, reason) for place, reason in samples if isinstance(reason, str)]
-        images = self.stack(read)[0] if read else None
+        images = self.stack(read).images if read else None
         return ReadImages([place for _, place in read], images, skipped)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastkd.analysis.accumulator import Accumulator, only
+from fastkd.analysis.accumulator import TokenAccumulator, only
 from fastkd.ops.second_moment import second_moment
 
 
@@ -36,7 +36,7 @@ class SharedBasis:
     non_finite: int
 
 
-class SecondMoment(Accumulator):
+class SecondMoment(TokenAccumulator):
     """Second moment C = (1 / tokens) sum_i X_i^T X_i of all tokens, in float64.
 
     Args:
@@ -89,7 +89,7 @@ class SecondMoment(Accumulator):
             vectors=vectors.flip(-1),
             energies=energies.clamp_min(0).flip(-1),
             mean=mean,
-            tokens=int(self.sums["tokens"]),
+            tokens=self.tokens,
             non_finite=int(self.sums["non_finite"]),
         )
 
@@ -104,14 +104,9 @@ class SecondMoment(Accumulator):
         """
         return torch.linalg.eigvalsh(self._mean()[0]).clamp_min(0).flip(-1)
 
-    @property
-    def is_empty(self) -> bool:
-        """Whether no token was seen, so that there is no result."""
-        return int(self.sums.get("tokens", 0)) == 0
-
     def _mean(self) -> tuple[Tensor, Tensor | None]:
         """Second moment per token, and the mean token where it is centred."""
-        tokens = int(self.sums.get("tokens", 0))
+        tokens = self.tokens
         if tokens == 0:
             bad = int(self.sums.get("non_finite", 0))
             raise ValueError(f"SecondMoment: no token was seen ({bad} images not finite)")

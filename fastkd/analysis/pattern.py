@@ -15,10 +15,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastkd.analysis.accumulator import Accumulator, mean_and_std
-from fastkd.analysis.results import BANDWIDTH_LEVELS, Curve, Sep, SepTest, intervals
+from fastkd.analysis.accumulator import TokenAccumulator, mean_and_std
+from fastkd.analysis.results import Curve, Sep, SepTest, intervals
 from fastkd.ops.second_moment import second_moment
 from fastkd.ops.sep import (
+    LEVELS,
     TIE_TOLERANCE,
     bandwidth,
     permuted_moment,
@@ -28,8 +29,8 @@ from fastkd.ops.sep import (
     sep_power,
     white_noise_sep,
 )
+from fastkd.ops.sep.reference import check_convention
 
-CONVENTIONS = ("full", "folded")
 CONFIDENCE = 0.95
 RESAMPLES = 1000
 
@@ -37,7 +38,7 @@ _CHUNK_VALUES = 1 << 22  # of curves in float64 at a time
 _CHUNK_MOMENTS = 1 << 24  # of permuted moments in float64 at a time
 
 
-class TokenPattern(Accumulator):
+class TokenPattern(TokenAccumulator):
     """Mean curve of all tokens, and what its spread and a permutation test need.
 
     Args:
@@ -53,10 +54,7 @@ class TokenPattern(Accumulator):
 
     def __init__(self, convention: str = "full", detailed: bool = False) -> None:
         super().__init__()
-        if convention not in CONVENTIONS:
-            raise ValueError(
-                f"TokenPattern: convention must be one of {CONVENTIONS}, got {convention!r}"
-            )
+        check_convention("TokenPattern", convention)
         self.convention = convention
         self.detailed = detailed
 
@@ -101,7 +99,7 @@ class TokenPattern(Accumulator):
         step = max(1, _CHUNK_VALUES // tokens[0].numel()) if len(tokens) else 1
         return [slice(start, start + step) for start in range(0, len(tokens), step)]
 
-    def result(self, levels: Sequence[float] = BANDWIDTH_LEVELS) -> Sep:
+    def result(self, levels: Sequence[float] = LEVELS) -> Sep:
         """Summarise what was seen so far; waits for the device.
 
         Args:
@@ -113,13 +111,13 @@ class TokenPattern(Accumulator):
         Raises:
             ValueError: no token with energy was seen.
         """
-        tokens = self._tokens()
+        self._refuse_empty()
         assert self.channels is not None
         std = None
         if not self.detailed:
             mean = sep_from_power(self.sums["power"], self.channels, self.convention)
         else:
-            mean = sep_from_moment(self.sums["moment"], convention=self.convention)
+            mean = sep_from_moment(self.sums["moment"], self.convention)
             sums = self.sums["curve"], self.sums["curve_squares"], self.sums["tokens"]
             std = mean_and_std(*sums)[1]
         return Sep(
@@ -128,12 +126,12 @@ class TokenPattern(Accumulator):
             white_noise=white_noise_sep(self.channels, self.convention).cpu().numpy(),
             levels=tuple(levels),
             bandwidths=bandwidth(mean, levels).cpu().numpy(),
-            tokens=tokens,
+            tokens=self.tokens,
             without_energy=int(self.sums["without_energy"]),
         )
 
     def permutation_test(
-        self, permutations: int = 100, levels: Sequence[float] = BANDWIDTH_LEVELS, seed: int = 0
+        self, permutations: int = 100, levels: Sequence[float] = LEVELS, seed: int = 0
     ) -> SepTest:
         """Bandwidths under random permutations of the channels: does their order mean anything?
 
@@ -156,7 +154,7 @@ class TokenPattern(Accumulator):
                 "TokenPattern.permutation_test: needs detailed=True and at least one permutation, "
                 f"got detailed={self.detailed} and {permutations}"
             )
-        self._tokens()  # refuses when there are none
+        self._refuse_empty()
         moment = self.sums["moment"]
         generator = torch.Generator().manual_seed(seed)
         orders = [torch.randperm(len(moment), generator=generator) for _ in range(permutations)]
@@ -164,11 +162,11 @@ class TokenPattern(Accumulator):
         permuted = []
         for part in range(0, permutations, step):
             some = torch.stack(orders[part : part + step]).to(moment.device)
-            curves = sep_from_moment(permuted_moment(moment, some), convention=self.convention)
+            curves = sep_from_moment(permuted_moment(moment, some), self.convention)
             permuted.append(curves.cpu())
         rows = self.rows.sorted()
         return _test(
-            sep_from_moment(moment, convention=self.convention).cpu(),
+            sep_from_moment(moment, self.convention).cpu(),
             torch.cat(permuted),
             torch.from_numpy(rows["curves"]).double(),
             torch.from_numpy(rows["tokens"]).double(),
@@ -176,16 +174,9 @@ class TokenPattern(Accumulator):
             seed,
         )
 
-    @property
-    def is_empty(self) -> bool:
-        """Whether no token with energy was seen, so that there is no result."""
-        return int(self.sums.get("tokens", 0)) == 0
-
-    def _tokens(self) -> int:
-        tokens = int(self.sums.get("tokens", 0))
-        if tokens == 0:
+    def _refuse_empty(self) -> None:
+        if self.is_empty:
             raise ValueError("TokenPattern: no token with energy was seen")
-        return tokens
 
 
 def _test(

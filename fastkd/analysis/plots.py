@@ -22,7 +22,15 @@ from matplotlib.ticker import MaxNLocator, NullFormatter, StrMethodFormatter
 from matplotlib.transforms import ScaledTranslation
 
 from fastkd.analysis import readings
-from fastkd.analysis.results import LayerResult, ModelResult, Sep, SepTest, Subspaces
+from fastkd.analysis.results import (
+    Distribution,
+    LayerResult,
+    ModelResult,
+    Sep,
+    SepTest,
+    Subspaces,
+    measured,
+)
 from fastkd.training.atomic import replacing
 
 # Okabe and Ito's colours.
@@ -199,7 +207,7 @@ def _draw_layers(axes: Axes, model: ModelResult) -> None:
         means = [shared.ranks.distribution(level).mean for _, shared in in_shared]
         _line(axes, np.array([at for at, _ in in_shared]), means, _SHARED, "mean, shared basis")
     # Panels share this axis; where no image comes near the limit, the limit must not flatten them.
-    top = max(axes.get_ylim()[1], 1.12 * max([1.0, *readings.measured(np.asarray(tails))]))
+    top = max(axes.get_ylim()[1], 1.12 * max([1.0, *measured(np.asarray(tails))]))
     largest = [layer.ranks.largest for layer in layers]
     if min(largest) < top:
         _line(axes, places, largest, _BASELINE, "largest: min(N, D)", style=":", width=0.8)
@@ -214,7 +222,7 @@ def _draw_layer_rotation(axes: Axes, model: ModelResult) -> None:
     for index, size in enumerate(sorted({r.k for _, shared in layers for r in shared.rotation})):
         found = [(place, r) for place, shared in layers for r in shared.rotation if r.k == size]
         means = [
-            readings.excess_overlap(readings.distribution(r.overlap_shared).mean, r.overlap_random)
+            readings.excess_overlap(Distribution.of(r.overlap_shared).mean, r.overlap_random)
             for _, r in found
         ]
         places = np.array([place for place, _ in found])
@@ -353,7 +361,7 @@ def _draw_overlaps(axes: Axes, found: Sequence[Subspaces]) -> None:
             (one.overlap_shared, _OWN, -0.18),
             (one.overlap_pairs, _PAIRS, 0.18),
         ):
-            values = readings.measured(values)
+            values = measured(values)
             if len(values):
                 _box(axes, values, place + offset, color)
         axes.hlines(one.overlap_random, place - 0.4, place + 0.4, color=_BASELINE, linestyle="--")
@@ -370,7 +378,7 @@ def _draw_overlaps(axes: Axes, found: Sequence[Subspaces]) -> None:
 
 def _count(overlaps: Sequence[np.ndarray], what: str) -> str:
     """How many values there are, as "288 to 300 images" where it depends on k."""
-    counts = sorted({len(readings.measured(values)) for values in overlaps} or {0})
+    counts = sorted({len(measured(values)) for values in overlaps} or {0})
     ends = " to ".join(f"{count:,}" for count in dict.fromkeys((counts[0], counts[-1])))
     return f"{ends} {what}" + "s" * (counts[-1] != 1)
 
@@ -439,7 +447,7 @@ def _compare_rotation(axes: Axes, models: Sequence[ModelResult]) -> None:
             marker, color = _MARKERS[index % len(_MARKERS)], _LEVELS[index % len(_LEVELS)]
             place = row + 0.5 * ((index + 0.5) / len(sizes) - 0.5)
             for overlap, hollow in ((found.overlap_shared, False), (found.overlap_pairs, True)):
-                mean = readings.distribution(overlap).mean
+                mean = Distribution.of(overlap).mean
                 excess = float(readings.excess_overlap(mean, found.overlap_random))
                 label = None if hollow else f"k = {found.k}"
                 _dot(axes, excess, place, marker, color, label, hollow)

@@ -6,16 +6,10 @@ import sys
 import time
 from typing import TextIO
 
-from tqdm import tqdm
+from fastkd.training.progress import Bar
 
 LINE_EVERY_SECONDS = 10.0
 _PASSES = {"first": "spectra", "second": "shared basis"}
-
-
-class _Bar(tqdm):
-    """tqdm without its monitor thread."""
-
-    monitor_interval = 0
 
 
 class AnalysisProgress:
@@ -29,7 +23,7 @@ class AnalysisProgress:
     def __init__(self, shows: bool = True, stream: TextIO | None = None) -> None:
         self.shows = shows
         self.stream = stream or sys.stderr
-        self._bar: _Bar | None = None
+        self._bar: Bar | None = None
         self._label = ""
         self._done = self._total = self._skipped = 0
         self._line_at = 0.0
@@ -57,7 +51,7 @@ class AnalysisProgress:
         self._done, self._total, self._skipped = done, total, 0
         self._line_at = time.monotonic()
         if self.shows and self.stream.isatty():
-            self._bar = _Bar(
+            self._bar = Bar(
                 total=total, initial=done, desc=self._label, unit="image", file=self.stream,
                 leave=False, dynamic_ncols=True,
             )  # fmt: skip

@@ -8,23 +8,12 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import numpy as np
+import torch
 
-from fastkd.analysis.results import Distribution, LayerResult, ModelResult, Sep
+from fastkd.analysis.results import LayerResult, ModelResult, Sep
+from fastkd.ops.sep import bandwidth
 
 UNTRAINED = "untrained"
-
-# White noise reaches 0.5 exactly at half its bins; rounding must not make it miss that.
-_TIE = 1e-12
-
-
-def measured(values: np.ndarray) -> np.ndarray:
-    """The values of images that have one: NaN left out."""
-    return values[np.isfinite(values)]
-
-
-def distribution(values: np.ndarray) -> Distribution:
-    """How a number is distributed over the images that have one; all NaN where none has."""
-    return Distribution.of(measured(values))
 
 
 def excess_overlap(overlap: np.ndarray | float, random: float) -> np.ndarray | float:
@@ -52,11 +41,9 @@ def bandwidths(curve: np.ndarray, levels: Iterable[float]) -> np.ndarray:
         levels: parts of the energy.
 
     Returns:
-        [levels] float64 in (0, 1]; 1 where the curve never reaches the level.
+        [levels] float64 in (0, 1], see `fastkd.ops.sep.bandwidth`.
     """
-    wanted = np.asarray(list(levels)) * (1 - _TIE)
-    bins = np.minimum((curve[None, :] < wanted[:, None]).sum(axis=1) + 1, len(curve))
-    return bins / len(curve)
+    return bandwidth(torch.tensor(curve), list(levels)).numpy()
 
 
 def white_noise_bandwidths(sep: Sep) -> np.ndarray:

@@ -308,8 +308,8 @@ def _layer_numbers(layer: LayerResult) -> dict[str, Any]:
         "tokens": layer.tokens,
         "channels": layer.channels,
         "ranks": _rank_numbers(layer.ranks),
-        "effective_rank": _plain(readings.distribution(layer.effective_rank)),
-        "stable_rank": _plain(readings.distribution(layer.stable_rank)),
+        "effective_rank": _plain(Distribution.of(layer.effective_rank)),
+        "stable_rank": _plain(Distribution.of(layer.stable_rank)),
     }
     if layer.sep:
         widths = layer.sep.bandwidths.tolist()
@@ -337,8 +337,8 @@ def _rank_numbers(ranks: Ranks) -> dict[str, Any]:
 def _rotation_numbers(found: Subspaces) -> dict[str, Any]:
     return {
         "k": found.k,
-        "overlap_shared": _plain(readings.distribution(found.overlap_shared)),
-        "overlap_pairs": _plain(readings.distribution(found.overlap_pairs)),
+        "overlap_shared": _plain(Distribution.of(found.overlap_shared)),
+        "overlap_pairs": _plain(Distribution.of(found.overlap_pairs)),
         "overlap_random": found.overlap_random,
     }
 
@@ -367,7 +367,7 @@ def _summary_lines(model: ModelResult) -> Iterable[str]:
     yield f"  rank@{readings.percent(level)}, mean (p99) over images: {own}{shared}"
     if last.shared and last.shared.rotation:
         yield "  overlap with the shared subspace (random): " + ", ".join(
-            f"k = {found.k}: {readings.distribution(found.overlap_shared).mean:.3f} "
+            f"k = {found.k}: {Distribution.of(found.overlap_shared).mean:.3f} "
             f"({found.overlap_random:.3f})"
             for found in last.shared.rotation
         )

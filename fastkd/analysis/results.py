@@ -6,15 +6,14 @@ to read a distribution off per-image values; nothing of how anything was measure
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 
-# Parts of an image's energy at which ranks are read, and of a token's at which bandwidths are.
-LEVELS = (0.80, 0.90, 0.95, 0.99)
-BANDWIDTH_LEVELS = (0.5, 0.6, 0.7, 0.8, 0.9)
+
+def measured(values: np.ndarray) -> np.ndarray:
+    """The values of images that have one: NaN left out."""
+    return values[np.isfinite(values)]
 
 
 @dataclass(frozen=True)
@@ -40,11 +39,12 @@ class Distribution:
 
     @classmethod
     def of(cls, values: np.ndarray) -> Distribution:
-        """The distribution of values [images]; all NaN where there is none."""
-        if len(values) == 0:
+        """The distribution of `measured` values [images]; all NaN where there is none."""
+        found = measured(values)
+        if len(found) == 0:
             return cls(*[float("nan")] * 6)
-        quartiles = np.percentile(values, (25, 50, 75, 99)).tolist()
-        return cls(float(np.mean(values)), float(np.std(values)), *quartiles)
+        percentiles = np.percentile(found, (25, 50, 75, 99)).tolist()
+        return cls(float(np.mean(found)), float(np.std(found)), *percentiles)
 
 
 @dataclass(frozen=True)
@@ -262,5 +262,5 @@ def intervals(samples: np.ndarray, confidence: float) -> np.ndarray:
         [..., 2] float64: lower and upper end.
     """
     tail = 100 * (1 - confidence) / 2
-    ends: Sequence[Any] = np.percentile(samples, (tail, 100 - tail), axis=0)
-    return np.stack(list(ends), axis=-1)
+    lower, upper = np.percentile(samples, (tail, 100 - tail), axis=0)
+    return np.stack([lower, upper], axis=-1)

@@ -24,7 +24,7 @@ class Resume:
         name: of the model's files.
         rank: this process.
         size: number of processes.
-        wanted: whether an interrupted analysis is continued; else its files are removed.
+        wanted: whether to go on with what is there; else every pass starts anew and writes over it.
     """
 
     def __init__(

@@ -8,7 +8,6 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +18,14 @@ from fastkd.analysis.arrays import ArraySource, is_array_folder
 from fastkd.analysis.images import ImageSelection, open_images
 from fastkd.analysis.progress import AnalysisProgress
 from fastkd.analysis.report import Report, check_comparable
-from fastkd.analysis.results import BANDWIDTH_LEVELS, LEVELS
 from fastkd.analysis.resume import Resume, difference, plain_json
 from fastkd.analysis.shared import SUBSPACES
 from fastkd.analysis.sources import LayerChoice, ModelSource, TokenSource
 from fastkd.analysis.study import Settings, Study
 from fastkd.analysis.subjects import resolve
+from fastkd.environment import version
+from fastkd.ops.sep import LEVELS as BANDWIDTH_LEVELS
+from fastkd.ops.spectrum import LEVELS
 from fastkd.training.atomic import remove_leftovers, write_text
 from fastkd.training.checkpoint import LAST
 from fastkd.training.datasets import Data
@@ -170,9 +171,11 @@ def analyze(
             "img_size": img_size,
             "bandwidth_levels": BANDWIDTH_LEVELS,
         }
-        saved = [Report.load(str(subject)) for subject in subjects if _is_report(subject)]
+        saved = {n: Report.load(str(x)) for n, x in enumerate(subjects) if _is_report(x)}
         if len(saved) < len(subjects):  # before anything is measured in vain
-            check_comparable("analyze", [described, *(report.settings for report in saved)])
+            check_comparable(
+                "analyze", [described, *(report.settings for report in saved.values())]
+            )
         folder = None if output is None else Path(output)
         progress = AnalysisProgress(shows=peers.is_main and not quiet)
         run = _Run(feed, settings, described, peers, progress, folder, resume)
@@ -181,7 +184,10 @@ def analyze(
             for subject in subjects
         ]
         report = Report.merged(
-            [run.report_of(n, subject, **own[n]) for n, subject in enumerate(subjects)]
+            [
+                saved[n] if n in saved else run.report_of(n, subject, **own[n])
+                for n, subject in enumerate(subjects)
+            ]
         )
         asked = {"compare_paper": compare_paper, "command": command}
         report = replace(report, settings=report.settings | asked)
@@ -295,13 +301,12 @@ class _Run:
             )
 
     def report_of(self, number: int, subject: Model, **options: Any) -> Report:
-        """The report of one model: read, kept from before, or measured now."""
-        if _is_report(subject):
-            return Report.load(str(subject))
+        """The report of one model: kept from before, or measured now."""
         source = self.feed.source(subject, **options)
         state = Resume(self.kept, f"{number:02}", self.peers.rank, self.peers.size, self.resume)
         study = Study(source, self.settings, self.peers, state, self.progress)
-        done = self._kept_report(number, plain_json(study.fingerprint()))
+        fingerprint = plain_json(study.fingerprint)
+        done = self._kept_report(number, fingerprint)
         if done is not None:
             self.progress.say(f"{source.name}: kept from before")
             return done
@@ -313,7 +318,7 @@ class _Run:
         if self.kept is not None and self.peers.is_main:
             report.save(self.kept / f"{number:02}", figures=False)
             # Last: a report without it is not yet whole.
-            write_text(self._key(number), plain_json(study.fingerprint()))
+            write_text(self._key(number), fingerprint)
         return report
 
     def _key(self, number: int) -> Path:
@@ -398,14 +403,7 @@ def _environment(peers: World) -> dict[str, str]:
     on_gpu = peers.device.type == "cuda"
     return {
         "python": platform.python_version(),
-        **{name: _version(name) for name in ("fastkd", "torch", "timm", "numpy")},
+        **{name: version(name) for name in ("fastkd", "torch", "timm", "numpy")},
         "device": torch.cuda.get_device_name(peers.device) if on_gpu else "cpu",
         "processes": str(peers.size),
     }
-
-
-def _version(package: str) -> str:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return "not installed"  # but run from its sources

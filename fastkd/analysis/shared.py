@@ -17,10 +17,17 @@ from torch import Tensor
 
 from fastkd.analysis.accumulator import Accumulator, Rows, only
 from fastkd.analysis.moments import SharedBasis
-from fastkd.analysis.results import LEVELS, Curve, Ranks, SharedView, Subspaces
-from fastkd.analysis.spectra import checked_levels
+from fastkd.analysis.results import Curve, Ranks, SharedView, Subspaces
 from fastkd.ops.precision import exact_float32
-from fastkd.ops.spectrum import energy_curve, overlap, principal_angles, rank_at, subspace
+from fastkd.ops.spectrum import (
+    LEVELS,
+    energy_curve,
+    overlap,
+    principal_angles,
+    rank_at,
+    subspace,
+)
+from fastkd.ops.spectrum.measures import levels_of
 
 SUBSPACES = (1, 4, 16, 64)
 RANDOM_SAMPLES = 64  # pairs of random subspaces whose angles are averaged
@@ -52,7 +59,7 @@ class InSharedBasis(Accumulator):
         if any(k < 1 for k in subspaces):
             raise ValueError(f"InSharedBasis: subspaces must be >= 1, got {tuple(subspaces)}")
         self.basis = basis
-        self.levels = checked_levels("InSharedBasis", levels)
+        self.levels = levels_of("InSharedBasis", levels, "levels")
         self.subspaces = tuple(sorted(set(subspaces)))
         self.pairs = Rows()
         self._waiting: dict[int, Tensor] = {}

@@ -16,8 +16,15 @@ import torch
 from torch import Tensor
 
 from fastkd.analysis.accumulator import Accumulator, mean_and_std
-from fastkd.analysis.results import LEVELS, Curve, Ranks
-from fastkd.ops.spectrum import effective_rank, energy_curve, spectral_ranks, stable_rank
+from fastkd.analysis.results import Curve, Ranks
+from fastkd.ops.spectrum import (
+    LEVELS,
+    effective_rank,
+    energy_curve,
+    spectral_ranks,
+    stable_rank,
+)
+from fastkd.ops.spectrum.measures import levels_of
 
 
 @dataclass(frozen=True)
@@ -64,7 +71,7 @@ class ImageSpectra(Accumulator):
 
     def __init__(self, levels: Sequence[float] = LEVELS) -> None:
         super().__init__()
-        self.levels = checked_levels("ImageSpectra", levels)
+        self.levels = levels_of("ImageSpectra", levels, "levels")
 
     def options(self) -> dict[str, Any]:
         """The levels."""
@@ -117,14 +124,3 @@ class ImageSpectra(Accumulator):
             finite=rows["finite"],
             without_energy=int(rows["finite"].sum()) - int(self.sums["known"]),
         )
-
-
-def checked_levels(caller: str, levels: Sequence[float]) -> tuple[float, ...]:
-    """Levels as a tuple.
-
-    Raises:
-        ValueError: there are none, or one is outside (0, 1].
-    """
-    if len(levels) == 0 or not all(0 < level <= 1 for level in levels):
-        raise ValueError(f"{caller}: levels must lie in (0, 1], got {tuple(levels)}")
-    return tuple(float(level) for level in levels)

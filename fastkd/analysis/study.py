@@ -11,7 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -20,14 +20,16 @@ from torch import Tensor
 
 from fastkd.analysis.accumulator import Accumulator
 from fastkd.analysis.moments import SecondMoment
-from fastkd.analysis.pattern import CONVENTIONS, TokenPattern
+from fastkd.analysis.pattern import TokenPattern
 from fastkd.analysis.progress import AnalysisProgress
-from fastkd.analysis.results import LEVELS, LayerResult, ModelResult
+from fastkd.analysis.results import LayerResult, ModelResult
 from fastkd.analysis.resume import Resume
 from fastkd.analysis.shared import SUBSPACES, InSharedBasis
 from fastkd.analysis.sources import Batch, TokenSource
-from fastkd.analysis.spectra import ImageSpectra, checked_levels
-from fastkd.ops.spectrum import MOST_LEVELS
+from fastkd.analysis.spectra import ImageSpectra
+from fastkd.ops.sep import CONVENTIONS
+from fastkd.ops.spectrum import LEVELS, MOST_LEVELS
+from fastkd.ops.spectrum.measures import levels_of
 from fastkd.ops.threads import each
 from fastkd.training.distributed import World
 from fastkd.training.interrupt import StopRequest
@@ -66,7 +68,7 @@ class Settings:
     max_unreadable: float = 0.05
 
     def __post_init__(self) -> None:
-        checked_levels("analyze", self.levels)
+        levels_of("analyze", self.levels, "levels")
         if len(self.levels) > MOST_LEVELS:
             raise ValueError(
                 f"analyze: levels may be {MOST_LEVELS} at most, got {len(self.levels)}"
@@ -129,7 +131,7 @@ class Study:
         Raises:
             RuntimeError: more images are unreadable than allowed, or none is left.
         """
-        self.resume.open(self.fingerprint())
+        self.resume.open(self.fingerprint)
         with StopRequest() as stop:
             first = self._pass("first", [self._first_measures(i) for i in self._layers()], stop)
             self._merge_first(first, stop)
@@ -143,6 +145,7 @@ class Study:
             self._stop_together(stop)
         return self._result(first, second)
 
+    @cached_property
     def fingerprint(self) -> dict[str, Any]:
         """What the numbers depend on, as plain values.
 

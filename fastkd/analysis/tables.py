@@ -12,7 +12,15 @@ import numpy as np
 
 from fastkd.analysis import readings
 from fastkd.analysis.published import Match, match, published
-from fastkd.analysis.results import Distribution, LayerResult, ModelResult, Ranks, Sep, SepTest
+from fastkd.analysis.results import (
+    Distribution,
+    LayerResult,
+    ModelResult,
+    Ranks,
+    Sep,
+    SepTest,
+    measured,
+)
 from fastkd.analysis.table import ANGLES, BESIDE, INTERVAL, SPREAD, STATISTICS, Column, Table
 
 _LAYER_COLUMNS = (
@@ -116,8 +124,8 @@ def layer_ranks(models: Sequence[ModelResult]) -> Table:
         (
             *_layer_cells(model, layer),
             *(_rank_statistics(layer.ranks, level) for level in levels),
-            _spread(readings.distribution(layer.effective_rank)),
-            _spread(readings.distribution(layer.stable_rank)),
+            _spread(Distribution.of(layer.effective_rank)),
+            _spread(Distribution.of(layer.stable_rank)),
         )
         for model in models
         for layer in model.layers
@@ -446,16 +454,16 @@ def _permutation_rows(test: SepTest) -> Iterable[tuple[Any, ...]]:
 def _rotation_rows(model: ModelResult) -> Iterable[tuple[Any, ...]]:
     for layer in model.layers:
         for found in layer.shared.rotation if layer.shared else []:
-            overlaps = [readings.measured(o) for o in (found.overlap_shared, found.overlap_pairs)]
+            overlaps = [measured(o) for o in (found.overlap_shared, found.overlap_pairs)]
             excesses = [readings.excess_overlap(o, found.overlap_random) for o in overlaps]
             yield (
                 model.name,
                 layer.name,
                 layer.channels,
                 found.k,
-                *(_spread(readings.distribution(overlap)) for overlap in overlaps),
+                *(_spread(Distribution.of(overlap)) for overlap in overlaps),
                 found.overlap_random,
-                *(_spread(readings.distribution(np.asarray(excess))) for excess in excesses),
+                *(_spread(Distribution.of(np.asarray(excess))) for excess in excesses),
                 readings.first_median_last(found.angles_shared),
                 readings.first_median_last(found.angles_pairs),
                 readings.first_median_last(found.angles_random),
@@ -482,7 +490,7 @@ def _comparison_row(
         found = rotations.get(size)
         if found is None:
             return None
-        mean = readings.distribution(getattr(found, which)).mean
+        mean = Distribution.of(getattr(found, which)).mean
         return float(readings.excess_overlap(mean, found.overlap_random))
 
     return (
@@ -492,7 +500,7 @@ def _comparison_row(
         last.channels,
         _rank_statistics(last.ranks, highest),
         _rank_statistics(shared.ranks, highest) if shared else (None,) * 3,
-        readings.distribution(last.effective_rank).mean,
+        Distribution.of(last.effective_rank).mean,
         *(excess(size, "overlap_shared") for size in sizes),
         *(excess(size, "overlap_pairs") for size in sizes),
         *(widths.get(level) for level in levels),

@@ -5,8 +5,6 @@ import numpy as np
 from fastkd.analysis.readings import bandwidths
 from fastkd.analysis.report import Report
 from fastkd.analysis.results import (
-    BANDWIDTH_LEVELS,
-    LEVELS,
     Curve,
     LayerResult,
     ModelResult,
@@ -17,6 +15,8 @@ from fastkd.analysis.results import (
     Subspaces,
     intervals,
 )
+from fastkd.ops.sep import LEVELS as BANDWIDTH_LEVELS
+from fastkd.ops.spectrum import LEVELS
 
 SETTINGS = {
     "data": "imagenet/val",

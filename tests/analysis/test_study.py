@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import io
-import os
 import signal
-import socket
 
 import numpy as np
 import pytest
 import torch
-import torch.multiprocessing as multiprocessing
 
 from fastkd.analysis import InSharedBasis, codec, resume, study
 from fastkd.analysis.progress import AnalysisProgress
@@ -19,6 +16,7 @@ from fastkd.analysis.resume import Resume
 from fastkd.analysis.study import Settings, Study
 from fastkd.training.distributed import World, world
 from tests.analysis.made_tokens import Interrupted, TensorSource, in_plane, normal, waves
+from tests.harness.torchrun import run_ranks
 
 ALONE = World(torch.device("cpu"))
 QUICK = {"permutations": 5, "subspaces": (1, 4)}
@@ -237,7 +235,7 @@ def test_images_that_are_not_finite_in_any_layer_are_counted():
     [
         ({"convention": "half"}, "sep must be one of"),
         ({"shared": "first"}, "shared must be one of"),
-        ({"levels": (2,)}, "levels must lie in"),
+        ({"levels": (2,)}, "levels must be in"),
         ({"levels": (0.5,) * 9}, "levels may be 8 at most, got 9"),
         ({"subspaces": (0,)}, "subspaces must be >= 1"),
         ({"permutations": -1}, "permutations must be >= 0, got -1"),
@@ -259,15 +257,7 @@ def test_progress_is_plain_lines_where_there_is_no_terminal(monkeypatch):
     assert stream.getvalue() == "vit: spectra: 6 of 10 images, 1 unreadable\n"
 
 
-def run_rank(rank: int, port: int, output: str) -> None:
-    torch.set_num_threads(1)
-    os.environ.update(
-        MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(port),
-        RANK=str(rank),
-        LOCAL_RANK=str(rank),
-        WORLD_SIZE="2",
-    )
+def measure_on_rank(rank: int, output: str) -> None:
     results = []
     with world("cpu") as peers:
         for images in (13, 2):
@@ -279,10 +269,7 @@ def run_rank(rank: int, port: int, output: str) -> None:
 
 
 def test_two_processes_give_the_numbers_of_one(tmp_path):
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = listener.getsockname()[1]
-    multiprocessing.spawn(run_rank, (port, str(tmp_path)), nprocs=2)
+    run_ranks(measure_on_rank, str(tmp_path))
     expected: dict = {}
     one = [
         measure(TensorSource(*layers(images), unreadable=[5]), max_unreadable=0.5)

@@ -13,6 +13,8 @@ import torch
 from fastkd.ops.launch import KernelLaunch
 
 ARCHS = (80, 90, 100)
+_REGISTERS = 65536  # of a multiprocessor
+_SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes that a program can have
 _TYPES = {
     torch.float64: "*fp64",
     torch.float32: "*fp32",
@@ -79,6 +81,16 @@ def compile_launch(launch: KernelLaunch, arch: int) -> Compiled:
     compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=launch.options)
     registers, stack = _resources(compiled.asm["cubin"])
     return Compiled(registers, stack, compiled.metadata.shared, compiled.asm["ptx"])
+
+
+def compile_fitting(launch: KernelLaunch, arch: int) -> Compiled:
+    """`compile_launch`, and assert that a program fits a multiprocessor and nothing spills."""
+    compiled = compile_launch(launch, arch)
+    name = launch.kernel.__name__
+    assert compiled.stack == 0, name
+    assert compiled.shared <= _SHARED[arch], name
+    assert compiled.registers * 32 * launch.num_warps <= _REGISTERS, name
+    return compiled
 
 
 def _resources(cubin: bytes) -> tuple[int, int]:

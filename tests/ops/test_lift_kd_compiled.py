@@ -8,12 +8,10 @@ import torch
 from fastkd.ops.feature_kd.reference import LOSSES
 from fastkd.ops.lift_kd.projection import Projection
 from fastkd.ops.lift_kd.reference import stats_shape
-from tests.harness import aot
+from tests.harness.aot import ARCHS, compile_fitting
 
 tiles = pytest.importorskip("fastkd.ops.lift_kd.tiles")
 triton = pytest.importorskip("fastkd.ops.lift_kd.triton")
-
-SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes per program
 
 # Ds, Dt
 WIDTHS = {
@@ -53,47 +51,38 @@ def launches(widths, loss, dtype, arch, *, pool=True, parts=("norm_weight", "nor
     return [*started, *work.launches(band, scalar, upstream), *work.finish_launches()]
 
 
-def check(launch, arch: int) -> aot.Compiled:
-    compiled = aot.compile_launch(launch, arch)
-    name = launch.kernel.__name__
-    assert compiled.stack == 0, name
-    assert compiled.shared <= SHARED[arch], name
-    assert compiled.registers * 32 * launch.num_warps <= 65536, name
-    return compiled
-
-
-@pytest.mark.parametrize("arch", aot.ARCHS)
+@pytest.mark.parametrize("arch", ARCHS)
 @pytest.mark.parametrize("loss", LOSSES)
 def test_every_kernel_fits_without_spilling(loss, arch):
     for launch in launches(WIDTHS["tiny"], loss, torch.bfloat16, arch, parts=ALL):
-        check(launch, arch)
+        compile_fitting(launch, arch)
 
 
-@pytest.mark.parametrize("arch", aot.ARCHS)
+@pytest.mark.parametrize("arch", ARCHS)
 @pytest.mark.parametrize("widths", [x for x in WIDTHS if x != "tiny"])
 def test_other_widths_fit_without_spilling(widths, arch):
     for launch in launches(WIDTHS[widths], "spectral", torch.bfloat16, arch):
-        check(launch, arch)
+        compile_fitting(launch, arch)
 
 
-@pytest.mark.parametrize("arch", aot.ARCHS)
+@pytest.mark.parametrize("arch", ARCHS)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
 def test_other_dtypes_fit_without_spilling(dtype, arch):
     for launch in launches(WIDTHS["tiny"], "spectral", dtype, arch, parts=ALL):
-        check(launch, arch)
+        compile_fitting(launch, arch)
 
 
 @pytest.mark.parametrize("parts", [(), ("bias",), ("bias", "norm_weight")], ids=str)
 def test_other_options_fit_without_spilling(parts):
     for launch in launches(WIDTHS["tiny"], "cosine", torch.bfloat16, 90, pool=False, parts=parts):
-        check(launch, 90)
+        compile_fitting(launch, 90)
 
 
 def test_products_run_on_the_tensor_cores_of_an_h100():
     products = {"forward", "token_gradient", "weight_gradient"}
     for launch in launches(WIDTHS["tiny"], "spectral", torch.bfloat16, 90):
         if launch.kernel.__name__ in products:
-            assert "wgmma.mma_async" in check(launch, 90).ptx
+            assert "wgmma.mma_async" in compile_fitting(launch, 90).ptx
             products.discard(launch.kernel.__name__)
     assert not products
 
@@ -101,4 +90,4 @@ def test_products_run_on_the_tensor_cores_of_an_h100():
 def test_tokens_and_teacher_come_in_16_bytes_at_once():
     for launch in launches(WIDTHS["tiny"], "mse", torch.bfloat16, 90):
         if launch.kernel.__name__ in ("forward", "token_gradient"):
-            assert "ld.global.v4.b32" in check(launch, 90).ptx
+            assert "ld.global.v4.b32" in compile_fitting(launch, 90).ptx

@@ -7,11 +7,10 @@ import torch
 
 from fastkd.ops.second_moment import LONG_SHAPE
 from fastkd.ops.second_moment.reference import WEIGHTS
-from tests.harness import aot
+from tests.harness.aot import ARCHS, compile_fitting
 
 triton = pytest.importorskip("fastkd.ops.second_moment.triton")
 
-SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes per program
 HALVES = [torch.bfloat16, torch.float16]
 
 WIDTHS = [192, 384, 1040, 219, 1001, 4096]
@@ -34,52 +33,43 @@ def launches(channels: int, weight: str, dtype: torch.dtype, *, cls_token: bool 
     return started
 
 
-def check(launch, arch: int) -> aot.Compiled:
-    compiled = aot.compile_launch(launch, arch)
-    name = launch.kernel.__name__
-    assert compiled.stack == 0, name
-    assert compiled.shared <= SHARED[arch], name
-    assert compiled.registers * 32 * launch.num_warps <= 65536, name
-    return compiled
-
-
 def products(*arguments, **options):
     return next(x for x in launches(*arguments, **options) if x.kernel is triton.tile_moments)
 
 
-@pytest.mark.parametrize("arch", aot.ARCHS)
+@pytest.mark.parametrize("arch", ARCHS)
 @pytest.mark.parametrize("weight", WEIGHTS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_every_kernel_fits_without_spilling(dtype, weight, arch):
     for launch in launches(384, weight, dtype):
-        check(launch, arch)
+        compile_fitting(launch, arch)
 
 
-@pytest.mark.parametrize("arch", aot.ARCHS)
+@pytest.mark.parametrize("arch", ARCHS)
 @pytest.mark.parametrize("weight", WEIGHTS)
 @pytest.mark.parametrize(("channels", "dtype"), OTHERS.values(), ids=OTHERS)
 def test_the_products_of_other_widths_fit_without_spilling(channels, dtype, weight, arch):
-    check(products(channels, weight, dtype), arch)
+    compile_fitting(products(channels, weight, dtype), arch)
 
 
 @pytest.mark.parametrize("weight", WEIGHTS)
 def test_float16_fits_without_spilling(weight):
     for launch in launches(384, weight, torch.float16):
-        check(launch, 90)
+        compile_fitting(launch, 90)
 
 
 @pytest.mark.parametrize("channels", [192, 384])
 @pytest.mark.parametrize("weight", WEIGHTS)
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 def test_products_run_on_the_tensor_cores_of_an_h100(dtype, weight, channels):
-    compiled = check(products(channels, weight, dtype), 90)
+    compiled = compile_fitting(products(channels, weight, dtype), 90)
     assert "wgmma.mma_async" in compiled.ptx
 
 
 def test_tokens_come_in_16_bytes_at_once_without_a_copy_of_a_sliced_off_class_token():
     weights, moments, _, *_ = launches(384, "row_norm", torch.bfloat16, cls_token=True)
-    assert "ld.global.v4.b32" in check(weights, 90).ptx
-    assert "cp.async.cg.shared.global" in check(moments, 90).ptx
+    assert "ld.global.v4.b32" in compile_fitting(weights, 90).ptx
+    assert "cp.async.cg.shared.global" in compile_fitting(moments, 90).ptx
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 1), (1, 1, 24), (5, 1, 24), (1, 5, 1)], ids=str)
@@ -87,7 +77,7 @@ def test_sizes_of_one_which_triton_takes_for_constants_compile(shape):
     tokens = torch.empty(shape, device="meta")
     moment = torch.empty(shape[2], shape[2], dtype=torch.float64, device="meta")
     for launch in triton.launches(tokens, "row_norm", moment):
-        check(launch, 90)
+        compile_fitting(launch, 90)
 
 
 def test_bands_share_one_compilation():

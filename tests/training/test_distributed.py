@@ -1,15 +1,12 @@
 """Several processes on one run: the same update, exact evaluation, one writer."""
 
-import os
-import socket
-
 import pytest
 import torch
-import torch.multiprocessing as multiprocessing
 from torch import nn
 
 from fastkd.training import Result, load_checkpoint, train
 from fastkd.training.distributed import world
+from tests.harness.torchrun import run_ranks
 from tests.training.tiny import FAST, tensor_data, vit
 
 OPTIONS = FAST | {"alpha": 0.5, "projector": "linear", "accumulation": 2, "log_interval": 1}
@@ -19,15 +16,7 @@ MEASURED = (
 )
 
 
-def run_rank(rank: int, port: int, output: str) -> None:
-    torch.set_num_threads(1)
-    os.environ.update(
-        MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(port),
-        RANK=str(rank),
-        LOCAL_RANK=str(rank),
-        WORLD_SIZE="2",
-    )
+def train_on_rank(rank: int, output: str) -> None:
     # 31 evaluation images: the ranks' shares differ by one. The main process' weights count.
     student = vit(seed=rank)
     result = train(student, vit(24, seed=1), tensor_data(70, 31), output, **OPTIONS)
@@ -48,16 +37,10 @@ def with_batch_norm() -> nn.Module:
     )
 
 
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
-
-
 def test_two_processes_run_the_same_training_as_one(tmp_path):
     train(vit(), vit(24, seed=1), tensor_data(70, 31), tmp_path / "one", **OPTIONS)
     (tmp_path / "two").mkdir()
-    multiprocessing.spawn(run_rank, (free_port(), str(tmp_path / "two")), nprocs=2)
+    run_ranks(train_on_rank, str(tmp_path / "two"))
     one, two = (load_checkpoint(tmp_path / name) for name in ("one", "two"))
     for ours, theirs in zip(one["history"], two["history"], strict=True):
         for name in MEASURED:

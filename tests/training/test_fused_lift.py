@@ -1,13 +1,10 @@
 """A Lift student's task in one fused call, against the same from written lifted tokens."""
 
 import copy
-import os
-import socket
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as multiprocessing
 import torch.nn.functional as F
 from torch import nn
 
@@ -15,6 +12,7 @@ from fastkd.models import TapOutput, create_teacher
 from fastkd.ops.feature_kd.reference import definition
 from fastkd.training.recipe import Recipe
 from fastkd.training.task import build_task
+from tests.harness.torchrun import run_ranks
 from tests.training.tiny import lift, vit
 
 LOSSES = ["mse", "spectral", "smooth_l1", "cosine"]
@@ -249,10 +247,8 @@ def test_a_whole_step_compiles_as_one_graph(loss):
         torch.testing.assert_close(ours.grad, theirs.grad)
 
 
-def run_rank(rank: int, port: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    dist.init_process_group("gloo", rank=rank, world_size=2)
+def make_gradients_on_rank(rank: int, folder: str) -> None:
+    dist.init_process_group("gloo")
     task, teacher = task_for(lift(), feature_loss="spectral")
     wrapped = nn.parallel.DistributedDataParallel(task)
     share = slice(2 * rank, 2 * rank + 2)
@@ -265,10 +261,7 @@ def run_rank(rank: int, port: int, folder: str) -> None:
 
 
 def test_two_processes_make_the_gradients_of_one(tmp_path):
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = listener.getsockname()[1]
-    multiprocessing.spawn(run_rank, (port, str(tmp_path)), nprocs=2)
+    run_ranks(make_gradients_on_rank, str(tmp_path))
     task, teacher = task_for(lift(), feature_loss="spectral")
     task(IMAGES, TARGET, teacher(IMAGES))["loss"].backward()
     ranks = [torch.load(tmp_path / f"{rank}.pth") for rank in range(2)]

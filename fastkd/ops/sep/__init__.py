@@ -78,7 +78,7 @@ def sep(
     check_tokens("sep", tokens)
     check_convention("sep", convention)
     moment = second_moment(tokens, "row_norm", backend=backend)
-    mean = sep_from_moment(moment, convention=convention)
+    mean = sep_from_moment(moment, convention)
     return (mean, _deviation(tokens, mean, convention)) if std else mean
 
 

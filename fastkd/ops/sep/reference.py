@@ -20,9 +20,7 @@ LEVELS = (0.5, 0.6, 0.7, 0.8, 0.9)
 TIE_TOLERANCE = 1e-6  # a curve that meets a level up to rounding (float32) has reached it
 
 
-def sep_from_moment(
-    moment: Tensor, count: Tensor | float | None = None, convention: str = "full"
-) -> Tensor:
+def sep_from_moment(moment: Tensor, convention: str = "full") -> Tensor:
     """Mean SEP curve of the tokens of a row-normalised second moment; one FFT of length D.
 
     Allocates as much as ``moment``.
@@ -30,8 +28,6 @@ def sep_from_moment(
     Args:
         moment: [..., D, D], ``second_moment(tokens, "row_norm")`` or a sum of several; moments
             with permuted channels (`permuted_moment`) can be done at once.
-        count: number of tokens with energy, [...] or one for all; by default the trace, which is
-            the same up to rounding and lets the curve end at 1 exactly.
         convention: ``"full"`` or ``"folded"``, as in `fastkd.ops.sep.sep`.
 
     Returns:
@@ -51,10 +47,9 @@ def sep_from_moment(
     wrapped = (channel[:, None] + channel) % channels
     autocorrelation = moment.gather(-1, wrapped.expand_as(moment)).sum(dim=-2)
     power = torch.fft.rfft(autocorrelation).real.clamp(min=0)
-    if count is None:
-        count = moment.diagonal(dim1=-2, dim2=-1).sum(dim=-1)
-    count = torch.as_tensor(count, dtype=moment.dtype, device=moment.device)
-    return _bins(power, channels, convention).cumsum(dim=-1) / (channels * count[..., None])
+    # The number of tokens up to rounding, which so lets the curve end at 1 exactly.
+    trace = moment.diagonal(dim1=-2, dim2=-1).sum(dim=-1, keepdim=True)
+    return _bins(power, channels, convention).cumsum(dim=-1) / (channels * trace)
 
 
 def sep_power(tokens: Tensor) -> Tensor:

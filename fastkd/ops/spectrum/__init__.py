@@ -72,7 +72,7 @@ def spectrum(x: Tensor, *, backend: str = "auto") -> Tensor:
     r"""Energies of every matrix: its squared singular values s_1^2 >= s_2^2 >= ...
 
     They are the eigenvalues of the smaller Gram matrix (`gram`). On a CPU it is made and solved in
-    float64, so that energies down to about 1e-14 of the total are right; elsewhere in float32, with
+    float64, so that energies down to about 1e-10 of the total are right; elsewhere in float32, with
     errors of a few 1e-7 of the total, so that smaller energies are rounding. Nothing is centred.
     Allocates [..., n, n]; the library's solver, where it is the one that runs, may synchronise with
     the host.
@@ -115,7 +115,7 @@ def spectral_ranks(
 
     Raises:
         TypeError: ``x`` is no floating-point tensor.
-        ValueError: it has no tokens or channels, or a q is out of range.
+        ValueError: it has no tokens or channels, or a q is out of range or missing.
         RuntimeError: ``backend`` names one that cannot run here, and why.
     """
     _check("spectral_ranks", x)

@@ -34,7 +34,7 @@ def rank_at(energies: Tensor, q: float | Sequence[float] = LEVELS) -> Tensor:
 
     Raises:
         TypeError: ``energies`` are no floating-point tensor.
-        ValueError: they are empty, or a q is out of range.
+        ValueError: they are empty, or a q is out of range or missing.
     """
     check_energies("rank_at", energies)
     ranks = reference.ranks_of(_wide(energies.detach()), levels_of("rank_at", q))
@@ -116,15 +116,20 @@ def singular_values_of(energies: Tensor) -> Tensor:
     return torch.where(zero, 0.0, torch.where(zero, 1.0, energies).sqrt())
 
 
-def levels_of(caller: str, q: float | Sequence[float]) -> tuple[float, ...]:
+def levels_of(caller: str, q: float | Sequence[float], name: str = "q") -> tuple[float, ...]:
     """Parts of the energy as a tuple, be it one or several.
 
+    Args:
+        caller: named in errors.
+        q: what was given.
+        name: the argument's name.
+
     Raises:
-        ValueError: one is outside (0, 1]; names the caller and what came.
+        ValueError: one is outside (0, 1], or there is none.
     """
     levels = tuple(map(float, q)) if isinstance(q, Iterable) else (float(q),)
-    if not all(0 < level <= 1 for level in levels):
-        raise ValueError(f"{caller}: q must be in (0, 1], got {list(levels)}")
+    if not levels or not all(0 < level <= 1 for level in levels):
+        raise ValueError(f"{caller}: {name} must be in (0, 1], got {list(levels)}")
     return levels
 
 

@@ -41,7 +41,7 @@ def smaller_side(x: Tensor) -> Tensor:
 
 
 def solver_dtype(x: Tensor) -> torch.dtype:
-    """float64 on a CPU, where it costs little and keeps energies of 1e-12 of the total."""
+    """float64 on a CPU, where it costs little and keeps energies of 1e-10 of the total."""
     return torch.float64 if x.device.type == "cpu" else accumulator_dtype(x)
 
 
@@ -87,11 +87,11 @@ def solve(gram: Tensor, levels: tuple[float, ...]) -> tuple[Tensor, Tensor]:
 
 
 def _energies(gram: Tensor) -> Tensor:
-    finite = _finite(gram)
+    is_finite = finite(gram)
     # The solvers refuse NaN on a CPU and may not end on a GPU.
-    energies = torch.linalg.eigvalsh(torch.where(finite, gram, 0.0)).clamp_min(0).flip(-1)
-    finite = finite.squeeze(-1) & energies[..., :1].isfinite()
-    return torch.where(finite, energies, torch.nan)
+    energies = torch.linalg.eigvalsh(torch.where(is_finite, gram, 0.0)).clamp_min(0).flip(-1)
+    is_finite = is_finite.squeeze(-1) & energies[..., :1].isfinite()
+    return torch.where(is_finite, energies, torch.nan)
 
 
 def ranks_of(energies: Tensor, levels: tuple[float, ...]) -> Tensor:
@@ -134,10 +134,12 @@ def backward(upstream: Tensor, x: Tensor, gram: Tensor) -> Tensor:
     matrices = gram.detach()
 
     def weigh(share: slice) -> None:
-        finite = _finite(matrices[share])
-        vectors = torch.linalg.eigh(torch.where(finite, matrices[share], 0.0)).eigenvectors.flip(-1)
+        is_finite = finite(matrices[share])
+        vectors = torch.linalg.eigh(torch.where(is_finite, matrices[share], 0.0)).eigenvectors.flip(
+            -1
+        )
         weighted = (vectors * twice[share].unsqueeze(-2)) @ vectors.mT
-        weight[share] = torch.where(finite, weighted, torch.nan)
+        weight[share] = torch.where(is_finite, weighted, torch.nan)
 
     with exact_float32():
         over_shares(weigh, gram, 4 * gram.shape[-1] ** 3)
@@ -154,7 +156,7 @@ def multiply_smaller_side(weight: Tensor, x: Tensor) -> Tensor:
     return product
 
 
-def _finite(gram: Tensor) -> Tensor:
+def finite(gram: Tensor) -> Tensor:
     """Which matrices are finite, [B, 1, 1] bool."""
     return gram.isfinite().all(dim=-1, keepdim=True).all(dim=-2, keepdim=True)
 

@@ -50,7 +50,7 @@ def _top(tokens: Tensor, k: int) -> Tensor:
     """`subspace` of [B, N, D]."""
     rows = reference.smaller_side(tokens.double())
     gram = rows @ rows.mT
-    finite = gram.isfinite().all(dim=-1, keepdim=True).all(dim=-2, keepdim=True)
+    finite = reference.finite(gram)
     energies, vectors = torch.linalg.eigh(torch.where(finite, gram, 0.0))
     energies, vectors = energies[..., -k:].flip(-1), vectors[..., -k:].flip(-1)
     values = energies.clamp_min(0).sqrt().unsqueeze(-2)

@@ -1,0 +1,11 @@
+"""The one progress bar of this package. Knows nothing of what is counted."""
+
+from __future__ import annotations
+
+from tqdm import tqdm
+
+
+class Bar(tqdm):
+    """tqdm without its monitor thread, of which many short runs would see one come and stay."""
+
+    monitor_interval = 0
