@@ -271,7 +271,7 @@ class _Experiment:
             seeds=self.seeds,
             train_images=len(self.digits.train),
             held_out_images=len(self.digits.held_out),
-            teacher_top1=taught.top1,
+            teacher_top1=_top1(taught),
             teacher_parameters=taught.parameters,
             scores=[_scores(contender, results[contender.key]) for contender in CONTENDERS],
             ranks=self.ranks,
@@ -316,7 +316,7 @@ class _Experiment:
         result = run(folder)
         self.kept += finished_before
         seconds = None if finished_before else time.monotonic() - started
-        self.progress.finish(name, result.top1, seconds)
+        self.progress.finish(name, _top1(result), seconds)
         return result
 
     def _measure(self, name: str, model: nn.Module) -> None:
@@ -324,7 +324,12 @@ class _Experiment:
 
 
 def _scores(contender: Contender, results: list[Result]) -> Scores:
-    return Scores(contender, results[0].parameters, [result.top1 for result in results])
+    return Scores(contender, results[0].parameters, [_top1(result) for result in results])
+
+
+def _top1(result: Result) -> float:
+    assert result.top1 is not None  # None is for evaluation sets without labels
+    return result.top1
 
 
 def build_teacher(settings: Settings) -> nn.Module:

@@ -22,15 +22,17 @@ class DistillationLoss(nn.Module):
 
     Source: arXiv 2511.15572. CE is smoothed for class indices; soft targets (Mixup) are taken as
     they come, smoothed by who mixed them. :math:`\alpha = 0` is what the paper's scripts call
-    "feature only": CE + w feature. KD is the logit term's weight, :math:`\alpha`.
+    "feature only": CE + w feature. KD is the logit term's weight, :math:`\alpha`. Without labels
+    the first term is left out: :math:`L = \alpha \, KD + w \, L_{feature}`.
 
     Args:
         logit: `SoftKD` or `HardKD`, whose ``weight`` is :math:`\alpha`; None is :math:`\alpha = 0`.
         feature: `FeatureKD`, whose ``weight`` is w; None leaves it out.
         label_smoothing: for targets given as class indices.
+        cross_entropy: False leaves the cross-entropy out, and targets are not looked at.
 
     Raises:
-        ValueError: :math:`\alpha` outside [0, 1], or a negative w.
+        ValueError: :math:`\alpha` outside [0, 1], a negative w, or no term at all.
     """
 
     def __init__(
@@ -38,21 +40,25 @@ class DistillationLoss(nn.Module):
         logit: SoftKD | HardKD | None = None,
         feature: FeatureKD | None = None,
         label_smoothing: float = 0.0,
+        cross_entropy: bool = True,
     ) -> None:
         super().__init__()
         if logit is not None and not 0 <= logit.weight <= 1:
             raise ValueError(f"DistillationLoss: alpha must lie in [0, 1], got {logit.weight}")
         if feature is not None and feature.weight < 0:
             raise ValueError(f"DistillationLoss: the feature weight is negative: {feature.weight}")
+        if not cross_entropy and logit is None and feature is None:
+            raise ValueError("DistillationLoss: without cross_entropy it needs logit or feature")
         self.logit = logit
         self.feature = feature
         self.label_smoothing = label_smoothing
+        self.cross_entropy = cross_entropy
 
     @property
     def names(self) -> tuple[str, ...]:
         """Keys of the dict that `forward` returns, ``"loss"`` first."""
         terms = [term.name for term in (self.logit, self.feature) if term is not None]
-        return ("loss", "ce", *terms)
+        return ("loss", *(("ce",) if self.cross_entropy else ()), *terms)
 
     def forward(
         self,
@@ -66,13 +72,13 @@ class DistillationLoss(nn.Module):
 
         Args:
             logits: [B, classes], the student's.
-            target: [B] class indices, or [B, classes] soft targets.
+            target: [B] class indices, or [B, classes] soft targets; anything without cross-entropy.
             teacher_logits: [B, classes]; needed with a logit term.
             student_tokens: by tap key; needed with a feature term.
             teacher_tokens: by tap key; needed with a feature term.
 
         Returns:
-            Scalars: ``"loss"`` (the total), ``"ce"``, and each term unweighted under its name.
+            Scalars: ``"loss"`` (the total), and each term of `names` unweighted.
 
         Raises:
             ValueError: a term is there but not what it compares.
@@ -95,7 +101,7 @@ class DistillationLoss(nn.Module):
 
         Args:
             logits: [B, classes], the student's.
-            target: [B] class indices, or [B, classes] soft targets.
+            target: [B] class indices, or [B, classes] soft targets; anything without cross-entropy.
             teacher_logits: [B, classes]; needed with a logit term.
             distance: scalar, the unweighted feature term; needed with one.
 
@@ -105,20 +111,24 @@ class DistillationLoss(nn.Module):
         Raises:
             ValueError: a term is there but not what it needs.
         """
-        cross_entropy = self._cross_entropy(logits, target)
-        parts = {"ce": cross_entropy}
-        total = cross_entropy
+        parts, weighted = {}, []
+        alpha = 0.0 if self.logit is None else self.logit.weight
+        if self.cross_entropy:
+            parts["ce"] = self._cross_entropy(logits, target)
+            weighted.append((1 - alpha) * parts["ce"])
         if self.logit is not None:
             if teacher_logits is None:
                 raise ValueError(f"DistillationLoss: {self.logit.name} needs teacher_logits")
             parts[self.logit.name] = self.logit(logits, teacher_logits)
-            alpha = self.logit.weight
-            total = (1 - alpha) * cross_entropy + alpha * parts[self.logit.name]
+            weighted.append(alpha * parts[self.logit.name])
         if self.feature is not None:
             if distance is None:
                 raise ValueError("DistillationLoss: the feature term needs its distance")
             parts[self.feature.name] = distance
-            total = total + self.feature.weight * distance
+            weighted.append(self.feature.weight * distance)
+        total = weighted[0]
+        for term in weighted[1:]:
+            total = total + term
         return {"loss": total, **parts}
 
     def _cross_entropy(self, logits: Tensor, target: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
@@ -24,11 +25,13 @@ def remove_leftovers(folder: str | os.PathLike[str]) -> None:
 
 
 @contextlib.contextmanager
-def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
+def replacing(path: str | os.PathLike[str], previous: int = 0) -> Iterator[BinaryIO]:
     """Open a file that takes the place of ``path`` when the block ends without an error.
 
     Args:
         path: the file; an older one survives any failure.
+        previous: how many of the files that were there before are kept, as ``name-1.suffix`` (the
+            latest of them), ``name-2.suffix``, ...
 
     Yields:
         The new file, open for writing.
@@ -41,10 +44,44 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
             file.flush()
             # Without it a power cut may leave the new name on an empty file.
             os.fsync(file.fileno())
+        _shift(target, previous)
         os.replace(temporary, target)
     finally:
         with contextlib.suppress(FileNotFoundError):
             temporary.unlink()
+
+
+def earlier(path: str | os.PathLike[str], number: int) -> Path:
+    """Where `replacing` keeps an earlier version of a file.
+
+    Args:
+        path: the file.
+        number: how many versions ago; 0 is the file itself.
+
+    Returns:
+        The path, whether there is such a file or not.
+    """
+    path = Path(path)
+    return path if number == 0 else path.with_name(f"{path.stem}-{number}{path.suffix}")
+
+
+def _shift(path: Path, previous: int) -> None:
+    """Give every version its next number; ``path`` keeps its name, too, until it is replaced."""
+    if not path.exists():
+        return
+    for number in range(previous, 1, -1):
+        with contextlib.suppress(FileNotFoundError):
+            os.replace(earlier(path, number - 1), earlier(path, number))
+    number = previous + 1
+    while earlier(path, number).exists():  # of a time when more were kept
+        earlier(path, number).unlink()
+        number += 1
+    if previous > 0:
+        earlier(path, 1).unlink(missing_ok=True)
+        try:
+            os.link(path, earlier(path, 1))
+        except OSError:  # a file system without links
+            shutil.copyfile(path, earlier(path, 1))
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 from timm.data import Mixup, create_transform
 from timm.data.auto_augment import AugmentOp
+from torchvision.transforms import Compose
 
 from fastkd.training.recipe import Recipe
 
@@ -44,6 +45,19 @@ def train_transform(recipe: Recipe, spec: InputSpec) -> Transform:
     """
     if recipe.augment != "cpu":
         return eval_transform(recipe, spec)
+    return Compose(train_stages(recipe, spec))
+
+
+def train_stages(recipe: Recipe, spec: InputSpec) -> list[Any]:
+    """The steps of timm's random training transform, whatever ``augment`` is.
+
+    Args:
+        recipe: the options of the data group.
+        spec: size and statistics of the input; statistics must be there.
+
+    Returns:
+        timm's and torchvision's transforms in the order in which they are applied.
+    """
     transform = create_transform(
         spec.size,
         is_training=True,
@@ -59,7 +73,7 @@ def train_transform(recipe: Recipe, spec: InputSpec) -> Transform:
         std=spec.std,
     )
     keep_one_bit(transform)
-    return transform
+    return list(transform.transforms)
 
 
 def eval_transform(recipe: Recipe, spec: InputSpec) -> Transform:
@@ -93,7 +107,7 @@ def keep_one_bit(transform: Any) -> None:
     Args:
         transform: a composed timm transform; changed in place.
     """
-    for operation in _operations(transform):
+    for operation in operations_of(transform):
         if operation.name.startswith("Posterize"):
             operation.aug_fn = _AtLeastOneBit(operation.aug_fn)
 
@@ -108,15 +122,22 @@ class _AtLeastOneBit:
         return self.posterize(image, max(1, bits), **options)
 
 
-def _operations(transform: Any) -> Iterator[AugmentOp]:
-    """All augmentation operations inside compositions, RandAugment, AutoAugment and AugMix."""
+def operations_of(transform: Any) -> Iterator[AugmentOp]:
+    """All of timm's augmentation operations inside a transform.
+
+    Args:
+        transform: an operation, a composition, RandAugment, AutoAugment, AugMix or a list of them.
+
+    Yields:
+        The operations themselves.
+    """
     if isinstance(transform, AugmentOp):
         yield transform
     children = transform if isinstance(transform, list | tuple) else ()
     for attribute in ("transforms", "ops", "policy"):
         children = [*children, *(getattr(transform, attribute, None) or ())]
     for child in children:
-        yield from _operations(child)
+        yield from operations_of(child)
 
 
 def create_mixup(recipe: Recipe, num_classes: int) -> Mixup | None:

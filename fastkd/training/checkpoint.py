@@ -8,15 +8,16 @@ from __future__ import annotations
 import os
 import pickle
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from fastkd.models.weights import FASTKD_FORMAT as FORMAT
-from fastkd.training.atomic import replacing
+from fastkd.training.atomic import earlier, replacing
 
-VERSION = 1
+VERSION = 2
 LAST = "last.pth"
 BEST = "best.pth"
 
@@ -25,23 +26,66 @@ class CheckpointError(ValueError):
     """A checkpoint that cannot be used; the message says why and what can be done."""
 
 
-def save_checkpoint(state: dict[str, Any], path: str | os.PathLike[str]) -> None:
+class TornCheckpointError(CheckpointError):
+    """A file that is no whole checkpoint of fastkd's; an earlier one may serve."""
+
+
+def save_checkpoint(state: dict[str, Any], path: str | os.PathLike[str], keep: int = 1) -> None:
     """Write a checkpoint atomically: a file of that name is always a whole one.
 
     Args:
         state: tensors, numbers, strings and containers of them.
         path: the file; an older one survives any failure.
+        keep: checkpoints of this name to keep in all; earlier ones become ``last-1.pth``, ...
 
     Raises:
         OSError: the file cannot be written (disk full); nothing is left behind.
     """
     try:
-        with replacing(path) as file:
+        with replacing(path, keep - 1) as file:
             torch.save({"format": FORMAT, "version": VERSION, **state}, file)
     except (RuntimeError, OSError) as error:  # torch's writer turns a full disk into the former
         raise OSError(
             f"checkpoint: cannot write {path} ({error}); an older one there is kept"
         ) from error
+
+
+def load_latest(folder: Path, on_torn: Callable[[str], None]) -> tuple[dict[str, Any], Path] | None:
+    """Read a run's last checkpoint, or the latest before it that is whole.
+
+    Args:
+        folder: the run's.
+        on_torn: told in a sentence about every checkpoint that had to be passed over.
+
+    Returns:
+        The state and its file; None where there is no checkpoint at all.
+
+    Raises:
+        TornCheckpointError: there are checkpoints, and none of them is whole.
+        CheckpointError: of a later version.
+    """
+    first_error: TornCheckpointError | None = None
+    for path in _versions(folder / LAST):
+        try:
+            state = load_checkpoint(path)
+        except TornCheckpointError as error:
+            first_error = first_error or error
+            on_torn(str(error))
+        else:
+            return state, path
+    if first_error is not None:
+        raise first_error
+    return None
+
+
+def _versions(path: Path) -> list[Path]:
+    """A file and its earlier versions, the latest first; one of them may be missing."""
+    numbers = [0]
+    for found in path.parent.glob(f"{path.stem}-*{path.suffix}"):
+        number = found.stem.removeprefix(f"{path.stem}-")
+        if number.isdecimal():
+            numbers.append(int(number))
+    return [p for p in (earlier(path, number) for number in sorted(numbers)) if p.exists()]
 
 
 def load_checkpoint(path: str | os.PathLike[str], device: str | torch.device = "cpu") -> dict:
@@ -55,8 +99,8 @@ def load_checkpoint(path: str | os.PathLike[str], device: str | torch.device = "
         The state.
 
     Raises:
-        CheckpointError: not there, torn, not fastkd's, of a later version, or holding more than
-            plain state.
+        TornCheckpointError: torn, not fastkd's, or holding more than plain state.
+        CheckpointError: not there, or of a later version.
         PermissionError: this user may not read it.
     """
     path = Path(path)
@@ -69,18 +113,18 @@ def load_checkpoint(path: str | os.PathLike[str], device: str | torch.device = "
     except PermissionError:
         raise
     except pickle.UnpicklingError as error:
-        raise CheckpointError(
+        raise TornCheckpointError(
             f"checkpoint: {path} is torn, or holds more than plain state and is not loaded for "
             f"safety ({_first_line(error)})"
         ) from error
-    # OSError: torch's reader seeks to where a file cut short has nothing.
-    except (RuntimeError, EOFError, ValueError, KeyError, OSError, zipfile.BadZipFile) as error:
-        raise CheckpointError(
+    # OSError: torch's reader seeks to where a file cut short has nothing; IndexError: plain text.
+    except (RuntimeError, EOFError, ValueError, LookupError, OSError, zipfile.BadZipFile) as error:
+        raise TornCheckpointError(
             f"checkpoint: {path} is torn or no checkpoint ({_first_line(error)}); delete it to "
             f"start again"
         ) from error
     if not isinstance(state, dict) or state.get("format") != FORMAT:
-        raise CheckpointError(f"checkpoint: {path} was not written by fastkd's trainer")
+        raise TornCheckpointError(f"checkpoint: {path} was not written by fastkd's trainer")
     if state["version"] > VERSION:
         raise CheckpointError(
             f"checkpoint: {path} has version {state['version']}, this fastkd reads up to {VERSION}"

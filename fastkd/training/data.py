@@ -1,24 +1,34 @@
 """From data sets to batches of tensors.
 
-Knows samples, transforms and loaders; neither where data lie nor models. Every sample's randomness
-is seeded by what the sample is, so that batches do not depend on the number of workers.
+Knows samples, their order and loaders; neither where data lie nor models. Every sample's randomness
+is seeded by what the sample is, so that batches do not depend on the number of workers. What
+becomes of one sample is `fastkd.training.samples`'s; data that stream are
+`fastkd.training.streaming`'s.
 """
 
 from __future__ import annotations
 
-import signal
-from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, default_collate
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from fastkd.training.augment import InputSpec, Transform, eval_transform, train_transform
+from fastkd.training.augment import InputSpec
+from fastkd.training.batch import Fault
 from fastkd.training.datasets import DataPair
 from fastkd.training.recipe import Recipe
 from fastkd.training.samplers import EvalSampler, SampleKey, TrainBatchSampler
+from fastkd.training.samples import (
+    Sample,
+    SampleTransform,
+    collate,
+    eval_sample_transform,
+    train_sample_transform,
+)
 from fastkd.training.seeding import derive_seed, preserved_rng, seed_cpu
+from fastkd.training.workers import WorkerNotes, loader_options
+
+REPLACEMENTS = 16  # images that are tried in the place of one that cannot be read
 
 
 class SampleDataset(Dataset):
@@ -29,68 +39,91 @@ class SampleDataset(Dataset):
 
     Args:
         dataset: map-style, yielding (image, label).
-        transform: image -> tensor; None where the data set yields tensors.
-        mode: PIL mode that images are brought to; None where they are tensors.
+        transform: (image, label) -> `Sample`.
         seed: the run's seed; None where nothing is random, which saves seeding every sample.
+        replacing: the run's seed, from which the images derive that take the place of those that
+            cannot be read; None lets their errors through.
+        decode_once: read an image once for its copies in a batch. A data set that itself draws at
+            random then gives all of them the same.
+        notes: where loader processes note what they are working on; None for nowhere.
     """
 
     def __init__(
         self,
         dataset: Any,
-        transform: Transform | None = None,
-        mode: str | None = None,
+        transform: SampleTransform,
         seed: int | None = None,
+        *,
+        replacing: int | None = None,
+        decode_once: bool = False,
+        notes: WorkerNotes | None = None,
     ) -> None:
         self.dataset = dataset
         self.transform = transform
-        self.mode = mode
         self.seed = seed
+        self.replacing = replacing
+        self.decode_once = decode_once
+        self.notes = notes
 
     def __len__(self) -> int:
         return len(self.dataset)
 
     def __getitem__(self, key: SampleKey) -> tuple[Any, Any]:
-        return self.__getitems__([key])[0]
+        """One (image, label), as of any data set."""
+        sample = self.__getitems__([key])[0]
+        return sample.image, sample.label
 
-    def __getitems__(self, keys: list[SampleKey]) -> list[tuple[Any, Any]]:
+    def __getitems__(self, keys: list[SampleKey]) -> list[Sample]:
         """Fetch a batch, as torch's loader asks for it."""
         if self.seed is None:
-            return [self._sample(key.sample) for key in keys]
-        samples = []
+            return [self._sample(key, {}) for key in keys]
+        decoded: dict[int, tuple[Any, ...]] = {}
         with preserved_rng():
-            for key in keys:
-                seed_cpu(derive_seed("sample", self.seed, *key))
-                samples.append(self._sample(key.sample))
-        return samples
+            return [self._sample(key, decoded) for key in keys]
 
-    def _sample(self, index: int) -> tuple[Any, Any]:
+    def name(self, index: int) -> str:
+        """What the data set calls a sample: its file, or its number."""
+        filename = getattr(self.dataset, "filename", None)
+        return f"sample {index}" if filename is None else str(filename(index))
+
+    def _sample(self, key: SampleKey, decoded: dict[int, tuple[Any, ...]]) -> Sample:
+        if self.notes is not None:
+            self.notes.note(key.sample)
+        self._seed(key)
+        if key.sample in decoded:
+            image, label, faults = decoded[key.sample]
+        else:
+            image, label, faults = self._read_or_replace(key)
+            if self.decode_once:
+                decoded[key.sample] = image, label, ()
+                self._seed(key)  # what reading drew is not drawn for the other copies
+        return self.transform(image, label, key.sample, faults)
+
+    def _seed(self, key: SampleKey) -> None:
+        if self.seed is not None:
+            seed_cpu(derive_seed("sample", self.seed, *key))
+
+    def _read_or_replace(self, key: SampleKey) -> tuple[Any, Any, tuple[Fault, ...]]:
+        """Image, label, and what could not be read; the same for all copies of a sample."""
+        if self.replacing is None:
+            return *self._read(key.sample), ()
+        index = key.sample
+        faults: list[Fault] = []
+        for attempt in range(1, REPLACEMENTS + 2):
+            try:
+                return *self._read(index), tuple(faults)
+            except OSError as error:
+                faults.append(Fault(index, self.name(index), str(error)))
+            place = derive_seed("sample", self.replacing, key.epoch, key.sample, 0, attempt)
+            index = place % len(self.dataset)
+        raise OSError(
+            f"data: cannot read {faults[0].name} (sample {key.sample}), nor any of {REPLACEMENTS} "
+            f"images tried in its place: {faults[0].reason}"
+        )
+
+    def _read(self, index: int) -> tuple[Any, Any]:
         image, label = self.dataset[index]
-        if self.mode is not None and image.mode != self.mode:
-            image = image.convert(self.mode)
-        return (image if self.transform is None else self.transform(image)), label
-
-
-class Collate:
-    """Stack samples; normalise the batch where the data set yields tensors.
-
-    Args:
-        mean: per channel; None feeds tensors as they are.
-        std: per channel.
-    """
-
-    def __init__(
-        self, mean: tuple[float, ...] | None = None, std: tuple[float, ...] | None = None
-    ) -> None:
-        self.statistics = None
-        if mean is not None and std is not None:
-            self.statistics = torch.tensor(mean).view(-1, 1, 1), torch.tensor(std).view(-1, 1, 1)
-
-    def __call__(self, samples: list[tuple[Any, Any]]) -> tuple[Tensor, Tensor]:
-        """Stack samples to images [B, C, H, W] and labels [B]."""
-        images, labels = default_collate(samples)
-        if self.statistics is not None:
-            images = (images - self.statistics[0]) / self.statistics[1]
-        return images, labels
+        return self.transform.decode(image), label
 
 
 def train_loader(
@@ -103,6 +136,8 @@ def train_loader(
 ) -> DataLoader:
     """Batches of one rank; its ``batch_sampler`` is a `TrainBatchSampler`.
 
+    An image that cannot be read is replaced by another one and told in the batch's ``faults``.
+
     Args:
         data: the opened data.
         recipe: augmentation, batch size, seed, workers.
@@ -112,17 +147,16 @@ def train_loader(
         world_size: number of processes.
 
     Returns:
-        A loader of (images [B, C, H, W], labels [B]).
+        A loader of `Batch`.
 
     Raises:
-        ValueError: the global batch cannot be shared out evenly, or ``augment="cpu"`` is asked of
-            tensors.
+        ValueError: the global batch cannot be shared out evenly, or ``augment`` asks for what the
+            data or the device cannot do.
     """
-    if data.yields_tensors and recipe.augment == "cpu":
-        raise ValueError(
-            "augment: 'cpu' transforms PIL images, but the data set yields tensors: set "
-            "augment='none', or 'dataset' where the data set itself augments at random"
-        )
+    if isinstance(data.train, IterableDataset):
+        from fastkd.training.streaming import stream_train_loader
+
+        return stream_train_loader(data, recipe, spec, device, rank, world_size)
     sampler = TrainBatchSampler(
         len(data.train),
         slice_size(recipe, world_size),
@@ -131,9 +165,16 @@ def train_loader(
         repeats=recipe.repeated_aug,
         rank=rank,
         world_size=world_size,
+        together=recipe.augment == "gpu",
     )
-    seed = None if recipe.augment == "none" else recipe.seed
-    dataset = _sample_dataset(data.train, data, spec, lambda: train_transform(recipe, spec), seed)
+    dataset = SampleDataset(
+        data.train,
+        train_sample_transform(recipe, spec, data),
+        None if recipe.augment == "none" else recipe.seed,
+        replacing=recipe.seed,
+        decode_once=recipe.augment == "gpu",
+        notes=WorkerNotes(recipe.workers),
+    )
     return _loader(dataset, data, spec, recipe.workers, device, batch_sampler=sampler)
 
 
@@ -156,9 +197,14 @@ def eval_loader(
         world_size: number of processes.
 
     Returns:
-        A loader of (images [B, C, H, W], labels [B]).
+        A loader of `Batch`; an image that cannot be read is an error.
     """
+    if isinstance(data.val, IterableDataset):
+        from fastkd.training.streaming import stream_eval_loader
+
+        return stream_eval_loader(data, recipe, spec, device, rank, world_size)
     dataset = eval_samples(data, recipe, spec)
+    dataset.notes = WorkerNotes(recipe.workers)
     sampler = EvalSampler(len(data.val), rank, world_size)
     return _loader(
         dataset,
@@ -188,26 +234,7 @@ def eval_samples(
     Raises:
         ValueError: no PIL image has as many channels as the model takes.
     """
-    return _sample_dataset(data.val, data, spec, lambda: eval_transform(recipe, spec), seed)
-
-
-def loader_options(workers: int, device: torch.device) -> dict[str, Any]:
-    """How every `DataLoader` here runs its workers; an iteration draws from no global generator.
-
-    Args:
-        workers: loader processes; they leave interrupts to the main process.
-        device: pinned memory is used for an accelerator.
-
-    Returns:
-        Keyword arguments of the loader.
-    """
-    return {
-        "num_workers": workers,
-        "pin_memory": device.type == "cuda",
-        "persistent_workers": workers > 0,
-        "worker_init_fn": _leave_interrupts_to_the_main_process,
-        "generator": torch.Generator(),  # its own: the global one would be drawn from at the start
-    }
+    return SampleDataset(data.val, eval_sample_transform(recipe, spec, data), seed)
 
 
 def slice_size(recipe: Recipe, world_size: int) -> int:
@@ -235,21 +262,6 @@ def slice_size(recipe: Recipe, world_size: int) -> int:
     return size
 
 
-def _sample_dataset(
-    dataset: Any,
-    data: DataPair,
-    spec: InputSpec,
-    make_transform: Callable[[], Transform],
-    seed: int | None,
-) -> SampleDataset:
-    if data.yields_tensors:
-        return SampleDataset(dataset, seed=seed)
-    mode = {1: "L", 3: "RGB", 4: "RGBA"}.get(spec.size[0])
-    if mode is None:
-        raise ValueError(f"data: PIL images have 1, 3 or 4 channels, the student {spec.size[0]}")
-    return SampleDataset(dataset, make_transform(), mode, seed)
-
-
 def _loader(
     dataset: SampleDataset,
     data: DataPair,
@@ -258,13 +270,9 @@ def _loader(
     device: torch.device,
     **batching: Any,
 ) -> DataLoader:
-    # PIL images were normalised by their transform.
-    statistics = (spec.mean, spec.std) if data.yields_tensors else (None, None)
     return DataLoader(
-        dataset, collate_fn=Collate(*statistics), **loader_options(workers, device), **batching
+        dataset,
+        collate_fn=collate(data, spec),
+        **loader_options(workers, device),
+        **batching,
     )
-
-
-def _leave_interrupts_to_the_main_process(_: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)

@@ -128,10 +128,16 @@ def world(device: str | torch.device | None = None) -> Iterator[World]:
     joined_before = dist.is_initialized()
     if not joined_before:
         dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
+    failed = False
     try:
         yield World(chosen, dist.get_rank(), dist.get_world_size())
+    except Exception:
+        failed = True
+        raise
     finally:
-        if not joined_before:
+        # After an error others may still wait in a collective: NCCL's farewell would wait for them,
+        # while this process' end is what lets torchrun end them, too.
+        if not joined_before and not (failed and chosen.type == "cuda"):
             dist.destroy_process_group()
 
 

@@ -15,7 +15,7 @@ from fastkd.models import create_teacher
 from fastkd.training.data import eval_loader
 from fastkd.training.datasets import Data, open_data
 from fastkd.training.distributed import world
-from fastkd.training.engine import evaluate_model
+from fastkd.training.loop import evaluate_model
 from fastkd.training.options import refuse_image_options
 from fastkd.training.setup import Preprocessing, Shape, class_count, load_student
 

@@ -7,11 +7,13 @@ import threading
 from types import FrameType, TracebackType
 from typing import Any, NoReturn
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
 class StopRequest:
-    """While entered, SIGINT and SIGTERM set `received`; a second SIGINT interrupts at once.
+    """While entered, a signal to stop sets `received`; a second SIGINT interrupts at once.
+
+    SIGUSR1 is what SLURM can send some time before it ends a job.
 
     Outside the main thread, where python has no signals, it only offers `received`.
     """
@@ -42,6 +44,6 @@ class StopRequest:
 
     def raise_as_exception(self) -> NoReturn:
         """Raise what the signal would have: KeyboardInterrupt, or SystemExit(128 + its number)."""
-        if self.received == signal.SIGTERM:
-            raise SystemExit(128 + signal.SIGTERM)
+        if self.received is not None and self.received != signal.SIGINT:
+            raise SystemExit(128 + self.received)
         raise KeyboardInterrupt

@@ -1,4 +1,4 @@
-"""What a run tells: log.jsonl, epochs.csv and one progress bar.
+"""What a run tells: log.jsonl, epochs.csv, trackers and one progress bar.
 
 Gets numbers and writes them; knows neither models nor data. Only the main process has one that
 writes.
@@ -11,21 +11,16 @@ import csv
 import io
 import json
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
-from tqdm import tqdm
-
 from fastkd.training.atomic import write_text
+from fastkd.training.progress import Bar
+from fastkd.training.trackers import Tracker
 
 LOG = "log.jsonl"
 EPOCHS = "epochs.csv"
-
-
-class _Bar(tqdm):
-    """tqdm without its monitor thread, of which many short runs would see one come and stay."""
-
-    monitor_interval = 0
 
 
 class RunLogger:
@@ -37,6 +32,7 @@ class RunLogger:
         quiet: show nothing.
         enabled: False makes an object that does nothing, for ranks other than the main one.
         stream: where progress goes; standard error by default.
+        open_trackers: makes the trackers, given the finished updates, when the run starts.
     """
 
     def __init__(
@@ -47,13 +43,16 @@ class RunLogger:
         quiet: bool = False,
         enabled: bool = True,
         stream: TextIO | None = None,
+        open_trackers: Callable[[int], Sequence[Tracker]] | None = None,
     ) -> None:
         self.output = output if enabled else None
         self.stream = stream or sys.stderr
         self.total_updates = total_updates
         self.shows = enabled and not quiet
         self._log: TextIO | None = None
-        self._bar: _Bar | None = None
+        self._bar: Bar | None = None
+        self._open_trackers = open_trackers if enabled else None
+        self._trackers: Sequence[Tracker] = ()
 
     def mend(self, updates: int, history: list[dict[str, Any]]) -> None:
         """Make the files say what a checkpoint says: no more, and no epoch less.
@@ -73,15 +72,17 @@ class RunLogger:
             (self.output / EPOCHS).unlink(missing_ok=True)
 
     def start(self, updates: int) -> None:
-        """Open the log and the bar.
+        """Open the log, the bar and the trackers.
 
         Args:
             updates: finished updates of the run.
         """
         if self.output is not None:
             self._log = open(self.output / LOG, "a", encoding="utf-8")  # noqa: SIM115
+        if self._open_trackers is not None:
+            self._trackers = self._open_trackers(updates)
         if self.shows and self.stream.isatty():
-            self._bar = _Bar(
+            self._bar = Bar(
                 total=self.total_updates,
                 initial=updates,
                 file=self.stream,
@@ -112,6 +113,7 @@ class RunLogger:
             record: with ``epoch``, ``update``, ``loss``, ``images_per_second``, ``data_wait``.
         """
         self._write_line({"kind": "interval", **record})
+        self._track("train", record)
         if self._bar is not None:
             self._bar.set_postfix_str(
                 f"epoch {record['epoch']}, loss {record['loss']:.4g}, "
@@ -127,13 +129,28 @@ class RunLogger:
             epochs: of the whole run.
         """
         self._write_line({"kind": "epoch", **record})
+        self._track("epoch", record)
         if self.output is not None:
             _write_csv(self.output / EPOCHS, history)
-        if self._bar is None or "top1" in record:
+        if self._bar is None or "eval_loss" in record:
             self.message(_epoch_line(record, epochs))
 
+    def event(self, kind: str, record: dict[str, Any], text: str) -> None:
+        """Log and show something that should not happen, and that the run survived.
+
+        Args:
+            kind: what happened, in a word.
+            record: for log.jsonl, with ``epoch`` and ``update``.
+            text: for people.
+        """
+        self._write_line({"kind": kind, **record})
+        self.message(text)
+
     def close(self) -> None:
-        """Close the files and the bar."""
+        """Close the files, the trackers and the bar."""
+        for tracker in self._trackers:
+            tracker.close()
+        self._trackers = ()
         if self._log is not None:
             self._log.close()
             self._log = None
@@ -141,10 +158,19 @@ class RunLogger:
             self._bar.close()
             self._bar = None
 
+    def _track(self, group: str, record: dict[str, Any]) -> None:
+        numbers = {f"{group}/{n}": v for n, v in record.items() if isinstance(v, int | float)}
+        for tracker in self._trackers:
+            tracker.log(numbers, record["update"])
+
     def _write_line(self, record: dict[str, Any]) -> None:
-        if self._log is not None:
+        if self._log is None:
+            return
+        try:
             self._log.write(json.dumps(record) + "\n")
             self._log.flush()
+        except OSError as error:  # the run is worth more than a line of its log
+            self.message(f"{LOG}: a line could not be written ({error})")
 
 
 def _mend_log(path: Path, updates: int, history: list[dict[str, Any]]) -> None:
@@ -181,8 +207,14 @@ def _epoch_line(record: dict[str, Any], epochs: int) -> str:
     parts = [f"epoch {record['epoch'] + 1}/{epochs}", f"loss {record['loss']:.4f}"]
     if "top1" in record:
         parts.append(f"top-1 {record['top1']:.2f} %")
+    elif "eval_loss" in record:
+        parts.append(f"evaluation loss {record['eval_loss']:.4f}")
     if "ema_top1" in record:
         parts.append(f"EMA top-1 {record['ema_top1']:.2f} %")
     parts.append(f"{record['images_per_second']:.0f} images/s")
     parts.append(f"data wait {record['data_wait']:.0f} %")
+    if "gpu_memory" in record:
+        parts.append(f"{record['gpu_memory']:.1f} GiB")
+    if record.get("skipped_updates"):
+        parts.append(f"{record['skipped_updates']} updates skipped")
     return ", ".join(parts)

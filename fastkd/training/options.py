@@ -89,6 +89,8 @@ def resolve_recipe(
         resolved = resolved.override(model=_name(student))
     if isinstance(data, str | Path):
         resolved = resolved.override(data=str(data))
+    if not resolved.labels:
+        _check_unlabelled(resolved, teacher, overrides)
     _check_schedule(resolved)
     return resolved.override(teacher=None if teacher is None else _name(teacher))
 
@@ -109,7 +111,7 @@ def _refuse_without_effect(
         _refuse(overrides, ("width",), "variant='plain' has no width to choose")
     if teacher is None:
         _refuse_terms(overrides)
-    if resolved.augment != "cpu":
+    if resolved.augment not in ("cpu", "gpu"):
         reason = f"augment={resolved.augment!r} leaves timm's random transforms out"
         _refuse(overrides, RANDOM_FIELDS, reason)
     if resolved.augment == "none":
@@ -122,6 +124,16 @@ def _refuse_terms(overrides: Mapping[str, Any]) -> None:
         value = overrides.get(name)
         if name in overrides and value is not None and not (name in WEIGHT_FIELDS and value == 0):
             raise ValueError(f"{name}: needs a teacher, and there is none (got {value!r})")
+
+
+def _check_unlabelled(recipe: Recipe, teacher: Any, overrides: Mapping[str, Any]) -> None:
+    """What is left to learn from without labels, and what would have needed them."""
+    if teacher is None or not (recipe.alpha > 0 or recipe.feature_weight > 0):
+        missing = "there is no teacher" if teacher is None else "alpha and feature_weight are 0"
+        raise ValueError(f"labels: without labels a student learns from a teacher, but {missing}")
+    if recipe.mixes:
+        raise ValueError("labels: Mixup and CutMix mix labels; set mixup=0 and cutmix=0")
+    _refuse(overrides, ("label_smoothing",), "with labels=False there is no cross-entropy")
 
 
 def refuse_image_options(overrides: Mapping[str, Any]) -> None:

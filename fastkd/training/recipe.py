@@ -29,7 +29,8 @@ Pairs = tuple[tuple[Key, Key], ...]
 # Fields that say where and how fast a run happens, not what it computes: they may change on resume.
 OPERATIONAL_FIELDS = frozenset(
     {
-        *("data", "data_root", "workers", "max_unreadable", "compile", "channels_last"),
+        *("data", "data_root", "workers", "max_unreadable", "max_nonfinite"),
+        *("compile", "channels_last"),
         *("eval_batch_size", "log_interval", "track", "checkpoint_interval", "keep_checkpoints"),
     }
 )

@@ -28,8 +28,9 @@ class TrainBatchSampler(Sampler[list[SampleKey]]):
     An epoch is a permutation of the samples, each repeated ``repeats`` times in a row and the whole
     cut to one pass' length (DeiT's repeated augmentation, on any number of processes), then cut
     into updates of ``world_size * batch_size * accumulation`` samples; the rest is dropped. Within
-    a slice of an update the ranks take every ``world_size``-th sample, so that the update's samples
-    are the same however many ranks share them.
+    a slice of an update the ranks take every ``world_size``-th sample as DeiT's do, or, to decode
+    an image once for its copies, one run of samples each: either way the update's samples are the
+    same however many ranks share them.
 
     The position is where the *next* iteration starts. A loader with workers runs ahead of the
     training loop, so the loop's count of finished updates is the one to keep in a checkpoint.
@@ -42,6 +43,7 @@ class TrainBatchSampler(Sampler[list[SampleKey]]):
         repeats: copies of a sample that follow each other.
         rank: this process.
         world_size: number of processes.
+        together: give a rank copies that follow each other, instead of every ``world_size``-th.
 
     Raises:
         ValueError: the data set is smaller than one update.
@@ -57,6 +59,7 @@ class TrainBatchSampler(Sampler[list[SampleKey]]):
         repeats: int = 1,
         rank: int = 0,
         world_size: int = 1,
+        together: bool = False,
     ) -> None:
         self.num_samples = num_samples
         self.batch_size = batch_size
@@ -65,6 +68,7 @@ class TrainBatchSampler(Sampler[list[SampleKey]]):
         self.repeats = repeats
         self.rank = rank
         self.world_size = world_size
+        self.together = together
         self.epoch = 0
         self.update = 0
         self.updates_per_epoch = num_samples // (world_size * batch_size * accumulation)
@@ -103,8 +107,14 @@ class TrainBatchSampler(Sampler[list[SampleKey]]):
         slice_size = self.world_size * self.batch_size
         order = self.order(self.epoch)[self.update * self.accumulation * slice_size :]
         for start in range(0, len(order), slice_size):
-            rows = order[start + self.rank : start + slice_size : self.world_size].tolist()
+            rows = self._share(order[start : start + slice_size]).tolist()
             yield [SampleKey(self.epoch, sample, copy) for sample, copy in rows]
+
+    def _share(self, rows: np.ndarray) -> np.ndarray:
+        """This rank's rows of a slice."""
+        if self.together:
+            return rows[self.rank * self.batch_size : (self.rank + 1) * self.batch_size]
+        return rows[self.rank :: self.world_size]
 
     def __len__(self) -> int:
         return (self.updates_per_epoch - self.update) * self.accumulation

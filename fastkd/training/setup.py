@@ -6,28 +6,21 @@ Decides what follows from what (classes, input size, statistics); the training i
 from __future__ import annotations
 
 import contextlib
-import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from timm.data import resolve_data_config
-from timm.optim import create_optimizer_v2
-from timm.scheduler import create_scheduler_v2
 from torch import nn
 
 from fastkd.models import Teacher, create_student, create_teacher
 from fastkd.models.weights import better_weights, short_misfit
 from fastkd.models.zoo import fixed_input_size
 from fastkd.training.augment import InputSpec
-from fastkd.training.checkpoint import LAST, load_checkpoint
-from fastkd.training.data import slice_size
-from fastkd.training.datasets import DataPair, open_data
-from fastkd.training.options import MODULE_PREFIX, FromRecipe, refuse_image_options, resolve_recipe
+from fastkd.training.checkpoint import load_checkpoint
+from fastkd.training.datasets import DataPair
+from fastkd.training.options import MODULE_PREFIX
 from fastkd.training.recipe import Recipe
-from fastkd.training.samplers import TrainBatchSampler
-from fastkd.training.task import DistillationTask
 
 
 @dataclass(frozen=True)
@@ -104,6 +97,23 @@ def student_shape(recipe: Recipe, data: DataPair) -> Shape:
     return Shape(num_classes, channels, (height, width))
 
 
+def class_names(data: DataPair) -> tuple[str, ...] | None:
+    """Names of the classes by label, as far as the training set says.
+
+    Args:
+        data: the opened data.
+
+    Returns:
+        The names, or None.
+    """
+    reader = getattr(data.train, "reader", data.train)
+    indices = getattr(reader, "class_to_idx", None)
+    if isinstance(indices, dict) and sorted(indices.values()) == list(range(len(indices))):
+        return tuple(str(name) for name in sorted(indices, key=indices.__getitem__))
+    names = getattr(data.train, "classes", None)
+    return tuple(map(str, names)) if isinstance(names, list | tuple) and names else None
+
+
 def class_count(student: nn.Module, shape: Shape) -> int | None:
     """Number of the student's logits, as far as anybody says.
 
@@ -129,7 +139,7 @@ def class_count(student: nn.Module, shape: Shape) -> int | None:
 
 
 def input_spec(
-    student: nn.Module, recipe: Recipe, data: DataPair, *, use_test_size: bool = False
+    student: nn.Module, recipe: Recipe, data: DataPair | None, *, use_test_size: bool = False
 ) -> InputSpec:
     """Size and statistics of the student's input.
 
@@ -137,7 +147,7 @@ def input_spec(
         student: timm's models carry both.
         recipe: its ``img_size``, ``mean`` and ``std`` come first.
         data: float tensors have a size already, and are fed as they are unless the recipe has
-            statistics.
+            statistics. None stands for image files.
         use_test_size: take timm's size for evaluation, where it publishes one.
 
     Returns:
@@ -147,7 +157,7 @@ def input_spec(
         ValueError: the student takes no images of that size, or the statistics are of another
             number of channels.
     """
-    if data.image_size is not None:
+    if data is not None and data.image_size is not None:
         spec = InputSpec(data.image_size, recipe.mean, recipe.std)
     else:
         config = resolve_data_config({}, model=student)
@@ -383,132 +393,6 @@ def weights_in(checkpoint: str | Path) -> tuple[str, ...]:
     return ("raw",) if load_checkpoint(checkpoint)["ema"] is None else ("raw", "ema")
 
 
-def build_optimizer(
-    task: DistillationTask, recipe: Recipe, updates_per_epoch: int
-) -> tuple[torch.optim.Optimizer, Any]:
-    """Timm's AdamW groups and cosine schedule with warm-up, stepped per update.
-
-    Args:
-        task: decides which parameters are not decayed.
-        recipe: the optimisation group.
-        updates_per_epoch: length of an epoch.
-
-    Returns:
-        The optimiser and the scheduler.
-    """
-    optimizer = create_optimizer_v2(
-        task,
-        opt="adamw",
-        lr=recipe.scaled_lr,
-        weight_decay=recipe.weight_decay,
-        eps=recipe.eps,
-        fused=True,
-    )
-    scheduler, _ = create_scheduler_v2(
-        optimizer,
-        sched="cosine",
-        num_epochs=recipe.epochs,
-        warmup_epochs=recipe.warmup_epochs,
-        min_lr=recipe.min_lr,
-        warmup_lr=recipe.warmup_lr,
-        step_on_epochs=False,
-        updates_per_epoch=updates_per_epoch,
-    )
-    return optimizer, scheduler
-
-
-def effective_values(
-    recipe: Recipe, student: nn.Module, data: DataPair | None, world_size: int = 1
-) -> dict[str, str]:
-    """What a recipe comes down to on these data and processes, for people to read.
-
-    Args:
-        recipe: resolved.
-        student: the student.
-        data: None where there are none yet; then lengths are left out.
-        world_size: number of processes.
-
-    Returns:
-        Text by heading, in order.
-
-    Raises:
-        ValueError: the batch cannot be shared out, or exceeds the data.
-    """
-    share = slice_size(recipe, world_size)
-    values = {
-        "student": f"{recipe.model} ({recipe.variant}), {parameter_count(student):,} parameters"
-        if not (recipe.model or "").startswith(MODULE_PREFIX)
-        else f"{type(student).__name__}, {parameter_count(student):,} parameters",
-        "teacher": recipe.teacher or "none (no distillation)",
-        "terms": _terms_text(recipe),
-        "global batch": f"{recipe.batch_size} = {world_size} process(es) x {recipe.accumulation} "
-        f"slice(s) x {share}",
-        "learning rate": _schedule_text(recipe),
-    }
-    if data is not None:
-        sampler = TrainBatchSampler(
-            len(data.train), share, accumulation=recipe.accumulation, world_size=world_size
-        )
-        updates = sampler.updates_per_epoch
-        values["training set"] = f"{len(data.train):,} images, {updates:,} updates an epoch"
-        values["evaluation set"] = f"{len(data.val):,} images"
-        values["in all"] = f"{recipe.epochs} epochs, {recipe.epochs * updates:,} updates"
-    return values
-
-
-def dry_run(
-    recipe: Recipe, teacher: str | FromRecipe | None, overrides: dict[str, Any]
-) -> tuple[Recipe, dict[str, str]]:
-    """What a run would be, without a teacher's weights, a device or an output.
-
-    Args:
-        recipe: the run's.
-        teacher: its name, None, or `FromRecipe.TEACHER`.
-        overrides: recipe fields.
-
-    Returns:
-        The resolved recipe, and `effective_values`.
-
-    Raises:
-        ValueError: the same that would stop the run at its start.
-    """
-    resolved = resolve_recipe(recipe, None, teacher, None, overrides)
-    data = None if resolved.data is None else open_data(resolved.data, resolved.data_root)
-    if data is None:
-        shape = Shape(resolved.num_classes, 3, resolved.img_size)
-    else:
-        if data.yields_tensors:
-            refuse_image_options(overrides)
-        shape = student_shape(resolved, data)
-    student = build_student(resolved, shape)
-    if data is not None:
-        input_spec(student, resolved, data)
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    return resolved, effective_values(resolved, student, data, world_size)
-
-
-def _schedule_text(recipe: Recipe) -> str:
-    scaled = f" = {recipe.lr:g} x {recipe.batch_size} / 512" if recipe.lr_scaling else ""
-    warmup = f"from {recipe.warmup_lr:g} in {recipe.warmup_epochs} epochs to "
-    return (
-        f"{warmup if recipe.warmup_epochs else ''}{recipe.scaled_lr:g}{scaled}, by a cosine to "
-        f"{recipe.min_lr:g}"
-    )
-
-
-def _terms_text(recipe: Recipe) -> str:
-    if recipe.teacher is None:
-        return f"CE (label smoothing {recipe.label_smoothing:g})"
-    terms = [f"{1 - recipe.alpha:g} CE"]
-    if recipe.alpha > 0:
-        kind = "hard KD" if recipe.hard else f"soft KD (tau {recipe.tau:g})"
-        terms.append(f"{recipe.alpha:g} {kind}")
-    if recipe.feature_weight > 0:
-        pairs = ",".join(f"{s}:{t}" for s, t in recipe.pairs)
-        terms.append(f"{recipe.feature_weight:g} {recipe.feature_loss} on {pairs}")
-    return " + ".join(terms)
-
-
 def parameter_count(module: nn.Module) -> int:
     """Number of parameters.
 
@@ -519,22 +403,3 @@ def parameter_count(module: nn.Module) -> int:
         The count.
     """
     return sum(parameter.numel() for parameter in module.parameters())
-
-
-def find_checkpoint(output: Path | None, resume: str) -> Path | None:
-    """Where a run continues from.
-
-    Args:
-        output: the run's folder.
-        resume: ``"auto"`` (its last checkpoint, if there is one), ``"never"``, or the path of a
-            checkpoint or of a run's folder.
-
-    Returns:
-        The checkpoint, or None to start afresh.
-    """
-    if resume == "never":
-        return None
-    if resume != "auto":
-        return Path(resume) / LAST if Path(resume).is_dir() else Path(resume)
-    last = None if output is None else output / LAST
-    return last if last is not None and last.exists() else None

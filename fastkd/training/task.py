@@ -132,14 +132,17 @@ def build_task(
         The task; learnable projectors are on the example's device.
 
     Raises:
-        ValueError: widths that the projector cannot bring together, blocks that do not exist.
+        ValueError: widths that the projector cannot bring together, blocks that do not exist, or no
+            term at all without labels.
     """
     logit, feature, taps = None, None, None
     if teacher is not None and recipe.alpha > 0:
         logit = HardKD(recipe.alpha) if recipe.hard else SoftKD(recipe.tau, recipe.alpha)
     if teacher is not None and recipe.feature_weight > 0:
         taps, feature = _feature_term(student, teacher, recipe, example)
-    terms = DistillationLoss(logit, feature, recipe.label_smoothing).to(example.device)
+    terms = DistillationLoss(
+        logit, feature, recipe.label_smoothing, cross_entropy=recipe.labels
+    ).to(example.device)
     task = DistillationTask(student, terms, taps)
     task.decay_embeddings = recipe.decay_pos_embed
     return task

@@ -6,31 +6,32 @@ elsewhere.
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
-from timm.utils import ModelEmaV3
 from torch import nn
+from torch.utils.data import IterableDataset
 
-from fastkd.models import Teacher
-from fastkd.models.weights import short_misfit
+from fastkd.training.assembly import build_engine
 from fastkd.training.atomic import remove_leftovers
-from fastkd.training.augment import create_mixup
+from fastkd.training.batch import Batch, Fault
 from fastkd.training.checkpoint import (
     BEST,
     LAST,
-    CheckpointError,
     load_checkpoint,
+    load_latest,
     move_best,
     save_checkpoint,
 )
 from fastkd.training.data import eval_loader, train_loader
 from fastkd.training.datasets import Data, DataPair, open_data
 from fastkd.training.distributed import World, world
-from fastkd.training.engine import Engine, evaluate_model, train_one_epoch
+from fastkd.training.engine import NonFiniteError
 from fastkd.training.interrupt import StopRequest
 from fastkd.training.logger import RunLogger
+from fastkd.training.loop import evaluate_model, evaluate_terms, train_one_epoch
 from fastkd.training.options import (
     FromRecipe,
     chosen_teacher,
@@ -39,19 +40,20 @@ from fastkd.training.options import (
 )
 from fastkd.training.recipe import Recipe
 from fastkd.training.result import RESULT, Result
-from fastkd.training.seeding import derive_seed, preserved_rng, rng_state, seed_all, set_rng_state
+from fastkd.training.seeding import derive_seed, preserved_rng, seed_all
 from fastkd.training.setup import (
-    build_optimizer,
     build_student,
     class_count,
-    effective_values,
-    find_checkpoint,
+    class_names,
     input_spec,
     parameter_count,
     resolve_teacher,
     student_shape,
 )
-from fastkd.training.task import build_task
+from fastkd.training.snapshot import Identity, Progress, restore, run_state, student_state
+from fastkd.training.summary import effective_values
+from fastkd.training.trackers import check_trackers, open_trackers
+from fastkd.training.workers import describe_worker_death
 
 RECIPE = "recipe.yaml"
 
@@ -82,12 +84,14 @@ def train(
         data: a folder with ``train`` and ``val`` (or ``validation``), a timm data set name with its
             scheme, or (train, val) map-style data sets of (PIL image or float tensor, label). None
             takes the recipe's.
-        output: the run's folder, made if needed: recipe.yaml, log.jsonl, epochs.csv, last.pth,
-            best.pth, result.json. None writes nothing, and then nothing can be resumed.
+        output: the run's folder, made if needed: recipe.yaml, log.jsonl, epochs.csv, last.pth and
+            the checkpoint before it (``keep_checkpoints``), best.pth, result.json. None writes
+            nothing, and then nothing can be resumed.
         recipe: a shipped name (`Recipe.names`), a YAML file, a run's folder, or a `Recipe`; None
             starts from the defaults.
         resume: ``"auto"`` continues the run in ``output`` if there is one (a finished one is not
-            trained again), ``"never"`` starts afresh, a path continues from that checkpoint.
+            trained again; a torn checkpoint gives way to the one before it), ``"never"`` starts
+            afresh, a path continues from that checkpoint.
         device: ``"cpu"``, ``"cuda"``, ``"cuda:1"``; None takes CUDA where there is a device.
         quiet: show nothing.
         **overrides: recipe fields by name; unknown ones, and those that could have no effect, are
@@ -99,9 +103,12 @@ def train(
     Raises:
         ValueError: options or data that do not fit, or a checkpoint of another run.
         TypeError: a field of the wrong type.
-        NonFiniteError: the loss became infinite or NaN.
+        NonFiniteError: the gradient was infinite or NaN in more than ``max_nonfinite`` updates in a
+            row; single ones are skipped, counted and listed in log.jsonl.
+        OSError: more than ``max_unreadable`` training images cannot be read (fewer are replaced and
+            listed), an evaluation image cannot, or the last checkpoint cannot be written.
         KeyboardInterrupt: stopped by SIGINT, after writing a checkpoint.
-        SystemExit: stopped by SIGTERM, after writing a checkpoint.
+        SystemExit: stopped by SIGTERM or SIGUSR1, after writing a checkpoint.
     """
     loaded = Recipe.load(recipe)
     resolved = resolve_recipe(loaded, student, teacher, data, overrides)
@@ -110,8 +117,9 @@ def train(
     if source is None:
         raise ValueError("train: data is missing: a folder, a timm data set name or two data sets")
     folder = None if output is None else Path(output)
+    check_trackers(resolved.track, folder)
     with preserved_rng(), world(device) as peers:
-        opened = open_data(source, resolved.data_root)
+        opened = open_data(source, resolved.data_root, labels=resolved.labels)
         if opened.yields_tensors:
             refuse_image_options(overrides)
         run = _Run(student, guide, opened, folder, resolved, peers, quiet)
@@ -135,64 +143,61 @@ class _Run:
         self.peers = peers
         self.output = output
         self.data = data
-        self.shape = shape = student_shape(recipe, data)
+        shape = student_shape(recipe, data)
         seed_all(derive_seed("model", recipe.seed))
         if not isinstance(student, nn.Module):
             student = build_student(recipe, shape)
-        self.num_classes = class_count(student, shape)
+        num_classes = class_count(student, shape)
         self.student = student.to(peers.device)
         peers.share(self.student)  # before anything is copied from it, the EMA for one
-        self.spec = input_spec(student, recipe, self.data)
-        self.train_loader, self.eval_loader = self._loaders(self.data)
-        self.sampler = self.train_loader.batch_sampler
-        self.engine = self._build_engine(resolve_teacher(teacher, recipe, self.spec))
-        self.history: list[dict[str, Any]] = []
-        self.best: dict[str, Any] = {"top1": -1.0, "epoch": 0}
+        self.spec = input_spec(student, recipe, data)
+        self.teacher = resolve_teacher(teacher, recipe, self.spec)
+        context = (data, recipe, self.spec, peers.device, peers.rank, peers.size)
+        self.train_loader, self.eval_loader = train_loader(*context), eval_loader(*context)
+        self.schedule = _schedule(self.train_loader)
+        self.engine = build_engine(
+            self.student,
+            self.teacher,
+            recipe,
+            self.spec,
+            peers,
+            num_classes=num_classes,
+            updates_per_epoch=self.updates_per_epoch,
+        )
+        self.identity = Identity(
+            recipe,
+            self.spec,
+            num_classes,
+            shape.img_size,
+            class_names(data),
+            self.schedule.num_samples,
+        )
+        self.progress = Progress()
         self.stop = StopRequest()
         self.agreed_to_stop = False
-        self.logger = RunLogger(
-            output, recipe.epochs * self.updates_per_epoch, quiet=quiet, enabled=peers.is_main
+        self.faults: list[Fault] = []
+        self.unreadable: list[str] = []
+        self.unsaved: OSError | None = None
+        self.logger = self._build_logger(quiet)
+
+    def _build_logger(self, quiet: bool) -> RunLogger:
+        recipe, output = self.recipe, self.output
+
+        def trackers(updates: int) -> Any:
+            return open_trackers(recipe.track, output, recipe.to_dict(), updates) if output else ()
+
+        return RunLogger(
+            output,
+            recipe.epochs * self.updates_per_epoch,
+            quiet=quiet,
+            enabled=self.peers.is_main,
+            open_trackers=trackers,
         )
-
-    def _loaders(self, data: DataPair) -> tuple[Any, Any]:
-        context = (data, self.recipe, self.spec, self.peers.device, self.peers.rank)
-        return train_loader(*context, self.peers.size), eval_loader(*context, self.peers.size)
-
-    def _build_engine(self, teacher: Teacher | None) -> Engine:
-        recipe, device = self.recipe, self.peers.device
-        mixup = None
-        if recipe.mixes:
-            if self.num_classes is None:
-                raise ValueError("num_classes: Mixup needs the number of classes, nobody says it")
-            mixup = create_mixup(recipe, self.num_classes)
-        # Before taps look at the student, so that the copy is of the bare model.
-        ema = None if recipe.ema_decay is None else self._build_ema(recipe.ema_decay)
-        if teacher is not None:
-            teacher = teacher.to(device)
-        example = torch.zeros(1, *self.spec.size, device=device)
-        task = build_task(self.student, teacher, recipe, example)
-        optimizer, scheduler = build_optimizer(task, recipe, self.updates_per_epoch)
-        return Engine(
-            task,
-            teacher if task.needs_logits or task.needs_tokens else None,
-            optimizer,
-            scheduler,
-            ema=ema,
-            mixup=mixup,
-            world=self.peers,
-            amp=recipe.amp,
-            clip_grad=recipe.clip_grad,
-            ema_warmup=recipe.ema_warmup,
-            seed=recipe.seed,
-        )
-
-    def _build_ema(self, decay: float) -> ModelEmaV3:
-        return ModelEmaV3(self.student, decay=decay, use_warmup=self.recipe.ema_warmup)
 
     @property
     def updates_per_epoch(self) -> int:
         """Length of an epoch."""
-        return self.sampler.updates_per_epoch
+        return self.schedule.updates_per_epoch
 
     @property
     def finished(self) -> bool:
@@ -201,20 +206,43 @@ class _Run:
 
     def execute(self, resume: str) -> Result:
         """Continue or begin, run to the end, and say what came of it."""
-        checkpoint = find_checkpoint(self.output, resume)
-        if checkpoint is not None:
-            self._restore(checkpoint)
+        checkpoint = self._resume(resume)
         self._mend_output(checkpoint)
         if not self.finished:
             self._prepare_output()
             with self.stop:
                 self._run_epochs(resumed=checkpoint is not None)
+        if self.unsaved is not None:
+            raise self.unsaved
         self.peers.barrier()  # the files that the result names are written
         result = self._result()
         if self.output is not None and self.peers.is_main:
             result.save(self.output / RESULT)
         self.peers.barrier()
         return result
+
+    def _resume(self, resume: str) -> Path | None:
+        """Take up the run that ``resume`` names; returns its checkpoint, None to start afresh."""
+        found = self._find_checkpoint(resume)
+        if found is None:
+            return None
+        state, path = found
+        restore(path, state, self.student, self.engine, self.identity, self.progress)
+        return path
+
+    def _find_checkpoint(self, resume: str) -> tuple[dict[str, Any], Path] | None:
+        if resume == "never" or (resume == "auto" and self.output is None):
+            return None
+        folder = self.output if resume == "auto" else Path(resume)
+        if folder is not None and (resume == "auto" or folder.is_dir()):
+            found = load_latest(folder, self._passed_over)
+            if found is not None or resume == "auto":
+                return found
+        path = Path(resume) / LAST if Path(resume).is_dir() else Path(resume)
+        return load_checkpoint(path), path
+
+    def _passed_over(self, reason: str) -> None:
+        self.logger.message(f"{reason}; looking for the checkpoint before it")
 
     def _prepare_output(self) -> None:
         if self.output is not None and self.peers.is_main:
@@ -227,8 +255,8 @@ class _Run:
         if self.peers.is_main:
             self.output.mkdir(parents=True, exist_ok=True)
             remove_leftovers(self.output)
-            self.logger.mend(self.engine.position.total, self.history)
-            move_best(checkpoint, self.output, self.best)
+            self.logger.mend(self.engine.position.total, self.progress.history)
+            move_best(checkpoint, self.output, self.progress.best)
         self.peers.barrier()
         if self.finished and checkpoint != self.output / LAST:  # finished elsewhere
             self._prepare_output()
@@ -243,19 +271,30 @@ class _Run:
         except (KeyboardInterrupt, SystemExit):
             self._save_after_interrupt()
             raise
-        except RuntimeError:
+        except NonFiniteError:
+            self._tell_skipped()
+            raise
+        except RuntimeError as error:
             # The signal that asked to stop may have reached the loader's workers too.
-            if self.stop.received is None:
+            if self.stop.received is not None:
+                self._save_after_interrupt()
+                self._raise_stop()
+            death = describe_worker_death(self.train_loader, error) or describe_worker_death(
+                self.eval_loader, error
+            )
+            if death is None:
                 raise
-            self._save_after_interrupt()
-            self._raise_stop()
+            raise RuntimeError(death) from error
         finally:
             self.logger.close()
 
     def _announce(self, resumed: bool) -> None:
-        values = effective_values(self.recipe, self.student, self.data, self.peers.size)
-        for heading, text in values.items():
-            self.logger.message(f"{heading}: {text}")
+        if self.logger.shows:
+            values = effective_values(
+                self.recipe, self.student, self.data, self.peers.size, self.teacher, self.spec
+            )
+            for heading, text in values.items():
+                self.logger.message(f"{heading}: {text}")
         if resumed:
             position = self.engine.position
             self.logger.message(
@@ -264,18 +303,20 @@ class _Run:
 
     def _run_epoch(self) -> None:
         position = self.engine.position
-        self.sampler.set_position(position.epoch, position.update)
+        self.schedule.set_position(position.epoch, position.update)
         record = train_one_epoch(
             self.engine,
             self.train_loader,
             self.recipe.accumulation,
             log_interval=self.recipe.log_interval,
-            on_interval=self.logger.interval,
+            on_interval=self._after_interval,
             after_update=self._after_update,
         )
+        self._tell_faults()
+        self._tell_skipped()
         if (position.epoch + 1) % self.recipe.eval_interval == 0 or self._is_last_epoch:
             record.update(self._evaluate())
-        self.history.append(record)
+        self.progress.history.append(record)
         improved = self._note_best(record)
         position.epoch, position.update = position.epoch + 1, 0
         self.engine.meter.reset()
@@ -283,7 +324,7 @@ class _Run:
         if improved:
             self._save(BEST)
         self._save(LAST)
-        self.logger.epoch(record, self.history, self.recipe.epochs)
+        self.logger.epoch(record, self.progress.history, self.recipe.epochs)
         if not self.finished and self._stop_requested():
             self._raise_stop()
 
@@ -291,18 +332,70 @@ class _Run:
     def _is_last_epoch(self) -> bool:
         return self.engine.position.epoch + 1 == self.recipe.epochs
 
-    def _after_update(self) -> None:
+    def _after_interval(self, record: dict[str, Any]) -> None:
+        self._tell_faults()
+        self._tell_skipped()
+        self.logger.interval(record)
+
+    def _after_update(self, slices: list[Batch]) -> None:
         self.logger.advance()
+        self.faults.extend(fault for batch in slices for fault in batch.faults)
         update = self.engine.position.update
         if update == self.updates_per_epoch:
             return  # the epoch's own checkpoint is due after its evaluation
         # Processes agree by a synchronisation, which is not worth one per update.
         may_ask = self.peers.size == 1 or update % self.recipe.log_interval == 0
+        if self.peers.size == 1:
+            self._tell_faults()
         if may_ask and self._stop_requested():
             self._raise_stop()
         interval = self.recipe.checkpoint_interval
         if interval and update % interval == 0:
             self._save(LAST)
+
+    def _tell_faults(self) -> None:
+        """Name images that could not be read, each once; too many of them end the run."""
+        faults, self.faults = self.faults, []
+        if self.peers.size == 1 and not faults:
+            return
+        for fault in (fault for part in self.peers.gather(faults) for fault in part):
+            if fault.name in self.unreadable:
+                continue
+            self.unreadable.append(fault.name)
+            self.logger.event(
+                "unreadable",
+                self._where() | fault._asdict(),
+                f"data: cannot read {fault.name} ({fault.reason}); another image takes its place",
+            )
+        if len(self.unreadable) > self.recipe.max_unreadable:
+            raise OSError(
+                f"data: {len(self.unreadable)} training images cannot be read, more than "
+                f"max_unreadable ({self.recipe.max_unreadable}); the last is {self.unreadable[-1]}"
+            )
+
+    def _tell_skipped(self) -> None:
+        """List the updates skipped since the last time, with the samples that they saw."""
+        skipped = self.engine.skipped_updates()  # of the same updates on every process
+        if not skipped:
+            return
+        ranks = self.peers.gather([dataclasses.asdict(update) for update in skipped])
+        for number, update in enumerate(skipped):
+            shares = [rank[number] for rank in ranks]
+            record = {
+                "update": update.update,
+                "samples": [share["samples"] for share in shares],
+                "finite_loss": [share["finite_loss"] for share in shares],
+            }
+            self.logger.event(
+                "skipped",
+                self._where() | record,
+                f"update {update.update} was skipped: its gradient was not finite (its samples are "
+                f"in log.jsonl)",
+            )
+
+    def _where(self) -> dict[str, Any]:
+        position = self.engine.position
+        return {"epoch": position.epoch, "update": position.total}
 
     def _stop_requested(self) -> bool:
         return self.peers.any(self.stop.received is not None)
@@ -317,135 +410,110 @@ class _Run:
         if self.output is None or self.finished or not (self.agreed_to_stop or alone):
             return
         self._save(LAST)
-        self.logger.message(
-            f"stopped after update {self.engine.position.total}; the same call continues from "
-            f"{self.output / LAST}"
-        )
+        if self.unsaved is None:
+            self.logger.message(
+                f"stopped after update {self.engine.position.total}; the same call continues from "
+                f"{self.output / LAST}"
+            )
 
     def _evaluate(self) -> dict[str, Any]:
-        raw = self._measure(self.student)
-        record = {"top1": raw["top1"], "top5": raw["top5"], "eval_loss": raw["loss"]}
-        if self.engine.ema is not None:
-            ema = self._measure(self.engine.ema.module)
-            record |= {"ema_top1": ema["top1"], "ema_top5": ema["top5"], "ema_loss": ema["loss"]}
+        record: dict[str, Any] = {}
+        if self.data.labelled_val:
+            raw = self._measure(self.student)
+            record |= {"top1": raw["top1"], "top5": raw["top5"], "eval_loss": raw["loss"]}
+            if self.engine.ema is not None:
+                ema = self._measure(self.engine.ema.module)
+                record |= {
+                    "ema_top1": ema["top1"],
+                    "ema_top5": ema["top5"],
+                    "ema_loss": ema["loss"],
+                }
+        if self._ranks_by_loss:
+            terms = evaluate_terms(self.engine, self.eval_loader)
+            record |= {f"eval_{name}": value for name, value in terms.items()}
         return record
 
     def _measure(self, model: nn.Module) -> dict[str, Any]:
         self.peers.average_norms(model)
         return evaluate_model(model, self.eval_loader, self.peers, self.recipe.amp)
 
+    @property
+    def _ranks_by_loss(self) -> bool:
+        """Whether accuracy says nothing: no labels to count by, or logits that nothing trains."""
+        trains_logits = self.recipe.labels or self.engine.task.needs_logits
+        return not (self.data.labelled_val and trains_logits)
+
     def _note_best(self, record: dict[str, Any]) -> bool:
+        best = self.progress.best
+        if self._ranks_by_loss:
+            loss = record.get("eval_loss")
+            if loss is None or loss >= best.get("loss", float("inf")):
+                return False
+            self.progress.best = {**best, "loss": loss, "epoch": record["epoch"] + 1}
+            return True
         top1 = record.get("ema_top1" if self.recipe.best == "ema" else "top1")
-        if top1 is None or top1 <= self.best["top1"]:
+        if top1 is None or top1 <= best["top1"]:
             return False
-        self.best = {"top1": top1, "epoch": record["epoch"] + 1}
+        self.progress.best = {"top1": top1, "epoch": record["epoch"] + 1}
         return True
 
     def _save(self, name: str) -> None:
-        """Write a checkpoint; called on all processes, refused once something was not finite."""
+        """Write a checkpoint; called on all processes, refused once something was not finite.
+
+        Where it cannot be written the run goes on and says so: the next one may be.
+        """
         if self.output is None:
             return
-        sums = self.engine.read_meter()
-        if self.peers.is_main:
-            state = self._student_state() if name == BEST else self._state(list(sums.values()))
-            save_checkpoint(state, self.output / name)
-
-    def _student_state(self) -> dict[str, Any]:
-        """What rebuilds the student, and where its weights come from."""
-        ema, position = self.engine.ema, self.engine.position
-        return {
-            "student": self.student.state_dict(),
-            "ema": None if ema is None else ema.module.state_dict(),
-            "recipe": self.recipe.to_dict(),
-            "num_classes": self.num_classes,
-            "img_size": self.shape.img_size,
-            "input": {"size": self.spec.size, "mean": self.spec.mean, "std": self.spec.std},
-            "position": vars(position).copy(),
-            "best": self.best,
-            "measured": self._last_measurement(),
-        }
-
-    def _last_measurement(self) -> dict[str, float]:
-        """Top-1 of the raw and EMA weights when they were evaluated last; empty before."""
-        evaluated = [record for record in self.history if "top1" in record]
-        last = evaluated[-1] if evaluated else {}
-        return {name: last[name] for name in ("top1", "ema_top1") if name in last}
-
-    def _state(self, sums: list[float]) -> dict[str, Any]:
-        engine = self.engine
-        return self._student_state() | {
-            "terms": engine.task.terms.state_dict(),
-            "optimizer": engine.optimizer.state_dict(),
-            "scheduler": engine.scheduler.state_dict(),
-            "scaler": engine.scaler.state_dict(),
-            # Updates seed themselves; this is for what a user's modules draw outside of them.
-            "rng": rng_state(self.peers.device),
-            "train_images": len(self.data.train),
-            "meter": {**engine.meter.state_dict(), "sums": torch.tensor(sums, dtype=torch.float64)},
-            "history": self.history,
-        }
-
-    def _restore(self, path: Path) -> None:
-        state = load_checkpoint(path)
-        self._check_same_run(path, state)
-        engine = self.engine
+        sums = self.engine.read().sums
+        if not self.peers.is_main:
+            return
+        parts = (self.student, self.engine, self.identity, self.progress)
         try:
-            self.student.load_state_dict(state["student"])
-            engine.task.terms.load_state_dict(state["terms"])
-            engine.optimizer.load_state_dict(state["optimizer"])
-            if engine.ema is not None:
-                engine.ema.module.load_state_dict(state["ema"])
-        except (RuntimeError, ValueError) as error:
-            raise CheckpointError(
-                f"resume: {path} does not fit this student: {short_misfit(error)}"
-            ) from error
-        engine.scheduler.load_state_dict(state["scheduler"])
-        engine.scaler.load_state_dict(state["scaler"])
-        engine.meter.load_state_dict(state["meter"])
-        for name, value in state["position"].items():
-            setattr(engine.position, name, value)
-        self.history, self.best = state["history"], state["best"]
-        set_rng_state(state["rng"], self.peers.device)
-
-    def _check_same_run(self, path: Path, state: dict[str, Any]) -> None:
-        if "optimizer" not in state:
-            raise CheckpointError(
-                f"resume: {path} holds a student alone, no run to continue (take {LAST})"
-            )
-        if state["train_images"] != len(self.data.train):
-            raise CheckpointError(
-                f"resume: {path} is of a run on {state['train_images']} training images, these "
-                f"data have {len(self.data.train)}: its position has no meaning in them"
-            )
-        differences = Recipe.from_dict(state["recipe"]).differences(self.recipe)
-        if differences:
-            fields = ", ".join(f"{n} {a!r} -> {b!r}" for n, (a, b) in differences.items())
-            raise CheckpointError(
-                f"resume: {path} is of a run with another recipe ({fields}); choose another "
-                f"output, or resume='never' to start afresh and overwrite it"
-            )
+            if name == BEST:
+                save_checkpoint(student_state(*parts), self.output / name)
+            else:
+                state = run_state(*parts, list(sums.values()))
+                save_checkpoint(state, self.output / name, self.recipe.keep_checkpoints)
+                self.unsaved = None
+        except OSError as error:
+            self.unsaved = error
+            self.logger.event("unsaved", self._where() | {"file": name}, str(error))
 
     def _result(self) -> Result:
-        last = self.history[-1]
-        weights = "EMA" if self.recipe.best == "ema" else "raw"
+        last = self.progress.history[-1]
+        best = self.progress.best
         return Result(
-            top1=last["top1"],
-            top5=last["top5"],
+            top1=last.get("top1"),
+            top5=last.get("top5"),
             ema_top1=last.get("ema_top1"),
             ema_top5=last.get("ema_top5"),
-            best_top1=self.best["top1"],
-            best_epoch=self.best["epoch"],
-            best_rule=f"highest top-1 of the {weights} weights on the evaluation set itself, "
-            f"earliest of equals",
+            eval_loss=last["eval_loss"],
+            best_top1=None if self._ranks_by_loss else best["top1"],
+            best_epoch=best["epoch"],
+            best_rule=self._best_rule(),
             epochs=self.recipe.epochs,
             images=len(self.data.val),
             parameters=parameter_count(self.student),
             output=None if self.output is None else str(self.output),
             last=self._written(LAST),
             best=self._written(BEST),
-            history=self.history,
+            history=self.progress.history,
         )
+
+    def _best_rule(self) -> str:
+        if self._ranks_by_loss:
+            measure = "lowest loss of the raw weights"
+        else:
+            weights = "EMA" if self.recipe.best == "ema" else "raw"
+            measure = f"highest top-1 of the {weights} weights"
+        return f"{measure} on the evaluation set itself, earliest of equals"
 
     def _written(self, name: str) -> str | None:
         path = None if self.output is None else self.output / name
         return str(path) if path is not None and path.exists() else None
+
+
+def _schedule(loader: Any) -> Any:
+    """What knows an epoch's length and where the next iteration starts."""
+    streams = isinstance(loader.dataset, IterableDataset)
+    return loader.dataset if streams else loader.batch_sampler

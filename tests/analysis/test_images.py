@@ -93,7 +93,7 @@ def test_no_images_are_refused(tmp_path, images):
 
 
 def test_an_empty_folder_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="data: Found 0 images"):
+    with pytest.raises(ValueError, match=r"data: .*image"):
         open_images(tmp_path)
 
 

@@ -7,7 +7,13 @@ import torch
 
 from fastkd.training import checkpoint as checkpoints
 from fastkd.training.atomic import remove_leftovers
-from fastkd.training.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
+from fastkd.training.checkpoint import (
+    CheckpointError,
+    TornCheckpointError,
+    load_checkpoint,
+    load_latest,
+    save_checkpoint,
+)
 
 
 def test_what_is_saved_is_loaded(tmp_path):
@@ -86,4 +92,71 @@ def test_a_later_version_is_refused(tmp_path, monkeypatch):
 
 def test_a_missing_checkpoint_is_named(tmp_path):
     with pytest.raises(CheckpointError, match=r"there is no .*last\.pth"):
+        load_checkpoint(tmp_path)
+
+
+def epochs_kept(folder):
+    return {path.name: load_checkpoint(path)["epoch"] for path in folder.iterdir()}
+
+
+def test_the_last_checkpoints_are_kept_and_no_more(tmp_path):
+    for epoch in range(5):
+        save_checkpoint({"epoch": epoch}, tmp_path / "last.pth", keep=3)
+    assert epochs_kept(tmp_path) == {"last.pth": 4, "last-1.pth": 3, "last-2.pth": 2}
+    save_checkpoint({"epoch": 5}, tmp_path / "last.pth", keep=2)
+    assert epochs_kept(tmp_path) == {"last.pth": 5, "last-1.pth": 4}
+
+
+def test_links_are_not_needed_to_keep_an_earlier_checkpoint(tmp_path, monkeypatch):
+    def refuse(*paths):
+        raise OSError("no links here")
+
+    monkeypatch.setattr(os, "link", refuse)
+    for epoch in range(3):
+        save_checkpoint({"epoch": epoch}, tmp_path / "last.pth", keep=2)
+    assert epochs_kept(tmp_path) == {"last.pth": 2, "last-1.pth": 1}
+
+
+def test_a_kill_before_the_new_checkpoint_has_its_name_leaves_the_old_one(tmp_path, monkeypatch):
+    for epoch in range(2):
+        save_checkpoint({"epoch": epoch}, tmp_path / "last.pth", keep=2)
+
+    class Killed(BaseException):
+        pass
+
+    replace = os.replace
+
+    def killed(source, target):
+        if os.fspath(target).endswith("last.pth"):
+            raise Killed
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", killed)
+    with pytest.raises(Killed):
+        save_checkpoint({"epoch": 2}, tmp_path / "last.pth", keep=2)
+    state, path = load_latest(tmp_path, pytest.fail)
+    assert (state["epoch"], path.name) == (1, "last.pth")
+
+
+def test_the_latest_whole_checkpoint_is_found_and_torn_ones_are_named(tmp_path):
+    for epoch in range(4):
+        save_checkpoint({"epoch": epoch}, tmp_path / "last.pth", keep=4)
+    (tmp_path / "last.pth").write_bytes(b"PK torn")
+    torch.save({"state_dict": {}}, tmp_path / "last-1.pth")
+    told = []
+    state, path = load_latest(tmp_path, told.append)
+    assert (state["epoch"], path.name) == (1, "last-2.pth")
+    assert ["last.pth" in told[0], "not written by fastkd" in told[1], len(told)] == [True, True, 2]
+
+
+def test_without_a_whole_checkpoint_the_last_ones_error_counts(tmp_path):
+    assert load_latest(tmp_path, pytest.fail) is None
+    (tmp_path / "last.pth").write_bytes(b"PK torn")
+    with pytest.raises(TornCheckpointError, match=r"last\.pth is torn"):
+        load_latest(tmp_path, lambda reason: None)
+
+
+def test_plain_text_is_no_checkpoint(tmp_path):
+    (tmp_path / "last.pth").write_text("epoch,loss\n1,2.0\n")
+    with pytest.raises(TornCheckpointError, match="torn"):
         load_checkpoint(tmp_path)

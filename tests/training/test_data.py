@@ -1,23 +1,31 @@
 """Data: opening it, and batches that depend on nothing but the recipe and the position."""
 
+import io
+import os
 import random
+import re
+import signal
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch.utils.data import IterableDataset, TensorDataset
+from torch.utils.data import Dataset, IterableDataset, TensorDataset
 
 from fastkd.training.augment import (
     InputSpec,
-    _operations,
     create_mixup,
     eval_transform,
+    operations_of,
     train_transform,
 )
-from fastkd.training.data import eval_loader, slice_size, train_loader
-from fastkd.training.datasets import open_data
+from fastkd.training.batch import Fault
+from fastkd.training.data import SampleDataset, eval_loader, slice_size, train_loader
+from fastkd.training.datasets import DataPair, open_data
 from fastkd.training.recipe import Recipe
+from fastkd.training.samples import SampleTransform
+from fastkd.training.workers import WorkerNotes, describe_worker_death
 from tests.training.tiny import image_folder, tensor_data
 
 CPU = torch.device("cpu")
@@ -28,7 +36,7 @@ RANDAUGMENT = Recipe(batch_size=4, workers=0, seed=3)
 def batches(data, recipe, position=(0, 0), spec=SPEC):
     loader = train_loader(open_data(data), recipe, spec, CPU)
     loader.batch_sampler.set_position(*position)
-    return [(images.clone(), labels) for images, labels in loader]
+    return [(batch.images, batch.labels) for batch in loader]
 
 
 def same(left, right):
@@ -37,6 +45,21 @@ def same(left, right):
         torch.equal(a, b) and torch.equal(la, lb)
         for (a, la), (b, lb) in zip(left, right, strict=True)
     )
+
+
+class ReadablePairs(Dataset):
+    """PIL images labelled with their index; counts how often one is read."""
+
+    def __init__(self, count):
+        self.count = count
+        self.reads = 0
+
+    def __len__(self):
+        return self.count
+
+    def __getitem__(self, index):
+        self.reads += 1
+        return Image.new("RGB", (40, 40), (index, 0, 0)), index
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +121,7 @@ def test_tensors_are_normalised_where_statistics_are_given():
     data = tensor_data(8, 4)
     recipe = Recipe(batch_size=8, workers=0, augment="none")
     loader = eval_loader(open_data(data), recipe, InputSpec((1, 8, 8), (1.0,), (2.0,)), CPU)
-    images, _ = next(iter(loader))
+    images = next(iter(loader)).images
     torch.testing.assert_close(images, (data[1].tensors[0] - 1) / 2)
 
 
@@ -124,7 +147,7 @@ def test_tensors_with_image_augmentation_are_refused_naming_the_way_out():
 def test_posterize_never_asks_for_zero_bits(policy):
     recipe = Recipe(auto_augment=policy, reprob=0.0)
     transform = train_transform(recipe, SPEC)
-    found = [op for op in _operations(transform) if op.name.startswith("Posterize")]
+    found = [op for op in operations_of(transform) if op.name.startswith("Posterize")]
     image = Image.new("RGB", (8, 8), (200, 100, 50))
     assert found
     for operation in found:
@@ -201,16 +224,147 @@ def test_samples_of_another_form_are_refused(image):
         open_data(([(image, 0)], [(image, 0)]))
 
 
-@pytest.mark.parametrize("content", [b"", b"no image", "half"])
-@pytest.mark.parametrize("split", ["train", "val"])
-def test_an_unreadable_image_is_an_error_naming_its_file(tmp_path, split, content):
-    broken = image_folder(tmp_path) / split / "green" / "1.jpg"
+def broken_image(folder, split, content=b"no image"):
+    broken = image_folder(folder) / split / "green" / "1.jpg"
     whole = broken.read_bytes()
     broken.write_bytes(whole[: len(whole) // 2] if content == "half" else content)
-    data = open_data(tmp_path)
-    loader = (train_loader if split == "train" else eval_loader)(data, RANDAUGMENT, SPEC, CPU)
-    with pytest.raises(OSError, match=rf"cannot read .*{split}/green/1\.jpg"):
+    return broken
+
+
+@pytest.mark.parametrize("content", [b"", b"no image", "half"])
+def test_an_unreadable_image_stops_an_evaluation_naming_its_file(tmp_path, content):
+    broken_image(tmp_path, "val", content)
+    with pytest.raises(OSError, match=r"cannot read .*val/green/1\.jpg"):
+        list(eval_loader(open_data(tmp_path), RANDAUGMENT, SPEC, CPU))
+
+
+@pytest.mark.parametrize("content", [b"", b"no image", "half"])
+@pytest.mark.parametrize("augment", ["cpu", "gpu", "none"])
+def test_an_unreadable_training_image_is_replaced_and_told(tmp_path, augment, content):
+    broken = broken_image(tmp_path, "train", content)
+    recipe = RANDAUGMENT.override(augment=augment, batch_size=36)
+    (batch,) = train_loader(open_data(tmp_path), recipe, SPEC, CPU)
+    (fault,) = batch.faults
+    assert len(batch.images) == len(batch.labels) == 36
+    assert fault.name == str(broken)
+    assert fault.sample in batch.samples
+    assert "cannot read" in fault.reason
+
+
+def test_an_image_that_its_data_set_opened_only_is_replaced_too():
+    torn = io.BytesIO()
+    Image.effect_noise((40, 40), 80).convert("RGB").save(torn, "png")
+    torn = torn.getvalue()[:-300]
+
+    class Lazy(ReadablePairs):
+        def __getitem__(self, index):
+            return (Image.open(io.BytesIO(torn)), 0) if index == 3 else super().__getitem__(index)
+
+    pair = open_data((Lazy(8), ReadablePairs(8)))
+    (batch,) = train_loader(pair, RANDAUGMENT.override(batch_size=8), SPEC, CPU)
+    assert [fault.sample for fault in batch.faults] == [3]
+
+
+def test_a_replacement_is_the_same_for_any_number_of_workers(tmp_path):
+    broken_image(tmp_path, "train")
+    recipe = RANDAUGMENT.override(batch_size=12)
+    assert same(batches(tmp_path, recipe), batches(tmp_path, recipe.override(workers=2)))
+
+
+def test_the_copies_of_an_unreadable_image_share_their_replacement():
+    class OneBroken(ReadablePairs):
+        def __getitem__(self, index):
+            if index == 0:
+                raise OSError("torn")
+            return super().__getitem__(index)
+
+    data = OneBroken(8)
+    recipe = RANDAUGMENT.override(batch_size=8, repeated_aug=4, augment="none")
+    loader = train_loader(open_data((data, ReadablePairs(8))), recipe, SPEC, CPU)
+    for epoch in range(8):
+        loader.batch_sampler.set_position(epoch)
+        (batch,) = loader
+        replaced = batch.labels[batch.samples == 0]
+        assert len(set(replaced.tolist())) == bool(len(replaced))
+        assert batch.faults == ((Fault(0, "sample 0", "torn"),) if len(replaced) else ())
+
+
+def test_data_of_which_nothing_can_be_read_are_an_error():
+    class Broken(ReadablePairs):
+        def __getitem__(self, index):
+            raise OSError("torn")
+
+    pair = DataPair(Broken(8), ReadablePairs(8), None, False, None)
+    loader = train_loader(pair, RANDAUGMENT, SPEC, CPU)
+    with pytest.raises(OSError, match="nor any of 16 images tried in its place: torn"):
+        next(iter(loader))
+
+
+def test_a_label_that_is_missing_is_minus_one():
+    data = [(Image.new("RGB", (40, 40)), None)] * 4
+    _, labels = batches((data, data), RANDAUGMENT)[0]
+    assert labels.tolist() == [-1] * 4
+
+
+def test_a_batch_tells_which_samples_it_holds(folder):
+    loader = train_loader(open_data(folder), RANDAUGMENT.override(augment="none"), SPEC, CPU)
+    keys = next(iter(loader.batch_sampler))
+    assert next(iter(loader)).samples.tolist() == [key.sample for key in keys]
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_the_device_path_decodes_an_image_once_for_its_copies(world_size):
+    data = ReadablePairs(24)
+    recipe = Recipe(batch_size=12, workers=0, augment="gpu", repeated_aug=3)
+    opened = open_data((data, data))
+    data.reads = 0
+    for rank in range(world_size):
+        next(iter(train_loader(opened, recipe, SPEC, CPU, rank, world_size)))
+    assert data.reads == 4
+
+
+def test_the_device_path_takes_the_crops_of_the_cpu_path(folder):
+    recipe = RANDAUGMENT.override(repeated_aug=3, auto_augment=None, color_jitter=0.0, reprob=0.0)
+    recipe = recipe.override(hflip=0.0)
+    expected, _ = batches(folder, recipe)[0]
+    crops, _ = batches(folder, recipe.override(augment="gpu"))[0]
+    torch.testing.assert_close((crops / 255 - 0.5) / 0.2, expected)
+
+
+class KillsItsWorker(ReadablePairs):
+    def __getitem__(self, index):
+        if index == 5 and torch.utils.data.get_worker_info() is not None:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().__getitem__(index)
+
+    def filename(self, index):
+        return f"file{index}.jpg"
+
+
+@pytest.mark.parametrize("augment", ["cpu", "gpu"])
+def test_a_workers_death_names_the_file(augment):
+    recipe = Recipe(batch_size=8, workers=1, augment=augment)
+    data = open_data((KillsItsWorker(16), ReadablePairs(8)))
+    loader = train_loader(data, recipe, SPEC, CPU)
+    with pytest.raises(RuntimeError) as raised:
         list(loader)
+    text = describe_worker_death(loader, raised.value)
+    assert re.fullmatch(r"data: loader process \d+ died over file5\.jpg \(sample 5\)", text)
+
+
+def test_every_process_that_died_is_told():
+    loader = SimpleNamespace(dataset=SampleDataset(KillsItsWorker(16), SampleTransform()))
+    loader.dataset.notes = WorkerNotes(3)
+    loader.dataset.notes.rows.copy_(torch.tensor([[70, 1], [71, 2], [72, 3]]))
+    error = RuntimeError("DataLoader worker (pid(s) 70, 72, 99) exited unexpectedly")
+    text = describe_worker_death(loader, error)
+    assert "70 died over file1.jpg" in text and "72 died over file3.jpg" in text
+    assert "71" not in text and "99" not in text
+
+
+def test_another_error_is_no_workers_death(folder):
+    loader = train_loader(open_data(folder), RANDAUGMENT, SPEC, CPU)
+    assert describe_worker_death(loader, RuntimeError("out of memory")) is None
 
 
 def test_gray_images_are_brought_to_the_students_channels():

@@ -1,16 +1,20 @@
 """The loops: one update, its precision and its safety, and evaluation."""
 
+import copy
 import math
 
 import pytest
 import torch
 import torch.nn.functional as F
 from timm.utils import ModelEmaV3
+from torch import nn
 
+from fastkd.training.assembly import build_optimizer
+from fastkd.training.batch import Batch
 from fastkd.training.distributed import World
-from fastkd.training.engine import Engine, NonFiniteError, evaluate_model, train_one_epoch
+from fastkd.training.engine import Engine, NonFiniteError
+from fastkd.training.loop import evaluate_model, train_one_epoch
 from fastkd.training.recipe import Recipe
-from fastkd.training.setup import build_optimizer
 from fastkd.training.task import build_task
 from tests.training.tiny import tensor_data, vit
 
@@ -25,17 +29,11 @@ def engine_for(student, ema_decay=None, **options):
     task = build_task(student, None, recipe, IMAGES[:1])
     optimizer, scheduler = build_optimizer(task, recipe, 10)
     ema = None if ema_decay is None else ModelEmaV3(student, decay=ema_decay)
-    return Engine(
-        task,
-        None,
-        optimizer,
-        scheduler,
-        ema=ema,
-        mixup=None,
-        world=WORLD,
-        amp=recipe.amp,
-        clip_grad=recipe.clip_grad,
-    )
+    return Engine(task, None, optimizer, scheduler, recipe=recipe, world=WORLD, ema=ema)
+
+
+def batch(images=IMAGES, labels=LABELS):
+    return Batch(images, labels, torch.arange(len(images)))
 
 
 def gradients(student):
@@ -44,24 +42,24 @@ def gradients(student):
 
 def test_accumulated_slices_give_the_gradient_of_the_whole_batch():
     whole, sliced = vit(), vit()
-    engine_for(whole).update([(IMAGES, LABELS)])
-    engine_for(sliced).update([(IMAGES[:4], LABELS[:4]), (IMAGES[4:], LABELS[4:])])
+    engine_for(whole).update([batch()])
+    engine_for(sliced).update([batch(IMAGES[:4], LABELS[:4]), batch(IMAGES[4:], LABELS[4:])])
     torch.testing.assert_close(gradients(sliced), gradients(whole), atol=1e-6, rtol=1e-4)
 
 
 def test_clipping_bounds_the_gradients_norm():
     student = vit()
     engine = engine_for(student, clip_grad=1e-3)
-    engine.update([(IMAGES, LABELS)])
+    engine.update([batch()])
     assert gradients(student).norm().item() == pytest.approx(1e-3, rel=1e-3)
-    assert engine.read_meter()["grad_norm"] > 1e-3  # logged as it was
+    assert engine.read().sums["grad_norm"] > 1e-3  # logged as it was
 
 
 def test_ema_follows_the_students_weights():
     student = vit()
     engine = engine_for(student, ema_decay=0.75)
     before = student.head.weight.detach().clone()
-    engine.update([(IMAGES, LABELS)])
+    engine.update([batch()])
     expected = 0.75 * before + 0.25 * student.head.weight
     torch.testing.assert_close(engine.ema.module.head.weight, expected)
 
@@ -70,31 +68,31 @@ def test_the_meter_sums_terms_over_updates():
     engine = engine_for(vit(), label_smoothing=0.0)
     with torch.no_grad():
         first = F.cross_entropy(engine.task.student(IMAGES), LABELS).item()
-    engine.update([(IMAGES, LABELS)])
-    assert engine.read_meter()["loss"] == pytest.approx(first, rel=1e-5)
-    engine.update([(IMAGES, LABELS)])
+    engine.update([batch()])
+    assert engine.read().sums["loss"] == pytest.approx(first, rel=1e-5)
+    engine.update([batch()])
     assert engine.meter.count == 2
-    assert first < engine.read_meter()["loss"] < 2 * first
+    assert first < engine.read().sums["loss"] < 2 * first
 
 
 def test_an_update_draws_the_same_numbers_whatever_was_drawn_before():
     students = [vit(proj_drop_rate=0.5).train() for _ in range(2)]
     for count, student in enumerate(students):
         torch.rand(17 * count)
-        engine_for(student).update([(IMAGES, LABELS)])
+        engine_for(student).update([batch()])
     assert torch.equal(gradients(students[0]), gradients(students[1]))
 
 
 @pytest.mark.parametrize("amp", ["bf16", "fp16"])
 def test_autocast_trains_close_to_full_precision(amp):
     full, half = vit(), vit()
-    engine_for(full).update([(IMAGES, LABELS)])
+    engine_for(full).update([batch()])
     engine = engine_for(half, amp=amp)
-    engine.update([(IMAGES, LABELS)])
+    engine.update([batch()])
     assert all(p.dtype == torch.float32 for p in half.parameters())
     cosine = F.cosine_similarity(gradients(full), gradients(half), dim=0)
     assert cosine > 0.99
-    assert engine.read_meter()["loss"] == pytest.approx(
+    assert engine.read().sums["loss"] == pytest.approx(
         F.cross_entropy(vit()(IMAGES), LABELS, label_smoothing=0.1).item(), rel=2e-2
     )
 
@@ -104,38 +102,96 @@ def test_an_overflow_in_fp16_skips_the_update_and_is_counted():
     engine = engine_for(student, amp="fp16")
     engine.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**120)
     before = student.head.weight.detach().clone()
-    engine.update([(IMAGES, LABELS)])
+    engine.update([batch()])
     assert torch.equal(student.head.weight, before)
-    assert engine.meter.skipped.item() == 1
-    assert math.isfinite(engine.read_meter()["grad_norm"])
+    reading = engine.read()
+    assert (reading.applied, reading.skipped) == (0, 1)
+    assert reading.sums["grad_norm"] == 0
 
 
-def test_a_loss_that_is_not_finite_is_an_error_naming_it():
+BROKEN = torch.full_like(IMAGES, math.inf)
+
+
+@pytest.mark.parametrize("amp", ["none", "bf16"])
+def test_an_update_that_is_not_finite_changes_neither_weights_nor_moments(amp):
+    student = nn.Sequential(nn.BatchNorm2d(1), vit())
+    engine = engine_for(student, amp=amp)
+    engine.update([batch()])
+    before = {name: value.clone() for name, value in student.state_dict().items()}
+    moments = [s["exp_avg"].clone() for s in engine.optimizer.state.values()]
+    engine.update([batch(BROKEN)])
+    assert all(torch.equal(before[name], value) for name, value in student.state_dict().items())
+    after = [s["exp_avg"] for s in engine.optimizer.state.values()]
+    assert all(torch.equal(a, b) for a, b in zip(moments, after, strict=True))
+    engine.update([batch()])
+    assert not torch.equal(before["1.head.weight"], student[1].head.weight)
+    reading = engine.read()
+    assert (reading.applied, reading.skipped, reading.longest_row) == (2, 1, 1)
+
+
+def test_a_skipped_update_is_listed_once_with_its_samples():
     engine = engine_for(vit())
-    broken = (torch.full_like(IMAGES, math.inf), LABELS)
-    with pytest.raises(NonFiniteError, match=r"loss.*epoch 1.*update 1.*clip_grad"):
-        train_one_epoch(
-            engine,
-            [broken],
-            1,
-            log_interval=10,
-            on_interval=lambda record: None,
-            after_update=lambda: None,
-        )
+    for images in (IMAGES, BROKEN, IMAGES):
+        engine.update([batch(images)])
+    (skipped,) = engine.skipped_updates()
+    assert (skipped.update, skipped.samples, skipped.finite_loss) == (2, list(range(8)), False)
+    assert engine.skipped_updates() == []
+
+
+def test_a_skipped_update_leaves_the_means_alone():
+    clean, mixed = engine_for(vit()), engine_for(vit())
+    for images in (IMAGES, BROKEN):
+        mixed.update([batch(images)])
+    clean.update([batch()])
+    assert mixed.read().means() == clean.read().means()
+
+
+def run_epoch(engine, batches, **options):
+    options = {"on_interval": lambda record: None, "after_update": lambda slices: None, **options}
+    return train_one_epoch(engine, batches, 1, log_interval=2, **options)
+
+
+def test_too_many_updates_in_a_row_that_are_not_finite_end_the_run():
+    engine = engine_for(vit(), max_nonfinite=2)
+    with pytest.raises(NonFiniteError, match=r"loss.*epoch 1.*update 3, in 3 updates.*clip_grad"):
+        run_epoch(engine, [batch(BROKEN)] * 5)
+
+
+def test_skipped_updates_that_do_not_follow_each_other_end_nothing():
+    engine = engine_for(vit(), max_nonfinite=1)
+    record = run_epoch(engine, [batch(), batch(BROKEN)] * 3)
+    assert record["skipped_updates"] == 3
+
+
+def test_a_compiled_task_takes_the_same_step():
+    eager, compiled = vit(), vit()
+    engine_for(eager).update([batch()])
+    engine_for(compiled, compile="default").update([batch()])
+    torch.testing.assert_close(gradients(compiled), gradients(eager), atol=1e-5, rtol=1e-4)
+    assert compiled.state_dict().keys() == eager.state_dict().keys()
+
+
+def test_channels_last_changes_the_layout_alone():
+    plain = nn.Sequential(nn.Conv2d(1, 6, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    strided = copy.deepcopy(plain)
+    engine_for(plain).update([batch()])
+    engine_for(strided, channels_last=True).update([batch()])
+    assert strided[0].weight.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(gradients(strided), gradients(plain))
 
 
 def test_an_epochs_record_holds_means_and_throughput():
     engine, records = engine_for(vit()), []
     record = train_one_epoch(
         engine,
-        [(IMAGES, LABELS)] * 5,
+        [batch()] * 5,
         1,
         log_interval=2,
         on_interval=records.append,
-        after_update=lambda: None,
+        after_update=lambda slices: None,
     )
     assert [r["update"] for r in records] == [2, 4]
-    sums = engine.read_meter()
+    sums = engine.read().sums
     assert record["loss"] == pytest.approx(sums["loss"] / 5)
     # The epoch's mean is that of its updates: two, two, and the last.
     last = sums["loss"] - 2 * sum(r["loss"] for r in records)
@@ -150,7 +206,7 @@ def lr_of_updates(accumulation):
     )
     rates = [engine.lr]
     for _ in range(30):
-        engine.update([(IMAGES[:2], LABELS[:2])] * accumulation)
+        engine.update([batch(IMAGES[:2], LABELS[:2])] * accumulation)
         rates.append(engine.lr)
     return rates
 
@@ -171,7 +227,7 @@ def test_the_learning_rate_counts_updates_not_slices():
 
 def test_evaluation_counts_hits_and_averages_the_loss():
     model = vit()
-    loader = [(IMAGES[:5], LABELS[:5]), (IMAGES[5:], LABELS[5:])]
+    loader = [batch(IMAGES[:5], LABELS[:5]), batch(IMAGES[5:], LABELS[5:])]
     measured = evaluate_model(model, loader, WORLD)
     with torch.no_grad():
         logits = model.eval()(IMAGES)
@@ -183,11 +239,11 @@ def test_evaluation_counts_hits_and_averages_the_loss():
 
 
 def test_top5_is_left_out_below_five_classes():
-    measured = evaluate_model(vit(num_classes=4), [(IMAGES[:3], LABELS[:3])], WORLD)
+    measured = evaluate_model(vit(num_classes=4), [batch(IMAGES[:3], LABELS[:3])], WORLD)
     assert measured["top5"] is None
 
 
 def test_evaluation_puts_the_training_mode_back():
     model = vit().train()
-    evaluate_model(model, [(IMAGES, LABELS)], WORLD)
+    evaluate_model(model, [batch()], WORLD)
     assert model.training

@@ -34,14 +34,24 @@ def test_an_iteration_starts_at_its_position(update):
 
 @pytest.mark.parametrize("world_size", [2, 4])
 @pytest.mark.parametrize("repeats", [1, 3])
-def test_ranks_share_the_updates_of_one_process_without_duplicates(world_size, repeats):
+@pytest.mark.parametrize("together", [False, True])
+def test_ranks_share_the_updates_of_one_process_without_duplicates(world_size, repeats, together):
     whole = list(TrainBatchSampler(50, 8, repeats=repeats))
+    options = {"repeats": repeats, "world_size": world_size, "together": together}
     ranks = [
-        list(TrainBatchSampler(50, 8 // world_size, repeats=repeats, rank=r, world_size=world_size))
-        for r in range(world_size)
+        list(TrainBatchSampler(50, 8 // world_size, rank=r, **options)) for r in range(world_size)
     ]
     for update, batch in enumerate(whole):
         assert sorted(k for rank in ranks for k in rank[update]) == sorted(batch)
+
+
+def test_copies_stay_with_one_rank_where_they_are_kept_together():
+    for rank in range(2):
+        options = {"repeats": 3, "rank": rank, "world_size": 2}
+        together = next(iter(TrainBatchSampler(36, 6, together=True, **options)))
+        apart = next(iter(TrainBatchSampler(36, 6, **options)))
+        assert len({key.sample for key in together}) == 2
+        assert len({key.sample for key in apart}) == 4
 
 
 def test_repeated_augmentation_gives_copies_in_one_pass_length():

@@ -7,8 +7,8 @@ from torch import nn
 
 from fastkd.losses import DistillationLoss, FeatureKD
 from fastkd.models import create_teacher
+from fastkd.training.assembly import build_optimizer
 from fastkd.training.recipe import Recipe
-from fastkd.training.setup import build_optimizer
 from fastkd.training.task import DistillationTask, build_task
 from tests.training.tiny import lift, vit
 

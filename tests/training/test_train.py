@@ -12,7 +12,6 @@ from torch.utils.data import TensorDataset
 from fastkd.models import create_teacher
 from fastkd.training import (
     CheckpointError,
-    NonFiniteError,
     Recipe,
     Result,
     load_checkpoint,
@@ -161,7 +160,12 @@ def test_interrupted_and_resumed_ends_bit_identical(data, fast, tmp_path, stop_a
 
 
 @pytest.mark.parametrize(
-    ("number", "error"), [(signal.SIGTERM, SystemExit), (signal.SIGINT, KeyboardInterrupt)]
+    ("number", "error"),
+    [
+        (signal.SIGTERM, SystemExit),
+        (signal.SIGUSR1, SystemExit),
+        (signal.SIGINT, KeyboardInterrupt),
+    ],
 )
 def test_a_signal_writes_a_checkpoint_after_the_running_update(data, fast, tmp_path, number, error):
     broken = (Interrupting(data[0], 20, lambda: os.kill(os.getpid(), number)), data[1])
@@ -174,11 +178,11 @@ def test_a_signal_writes_a_checkpoint_after_the_running_update(data, fast, tmp_p
 
 def test_a_crash_resumes_from_the_last_periodic_checkpoint(data, fast, tmp_path):
     def crash():
-        raise OSError("disk gone")
+        raise LookupError("disk gone")
 
     train(vit(), None, data, tmp_path / "whole", **fast)
     broken = (Interrupting(data[0], 16 * 3 + 2, crash), data[1])
-    with pytest.raises(OSError, match="disk gone"):
+    with pytest.raises(LookupError, match="disk gone"):
         train(vit(), None, broken, tmp_path / "parts", **fast, checkpoint_interval=2)
     assert load_checkpoint(tmp_path / "parts")["position"]["total"] == 2
     train(vit(seed=9), None, data, tmp_path / "parts", **fast)
@@ -187,10 +191,10 @@ def test_a_crash_resumes_from_the_last_periodic_checkpoint(data, fast, tmp_path)
 
 def test_resuming_rewrites_no_line_of_the_log_twice(data, fast, tmp_path):
     def crash():
-        raise OSError
+        raise LookupError
 
     broken = (Interrupting(data[0], 16 * 3 + 2, crash), data[1])
-    with pytest.raises(OSError):
+    with pytest.raises(LookupError):
         train(vit(), None, broken, tmp_path, **fast, checkpoint_interval=2, log_interval=1)
     train(vit(), None, data, tmp_path, **fast, log_interval=1)
     lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
@@ -235,26 +239,6 @@ def test_a_torn_checkpoint_is_refused_and_left_alone(data, fast, tmp_path):
     with pytest.raises(CheckpointError, match="torn"):
         train(vit(), None, data, tmp_path, **fast)
     assert (tmp_path / "last.pth").read_bytes() == b"PK torn"
-
-
-def test_a_loss_that_is_not_finite_keeps_the_good_checkpoint(data, fast, tmp_path):
-    images, labels = data[0].tensors
-    poisoned = images.clone()
-    student = vit()
-
-    class Poison(TensorDataset):
-        fetched = 0
-
-        def __getitem__(self, index):
-            Poison.fetched += 1
-            image, label = super().__getitem__(index)
-            return (image * float("nan") if Poison.fetched > 90 else image), label
-
-    with pytest.raises(NonFiniteError, match="epoch 2"):
-        train(student, None, (Poison(poisoned, labels), data[1]), tmp_path, **fast)
-    state = load_checkpoint(tmp_path)
-    assert state["position"]["epoch"] == 1
-    assert all(value.isfinite().all() for value in state["student"].values())
 
 
 def test_a_finished_run_can_be_the_teacher(data, fast, tmp_path):

@@ -1,0 +1,101 @@
+"""Loader processes: how they are run, and which sample one of them died over.
+
+Knows processes and numbers of samples; neither images nor batches.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch.utils.data import get_worker_info
+
+SHOWN_PIDS = re.compile(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\)")
+PID, SAMPLE = 0, 1  # columns of the shared notes
+
+
+class WorkerNotes:
+    """What every loader process is working on, in memory that outlives the process.
+
+    Args:
+        workers: loader processes; 0 notes nothing.
+    """
+
+    def __init__(self, workers: int) -> None:
+        self.rows = torch.full((workers, 2), -1, dtype=torch.int64).share_memory_()
+
+    def note(self, sample: int) -> None:
+        """Say, in a loader process, which sample is next; does nothing in the main process.
+
+        Args:
+            sample: its index in the data set.
+        """
+        worker = get_worker_info()
+        if worker is not None and worker.id < len(self.rows):
+            self.rows[worker.id, SAMPLE] = sample
+            self.rows[worker.id, PID] = os.getpid()
+
+    def samples(self, pids: Sequence[int]) -> dict[int, int]:
+        """What processes were last working on.
+
+        Args:
+            pids: of loader processes, alive or dead.
+
+        Returns:
+            Sample by process id, for those that noted one.
+        """
+        noted = {int(pid): int(sample) for pid, sample in self.rows.tolist()}
+        return {pid: noted[pid] for pid in pids if pid in noted}
+
+
+def describe_worker_death(loader: Any, error: BaseException) -> str | None:
+    """Name the file that a loader process died over.
+
+    Args:
+        loader: whose iteration raised; its data set has ``notes`` (`WorkerNotes`) and
+            ``name(sample)``.
+        error: what it raised.
+
+    Returns:
+        One sentence, or None where the error is another one or nothing was noted.
+    """
+    found = SHOWN_PIDS.search(str(error))
+    notes = getattr(loader.dataset, "notes", None)
+    if found is None or notes is None:
+        return None
+    samples = notes.samples([int(pid) for pid in found.group(1).split(",")])
+    if not samples:
+        return None
+    deaths = (
+        f"loader process {pid} died over {loader.dataset.name(sample)} (sample {sample})"
+        for pid, sample in samples.items()
+    )
+    return "data: " + "; ".join(deaths)
+
+
+def loader_options(workers: int, device: torch.device) -> dict[str, Any]:
+    """How every `DataLoader` here runs its workers; an iteration draws from no global generator.
+
+    Args:
+        workers: loader processes; they leave interrupts to the main process.
+        device: pinned memory is used for an accelerator.
+
+    Returns:
+        Keyword arguments of the loader.
+    """
+    return {
+        "num_workers": workers,
+        "pin_memory": device.type == "cuda",
+        "persistent_workers": workers > 0,
+        "worker_init_fn": _leave_interrupts_to_the_main_process,
+        "generator": torch.Generator(),  # its own: the global one would be drawn from at the start
+    }
+
+
+def _leave_interrupts_to_the_main_process(_: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)

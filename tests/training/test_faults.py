@@ -1,0 +1,235 @@
+"""Broken files, broken numbers, full disks, kills: a long run goes on, or says why not."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from torch.utils.data import TensorDataset
+
+from fastkd.training import NonFiniteError, load_checkpoint, train
+from fastkd.training import checkpoint as checkpoints
+from tests.training.tiny import FAST, image_folder, tensor_data, vit
+
+IMAGES = FAST | {"augment": "cpu", "img_size": 32, "batch_size": 6, "epochs": 1}
+
+
+def events(output, kind):
+    lines = [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
+    return [line for line in lines if line["kind"] == kind]
+
+
+@pytest.fixture
+def broken_folder(tmp_path):
+    """Twelve training images of three classes, of which two cannot be read."""
+    folder = image_folder(tmp_path / "images", train=4, val=2)
+    (folder / "train" / "green" / "1.jpg").write_bytes(b"no image")
+    whole = (folder / "train" / "red" / "2.jpg").read_bytes()
+    (folder / "train" / "red" / "2.jpg").write_bytes(whole[: len(whole) // 2])
+    return folder
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_unreadable_images_are_replaced_and_named_once(broken_folder, tmp_path, workers):
+    options = IMAGES | {"epochs": 2, "workers": workers}
+    train("test_vit", None, broken_folder, tmp_path / "run", **options)
+    names = [event["name"] for event in events(tmp_path / "run", "unreadable")]
+    expected = ["train/green/1.jpg", "train/red/2.jpg"]
+    assert sorted(os.path.relpath(name, broken_folder) for name in names) == expected
+
+
+def test_more_unreadable_images_than_allowed_end_the_run(broken_folder, tmp_path):
+    with pytest.raises(OSError, match=r"2 training images .* max_unreadable \(1\).*jpg"):
+        train("test_vit", None, broken_folder, tmp_path / "run", **IMAGES, max_unreadable=1)
+
+
+def test_replacements_do_not_depend_on_workers(broken_folder, tmp_path):
+    for workers in (0, 2):
+        options = IMAGES | {"workers": workers}
+        train("test_vit", None, broken_folder, tmp_path / str(workers), **options)
+    left, right = (load_checkpoint(tmp_path / name)["student"] for name in ("0", "2"))
+    assert all(torch.equal(left[name], right[name]) for name in left)
+
+
+def test_an_unreadable_evaluation_image_is_an_error(tmp_path):
+    folder = image_folder(tmp_path / "images", train=4, val=2)
+    (folder / "val" / "blue" / "0.jpg").write_bytes(b"no image")
+    with pytest.raises(OSError, match=r"val/blue/0\.jpg"):
+        train("test_vit", None, folder, tmp_path / "run", **IMAGES)
+
+
+class Killer(TensorDataset):
+    """Kills the worker that fetches a certain sample."""
+
+    def __getitem__(self, index):
+        if index == 5 and torch.utils.data.get_worker_info() is not None:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().__getitem__(index)
+
+    def filename(self, index):
+        return f"tensor-{index}.pt"
+
+
+def test_a_workers_death_names_the_file(data, fast):
+    killing = (Killer(*data[0].tensors), data[1])
+    with pytest.raises(RuntimeError, match=r"loader process \d+ died over tensor-5\.pt"):
+        train(vit(), None, killing, **fast | {"workers": 1})
+
+
+class Poisoned(TensorDataset):
+    """Some images are infinite."""
+
+    def __init__(self, dataset, broken):
+        images, labels = dataset.tensors
+        images = images.clone()
+        images[broken] = float("inf")
+        super().__init__(images, labels)
+
+
+def test_a_poisoned_batch_is_skipped_and_its_samples_are_listed(data, fast, tmp_path):
+    poisoned = Poisoned(data[0], [3])
+    result = train(vit(), None, (poisoned, data[1]), tmp_path, **fast)
+    skipped = events(tmp_path, "skipped")
+    assert [3 in event["samples"][0] for event in skipped] == [True] * len(skipped)
+    assert sum(record["skipped_updates"] for record in result.history) == len(skipped) > 0
+    assert all(value.isfinite().all() for value in load_checkpoint(tmp_path)["student"].values())
+
+
+def test_nothing_but_poison_ends_the_run_and_keeps_the_good_checkpoint(data, fast, tmp_path):
+    train(vit(), None, data, tmp_path, **fast | {"epochs": 1})
+    good = load_checkpoint(tmp_path)
+    good["recipe"]["epochs"] = 2
+    checkpoints.save_checkpoint(good, tmp_path / "last.pth")
+    poisoned = (Poisoned(data[0], slice(None)), data[1])
+    with pytest.raises(NonFiniteError, match=r"epoch 2.*in 3 updates in a row"):
+        train(vit(), None, poisoned, tmp_path, **fast, max_nonfinite=2)
+    state = load_checkpoint(tmp_path)
+    assert state["position"]["epoch"] == 1
+    assert all(value.isfinite().all() for value in state["student"].values())
+    assert len(events(tmp_path, "skipped")) == 3
+
+
+def test_a_torn_checkpoint_gives_way_to_the_one_before_it(data, fast, tmp_path, capsys):
+    options = fast | {"epochs": 3, "quiet": False}
+    whole = train(vit(), None, data, tmp_path / "whole", **options)
+    train(vit(), None, data, tmp_path / "torn", **options)
+    os.truncate(tmp_path / "torn" / "last.pth", 500)
+    again = train(vit(seed=9), None, data, tmp_path / "torn", **options)
+    told = capsys.readouterr().err
+    assert "last.pth is torn" in told
+    assert "resumed after update 8, in epoch 3" in told
+    assert [r["loss"] for r in again.history] == [r["loss"] for r in whole.history]
+
+
+def test_a_full_disk_keeps_the_old_checkpoint_and_the_run_says_so(
+    data, fast, tmp_path, monkeypatch, capsys
+):
+    save, calls = torch.save, []
+
+    def full_at_the_second_epoch(state, file):
+        calls.append(state["position"]["epoch"])
+        if state["position"]["epoch"] == 2:
+            raise OSError(28, "No space left on device")
+        save(state, file)
+
+    monkeypatch.setattr(checkpoints.torch, "save", full_at_the_second_epoch)
+    train(vit(), None, data, tmp_path, **fast | {"epochs": 3, "quiet": False})
+    assert "No space left on device" in capsys.readouterr().err
+    assert {event["file"] for event in events(tmp_path, "unsaved")} >= {"last.pth"}
+    assert load_checkpoint(tmp_path)["position"]["epoch"] == 3  # there was space again
+
+
+def test_a_last_checkpoint_that_cannot_be_written_is_an_error(data, fast, tmp_path, monkeypatch):
+    save = torch.save
+
+    def full_at_the_end(state, file):
+        if state["position"]["epoch"] == 2:
+            raise OSError(28, "No space left on device")
+        save(state, file)
+
+    monkeypatch.setattr(checkpoints.torch, "save", full_at_the_end)
+    with pytest.raises(OSError, match=r"No space left.*older one there is kept"):
+        train(vit(), None, data, tmp_path, **fast)
+    assert load_checkpoint(tmp_path)["position"]["epoch"] == 1
+
+
+class SuddenDeath(TensorDataset):
+    """Kills the whole process, without a word, when the n-th sample is fetched."""
+
+    left = 16 * 5 + 7
+
+    def __getitem__(self, index):
+        SuddenDeath.left -= 1
+        if SuddenDeath.left == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().__getitem__(index)
+
+
+KILLED = {"checkpoint_interval": 1, "alpha": 0.5, "mixup": 0.8}
+
+
+def run_until_killed(output):
+    train_set, val_set = tensor_data()
+    dying = (SuddenDeath(*train_set.tensors), val_set)
+    train(
+        vit(proj_drop_rate=0.2), vit(24, seed=1), dying, output, **FAST | KILLED, projector="linear"
+    )
+
+
+def test_a_run_killed_at_once_resumes_and_ends_bit_identical(data, tmp_path):
+    script = (
+        "import sys; from tests.training.test_faults import run_until_killed as r; r(sys.argv[1])"
+    )
+    killed = subprocess.run([sys.executable, "-c", script, str(tmp_path / "parts")], timeout=120)
+    assert killed.returncode == -signal.SIGKILL
+    assert load_checkpoint(tmp_path / "parts")["position"]["total"] == 5
+    for name in ("parts", "whole"):
+        student = vit(proj_drop_rate=0.2)
+        options = FAST | KILLED | {"projector": "linear"}
+        train(student, vit(24, seed=1), data, tmp_path / name, **options)
+    parts, whole = (load_checkpoint(tmp_path / name) for name in ("parts", "whole"))
+    for kind in ("student", "ema", "terms"):
+        assert all(torch.equal(parts[kind][n], whole[kind][n]) for n in whole[kind]), kind
+
+
+def fail_on_one_rank():
+    if os.environ["RANK"] == "1":
+        SuddenError.left = 40
+    train_set, val_set = tensor_data()
+    train(vit(), None, (SuddenError(*train_set.tensors), val_set), **FAST | {"epochs": 200})
+
+
+class SuddenError(TensorDataset):
+    """Fails on one rank, in the middle of the run."""
+
+    left = -1
+
+    def __getitem__(self, index):
+        SuddenError.left -= 1
+        if SuddenError.left == 0:
+            raise LookupError("this rank's disk has gone")
+        return super().__getitem__(index)
+
+
+def test_one_failing_rank_ends_them_all_within_a_minute(tmp_path):
+    script = tmp_path / "run.py"
+    script.write_text("from tests.training.test_faults import fail_on_one_rank as f; f()\n")
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"]
+    command += [
+        "--master_port=0",
+        "--rdzv_backend=c10d",
+        "--rdzv_endpoint=127.0.0.1:0",
+        str(script),
+    ]
+    environment = os.environ | {"PYTHONPATH": os.getcwd(), "OMP_NUM_THREADS": "1"}
+    started = time.monotonic()
+    ended = subprocess.run(
+        command, env=environment, timeout=110, capture_output=True, text=True, check=False
+    )
+    assert ended.returncode != 0
+    assert "this rank's disk has gone" in ended.stderr
+    assert time.monotonic() - started < 60
