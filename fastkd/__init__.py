@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from fastkd.analysis import Report, analyze
     from fastkd.models import create_student, create_teacher, load_released_checkpoint
     from fastkd.ops import backends, feature_kd, lift, lift_kd
-    from fastkd.training import Recipe, Result, evaluate, train
+    from fastkd.training import Recipe, Result, evaluate, export, shard, train
 
 # Where each public name lives; it is imported when it is first used.
 _PUBLIC = {
@@ -24,6 +24,8 @@ _PUBLIC = {
     "evaluate": "fastkd.training",
     "analyze": "fastkd.analysis",
     "Report": "fastkd.analysis",
+    "export": "fastkd.training",
+    "shard": "fastkd.training",
     "Recipe": "fastkd.training",
     "Result": "fastkd.training",
     "create_student": "fastkd.models",
@@ -46,10 +48,12 @@ __all__ = [
     "create_student",
     "create_teacher",
     "evaluate",
+    "export",
     "feature_kd",
     "lift",
     "lift_kd",
     "load_released_checkpoint",
+    "shard",
     "train",
 ]
 

@@ -117,7 +117,14 @@ def test_recipes_lists_every_recipe_and_shows_one(capsys):
         ("train --data nowhere", "--output is missing"),
         ("evaluate nothing --data nowhere", "no folder 'nowhere'"),
         ("evaluate x", "required: --data"),
-        ("tarin", "invalid choice: 'tarin'"),
+        (
+            "evaluate x --data y --wieghts raw",
+            "unknown argument --wieghts (did you mean --weights?)",
+        ),
+        ("tarin", "invalid choice: 'tarin' (did you mean train?)"),
+        ("nothing", "invalid choice: 'nothing' (choose from train, evaluate,"),
+        ("export nowhere", "there is no nowhere"),
+        ("export nowhere --opset 18", "opset=18 has no effect"),
     ],
 )
 def test_a_users_error_is_one_line_and_status_2(capsys, arguments, message):
@@ -134,6 +141,17 @@ def test_debug_shows_the_traceback(capsys, monkeypatch):
     monkeypatch.setenv("FASTKD_DEBUG", "1")
     with pytest.raises(ValueError, match="no recipe"):
         main(["train", "--recipe", "nothing", "--output", "x"])
+
+
+@pytest.mark.parametrize(
+    "command",
+    ["train", "evaluate", "analyze", "export", "recipes", "shard", "bench-step", "env", "demo"],
+)
+def test_every_command_explains_itself(capsys, command):
+    status, out, _ = run(capsys, command, "--help")
+    assert status == 0
+    assert out.startswith(f"usage: fastkd {command}")
+    assert f"\n    {command}" in run(capsys, "--help")[1]
 
 
 def test_every_recipe_field_is_a_flag(capsys):

@@ -8,14 +8,15 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import timm
 from timm.models import clean_state_dict, load_state_dict
 from torch import Tensor, nn
 
-from fastkd.models.students import LiftVisionTransformer, WideLastVisionTransformer
 from fastkd.models.weights import first_names
 
 State = Mapping[str, Tensor]
@@ -58,21 +59,40 @@ def load_released_checkpoint(
         ValueError: the names are of neither student, or some are missing, unexpected or of another
             shape, of which the first are listed.
     """
+    model: Any = read_released(source, head_dim=head_dim).model
+    if num_classes not in (None, model.num_classes):
+        model.reset_classifier(num_classes)
+    return model
+
+
+@dataclass(frozen=True)
+class Released:
+    """A student of a released checkpoint, and how timm builds it.
+
+    Attributes:
+        model: with the released weights.
+        architecture: its name in timm's registry.
+        arguments: that `timm.create_model` needs beside the name.
+    """
+
+    model: nn.Module
+    architecture: str
+    arguments: dict[str, Any]
+
+
+def read_released(source: str | Path | State, *, head_dim: int = _HEAD_DIM) -> Released:
+    """Read a released checkpoint; arguments and errors as in `load_released_checkpoint`."""
     state = _read(source)
     if any(_PROJECTION.fullmatch(name) for name in state):
         live = {name: tensor for name, tensor in state.items() if not _DEAD_IN_LIFT.match(name)}
         to_released = partial(_lift_name, last=_depth(state) - 1)
-        model = _load(LiftVisionTransformer, live, to_released, head_dim)
-    elif any(name.endswith(".proj_in.weight") for name in state):
-        model = _load(WideLastVisionTransformer, state, str, head_dim)  # the same names
-    else:
-        raise ValueError(
-            f"{_CALLER}: neither a released Lift (projections.11.weight) nor WideLast "
-            f"(blocks.11.proj_in.weight) checkpoint; its first names are {sorted(state)[:5]}"
-        )
-    if num_classes not in (None, model.num_classes):
-        model.reset_classifier(num_classes)
-    return model
+        return _load("deit_tiny_lift_patch16_224", live, to_released, head_dim)
+    if any(name.endswith(".proj_in.weight") for name in state):
+        return _load("deit_tiny_widelast_patch16_224", state, str, head_dim)  # the same names
+    raise ValueError(
+        f"{_CALLER}: neither a released Lift (projections.11.weight) nor WideLast "
+        f"(blocks.11.proj_in.weight) checkpoint; its first names are {sorted(state)[:5]}"
+    )
 
 
 def _read(source: str | Path | State) -> dict[str, Tensor]:
@@ -95,15 +115,16 @@ def _lift_name(ours: str, last: int) -> str:
     return f"base_model.{ours}"
 
 
-def _load(model_class: Any, state: State, to_released: Rename, head_dim: int) -> Any:
-    model = model_class(**_architecture(state, to_released, head_dim))
+def _load(architecture: str, state: State, to_released: Rename, head_dim: int) -> Released:
+    arguments = _arguments(state, to_released, head_dim)
+    model = timm.create_model(architecture, **arguments)
     expected = {to_released(name): tensor for name, tensor in model.state_dict().items()}
     _check_fit(expected, state)
     model.load_state_dict({name: state[to_released(name)] for name in model.state_dict()})
-    return model
+    return Released(model, architecture, arguments)
 
 
-def _architecture(state: State, to_released: Rename, head_dim: int) -> dict[str, Any]:
+def _arguments(state: State, to_released: Rename, head_dim: int) -> dict[str, Any]:
     """The arguments of timm's `VisionTransformer` that give the shapes of ``state``."""
 
     def shape(name: str) -> Sequence[int]:

@@ -9,6 +9,7 @@ training nothing.
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any, Literal, get_args
 
 import torch
@@ -586,11 +587,36 @@ def _renamed(student: Any, variant: str) -> nn.Module:
     By these a checkpoint would be reloaded as the base, with weights that do not fit.
     """
     architecture = str(student.pretrained_cfg["architecture"])
-    stem, patch, rest = architecture.partition("_patch")
     for source in ("url", "file", "state_dict", "hf_hub_id", "hf_hub_filename", "tag"):
         student.pretrained_cfg.pop(source, None)
-    student.pretrained_cfg |= {"architecture": f"{stem}_{variant}{patch}{rest}"}
+    student.pretrained_cfg |= {"architecture": _variant_name(architecture, variant)}
     return student
+
+
+def _variant_name(architecture: str, variant: str) -> str:
+    stem, patch, rest = architecture.partition("_patch")
+    return f"{stem}_{variant}{patch}{rest}"
+
+
+def registered_name(name: str, variant: str, width: int | None) -> tuple[str, dict[str, Any]]:
+    """By what `timm.create_model` builds a student of `create_student`, fastkd being imported.
+
+    Args:
+        name: of the base, as in `create_student`.
+        variant: of the student.
+        width: of its final features; None as in `create_student`.
+
+    Returns:
+        A name in timm's registry, and the arguments that it needs.
+    """
+    if variant == "plain":
+        return name, {}
+    width = _default_width(variant) if width is None else width
+    own_width = variant == "uniform"  # which its name says
+    registered = _variant_name(name.partition(".")[0], f"uniform{width}" if own_width else variant)
+    if registered in default_cfgs:
+        return registered, {} if own_width else {"width": width}
+    return fastkd_student.__name__, {"base": name, "variant": variant, "width": width}
 
 
 def _deit_cfg() -> dict[str, Any]:
@@ -614,6 +640,7 @@ default_cfgs = generate_default_cfgs(
         "deit_tiny_lift_patch16_224": _deit_cfg(),
         "deit_tiny_widelast_patch16_224": _deit_cfg(),
         "deit_tiny_uniform219_patch16_224": _deit_cfg(),
+        "fastkd_student": _deit_cfg(),
     }
 )
 
@@ -657,4 +684,26 @@ def deit_tiny_uniform219_patch16_224(pretrained: bool = False, **kwargs: Any) ->
     arguments = {"embed_dim": 219} | kwargs
     return _build_deit_tiny(
         VisionTransformer, "deit_tiny_uniform219_patch16_224", pretrained, **arguments
+    )
+
+
+@register_model
+def fastkd_student(
+    pretrained: bool = False,
+    *,
+    base: str,
+    variant: Variant = "plain",
+    width: int | None = None,
+    **kwargs: Any,
+) -> nn.Module:
+    """The student that `create_student` makes of another ``base``.
+
+    Exported students are called so whose base has no entry of its own here.
+    """
+    return build_model_with_cfg(
+        partial(create_student, base, variant, width=width),
+        "fastkd_student",
+        pretrained,
+        pretrained_filter_fn=checkpoint_filter_fn,
+        **kwargs,
     )

@@ -12,9 +12,11 @@ if TYPE_CHECKING:
     from fastkd.training.checkpoint import CheckpointError, load_checkpoint
     from fastkd.training.engine import NonFiniteError
     from fastkd.training.evaluation import evaluate
+    from fastkd.training.exporting import export
     from fastkd.training.recipe import Recipe
     from fastkd.training.result import Result
     from fastkd.training.setup import load_student
+    from fastkd.training.shards import shard
     from fastkd.training.task import DistillationTask, build_task
     from fastkd.training.trainer import train
 
@@ -23,9 +25,11 @@ _HOMES = {
     "load_checkpoint": "checkpoint",
     "NonFiniteError": "engine",
     "evaluate": "evaluation",
+    "export": "exporting",
     "Recipe": "recipe",
     "Result": "result",
     "load_student": "setup",
+    "shard": "shards",
     "DistillationTask": "task",
     "build_task": "task",
     "train": "trainer",
@@ -39,8 +43,10 @@ __all__ = [
     "Result",
     "build_task",
     "evaluate",
+    "export",
     "load_checkpoint",
     "load_student",
+    "shard",
     "train",
 ]
 

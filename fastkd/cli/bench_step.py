@@ -1,0 +1,132 @@
+"""``fastkd bench-step``: where the time of a training step goes."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fastkd.cli.ranks import print_once
+from fastkd.cli.train import add_recipe_fields, given_fields
+from fastkd.training.recipe import Recipe
+
+if TYPE_CHECKING:
+    from fastkd.training.steps import Breakdown
+
+MADE_IMAGES = 32  # drawn; the rest of the made data set are further names of the same files
+MOST_MADE = 50_000  # unless one update needs more
+
+
+def add(commands: Any) -> None:
+    """Add the sub-parser of ``fastkd bench-step``."""
+    parser = commands.add_parser(
+        "bench-step",
+        allow_abbrev=False,
+        usage="fastkd bench-step [--recipe NAME] [--data DIR] [--steps N] [--untrained] "
+        "[--any-recipe-field VALUE ...]",
+        help="time loader, teacher, student and optimiser of a training step",
+        description="Build what fastkd train would train with, and time the parts of its step. "
+        "Without --data, JPEGs of 500 x 375 pixels are made and read from memory's file cache. "
+        "Every field of the recipe is a flag.",
+    )
+    parser.add_argument("--recipe", help="a shipped name (see: fastkd recipes) or a YAML file")
+    parser.add_argument(
+        "--steps", type=int, default=20, help="updates timed, of each part (default: 20)"
+    )
+    parser.add_argument(
+        "--untrained", action="store_true", help="build the teacher without its weights"
+    )
+    parser.add_argument("--device", help="cpu, cuda, cuda:1 (default: cuda where there is one)")
+    parser.add_argument("--output", help="write the figures as JSON here")
+    add_recipe_fields(parser)
+    parser.set_defaults(run=_run)
+
+
+def _run(options: argparse.Namespace) -> int:
+    from fastkd.training.options import FromRecipe
+    from fastkd.training.steps import bench_step
+
+    given = given_fields(options)
+    recipe = Recipe.load(options.recipe)
+    teacher = given.pop("teacher", FromRecipe.TEACHER)
+    with _data(given.pop("data", recipe.data), recipe.override(**given)) as data:
+        breakdown = bench_step(
+            recipe,
+            data,
+            teacher,
+            untrained=options.untrained,
+            steps=options.steps,
+            device=options.device,
+            on_part=_announce,
+            **given,
+        )
+    print_once(_table(breakdown))
+    if options.output is not None and _is_main():
+        _write(options, breakdown)
+    return 0
+
+
+def _is_main() -> bool:
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _announce(part: str) -> None:
+    if _is_main():
+        print(f"timing: {part}", file=sys.stderr)
+
+
+@contextlib.contextmanager
+def _data(given: str | None, recipe: Recipe) -> Iterator[str]:
+    """The data that were asked for, or made ones for as long as they are needed."""
+    if given is not None:
+        yield given
+        return
+    from fastkd.demo.jpegs import make_jpegs
+
+    with tempfile.TemporaryDirectory() as folder:
+        root = make_jpegs(Path(folder) / "jpegs", classes=2, train=MADE_IMAGES // 2, val=1)
+        _multiply(root / "train", max(recipe.batch_size, min(MOST_MADE, 50 * recipe.batch_size)))
+        yield str(root)
+
+
+def _multiply(folder: Path, count: int) -> None:
+    """Give every image further names, until there are as many as wanted."""
+    files = sorted(folder.glob("*/*.jpg"))
+    for copy in range(1, math.ceil(count / len(files))):
+        for file in files:
+            os.link(file, file.with_name(f"{file.stem}-{copy}.jpg"))
+
+
+def _table(breakdown: Breakdown) -> str:
+    rows = [f"{'':28}{'ms':>10}{'quartiles':>21}{'images/s':>12}{'of the step':>13}"]
+    for part in breakdown.parts.values():
+        quartiles = f"{1e3 * part.lower_quartile:,.2f} - {1e3 * part.upper_quartile:,.2f}"
+        rows.append(
+            f"{part.name:28}{1e3 * part.seconds:>10,.2f}{quartiles:>21}"
+            f"{part.images_per_second:>12,.0f}{100 * part.share:>11.0f} %"
+        )
+    rows.append(f"an update has {breakdown.images} images; parts overlap")
+    return "\n".join([*rows, breakdown.sentence()])
+
+
+def _write(options: argparse.Namespace, breakdown: Breakdown) -> None:
+    from fastkd.environment import gpus, version
+    from fastkd.training.atomic import write_text
+
+    record = {
+        "recipe": options.recipe,
+        "fields": given_fields(options),
+        "machine": {"cpus": os.cpu_count(), "gpus": gpus()},
+        "versions": {name: version(name) for name in ("fastkd", "torch", "timm", "triton")},
+        **dataclasses.asdict(breakdown),
+        "sentence": breakdown.sentence(),
+    }
+    write_text(options.output, json.dumps(record, indent=1) + "\n")

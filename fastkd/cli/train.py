@@ -1,0 +1,127 @@
+"""``fastkd train``: every field of a recipe is a flag."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from typing import Any
+
+from fastkd.cli.ranks import print_once
+from fastkd.training.recipe import Recipe, fields_by_group, parse_value
+
+
+def add(commands: Any) -> None:
+    """Add the sub-parser of ``fastkd train``."""
+    parser = commands.add_parser(
+        "train",
+        allow_abbrev=False,
+        usage="fastkd train [--recipe NAME] --data DIR --output DIR [--teacher NAME] "
+        "[--any-recipe-field VALUE ...]",
+        help="train a student, by a teacher or without one",
+        description="Train a student. Every field of the recipe is a flag; what is not given comes "
+        "from --recipe, or from the defaults shown. Under torchrun the batch is shared.",
+    )
+    parser.add_argument("--recipe", help="a shipped name (see: fastkd recipes) or a YAML file")
+    parser.add_argument("--output", help="the run's folder; a run in it is continued")
+    parser.add_argument(
+        "--resume", default="auto", help="auto, never, or a checkpoint (default: auto)"
+    )
+    parser.add_argument("--device", help="cpu, cuda, cuda:1 (default: cuda where there is one)")
+    parser.add_argument("--quiet", action="store_true", help="show no progress")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print the recipe and its effective values, and stop"
+    )
+    add_recipe_fields(parser)
+    parser.set_defaults(run=_run)
+
+
+def add_recipe_fields(parser: argparse.ArgumentParser) -> None:
+    """Make every field of the recipe a flag, under the heading of its group.
+
+    Args:
+        parser: of a command that takes a recipe.
+    """
+    for group, fields in fields_by_group().items():
+        section = parser.add_argument_group(group)
+        for field in fields:
+            _add_field(section, field)
+
+
+def given_fields(options: argparse.Namespace) -> dict[str, Any]:
+    """The recipe fields that were asked for.
+
+    Args:
+        options: parsed by a parser with `add_recipe_fields`.
+
+    Returns:
+        Typed values by name.
+
+    Raises:
+        ValueError: a text that is no value of its field.
+    """
+    return {
+        field.name: parse_value(field.name, getattr(options, field.name))
+        for field in dataclasses.fields(Recipe)
+        if hasattr(options, field.name)
+    }
+
+
+def _add_field(section: Any, field: dataclasses.Field[Any]) -> None:
+    choices = field.metadata["choices"]
+    text = field.metadata["help"] + (f" ({', '.join(choices)})" if choices else "")
+    # A flag alone switches an option on; `--flag false` switches one of the recipe's off.
+    bare = {"nargs": "?", "const": "true"} if isinstance(field.default, bool) else {}
+    section.add_argument(
+        "--" + field.name.replace("_", "-"),
+        dest=field.name,
+        default=argparse.SUPPRESS,
+        metavar="VALUE",
+        help=f"{text} [{_shown(field.default)}]".replace("%", "%%"),
+        **bare,
+    )
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, tuple):
+        pairs = all(isinstance(item, tuple) for item in value)
+        return ",".join(f"{item[0]}:{item[1]}" if pairs else f"{item:g}" for item in value)
+    return str(value).lower() if value is None or isinstance(value, bool) else str(value)
+
+
+def _run(options: argparse.Namespace) -> int:
+    from fastkd.training.options import FromRecipe
+    from fastkd.training.trainer import train
+
+    given = given_fields(options)
+    recipe = Recipe.load(options.recipe)
+    teacher = given.pop("teacher", FromRecipe.TEACHER)
+    if options.dry_run:
+        return _dry_run(recipe, teacher, given)
+    if options.output is None:
+        raise ValueError("--output is missing: the folder that the run is kept in")
+    result = train(
+        None,
+        teacher,
+        given.pop("data", None),
+        options.output,
+        recipe,
+        resume=options.resume,
+        device=options.device,
+        quiet=options.quiet,
+        **given,
+    )
+    print_once(result.summary())
+    return 0
+
+
+def _dry_run(recipe: Recipe, teacher: Any, given: dict[str, Any]) -> int:
+    import yaml
+
+    from fastkd.training.summary import dry_run
+
+    resolved, values = dry_run(recipe, teacher, given)
+    print(yaml.safe_dump(resolved.to_dict(), sort_keys=False), end="")
+    print()
+    for heading, text in values.items():
+        print(f"{heading + ':':<16} {text}")
+    return 0

@@ -1,0 +1,316 @@
+"""Exported students: what the files hold, and that other tools compute what the student does."""
+
+import importlib.util
+import json
+import sys
+
+import pytest
+import timm
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from fastkd.cli import main
+from fastkd.models import create_student, load_released_checkpoint
+from fastkd.training import Recipe, load_student, train
+from fastkd.training.checkpoint import load_checkpoint, save_checkpoint
+from fastkd.training.exporting import export
+from tests.training.tiny import FAST, image_folder, tensor_data, vit
+
+VARIANTS = [("plain", None), ("lift", 96), ("widelast", 128), ("uniform", 66)]
+MISSING = [n for n in ("onnx", "onnxscript", "onnxruntime") if importlib.util.find_spec(n) is None]
+needs_onnx = pytest.mark.skipif(bool(MISSING), reason=f"not installed: {', '.join(MISSING)}")
+
+
+def made_run(
+    folder, variant="plain", width=None, *, name="test_vit", ema=True, classes=None, **fields
+):
+    """A run's folder whose student never trained; its averaged weights are others."""
+    states = []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        student = create_student(name, variant, width=width, num_classes=3, img_size=32)
+        states.append(student.state_dict())
+    recipe = Recipe(model=name, variant=variant, width=width, crop_pct=0.9, **fields)
+    folder.mkdir()
+    save_checkpoint(
+        {
+            "student": states[0],
+            "ema": states[1] if ema else None,
+            "recipe": recipe.to_dict(),
+            "num_classes": 3,
+            "img_size": 32,
+            "classes": classes,
+            "input": {"size": (3, 32, 32), "mean": (0.4, 0.5, 0.6), "std": (0.2, 0.3, 0.4)},
+            "measured": {"top1": 50.0, "ema_top1": 60.0},
+        },
+        folder / "last.pth",
+    )
+    return folder
+
+
+def logits(model, size=32):
+    images = torch.randn(3, 3, size, size, generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        return model(images)
+
+
+def from_timm(path, **options):
+    return timm.create_model(f"local-dir:{path}", pretrained=True, **options).eval()
+
+
+@pytest.fixture(scope="module")
+def distilled(tmp_path_factory):
+    """A real run, whose checkpoint holds a projector and an optimiser, too."""
+    root = tmp_path_factory.mktemp("distilled")
+    options = FAST | {"epochs": 1, "batch_size": 6, "img_size": 32, "lr": 1e-3}
+    train(
+        "test_vit",
+        create_student("test_vit", "uniform", width=96, num_classes=3, img_size=32),
+        image_folder(root / "images", train=4, val=2),
+        root / "run",
+        projector="linear",
+        **options,
+    )
+    return root / "run"
+
+
+@pytest.mark.parametrize(("variant", "width"), VARIANTS)
+def test_timm_builds_every_variant_from_its_folder(tmp_path, variant, width):
+    run = made_run(tmp_path / "run", variant, width)
+    exported = export(run)
+    torch.testing.assert_close(
+        logits(from_timm(exported.path)), logits(load_student(run).model), rtol=0, atol=0
+    )
+    assert exported.difference == 0
+
+
+def test_the_papers_own_students_keep_their_names_in_timm(tmp_path):
+    name = "deit_tiny_patch16_224"
+    exported = export(made_run(tmp_path / "run", "uniform", 219, name=name))
+    assert exported.architecture == "deit_tiny_uniform219_patch16_224"
+    assert exported.model_args == {"img_size": [32, 32]}
+
+
+def test_timm_prepares_images_as_the_run_did(tmp_path):
+    model = from_timm(export(made_run(tmp_path / "run", interpolation="bilinear")).path)
+    config = timm.data.resolve_data_config({}, model=model)
+    assert json.loads(json.dumps(config)) == {  # tuples or lists
+        "input_size": [3, 32, 32],
+        "interpolation": "bilinear",
+        "mean": [0.4, 0.5, 0.6],
+        "std": [0.2, 0.3, 0.4],
+        "crop_pct": 0.9,
+        "crop_mode": "center",
+    }
+
+
+def test_timm_learns_the_names_of_the_classes(tmp_path):
+    model = from_timm(export(made_run(tmp_path / "run", classes=["blue", "green", "red"])).path)
+    assert list(model.pretrained_cfg["label_names"]) == ["blue", "green", "red"]
+
+
+def test_an_exported_student_can_be_fine_tuned_on_other_classes(tmp_path):
+    path = export(made_run(tmp_path / "run", "lift", 96)).path
+    model, student = from_timm(path, num_classes=7), from_timm(path)
+    assert logits(model).shape == (3, 7)
+    torch.testing.assert_close(model.norm.proj.weight, student.norm.proj.weight)
+
+
+def test_another_input_size_is_built_in(tmp_path):
+    run = made_run(tmp_path / "run", name="deit_tiny_patch16_224")
+    model = from_timm(export(run, img_size=64).path)
+    assert tuple(model.pretrained_cfg["input_size"]) == (3, 64, 64)
+    assert logits(model, 64).shape == (3, 3)
+
+
+def test_safetensors_describe_themselves(tmp_path):
+    path = export(made_run(tmp_path / "run", "lift", 96), "safetensors").path
+    with safe_open(path, "pt") as file:
+        described = file.metadata()
+    assert json.loads(described["model_args"]) == {
+        "base": "test_vit", "variant": "lift", "width": 96, "img_size": [32, 32]
+    }  # fmt: skip
+    assert json.loads(described["mean"]) == [0.4, 0.5, 0.6]
+    assert (described["weights"], described["num_classes"]) == ("ema", "3")
+
+
+@pytest.mark.parametrize(("weights", "held"), [("auto", "ema"), ("raw", "student"), ("ema", "ema")])
+def test_the_weights_that_were_asked_for_are_written(tmp_path, weights, held):
+    run = made_run(tmp_path / "run", "lift", 96)
+    written = load_file(export(run, "safetensors", weights=weights).path)
+    state = load_checkpoint(run)[held]
+    assert written.keys() == state.keys()
+    assert all(torch.equal(written[name], state[name]) for name in state)
+
+
+def test_channels_last_weights_are_written(tmp_path):
+    run = made_run(tmp_path / "run", name="test_resnet")
+    state = load_checkpoint(run)
+    model = create_student("test_resnet", num_classes=3).to(memory_format=torch.channels_last)
+    save_checkpoint(state | {"student": model.state_dict()}, run / "last.pth")
+    written = from_timm(export(run, weights="raw").path)
+    torch.testing.assert_close(logits(written), logits(model.eval()))
+
+
+@pytest.mark.parametrize("format", ["timm", "safetensors"])
+def test_nothing_but_the_student_is_written(distilled, tmp_path, format):
+    path = export(distilled, format, tmp_path / "student").path
+    assert any("projector" in name for name in load_checkpoint(distilled)["terms"])
+    file = path / "model.safetensors" if path.is_dir() else path
+    assert load_file(file).keys() == load_student(distilled).model.state_dict().keys()
+    if path.is_dir():
+        assert {entry.name for entry in path.iterdir()} == {"config.json", "model.safetensors"}
+
+
+def test_a_bare_checkpoint_is_exported_beside_itself(distilled, tmp_path):
+    checkpoint = tmp_path / "mine.pth"
+    checkpoint.write_bytes((distilled / "last.pth").read_bytes())
+    assert export(checkpoint, "safetensors").path == tmp_path / "student.safetensors"
+
+
+@needs_onnx
+@pytest.mark.parametrize(("variant", "width"), VARIANTS[:2])
+def test_onnxruntime_computes_what_the_student_does(tmp_path, variant, width):
+    import onnxruntime
+
+    run = made_run(tmp_path / "run", variant, width)
+    exported = export(run, "onnx")
+    assert exported.difference < 1e-5
+    session = onnxruntime.InferenceSession(exported.path, providers=["CPUExecutionProvider"])
+    images = torch.randn(1, 3, 32, 32)
+    (computed,) = session.run(["logits"], {"images": images.numpy()})
+    with torch.no_grad():
+        expected = load_student(run).model(images)
+    torch.testing.assert_close(torch.from_numpy(computed), expected, rtol=1e-4, atol=1e-5)
+
+
+@needs_onnx
+def test_an_onnx_file_says_what_it_takes_in_and_not_where_it_was_made(tmp_path):
+    import onnx
+
+    exported = export(made_run(tmp_path / "run", name="test_resnet"), "onnx")
+    graph = onnx.load(exported.path)
+    described = {entry.key: entry.value for entry in graph.metadata_props}
+    assert json.loads(described["input_size"]) == [3, 32, 32]
+    assert json.loads(described["std"]) == [0.2, 0.3, 0.4]
+    assert graph.opset_import[0].version == exported.opset
+    assert b".py" not in exported.path.read_bytes()
+
+
+def test_missing_onnx_packages_are_named(tmp_path, monkeypatch):
+    for name in ("onnxscript", "onnxruntime"):
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(ImportError, match=r"pip install (onnx )?onnxscript onnxruntime$"):
+        export(made_run(tmp_path / "run"), "onnx")
+
+
+class Untimely(nn.Module):
+    """A student that timm does not know."""
+
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Linear(64, 6)
+
+    def forward(self, x):
+        return self.head(x.flatten(1))
+
+
+@pytest.fixture(scope="module")
+def modules_run(tmp_path_factory):
+    output = tmp_path_factory.mktemp("module") / "run"
+    student = Untimely()
+    train(student, None, tensor_data(), output, **FAST | {"epochs": 1})
+    return output, student
+
+
+def test_a_modules_weights_need_no_module(modules_run, tmp_path):
+    run, student = modules_run
+    path = export(run, "safetensors", tmp_path / "student.safetensors", weights="raw").path
+    written = load_file(path)
+    assert all(torch.equal(written[name], value) for name, value in student.state_dict().items())
+
+
+def test_a_module_that_is_not_here_is_refused_where_it_is_needed(modules_run, tmp_path):
+    with pytest.raises(ValueError, match=r"module:Untimely, which only its author can build"):
+        export(modules_run[0], "timm", tmp_path / "student")
+
+
+def test_a_module_that_timm_does_not_know_is_refused_for_timm(modules_run, tmp_path):
+    with pytest.raises(ValueError, match=r"timm knows no model 'module:Untimely'.*safetensors"):
+        export(modules_run[0], "timm", tmp_path / "student", model=Untimely())
+    assert not (tmp_path / "student").exists()
+
+
+def test_a_module_that_timm_would_build_otherwise_is_refused(tmp_path):
+    model = vit(in_chans=3, num_classes=6)
+    model.pretrained_cfg = {"architecture": "test_vit"}
+    images, labels = torch.randn(32, 3, 8, 8), torch.arange(32) % 6
+    data = torch.utils.data.TensorDataset(images, labels)
+    train(model, None, (data, data), tmp_path / "run", **FAST | {"epochs": 1})
+    with pytest.raises(ValueError, match="timm's 'test_vit' is not this student"):
+        export(tmp_path / "run", model=model)
+    assert {entry.suffix for entry in (tmp_path / "run").iterdir() if entry.is_dir()} == set()
+
+
+@pytest.mark.parametrize("format", ["timm", "safetensors"])
+def test_an_output_is_replaced_only_where_that_is_asked_for(tmp_path, format):
+    run = made_run(tmp_path / "run")
+    output = tmp_path / "student"
+    export(run, format, output, weights="raw")
+    with pytest.raises(FileExistsError, match="overwrite"):
+        export(run, format, output)
+    assert export(run, format, output, overwrite=True).weights == "ema"
+    assert {entry.name for entry in tmp_path.iterdir()} == {"run", "student"}
+
+
+def test_a_folder_of_other_things_is_never_replaced(tmp_path):
+    run = made_run(tmp_path / "run")
+    with pytest.raises(FileExistsError, match="is not replaced"):
+        export(run, "timm", run, overwrite=True)
+    assert (run / "last.pth").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"format": "tflite"}, "format must be one of"),
+        ({"weights": "best"}, "weights must be auto, raw or ema, got 'best'"),
+        ({"weights": "ema"}, "no EMA weights"),
+        ({"opset": 18}, "opset=18 has no effect"),
+        ({"opset": 17, "format": "onnx"}, "opset must be at least 18, got 17"),
+    ],
+)
+def test_options_that_cannot_be_met_are_refused(tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        export(made_run(tmp_path / "run", ema=False), **options)
+
+
+def test_a_file_that_is_no_checkpoint_is_refused(tmp_path):
+    (tmp_path / "x.pth").write_bytes(b"nothing of the kind")
+    with pytest.raises(ValueError, match=r"x\.pth is torn"):
+        export(tmp_path / "x.pth", "safetensors")
+    torch.save({"weight": torch.zeros(2)}, tmp_path / "y.pth")
+    with pytest.raises(ValueError, match=r"not written by fastkd.*neither a released Lift"):
+        export(tmp_path / "y.pth", "safetensors")
+
+
+def test_a_released_checkpoint_is_exported_under_our_names(tmp_path):
+    base = {"img_size": 32, "patch_size": 8, "embed_dim": 64, "num_heads": 1, "depth": 2}
+    student = create_student("deit_tiny_patch16_224", "widelast", width=128, num_classes=7, **base)
+    save_file(student.state_dict(), tmp_path / "released.safetensors")
+    exported = export(tmp_path / "released.safetensors")
+    assert (exported.architecture, exported.weights) == (
+        "deit_tiny_widelast_patch16_224", "released"
+    )  # fmt: skip
+    expected = load_released_checkpoint(tmp_path / "released.safetensors").eval()
+    torch.testing.assert_close(logits(from_timm(exported.path)), logits(expected))
+
+
+def test_the_command_says_what_it_wrote_and_how_to_load_it(capsys, tmp_path):
+    run = made_run(tmp_path / "run", "lift", 96)
+    assert main(["export", str(run), "--weights", "raw"]) == 0
+    out = capsys.readouterr().out
+    assert "raw weights" in out and "logits differ by 0.0e+00" in out
+    assert f'import fastkd; timm.create_model("local-dir:{run / "student-timm"}"' in out
