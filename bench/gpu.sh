@@ -4,8 +4,9 @@
 #   bash bench/gpu.sh [PART...]      # all parts, or some of: build environment tests sanitizer bench,
 #                                    # or by their own names: tests_lift_kd bench_feature_kd ...
 #
-# Logs and JSON go to $OUT, or bench/results. No part may take more than five minutes; the limits add
-# up to 55, what is used to less than half. Benchmarks write what they have after every case.
+# Logs and JSON go to $OUT, or bench/results. No part may take more than five minutes, but for
+# bench_train_step, which compiles CaiT-S24 four times: nine. The limits add up to 70, what is used to
+# less than half. Benchmarks write what they have after every case.
 # Uses the python3 on the PATH with the torch it has; installs nothing but fastkd itself, needs no
 # network. PREBUILT=path/to/_C.abi3.so also shows that a library built elsewhere, against another
 # torch, loads here and passes its tests. Goes on after a failed part and reports it at the end.
@@ -58,6 +59,7 @@ for operator in lift_kd spectrum second_moment feature_kd; do
   part tests "tests_${operator}_gpu" 100 python3 -m pytest -p no:cacheprovider "tests/ops/test_${operator}_gpu.py"
 done
 part tests tests_extension 40 python3 -m pytest -p no:cacheprovider tests/ops/test_extension.py
+part tests tests_training 300 env OMP_NUM_THREADS=2 bash -c "shards 8 tests/training" # all, seeing CUDA
 if command -v compute-sanitizer >/dev/null; then
   for tool in memcheck racecheck; do
     part sanitizer "sanitizer_$tool" 100 compute-sanitizer --tool "$tool" --error-exitcode 9 python3 bench/sanitize.py
@@ -68,6 +70,7 @@ gpu=$(python3 -c 'import torch; print(torch.cuda.get_device_name().split()[1].lo
 for bench in lift_kd spectrum second_moment feature_kd; do
   part bench "bench_$bench" 300 python3 "bench/$bench.py" --device cuda --output "$output/${bench}_$gpu.json"
 done
+part bench bench_train_step 540 python3 bench/train_step.py --device cuda --output "$output/train_step_$gpu.json"
 
 printf '\n'
 if [ ${#failed[@]} -gt 0 ]; then

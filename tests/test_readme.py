@@ -66,7 +66,7 @@ def test_every_command_of_the_readme_exists():
     from fastkd.cli import main
 
     commands = set(
-        re.findall(r"\bfastkd (\w+)", " ".join(re.findall(r"```bash\n(.*?)```", README, re.S)))
+        re.findall(r"\bfastkd ([\w-]+)", " ".join(re.findall(r"```bash\n(.*?)```", README, re.S)))
     )
     assert {"demo", "train", "evaluate", "env", "recipes"} <= commands
     for command in commands:

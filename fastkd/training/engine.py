@@ -162,7 +162,7 @@ class Engine:
             last = number == len(slices) - 1
             losses += self._backward(batch, share=1 / len(slices), synchronise=last)
         self.applying = True
-        applied = self._apply(losses)
+        applied = self.apply(losses)
         for buffer, old in zip(self.statistics, before, strict=True):
             buffer.copy_(torch.where(applied, buffer, old))
         self._unread.append(
@@ -207,8 +207,15 @@ class Engine:
         terms = torch.stack([output[name].detach() for name in self.task.terms.names])
         return terms.to(self.meter.sums.dtype) * share
 
-    def _apply(self, losses: Tensor) -> Tensor:
-        """Step the optimiser, or nothing where the gradient is not finite; returns which."""
+    def apply(self, losses: Tensor) -> Tensor:
+        """Step optimiser, schedule and EMA on the gradients there are; `update` does all of it.
+
+        Args:
+            losses: [terms] float64 on the device, for the meter.
+
+        Returns:
+            Bool scalar on the device: False where a gradient is not finite, and nothing was done.
+        """
         self.scaler.unscale_(self.optimizer)
         norm = self._gradient_norm().detach()
         self.scaler.step(self.optimizer)

@@ -55,7 +55,10 @@ def build_student(recipe: Recipe, shape: Shape) -> nn.Module:
     if recipe.model is None or recipe.model.startswith(MODULE_PREFIX):
         raise ValueError(f"student: the recipe's model is {recipe.model}: hand the module over")
     if shape.num_classes is None:
-        raise ValueError("num_classes: the data set does not say how many classes there are")
+        raise ValueError(
+            "num_classes: nobody says how many classes there are: give num_classes, or data that "
+            "have classes"
+        )
     options: dict[str, Any] = {"drop_path_rate": recipe.drop_path} if recipe.drop_path else {}
     if shape.channels != 3:
         options["in_chans"] = shape.channels

@@ -12,7 +12,7 @@ from torch import nn
 
 from fastkd.models import Teacher
 from fastkd.training.augment import InputSpec
-from fastkd.training.cost import cost_lines
+from fastkd.training.cost import cost_lines, sketch_teacher
 from fastkd.training.data import slice_size
 from fastkd.training.datasets import DataPair, open_data
 from fastkd.training.options import MODULE_PREFIX, FromRecipe, refuse_image_options, resolve_recipe
@@ -71,6 +71,7 @@ def effective_values(
         values["evaluation set"] = f"{len(data.val):,} images"
         values["in all"] = f"{recipe.epochs} epochs, {recipe.epochs * updates:,} updates"
     if spec is not None:
+        teacher = teacher or sketch_teacher(recipe, spec)
         values |= cost_lines(recipe, student, teacher, spec, world_size)
     return values
 

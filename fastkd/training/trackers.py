@@ -63,7 +63,10 @@ def open_trackers(
     Returns:
         The trackers, in no order that matters.
     """
-    kinds: dict[str, Callable[[Path, dict[str, Any], int], Tracker]] = {"tensorboard": _TensorBoard, "wandb": _WandB}
+    kinds: dict[str, Callable[[Path, dict[str, Any], int], Tracker]] = {
+        "tensorboard": _TensorBoard,
+        "wandb": _WandB,
+    }
     return [kinds[name](output, config, updates) for name in NAMES.get(track or "", ())]
 
 
@@ -81,7 +84,7 @@ class _TensorBoard:
 
 
 class _WandB:
-    """One run of Weights & Biases a folder: its id is kept there, so that resuming goes on in it."""
+    """One run of Weights & Biases a folder: its id is kept there, so that it goes on."""
 
     def __init__(self, output: Path, config: dict[str, Any], updates: int) -> None:
         wandb = importlib.import_module(_MODULES["wandb"])

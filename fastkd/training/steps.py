@@ -1,0 +1,351 @@
+"""Where the time of a training step goes: loader, teacher, student, optimiser, and all together.
+
+Times the trainer's own engine and loader, built as the trainer builds them, so that what is
+measured is what a run does. Knows engines, loaders and clocks; nothing of tables.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastkd.models import TapOutput, Teacher, create_teacher
+from fastkd.training.assembly import build_engine
+from fastkd.training.batch import Batch
+from fastkd.training.data import train_loader
+from fastkd.training.datasets import Data, open_data
+from fastkd.training.distributed import World, world
+from fastkd.training.engine import Engine, autocast
+from fastkd.training.options import FromRecipe, chosen_teacher, resolve_recipe
+from fastkd.training.recipe import Recipe
+from fastkd.training.seeding import derive_seed, preserved_rng, seed_all
+from fastkd.training.setup import (
+    build_student,
+    class_count,
+    input_spec,
+    resolve_teacher,
+    student_shape,
+)
+
+LOADER = "loader alone"
+INPUT = "input: copy, augment, mix"
+TEACHER = "teacher alone"
+FORWARD = "student forward alone"
+STUDENT = "student forward + backward"
+OPTIMISER = "optimiser + EMA"
+UPDATE = "update, batch in memory"
+FULL = "full step"
+
+# Below this part of the slower one's speed, loader and update stand in each other's way.
+CONTENTION = 0.8
+
+# The parts that an update consists of; the others are made of them, or of a piece of one.
+_PIECES = {
+    INPUT: "bringing the batch to the device and augmenting it",
+    TEACHER: "the teacher's forward pass",
+    STUDENT: "the student's forward and backward pass",
+    OPTIMISER: "optimiser and EMA",
+}
+
+
+@dataclass(frozen=True)
+class Part:
+    """The time of one part of an update.
+
+    Attributes:
+        name: which.
+        seconds: an update, median of those measured.
+        lower_quartile: seconds.
+        upper_quartile: seconds.
+        images_per_second: of all processes, if there were nothing but this part.
+        share: of the full step's time. Parts overlap, so that shares need not sum to 1.
+    """
+
+    name: str
+    seconds: float
+    lower_quartile: float
+    upper_quartile: float
+    images_per_second: float
+    share: float
+
+
+@dataclass(frozen=True)
+class Breakdown:
+    """Parts of a step, in order, and what limits it.
+
+    Attributes:
+        parts: by name; no `TEACHER` where the terms need none.
+        images: of an update, over all processes.
+        limit: ``"loader"``, or the name of the largest piece of the update.
+    """
+
+    parts: dict[str, Part]
+    images: int
+    limit: str
+
+    def sentence(self) -> str:
+        """What limits, for people to read."""
+        loader, update = (self.parts[name].images_per_second for name in (LOADER, UPDATE))
+        if self.limit == LOADER:
+            text = (
+                f"The loader limits: it yields {loader:,.0f} images/s, an update could take "
+                f"{update:,.0f}."
+            )
+        else:
+            share = self.parts[self.limit].seconds / self.parts[UPDATE].seconds
+            text = (
+                f"The update limits, most of all {_PIECES[self.limit]} ({100 * share:.0f} % of "
+                f"it); the loader could yield {loader / update:.1f} times what an update takes."
+            )
+        if self.parts[FULL].images_per_second < CONTENTION * min(loader, update):
+            text += " Together they are slower than either alone: they share the host's cores."
+        return text
+
+
+def bench_step(
+    recipe: Any = None,
+    data: Data | None = None,
+    teacher: Any = FromRecipe.TEACHER,
+    *,
+    untrained: bool = False,
+    steps: int = 20,
+    device: str | torch.device | None = None,
+    on_part: Callable[[str], None] | None = None,
+    **overrides: Any,
+) -> Breakdown:
+    """Time the step that `fastkd.train` would do with the same arguments.
+
+    Args:
+        recipe: as for `fastkd.train`, as are ``data``, ``teacher`` and ``device``.
+        data: likewise.
+        teacher: likewise.
+        untrained: build the teacher from its timm name without its weights, which change no time.
+        steps: updates that are timed, of each part.
+        device: likewise.
+        on_part: told the name of every part before it is timed.
+        **overrides: recipe fields by name.
+
+    Returns:
+        The breakdown, on every process of torchrun.
+
+    Raises:
+        ValueError: what would stop the run at its start, or fewer than 2 steps.
+    """
+    loaded = Recipe.load(recipe)
+    guide = chosen_teacher(loaded, teacher)
+    # It changes no time, and scaled down for a small batch it might be refused.
+    overrides = {"lr_scaling": False, **overrides}
+    resolved = resolve_recipe(loaded, None, teacher, data, overrides)
+    source = resolved.data if data is None else data
+    if source is None:
+        raise ValueError("bench_step: data is missing: a folder, a timm data set name or two sets")
+    with preserved_rng(), world(device) as peers:
+        engine, loader = _build(resolved, guide, untrained, source, peers)
+        return measure_step(engine, loader, steps, on_part=on_part)
+
+
+def _build(
+    recipe: Recipe, teacher: Any, untrained: bool, source: Data, peers: World
+) -> tuple[Engine, Any]:
+    """Engine and loader of a run."""
+    data = open_data(source, recipe.data_root, labels=recipe.labels)
+    shape = student_shape(recipe, data)
+    seed_all(derive_seed("model", recipe.seed))
+    student = build_student(recipe, shape)
+    classes = class_count(student, shape)
+    spec = input_spec(student, recipe, data)
+    if untrained and teacher is not None:
+        teacher = _untrained(teacher, recipe, classes)
+        recipe = recipe.override(teacher_checkpoint=None, teacher_img_size=None)
+    loader = train_loader(data, recipe, spec, peers.device, peers.rank, peers.size)
+    engine = build_engine(
+        student.to(peers.device),
+        resolve_teacher(teacher, recipe, spec),
+        recipe,
+        spec,
+        peers,
+        num_classes=classes,
+        updates_per_epoch=1,  # the schedule changes no time
+    )
+    return engine, loader
+
+
+def _untrained(teacher: Any, recipe: Recipe, num_classes: int | None) -> Teacher:
+    """A teacher's architecture with a head for these classes, as a trained one would have."""
+    if isinstance(teacher, nn.Module):
+        raise ValueError("bench_step: untrained=True builds a teacher by its name, got a module")
+    return create_teacher(
+        str(teacher), pretrained=False, num_classes=num_classes, img_size=recipe.teacher_img_size
+    )
+
+
+def measure_step(
+    engine: Engine,
+    loader: Any,
+    steps: int = 20,
+    warmup: int = 3,
+    on_part: Callable[[str], None] | None = None,
+) -> Breakdown:
+    """Time a run's step and its parts; the engine's weights are of no use afterwards.
+
+    Each part is repeated and nothing waits for the device in between. What waits for a loader with
+    workers is timed in groups of as many batches as there are workers, because that is how they
+    arrive, and after the batches have been taken that workers make ahead. Call it on every process.
+
+    Args:
+        engine: as the trainer builds it.
+        loader: likewise, of `Batch`.
+        steps: updates that are timed, of each part.
+        warmup: updates before them that are not.
+        on_part: told the name of every part before it is timed.
+
+    Returns:
+        The breakdown.
+
+    Raises:
+        ValueError: fewer than 2 steps, of which there are no quartiles.
+    """
+    if steps < 2:
+        raise ValueError(f"measure_step: steps must be at least 2, got {steps}")
+    engine.task.train()
+    updates = _endless_updates(loader, engine.recipe.accumulation)
+    slices = next(updates)
+    group = max(1, loader.num_workers)
+    made_ahead = loader.num_workers * (loader.prefetch_factor or 0)
+    # What needs the loader comes first, while it is at work; the rest in the order of an update.
+    timings = {
+        LOADER: _Timing(lambda: next(updates), group, made_ahead),
+        FULL: _Timing(lambda: engine.update(next(updates)), group),
+    }
+    timings |= {name: _Timing(work) for name, work in _works(engine, slices).items()}
+    seconds = {}
+    for name, timing in timings.items():
+        if on_part is not None:
+            on_part(name)
+        seconds[name] = timing.run(engine.world.device, steps, warmup)
+    seconds[FULL] = seconds.pop(FULL)  # all together: the last line
+    return _breakdown(seconds, engine.world.size * sum(len(batch.images) for batch in slices))
+
+
+def _endless_updates(loader: Any, accumulation: int) -> Iterator[list[Batch]]:
+    """The slices of one update after the other, epoch after epoch."""
+    batches = itertools.chain.from_iterable(iter(loader) for _ in itertools.count())
+    while True:
+        yield list(itertools.islice(batches, accumulation))
+
+
+def _works(engine: Engine, slices: list[Batch]) -> dict[str, Callable[[], Any]]:
+    """What is timed on a batch that is there already, by name, in the order of an update."""
+    inputs = [engine.inputs(batch) for batch in slices]
+    # Copies: of a CUDA graph, the next replay would overwrite them.
+    outputs = [copy.deepcopy(_teach(engine, images)) for images, _ in inputs]
+    taught = list(zip(inputs, outputs, strict=True))
+
+    def run_student(wrapped: Any) -> Iterator[Tensor]:
+        for (images, target), output in taught:
+            _begin(engine)
+            with autocast(engine.world.device, engine.recipe.amp):
+                loss = wrapped(images, target, output)["loss"]
+            yield loss
+
+    def backward() -> None:
+        engine.optimizer.zero_grad(set_to_none=True)
+        for loss in run_student(engine.wrapped):
+            engine.scaler.scale(loss / len(slices)).backward()
+
+    works: dict[str, Callable[[], Any]] = {
+        INPUT: lambda: [engine.inputs(batch) for batch in slices],
+        TEACHER: lambda: [_teach(engine, images) for images, _ in inputs],
+        FORWARD: lambda: [loss.detach() for loss in run_student(engine.task)],
+        STUDENT: backward,  # last of those on gradients, which the optimiser then finds
+        OPTIMISER: lambda: engine.apply(torch.zeros_like(engine.meter.sums[:-1])),
+        UPDATE: lambda: engine.update(slices),
+    }
+    if engine.teacher is None:
+        del works[TEACHER]
+    return works
+
+
+def _teach(engine: Engine, images: Tensor) -> TapOutput | None:
+    _begin(engine)
+    with autocast(engine.world.device, engine.recipe.amp):
+        return engine.teach(images)
+
+
+def _begin(engine: Engine) -> None:
+    """Give CUDA graphs the memory of the last slice's results again, as the engine does."""
+    if engine.recipe.compile != "none":
+        torch.compiler.cudagraph_mark_step_begin()
+
+
+@dataclass(frozen=True)
+class _Timing:
+    """How one part is timed.
+
+    Attributes:
+        work: what it does in an update.
+        group: calls between two marks.
+        made_ahead: calls that are left out beside the warm-up.
+    """
+
+    work: Callable[[], Any]
+    group: int = 1
+    made_ahead: int = 0
+
+    def run(self, device: torch.device, steps: int, warmup: int) -> list[float]:
+        """Seconds of a call, mean of every group; at least two groups, which have quartiles."""
+        for _ in range(warmup + self.made_ahead):
+            self.work()
+        clock = _Clock(device)
+        clock.mark()
+        for _ in range(max(2, math.ceil(steps / self.group))):
+            for _ in range(self.group):
+                self.work()
+            clock.mark()
+        return [seconds / self.group for seconds in clock.intervals()]
+
+
+class _Clock:
+    """Marks in time, on a GPU of its own work; that is waited for at both ends alone."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.on_gpu = device.type == "cuda"
+        self.marks: list[Any] = []
+        if self.on_gpu:
+            torch.cuda.synchronize(device)
+
+    def mark(self) -> None:
+        if not self.on_gpu:
+            self.marks.append(time.perf_counter())
+            return
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        self.marks.append(event)
+
+    def intervals(self) -> list[float]:
+        pairs = itertools.pairwise(self.marks)
+        if not self.on_gpu:
+            return [later - earlier for earlier, later in pairs]
+        self.marks[-1].synchronize()
+        return [earlier.elapsed_time(later) / 1e3 for earlier, later in pairs]
+
+
+def _breakdown(seconds: dict[str, list[float]], images: int) -> Breakdown:
+    full = statistics.median(seconds[FULL])
+    parts = {}
+    for name, values in seconds.items():
+        lower, median, upper = statistics.quantiles(values, n=4, method="inclusive")
+        parts[name] = Part(name, median, lower, upper, images / median, median / full)
+    pieces = [name for name in _PIECES if name in parts]
+    largest = max(pieces, key=lambda name: parts[name].seconds)
+    limit = LOADER if parts[LOADER].seconds > parts[UPDATE].seconds else largest
+    return Breakdown(parts, images, limit)

@@ -1,0 +1,116 @@
+"""The trainer where only a real GPU can answer: compiled bf16 updates, and no waiting for them.
+
+The same engine runs on a CPU in test_engine.py; the recipe's fields are tested in test_train.py.
+"""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+import fastkd
+from fastkd.models import create_student, create_teacher
+from fastkd.training.assembly import build_engine
+from fastkd.training.data import train_loader
+from fastkd.training.datasets import open_data
+from fastkd.training.distributed import World
+from fastkd.training.recipe import Recipe
+from fastkd.training.setup import input_spec
+from tests.training.tiny import image_folder
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+RECIPE = Recipe(
+    model="test_vit",
+    variant="lift",
+    width=64,
+    img_size=32,
+    num_classes=3,
+    projector="lift",
+    feature_loss="spectral",
+    alpha=0.5,
+    augment="gpu",
+    repeated_aug=3,
+    channels_last=True,
+    batch_size=12,
+    epochs=2,
+    warmup_epochs=0,
+    lr=1e-3,
+    lr_scaling=False,
+    ema_decay=0.9,
+    workers=0,
+    amp="bf16",
+    compile="default",
+)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return image_folder(tmp_path_factory.mktemp("images"))
+
+
+def teacher():
+    torch.manual_seed(1)
+    return create_teacher("test_vit2", pretrained=False, num_classes=3, img_size=32)
+
+
+def losses(folder, device, **overrides):
+    """The loss of every epoch."""
+    result = fastkd.train(
+        None, teacher(), folder, None, RECIPE, device=device, quiet=True, **overrides
+    )
+    return [record["loss"] for record in result.history]
+
+
+@pytest.fixture(scope="module")
+def exact(folder):
+    """On the CPU in float32; the device's augmentations are planned by the same numbers there."""
+    return losses(folder, "cpu", amp="none", compile="none")
+
+
+@pytest.mark.parametrize("mode", ["none", "default", "reduce-overhead"])
+def test_a_run_in_bf16_gives_the_losses_of_the_cpu(folder, exact, mode):
+    torch._dynamo.reset()
+    assert losses(folder, "cuda", compile=mode) == pytest.approx(exact, rel=2e-2)
+
+
+def test_a_run_in_float32_gives_the_losses_of_the_cpu(folder, exact):
+    found = losses(folder, "cuda", amp="none", compile="none")
+    assert found == pytest.approx(exact, rel=2e-3)
+
+
+@pytest.mark.parametrize("amp", ["bf16", "fp16"])
+@pytest.mark.parametrize("mode", ["none", "default"])
+def test_updates_do_not_wait_for_the_device(folder, amp, mode):
+    torch._dynamo.reset()
+    recipe = RECIPE.override(amp=amp, compile=mode)
+    device = torch.device("cuda", torch.cuda.current_device())
+    data = open_data(folder)
+    student = create_student(
+        recipe.model, recipe.variant, width=recipe.width, num_classes=3, img_size=recipe.img_size
+    ).to(device)
+    spec = input_spec(student, recipe, data)
+    loader = train_loader(data, recipe, spec, device)
+    engine = build_engine(
+        student, teacher(), recipe, spec, World(device), num_classes=3, updates_per_epoch=2
+    )
+    engine.task.train()
+    epochs = itertools.chain.from_iterable(iter(loader) for _ in itertools.count())
+    batches = list(itertools.islice(epochs, 6))
+    for batch in batches[:3]:  # compiles, and tries kernels, which waits
+        engine.update([batch])
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for batch in batches[3:]:
+            engine.update([batch])
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    reading = engine.read()
+    assert reading.applied + reading.skipped == len(batches)  # fp16's scaler may skip the first
+    assert reading.applied > 0 and reading.sums["loss"] > 0
