@@ -1,40 +1,222 @@
 """Recipes: loading, overriding, what is refused and how it is said."""
 
+import functools
+import itertools
+import re
+
 import pytest
+import torch
 import yaml
 
-from fastkd.training.recipe import Recipe, parse_pairs, parse_value
+from fastkd.models import create_teacher
+from fastkd.training.recipe import Recipe, fields_by_group, parse_pairs, parse_value
+from fastkd.training.setup import Shape, build_student
+from fastkd.training.task import build_task
+
+# Top-1 on ImageNet-1k in %, as published: arXiv 2012.12877, 2412.19055 and 2511.15572.
+PUBLISHED = {
+    "deit_tiny": 72.2,
+    "spectralkd_deit_tiny": 77.4,
+    "spectralkd_deit_small": 82.2,
+    "spectralkd_swin_tiny": 82.7,
+    "plain_supervised": 74.86,
+    "plain_spectral": 75.07,
+    "lift_supervised": 75.41,
+    "lift_mse": 76.61,
+    "lift_softkd": 77.23,
+    "lift_softkd_mse": 77.50,
+    "lift_softkd_spectral": 77.53,
+    "widelast_supervised": 75.54,
+    "widelast_mse": 77.15,
+    "widelast_spectral": None,
+    "widelast_softkd": 77.88,
+    "widelast_softkd_mse": 78.23,
+    "widelast_softkd_spectral": 78.16,
+    "uniform219_supervised": None,
+    "uniform219_spectral": None,
+}
+
+NO_TEACHER = {"teacher", "alpha", "feature_weight"}
+WIDENED = {"variant", "width", "projector", "decay_pos_embed"}
+
+# Where and how fast a run happens, what its author has not, and what follows from the model.
+LEFT_TO_THE_USER = {
+    *("data", "data_root", "labels", "train_samples", "max_unreadable", "workers"),
+    *("student_prefix", "teacher_prefix", "resample", "mean", "std"),
+    *("accumulation", "max_nonfinite", "compile", "channels_last"),
+}
+
+# Recipes and the fields that their names set apart.
+TWINS = [
+    ("lift_softkd_mse", "lift_mse", {"alpha"}),
+    ("lift_softkd_mse", "lift_softkd", {"feature_weight"}),
+    ("lift_softkd_mse", "lift_softkd_spectral", {"feature_loss"}),
+    ("lift_softkd_mse", "lift_supervised", NO_TEACHER),
+    ("widelast_softkd_mse", "widelast_mse", {"alpha"}),
+    ("widelast_softkd_mse", "widelast_softkd", {"feature_weight"}),
+    ("widelast_softkd_mse", "widelast_softkd_spectral", {"feature_loss"}),
+    ("widelast_softkd_spectral", "widelast_spectral", {"alpha"}),
+    ("widelast_softkd_mse", "widelast_supervised", NO_TEACHER),
+    ("lift_softkd_mse", "widelast_softkd_mse", {"variant", "projector"}),
+    ("lift_softkd_spectral", "widelast_softkd_spectral", {"variant", "projector"}),
+    ("plain_spectral", "plain_supervised", {"teacher", "feature_weight"}),
+    ("plain_spectral", "widelast_spectral", WIDENED),
+    ("uniform219_spectral", "uniform219_supervised", {"teacher", "feature_weight"}),
+    ("uniform219_spectral", "plain_spectral", WIDENED - {"projector"}),
+    ("spectralkd_deit_tiny", "spectralkd_deit_small", {"model", "projector", "epochs"}),
+    ("spectralkd_deit_tiny", "plain_spectral", {"alpha", "pairs", "epochs", "batch_size"}),
+]
 
 
-@pytest.mark.parametrize("name", Recipe.names())
-def test_every_shipped_recipe_loads_and_says_what_it_aims_at(name):
+def header(name):
+    """The comments that a recipe begins with, one paragraph an item."""
+    lines = Recipe.path(name).read_text(encoding="utf-8").splitlines()
+    comments = itertools.takewhile(lambda line: line.startswith("#"), lines)
+    text = "\n".join(line.removeprefix("#").strip() for line in comments)
+    return [paragraph.replace("\n", " ") for paragraph in text.split("\n\n")]
+
+
+def test_the_shipped_recipes_are_those_whose_numbers_are_known():
+    assert Recipe.names() == sorted(PUBLISHED)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_every_recipe_begins_with_a_title_that_fits_a_line(name):
+    title = header(name)[0]
+    assert "arXiv" in title
+    assert title.endswith(".")
+    assert len(title) < 98
+
+
+@pytest.mark.parametrize(("name", "top1"), PUBLISHED.items())
+def test_every_recipe_says_the_published_number_or_that_there_is_none(name, top1):
+    aim = header(name)[1]
+    assert aim.startswith("Aims at: ")
+    number = re.match(r"Aims at: ([\d.]+) % ImageNet-1k top-1 \(published", aim)
+    if top1 is None:
+        assert number is None
+        assert "no published number" in aim
+    else:
+        assert number is not None
+        assert float(number[1]) == top1
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_every_recipe_names_the_rule_that_it_follows(name):
+    rule = header(name)[2]
+    assert rule.startswith("Selected by: the ")
+    assert f"(best: {Recipe.load(name).best})" in rule
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_quirk_that_is_set_is_told(name):
+    recipe, text = Recipe.load(name), " ".join(header(name))
+    assert ("(decay_pos_embed)" in text) == recipe.decay_pos_embed
+    assert ("(mixup: 0, cutmix: 0)" in text) == (not recipe.mixes)
+    assert ("alpha: 0 means" in text) == (recipe.teacher is not None and recipe.alpha == 0)
+    assert ("averaged" in text and "(projector: pool)" in text) == (
+        recipe.teacher is not None and recipe.projector == "pool"
+    )
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_every_recipe_sets_everything_that_decides_a_number(name):
+    """A default that changes later must not change a frozen recipe."""
+    given = yaml.safe_load(Recipe.path(name).read_text(encoding="utf-8"))
+    groups = fields_by_group()
+    fields = groups["student"] + groups["distillation"] + groups["data"] + groups["optimisation"]
+    assert {field.name for field in fields} - set(given) == LEFT_TO_THE_USER
+
+
+@pytest.mark.parametrize(("name", "twin", "fields"), TWINS)
+def test_twins_differ_in_nothing_but_what_their_names_say(name, twin, fields):
+    assert set(Recipe.load(name).differences(Recipe.load(twin))) == fields
+
+
+@pytest.mark.parametrize("name", [name for name in PUBLISHED if name.endswith("_supervised")])
+def test_supervised_recipes_are_the_matched_runs_without_distillation(name):
     recipe = Recipe.load(name)
-    text = Recipe.path(name).read_text(encoding="utf-8")
-    assert recipe.epochs >= 300
-    assert "Aims at: " in text
-    assert "Selected by: " in text
+    assert (recipe.teacher, recipe.alpha, recipe.feature_weight) == (None, 0.0, 0.0)
 
 
 @pytest.mark.parametrize(
-    ("name", "expected"),
+    ("name", "schedule"),
     [
-        ("lift_softkd_spectral", ("lift", "spectral", "lift", 0.9, 2e-3, True)),
-        ("lift_softkd_mse", ("lift", "mse", "lift", 0.9, 2e-3, True)),
-        ("widelast_softkd_spectral", ("widelast", "spectral", "none", 0.9, 2e-3, True)),
-        ("widelast_softkd_mse", ("widelast", "mse", "none", 0.9, 2e-3, True)),
-        ("spectralkd_deit_tiny", ("plain", "spectral", "pool", 0.9, 5e-4, False)),
-        ("deit_tiny", ("plain", "mse", "none", 0.0, 1e-3, False)),
+        ("deit_tiny", (300, 5, 1024, 1e-3)),
+        ("spectralkd_deit_tiny", (400, 5, 512, 5e-4)),
+        ("spectralkd_deit_small", (500, 5, 512, 5e-4)),
+        ("spectralkd_swin_tiny", (500, 20, 512, 5e-4)),
+        ("lift_softkd_spectral", (300, 5, 2048, 2e-3)),
+        ("widelast_softkd_mse", (300, 5, 2048, 2e-3)),
+        ("uniform219_supervised", (300, 5, 2048, 2e-3)),
     ],
 )
-def test_shipped_recipes_hold_the_published_settings(name, expected):
+def test_schedules_are_the_published_ones(name, schedule):
     r = Recipe.load(name)
-    settings = (r.variant, r.feature_loss, r.projector, r.alpha, r.scaled_lr, r.decay_pos_embed)
-    assert settings == expected
+    assert (r.epochs, r.warmup_epochs, r.batch_size, r.scaled_lr) == schedule
 
 
-def test_spectralkd_pairs_eight_blocks():
-    pairs = dict(Recipe.load("spectralkd_deit_tiny").pairs)
+@pytest.mark.parametrize(
+    ("name", "weights"),
+    [
+        ("lift_softkd_spectral", (0.9, 1.0, "spectral", 0.2)),
+        ("widelast_mse", (0.0, 1.0, "mse", 0.2)),
+        ("lift_softkd", (0.9, 1.0, "mse", 0.0)),
+        ("spectralkd_deit_small", (0.9, 1.0, "spectral", 0.2)),
+        ("spectralkd_swin_tiny", (0.9, 1.0, "spectral", 0.05)),
+    ],
+)
+def test_terms_have_the_published_weights(name, weights):
+    r = Recipe.load(name)
+    assert (r.alpha, r.tau, r.feature_loss, r.feature_weight) == weights
+
+
+@pytest.mark.parametrize("name", ["spectralkd_deit_tiny", "spectralkd_deit_small"])
+def test_spectralkd_pairs_eight_blocks(name):
+    pairs = dict(Recipe.load(name).pairs)
     assert pairs == {0: 0, 1: 1, 6: 18, 7: 19, 8: 20, 9: 21, 10: 22, 11: 23}
+
+
+def test_spectralkd_pairs_the_four_stages_of_swin():
+    recipe = Recipe.load("spectralkd_swin_tiny")
+    assert recipe.pairs == ((0, 0), (1, 1), (2, 2), (3, 3))
+    assert recipe.teacher == "swin_small_patch4_window7_224.ms_in1k"
+
+
+def test_lift_and_widelast_pair_the_last_blocks():
+    names = [name for name in PUBLISHED if name.startswith(("lift", "widelast"))]
+    assert {Recipe.load(name).pairs for name in names} == {((11, 23),)}
+
+
+@pytest.fixture(scope="module")
+def untrained():
+    """Teachers by name at their own size, with random weights."""
+    return functools.cache(functools.partial(create_teacher, pretrained=False))
+
+
+@pytest.mark.parametrize("name", [n for n in PUBLISHED if Recipe.load(n).teacher is not None])
+def test_a_recipes_student_and_teacher_fit_each_other_as_they_are_published(name, untrained):
+    recipe = Recipe.load(name)
+    student = build_student(recipe, Shape(recipe.num_classes, 3, recipe.img_size))
+    task = build_task(student, untrained(recipe.teacher), recipe, torch.zeros(1, 3, 224, 224))
+    assert task.needs_logits == (recipe.alpha > 0)
+    assert task.needs_tokens == (recipe.feature_weight > 0)
+    assert len(list(task.parameters())) == len(list(student.parameters()))  # no projector is left
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [
+        ("plain_supervised", 5_717_416),
+        ("lift_supervised", 5_983_528),
+        ("widelast_supervised", 7_313_896),
+        ("uniform219_supervised", 7_372_759),
+    ],
+)
+def test_students_have_the_published_number_of_parameters(name, parameters):
+    recipe = Recipe.load(name)
+    student = build_student(recipe, Shape(recipe.num_classes, 3, recipe.img_size))
+    assert sum(p.numel() for p in student.parameters()) == parameters
 
 
 def test_saving_and_loading_gives_the_same_recipe(tmp_path):
