@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastkd.ops.precision import at_least_float32
+
 
 def _check_classes(term: str, student: Tensor, teacher: Tensor) -> None:
     if student.shape != teacher.shape:
@@ -22,7 +24,7 @@ class SoftKD(nn.Module):
     r"""Soft distillation: :math:`\tau^2 \, KL(p_t^\tau \| p_s^\tau)`, averaged over the batch.
 
     With :math:`p^\tau = softmax(logits / \tau)`; the sum runs over classes, the mean over images
-    (``batchmean``), in float32. Source: Hinton, Vinyals, Dean 2015 (arXiv 1503.02531).
+    (``batchmean``), in float32 at least. Source: Hinton, Vinyals, Dean 2015 (arXiv 1503.02531).
 
     Args:
         tau: temperature, > 0.
@@ -55,8 +57,8 @@ class SoftKD(nn.Module):
             ValueError: the shapes differ.
         """
         _check_classes("SoftKD", student, teacher)
-        log_student = F.log_softmax(student.float() / self.tau, dim=-1)
-        log_teacher = F.log_softmax(teacher.detach().float() / self.tau, dim=-1)
+        log_student = F.log_softmax(at_least_float32(student) / self.tau, dim=-1)
+        log_teacher = F.log_softmax(at_least_float32(teacher.detach()) / self.tau, dim=-1)
         kl = F.kl_div(log_student, log_teacher, reduction="batchmean", log_target=True)
         return self.tau**2 * kl
 
@@ -94,7 +96,7 @@ class HardKD(nn.Module):
             ValueError: the shapes differ.
         """
         _check_classes("HardKD", student, teacher)
-        return F.cross_entropy(student.float(), teacher.argmax(dim=-1))
+        return F.cross_entropy(at_least_float32(student), teacher.argmax(dim=-1))
 
     def extra_repr(self) -> str:
         """Options, for ``print``."""

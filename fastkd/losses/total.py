@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from fastkd.losses.feature import FeatureKD, Key
 from fastkd.losses.logit import HardKD, SoftKD
+from fastkd.ops.precision import at_least_float32
 from fastkd.tokens import Tokens
 
 
@@ -133,4 +134,4 @@ class DistillationLoss(nn.Module):
 
     def _cross_entropy(self, logits: Tensor, target: Tensor) -> Tensor:
         smoothing = 0.0 if target.is_floating_point() else self.label_smoothing
-        return F.cross_entropy(logits.float(), target, label_smoothing=smoothing)
+        return F.cross_entropy(at_least_float32(logits), target, label_smoothing=smoothing)

@@ -1,4 +1,4 @@
-"""Float32 products that are float32, whatever the user allows elsewhere.
+"""Float32 that is float32, whatever the user allows elsewhere.
 
 Measurements subtract and cumulate what a product gives: TensorFloat-32 or bfloat16 in its place
 would change the answer, not only its last digits.
@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import Tensor
 
 _SETTINGS: tuple[Any, ...] = (
     torch.backends.cuda.matmul,
@@ -22,6 +23,18 @@ _SETTINGS: tuple[Any, ...] = (
 _LOCK = threading.Lock()
 _depth = 0
 _before: list[str] = []
+
+
+def at_least_float32(tensor: Tensor) -> Tensor:
+    """Half precision to float32, float32 and float64 as they are.
+
+    Args:
+        tensor: of a float dtype.
+
+    Returns:
+        The tensor, or a copy of it.
+    """
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 @contextmanager

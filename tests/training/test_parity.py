@@ -232,7 +232,5 @@ def test_the_weights_after_an_update_are_those_of_adamw_on_the_papers_loss(case)
     update.step_by_hand()
     for name, ours, by_hand in update.weights():
         assert (ours - before[name]).abs().max() > 0.9 * update.learning_rate, name
-        # AdamW's first step is g / (|g| + 1e-8). fastkd compares logits in float32, whose rounding
-        # shows where a gradient is as small as that; weight decay alone moves weights by 1e-7.
-        agree = (ours - by_hand).abs() < 1e-9
-        assert agree.double().mean() > 0.98, name
+        # AdamW's first step is g / (|g| + 1e-8), which is sensitive where a gradient is as small.
+        torch.testing.assert_close(ours, by_hand, atol=1e-9, rtol=0, msg=name)
