@@ -18,7 +18,8 @@ from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 
 from fastkd.training.augment import InputSpec
 from fastkd.training.data import SampleDataset, eval_samples
-from fastkd.training.datasets import VALIDATION_FOLDERS, Data, DataPair, ReadableImages, open_data
+from fastkd.training.datasets import Data, DataPair, ReadableImages, open_data
+from fastkd.training.folders import VALIDATION_FOLDERS
 from fastkd.training.recipe import Recipe
 from fastkd.training.samplers import SampleKey
 from fastkd.training.samples import Collate, collate

@@ -159,7 +159,7 @@ def evaluate_model(
 
 
 @torch.no_grad()
-def evaluate_terms(engine: Engine, loader: Iterable[Batch]) -> dict[str, float]:
+def evaluate_terms(engine: Engine, loader: Iterable[Batch]) -> dict[str, Any]:
     """Every term of the task on an evaluation set; needs its labels only for a cross-entropy.
 
     Args:
@@ -167,7 +167,8 @@ def evaluate_terms(engine: Engine, loader: Iterable[Batch]) -> dict[str, float]:
         loader: this process' share, normalised for the student.
 
     Returns:
-        Means over images by the terms' names, ``"loss"`` first.
+        Means over images by the terms' names, ``"loss"`` first, and ``"count"``, the images of all
+        processes.
     """
     task, world = engine.task, engine.world
     was_training = task.training
@@ -184,7 +185,8 @@ def evaluate_terms(engine: Engine, loader: Iterable[Batch]) -> dict[str, float]:
         sums += torch.cat([means * count, count])
     task.train(was_training)
     *totals, count = world.sum(sums).tolist()
-    return {name: total / max(count, 1) for name, total in zip(names, totals, strict=True)}
+    means = [total / max(count, 1) for total in totals]
+    return {**dict(zip(names, means, strict=True)), "count": int(count)}
 
 
 def _scores(logits: Tensor, target: Tensor) -> Tensor:

@@ -15,7 +15,15 @@ import numpy as np
 import torch
 
 # What a derived seed is for, so that the streams of different purposes never coincide.
-PURPOSES = {"model": 0, "order": 1, "sample": 2, "mix": 3, "update": 4, "fingerprint": 5}
+PURPOSES = {
+    "model": 0,
+    "order": 1,
+    "sample": 2,
+    "mix": 3,
+    "update": 4,
+    "fingerprint": 5,
+    "stream": 6,
+}
 
 
 def derive_seed(purpose: str, *parts: int) -> int:

@@ -45,6 +45,8 @@ class Identity:
         img_size: what the student was built for.
         classes: names by label; None where the data do not name them.
         train_images: samples of an epoch's one pass.
+        stream: (processes, loader processes of each) that share a stream, whose order depends on
+            them; None for data that are read by number.
     """
 
     recipe: Recipe
@@ -53,6 +55,7 @@ class Identity:
     img_size: int | tuple[int, int] | None
     classes: tuple[str, ...] | None
     train_images: int
+    stream: tuple[int, int] | None = None
 
 
 def student_state(
@@ -119,6 +122,7 @@ def run_state(
         # Updates seed themselves; this is for what a user's modules draw outside of them.
         "rng": rng_state(device),
         "train_images": identity.train_images,
+        "stream": identity.stream,
         "meter": {**engine.meter.state_dict(), "sums": torch.tensor(sums, dtype=torch.float64)},
         "history": progress.history,
     }
@@ -180,6 +184,11 @@ def _check_same_run(path: Path, state: dict[str, Any], identity: Identity) -> No
         raise CheckpointError(
             f"resume: {path} is of a run on {state['train_images']} training images, these "
             f"data have {identity.train_images}: its position has no meaning in them"
+        )
+    if state["stream"] != identity.stream:
+        raise CheckpointError(
+            f"resume: {path} is of a stream shared by {state['stream']} (processes, workers of "
+            f"each), now by {identity.stream}: it would give other samples"
         )
     differences = Recipe.from_dict(state["recipe"]).differences(identity.recipe)
     if differences:

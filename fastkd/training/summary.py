@@ -63,12 +63,16 @@ def effective_values(
         "learning rate": _schedule_text(recipe),
     }
     if data is not None:
+        samples = recipe.train_samples or len(data.train) if data.streams else len(data.train)
         sampler = TrainBatchSampler(
-            len(data.train), share, accumulation=recipe.accumulation, world_size=world_size
+            samples, share, accumulation=recipe.accumulation, world_size=world_size
         )
         updates = sampler.updates_per_epoch
-        values["training set"] = f"{len(data.train):,} images, {updates:,} updates an epoch"
-        values["evaluation set"] = f"{len(data.val):,} images"
+        copies = f", {recipe.repeated_aug} copies of each" if recipe.repeated_aug > 1 else ""
+        values["training set"] = f"{samples:,} images"
+        values["an epoch"] = f"{updates * recipe.batch_size:,} samples{copies}, {updates:,} updates"
+        if not data.streams:
+            values["evaluation set"] = f"{len(data.val):,} images"
         values["in all"] = f"{recipe.epochs} epochs, {recipe.epochs * updates:,} updates"
     if spec is not None:
         teacher = teacher or sketch_teacher(recipe, spec)

@@ -171,6 +171,7 @@ class _Run:
             shape.img_size,
             class_names(data),
             self.schedule.num_samples,
+            (peers.size, recipe.workers) if data.streams else None,
         )
         self.progress = Progress()
         self.stop = StopRequest()
@@ -420,7 +421,12 @@ class _Run:
         record: dict[str, Any] = {}
         if self.data.labelled_val:
             raw = self._measure(self.student)
-            record |= {"top1": raw["top1"], "top5": raw["top5"], "eval_loss": raw["loss"]}
+            record |= {
+                "top1": raw["top1"],
+                "top5": raw["top5"],
+                "eval_loss": raw["loss"],
+                "eval_images": raw["count"],
+            }
             if self.engine.ema is not None:
                 ema = self._measure(self.engine.ema.module)
                 record |= {
@@ -430,6 +436,7 @@ class _Run:
                 }
         if self._ranks_by_loss:
             terms = evaluate_terms(self.engine, self.eval_loader)
+            record["eval_images"] = terms.pop("count")
             record |= {f"eval_{name}": value for name, value in terms.items()}
         return record
 
@@ -492,7 +499,7 @@ class _Run:
             best_epoch=best["epoch"],
             best_rule=self._best_rule(),
             epochs=self.recipe.epochs,
-            images=len(self.data.val),
+            images=last["eval_images"],
             parameters=parameter_count(self.student),
             output=None if self.output is None else str(self.output),
             last=self._written(LAST),

@@ -1,0 +1,339 @@
+"""Batches from data that can only be read from their beginning, by timm's streaming readers.
+
+Knows readers, loader processes and positions; neither models nor where data lie. An epoch's length
+is fixed beforehand and the same on every rank. What a process reads depends on its place among the
+processes, and its samples are augmented by (seed, epoch, rank, process, position), so a run goes on
+exactly with as many ranks and loader processes as it began with; what was used of the epoch is
+read again and passed over.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import islice
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+
+from fastkd.training.augment import InputSpec
+from fastkd.training.batch import Batch
+from fastkd.training.data import slice_size
+from fastkd.training.datasets import DataPair
+from fastkd.training.recipe import Recipe
+from fastkd.training.samples import (
+    Sample,
+    SampleTransform,
+    collate,
+    eval_sample_transform,
+    train_sample_transform,
+)
+from fastkd.training.seeding import derive_seed, preserved_rng, seed_cpu
+from fastkd.training.sources import StreamSource
+from fastkd.training.workers import loader_options
+
+
+class TrainStream(IterableDataset):
+    """The slices of one rank's updates, shared out in turn to its loader processes.
+
+    The position is where the *next* iteration starts. Processes before the one whose turn it is
+    then yield None first, for a loader asks the first process first.
+
+    Args:
+        source: the data set.
+        transform: (image, label) -> `Sample`.
+        stack: samples -> `Batch`.
+        num_samples: of an epoch over all ranks, as far as they fill updates.
+        batch_size: samples per rank and slice.
+        accumulation: slices per update.
+        seed: the run's seed.
+        rank: this process.
+        world_size: number of processes.
+
+    Raises:
+        ValueError: an epoch is shorter than one update, or timm's reader refuses the source.
+    """
+
+    def __init__(
+        self,
+        source: StreamSource,
+        transform: SampleTransform,
+        stack: Any,
+        *,
+        num_samples: int,
+        batch_size: int,
+        accumulation: int = 1,
+        seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        self.source = source
+        self.transform = transform
+        self.stack = stack
+        self.num_samples = num_samples
+        self.batch_size = batch_size
+        self.accumulation = accumulation
+        self.seed = seed
+        self.rank = rank
+        self.world_size = world_size
+        self.epoch = 0
+        self.update = 0
+        self.updates_per_epoch = num_samples // (world_size * batch_size * accumulation)
+        if self.updates_per_epoch == 0:
+            raise ValueError(
+                f"batch_size: {world_size * batch_size * accumulation} images per update, but an "
+                f"epoch of {source} has only {num_samples}"
+            )
+        self.reader = source.reader(
+            training=True,
+            num_samples=num_samples,
+            batch_size=batch_size,
+            seed=derive_seed("stream", seed),
+        )
+        _place(self.reader, rank, world_size)
+
+    def set_position(self, epoch: int, update: int = 0) -> None:
+        """Let the next iteration start at an update of an epoch.
+
+        Args:
+            epoch: from 0.
+            update: finished updates of that epoch.
+        """
+        self.epoch = epoch
+        self.update = update
+
+    @property
+    def origin(self) -> tuple[int, int, int]:
+        """(seed, epoch, rank): what the next iteration's random numbers derive from."""
+        return self.seed, self.epoch, self.rank
+
+    def __iter__(self) -> Iterator[Batch | None]:
+        worker, workers = _worker()
+        slices = self.updates_per_epoch * self.accumulation
+        first = self.update * self.accumulation
+        if worker < first % workers:
+            yield None
+        used = len(range(worker, first, workers))
+        samples = self._samples(worker, workers)
+        for _ in islice(samples, used * self.batch_size):
+            pass
+        for number in range(worker + used * workers, slices, workers):
+            chunk = islice(samples, self.batch_size)
+            yield self.stack(
+                [
+                    self._transformed(image, label, worker, position, number, place)
+                    for place, (position, (image, label)) in enumerate(chunk)
+                ]
+            )
+
+    def _samples(self, worker: int, workers: int) -> Iterator[tuple[int, tuple[Any, Any]]]:
+        """Without end: (position, (image, label)) of one loader process."""
+        reader = self.reader
+        # Its shuffling is of this epoch and process alone, whatever was read before.
+        reader.ds = None
+        reader.set_epoch(self.epoch)
+        if get_worker_info() is None:
+            reader.worker_seed = derive_seed("stream", *self.origin)
+        position = 0
+        while True:
+            before = position
+            for image, label in reader:
+                yield position, (image, label)
+                position += 1
+            if position == before:
+                raise ValueError(
+                    f"data: loader process {worker + 1} of {workers} on rank {self.rank} of "
+                    f"{self.world_size} got no samples from {self.source}: too few shards for so "
+                    f"many processes (set workers), or none of its samples can be read"
+                )
+
+    def _transformed(
+        self, image: Any, label: Any, worker: int, position: int, number: int, place: int
+    ) -> Sample:
+        with preserved_rng():
+            seed_cpu(derive_seed("stream", *self.origin, worker, position))
+            index = (number * self.batch_size + place) * self.world_size + self.rank
+            return self.transform(self.transform.decode(image), label, index)
+
+
+class EvalStream(IterableDataset):
+    """One rank's share of a data set, every sample of which is in exactly one rank's share.
+
+    Args:
+        source: the data set.
+        transform: (image, label) -> `Sample`.
+        stack: samples -> `Batch`.
+        batch_size: samples per batch; fewer in the last one of every loader process.
+        rank: this process.
+        world_size: number of processes.
+    """
+
+    def __init__(
+        self,
+        source: StreamSource,
+        transform: SampleTransform,
+        stack: Any,
+        *,
+        batch_size: int,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        self.source = source
+        self.transform = transform
+        self.stack = stack
+        self.batch_size = batch_size
+        self.reader = source.reader(training=False, num_samples=source.num_samples or 1)
+        self.first, self.step = _share_out(self.reader, source.name, rank, world_size)
+
+    @property
+    def origin(self) -> tuple[int, ...]:
+        """Nothing here is random."""
+        return ()
+
+    def __iter__(self) -> Iterator[Batch]:
+        self.reader.ds = None
+        share = islice(self.reader, self.first, None, self.step)
+        while samples := [self._transformed(*pair) for pair in islice(share, self.batch_size)]:
+            yield self.stack(samples)
+
+    def _transformed(self, image: Any, label: Any) -> Sample:
+        return self.transform(self.transform.decode(image), label)
+
+
+class StreamLoader(DataLoader):
+    """Batches of a stream; its loader processes start anew at every iteration.
+
+    So they know the position, and their readers' shuffling derives from it alone.
+
+    Args:
+        stream: yields batches; its position is where the next iteration starts.
+        workers: loader processes; 0 reads in this one.
+        device: pinned memory is used for an accelerator.
+    """
+
+    def __init__(
+        self, stream: TrainStream | EvalStream, workers: int, device: torch.device
+    ) -> None:
+        options = loader_options(workers, device) | {"persistent_workers": False}
+        super().__init__(stream, batch_size=None, collate_fn=_as_it_is, **options)
+        self.stream = stream
+
+    def __iter__(self) -> Any:
+        # Loader processes are seeded from it, and timm's readers from them.
+        self.generator.manual_seed(derive_seed("stream", *self.stream.origin))
+        return (batch for batch in super().__iter__() if batch is not None)
+
+
+def stream_train_loader(
+    data: DataPair,
+    recipe: Recipe,
+    spec: InputSpec,
+    device: torch.device,
+    rank: int = 0,
+    world_size: int = 1,
+) -> StreamLoader:
+    """Batches of one rank; its ``dataset`` is a `TrainStream`.
+
+    Shards that cannot be fetched and images that cannot be read are passed over by timm's reader of
+    WebDataset, with a warning; the others raise.
+
+    Args:
+        data: whose ``train`` is a `StreamSource`.
+        recipe: augmentation, batch size, seed, workers, ``train_samples``.
+        spec: what the student takes in.
+        device: pinned memory is used for an accelerator.
+        rank: this process.
+        world_size: number of processes.
+
+    Returns:
+        A loader of `Batch`.
+
+    Raises:
+        ValueError: nobody says how long an epoch is, it is shorter than one update, the global
+            batch cannot be shared out, or the recipe repeats samples.
+    """
+    if recipe.repeated_aug > 1:
+        raise ValueError(
+            f"repeated_aug: {recipe.repeated_aug} copies of a sample need data that are read by "
+            f"number, but {data.train} streams: set repeated_aug=1, or use shards on this machine"
+        )
+    if recipe.augment == "dataset":
+        raise ValueError(f"augment: 'dataset', but {data.train} augments nothing: cpu, gpu or none")
+    stream = TrainStream(
+        data.train,
+        train_sample_transform(recipe, spec, data),
+        collate(data, spec),
+        num_samples=recipe.train_samples or len(data.train),
+        batch_size=slice_size(recipe, world_size),
+        accumulation=recipe.accumulation,
+        seed=recipe.seed,
+        rank=rank,
+        world_size=world_size,
+    )
+    return StreamLoader(stream, recipe.workers, device)
+
+
+def stream_eval_loader(
+    data: DataPair,
+    recipe: Recipe,
+    spec: InputSpec,
+    device: torch.device,
+    rank: int = 0,
+    world_size: int = 1,
+) -> StreamLoader:
+    """This rank's share of a streamed evaluation set, no sample twice.
+
+    Ranks share out whole shards, or read everything and take what is theirs where there are fewer
+    shards than ranks, or where timm's reader would fill up shares with samples of others.
+
+    Args:
+        data: whose ``val`` is a `StreamSource`.
+        recipe: evaluation options and workers.
+        spec: what the student takes in.
+        device: pinned memory is used for an accelerator.
+        rank: this process.
+        world_size: number of processes.
+
+    Returns:
+        A loader of `Batch`.
+    """
+    stream = EvalStream(
+        data.val,
+        eval_sample_transform(recipe, spec, data),
+        collate(data, spec),
+        batch_size=recipe.eval_batch_size,
+        rank=rank,
+        world_size=world_size,
+    )
+    return StreamLoader(stream, recipe.workers, device)
+
+
+def _place(reader: Any, rank: int, world_size: int) -> None:
+    """Tell a timm reader which rank it reads for, whatever it found in torch.distributed."""
+    reader.dist_rank = rank
+    reader.dist_num_replicas = world_size
+
+
+def _share_out(reader: Any, name: str, rank: int, world_size: int) -> tuple[int, int]:
+    """Let a reader of evaluation read no more than needed: (first, step) of what is this rank's."""
+    if name.startswith("hfids/"):
+        _place(reader, rank, world_size)
+        return 0, 1
+    # timm's other readers would fill up the ranks' shares with samples that others have.
+    _place(reader, 0, 1)
+    if name.startswith("wds/") and len(reader.split_info.filenames) >= world_size:
+        shards = reader.split_info.filenames[rank::world_size]
+        reader.split_info = replace(reader.split_info, filenames=shards)
+        return 0, 1
+    return rank, world_size
+
+
+def _worker() -> tuple[int, int]:
+    """(number, count) of this loader process; the main process is one of one."""
+    worker = get_worker_info()
+    return (0, 1) if worker is None else (worker.id, worker.num_workers)
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch

@@ -1,0 +1,336 @@
+"""Shards: what is written is what was there, once, smaller, in mixed order, and can go on."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import ExifTags, Image
+
+from fastkd.cli import main
+from fastkd.training import conversion, shards
+from fastkd.training.conversion import Conversion, Converters, convert
+from fastkd.training.datasets import open_data
+from fastkd.training.shards import shard
+from tests.training.tiny import image_folder
+
+SMALL = {"samples_per_shard": 5, "workers": 1, "quiet": True}
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    return image_folder(tmp_path_factory.mktemp("source"), train=6, val=2)
+
+
+def contents(dataset):
+    samples = [dataset[index] for index in range(len(dataset))]
+    return sorted((label, image.size, hash(image.tobytes())) for image, label in samples)
+
+
+def files_of(folder):
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_copied_images_and_labels_come_back_as_they_were(source, tmp_path, workers):
+    report = shard(source, tmp_path, **SMALL | {"short_side": None, "workers": workers})
+    opened, expected = open_data(tmp_path), open_data(source)
+    for split in ("train", "val"):
+        assert contents(getattr(opened, split)) == contents(getattr(expected, split))
+    assert opened.num_classes == report.classes == 3
+    assert report.samples == {"train": 18, "validation": 6}
+    assert report.shards == {"train": 4, "validation": 2}
+
+
+def test_large_images_have_the_short_side_asked_for(source, tmp_path):
+    shard(source, tmp_path, short_side=20, **SMALL)
+    train = open_data(tmp_path).train
+    assert {train[index][0].size for index in range(len(train))} == {(24, 20)}  # of 48 x 40
+
+
+def test_small_images_are_copied_byte_for_byte(source, tmp_path):
+    shard(source, tmp_path, short_side=40, **SMALL)
+    reader = open_data(tmp_path).val.reader
+    originals = {path.read_bytes() for path in (source / "val").rglob("*.jpg")}
+    assert {reader[index][0].read() for index in range(len(reader))} == originals
+
+
+def test_shards_mix_classes(source, tmp_path):
+    shard(source, tmp_path, **SMALL)
+    labels = open_data(tmp_path).train.reader.targets
+    assert all(len(set(labels[start : start + 5])) > 1 for start in range(0, 15, 5))
+
+
+def test_a_sample_tells_which_file_it_was(source, tmp_path):
+    shard(source, tmp_path, **SMALL)
+    files = open_data(source).train.reader.samples
+    with tarfile.open(tmp_path / "train-000000.tar") as archive:
+        for name in archive.getnames():
+            if name.endswith(".json"):
+                told = json.load(archive.extractfile(name))["filename"]
+                assert str(source / told) == files[int(name[:8])][0]
+
+
+def test_shards_are_closed_at_the_size_asked_for(source, tmp_path):
+    report = shard(source, tmp_path, shard_size=0.02, workers=1, quiet=True)
+    sizes = [path.stat().st_size for path in tmp_path.glob("train-*.tar")]
+    assert report.shards["train"] == len(sizes) > 2
+    assert all(20_000 <= size < 20_000 + 10_240 + 5_000 for size in sorted(sizes)[1:])
+
+
+def test_another_seed_is_another_order(source, tmp_path):
+    first, second = (
+        shard(source, tmp_path / str(seed), seed=seed, **SMALL).folder for seed in (0, 1)
+    )
+    labels = [open_data(folder).train.reader.targets.tolist() for folder in (first, second)]
+    assert labels[0] != labels[1] and sorted(labels[0]) == sorted(labels[1])
+
+
+class Stopped(Exception):
+    pass
+
+
+# (finished shards, images that are left): of 18 + 6 images in 4 + 2 shards
+@pytest.mark.parametrize("written, left", [(0, 24), (1, 19), (4, 6), (5, 1)])
+def test_interrupted_work_goes_on_to_the_same_bytes(source, tmp_path, monkeypatch, written, left):
+    shard(source, tmp_path / "unbroken", **SMALL)
+    whole, count = shards._write_shard, 0
+
+    def stop_at(*arguments):
+        nonlocal count
+        count += 1
+        if count > written:
+            raise Stopped
+        return whole(*arguments)
+
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        patch.setattr(shards, "_write_shard", stop_at)
+        shard(source, tmp_path / "broken", **SMALL)
+    assert not (tmp_path / "broken" / "_info.json").exists()
+    report = shard(source, tmp_path / "broken", **SMALL)
+    assert files_of(tmp_path / "broken") == files_of(tmp_path / "unbroken")
+    assert report.converted == left
+
+
+def test_killed_work_goes_on_and_leaves_no_process_behind(source, tmp_path):
+    folder = tmp_path / "shards"
+    slow = (
+        "import sys, time; from fastkd.training import shards as s; whole = s._write_sample\n"
+        "def write(*a): time.sleep(0.05); whole(*a)\n"
+        "s._write_sample = write\n"
+        "s.shard(sys.argv[1], sys.argv[2], samples_per_shard=5, workers=1, quiet=True)"
+    )
+    process = subprocess.Popen([sys.executable, "-c", slow, source, folder])
+    deadline = time.monotonic() + 60
+    while not (folder / "train-000001.tar").exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    children = _children(process.pid)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert children and not (folder / "_info.json").exists()
+    shard(source, folder, **SMALL)
+    shard(source, tmp_path / "unbroken", **SMALL)
+    assert files_of(folder) == files_of(tmp_path / "unbroken")
+    deadline = time.monotonic() + 10
+    while any(map(_is_alive, children)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not any(map(_is_alive, children))
+
+
+def _children(pid):
+    tasks = f"/proc/{pid}/task"
+    if not os.path.isdir(tasks):
+        pytest.skip("needs /proc")
+    found = (Path(tasks, task, "children").read_text() for task in os.listdir(tasks))
+    return [int(child) for line in found for child in line.split()]
+
+
+def _is_alive(pid):
+    try:
+        with open(f"/proc/{pid}/stat") as stat:
+            return stat.read().rsplit(")", 1)[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def test_finished_work_is_verified_and_not_done_again(source, tmp_path, monkeypatch):
+    shard(source, tmp_path, **SMALL)
+    before = files_of(tmp_path)
+    monkeypatch.setattr(shards, "_write_split", None)  # nobody may call it
+    assert shard(source, tmp_path, **SMALL).converted == 0
+    assert files_of(tmp_path) == before
+
+
+def test_a_shard_that_was_lost_is_written_again(source, tmp_path):
+    shard(source, tmp_path, **SMALL)
+    before = files_of(tmp_path)
+    (tmp_path / "train-000002.tar").unlink()
+    shard(source, tmp_path, **SMALL)
+    assert files_of(tmp_path) == before
+
+
+def test_a_shard_that_is_not_what_was_written_is_told(source, tmp_path):
+    shard(source, tmp_path, **SMALL)
+    first, second = tmp_path / "train-000000.tar", tmp_path / "train-000001.tar"
+    journal = json.loads((tmp_path / "_info.json").read_text())
+    second.write_bytes(first.read_bytes())
+    journal["fastkd"]["shards"]["train"][1][4] = second.stat().st_size
+    (tmp_path / "_info.json").write_text(json.dumps(journal))
+    with pytest.raises(RuntimeError, match="10 images of train are not in exactly one shard"):
+        shard(source, tmp_path, **SMALL)
+
+
+@pytest.mark.parametrize(
+    "change, told",
+    [
+        ({"short_side": 20}, "short_side 256, not 20"),
+        ({"quality": 50}, "quality 90, not 50"),
+        ({"samples_per_shard": 6}, "samples_per_shard 5, not 6"),
+        ({"seed": 1}, "seed 0, not 1"),
+    ],
+)
+def test_shards_of_other_options_are_refused(source, tmp_path, change, told):
+    shard(source, tmp_path, **SMALL)
+    with pytest.raises(ValueError, match=f"shards of another run: {told}"):
+        shard(source, tmp_path, **SMALL | change)
+
+
+def test_shards_of_other_images_are_refused(source, tmp_path):
+    shard(source, tmp_path / "shards", **SMALL)
+    other = image_folder(tmp_path / "other", train=6, val=3)
+    with pytest.raises(ValueError, match="another run: other images"):
+        shard(other, tmp_path / "shards", **SMALL)
+
+
+@pytest.mark.parametrize("name", ["train-000000.tar", "notes.txt", "_info.json"])
+def test_a_folder_with_something_else_is_refused_and_left_alone(source, tmp_path, name):
+    (tmp_path / name).write_text("{}")
+    with pytest.raises(ValueError, match="holds something else"):
+        shard(source, tmp_path, **SMALL)
+    assert files_of(tmp_path) == {name: b"{}"}
+
+
+def test_unreadable_images_are_listed_and_in_no_shard(tmp_path):
+    source = image_folder(tmp_path / "source", train=4, val=2)
+    torn = source / "train" / "green" / "2.jpg"
+    torn.write_bytes(torn.read_bytes()[:-300])  # whose header is whole
+    (source / "val" / "red" / "0.jpg").write_text("no image")
+    report = shard(source, tmp_path / "shards", **SMALL)
+    lines = (tmp_path / "shards" / "unreadable.txt").read_text().splitlines()
+    assert [line.split("\t")[0] for line in lines] == ["train/green/2.jpg", "val/red/0.jpg"]
+    assert all(len(line.split("\t")[1]) > 5 for line in lines)
+    assert report.samples == {"train": 11, "validation": 5} and len(report.unreadable) == 2
+    assert "2 unreadable, see unreadable.txt" in report.summary()
+    assert len(open_data(tmp_path / "shards").train) == 11
+
+
+def test_a_folder_of_classes_is_one_split(source, tmp_path):
+    report = shard(source / "val", tmp_path / "val", **SMALL)
+    assert report.samples == {"validation": 6}
+    assert shard(source / "train", tmp_path / "train", **SMALL).samples == {"train": 18}
+    assert len(open_data(tmp_path / "val", need_train=False).val) == 6
+
+
+def test_images_without_classes_have_no_label(tmp_path):
+    for name in ("a.jpg", "b.jpg"):
+        Image.new("RGB", (9, 9)).save(tmp_path / name)
+    report = shard(tmp_path, tmp_path.parent / f"{tmp_path.name}-shards", **SMALL)
+    assert report.classes == 0 and "unlabelled" in report.summary()
+    data = open_data(f"wds/{report.folder}", need_train=False, labels=False)
+    assert data.val[0][1] == -1
+
+
+@pytest.mark.parametrize("mode", ["L", "RGBA", "P", "CMYK", "1", "LA", "I;16"])
+def test_images_of_every_mode_are_resized_as_a_trainer_sees_them(tmp_path, mode):
+    image = Image.effect_noise((64, 48), 60).convert("RGB")
+    image = Image.new(mode, (64, 48), 9) if mode == "I;16" else image.convert(mode)
+    path = tmp_path / ("a.jpg" if mode == "CMYK" else "a.png")
+    image.save(path, quality=95)
+    made = convert(0, str(path), Conversion(24, 95))
+    assert made.reason is None and made.extension == "jpg"
+    (tmp_path / "made.jpg").write_bytes(made.content)
+    with Image.open(tmp_path / "made.jpg") as result, Image.open(path) as original:
+        assert result.mode == ("L" if mode == "L" else "RGB") and result.size == (32, 24)
+        expected = original.convert("RGB").resize((32, 24), Image.Resampling.BICUBIC)
+        difference = np.asarray(result.convert("RGB"), float) - np.asarray(expected, float)
+        assert abs(difference).mean() < 6
+
+
+def test_the_orientation_tag_is_kept_and_nothing_else(tmp_path):
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation], exif[ExifTags.Base.Make] = 6, "a camera"
+    Image.new("RGB", (60, 40)).save(tmp_path / "a.jpg", exif=exif)
+    made = convert(0, str(tmp_path / "a.jpg"), Conversion(20, 90))
+    (tmp_path / "made.jpg").write_bytes(made.content)
+    with Image.open(tmp_path / "made.jpg") as result:
+        assert result.size == (30, 20)
+        assert dict(result.getexif()) == {ExifTags.Base.Orientation: 6}
+
+
+def test_a_png_that_is_called_jpg_is_stored_as_png(tmp_path):
+    Image.new("RGB", (9, 9)).save(tmp_path / "a.jpg", "PNG")
+    assert convert(0, str(tmp_path / "a.jpg"), Conversion(None, 90)).extension == "png"
+
+
+def test_a_format_that_readers_of_shards_do_not_know_is_stored_as_jpeg(tmp_path):
+    Image.new("RGB", (9, 9)).save(tmp_path / "a.jpg", "BMP")
+    assert convert(0, str(tmp_path / "a.jpg"), Conversion(None, 90)).extension == "jpg"
+
+
+def _die(*_):
+    os._exit(9)
+
+
+def test_the_death_of_a_process_is_told(tmp_path, monkeypatch):
+    monkeypatch.setattr(conversion, "convert", _die)
+    with Converters(Conversion(None, 90), 1) as pool, pytest.raises(RuntimeError, match="died"):
+        list(pool.convert([(0, "a.jpg")]))
+
+
+@pytest.mark.parametrize(
+    "change, told",
+    [
+        ({"short_side": 0}, "short_side must be at least 1, got 0"),
+        ({"quality": 96}, "quality must be 1 to 95, got 96"),
+        ({"samples_per_shard": 0}, "samples_per_shard must be at least 1"),
+        ({"samples_per_shard": None, "shard_size": 0}, "shard_size must be above 0"),
+        ({"workers": 0}, "workers must be at least 1"),
+        ({"seed": -1}, "seed must be at least 0"),
+    ],
+)
+def test_options_out_of_range_are_refused_before_anything_is_written(
+    source, tmp_path, change, told
+):
+    with pytest.raises(ValueError, match=told):
+        shard(source, tmp_path / "new", **SMALL | change)
+    assert not (tmp_path / "new").exists()
+
+
+def test_timms_reader_reads_the_shards(source, tmp_path):
+    pytest.importorskip("webdataset")
+    from timm.data import create_dataset
+
+    shard(source, tmp_path, short_side=None, **SMALL)
+    for split, own in (("train", "train"), ("validation", "val")):
+        dataset = create_dataset("wds/made", root=str(tmp_path), split=split)
+        expected = open_data(source)
+        samples = sorted((label, image.size, hash(image.tobytes())) for image, label in dataset)
+        assert samples == contents(getattr(expected, own))
+
+
+def test_the_command_writes_shards_and_says_how_many(source, tmp_path, capsys):
+    arguments = [str(source), str(tmp_path / "shards"), "--samples-per-shard", "5", "--quiet"]
+    assert main(["shard", *arguments, "--workers", "1", "--short-side", "none"]) == 0
+    assert "24 images of 3 classes in 6 shards" in capsys.readouterr().out
+
+
+def test_the_command_refuses_a_missing_source_in_one_line(tmp_path, capsys):
+    assert main(["shard", str(tmp_path / "nowhere"), str(tmp_path / "shards")]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("fastkd shard: error: source: no folder") and error.count("\n") == 1
