@@ -198,12 +198,13 @@ class Study:
 
     def _stop_together(self, stop: StopRequest) -> None:
         """End on every process if one of them was asked to, before any waits for the others."""
-        if not self.world.any(stop.received is not None):
+        asked_here = stop.received is not None
+        if not stop.agree(self.world):
             return
         if self.resume.folder is not None:
             self.progress.close()
             self.progress.say("stopped; the same command with --resume goes on from here")
-        if stop.received is None:
+        if not asked_here:
             raise SystemExit("analyze: another process was asked to stop")
         stop.raise_as_exception()
 

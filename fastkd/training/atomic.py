@@ -20,18 +20,22 @@ def remove_leftovers(folder: str | os.PathLike[str]) -> None:
         folder: nobody else may be writing into it.
     """
     for path in Path(folder).iterdir():
-        if _TEMPORARY.fullmatch(path.name):
+        if not _TEMPORARY.fullmatch(path.name):
+            continue
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
             path.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
-def replacing(path: str | os.PathLike[str], previous: int = 0) -> Iterator[BinaryIO]:
+def replacing(path: str | os.PathLike[str], previous: int | None = None) -> Iterator[BinaryIO]:
     """Open a file that takes the place of ``path`` when the block ends without an error.
 
     Args:
         path: the file; an older one survives any failure.
         previous: how many of the files that were there before are kept, as ``name-1.suffix`` (the
-            latest of them), ``name-2.suffix``, ...
+            latest of them), ``name-2.suffix``, ...; older ones go. None: other names are let alone.
 
     Yields:
         The new file, open for writing.
@@ -44,7 +48,8 @@ def replacing(path: str | os.PathLike[str], previous: int = 0) -> Iterator[Binar
             file.flush()
             # Without it a power cut may leave the new name on an empty file.
             os.fsync(file.fileno())
-        _shift(target, previous)
+        if previous is not None:
+            _shift(target, previous)
         os.replace(temporary, target)
     finally:
         with contextlib.suppress(FileNotFoundError):

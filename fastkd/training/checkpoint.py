@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import textwrap
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -30,19 +31,22 @@ class TornCheckpointError(CheckpointError):
     """A file that is no whole checkpoint of fastkd's; an earlier one may serve."""
 
 
-def save_checkpoint(state: dict[str, Any], path: str | os.PathLike[str], keep: int = 1) -> None:
+def save_checkpoint(
+    state: dict[str, Any], path: str | os.PathLike[str], keep: int | None = None
+) -> None:
     """Write a checkpoint atomically: a file of that name is always a whole one.
 
     Args:
         state: tensors, numbers, strings and containers of them.
         path: the file; an older one survives any failure.
-        keep: checkpoints of this name to keep in all; earlier ones become ``last-1.pth``, ...
+        keep: checkpoints of this name to keep in all; earlier ones become ``last-1.pth``, ... None:
+            the older one is replaced.
 
     Raises:
         OSError: the file cannot be written (disk full); nothing is left behind.
     """
     try:
-        with replacing(path, keep - 1) as file:
+        with replacing(path, None if keep is None else keep - 1) as file:
             torch.save({"format": FORMAT, "version": VERSION, **state}, file)
     except (RuntimeError, OSError) as error:  # torch's writer turns a full disk into the former
         raise OSError(
@@ -76,6 +80,16 @@ def load_latest(folder: Path, on_torn: Callable[[str], None]) -> tuple[dict[str,
     if first_error is not None:
         raise first_error
     return None
+
+
+def remove_checkpoints(folder: Path) -> None:
+    """Remove a run's checkpoints, so that nothing of it is taken for another's.
+
+    Args:
+        folder: the run's.
+    """
+    for path in [*_versions(folder / LAST), folder / BEST]:
+        path.unlink(missing_ok=True)
 
 
 def _versions(path: Path) -> list[Path]:
@@ -120,8 +134,7 @@ def load_checkpoint(path: str | os.PathLike[str], device: str | torch.device = "
     # OSError: torch's reader seeks to where a file cut short has nothing; IndexError: plain text.
     except (RuntimeError, EOFError, ValueError, LookupError, OSError, zipfile.BadZipFile) as error:
         raise TornCheckpointError(
-            f"checkpoint: {path} is torn or no checkpoint ({_first_line(error)}); delete it to "
-            f"start again"
+            f"checkpoint: {path} is torn or no checkpoint ({_first_line(error)})"
         ) from error
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise TornCheckpointError(f"checkpoint: {path} was not written by fastkd's trainer")
@@ -144,16 +157,25 @@ def move_best(resumed: Path | None, output: Path, best: dict[str, Any]) -> None:
     source = None if resumed is None else resumed.parent / BEST
     if source is not None and source.resolve() == target.resolve():
         return
-    if source is not None and _is_best(source, best):
+    if source is not None and is_best(source, best):
         save_checkpoint(load_checkpoint(source), target)
     else:
         target.unlink(missing_ok=True)
 
 
-def _is_best(path: Path, best: dict[str, Any]) -> bool:
+def is_best(path: Path, best: dict[str, Any]) -> bool:
+    """Whether a checkpoint is there and is the epoch that a run calls its best.
+
+    Args:
+        path: of the best checkpoint.
+        best: what the run calls its best.
+
+    Returns:
+        False for one of another epoch, which could not be replaced.
+    """
     return path.exists() and load_checkpoint(path).get("best") == best
 
 
 def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0][:160] if lines else type(error).__name__
+    text = " ".join(str(error).split()) or type(error).__name__
+    return textwrap.shorten(text.split(". ")[0], 160, placeholder=" ...")

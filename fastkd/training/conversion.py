@@ -21,6 +21,8 @@ from typing import NamedTuple
 
 from PIL import ExifTags, Image, UnidentifiedImageError
 
+from fastkd.training.sources import PILLOW_ERRORS
+
 CHUNK = 16  # images that a process converts at a time
 # What readers of shards decode, by Pillow's name of the format. MPO: a JPEG and more behind it.
 EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
@@ -79,7 +81,7 @@ def convert(number: int, path: str, conversion: Conversion) -> Converted:
     except UnidentifiedImageError:
         return Converted(number, b"", "", "no image")
     # Pillow's, for broken files, and for too many pixels to be meant.
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except PILLOW_ERRORS as error:
         return Converted(number, b"", "", " ".join(str(error).split()) or type(error).__name__)
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from PIL import Image
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from fastkd.training.augment import InputSpec
@@ -19,10 +20,12 @@ from fastkd.training.datasets import DataPair
 from fastkd.training.recipe import Recipe
 from fastkd.training.samplers import EvalSampler, SampleKey, TrainBatchSampler
 from fastkd.training.samples import (
+    Collate,
     Sample,
     SampleTransform,
     collate,
     eval_sample_transform,
+    label_bound,
     train_sample_transform,
 )
 from fastkd.training.seeding import derive_seed, preserved_rng, seed_cpu
@@ -112,7 +115,7 @@ class SampleDataset(Dataset):
         for attempt in range(1, REPLACEMENTS + 2):
             try:
                 return *self._read(index), tuple(faults)
-            except OSError as error:
+            except (OSError, Image.DecompressionBombError) as error:
                 faults.append(Fault(index, self.name(index), str(error)))
             place = derive_seed("sample", self.replacing, key.epoch, key.sample, 0, attempt)
             index = place % len(self.dataset)
@@ -175,7 +178,8 @@ def train_loader(
         decode_once=recipe.augment == "gpu",
         notes=WorkerNotes(recipe.workers),
     )
-    return _loader(dataset, data, spec, recipe.workers, device, batch_sampler=sampler)
+    stack = collate(data, spec, label_bound(data, recipe, recipe.labels))
+    return _loader(dataset, stack, recipe.workers, device, batch_sampler=sampler)
 
 
 def eval_loader(
@@ -208,8 +212,7 @@ def eval_loader(
     sampler = EvalSampler(len(data.val), rank, world_size)
     return _loader(
         dataset,
-        data,
-        spec,
+        collate(data, spec, label_bound(data, recipe, data.labelled_val)),
         recipe.workers,
         device,
         sampler=sampler,
@@ -264,15 +267,14 @@ def slice_size(recipe: Recipe, world_size: int) -> int:
 
 def _loader(
     dataset: SampleDataset,
-    data: DataPair,
-    spec: InputSpec,
+    stack: Collate,
     workers: int,
     device: torch.device,
     **batching: Any,
 ) -> DataLoader:
     return DataLoader(
         dataset,
-        collate_fn=collate(data, spec),
+        collate_fn=stack,
         **loader_options(workers, device),
         **batching,
     )

@@ -6,7 +6,7 @@ Reads torchrun's environment; knows nothing of what is trained.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -25,11 +25,14 @@ class World:
         device: where this process computes.
         rank: 0 writes files and talks.
         size: number of processes.
+        control: the group for what the hosts tell each other, which must not wait for devices; None
+            is the default group.
     """
 
     device: torch.device
     rank: int = 0
     size: int = 1
+    control: dist.ProcessGroup | None = None
 
     @property
     def is_main(self) -> bool:
@@ -51,21 +54,30 @@ class World:
         dist.all_reduce(total)
         return total
 
-    def any(self, flag: bool) -> bool:
-        """Whether the flag is set on any process; synchronises with the host.
+    def maximum(self, value: int) -> Callable[[], int]:
+        """Begin to look for the largest value of all processes; waits for no device.
 
         Args:
-            flag: this process' flag.
+            value: this process'.
 
         Returns:
-            The same answer on every process.
+            A function that waits for the others' values and gives the largest.
         """
         if self.size == 1:
-            return flag
-        return bool(self.sum(torch.tensor(float(flag), device=self.device)).item())
+            return lambda: value
+        largest = torch.tensor(value)
+        work: Any = dist.all_reduce(
+            largest, op=dist.ReduceOp.MAX, group=self.control, async_op=True
+        )
+
+        def result() -> int:
+            work.wait()
+            return int(largest)
+
+        return result
 
     def gather(self, value: Any) -> list[Any]:
-        """Collect a picklable value of every process; synchronises with them.
+        """Collect a picklable value of every process; synchronises with them, not with devices.
 
         Args:
             value: this process'; tensors in it should be on the CPU.
@@ -76,7 +88,7 @@ class World:
         if self.size == 1:
             return [value]
         values: list[Any] = [None] * self.size
-        dist.all_gather_object(values, value)
+        dist.all_gather_object(values, value, group=self.control)
         return values
 
     @torch.no_grad()
@@ -92,7 +104,7 @@ class World:
             dist.broadcast(tensor.data, 0)
 
     def average_norms(self, module: nn.Module) -> None:
-        """Average the running statistics of batch norms, which every process has of its own share.
+        """Average the running statistics of batch norms, of which every process has its own.
 
         Args:
             module: on ``device``; changed in place.
@@ -130,7 +142,8 @@ def world(device: str | torch.device | None = None) -> Iterator[World]:
         dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
     failed = False
     try:
-        yield World(chosen, dist.get_rank(), dist.get_world_size())
+        control: Any = dist.new_group(backend="gloo") if dist.get_backend() != "gloo" else None
+        yield World(chosen, dist.get_rank(), dist.get_world_size(), control)
     except Exception:
         failed = True
         raise

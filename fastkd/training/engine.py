@@ -6,12 +6,10 @@ Nothing here waits for an accelerator, but `Engine.read`.
 
 from __future__ import annotations
 
-import math
-from collections import deque
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from timm.data import Mixup
@@ -32,17 +30,15 @@ AMP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 FIRST_FP16_SCALE = 2.0**16
 # Updates that fp16's scaler may skip in a row only to come down to a scale of 1.
 FP16_SETTLING = 17
-# Updates whose samples are remembered until somebody asks which of them were skipped.
-KEPT_UPDATES = 1000
 
 
 class NonFiniteError(FloatingPointError):
-    """The loss or the gradient stayed infinite or NaN; nothing of it is in weights or files."""
+    """Losses or gradients stayed infinite or NaN; nothing of them is in weights or files."""
 
 
 @dataclass(frozen=True)
 class SkippedUpdate:
-    """An update whose gradient was not finite.
+    """An update whose loss or gradient was not finite.
 
     Attributes:
         update: its number in the run, from 1.
@@ -56,6 +52,15 @@ class SkippedUpdate:
     finite_loss: bool
 
 
+class _Done(NamedTuple):
+    """An update, and on the device whether it was applied."""
+
+    update: int
+    samples: list[Tensor]
+    applied: Tensor
+    finite_loss: Tensor
+
+
 def autocast(device: torch.device, amp: str) -> AbstractContextManager:
     """The autocast context of a recipe's ``amp``.
 
@@ -65,9 +70,14 @@ def autocast(device: torch.device, amp: str) -> AbstractContextManager:
 
     Returns:
         A context manager.
+
+    Raises:
+        ValueError: another ``amp``.
     """
     if amp == "none":
         return nullcontext()
+    if amp not in AMP_DTYPES:
+        raise ValueError(f"amp: expected none, {' or '.join(AMP_DTYPES)}, got {amp!r}")
     return torch.autocast(device.type, AMP_DTYPES[amp])
 
 
@@ -84,8 +94,9 @@ class Engine:
     """Everything that changes during training, and the update that changes it.
 
     The update's random numbers (dropout, stochastic depth, Mixup) are seeded by (seed, update,
-    rank), so that a run continues exactly from any finished update. An update whose gradient is not
-    finite changes nothing but the position and the schedule.
+    rank), so that a run continues exactly from any finished update. An update whose loss or
+    gradient is not finite leaves weights, moments and running statistics as they were; position,
+    schedule and EMA go on.
 
     Args:
         task: student and terms, on the device.
@@ -122,13 +133,15 @@ class Engine:
         self.ema = ema
         self.augment = augment
         self.mixup = mixup
-        self.scaler = _scaler(world.device, recipe.amp)
+        self.scaler = torch.amp.GradScaler(
+            world.device.type, init_scale=FIRST_FP16_SCALE, enabled=recipe.amp == "fp16"
+        )
         self.parameters = [p for p in task.parameters() if p.requires_grad]
         self.statistics = _running_statistics(task)
         self.position = Position()
         self.meter = Meter((*task.terms.names, "grad_norm"), world.device)
         self.applying = False
-        self._unread: deque[tuple[int, list[Tensor], Tensor, Tensor]] = deque(maxlen=KEPT_UPDATES)
+        self._unread: list[_Done] = []
         if recipe.channels_last:
             task.student.to(memory_format=torch.channels_last)
         self._compile()
@@ -156,19 +169,27 @@ class Engine:
         seed = derive_seed("update", self.recipe.seed, self.position.total, self.world.rank)
         seed_all(seed)
         self.optimizer.zero_grad(set_to_none=True)
-        before = [buffer.clone() for buffer in self.statistics]
         losses = torch.zeros_like(self.meter.sums[:-1])
-        for number, batch in enumerate(slices):
-            last = number == len(slices) - 1
-            losses += self._backward(batch, share=1 / len(slices), synchronise=last)
-        self.applying = True
-        applied = self.apply(losses)
-        for buffer, old in zip(self.statistics, before, strict=True):
-            buffer.copy_(torch.where(applied, buffer, old))
-        self._unread.append(
-            (self.position.total, [b.samples for b in slices], applied, losses.isfinite().all())
-        )
+        with self._reversible_statistics() as statistics:
+            for number, batch in enumerate(slices):
+                last = number == len(slices) - 1
+                losses += self.backward(batch, share=1 / len(slices), synchronise=last)
+            self.applying = True
+            applied = self.apply(losses, statistics)
+        samples = [batch.samples for batch in slices]
+        self._unread.append(_Done(self.position.total, samples, applied, losses.isfinite().all()))
         self.applying = False
+
+    @contextmanager
+    def _reversible_statistics(self) -> Iterator[list[Tensor]]:
+        """Running statistics before the update, which are put back if it does not get through."""
+        before = [buffer.clone() for buffer in self.statistics]
+        try:
+            yield before
+        except BaseException:
+            for buffer, old in zip(self.statistics, before, strict=True):
+                buffer.copy_(old)
+            raise
 
     def inputs(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """A batch as the student takes it: on the device, augmented, normalised and mixed.
@@ -194,11 +215,15 @@ class Engine:
         """The teacher's logits and tokens for the student's images; None without a teacher."""
         return None if self.teacher is None else self.teacher(images)
 
-    def _backward(self, batch: Batch, share: float, synchronise: bool) -> Tensor:
-        """Add a slice's gradient; returns its terms, each times the slice's share."""
-        images, target = self.inputs(batch)
+    def begin_pass(self) -> None:
+        """Say that what compiled models gave before may be overwritten (CUDA graphs reuse it)."""
         if self.recipe.compile != "none":
             torch.compiler.cudagraph_mark_step_begin()
+
+    def backward(self, batch: Batch, share: float, synchronise: bool) -> Tensor:
+        """Add a slice's gradient; returns its terms, each times the slice's share."""
+        images, target = self.inputs(batch)
+        self.begin_pass()
         hold = not synchronise and isinstance(self.wrapped, DistributedDataParallel)
         with self.wrapped.no_sync() if hold else nullcontext():  # type: ignore[operator]
             with autocast(self.world.device, self.recipe.amp):
@@ -207,27 +232,36 @@ class Engine:
         terms = torch.stack([output[name].detach() for name in self.task.terms.names])
         return terms.to(self.meter.sums.dtype) * share
 
-    def apply(self, losses: Tensor) -> Tensor:
+    def apply(self, losses: Tensor, statistics: list[Tensor] | None = None) -> Tensor:
         """Step optimiser, schedule and EMA on the gradients there are; `update` does all of it.
 
         Args:
-            losses: [terms] float64 on the device, for the meter.
+            losses: [terms] float64 on the device, this process'.
+            statistics: running statistics to put back where the step is not taken.
 
         Returns:
-            Bool scalar on the device: False where a gradient is not finite, and nothing was done.
+            Bool scalar on the device, the same on every process: False where a loss or the norm of
+            the gradient is not finite.
         """
         self.scaler.unscale_(self.optimizer)
-        norm = self._gradient_norm().detach()
-        self.scaler.step(self.optimizer)
-        self.scaler.update(None if self.recipe.amp == "fp16" else 1.0)
+        norm = self._gradient_norm().detach().to(losses.dtype)
+        broken = (~torch.cat([losses, norm.reshape(1)]).isfinite()).any().float()
+        broken = self.world.sum(broken).clamp(max=1)
+        # What GradScaler tells a fused optimiser: it leaves everything as it is where this is 1.
+        self.optimizer.found_inf = broken  # type: ignore[attr-defined]
+        self.optimizer.grad_scale = None  # type: ignore[attr-defined]
+        self.optimizer.step()
+        self.scaler.update()
+        applied = broken == 0
+        for buffer, old in zip(self.statistics, statistics or self.statistics, strict=True):
+            buffer.copy_(torch.where(applied, buffer, old))
         self.position.update += 1
         self.position.total += 1
         self.scheduler.step_update(self.position.total)
         if self.ema is not None:
             step = self.position.total if self.recipe.ema_warmup else None
             self.ema.update(self.task.student, step=step)
-        applied = norm.isfinite()
-        self.meter.add(torch.cat([losses, norm.to(losses.dtype).reshape(1)]), applied)
+        self.meter.add(torch.cat([losses, norm.reshape(1)]), applied)
         return applied
 
     def _gradient_norm(self) -> Tensor:
@@ -240,50 +274,46 @@ class Engine:
         """The epoch's sums so far over all processes; synchronises, with them and with the host.
 
         Raises:
-            NonFiniteError: a term is not finite although its gradient was, or more than
-                ``max_nonfinite`` updates in a row were skipped.
+            NonFiniteError: more than ``max_nonfinite`` updates in a row were skipped.
         """
         own = torch.cat([self.meter.sums, self.meter.skips])
-        values = (self.world.sum(own) / self.world.size).tolist()
-        sums = dict(zip(self.meter.names, values, strict=False))
-        skipped, longest = int(values[-3]), int(values[-1])
-        reading = Reading(sums, self.meter.count - skipped, skipped, longest)
-        self._check(reading)
-        return reading
-
-    def skipped_updates(self) -> list[SkippedUpdate]:
-        """Updates skipped since this was asked last; synchronises with the host alone."""
-        if not self._unread:
-            return []
-        unread = list(self._unread)
-        self._unread.clear()
-        flags = torch.stack([torch.stack([a, f]) for _, _, a, f in unread]).tolist()
-        return [
-            SkippedUpdate(update, torch.cat(samples).tolist(), finite)
-            for (update, samples, _, _), (applied, finite) in zip(unread, flags, strict=True)
-            if not applied
-        ]
-
-    def _check(self, reading: Reading) -> None:
-        broken = [name for name, value in reading.sums.items() if not math.isfinite(value)]
+        *sums, skipped, _, longest = (self.world.sum(own) / self.world.size).tolist()
+        named = dict(zip(self.meter.names, sums, strict=True))
+        reading = Reading(named, self.meter.count - int(skipped), int(skipped), int(longest))
         limit = self.recipe.max_nonfinite
         if self.recipe.amp == "fp16":
             limit += FP16_SETTLING
-        if broken or reading.longest_row > limit:
-            what = ", ".join(broken) if broken else "the loss or its gradient"
-            row = "" if broken else f", in {reading.longest_row} updates in a row (all skipped)"
-            raise NonFiniteError(
-                f"train: {what} became infinite or NaN in epoch {self.position.epoch + 1}, at or "
-                f"before update {self.position.total}{row} (learning rate {self.lr:.3g}, amp "
-                f"{self.recipe.amp}); the weights are from before. Try a lower lr, clip_grad=1.0, "
-                f"or amp='none'; max_nonfinite is {self.recipe.max_nonfinite}"
-            )
+        if reading.longest_row > limit:
+            raise self.non_finite(f"{reading.longest_row} updates in a row were skipped")
+        return reading
 
+    def non_finite(self, what: str) -> NonFiniteError:
+        """The error that ends a run whose losses or gradients stay infinite or NaN.
 
-def _scaler(device: torch.device, amp: str) -> torch.amp.GradScaler:
-    """fp16's scaler of the loss; elsewhere one that stays at 1, for the updates that it skips."""
-    scale = FIRST_FP16_SCALE if amp == "fp16" else 1.0
-    return torch.amp.GradScaler(device.type, init_scale=scale)
+        Args:
+            what: happened, in a few words.
+
+        Returns:
+            The error, to raise.
+        """
+        return NonFiniteError(
+            f"train: {what}, at or before update {self.position.total} in epoch "
+            f"{self.position.epoch + 1}: the loss or its gradient was infinite or NaN (learning "
+            f"rate {self.lr:.3g}, amp {self.recipe.amp}). The weights are from before. Try a lower "
+            f"lr, clip_grad=1.0, or amp='none'; max_nonfinite is {self.recipe.max_nonfinite}"
+        )
+
+    def skipped_updates(self) -> list[SkippedUpdate]:
+        """Updates skipped since this was asked last; synchronises with the host alone."""
+        unread, self._unread = self._unread, []
+        if not unread:
+            return []
+        flags = torch.stack([torch.stack([done.applied, done.finite_loss]) for done in unread])
+        return [
+            SkippedUpdate(done.update, torch.cat(done.samples).tolist(), finite)
+            for done, (applied, finite) in zip(unread, flags.tolist(), strict=True)
+            if not applied
+        ]
 
 
 def _running_statistics(module: nn.Module) -> list[Tensor]:
@@ -294,4 +324,5 @@ def _running_statistics(module: nn.Module) -> list[Tensor]:
 
 def _data_parallel(task: DistillationTask, world: World) -> DistributedDataParallel:
     ids = [world.device.index] if world.device.type == "cuda" else None
-    return DistributedDataParallel(task, device_ids=ids)
+    # Batch norms keep statistics of their own process' images; evaluation averages them.
+    return DistributedDataParallel(task, device_ids=ids, broadcast_buffers=False)

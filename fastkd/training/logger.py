@@ -11,7 +11,7 @@ import csv
 import io
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -131,7 +131,8 @@ class RunLogger:
         self._write_line({"kind": "epoch", **record})
         self._track("epoch", record)
         if self.output is not None:
-            _write_csv(self.output / EPOCHS, history)
+            with self._surviving(EPOCHS):
+                _write_csv(self.output / EPOCHS, history)
         if self._bar is None or "eval_loss" in record:
             self.message(_epoch_line(record, epochs))
 
@@ -161,16 +162,23 @@ class RunLogger:
     def _track(self, group: str, record: dict[str, Any]) -> None:
         numbers = {f"{group}/{n}": v for n, v in record.items() if isinstance(v, int | float)}
         for tracker in self._trackers:
-            tracker.log(numbers, record["update"])
+            with self._surviving(type(tracker).__name__):
+                tracker.log(numbers, record["update"])
 
     def _write_line(self, record: dict[str, Any]) -> None:
         if self._log is None:
             return
-        try:
+        with self._surviving(LOG):
             self._log.write(json.dumps(record) + "\n")
             self._log.flush()
-        except OSError as error:  # the run is worth more than a line of its log
-            self.message(f"{LOG}: a line could not be written ({error})")
+
+    @contextlib.contextmanager
+    def _surviving(self, what: str) -> Iterator[None]:
+        """A run is worth more than a line of its logs: on a full disk it goes on without."""
+        try:
+            yield
+        except OSError as error:
+            self.message(f"{what} could not be written ({error})")
 
 
 def _mend_log(path: Path, updates: int, history: list[dict[str, Any]]) -> None:

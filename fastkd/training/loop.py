@@ -36,16 +36,18 @@ def train_one_epoch(
         loader: slices, starting at the engine's position.
         accumulation: slices per update.
         log_interval: updates between two calls of ``on_interval``.
-        on_interval: takes the means of every term since the last call, or since the epoch's begin.
+        on_interval: takes the means of every term since the last call, or since the epoch was begun
+            or taken up.
         after_update: called with an update's slices before the next; may raise to stop.
 
     Returns:
         The epoch's record: means of every term, learning rate, throughput, memory, skipped updates.
 
     Raises:
-        NonFiniteError: too many updates in a row had no finite gradient.
+        NonFiniteError: too many updates in a row had no finite loss and gradient, or none at all.
     """
     engine.task.train()
+    lr = engine.lr
     # A host-side check costs nothing where the host computes, and stops at the very update.
     check_always = engine.world.device.type == "cpu" and engine.world.size == 1
     clock = _Clock(engine)
@@ -58,7 +60,10 @@ def train_one_epoch(
         if engine.position.update % log_interval == 0:
             on_interval({**_where(engine, lr), **clock.interval()})
         after_update(slices)
-    return {**_where(engine, engine.lr), **clock.epoch()}
+    record = {**_where(engine, lr), **clock.epoch()}
+    if record["skipped_updates"] == engine.meter.count > 0 and engine.recipe.amp != "fp16":
+        raise engine.non_finite("every update was skipped")
+    return record
 
 
 class _Clock:
@@ -178,15 +183,16 @@ def evaluate_terms(engine: Engine, loader: Iterable[Batch]) -> dict[str, Any]:
     for batch in loader:
         images = batch.images.to(world.device, non_blocking=True)
         target = batch.labels.to(world.device, non_blocking=True)
+        engine.begin_pass()
         with autocast(world.device, engine.recipe.amp):
             output = task(images, target, engine.teach(images))
-        means = torch.stack([output[name].double() for name in names])
-        count = torch.full_like(means[:1], len(images))
-        sums += torch.cat([means * count, count])
+        values = torch.stack([output[name].double() for name in names])
+        images_seen = torch.full_like(values[:1], len(images))
+        sums += torch.cat([values * images_seen, images_seen])
     task.train(was_training)
     *totals, count = world.sum(sums).tolist()
-    means = [total / max(count, 1) for total in totals]
-    return {**dict(zip(names, means, strict=True)), "count": int(count)}
+    averages = [total / max(count, 1) for total in totals]
+    return {**dict(zip(names, averages, strict=True)), "count": int(count)}
 
 
 def _scores(logits: Tensor, target: Tensor) -> Tensor:

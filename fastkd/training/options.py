@@ -20,6 +20,10 @@ STUDENT_FIELDS = ("variant", "width", "drop_path")
 TEACHER_FIELDS = ("teacher_checkpoint", "teacher_img_size")
 RANDOM_FIELDS = ("scale", "ratio", "hflip", "color_jitter", "auto_augment", "reprob")
 IMAGE_FIELDS = ("interpolation", "crop_pct", "crop_mode")
+FEATURE_FIELDS = (
+    *("feature_loss", "pairs", "projector", "resample"),
+    *("student_prefix", "teacher_prefix"),
+)
 # Given as 0, they say what a run without a teacher does anyway.
 WEIGHT_FIELDS = ("alpha", "feature_weight")
 
@@ -111,11 +115,35 @@ def _refuse_without_effect(
         _refuse(overrides, ("width",), "variant='plain' has no width to choose")
     if teacher is None:
         _refuse_terms(overrides)
+    elif resolved.alpha == 0 and resolved.feature_weight == 0:
+        raise ValueError("teacher: with alpha=0 and feature_weight=0 it teaches nothing")
+    for idle, names, reason in _idle(resolved):
+        if idle:
+            _refuse(_changed(overrides), names, reason)
     if resolved.augment not in ("cpu", "gpu"):
         reason = f"augment={resolved.augment!r} leaves timm's random transforms out"
         _refuse(overrides, RANDOM_FIELDS, reason)
     if resolved.augment == "none":
         _refuse(overrides, ("repeated_aug",), "with augment='none' all copies would be equal")
+
+
+def _idle(recipe: Recipe) -> list[tuple[bool, tuple[str, ...], str]]:
+    """(condition, fields, reason): where the condition holds, the fields do nothing."""
+    return [
+        (recipe.alpha == 0, ("tau", "hard"), "alpha is 0"),
+        (recipe.hard, ("tau",), "hard distillation has no temperature"),
+        (recipe.feature_weight == 0, FEATURE_FIELDS, "feature_weight is 0"),
+        (not recipe.mixes, ("mixup_prob", "mixup_switch_prob"), "Mixup and CutMix are off"),
+        (recipe.ema_decay is None, ("ema_warmup",), "there is no EMA"),
+        (recipe.warmup_epochs == 0, ("warmup_lr",), "there is no warm-up"),
+        (recipe.auto_augment is not None, ("color_jitter",), "auto_augment takes its place"),
+    ]
+
+
+def _changed(overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """Overrides that differ from what a recipe has by itself; the others ask for nothing."""
+    defaults = Recipe()
+    return {name: v for name, v in overrides.items() if v != getattr(defaults, name, None)}
 
 
 def _refuse_terms(overrides: Mapping[str, Any]) -> None:
@@ -127,10 +155,9 @@ def _refuse_terms(overrides: Mapping[str, Any]) -> None:
 
 
 def _check_unlabelled(recipe: Recipe, teacher: Any, overrides: Mapping[str, Any]) -> None:
-    """What is left to learn from without labels, and what would have needed them."""
-    if teacher is None or not (recipe.alpha > 0 or recipe.feature_weight > 0):
-        missing = "there is no teacher" if teacher is None else "alpha and feature_weight are 0"
-        raise ValueError(f"labels: without labels a student learns from a teacher, but {missing}")
+    """What would have needed labels."""
+    if teacher is None:
+        raise ValueError("labels: without labels a student learns from a teacher, and there is none")
     if recipe.mixes:
         raise ValueError("labels: Mixup and CutMix mix labels; set mixup=0 and cutmix=0")
     _refuse(overrides, ("label_smoothing",), "with labels=False there is no cross-entropy")

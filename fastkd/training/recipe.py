@@ -521,6 +521,8 @@ def _check_ranges(recipe: Recipe) -> None:
     _require(len(recipe.ratio) == 2, "ratio", "a lowest and a highest value", recipe)
     shorter = recipe.warmup_epochs < recipe.epochs or recipe.warmup_epochs == 0
     _require(shorter, "warmup_epochs", f"fewer than epochs ({recipe.epochs})", recipe)
+    positive = recipe.std is None or min(recipe.std) > 0
+    _require(positive, "std", "greater than 0", recipe)
     both = (recipe.mean is None) == (recipe.std is None)
     _require(both, "std", "mean and std together", recipe)
     _require(len(recipe.pairs) > 0, "pairs", "at least one pair", recipe)
@@ -530,6 +532,8 @@ def _check_ranges(recipe: Recipe) -> None:
     _require(recipe.best == "raw" or decay is not None, "best", "raw without ema_decay", recipe)
     counted = recipe.train_samples is None or recipe.train_samples >= 1
     _require(counted, "train_samples", "none or at least 1", recipe)
+    graphs = recipe.compile in ("reduce-overhead", "max-autotune") and recipe.accumulation > 1
+    _require(not graphs, "compile", "none or default with accumulation (CUDA graphs)", recipe)
     slices = recipe.batch_size % recipe.accumulation == 0
     _require(slices, "batch_size", f"a multiple of accumulation ({recipe.accumulation})", recipe)
 

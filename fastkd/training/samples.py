@@ -17,8 +17,10 @@ from fastkd.training.batch import Batch, Fault
 from fastkd.training.datasets import DataPair
 from fastkd.training.device_augment import Planned, plan_transform
 from fastkd.training.recipe import Recipe
+from fastkd.training.sources import PILLOW_ERRORS
 
 NO_LABEL = -1
+ANY_CLASS = 2**62  # more classes than there can be
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 
 
@@ -68,9 +70,9 @@ class SampleTransform:
             return image
         try:
             image.load()
-        except (SyntaxError, ValueError) as error:  # Pillow's, for some broken files
+            return image if image.mode == self.mode else image.convert(self.mode)
+        except PILLOW_ERRORS as error:
             raise OSError(f"data: cannot decode an image: {error}") from error
-        return image if image.mode == self.mode else image.convert(self.mode)
 
     def __call__(
         self, image: Any, label: Any = None, sample: int = -1, faults: tuple[Fault, ...] = ()
@@ -98,11 +100,16 @@ class Collate:
     Args:
         mean: per channel; None feeds tensors as they are.
         std: per channel.
+        classes: labels must lie below it; None does not look at them.
     """
 
     def __init__(
-        self, mean: tuple[float, ...] | None = None, std: tuple[float, ...] | None = None
+        self,
+        mean: tuple[float, ...] | None = None,
+        std: tuple[float, ...] | None = None,
+        classes: int | None = None,
     ) -> None:
+        self.classes = classes
         self.statistics = None
         if mean is not None and std is not None:
             self.statistics = torch.tensor(mean).view(-1, 1, 1), torch.tensor(std).view(-1, 1, 1)
@@ -115,6 +122,9 @@ class Collate:
 
         Returns:
             The batch; a label that is missing is -1, a fault is told once.
+
+        Raises:
+            ValueError: a label that is missing or too large, where they are looked at.
         """
         parts = [Sample(*sample) for sample in samples]
         # default_collate: in a loader process it stacks into memory shared with the main process.
@@ -124,11 +134,21 @@ class Collate:
         plans = [part.plan for part in parts if part.plan is not None]
         return Batch(
             images=images,
-            labels=torch.tensor([_class(part.label) for part in parts]),
+            labels=torch.tensor([self._class(part) for part in parts]),
             samples=torch.tensor([part.sample for part in parts]),
             plan=default_collate(plans) if plans else None,
             faults=tuple(dict.fromkeys(fault for part in parts for fault in part.faults)),
         )
+
+    def _class(self, part: Sample) -> int:
+        label = NO_LABEL if part.label is None else int(part.label)
+        if self.classes is not None and not 0 <= label < self.classes:
+            allowed = f"0 to {self.classes - 1}" if self.classes < ANY_CLASS else "0 or more"
+            raise ValueError(
+                f"data: the label of sample {part.sample} must be {allowed}, got {part.label}"
+                + (" (labels=False trains without them)" if label == NO_LABEL else "")
+            )
+        return label
 
 
 def train_sample_transform(recipe: Recipe, spec: InputSpec, data: DataPair) -> SampleTransform:
@@ -177,24 +197,37 @@ def eval_sample_transform(recipe: Recipe, spec: InputSpec, data: DataPair) -> Sa
     return SampleTransform(eval_transform(recipe, spec), _mode(spec))
 
 
-def collate(data: DataPair, spec: InputSpec) -> Collate:
+def collate(data: DataPair, spec: InputSpec, classes: int | None = None) -> Collate:
     """How a data set's samples are stacked: PIL images were normalised by their transform.
 
     Args:
         data: whether it yields tensors.
         spec: statistics of the input.
+        classes: labels must lie below it, `ANY_CLASS` for as many as there are; None does not look
+            at them.
 
     Returns:
         Samples -> `Batch`.
     """
-    return Collate(spec.mean, spec.std) if data.yields_tensors else Collate()
+    statistics = (spec.mean, spec.std) if data.yields_tensors else (None, None)
+    return Collate(*statistics, classes)
+
+
+def label_bound(data: DataPair, recipe: Recipe, labelled: bool) -> int | None:
+    """What labels must lie below.
+
+    Args:
+        data: may say how many classes there are.
+        recipe: may say it, too.
+        labelled: whether labels are looked at.
+
+    Returns:
+        For `collate`.
+    """
+    return (recipe.num_classes or data.num_classes or ANY_CLASS) if labelled else None
 
 
 def _mode(spec: InputSpec) -> str:
     if spec.size[0] not in MODES:
         raise ValueError(f"data: PIL images have 1, 3 or 4 channels, the student {spec.size[0]}")
     return MODES[spec.size[0]]
-
-
-def _class(label: Any) -> int:
-    return NO_LABEL if label is None else int(label)

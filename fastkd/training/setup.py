@@ -6,6 +6,7 @@ Decides what follows from what (classes, input size, statistics); the training i
 from __future__ import annotations
 
 import contextlib
+import functools
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -50,7 +51,7 @@ def build_student(recipe: Recipe, shape: Shape) -> nn.Module:
 
     Raises:
         ValueError: the recipe stands for a module that only its author has, or the number of
-            classes is unknown.
+            classes is unknown; or it has no stochastic depth to set.
     """
     if recipe.model is None or recipe.model.startswith(MODULE_PREFIX):
         raise ValueError(f"student: the recipe's model is {recipe.model}: hand the module over")
@@ -59,17 +60,22 @@ def build_student(recipe: Recipe, shape: Shape) -> nn.Module:
             "num_classes: nobody says how many classes there are: give num_classes, or data that "
             "have classes"
         )
-    options: dict[str, Any] = {"drop_path_rate": recipe.drop_path} if recipe.drop_path else {}
+    options: dict[str, Any] = {
+        "width": recipe.width,
+        "num_classes": shape.num_classes,
+        "img_size": shape.img_size,
+    }
     if shape.channels != 3:
         options["in_chans"] = shape.channels
-    return create_student(
-        recipe.model,
-        recipe.variant,  # type: ignore[arg-type]
-        width=recipe.width,
-        num_classes=shape.num_classes,
-        img_size=shape.img_size,
-        **options,
-    )
+    create = functools.partial(create_student, recipe.model, recipe.variant, **options)  # type: ignore[arg-type]
+    try:
+        return create(drop_path_rate=recipe.drop_path)  # 0, too: some models have another default
+    except TypeError as error:
+        if "drop_path_rate" not in str(error):
+            raise
+    if recipe.drop_path:
+        raise ValueError(f"drop_path: {recipe.model} has no stochastic depth")
+    return create()
 
 
 def student_shape(recipe: Recipe, data: DataPair) -> Shape:

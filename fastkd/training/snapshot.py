@@ -28,10 +28,12 @@ class Progress:
         history: one record per finished epoch.
         best: the best epoch so far: ``epoch`` (from 1, 0: none yet), ``top1`` in % (-1: none), and
             ``loss`` where the run is ranked by that.
+        unreadable: names of training images that could not be read.
     """
 
     history: list[dict[str, Any]] = field(default_factory=list)
     best: dict[str, Any] = field(default_factory=lambda: {"top1": -1.0, "epoch": 0})
+    unreadable: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -125,6 +127,7 @@ def run_state(
         "stream": identity.stream,
         "meter": {**engine.meter.state_dict(), "sums": torch.tensor(sums, dtype=torch.float64)},
         "history": progress.history,
+        "unreadable": progress.unreadable,
     }
 
 
@@ -167,6 +170,7 @@ def restore(
     for name, value in state["position"].items():
         setattr(engine.position, name, value)
     progress.history, progress.best = state["history"], state["best"]
+    progress.unreadable = state["unreadable"]
     set_rng_state(state["rng"], engine.world.device)
 
 
@@ -184,6 +188,12 @@ def _check_same_run(path: Path, state: dict[str, Any], identity: Identity) -> No
         raise CheckpointError(
             f"resume: {path} is of a run on {state['train_images']} training images, these "
             f"data have {identity.train_images}: its position has no meaning in them"
+        )
+    classes = None if identity.classes is None else list(identity.classes)
+    if state["classes"] != classes:
+        raise CheckpointError(
+            f"resume: {path} is of a run on classes of other names or in another order than these "
+            f"data's: its labels mean something else"
         )
     if state["stream"] != identity.stream:
         raise CheckpointError(

@@ -15,6 +15,9 @@ from torch.utils.data import Dataset, IterableDataset
 
 from fastkd.training.tars import UNLABELLED
 
+# What Pillow raises over files that it cannot read, or will not.
+PILLOW_ERRORS = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
+
 
 class ReadableImages(Dataset):
     """The images of a timm reader; one that cannot be read is an error.
@@ -48,8 +51,8 @@ class ReadableImages(Dataset):
             with file:
                 image = Image.open(file)
                 image.load()
-        # AssertionError: timm's, for a row without an image. The others: Pillow's.
-        except (OSError, SyntaxError, ValueError, AssertionError) as error:
+        # AssertionError: timm's, for a row without an image.
+        except (*PILLOW_ERRORS, AssertionError) as error:
             name = self.filename(index)
             raise OSError(f"data: cannot read {name} (sample {index}): {error}") from error
         return image, label if self.labelled and label is not None else UNLABELLED

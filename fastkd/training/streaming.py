@@ -27,6 +27,7 @@ from fastkd.training.samples import (
     SampleTransform,
     collate,
     eval_sample_transform,
+    label_bound,
     train_sample_transform,
 )
 from fastkd.training.seeding import derive_seed, preserved_rng, seed_cpu
@@ -263,7 +264,7 @@ def stream_train_loader(
     stream = TrainStream(
         data.train,
         train_sample_transform(recipe, spec, data),
-        collate(data, spec),
+        collate(data, spec, label_bound(data, recipe, recipe.labels)),
         num_samples=recipe.train_samples or len(data.train),
         batch_size=slice_size(recipe, world_size),
         accumulation=recipe.accumulation,
@@ -301,7 +302,7 @@ def stream_eval_loader(
     stream = EvalStream(
         data.val,
         eval_sample_transform(recipe, spec, data),
-        collate(data, spec),
+        collate(data, spec, label_bound(data, recipe, data.labelled_val)),
         batch_size=recipe.eval_batch_size,
         rank=rank,
         world_size=world_size,

@@ -145,7 +145,30 @@ def build_task(
     ).to(example.device)
     task = DistillationTask(student, terms, taps)
     task.decay_embeddings = recipe.decay_pos_embed
+    if not (recipe.labels or task.needs_logits):
+        _freeze_unreached(task, teacher, example)
     return task
+
+
+def _freeze_unreached(task: DistillationTask, teacher: Teacher | None, example: Tensor) -> None:
+    """Freeze what a distance of features cannot train: blocks behind the last one tapped, the head.
+
+    DDP waits for the gradient of every parameter that requires one.
+    """
+    modes = [(module, module.training) for module in task.modules()]
+    task.eval()  # one image must not move running statistics
+    target = torch.zeros(len(example), dtype=torch.long, device=example.device)
+    output = task(example, target, None if teacher is None else teacher(example))
+    output["loss"].backward()
+    for module, training in modes:
+        module.training = training
+    unreached = [p for p in task.parameters() if p.requires_grad and p.grad is None]
+    for parameter in unreached:
+        parameter.requires_grad_(False)
+    task.zero_grad(set_to_none=True)
+    if unreached:
+        count = sum(parameter.numel() for parameter in unreached)
+        logger.info("%d parameters of the student get no gradient from features: frozen", count)
 
 
 def _feature_term(

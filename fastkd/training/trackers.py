@@ -89,7 +89,8 @@ class _WandB:
     def __init__(self, output: Path, config: dict[str, Any], updates: int) -> None:
         wandb = importlib.import_module(_MODULES["wandb"])
         file = output / "wandb_id.txt"
-        known = file.read_text(encoding="utf-8").strip() if file.exists() else None
+        resumed = updates > 0 and file.exists()
+        known = file.read_text(encoding="utf-8").strip() if resumed else None
         self.run = wandb.init(
             project="fastkd",
             name=output.name,

@@ -20,9 +20,12 @@ from fastkd.training.batch import Batch, Fault
 from fastkd.training.checkpoint import (
     BEST,
     LAST,
+    CheckpointError,
+    is_best,
     load_checkpoint,
     load_latest,
     move_best,
+    remove_checkpoints,
     save_checkpoint,
 )
 from fastkd.training.data import eval_loader, train_loader
@@ -72,8 +75,8 @@ def train(
 ) -> Result:
     """Train a student, by a teacher or without one.
 
-    Under torchrun every process calls it and the batch is shared; the global generators of random
-    numbers are left as they were.
+    Under torchrun every process calls it and the batch is shared; the CPU's global generators of
+    random numbers are left as they were.
 
     Args:
         student: a timm name (its variant comes from the recipe), a module, which is trained in
@@ -118,8 +121,12 @@ def train(
         raise ValueError("train: data is missing: a folder, a timm data set name or two data sets")
     folder = None if output is None else Path(output)
     check_trackers(resolved.track, folder)
+    if folder is None and overrides.get("checkpoint_interval"):
+        raise ValueError("checkpoint_interval: without an output no checkpoint is written")
     with preserved_rng(), world(device) as peers:
         opened = open_data(source, resolved.data_root, labels=resolved.labels)
+        if overrides.get("train_samples") is not None and not opened.streams:
+            raise ValueError("train_samples: only streamed data need to be told their length")
         if opened.yields_tensors:
             refuse_image_options(overrides)
         run = _Run(student, guide, opened, folder, resolved, peers, quiet)
@@ -175,10 +182,10 @@ class _Run:
         )
         self.progress = Progress()
         self.stop = StopRequest()
-        self.agreed_to_stop = False
+        self.stopped_between_updates = False
         self.faults: list[Fault] = []
-        self.unreadable: list[str] = []
-        self.unsaved: OSError | None = None
+        self.passed_over: list[str] = []
+        self.unsaved: dict[str, OSError] = {}
         self.logger = self._build_logger(quiet)
 
     def _build_logger(self, quiet: bool) -> RunLogger:
@@ -213,8 +220,8 @@ class _Run:
             self._prepare_output()
             with self.stop:
                 self._run_epochs(resumed=checkpoint is not None)
-        if self.unsaved is not None:
-            raise self.unsaved
+        if LAST in self.unsaved:
+            raise self.unsaved[LAST]
         self.peers.barrier()  # the files that the result names are written
         result = self._result()
         if self.output is not None and self.peers.is_main:
@@ -225,10 +232,16 @@ class _Run:
     def _resume(self, resume: str) -> Path | None:
         """Take up the run that ``resume`` names; returns its checkpoint, None to start afresh."""
         found = self._find_checkpoint(resume)
-        if found is None:
-            return None
-        state, path = found
-        restore(path, state, self.student, self.engine, self.identity, self.progress)
+        path = None
+        if found is not None:
+            state, path = found
+            restore(path, state, self.student, self.engine, self.identity, self.progress)
+        totals = self.peers.gather(self.engine.position.total)
+        if len(set(totals)) > 1:
+            raise CheckpointError(
+                f"resume: the processes found different checkpoints (after updates {totals}): the "
+                f"output must be on a file system that all of them see"
+            )
         return path
 
     def _find_checkpoint(self, resume: str) -> tuple[dict[str, Any], Path] | None:
@@ -236,14 +249,11 @@ class _Run:
             return None
         folder = self.output if resume == "auto" else Path(resume)
         if folder is not None and (resume == "auto" or folder.is_dir()):
-            found = load_latest(folder, self._passed_over)
+            found = load_latest(folder, self.passed_over.append)
             if found is not None or resume == "auto":
                 return found
         path = Path(resume) / LAST if Path(resume).is_dir() else Path(resume)
         return load_checkpoint(path), path
-
-    def _passed_over(self, reason: str) -> None:
-        self.logger.message(f"{reason}; looking for the checkpoint before it")
 
     def _prepare_output(self) -> None:
         if self.output is not None and self.peers.is_main:
@@ -256,6 +266,9 @@ class _Run:
         if self.peers.is_main:
             self.output.mkdir(parents=True, exist_ok=True)
             remove_leftovers(self.output)
+            if checkpoint is None:
+                remove_checkpoints(self.output)
+                (self.output / RESULT).unlink(missing_ok=True)
             self.logger.mend(self.engine.position.total, self.progress.history)
             move_best(checkpoint, self.output, self.progress.best)
         self.peers.barrier()
@@ -270,26 +283,28 @@ class _Run:
             while not self.finished:
                 self._run_epoch()
         except (KeyboardInterrupt, SystemExit):
-            self._save_after_interrupt()
+            self._keep_what_is_done()
             raise
         except NonFiniteError:
             self._tell_skipped()
             raise
         except RuntimeError as error:
-            # The signal that asked to stop may have reached the loader's workers too.
+            # The signal that asked to stop may have ended loader processes, too.
             if self.stop.received is not None:
-                self._save_after_interrupt()
-                self._raise_stop()
-            death = describe_worker_death(self.train_loader, error) or describe_worker_death(
-                self.eval_loader, error
-            )
-            if death is None:
+                self._keep_what_is_done()
+                self.stop.raise_as_exception()
+            loaders = (self.train_loader, self.eval_loader)
+            deaths = [describe_worker_death(loader, error) for loader in loaders]
+            if not any(deaths):
                 raise
-            raise RuntimeError(death) from error
+            raise RuntimeError(next(filter(None, deaths))) from error
         finally:
             self.logger.close()
 
     def _announce(self, resumed: bool) -> None:
+        for reason in self.passed_over:
+            text = f"{reason}; the checkpoint before it is taken"
+            self.logger.event("torn", self._where() | {"reason": reason}, text)
         if self.logger.shows:
             values = effective_values(
                 self.recipe, self.student, self.data, self.peers.size, self.teacher, self.spec
@@ -305,9 +320,10 @@ class _Run:
     def _run_epoch(self) -> None:
         position = self.engine.position
         self.schedule.set_position(position.epoch, position.update)
+        trained = position.update == self.updates_per_epoch  # and stopped in the evaluation
         record = train_one_epoch(
             self.engine,
-            self.train_loader,
+            () if trained else self.train_loader,
             self.recipe.accumulation,
             log_interval=self.recipe.log_interval,
             on_interval=self._after_interval,
@@ -316,6 +332,8 @@ class _Run:
         self._tell_faults()
         self._tell_skipped()
         if (position.epoch + 1) % self.recipe.eval_interval == 0 or self._is_last_epoch:
+            self._save(LAST)  # an evaluation may take longer than a stop may wait
+            self._stop_if_asked()
             record.update(self._evaluate())
         self.progress.history.append(record)
         improved = self._note_best(record)
@@ -326,8 +344,8 @@ class _Run:
             self._save(BEST)
         self._save(LAST)
         self.logger.epoch(record, self.progress.history, self.recipe.epochs)
-        if not self.finished and self._stop_requested():
-            self._raise_stop()
+        if not self.finished:
+            self._stop_if_asked()
 
     @property
     def _is_last_epoch(self) -> bool:
@@ -344,34 +362,35 @@ class _Run:
         update = self.engine.position.update
         if update == self.updates_per_epoch:
             return  # the epoch's own checkpoint is due after its evaluation
-        # Processes agree by a synchronisation, which is not worth one per update.
-        may_ask = self.peers.size == 1 or update % self.recipe.log_interval == 0
         if self.peers.size == 1:
             self._tell_faults()
-        if may_ask and self._stop_requested():
-            self._raise_stop()
         interval = self.recipe.checkpoint_interval
-        if interval and update % interval == 0:
+        due = interval and update % interval == 0
+        asked = self.stop.poll(self.peers)
+        if due or asked:
             self._save(LAST)
+        if asked:
+            self._stop()
 
     def _tell_faults(self) -> None:
         """Name images that could not be read, each once; too many of them end the run."""
+        unreadable = self.progress.unreadable
         faults, self.faults = self.faults, []
         if self.peers.size == 1 and not faults:
             return
         for fault in (fault for part in self.peers.gather(faults) for fault in part):
-            if fault.name in self.unreadable:
+            if fault.name in unreadable:
                 continue
-            self.unreadable.append(fault.name)
+            unreadable.append(fault.name)
             self.logger.event(
                 "unreadable",
                 self._where() | fault._asdict(),
                 f"data: cannot read {fault.name} ({fault.reason}); another image takes its place",
             )
-        if len(self.unreadable) > self.recipe.max_unreadable:
+        if len(unreadable) > self.recipe.max_unreadable:
             raise OSError(
-                f"data: {len(self.unreadable)} training images cannot be read, more than "
-                f"max_unreadable ({self.recipe.max_unreadable}); the last is {self.unreadable[-1]}"
+                f"data: {len(unreadable)} training images cannot be read, more than max_unreadable "
+                f"({self.recipe.max_unreadable}); the last is {unreadable[-1]}"
             )
 
     def _tell_skipped(self) -> None:
@@ -398,24 +417,35 @@ class _Run:
         position = self.engine.position
         return {"epoch": position.epoch, "update": position.total}
 
-    def _stop_requested(self) -> bool:
-        return self.peers.any(self.stop.received is not None)
+    def _stop_if_asked(self) -> None:
+        """Stop where a checkpoint has just been written, if any process was asked to."""
+        if self.stop.agree(self.peers):
+            self._stop()
 
-    def _raise_stop(self) -> NoReturn:
-        self.agreed_to_stop = True
+    def _stop(self) -> NoReturn:
+        self.stopped_between_updates = True
+        self._tell_stopped()
         self.stop.raise_as_exception()
 
-    def _save_after_interrupt(self) -> None:
-        """Keep what is done, if all processes stand between the same two updates."""
-        alone = self.peers.size == 1 and not self.engine.applying
-        if self.output is None or self.finished or not (self.agreed_to_stop or alone):
-            return
-        self._save(LAST)
-        if self.unsaved is None:
+    def _tell_stopped(self) -> None:
+        if self.output is not None and LAST not in self.unsaved:
             self.logger.message(
                 f"stopped after update {self.engine.position.total}; the same call continues from "
                 f"{self.output / LAST}"
             )
+
+    def _keep_what_is_done(self) -> None:
+        """Save after an interrupt from anywhere, where this process alone can say what is done."""
+        if self.stopped_between_updates or self.output is None or self.finished:
+            return
+        if self.peers.size > 1 or self.engine.applying:
+            self.logger.message(
+                f"stopped in the middle of an update: what came after {self.output / LAST} was "
+                f"written is lost"
+            )
+            return
+        self._save(LAST)
+        self._tell_stopped()
 
     def _evaluate(self) -> dict[str, Any]:
         record: dict[str, Any] = {}
@@ -427,6 +457,7 @@ class _Run:
                 "eval_loss": raw["loss"],
                 "eval_images": raw["count"],
             }
+            self._stop_if_asked()
             if self.engine.ema is not None:
                 ema = self._measure(self.engine.ema.module)
                 record |= {
@@ -454,7 +485,7 @@ class _Run:
         best = self.progress.best
         if self._ranks_by_loss:
             loss = record.get("eval_loss")
-            if loss is None or loss >= best.get("loss", float("inf")):
+            if loss is None or not loss < best.get("loss", float("inf")):
                 return False
             self.progress.best = {**best, "loss": loss, "epoch": record["epoch"] + 1}
             return True
@@ -481,9 +512,9 @@ class _Run:
             else:
                 state = run_state(*parts, list(sums.values()))
                 save_checkpoint(state, self.output / name, self.recipe.keep_checkpoints)
-                self.unsaved = None
+            self.unsaved.pop(name, None)
         except OSError as error:
-            self.unsaved = error
+            self.unsaved[name] = error
             self.logger.event("unsaved", self._where() | {"file": name}, str(error))
 
     def _result(self) -> Result:
@@ -502,8 +533,8 @@ class _Run:
             images=last["eval_images"],
             parameters=parameter_count(self.student),
             output=None if self.output is None else str(self.output),
-            last=self._written(LAST),
-            best=self._written(BEST),
+            last=None if self.output is None else str(self.output / LAST),
+            best=self._best_checkpoint(),
             history=self.progress.history,
         )
 
@@ -515,9 +546,9 @@ class _Run:
             measure = f"highest top-1 of the {weights} weights"
         return f"{measure} on the evaluation set itself, earliest of equals"
 
-    def _written(self, name: str) -> str | None:
-        path = None if self.output is None else self.output / name
-        return str(path) if path is not None and path.exists() else None
+    def _best_checkpoint(self) -> str | None:
+        path = None if self.output is None else self.output / BEST
+        return str(path) if path is not None and is_best(path, self.progress.best) else None
 
 
 def _schedule(loader: Any) -> Any:

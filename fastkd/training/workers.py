@@ -15,6 +15,7 @@ import torch
 from torch.utils.data import get_worker_info
 
 SHOWN_PIDS = re.compile(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\)")
+SECONDS_AFTER_SIGTERM = 60  # more than torchrun gives, before it kills
 PID, SAMPLE = 0, 1  # columns of the shared notes
 
 
@@ -81,7 +82,7 @@ def loader_options(workers: int, device: torch.device) -> dict[str, Any]:
     """How every `DataLoader` here runs its workers; an iteration draws from no global generator.
 
     Args:
-        workers: loader processes; they leave interrupts to the main process.
+        workers: loader processes; they leave signals to the main process.
         device: pinned memory is used for an accelerator.
 
     Returns:
@@ -91,11 +92,17 @@ def loader_options(workers: int, device: torch.device) -> dict[str, Any]:
         "num_workers": workers,
         "pin_memory": device.type == "cuda",
         "persistent_workers": workers > 0,
-        "worker_init_fn": _leave_interrupts_to_the_main_process,
+        "worker_init_fn": _leave_signals_to_the_main_process,
         "generator": torch.Generator(),  # its own: the global one would be drawn from at the start
     }
 
 
-def _leave_interrupts_to_the_main_process(_: int) -> None:
+def _leave_signals_to_the_main_process(_: int) -> None:
+    """Let the main process finish its update and end this one; it may get the signal, too.
+
+    torchrun, SLURM and a terminal's Ctrl-C signal whole groups of processes.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    # Not for ever: a process that hangs is ended by SIGTERM, and would be waited for.
+    signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(SECONDS_AFTER_SIGTERM))

@@ -1,10 +1,13 @@
 """Several processes on one run: the same update, exact evaluation, one writer."""
 
+import shutil
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
 
-from fastkd.training import Result, load_checkpoint, train
+from fastkd.training import CheckpointError, Result, load_checkpoint, train
 from fastkd.training.distributed import world
 from tests.harness.torchrun import run_ranks
 from tests.training.tiny import FAST, tensor_data, vit
@@ -24,6 +27,20 @@ def train_on_rank(rank: int, output: str) -> None:
     normed = with_batch_norm()
     train(normed, None, tensor_data(70, 31), f"{output}/normed", **FAST | {"epochs": 1})
     torch.save(normed.state_dict(), f"{output}/normed{rank}.pth")
+    features_alone = FAST | {"labels": False, "alpha": 0.0, "pairs": [(0, 0)]}
+    taught = train(vit(), vit(seed=1), tensor_data(70, 31), **features_alone)
+    taught.save(f"{output}/features{rank}.json")
+    resume_from_folders_of_their_own(rank, Path(output))
+
+
+def resume_from_folders_of_their_own(rank: int, output: Path) -> None:
+    """Only the main process finds a checkpoint, as on nodes that share no file system."""
+    folder = output / f"node{rank}"
+    if rank == 0:
+        shutil.copytree(output / "normed", folder)
+    options = FAST | {"epochs": 1}
+    with pytest.raises(CheckpointError, match=r"after updates \[4, 0\].*file system"):
+        train(with_batch_norm(), None, tensor_data(70, 31), folder, **options)
 
 
 def with_batch_norm() -> nn.Module:
@@ -55,6 +72,9 @@ def test_two_processes_run_the_same_training_as_one(tmp_path):
     ranks = [Result.load(tmp_path / "two" / f"rank{rank}.json") for rank in range(2)]
     assert ranks[0].top1 == ranks[1].top1
     assert ranks[0].images == 31
+    first, second = (Result.load(tmp_path / "two" / f"features{rank}.json") for rank in range(2))
+    assert first.eval_loss == second.eval_loss
+    assert first.history[-1]["feature"] < first.history[0]["feature"]
 
 
 def test_one_process_needs_no_process_group():

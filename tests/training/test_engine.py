@@ -151,9 +151,74 @@ def run_epoch(engine, batches, **options):
     return train_one_epoch(engine, batches, 1, log_interval=2, **options)
 
 
+def test_a_skipped_update_leaves_no_trace_in_the_emas_statistics():
+    student = nn.Sequential(nn.BatchNorm2d(1), vit())
+    engine = engine_for(student, ema_decay=0.5)
+    engine.update([batch(BROKEN)])
+    assert all(value.isfinite().all() for value in engine.ema.module.state_dict().values())
+
+
+class Scaled(nn.Module):
+    """Gives logits of one image apart a value of its own, or a gradient."""
+
+    def __init__(self, gradient=1.0, value=0.0):
+        super().__init__()
+        self.layer = nn.Linear(64, 6)
+        self.gradient, self.value = gradient, value
+
+    def forward(self, images):
+        logits = self.layer(images.flatten(1))
+        return logits + self.gradient * (logits - logits.detach()) + self.value
+
+
+@pytest.mark.parametrize("clip_grad", [None, 1.0])
+def test_a_gradient_whose_norm_overflows_is_skipped_as_it_is_counted(clip_grad):
+    student = Scaled(gradient=1e30)
+    engine = engine_for(student, clip_grad=clip_grad)
+    before = student.layer.weight.detach().clone()
+    engine.update([batch()])
+    assert engine.read().skipped == 1
+    assert torch.equal(student.layer.weight, before)
+
+
+def test_a_loss_that_is_not_finite_is_skipped_though_its_gradient_is_zero():
+    student = vit()
+    engine = engine_for(student)
+    before = student.head.weight.detach().clone()
+    engine.apply(torch.full_like(engine.meter.sums[:-1], math.nan))
+    assert torch.equal(student.head.weight, before)
+    assert (engine.read().applied, engine.read().skipped) == (0, 1)
+
+
+def test_an_update_that_is_interrupted_puts_running_statistics_back():
+    student = nn.Sequential(nn.BatchNorm2d(1), vit())
+    engine = engine_for(student)
+    before = student[0].running_mean.clone()
+
+    def interrupt(*parts):
+        raise KeyboardInterrupt
+
+    student.register_forward_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        engine.update([batch()])
+    assert torch.equal(student[0].running_mean, before)
+    assert student[0].num_batches_tracked == 0
+    assert engine.position.total == 0
+
+
+def test_an_epoch_without_one_applied_update_is_an_error():
+    with pytest.raises(NonFiniteError, match="every update was skipped"):
+        run_epoch(engine_for(vit()), [batch(BROKEN)] * 2)
+
+
+def test_an_unknown_autocast_type_is_named():
+    with pytest.raises(ValueError, match="amp: expected none, bf16 or fp16, got 'float16'"):
+        evaluate_model(vit(), [batch()], WORLD, "float16")
+
+
 def test_too_many_updates_in_a_row_that_are_not_finite_end_the_run():
     engine = engine_for(vit(), max_nonfinite=2)
-    with pytest.raises(NonFiniteError, match=r"loss.*epoch 1.*update 3, in 3 updates.*clip_grad"):
+    with pytest.raises(NonFiniteError, match=r"3 updates in a row.*update 3 in epoch 1.*clip_grad"):
         run_epoch(engine, [batch(BROKEN)] * 5)
 
 

@@ -9,9 +9,10 @@ import time
 
 import pytest
 import torch
+from PIL import Image
 from torch.utils.data import TensorDataset
 
-from fastkd.training import NonFiniteError, load_checkpoint, train
+from fastkd.training import NonFiniteError, load_checkpoint, logger, train
 from fastkd.training import checkpoint as checkpoints
 from tests.training.tiny import FAST, image_folder, tensor_data, vit
 
@@ -105,7 +106,7 @@ def test_nothing_but_poison_ends_the_run_and_keeps_the_good_checkpoint(data, fas
     good["recipe"]["epochs"] = 2
     checkpoints.save_checkpoint(good, tmp_path / "last.pth")
     poisoned = (Poisoned(data[0], slice(None)), data[1])
-    with pytest.raises(NonFiniteError, match=r"epoch 2.*in 3 updates in a row"):
+    with pytest.raises(NonFiniteError, match=r"3 updates in a row.*in epoch 2"):
         train(vit(), None, poisoned, tmp_path, **fast, max_nonfinite=2)
     state = load_checkpoint(tmp_path)
     assert state["position"]["epoch"] == 1
@@ -121,7 +122,7 @@ def test_a_torn_checkpoint_gives_way_to_the_one_before_it(data, fast, tmp_path, 
     again = train(vit(seed=9), None, data, tmp_path / "torn", **options)
     told = capsys.readouterr().err
     assert "last.pth is torn" in told
-    assert "resumed after update 8, in epoch 3" in told
+    assert "resumed after update 12, in epoch 3" in told
     assert [r["loss"] for r in again.history] == [r["loss"] for r in whole.history]
 
 
@@ -141,6 +142,46 @@ def test_a_full_disk_keeps_the_old_checkpoint_and_the_run_says_so(
     assert "No space left on device" in capsys.readouterr().err
     assert {event["file"] for event in events(tmp_path, "unsaved")} >= {"last.pth"}
     assert load_checkpoint(tmp_path)["position"]["epoch"] == 3  # there was space again
+
+
+def test_a_full_disk_costs_a_line_of_the_logs_and_not_the_run(
+    data, fast, tmp_path, monkeypatch, capsys
+):
+    write = logger.write_text
+
+    def full(path, text):
+        if path.name == "epochs.csv" and not path.exists():
+            raise OSError(28, "No space left on device")
+        write(path, text)
+
+    monkeypatch.setattr(logger, "write_text", full)
+    train(vit(), None, data, tmp_path, **fast | {"quiet": False})
+    assert "epochs.csv could not be written" in capsys.readouterr().err
+
+
+def test_a_best_checkpoint_that_could_not_be_written_is_not_claimed(
+    data, fast, tmp_path, monkeypatch
+):
+    save = checkpoints.torch.save
+
+    def no_space_for_the_second(state, file):
+        if "optimizer" not in state and state["position"]["epoch"] > 1:
+            raise OSError(28, "No space left on device")
+        save(state, file)
+
+    monkeypatch.setattr(checkpoints.torch, "save", no_space_for_the_second)
+    result = train(vit(), None, data, tmp_path, **fast | {"epochs": 6, "lr": 1e-2})
+    assert result.best_epoch > 1
+    assert result.best is None
+
+
+def test_an_image_that_would_exhaust_memory_is_replaced_like_a_broken_one(tmp_path, monkeypatch):
+    folder = image_folder(tmp_path / "images", train=4, val=2)
+    Image.new("RGB", (200, 200)).save(folder / "train" / "red" / "0.jpg")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 15_000)
+    train("test_vit", None, folder, tmp_path / "run", **IMAGES)
+    (event,) = events(tmp_path / "run", "unreadable")
+    assert "decompression bomb" in event["reason"]
 
 
 def test_a_last_checkpoint_that_cannot_be_written_is_an_error(data, fast, tmp_path, monkeypatch):
@@ -215,17 +256,20 @@ class SuddenError(TensorDataset):
         return super().__getitem__(index)
 
 
-def test_one_failing_rank_ends_them_all_within_a_minute(tmp_path):
+def torchrun(tmp_path, function):
+    """The command and environment of two processes that call a function of this module."""
     script = tmp_path / "run.py"
-    script.write_text("from tests.training.test_faults import fail_on_one_rank as f; f()\n")
+    script.write_text(
+        f"import sys\nfrom tests.training.test_faults import {function} as f\n"
+        f"if __name__ == '__main__': f(*sys.argv[1:])\n"
+    )
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"]
-    command += [
-        "--master_port=0",
-        "--rdzv_backend=c10d",
-        "--rdzv_endpoint=127.0.0.1:0",
-        str(script),
-    ]
-    environment = os.environ | {"PYTHONPATH": os.getcwd(), "OMP_NUM_THREADS": "1"}
+    command += ["--rdzv_backend=c10d", "--rdzv_endpoint=127.0.0.1:0", str(script)]
+    return command, os.environ | {"PYTHONPATH": os.getcwd(), "OMP_NUM_THREADS": "1"}
+
+
+def test_one_failing_rank_ends_them_all_within_a_minute(tmp_path):
+    command, environment = torchrun(tmp_path, "fail_on_one_rank")
     started = time.monotonic()
     ended = subprocess.run(
         command, env=environment, timeout=110, capture_output=True, text=True, check=False
@@ -233,3 +277,21 @@ def test_one_failing_rank_ends_them_all_within_a_minute(tmp_path):
     assert ended.returncode != 0
     assert "this rank's disk has gone" in ended.stderr
     assert time.monotonic() - started < 60
+
+
+def run_for_long(output):
+    options = FAST | {"epochs": 5000, "workers": 1, "log_interval": 10**6, "eval_interval": 5000}
+    train(vit(), None, tensor_data(), output, **options)
+
+
+def test_sigterm_to_torchrun_writes_a_checkpoint_in_good_time(tmp_path):
+    command, environment = torchrun(tmp_path, "run_for_long")
+    run = subprocess.Popen([*command, str(tmp_path / "run")], env=environment)
+    log = tmp_path / "run" / "recipe.yaml"
+    while not log.exists() and run.poll() is None:
+        time.sleep(0.2)
+    time.sleep(2)
+    (tmp_path / "run" / "last.pth").unlink(missing_ok=True)
+    run.send_signal(signal.SIGTERM)
+    assert run.wait(timeout=25) != 0
+    assert load_checkpoint(tmp_path / "run")["position"]["total"] > 0

@@ -61,6 +61,13 @@ def test_weights_of_zero_need_no_teacher():
         ({"augment": "dataset", "auto_augment": None}, "auto_augment=None has no effect"),
         ({"width": 384}, "width=384 has no effect: variant='plain' has no width"),
         ({"student": vit(), "variant": "lift"}, "the student is given as a module"),
+        ({"teacher": vit(), "tau": 4.0}, "tau=4.0 has no effect: alpha is 0"),
+        ({"teacher": vit(), "alpha": 0.5, "hard": True, "tau": 2.0}, "has no temperature"),
+        ({"teacher": vit(), "alpha": 0.5, "feature_weight": 0.0, "projector": "pool"}, "is 0"),
+        ({"teacher": vit(), "alpha": 0.0, "feature_weight": 0.0}, "it teaches nothing"),
+        ({"mixup_prob": 0.3}, "mixup_prob=0.3 has no effect: Mixup and CutMix are off"),
+        ({"ema_decay": None, "ema_warmup": True}, "there is no EMA"),
+        ({"color_jitter": 0.4}, "auto_augment takes its place"),
     ],
 )
 def test_options_without_effect_are_refused(options, message):
@@ -89,4 +96,6 @@ def test_a_cosine_that_would_rise_is_refused_with_its_numbers():
 def test_a_warm_up_from_above_the_peak_is_refused():
     with pytest.raises(ValueError, match=r"warmup_lr: 0\.1 is above the learning rate 0\.001"):
         resolve(warmup_lr=0.1)
-    assert resolve(warmup_lr=0.1, warmup_epochs=0).warmup_lr == 0.1
+    with pytest.raises(ValueError, match="has no effect: there is no warm-up"):
+        resolve(warmup_lr=0.1, warmup_epochs=0)
+    assert resolve(Recipe(warmup_lr=0.1, warmup_epochs=0)).warmup_lr == 0.1

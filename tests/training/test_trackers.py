@@ -6,7 +6,7 @@ from types import ModuleType, SimpleNamespace
 import pytest
 
 from fastkd.training import train
-from tests.training.tiny import vit
+from tests.training.tiny import Interrupting, vit
 
 
 @pytest.fixture
@@ -37,10 +37,15 @@ def test_wandb_gets_intervals_and_epochs_by_update(wandb, data, fast, tmp_path):
 
 
 def test_a_resumed_run_goes_on_in_the_same_wandb_run(wandb, data, fast, tmp_path):
-    train(vit(), None, data, tmp_path / "run", **fast | {"epochs": 1}, track="wandb")
-    (tmp_path / "run" / "last.pth").unlink()
-    train(vit(), None, data, tmp_path / "run", **fast | {"epochs": 1}, track="wandb")
-    assert [start["id"] for start in wandb.starts] == [None, "run-1"]
+    def crash():
+        raise LookupError
+
+    broken = (Interrupting(data[0], 16 * 4 + 2, crash), data[1])
+    with pytest.raises(LookupError):
+        train(vit(), None, broken, tmp_path, **fast, track="wandb")
+    train(vit(), None, data, tmp_path, **fast, track="wandb")
+    train(vit(), None, data, tmp_path, resume="never", **fast, track="wandb")
+    assert [start["id"] for start in wandb.starts] == [None, "run-1", None]
 
 
 def test_tensorboard_writes_into_the_runs_folder(monkeypatch, data, fast, tmp_path):

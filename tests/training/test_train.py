@@ -20,7 +20,7 @@ from fastkd.training import (
 )
 from fastkd.training.augment import InputSpec
 from fastkd.training.setup import resolve_teacher
-from tests.training.tiny import image_folder, vit
+from tests.training.tiny import Interrupting, image_folder, vit
 
 SPEC = InputSpec((3, 32, 32), (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 
@@ -35,21 +35,6 @@ def weights(path, name="student"):
 
 def same(left, right):
     return left.keys() == right.keys() and all(torch.equal(left[k], right[k]) for k in left)
-
-
-class Interrupting(TensorDataset):
-    """Calls ``action`` when the n-th sample is fetched; opening the data fetches the first."""
-
-    def __init__(self, dataset, at, action):
-        super().__init__(*dataset.tensors)
-        self.left = at
-        self.action = action
-
-    def __getitem__(self, index):
-        self.left -= 1
-        if self.left == 0:
-            self.action()
-        return super().__getitem__(index)
 
 
 def test_a_student_learns_without_a_teacher(data, fast):
@@ -263,6 +248,46 @@ def test_a_lift_student_named_by_its_recipe_trains_on_a_folder(fast, tmp_path):
     result = train("test_vit", teacher, folder, tmp_path / "run", recipe, **options)
     assert {"ce", "soft_kd", "feature"} <= set(result.history[0])
     assert load_checkpoint(tmp_path / "run")["student"]["head.weight"].shape == (3, 48)
+
+
+@pytest.mark.parametrize("during", ["first", "last"])
+def test_a_signal_in_an_evaluation_costs_nothing_that_was_trained(data, fast, tmp_path, during):
+    def stop():
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    at = 2 if during == "first" else 32  # the opening of the data fetches one; 30 images, twice
+    train(vit(), None, data, tmp_path / "whole", **fast)
+    broken = (data[0], Interrupting(data[1], at, stop))
+    with pytest.raises(SystemExit):
+        train(vit(), None, broken, tmp_path / "parts", **fast)
+    assert load_checkpoint(tmp_path / "parts")["position"]["total"] == 4
+    resumed = train(vit(seed=9), None, data, tmp_path / "parts", **fast)
+    assert same(weights(tmp_path / "whole"), weights(tmp_path / "parts"))
+    assert [r["loss"] for r in resumed.history] == [
+        r["loss"] for r in load_checkpoint(tmp_path / "whole")["history"]
+    ]
+
+
+def test_resume_never_leaves_nothing_of_the_old_run_to_continue(data, fast, tmp_path):
+    def crash():
+        raise LookupError
+
+    train(vit(), None, data, tmp_path, **fast)
+    broken = (Interrupting(data[0], 5, crash), data[1])
+    with pytest.raises(LookupError):
+        train(vit(), None, broken, tmp_path, resume="never", **fast)
+    assert not list(tmp_path.glob("*.pth"))
+    assert not (tmp_path / "result.json").exists()
+
+
+def test_a_checkpoint_of_classes_in_another_order_is_refused(fast, tmp_path):
+    folder = image_folder(tmp_path / "images", train=6, val=2)
+    options = fast | {"epochs": 1, "augment": "none", "img_size": 32, "batch_size": 6}
+    train("test_vit", None, folder, tmp_path / "run", **options)
+    for split in ("train", "val"):
+        (folder / split / "blue").rename(folder / split / "violet")
+    with pytest.raises(CheckpointError, match="classes of other names or in another order"):
+        train("test_vit", None, folder, tmp_path / "run", **options)
 
 
 def test_many_runs_leave_no_threads_behind(data, fast):

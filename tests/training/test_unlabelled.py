@@ -60,8 +60,8 @@ def test_labels_of_the_evaluation_set_are_counted_where_logits_are_taught(images
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"teacher": None}, "there is no teacher"),
-        ({"feature_weight": 0.0}, "alpha and feature_weight are 0"),
+        ({"teacher": None}, "learns from a teacher, and there is none"),
+        ({"feature_weight": 0.0}, "it teaches nothing"),
         ({"mixup": 0.8}, "mix labels"),
         ({"label_smoothing": 0.2}, "no cross-entropy"),
     ],

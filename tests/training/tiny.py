@@ -1,5 +1,6 @@
 """Models and data small enough that a whole run takes a fraction of a second."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,21 @@ FAST: dict[str, Any] = {
     "device": "cpu",
     "quiet": True,
 }
+
+
+class Interrupting(TensorDataset):
+    """Calls ``action`` when the n-th sample is fetched; opening the data fetches the first."""
+
+    def __init__(self, dataset: TensorDataset, at: int, action: Callable[[], None]) -> None:
+        super().__init__(*dataset.tensors)
+        self.left = at
+        self.action = action
+
+    def __getitem__(self, index: int) -> Any:
+        self.left -= 1
+        if self.left == 0:
+            self.action()
+        return super().__getitem__(index)
 
 
 def vit(dim: int = 16, depth: int = 2, seed: int = 0, **options: Any) -> VisionTransformer:

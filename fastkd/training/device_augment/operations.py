@@ -61,9 +61,8 @@ def _auto_contrast(images: Tensor, _: Tensor) -> Tensor:
     pixels = images.flatten(2)
     low, high = pixels.amin(2, keepdim=True), pixels.amax(2, keepdim=True)
     # Where Pillow's doubles fall just below a whole number decides a grey level.
-    dtype = torch.float32 if images.device.type == "mps" else torch.float64
-    low, high = low.to(dtype), high.to(dtype)
-    levels = torch.arange(LEVELS, device=images.device, dtype=dtype)
+    low, high = low.double(), high.double()
+    levels = torch.arange(LEVELS, device=images.device, dtype=torch.float64)
     scale = levels[-1] / (high - low).clamp(min=1)  # a number here would be times the reciprocal
     stretched = (levels * scale + -low * scale).clamp(0, 255)
     return _look_up(torch.where(high > low, stretched, levels), images)
