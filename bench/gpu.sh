@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
 # Everything that needs a GPU, in one command: build, tests, sanitizer, benchmarks, JSON.
 #
-#   bash bench/gpu.sh [PART...]      # all parts, or some of: build environment tests sanitizer bench,
-#                                    # or by their own names: tests_lift_kd bench_feature_kd ...
+#   bash bench/gpu.sh [PART...]      # all parts, or some of: prebuilt build environment tests
+#                                    # sanitizer bench, or by their own names: tests_lift_kd
+#                                    # bench_feature_kd ...
 #
 # Logs and JSON go to $OUT, or bench/results. No part may take more than five minutes, but for
-# bench_train_step, which compiles CaiT-S24 four times: nine. The limits add up to 70, what is used to
+# bench_train_step, which compiles CaiT-S24 five times: nine. The limits add up to 70, what is used to
 # less than half. Benchmarks write what they have after every case.
 # Uses the python3 on the PATH with the torch it has; installs nothing but fastkd itself, needs no
 # network. PREBUILT=path/to/_C.abi3.so also shows that a library built elsewhere, against another

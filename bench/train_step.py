@@ -4,7 +4,7 @@ python bench/train_step.py --output bench/results/train_step_cpu.json
 
 Two questions. How many images a second does a core bring to the GPU: with all of timm's transforms,
 or with the crop alone, the rest being the device's. And how many does a step of CaiT-S24 ->
-DeiT-Tiny Lift take, written three ways with the same weights and the same loss.
+DeiT-Tiny Lift take, written in several ways with the same weights and the same loss.
 """
 
 from __future__ import annotations
@@ -45,7 +45,8 @@ RECIPE = "lift_softkd_spectral"
 STUDENT, TEACHER, CLASSES = "deit_tiny_patch16_224", "cait_s24_224", 1000
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 EMA_DECAY = 0.99996
-
+EAGER = ("none",)  # modes of torch.compile
+UPDATES_COMPARED = 3
 
 Runs = dict[str, Callable[[], object]]
 
@@ -66,14 +67,14 @@ class StepCase:
         images: in one run of a provider.
         providers: each ``run`` does it once, and from then on the same with other numbers.
         timer: (work by name, rounds) -> seconds by name, in turns.
-        rounds: timed runs of each; none: as many as asked for.
+        rounds: timed runs of each, unless another number is asked for.
     """
 
     name: str
     images: int
     providers: list[harness.Provider]
     timer: Callable[[Runs, int], dict[str, list[float]]]
-    rounds: int | None = None
+    rounds: int = 21
 
 
 def time_processor(runs: Runs, rounds: int) -> dict[str, list[float]]:
@@ -94,7 +95,7 @@ def time_gpu(runs: Runs, rounds: int) -> dict[str, list[float]]:
 
 def measure(case: StepCase, device: str, options: Namespace) -> list[StepRow]:
     """Time a case, print its rows and what ours are to every other."""
-    rounds = 2 if options.smoke else case.rounds or options.rounds
+    rounds = 2 if options.smoke else options.rounds or case.rounds
     runs = {provider.name: provider.run for provider in case.providers}
     peaks = {name: harness.peak_extra_bytes(run, device) for name, run in runs.items()}
     timed = case.timer(runs, rounds)
@@ -150,8 +151,10 @@ def one_thread() -> Iterator[None]:
 def loader_case(root: Path, repeats: int, batch: int) -> StepCase:
     """A batch of training images, in this process."""
     copies = f"{repeats} copies of an image" if repeats > 1 else "one copy of an image"
+    # Its repeated augmentation is off on one process, and on several decodes every copy again.
+    timms = "timm's create_loader" + (" (decodes every copy)" if repeats > 1 else "")
     providers = [
-        harness.Provider("timm's create_loader", timm_batches(root, batch).__next__, True),
+        harness.Provider(timms, timm_batches(root, batch).__next__, True),
         harness.Provider(
             "fastkd (augment='cpu')", our_batches(root, repeats, batch, "cpu").__next__, True
         ),
@@ -176,8 +179,8 @@ def our_batches(root: Path, repeats: int, batch: int, augment: str) -> Iterator[
 def timm_batches(root: Path, batch: int) -> Iterator[Any]:
     """Batches of timm's loader as its train.py makes it, but for workers and prefetching to a GPU.
 
-    On one process its repeated augmentation is off, whatever is asked for. With Pillow >= 13 it
-    would stop at the first image that RandAugment posterizes to 0 bits; it is helped over that.
+    With Pillow >= 13 it would stop at the first image that RandAugment posterizes to 0 bits; it is
+    helped over that.
     """
     recipe = Recipe.load(RECIPE)
     loader = create_loader(
@@ -285,13 +288,20 @@ Step = Callable[[Tensor, Tensor], Any]
 
 
 def released_step(student: HookedLift, teacher: nn.Module, recipe: Recipe, device: str) -> Step:
-    """Eager, fp16 with its scaler, tokens by hooks, an FFT, and the host told of every loss."""
+    """Eager, fp16 with its scaler, tokens by hooks, an FFT, and the host told of every loss.
+
+    As in DeiT's main.py, cuDNN tries out convolutions.
+    """
     captured: dict[str, Tensor] = {}
     teacher.blocks[-1].register_forward_hook(lambda m, i, o: captured.update(tokens=o))
-    optimizer = torch.optim.AdamW(student.parameters(), lr=1e-3, weight_decay=recipe.weight_decay)
-    scaler = torch.amp.GradScaler(device, enabled=recipe.amp != "none")
+    optimizer = torch.optim.AdamW(
+        student.parameters(), lr=recipe.lr, weight_decay=recipe.weight_decay
+    )
+    # From a scale that skips no update, which would make later losses other ones.
+    scaler = torch.amp.GradScaler(device, init_scale=2.0**8, enabled=recipe.amp != "none")
     ema = ModelEmaV2(student, decay=EMA_DECAY)
 
+    @cudnn_benchmark()
     def step(images: Tensor, labels: Tensor) -> float:
         with torch.autocast(device, torch.float16, enabled=recipe.amp != "none"):
             logits, lifted = student(images)
@@ -312,6 +322,13 @@ def released_step(student: HookedLift, teacher: nn.Module, recipe: Recipe, devic
         return value
 
     return step
+
+
+@contextmanager
+def cudnn_benchmark() -> Iterator[None]:
+    before, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, True
+    yield
+    torch.backends.cudnn.benchmark = before
 
 
 # The step in plain PyTorch, as well as it can be written.
@@ -344,12 +361,23 @@ class PlainLift(nn.Module):
 
 
 def plain_step(
-    student: PlainLift, teacher: nn.Module, recipe: Recipe, device: str, compiled: bool
+    student: PlainLift, teacher: nn.Module, recipe: Recipe, device: str, mode: str
 ) -> Step:
-    """bf16, teacher, student and loss compiled as one, fused optimiser, no synchronisation."""
+    """bf16, teacher, student and loss compiled as one, fused optimiser, no synchronisation.
+
+    Args:
+        student: on the device, as the teacher.
+        teacher: timm's model.
+        recipe: weights of the terms, precision and optimiser.
+        device: its type.
+        mode: of `torch.compile`; "none" runs it eager. "max-autotune" replays CUDA graphs, whose
+            memory is not in the peak.
+    """
     parameters = list(student.parameters())
     averaged = [parameter.detach().clone() for parameter in parameters]
-    optimizer = torch.optim.AdamW(parameters, lr=1e-3, weight_decay=recipe.weight_decay, fused=True)
+    optimizer = torch.optim.AdamW(
+        parameters, lr=recipe.lr, weight_decay=recipe.weight_decay, fused=True
+    )
 
     def compute(images: Tensor, labels: Tensor) -> Tensor:
         with torch.autocast(device, torch.bfloat16, enabled=recipe.amp != "none"):
@@ -360,10 +388,11 @@ def plain_step(
             distance = parseval_spectral(lifted, maps[0].flatten(2).mT)
             return total_loss(logits, labels, teacher_logits, distance, recipe)
 
-    if compiled:
-        compute = torch.compile(compute, dynamic=False)
+    if mode != "none":
+        compute = torch.compile(compute, dynamic=False, mode=mode)
 
     def step(images: Tensor, labels: Tensor) -> Tensor:
+        torch.compiler.cudagraph_mark_step_begin()
         optimizer.zero_grad(set_to_none=True)
         loss = compute(images, labels)
         loss.backward()
@@ -374,7 +403,7 @@ def plain_step(
     return step
 
 
-# Ours, and the three together.
+# Ours, and all together.
 
 
 @dataclass
@@ -387,14 +416,25 @@ class Size:
     teacher_depth: int = 24
 
 
-def steps(size: Size, amp: str, device: str, compiled: bool) -> tuple[dict[str, Step], Any]:
-    """The same step three times, from the same weights; and what ours is expected to cost."""
+def steps(size: Size, amp: str, device: str, modes: tuple[str, ...]) -> tuple[dict[str, Step], Any]:
+    """The same step by everybody, from the same weights; and what ours is expected to cost.
+
+    Args:
+        size: of models and batch.
+        amp: of the recipe.
+        device: its type.
+        modes: of torch.compile, that plain PyTorch is tried in; ours is compiled as by default.
+    """
     recipe = Recipe.load(RECIPE).override(
         amp=amp,
         batch_size=size.batch,
-        compile="default" if compiled else "none",
+        compile="none" if modes == EAGER else "default",
         pairs=((-1, -1),),
         ema_decay=EMA_DECAY,
+        # The same for all, from the first update on.
+        lr=1e-3,
+        lr_scaling=False,
+        warmup_epochs=0,
     )
     torch.manual_seed(0)
     student = create_student(
@@ -405,16 +445,18 @@ def steps(size: Size, amp: str, device: str, compiled: bool) -> tuple[dict[str, 
     )
     spec = InputSpec((3, size.image, size.image), MEAN, STD)
     cost = estimate(student, teacher, recipe, spec, size.batch)
-    # Eager in fp16 with an FFT; compiled in bf16 without one.
-    lifts = [HookedLift(student, base_model(size)).to(device).train() for _ in range(2)]
-    guides = [copy_of(teacher, size).to(device) for _ in range(2)]
-    made = {
-        "as the released trainers write it": released_step(lifts[0], guides[0], recipe, device),
-        "plain PyTorch at its best": plain_step(
-            PlainLift(lifts[1]), guides[1], recipe, device, compiled
-        ),
-        "fastkd": our_step(student, teacher, recipe, spec, device),
-    }
+
+    def copies() -> tuple[HookedLift, nn.Module]:
+        lift = HookedLift(student, base_model(size)).to(device).train()
+        return lift, copy_of(teacher, size).to(device)
+
+    # Eager in fp16 with an FFT; in bf16 without one.
+    made = {"as the released trainers write it": released_step(*copies(), recipe, device)}
+    for mode in modes:
+        lift, guide = copies()
+        name = f"plain PyTorch, {'eager' if mode == 'none' else f'compiled ({mode})'}"
+        made[name] = plain_step(PlainLift(lift), guide, recipe, device, mode)
+    made["fastkd"] = our_step(student, teacher, recipe, spec, device)
     return made, cost
 
 
@@ -443,25 +485,28 @@ def our_step(
 
     def step(images: Tensor, labels: Tensor) -> Callable[[], float]:
         engine.update([Batch(images, labels, torch.arange(len(images)))])
-        return lambda: engine.read().sums["loss"]
+        return last_loss
+
+    def last_loss() -> float:
+        loss = engine.read().sums["loss"]
+        engine.meter.reset()
+        return loss
 
     return step
 
 
 def step_case(
-    size: Size, amp: str, device: str, compiled: bool, repeat: int, tolerance: float
+    size: Size, amp: str, device: str, modes: tuple[str, ...], repeat: int, tolerance: float
 ) -> StepCase:
-    """``repeat`` steps in a row; the first of each provider must give the same loss."""
+    """``repeat`` steps in a row; the first updates of each provider must give the same losses."""
     images = torch.randn(size.batch, 3, size.image, size.image, device=device)
     labels = torch.randint(CLASSES, (size.batch,), device=device)
-    made, cost = steps(size, amp, device, compiled)
-    first = {name: read(step(images, labels)) for name, step in made.items()}
-    agree(first, tolerance)
-    losses = ", ".join(f"{value:.4f}" for value in first.values())
-    print(
-        f"first losses {losses}; expected of an eager step: "
-        f"{cost.memory.activations / 1e6:,.1f} MB of activations"
-    )
+    made, cost = steps(size, amp, device, modes)
+    for number in range(1, UPDATES_COMPARED + 1):
+        losses = {name: read(step(images, labels)) for name, step in made.items()}
+        agree(losses, tolerance)
+        print(f"loss {number}: " + ", ".join(f"{value:.4f}" for value in losses.values()))
+    print(f"expected of an eager step: {cost.memory.activations / 1e6:,.1f} MB of activations")
 
     def run(step: Step) -> Callable[[], None]:
         def repeated() -> None:
@@ -504,19 +549,23 @@ def step_cases(options: Namespace) -> Iterator[StepCase]:
     """One after the other, so that only one case's models are in memory."""
     device = options.device
     tiny = Size(batch=4, image=32, student_depth=2, teacher_depth=2)
-    yield step_case(tiny, "none", device, False, 1, tolerance=1e-3)  # the same sum
+    yield step_case(tiny, "none", device, EAGER, 1, tolerance=1e-3)  # the same sum
     if options.smoke:
-        yield step_case(tiny, "bf16", device, False, 1, tolerance=2e-2)
+        if device == "cuda":  # the released trainers' fp16 is for GPUs
+            yield step_case(tiny, "bf16", device, EAGER, 1, tolerance=2e-2)
     elif device == "cuda":
-        for batch in (256, 512):
-            yield step_case(Size(batch), "bf16", device, True, 5, tolerance=2e-2)
+        # Tuning takes minutes, and says at one size what there is to gain by it.
+        for batch, modes in ((256, ("default", "max-autotune")), (512, ("default",))):
+            yield step_case(Size(batch), "bf16", device, modes, 5, tolerance=2e-2)
     else:
         small = Size(batch=8, student_depth=4, teacher_depth=4)
-        yield step_case(small, "none", device, True, 1, tolerance=1e-3)
+        yield step_case(small, "none", device, ("default",), 1, tolerance=1e-3)
 
 
 def main() -> None:
-    options = harness.arguments(__doc__.splitlines()[0]).parse_args()
+    parser = harness.arguments(__doc__.splitlines()[0])
+    parser.set_defaults(rounds=None)  # a case has its own number
+    options = parser.parse_args()
     print(f"train_step on {harness.machine(options.device)}")
     print(f"{'':50}{'ms':>10}{'images/s':>11}{'peak MB':>10}")
     rows: list[harness.Row] = []

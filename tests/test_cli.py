@@ -7,12 +7,18 @@ import pytest
 
 from fastkd.cli import main
 from fastkd.training.recipe import Recipe
-from tests.training.tiny import image_folder
+from tests.training.tiny import image_folder, vit
 
 SMALL = [
     *("--model", "test_vit", "--img-size", "32", "--epochs", "1", "--warmup-epochs", "0"),
     *("--batch-size", "6", "--workers", "0", "--amp", "none", "--device", "cpu"),
     *("--lr", "1e-3", "--lr-scaling", "false"),
+]
+
+# Without what differs between `train` and `bench-step`.
+TINY = [
+    *("--model", "test_vit", "--img-size", "8", "--batch-size", "6", "--workers", "0"),
+    *("--amp", "none", "--device", "cpu", "--lr-scaling", "false"),
 ]
 
 
@@ -90,14 +96,45 @@ def test_dry_run_shows_effective_values_and_trains_nothing(capsys, folder, tmp_p
     assert "variant: lift" in out
     assert "5,983,528 parameters" in out
     assert "1e-06 in 5 epochs to 1.17188e-05 = 0.0005 x 12 / 512, by a cosine to 1e-05" in out
-    assert "12 images, 1 updates an epoch" in out
+    assert "12 samples, 3 copies of each, 1 updates" in out
     assert "teacher: cait_s24_224" in out
     assert not (tmp_path / "run").exists()
+
+
+def test_one_process_speaks_for_a_dry_run(capsys, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    dry = ("train", "--model", "test_vit", "--num-classes", "3", "--lr-scaling", "false")
+    assert run(capsys, *dry, "--dry-run") == (0, "", "")
+
+
+@pytest.mark.parametrize(
+    ("command", "flags"),
+    [
+        (("train", "--output", "x"), "on the command line --teacher-checkpoint PATH"),
+        (("bench-step",), "on the command line --teacher-checkpoint PATH, or --untrained"),
+    ],
+)
+def test_a_teacher_that_cannot_be_downloaded_is_named_with_the_flags_that_help(
+    capsys, folder, tmp_path, monkeypatch, command, flags
+):
+    def fail(*_, **__):
+        raise OSError("no network")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("timm.create_model", fail)
+    monkeypatch.setattr("fastkd.training.setup.create_student", lambda *_, **__: vit(in_chans=3))
+    teacher = ("--teacher", "resnet10t.c3_in1k", "--alpha", "0.5")
+    status, _, err = run(capsys, *command, "--data", folder, *teacher, *TINY)
+    assert status == 2
+    assert "could not be downloaded" in err and flags in err
 
 
 def test_recipes_lists_every_recipe_and_shows_one(capsys):
     _, listing, _ = run(capsys, "recipes")
     assert [line.split()[0] for line in listing.splitlines()] == Recipe.names()
+    aims = {line.split()[0]: line[26:36].strip() for line in listing.splitlines()}
+    assert aims["lift_softkd_spectral"] == "77.53 %"
+    assert aims["uniform219_spectral"] == "-"
     _, shown, _ = run(capsys, "recipes", "deit_tiny")
     assert "Aims at: 72.2 %" in shown
 

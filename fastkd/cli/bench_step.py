@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastkd.cli.ranks import print_once
-from fastkd.cli.train import add_recipe_fields, given_fields
+from fastkd.cli.train import add_recipe_fields, given_fields, naming_flags
 from fastkd.training.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ def add(commands: Any) -> None:
         "--steps", type=int, default=20, help="updates timed, of each part (default: 20)"
     )
     parser.add_argument(
-        "--untrained", action="store_true", help="build the teacher without its weights"
+        "--untrained", action="store_true", help="build a teacher of timm's without its weights"
     )
     parser.add_argument("--device", help="cpu, cuda, cuda:1 (default: cuda where there is one)")
     parser.add_argument("--output", help="write the figures as JSON here")
@@ -57,7 +57,8 @@ def _run(options: argparse.Namespace) -> int:
     given = given_fields(options)
     recipe = Recipe.load(options.recipe)
     teacher = given.pop("teacher", FromRecipe.TEACHER)
-    with _data(given.pop("data", recipe.data), recipe.override(**given)) as data:
+    flags = naming_flags("--teacher-checkpoint PATH, or --untrained: its time is the same")
+    with flags, _data(given.pop("data", recipe.data), recipe.override(**given)) as data:
         breakdown = bench_step(
             recipe,
             data,

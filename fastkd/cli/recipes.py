@@ -1,12 +1,15 @@
-"""``fastkd recipes``: what ships, by name, and the text of one."""
+"""``fastkd recipes``: what ships, by name, with the number it aims at, and the text of one."""
 
 from __future__ import annotations
 
 import argparse
+import re
 from pathlib import Path
 from typing import Any
 
 from fastkd.training.recipe import Recipe
+
+_AIM = re.compile(r"# Aims at: (\d[\d.]* %)")  # in a recipe's head; some have none to aim at
 
 
 def add(commands: Any) -> None:
@@ -21,9 +24,11 @@ def _run(options: argparse.Namespace) -> int:
         print(Recipe.path(options.name).read_text(encoding="utf-8"), end="")
         return 0
     for name in Recipe.names():
-        print(f"{name:<26} {_title(Recipe.path(name))}")
+        print(f"{name:<26} {_aim_and_title(Recipe.path(name))}")
     return 0
 
 
-def _title(path: Path) -> str:
-    return path.read_text(encoding="utf-8").splitlines()[0].lstrip("# ")
+def _aim_and_title(path: Path) -> str:
+    text = path.read_text(encoding="utf-8")
+    aim = _AIM.search(text)
+    return f"{aim[1] if aim else '-':>8}  {text.splitlines()[0].lstrip('# ')}"

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
+from collections.abc import Iterator
 from typing import Any
 
 from fastkd.cli.ranks import print_once
@@ -66,6 +68,24 @@ def given_fields(options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+@contextlib.contextmanager
+def naming_flags(flags: str) -> Iterator[None]:
+    """Say by which flags a run gets on where a teacher's weights cannot be downloaded.
+
+    Args:
+        flags: appended to the error's text.
+
+    Raises:
+        DownloadError: from inside the block.
+    """
+    from fastkd.models.zoo import DownloadError
+
+    try:
+        yield
+    except DownloadError as error:
+        raise DownloadError(f"{error}; on the command line {flags}") from error
+
+
 def _add_field(section: Any, field: dataclasses.Field[Any]) -> None:
     choices = field.metadata["choices"]
     text = field.metadata["help"] + (f" ({', '.join(choices)})" if choices else "")
@@ -99,17 +119,18 @@ def _run(options: argparse.Namespace) -> int:
         return _dry_run(recipe, teacher, given)
     if options.output is None:
         raise ValueError("--output is missing: the folder that the run is kept in")
-    result = train(
-        None,
-        teacher,
-        given.pop("data", None),
-        options.output,
-        recipe,
-        resume=options.resume,
-        device=options.device,
-        quiet=options.quiet,
-        **given,
-    )
+    with naming_flags("--teacher-checkpoint PATH"):
+        result = train(
+            None,
+            teacher,
+            given.pop("data", None),
+            options.output,
+            recipe,
+            resume=options.resume,
+            device=options.device,
+            quiet=options.quiet,
+            **given,
+        )
     print_once(result.summary())
     return 0
 
@@ -120,8 +141,6 @@ def _dry_run(recipe: Recipe, teacher: Any, given: dict[str, Any]) -> int:
     from fastkd.training.summary import dry_run
 
     resolved, values = dry_run(recipe, teacher, given)
-    print(yaml.safe_dump(resolved.to_dict(), sort_keys=False), end="")
-    print()
-    for heading, text in values.items():
-        print(f"{heading + ':':<16} {text}")
+    lines = [f"{heading + ':':<16} {text}" for heading, text in values.items()]
+    print_once("\n".join([yaml.safe_dump(resolved.to_dict(), sort_keys=False), *lines]))
     return 0

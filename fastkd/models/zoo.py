@@ -18,6 +18,10 @@ from fastkd.models.weights import looks_like_a_path
 _DOWNLOAD_PACKAGES = {"httpx", "httpcore", "huggingface_hub", "requests", "urllib3"}
 
 
+class DownloadError(RuntimeError):
+    """Published weights are neither on this machine nor to be had from the network."""
+
+
 def build_timm_model(
     caller: str, name: str, *, pretrained: bool = False, alternative: str = "", **kwargs: Any
 ) -> nn.Module:
@@ -37,7 +41,7 @@ def build_timm_model(
     Raises:
         ValueError: timm does not know ``name``, or publishes no weights for it.
         FileNotFoundError: ``name`` is the path of a file that is not there.
-        RuntimeError: the weights could not be downloaded.
+        DownloadError: the weights could not be downloaded.
     """
     check_name(caller, name)
     if pretrained and not _has_weights(name, kwargs):
@@ -46,7 +50,7 @@ def build_timm_model(
         return _create(name, pretrained, kwargs)
     except Exception as error:
         if pretrained and _is_download_failure(error):
-            raise RuntimeError(
+            raise DownloadError(
                 f"{caller}: the pretrained weights of {name!r} are not cached and could not be "
                 f"downloaded ({type(error).__name__}; no network?){_or_else(alternative)}"
             ) from error

@@ -25,14 +25,15 @@ from torch._subclasses.fake_tensor import (
     UnsupportedFakeTensorException,
     UnsupportedOperatorException,
 )
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from fastkd.models import TapOutput, Teacher, create_teacher
 from fastkd.training.augment import InputSpec
 from fastkd.training.data import slice_size
-from fastkd.training.engine import autocast
+from fastkd.training.engine import AMP_DTYPES, autocast
 from fastkd.training.options import MODULE_PREFIX
 from fastkd.training.recipe import Recipe
 from fastkd.training.setup import resolve_teacher
@@ -46,6 +47,17 @@ NEEDS_VALUES = (
     UnsupportedOperatorException,
 )
 CPU = torch.device("cpu")
+
+# What widens its input under CUDA's autocast (PyTorch's list, as far as models and losses of images
+# use it). A CPU's does not widen all of it, and it is on a CPU that the shapes are run.
+WIDENED_ON_CUDA = frozenset(
+    {
+        *("softmax", "log_softmax", "layer_norm", "group_norm", "norm", "normalize"),
+        *("exp", "log", "pow", "__pow__", "rsqrt", "reciprocal", "softplus", "cumsum"),
+        *("cross_entropy", "nll_loss", "kl_div", "mse_loss", "l1_loss", "smooth_l1_loss"),
+        *("binary_cross_entropy_with_logits", "cosine_similarity"),
+    }
+)
 
 # Attention as it runs on a CPU, whose formulae not every version of torch has.
 CPU_ATTENTION = {
@@ -71,13 +83,14 @@ class Memory:
     Attributes:
         weights: of student and projectors, each at the size of its own dtype; float32: 4 P.
         gradients: as the weights; they live from the first slice's backward to the update.
+        buckets: DistributedDataParallel's copy of the gradients, to send; 0 for one process.
         optimizer: AdamW's two moments, each as the weights; float32: 8 P.
         ema: the averaged student's parameters and buffers; 0 without ``ema_decay``.
         teacher_weights: its parameters and buffers, as they are stored; float32: 4 a parameter.
         batch: B images of C H W float32 values and 8 bytes of label each; with ``augment="gpu"``
             the C H W bytes that they are made from as well.
         teacher_activations: the most that its forward pass allocates at a time, in eval mode
-            without gradients, under the recipe's autocast.
+            without gradients, under the recipe's autocast as CUDA has it (softmax in float32).
         activations: what the student's forward pass and the terms keep for the backward pass,
             every storage once: activations, the low-precision copies of weights, the teacher's
             tokens. Parameters, buffers and the batch are not among them.
@@ -85,6 +98,7 @@ class Memory:
 
     weights: int
     gradients: int
+    buckets: int
     optimizer: int
     ema: int
     teacher_weights: int
@@ -134,7 +148,12 @@ class Cost:
 
 
 def estimate(
-    student: nn.Module, teacher: Teacher | None, recipe: Recipe, spec: InputSpec, batch: int
+    student: nn.Module,
+    teacher: Teacher | None,
+    recipe: Recipe,
+    spec: InputSpec,
+    batch: int,
+    world_size: int = 1,
 ) -> Cost:
     """Sizes of one rank's step, from shapes alone; takes a second or two, on the CPU.
 
@@ -144,6 +163,7 @@ def estimate(
         recipe: terms, ``amp``, ``ema_decay`` and mixing.
         spec: what the student takes in.
         batch: images of one slice of one rank.
+        world_size: number of ranks.
 
     Returns:
         The cost.
@@ -173,7 +193,7 @@ def estimate(
         teacher_flops=step.teacher_flops // batch,
         step_flops=step.flops // batch,
         batch=batch,
-        memory=_memory(task, needed, recipe, images, step),
+        memory=_memory(task, needed, recipe, images, step, world_size),
     )
 
 
@@ -201,7 +221,8 @@ def cost_lines(
         ValueError: the batch cannot be shared out, or student and teacher do not fit.
     """
     try:
-        cost = estimate(student, teacher, recipe, spec, slice_size(recipe, world_size))
+        share = slice_size(recipe, world_size)
+        cost = estimate(student, teacher, recipe, spec, share, world_size)
     except NEEDS_VALUES as error:
         reason = f"a model's pass depends on values ({type(error).__name__})"
         return {"compute": f"FLOPs and memory cannot be told from shapes: {reason}"}
@@ -254,7 +275,7 @@ def _run_step(
     """Forward and backward of one slice, as `Engine.update` does them."""
     given = {*_storages(task.parameters()), *_storages(task.buffers()), *_storages([images])}
     with _flop_counter() as counter:
-        with autocast(CPU, recipe.amp):
+        with autocast(CPU, recipe.amp), _WidenedAsOnCuda():
             output, peak = _teach(teacher, images)
             teacher_flops = counter.get_total_flops()
             with _kept_for_backward(given) as kept:
@@ -282,7 +303,12 @@ def _targets(task: DistillationTask, recipe: Recipe, images: Tensor) -> Tensor:
 
 
 def _memory(
-    task: DistillationTask, teacher: Teacher | None, recipe: Recipe, images: Tensor, step: _Step
+    task: DistillationTask,
+    teacher: Teacher | None,
+    recipe: Recipe,
+    images: Tensor,
+    step: _Step,
+    world_size: int,
 ) -> Memory:
     trained = [parameter for parameter in task.parameters() if parameter.requires_grad]
     weights = _bytes(task.parameters()) + _bytes(task.buffers())
@@ -292,6 +318,7 @@ def _memory(
     return Memory(
         weights=weights,
         gradients=_bytes(trained),
+        buckets=_bytes(trained) if world_size > 1 else 0,
         optimizer=2 * _bytes(trained),
         ema=0 if recipe.ema_decay is None else _state_bytes(task.student),
         teacher_weights=0 if teacher is None else _state_bytes(teacher),
@@ -342,6 +369,22 @@ def _kept_for_backward(given: set[int]) -> Iterator[dict[int, torch.UntypedStora
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         yield kept
+
+
+class _WidenedAsOnCuda(TorchFunctionMode):
+    """Gives `WIDENED_ON_CUDA` float32 under a CPU's autocast, too."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__name__", "") in WIDENED_ON_CUDA and torch.is_autocast_enabled(CPU.type):
+            args, kwargs = tree_map_only(Tensor, _widened, (args, kwargs))
+        return func(*args, **kwargs)
+
+
+def _widened(tensor: Tensor) -> Tensor:
+    return tensor.float() if tensor.dtype in AMP_DTYPES.values() else tensor
 
 
 class _LiveBytes(TorchDispatchMode):
@@ -404,10 +447,10 @@ def _parameters_text(cost: Cost) -> str:
 
 
 def _compute_text(cost: Cost) -> str:
-    parts = [f"student {_giga(cost.student_flops)}"]
+    parts = [f"student {_scaled(cost.student_flops, 'FLOPs')}"]
     if cost.teacher_flops:
-        parts.append(f"teacher {_giga(cost.teacher_flops)}")
-    parts.append(f"a training step {_giga(cost.step_flops)} GFLOPs an image")
+        parts.append(f"teacher {_scaled(cost.teacher_flops, 'FLOPs')}")
+    parts.append(f"a training step {_scaled(cost.step_flops, 'FLOPs')} an image")
     return ", ".join(parts) + " (a multiply-add is 2)"
 
 
@@ -415,18 +458,23 @@ def _memory_text(cost: Cost) -> str:
     memory = cost.memory
     shown = {
         "weights, gradients and AdamW": memory.weights + memory.gradients + memory.optimizer,
+        "gradients to send": memory.buckets,
         "EMA": memory.ema,
         "teacher": memory.teacher_weights,
         "batch": memory.batch,
         "activations for the backward pass": memory.activations,
         "or, before, the teacher's": memory.teacher_activations,
     }
-    parts = [f"{name} {_giga(size)}" for name, size in shown.items() if size]
+    parts = [f"{name} {_scaled(size, 'B')}" for name, size in shown.items() if size]
     return (
-        f"about {_giga(memory.total)} GB a process at {cost.batch} images, not compiled: "
+        f"about {_scaled(memory.total, 'B')} a process at {cost.batch} images, not compiled: "
         + ", ".join(parts)
     )
 
 
-def _giga(value: int) -> str:
-    return f"{value / 1e9:.2f}"
+def _scaled(value: int, unit: str) -> str:
+    """With the prefix that leaves two digits to see."""
+    prefix, size = "G", 1e9
+    if value < 1e8:
+        prefix, size = ("M", 1e6) if value >= 1e5 else ("k", 1e3)
+    return f"{value / size:.2f} {prefix}{unit}"

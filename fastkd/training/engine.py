@@ -6,6 +6,7 @@ Nothing here waits for an accelerator, but `Engine.read`.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -325,4 +326,6 @@ def _running_statistics(module: nn.Module) -> list[Tensor]:
 def _data_parallel(task: DistillationTask, world: World) -> DistributedDataParallel:
     ids = [world.device.index] if world.device.type == "cuda" else None
     # Batch norms keep statistics of their own process' images; evaluation averages them.
-    return DistributedDataParallel(task, device_ids=ids, broadcast_buffers=False)
+    known = inspect.signature(DistributedDataParallel).parameters
+    name = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+    return DistributedDataParallel(task, device_ids=ids, **{name: False})

@@ -157,7 +157,9 @@ def _refuse_terms(overrides: Mapping[str, Any]) -> None:
 def _check_unlabelled(recipe: Recipe, teacher: Any, overrides: Mapping[str, Any]) -> None:
     """What would have needed labels."""
     if teacher is None:
-        raise ValueError("labels: without labels a student learns from a teacher, and there is none")
+        raise ValueError(
+            "labels: without labels a student learns from a teacher, and there is none"
+        )
     if recipe.mixes:
         raise ValueError("labels: Mixup and CutMix mix labels; set mixup=0 and cutmix=0")
     _refuse(overrides, ("label_smoothing",), "with labels=False there is no cross-entropy")

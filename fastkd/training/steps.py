@@ -13,12 +13,14 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fastkd.models import TapOutput, Teacher, create_teacher
+from fastkd.models import TapOutput, create_teacher
 from fastkd.training.assembly import build_engine
 from fastkd.training.batch import Batch
 from fastkd.training.data import train_loader
@@ -44,6 +46,7 @@ STUDENT = "student forward + backward"
 OPTIMISER = "optimiser + EMA"
 UPDATE = "update, batch in memory"
 FULL = "full step"
+PARTS = (LOADER, INPUT, TEACHER, FORWARD, STUDENT, OPTIMISER, UPDATE, FULL)
 
 # Below this part of the slower one's speed, loader and update stand in each other's way.
 CONTENTION = 0.8
@@ -83,9 +86,10 @@ class Breakdown:
     """Parts of a step, in order, and what limits it.
 
     Attributes:
-        parts: by name; no `TEACHER` where the terms need none.
+        parts: by name, in the order of `PARTS`; no `TEACHER` where the terms need none.
         images: of an update, over all processes.
-        limit: ``"loader"``, or the name of the largest piece of the update.
+        limit: `LOADER`, or the largest of the update's pieces: `INPUT`, `TEACHER`, `STUDENT` or
+            `OPTIMISER`.
     """
 
     parts: dict[str, Part]
@@ -107,7 +111,10 @@ class Breakdown:
                 f"it); the loader could yield {loader / update:.1f} times what an update takes."
             )
         if self.parts[FULL].images_per_second < CONTENTION * min(loader, update):
-            text += " Together they are slower than either alone: they share the host's cores."
+            text += (
+                " Together they are slower than either alone: they take turns (workers=0), or "
+                "compete for the host."
+            )
         return text
 
 
@@ -128,7 +135,8 @@ def bench_step(
         recipe: as for `fastkd.train`, as are ``data``, ``teacher`` and ``device``.
         data: likewise.
         teacher: likewise.
-        untrained: build the teacher from its timm name without its weights, which change no time.
+        untrained: build a teacher that is a timm name without its weights, which change no time
+            and need a download; a local run's is used as it is.
         steps: updates that are timed, of each part.
         device: likewise.
         on_part: told the name of every part before it is timed.
@@ -138,10 +146,13 @@ def bench_step(
         The breakdown, on every process of torchrun.
 
     Raises:
-        ValueError: what would stop the run at its start, or fewer than 2 steps.
+        ValueError: what would stop the run at its start, fewer than 2 steps, or ``untrained``
+            without a teacher or with a module.
     """
     loaded = Recipe.load(recipe)
     guide = chosen_teacher(loaded, teacher)
+    if untrained:
+        _check_untrained(guide)
     # It changes no time, and scaled down for a small batch it might be refused.
     overrides = {"lr_scaling": False, **overrides}
     resolved = resolve_recipe(loaded, None, teacher, data, overrides)
@@ -163,8 +174,10 @@ def _build(
     student = build_student(recipe, shape)
     classes = class_count(student, shape)
     spec = input_spec(student, recipe, data)
-    if untrained and teacher is not None:
-        teacher = _untrained(teacher, recipe, classes)
+    if untrained and not Path(teacher).exists():
+        teacher = create_teacher(
+            str(teacher), pretrained=False, num_classes=classes, img_size=recipe.teacher_img_size
+        )
         recipe = recipe.override(teacher_checkpoint=None, teacher_img_size=None)
     loader = train_loader(data, recipe, spec, peers.device, peers.rank, peers.size)
     engine = build_engine(
@@ -179,13 +192,11 @@ def _build(
     return engine, loader
 
 
-def _untrained(teacher: Any, recipe: Recipe, num_classes: int | None) -> Teacher:
-    """A teacher's architecture with a head for these classes, as a trained one would have."""
+def _check_untrained(teacher: Any) -> None:
+    if teacher is None:
+        raise ValueError("bench_step: untrained=True has no effect: there is no teacher")
     if isinstance(teacher, nn.Module):
         raise ValueError("bench_step: untrained=True builds a teacher by its name, got a module")
-    return create_teacher(
-        str(teacher), pretrained=False, num_classes=num_classes, img_size=recipe.teacher_img_size
-    )
 
 
 def measure_step(
@@ -199,7 +210,8 @@ def measure_step(
 
     Each part is repeated and nothing waits for the device in between. What waits for a loader with
     workers is timed in groups of as many batches as there are workers, because that is how they
-    arrive, and after the batches have been taken that workers make ahead. Call it on every process.
+    arrive, and after those batches have been dropped that workers made ahead during the warm-up,
+    in which models may be compiled. Call it on every process.
 
     Args:
         engine: as the trainer builds it.
@@ -219,12 +231,16 @@ def measure_step(
     engine.task.train()
     updates = _endless_updates(loader, engine.recipe.accumulation)
     slices = next(updates)
-    group = max(1, loader.num_workers)
     made_ahead = loader.num_workers * (loader.prefetch_factor or 0)
+    fed_by_loader = partial(
+        _Timing,
+        group=max(1, loader.num_workers),
+        prepare=partial(_drop, updates, math.ceil(made_ahead / engine.recipe.accumulation)),
+    )
     # What needs the loader comes first, while it is at work; the rest in the order of an update.
     timings = {
-        LOADER: _Timing(lambda: next(updates), group, made_ahead),
-        FULL: _Timing(lambda: engine.update(next(updates)), group),
+        LOADER: fed_by_loader(lambda: next(updates)),
+        FULL: fed_by_loader(lambda: engine.update(next(updates))),
     }
     timings |= {name: _Timing(work) for name, work in _works(engine, slices).items()}
     seconds = {}
@@ -232,7 +248,6 @@ def measure_step(
         if on_part is not None:
             on_part(name)
         seconds[name] = timing.run(engine.world.device, steps, warmup)
-    seconds[FULL] = seconds.pop(FULL)  # all together: the last line
     return _breakdown(seconds, engine.world.size * sum(len(batch.images) for batch in slices))
 
 
@@ -243,29 +258,33 @@ def _endless_updates(loader: Any, accumulation: int) -> Iterator[list[Batch]]:
         yield list(itertools.islice(batches, accumulation))
 
 
+def _drop(updates: Iterator[list[Batch]], count: int) -> None:
+    for _ in range(count):
+        next(updates)
+
+
 def _works(engine: Engine, slices: list[Batch]) -> dict[str, Callable[[], Any]]:
     """What is timed on a batch that is there already, by name, in the order of an update."""
-    inputs = [engine.inputs(batch) for batch in slices]
+    prepared = [Batch(*engine.inputs(batch), batch.samples) for batch in slices]
     # Copies: of a CUDA graph, the next replay would overwrite them.
-    outputs = [copy.deepcopy(_teach(engine, images)) for images, _ in inputs]
-    taught = list(zip(inputs, outputs, strict=True))
+    taught = [copy.deepcopy(_teach(engine, batch.images)) for batch in prepared]
+    student = _student_alone(engine, taught)
 
-    def run_student(wrapped: Any) -> Iterator[Tensor]:
-        for (images, target), output in taught:
-            _begin(engine)
+    def forward() -> None:
+        for batch, output in zip(prepared, taught, strict=True):
+            engine.begin_pass()
             with autocast(engine.world.device, engine.recipe.amp):
-                loss = wrapped(images, target, output)["loss"]
-            yield loss
+                engine.task(batch.images, batch.labels, output)
 
     def backward() -> None:
         engine.optimizer.zero_grad(set_to_none=True)
-        for loss in run_student(engine.wrapped):
-            engine.scaler.scale(loss / len(slices)).backward()
+        for number, batch in enumerate(prepared, start=1):
+            student.backward(batch, share=1 / len(prepared), synchronise=number == len(prepared))
 
     works: dict[str, Callable[[], Any]] = {
         INPUT: lambda: [engine.inputs(batch) for batch in slices],
-        TEACHER: lambda: [_teach(engine, images) for images, _ in inputs],
-        FORWARD: lambda: [loss.detach() for loss in run_student(engine.task)],
+        TEACHER: lambda: [_teach(engine, batch.images) for batch in prepared],
+        FORWARD: forward,
         STUDENT: backward,  # last of those on gradients, which the optimiser then finds
         OPTIMISER: lambda: engine.apply(torch.zeros_like(engine.meter.sums[:-1])),
         UPDATE: lambda: engine.update(slices),
@@ -275,16 +294,25 @@ def _works(engine: Engine, slices: list[Batch]) -> dict[str, Callable[[], Any]]:
     return works
 
 
+def _student_alone(engine: Engine, taught: list[TapOutput | None]) -> Engine:
+    """The same engine, but for batches that are prepared and a teacher that has answered.
+
+    Args:
+        engine: shares its models, gradients and optimiser.
+        taught: the teacher's answers, in the order of the slices.
+    """
+    alone = copy.copy(engine)
+    alone.augment = alone.mixup = None
+    if engine.teacher is not None:
+        answers = itertools.cycle(taught)
+        alone.teach = lambda images: next(answers)  # type: ignore[method-assign]
+    return alone
+
+
 def _teach(engine: Engine, images: Tensor) -> TapOutput | None:
-    _begin(engine)
+    engine.begin_pass()
     with autocast(engine.world.device, engine.recipe.amp):
         return engine.teach(images)
-
-
-def _begin(engine: Engine) -> None:
-    """Give CUDA graphs the memory of the last slice's results again, as the engine does."""
-    if engine.recipe.compile != "none":
-        torch.compiler.cudagraph_mark_step_begin()
 
 
 @dataclass(frozen=True)
@@ -294,18 +322,19 @@ class _Timing:
     Attributes:
         work: what it does in an update.
         group: calls between two marks.
-        made_ahead: calls that are left out beside the warm-up.
+        prepare: done once, between warm-up and timing.
     """
 
     work: Callable[[], Any]
     group: int = 1
-    made_ahead: int = 0
+    prepare: Callable[[], Any] = lambda: None
 
     def run(self, device: torch.device, steps: int, warmup: int) -> list[float]:
         """Seconds of a call, mean of every group; at least two groups, which have quartiles."""
-        for _ in range(warmup + self.made_ahead):
+        for _ in range(warmup):
             self.work()
-        clock = _Clock(device)
+        clock = _Clock(device)  # waits for the device, which gives workers time: before `prepare`
+        self.prepare()
         clock.mark()
         for _ in range(max(2, math.ceil(steps / self.group))):
             for _ in range(self.group):
@@ -342,8 +371,8 @@ class _Clock:
 def _breakdown(seconds: dict[str, list[float]], images: int) -> Breakdown:
     full = statistics.median(seconds[FULL])
     parts = {}
-    for name, values in seconds.items():
-        lower, median, upper = statistics.quantiles(values, n=4, method="inclusive")
+    for name in (name for name in PARTS if name in seconds):
+        lower, median, upper = statistics.quantiles(seconds[name], n=4, method="inclusive")
         parts[name] = Part(name, median, lower, upper, images / median, median / full)
     pieces = [name for name in _PIECES if name in parts]
     largest = max(pieces, key=lambda name: parts[name].seconds)

@@ -9,13 +9,14 @@ import os
 import re
 import signal
 from collections.abc import Sequence
+from multiprocessing import popen_fork
+from multiprocessing.context import ForkContext, ForkProcess
 from typing import Any
 
 import torch
 from torch.utils.data import get_worker_info
 
 SHOWN_PIDS = re.compile(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\)")
-SECONDS_AFTER_SIGTERM = 60  # more than torchrun gives, before it kills
 PID, SAMPLE = 0, 1  # columns of the shared notes
 
 
@@ -90,6 +91,7 @@ def loader_options(workers: int, device: torch.device) -> dict[str, Any]:
     """
     return {
         "num_workers": workers,
+        "multiprocessing_context": _LoaderContext() if workers > 0 else None,
         "pin_memory": device.type == "cuda",
         "persistent_workers": workers > 0,
         "worker_init_fn": _leave_signals_to_the_main_process,
@@ -100,9 +102,23 @@ def loader_options(workers: int, device: torch.device) -> dict[str, Any]:
 def _leave_signals_to_the_main_process(_: int) -> None:
     """Let the main process finish its update and end this one; it may get the signal, too.
 
-    torchrun, SLURM and a terminal's Ctrl-C signal whole groups of processes.
+    torchrun, SLURM and a terminal's Ctrl-C signal all processes; a loader that loses its own cannot
+    finish the update after which all ranks stop.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-    # Not for ever: a process that hangs is ended by SIGTERM, and would be waited for.
-    signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(SECONDS_AFTER_SIGTERM))
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+
+
+class _Killable(popen_fork.Popen):
+    """A child that ignores SIGTERM, which is how multiprocessing ends one that hangs."""
+
+    def terminate(self) -> None:
+        self.kill()
+
+
+class _LoaderProcess(ForkProcess):
+    _Popen = staticmethod(_Killable)
+
+
+class _LoaderContext(ForkContext):
+    Process = _LoaderProcess

@@ -102,6 +102,36 @@ def test_the_teachers_activations_are_the_most_that_its_forward_pass_holds():
     assert cost.memory.teacher_activations == pytest.approx(measured, rel=0.1)
 
 
+class Attending(nn.Module):
+    """Softmax over what a Linear gives, as attention has it."""
+
+    def __init__(self):
+        super().__init__()
+        self.num_classes = 6
+        self.keys = nn.Linear(8, 512)
+        self.head = nn.Linear(512, 6)
+
+    def forward(self, images):
+        return self.head(self.keys(images).softmax(dim=-1).mean(dim=(1, 2)))
+
+
+def test_under_autocast_softmax_is_in_float32_as_on_a_gpu():
+    recipe = LIFT.override(variant="plain", projector="none", feature_weight=0.0, amp="bf16")
+    teacher = create_teacher(Attending())
+    memory = estimate(vit(), teacher, recipe, SMALL, BATCH).memory
+    rows = BATCH * 8 * 512
+    # keys in bf16, their copy in float32, and the softmax in float32 are there together
+    assert memory.teacher_activations == pytest.approx((2 + 4 + 4) * rows, rel=0.05)
+
+
+def test_several_processes_hold_their_gradients_twice():
+    alone, among = (
+        estimate(vit(), None, Recipe(amp="none"), SMALL, BATCH, size).memory for size in (1, 2)
+    )
+    assert (alone.buckets, among.buckets) == (0, among.gradients)
+    assert among.total - alone.total == among.gradients
+
+
 def test_weights_gradients_moments_and_ema_are_multiples_of_the_parameters():
     student, teacher = vit(), create_teacher(vit(dim=24))
     recipe = LIFT.override(variant="plain", projector="linear")
@@ -129,8 +159,8 @@ def test_the_batch_holds_values_labels_and_the_bytes_that_a_device_augments():
 
 
 def test_of_both_kinds_of_activations_the_larger_counts():
-    memory = Memory(1, 2, 3, 4, 5, 6, teacher_activations=100, activations=1000)
-    assert memory.total == 1021
+    memory = Memory(1, 2, 3, 4, 5, 6, 7, teacher_activations=100, activations=1000)
+    assert memory.total == 1028
 
 
 def test_the_models_are_left_as_they_were():
@@ -144,14 +174,22 @@ def test_the_models_are_left_as_they_were():
 
 def test_mixed_targets_are_counted_with():
     recipe = Recipe(amp="none", mixup=0.8, num_classes=6)
-    assert estimate(vit(), None, recipe, SMALL, BATCH).step_flops > 0
+    mixed = estimate(vit(), None, recipe, SMALL, BATCH).memory.activations
+    hard = estimate(vit(), None, recipe.override(mixup=0.0), SMALL, BATCH).memory.activations
+    # [B, 6] float32 in the place of [B] int64, and some scalars
+    assert mixed - hard == pytest.approx(BATCH * (6 * 4 - 8), abs=64)
 
 
-def test_a_cnn_with_batch_norms_can_be_told():
+def test_a_cnn_keeps_at_least_the_input_and_output_of_its_batch_norms():
     student = timm.create_model("test_resnet", num_classes=6)
     spec = InputSpec((3, 32, 32), None, None)
-    cost = estimate(student, None, Recipe(amp="bf16"), spec, 4)
-    assert cost.memory.activations > 0
+    cost = estimate(student, None, Recipe(amp="none"), spec, 4)
+    shapes = []
+    for module in student.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.register_forward_hook(lambda module, given, made: shapes.append(made.numel()))
+    student(torch.randn(4, *spec.size))
+    assert 2 * 4 * sum(shapes) <= cost.memory.activations <= 2.5 * 4 * sum(shapes)
 
 
 def test_lines_name_parameters_compute_and_memory_of_one_process():
@@ -159,6 +197,12 @@ def test_lines_name_parameters_compute_and_memory_of_one_process():
     lines = cost_lines(recipe, lift(), create_teacher(vit(dim=24)), SMALL, world_size=2)
     assert list(lines) == ["parameters", "compute", "memory"]
     assert "at 32 images" in lines["memory"]
+
+
+def test_small_sizes_are_said_in_smaller_units():
+    lines = cost_lines(Recipe(amp="none", batch_size=4), vit(), None, SMALL)
+    assert "0.00" not in lines["compute"] + lines["memory"]
+    assert "MB a process" in lines["memory"] and "MFLOPs an image" in lines["compute"]
 
 
 def test_lines_say_where_the_teacher_is_not_counted():

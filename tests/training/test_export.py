@@ -3,6 +3,8 @@
 import importlib.util
 import json
 import sys
+from argparse import Namespace
+from pathlib import Path
 
 import pytest
 import timm
@@ -20,6 +22,7 @@ from tests.training.tiny import FAST, image_folder, tensor_data, vit
 
 VARIANTS = [("plain", None), ("lift", 96), ("widelast", 128), ("uniform", 66)]
 MISSING = [n for n in ("onnx", "onnxscript", "onnxruntime") if importlib.util.find_spec(n) is None]
+OUTPUTS = {"timm": "student", "safetensors": "student.safetensors", "onnx": "student.onnx"}
 needs_onnx = pytest.mark.skipif(bool(MISSING), reason=f"not installed: {', '.join(MISSING)}")
 
 
@@ -125,6 +128,25 @@ def test_another_input_size_is_built_in(tmp_path):
     assert logits(model, 64).shape == (3, 3)
 
 
+def test_a_model_that_takes_any_size_is_built_in_another_one(tmp_path):
+    run = made_run(tmp_path / "run")
+    exported = export(run, img_size=64)
+    config = json.loads((exported.path / "config.json").read_text())
+    assert exported.model_args == {"img_size": [64, 64]}
+    assert config["pretrained_cfg"]["fixed_input_size"] is False
+    assert (
+        load_file(exported.path / "model.safetensors")["pos_embed"].shape[1] == 1 + (64 // 16) ** 2
+    )
+    expected = logits(load_student(run).model, 64)
+    torch.testing.assert_close(logits(from_timm(exported.path), 64), expected)
+
+
+def test_a_model_of_one_size_says_so(tmp_path):
+    exported = export(made_run(tmp_path / "run", name="deit_tiny_patch16_224"))
+    config = json.loads((exported.path / "config.json").read_text())
+    assert config["pretrained_cfg"]["fixed_input_size"] is True
+
+
 def test_safetensors_describe_themselves(tmp_path):
     path = export(made_run(tmp_path / "run", "lift", 96), "safetensors").path
     with safe_open(path, "pt") as file:
@@ -156,7 +178,8 @@ def test_channels_last_weights_are_written(tmp_path):
 
 @pytest.mark.parametrize("format", ["timm", "safetensors"])
 def test_nothing_but_the_student_is_written(distilled, tmp_path, format):
-    path = export(distilled, format, tmp_path / "student").path
+    output = tmp_path / OUTPUTS[format]
+    path = export(distilled, format, output).path
     assert any("projector" in name for name in load_checkpoint(distilled)["terms"])
     file = path / "model.safetensors" if path.is_dir() else path
     assert load_file(file).keys() == load_student(distilled).model.state_dict().keys()
@@ -257,19 +280,103 @@ def test_a_module_that_timm_would_build_otherwise_is_refused(tmp_path):
 @pytest.mark.parametrize("format", ["timm", "safetensors"])
 def test_an_output_is_replaced_only_where_that_is_asked_for(tmp_path, format):
     run = made_run(tmp_path / "run")
-    output = tmp_path / "student"
+    output = tmp_path / OUTPUTS[format]
     export(run, format, output, weights="raw")
     with pytest.raises(FileExistsError, match="overwrite"):
         export(run, format, output)
     assert export(run, format, output, overwrite=True).weights == "ema"
-    assert {entry.name for entry in tmp_path.iterdir()} == {"run", "student"}
+    assert {entry.name for entry in tmp_path.iterdir()} == {"run", output.name}
 
 
-def test_a_folder_of_other_things_is_never_replaced(tmp_path):
+@needs_onnx
+def test_an_onnx_file_is_replaced_where_that_is_asked_for(tmp_path):
+    run = made_run(tmp_path / "run", name="test_resnet")
+    export(run, "onnx", weights="raw")
+    assert export(run, "onnx", overwrite=True).weights == "ema"
+
+
+FOREIGN = {"timm": "run", "safetensors": "run/last.pth", "onnx": "run/last.pth"}
+
+
+@pytest.mark.parametrize("format", ["timm", "safetensors", pytest.param("onnx", marks=needs_onnx)])
+def test_a_run_and_its_checkpoints_are_never_replaced(tmp_path, format):
     run = made_run(tmp_path / "run")
+    before = (run / "last.pth").read_bytes()
     with pytest.raises(FileExistsError, match="is not replaced"):
-        export(run, "timm", run, overwrite=True)
-    assert (run / "last.pth").exists()
+        export(run, format, tmp_path / FOREIGN[format], overwrite=True)
+    assert (run / "last.pth").read_bytes() == before
+
+
+@pytest.mark.parametrize("format", ["timm", "safetensors", pytest.param("onnx", marks=needs_onnx)])
+def test_a_model_that_others_wrote_is_never_replaced(tmp_path, format):
+    run, output = made_run(tmp_path / "run"), tmp_path / OUTPUTS[format]
+    weights = output
+    if format == "timm":
+        output.mkdir()
+        (output / "config.json").write_text("{}")
+        weights = output / "model.safetensors"
+    save_file({"weight": torch.zeros(2)}, weights)
+    before = weights.read_bytes()
+    with pytest.raises(FileExistsError, match="that fastkd exported"):
+        export(run, format, output, overwrite=True)
+    assert weights.read_bytes() == before
+
+
+@pytest.mark.parametrize("format", ["safetensors", pytest.param("onnx", marks=needs_onnx)])
+def test_a_file_is_called_what_it_is(tmp_path, format):
+    with pytest.raises(ValueError, match=rf"must end in \.{format}, got '.*best\.pth'"):
+        export(made_run(tmp_path / "run"), format, tmp_path / "best.pth")
+
+
+@pytest.fixture
+def exported_twice(tmp_path, monkeypatch):
+    """An older export in place, and the names of folders whenever one is renamed."""
+    run = made_run(tmp_path / "run")
+    output = export(run, "timm", tmp_path / "student", weights="raw").path
+    rename = Path.rename
+
+    def run_again(on_rename):
+        def renamed(path, target):
+            on_rename(path, target)
+            return rename(path, target)
+
+        monkeypatch.setattr(Path, "rename", renamed)
+        export(run, "timm", output, overwrite=True)
+
+    return output, run_again
+
+
+def held_weights(folder):
+    with safe_open(folder / "model.safetensors", "pt") as file:
+        return file.metadata()["weights"]
+
+
+def test_at_every_moment_a_whole_timm_folder_is_there(exported_twice):
+    output, run_again = exported_twice
+    seen = []
+
+    def look(path, target):
+        held = [held_weights(p) for p in output.parent.iterdir() if (p / "config.json").exists()]
+        seen.append((sorted(held), output.exists()))
+
+    run_again(look)
+    # before the older one is set aside, and before the new one takes its name
+    assert seen == [(["ema", "raw"], True), (["ema", "raw"], False)]
+    assert held_weights(output) == "ema"
+    assert {entry.name for entry in output.parent.iterdir()} == {"run", "student"}
+
+
+def test_an_older_timm_folder_gets_its_name_back_where_the_new_one_cannot_have_it(exported_twice):
+    output, run_again = exported_twice
+
+    def fail(path, target):
+        if path.suffix == ".tmp":
+            raise OSError("no")
+
+    with pytest.raises(OSError, match="no"):
+        run_again(fail)
+    assert held_weights(output) == "raw"
+    assert {entry.name for entry in output.parent.iterdir()} == {"run", "student"}
 
 
 @pytest.mark.parametrize(
@@ -294,17 +401,43 @@ def test_a_file_that_is_no_checkpoint_is_refused(tmp_path):
     torch.save({"weight": torch.zeros(2)}, tmp_path / "y.pth")
     with pytest.raises(ValueError, match=r"not written by fastkd.*neither a released Lift"):
         export(tmp_path / "y.pth", "safetensors")
+    (tmp_path / "z.safetensors").write_bytes(b"nothing of the kind")
+    with pytest.raises(ValueError, match=r"z\.safetensors was not written by fastkd"):
+        export(tmp_path / "z.safetensors", "safetensors")
 
 
-def test_a_released_checkpoint_is_exported_under_our_names(tmp_path):
+@pytest.fixture(params=[".safetensors", ".pth"])
+def released(tmp_path, request):
+    """A checkpoint as the paper's authors wrote it, the .pth with the arguments of its run."""
     base = {"img_size": 32, "patch_size": 8, "embed_dim": 64, "num_heads": 1, "depth": 2}
     student = create_student("deit_tiny_patch16_224", "widelast", width=128, num_classes=7, **base)
-    save_file(student.state_dict(), tmp_path / "released.safetensors")
-    exported = export(tmp_path / "released.safetensors")
+    path = tmp_path / f"released{request.param}"
+    if request.param == ".pth":
+        torch.save({"model": student.state_dict(), "args": Namespace(epochs=300)}, path)
+    else:
+        save_file(student.state_dict(), path)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"weights": "raw"}, "weights='raw'.*without EMA weights to choose from"),
+        ({"weights": "ema"}, "weights='ema'.*without EMA weights to choose from"),
+        ({"model": vit()}, "model has no effect"),
+    ],
+)
+def test_options_of_a_run_are_refused_for_a_released_checkpoint(released, options, message):
+    with pytest.raises(ValueError, match=message):
+        export(released, **options)
+
+
+def test_a_released_checkpoint_is_exported_under_our_names(released):
+    exported = export(released)
     assert (exported.architecture, exported.weights) == (
         "deit_tiny_widelast_patch16_224", "released"
     )  # fmt: skip
-    expected = load_released_checkpoint(tmp_path / "released.safetensors").eval()
+    expected = load_released_checkpoint(released).eval()
     torch.testing.assert_close(logits(from_timm(exported.path)), logits(expected))
 
 

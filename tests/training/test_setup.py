@@ -1,14 +1,15 @@
-"""What a student takes in, read off the student."""
+"""Students as recipes ask for them, and what they take in, read off them."""
 
 import pytest
 import timm
 import torch
 from PIL import Image
+from timm.layers import DropPath
 from torch import nn
 
 from fastkd.training.datasets import open_data
 from fastkd.training.recipe import Recipe
-from fastkd.training.setup import change_input_size, input_spec
+from fastkd.training.setup import Shape, build_student, change_input_size, input_spec
 from tests.training.tiny import vit
 
 IMAGES = [(Image.new("RGB", (40, 40)), 0)] * 2
@@ -46,3 +47,21 @@ def test_statistics_of_another_number_of_channels_are_refused():
     with pytest.raises(ValueError, match="3 values for images of 1 channels: give mean and std"):
         input_spec(vit(in_chans=1), Recipe(), open_data((IMAGES, IMAGES)))
     assert input_spec(vit(in_chans=1), GRAY, open_data((IMAGES, IMAGES))).mean == (0.5,)
+
+
+def drop_rates(model):
+    return [part.drop_prob for part in model.modules() if isinstance(part, DropPath)]
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.2])
+def test_stochastic_depth_is_what_the_recipe_says_and_not_the_models_default(rate):
+    recipe = Recipe(model="swin_tiny_patch4_window7_224", drop_path=rate)
+    student = build_student(recipe, Shape(10, 3, None))
+    assert max(drop_rates(student), default=0.0) == pytest.approx(rate)
+
+
+def test_a_model_without_stochastic_depth_is_built_and_a_rate_for_it_refused():
+    recipe = Recipe(model="vgg11")
+    assert build_student(recipe, Shape(10, 3, None)).num_classes == 10
+    with pytest.raises(ValueError, match="drop_path: vgg11 has no stochastic depth"):
+        build_student(recipe.override(drop_path=0.1), Shape(10, 3, None))

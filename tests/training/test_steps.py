@@ -1,12 +1,20 @@
 """Where the time of a step goes: which parts are timed, and what is concluded from them."""
 
+import itertools
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
+from torch import nn
 
+import fastkd
 from fastkd.cli import main
 from fastkd.training import steps
+from fastkd.training.batch import Batch
+from fastkd.training.distributed import World
+from fastkd.training.engine import Engine
+from fastkd.training.recipe import Recipe
 from fastkd.training.steps import (
     FULL,
     INPUT,
@@ -63,8 +71,6 @@ def test_every_part_of_a_distillation_step_is_timed_in_order(folder):
     )
     assert list(breakdown.parts) == NAMES
     assert breakdown.images == 6
-    assert all(part.seconds > 0 for part in breakdown.parts.values())
-    assert breakdown.parts[FULL].share == 1
 
 
 def test_without_a_teacher_none_is_timed(folder):
@@ -84,11 +90,11 @@ def test_an_update_in_slices_counts_all_of_them(folder):
 
 
 def test_batches_of_workers_are_timed_in_groups_of_as_many(folder, monkeypatch):
-    seen = {}
+    groups = []
     original = steps._Timing.run
 
     def run(timing, *arguments):
-        seen[timing.group, timing.made_ahead] = seen.get((timing.group, timing.made_ahead), 0) + 1
+        groups.append(timing.group)
         return original(timing, *arguments)
 
     monkeypatch.setattr(steps._Timing, "run", run)
@@ -96,7 +102,104 @@ def test_batches_of_workers_are_timed_in_groups_of_as_many(folder, monkeypatch):
         None, str(folder), "test_vit2", untrained=True, steps=2, device="cpu",
         **TINY | {"workers": 2},
     )  # fmt: skip
-    assert seen == {(2, 4): 1, (2, 0): 1, (1, 0): len(NAMES) - 2}
+    assert groups == [2, 2] + [1] * (len(NAMES) - 2)
+
+
+class Workers:
+    """A loader on a clock of its own: it makes a batch a second, until its queue is full."""
+
+    num_workers, prefetch_factor = 2, 8
+
+    def __init__(self):
+        self.now = 0.0
+
+    def __iter__(self):
+        made, taken = 0.0, []
+        for number in itertools.count():
+            place = number - self.num_workers * self.prefetch_factor
+            made = 1 + max(made, taken[place] if place >= 0 else 0)
+            self.now = max(self.now, made)
+            taken.append(self.now)
+            yield Batch(torch.zeros(2, 3), torch.zeros(2), torch.zeros(2))
+
+    def work(self, seconds):
+        self.now += seconds
+
+
+@pytest.mark.parametrize("update", [0.1, 0.9, 3.0])
+def test_a_full_step_is_no_faster_than_its_loader_after_a_slow_first_update(monkeypatch, update):
+    loader = Workers()
+    durations = itertools.chain([60.0], itertools.repeat(update))  # the first one compiles
+
+    def run_update(slices):
+        loader.work(next(durations))
+
+    engine = SimpleNamespace(
+        task=nn.Identity(),
+        recipe=Recipe(),
+        world=World(torch.device("cpu")),
+        update=run_update,
+    )
+    pieces = dict.fromkeys((INPUT, STUDENT, OPTIMISER, UPDATE), lambda: loader.work(update))
+    monkeypatch.setattr(steps, "_works", lambda engine, slices: pieces)
+    monkeypatch.setattr(steps, "time", SimpleNamespace(perf_counter=lambda: loader.now))
+    parts = steps.measure_step(engine, loader, steps=20).parts
+    assert parts[LOADER].seconds == pytest.approx(1)
+    assert parts[FULL].seconds == pytest.approx(max(1, update), rel=0.1)
+
+
+def test_the_student_alone_neither_prepares_nor_asks_the_teacher_and_makes_the_updates_gradient(
+    folder, monkeypatch
+):
+    seen = {}
+
+    def compare(engine, slices):
+        batches = [slices[0], slices[0]]  # two slices of an update
+        works = original(engine, batches)
+        monkeypatch.setattr(Engine, "backward", record)
+        works[STUDENT]()
+        monkeypatch.setattr(Engine, "backward", backward)
+        seen["student"] = [p.grad.clone() for p in engine.parameters]
+        engine.optimizer.zero_grad()
+        for batch in batches:
+            engine.backward(batch, share=0.5, synchronise=True)
+        seen["engine"] = [p.grad.clone() for p in engine.parameters]
+        monkeypatch.setattr(engine.teacher, "forward", lambda images: pytest.fail("asked"))
+        works[STUDENT]()
+        monkeypatch.undo()
+        return works
+
+    def record(engine, batch, share, synchronise):
+        seen.setdefault("synchronised", []).append(synchronise)
+        return backward(engine, batch, share, synchronise)
+
+    original, backward = steps._works, Engine.backward
+    monkeypatch.setattr(steps, "_works", compare)
+    bench_step(None, str(folder), "test_vit2", untrained=True, steps=2, device="cpu", **TINY)
+    torch.testing.assert_close(seen["student"], seen["engine"])
+    assert seen["synchronised"] == [False, True]
+
+
+def test_untrained_leaves_a_local_run_as_it_is(folder, tmp_path, monkeypatch):
+    run = fastkd.train(
+        "test_vit2", None, str(folder), tmp_path / "run", img_size=32, epochs=1, warmup_epochs=0,
+        batch_size=6, workers=0, lr_scaling=False, amp="none", device="cpu", quiet=True,
+    )  # fmt: skip
+    monkeypatch.setattr(steps, "create_teacher", lambda *_, **__: pytest.fail("built anew"))
+    options = TINY | {"teacher_img_size": None}
+    breakdown = bench_step(
+        None, str(folder), run.output, untrained=True, steps=2, device="cpu", **options
+    )
+    assert TEACHER in breakdown.parts
+
+
+@pytest.mark.parametrize(
+    ("teacher", "message"),
+    [(None, "untrained=True has no effect"), (nn.Identity(), "by its name, got a module")],
+)
+def test_untrained_needs_a_teachers_name(folder, teacher, message):
+    with pytest.raises(ValueError, match=message):
+        bench_step(None, str(folder), teacher, untrained=True, device="cpu", model="test_vit")
 
 
 def test_the_generators_are_left_as_they_were(folder):
@@ -140,7 +243,7 @@ def test_loader_and_update_that_stand_in_each_others_way_are_said_to():
     breakdown, _ = made(
         loader=1.0, input=0.1, teacher=0.5, student=0.3, optimiser=0.1, update=1.0, full=2.0
     )
-    assert breakdown.sentence().endswith("they share the host's cores.")
+    assert breakdown.sentence().endswith("(workers=0), or compete for the host.")
 
 
 def test_shares_and_speeds_follow_from_medians():

@@ -84,11 +84,21 @@ def test_a_run_in_float32_gives_the_losses_of_the_cpu(folder, exact):
     assert found == pytest.approx(exact, rel=2e-3)
 
 
-@pytest.mark.parametrize("amp", ["bf16", "fp16"])
-@pytest.mark.parametrize("mode", ["none", "default"])
-def test_updates_do_not_wait_for_the_device(folder, amp, mode):
+WITHOUT_WAITING = [
+    *({"amp": amp, "compile": mode} for amp in ("bf16", "fp16") for mode in ("none", "default")),
+    {"compile": "reduce-overhead"},
+    {"accumulation": 2},
+    {"accumulation": 2, "compile": "none", "amp": "fp16"},
+    {"mixup": 0.8, "cutmix": 1.0, "compile": "none"},
+    {"clip_grad": 1.0},
+    {"clip_grad": 1.0, "compile": "none", "amp": "fp16"},
+]
+
+
+@pytest.mark.parametrize("fields", WITHOUT_WAITING, ids=str)
+def test_updates_do_not_wait_for_the_device(folder, fields):
     torch._dynamo.reset()
-    recipe = RECIPE.override(amp=amp, compile=mode)
+    recipe = RECIPE.override(**fields)
     device = torch.device("cuda", torch.cuda.current_device())
     data = open_data(folder)
     student = create_student(
@@ -101,16 +111,16 @@ def test_updates_do_not_wait_for_the_device(folder, amp, mode):
     )
     engine.task.train()
     epochs = itertools.chain.from_iterable(iter(loader) for _ in itertools.count())
-    batches = list(itertools.islice(epochs, 6))
-    for batch in batches[:3]:  # compiles, and tries kernels, which waits
-        engine.update([batch])
+    updates = [list(itertools.islice(epochs, recipe.accumulation)) for _ in range(6)]
+    for slices in updates[:3]:  # compiles, and tries kernels, which waits
+        engine.update(slices)
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        for batch in batches[3:]:
-            engine.update([batch])
+        for slices in updates[3:]:
+            engine.update(slices)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     reading = engine.read()
-    assert reading.applied + reading.skipped == len(batches)  # fp16's scaler may skip the first
+    assert reading.applied + reading.skipped == len(updates)  # fp16's scaler may skip the first
     assert reading.applied > 0 and reading.sums["loss"] > 0

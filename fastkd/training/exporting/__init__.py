@@ -13,15 +13,28 @@ from typing import Any
 from torch import nn
 
 from fastkd.models.students import default_cfgs
-from fastkd.training.exporting.onnx_file import OPSET, require_packages, write_onnx
-from fastkd.training.exporting.output import default_output, refuse_existing
-from fastkd.training.exporting.safetensors_file import write_safetensors
+from fastkd.training.exporting.onnx_file import (
+    OPSET,
+    is_onnx_export,
+    require_packages,
+    write_onnx,
+)
+from fastkd.training.exporting.output import check_output
+from fastkd.training.exporting.safetensors_file import is_safetensors_export, write_safetensors
 from fastkd.training.exporting.student import Student, open_student
-from fastkd.training.exporting.timm_folder import write_timm_folder
+from fastkd.training.exporting.timm_folder import is_timm_export, write_timm_folder
 
 __all__ = ["FORMATS", "OPSET", "Exported", "export"]
 
 FORMATS = ("timm", "safetensors", "onnx")
+
+# Beside the checkpoint, unless another output is given.
+_NAMES = {"timm": "student-timm", "safetensors": "student.safetensors", "onnx": "student.onnx"}
+_IS_EXPORT = {
+    "timm": is_timm_export,
+    "safetensors": is_safetensors_export,
+    "onnx": is_onnx_export,
+}
 
 
 @dataclass(frozen=True)
@@ -111,16 +124,16 @@ def export(
         run: folder of a run (its ``last.pth``), one of its checkpoints, or a checkpoint that the
             authors of arXiv 2511.15572 released.
         format: one of `FORMATS`.
-        output: the file or folder; None puts ``student-timm``, ``student.safetensors`` or
-            ``student.onnx`` beside the checkpoint.
+        output: the file, ending in ``.safetensors`` or ``.onnx``, or the folder; None puts
+            ``student-timm``, ``student.safetensors`` or ``student.onnx`` beside the checkpoint.
         weights: ``"raw"``, ``"ema"``, or ``"auto"``: the EMA where the run measured it to be the
-            better one.
+            better one. A released checkpoint has one kind of weights: ``"auto"``.
         img_size: input pixels a side to change to (position embeddings are resampled); None keeps
             what the student was trained on.
         model: the module that a run was given in place of a name; it takes the weights. Without it
             such a run exports to safetensors alone.
         opset: of ONNX, from `OPSET`, the default, on.
-        overwrite: replace what is there.
+        overwrite: replace an earlier export of the same format, which is known by its metadata.
 
     Returns:
         What was written.
@@ -129,7 +142,8 @@ def export(
         ValueError: an unknown format or option, a checkpoint that cannot be used, a student that
             the format cannot express.
         FileExistsError: ``output`` is there, and ``overwrite`` is not set or would remove what
-            `export` did not write.
+            `export` did not write in this format.
+        FileNotFoundError: the folder that ``output`` goes into is not there.
         ImportError: a package that ONNX needs is missing; it is named.
         RuntimeError: the written model computes something else.
     """
@@ -141,11 +155,10 @@ def export(
         raise ValueError(f"export: opset must be at least {OPSET}, got {opset}")
     if format == "onnx":
         require_packages()
-    target = Path(output) if output is not None else default_output(Path(run), format)
-    refuse_existing(target, overwrite, folder=format == "timm")
+    target = _default_output(Path(run), format) if output is None else Path(output)
+    check_output(target, _NAMES[format], overwrite, _IS_EXPORT[format])
     student = open_student(run, weights, img_size, model)
-    if format == "onnx":
-        opset = opset or OPSET
+    opset = opset or OPSET
     difference = _write(student, format, target, opset)
     return Exported(
         path=target,
@@ -156,15 +169,19 @@ def export(
         values=sum(tensor.numel() for tensor in student.state.values()),
         size=_bytes(target),
         difference=difference,
-        opset=opset,
+        opset=opset if format == "onnx" else None,
     )
 
 
-def _write(student: Student, format: str, target: Path, opset: int | None) -> float | None:
+def _default_output(run: Path, format: str) -> Path:
+    return (run if run.is_dir() else run.parent) / _NAMES[format]
+
+
+def _write(student: Student, format: str, target: Path, opset: int) -> float | None:
     """Write and check; the largest difference seen."""
     if format == "timm":
         return write_timm_folder(student, target)
-    if opset is not None:
+    if format == "onnx":
         return write_onnx(student, target, opset)
     write_safetensors(student, target)
     return None

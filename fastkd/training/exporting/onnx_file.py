@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from fastkd.training.atomic import replacing
 from fastkd.training.exporting.check import BATCHES, largest_difference
-from fastkd.training.exporting.student import Student
+from fastkd.training.exporting.student import VERSION_KEY, Student
 
 OPSET = 18  # what torch's exporter translates to itself; others are converted from it
 INPUT, OUTPUT = "images", "logits"
@@ -62,6 +62,16 @@ def write_onnx(student: Student, path: Path, opset: int) -> float:
     with replacing(path) as file:
         file.write(content)
     return difference
+
+
+def is_onnx_export(path: Path) -> bool:
+    """Whether a file is one that `write_onnx` wrote, by its metadata; needs the packages."""
+    onnx: Any = importlib.import_module("onnx")  # untyped, and not always there
+    try:
+        graph = onnx.load(path, load_external_data=False)
+    except Exception:  # a parser's own errors, of another package from version to version
+        return False
+    return any(entry.key == VERSION_KEY for entry in graph.metadata_props)
 
 
 def _graph(student: Student, model: nn.Module, opset: int) -> Any:

@@ -8,79 +8,84 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
-CONFIG = "config.json"
-WEIGHTS = "model.safetensors"
 
-_NAMES = {"timm": "student-timm", "safetensors": "student.safetensors", "onnx": "student.onnx"}
-
-
-def default_output(run: Path, format: str) -> Path:
-    """A place beside the checkpoint.
-
-    Args:
-        run: a run's folder, or a checkpoint.
-        format: one of the formats.
-
-    Returns:
-        The path, in the folder that holds the checkpoint.
-    """
-    return (run if run.is_dir() else run.parent) / _NAMES[format]
-
-
-def refuse_existing(target: Path, overwrite: bool, *, folder: bool) -> None:
+def check_output(
+    target: Path, default: str, overwrite: bool, is_export: Callable[[Path], bool]
+) -> None:
     """Refuse an output that would replace something which was not meant.
 
     Args:
         target: the output.
+        default: what it would be called by itself; a file has to end like it, a folder has no end.
         overwrite: whether an earlier export may be replaced.
-        folder: whether the output is to be a folder.
+        is_export: whether what is there was written by fastkd in this format.
 
     Raises:
         FileExistsError: something is there, and ``overwrite`` is not set, or it is no export of
-            this kind.
+            this format.
         FileNotFoundError: the folder that the output goes into is not there.
+        ValueError: the name of a new file ends otherwise.
     """
     if not target.absolute().parent.is_dir():
         raise FileNotFoundError(f"export: there is no folder {str(target.parent)!r}")
-    if not target.exists() or (folder and _holds_only(target, set())):
+    suffix = Path(default).suffix
+    fits = not suffix or target.suffix == suffix
+    if not os.path.lexists(target):
+        if not fits:
+            raise ValueError(f"export: the output must end in {suffix}, got {str(target)!r}")
+        return
+    if not suffix and target.is_dir() and not any(target.iterdir()):
         return
     if not overwrite:
         raise FileExistsError(
             f"export: {target} exists: choose another output, or set overwrite (--overwrite)"
         )
-    if folder and not _holds_only(target, {CONFIG, WEIGHTS}):
+    if not (fits and is_export(target)):
+        kind = f"{suffix} file" if suffix else "folder"
         raise FileExistsError(
-            f"export: {target} is not replaced: it is no folder of {CONFIG} and {WEIGHTS} alone"
+            f"export: {target} is not replaced: it is no {kind} that fastkd exported"
         )
-    if not folder and target.is_dir():
-        raise FileExistsError(f"export: {target} is a folder, and the output is to be a file")
-
-
-def _holds_only(path: Path, names: set[str]) -> bool:
-    return path.is_dir() and {entry.name for entry in path.iterdir()} <= names
 
 
 @contextlib.contextmanager
 def replacing_folder(target: Path) -> Iterator[Path]:
     """Make a folder that takes the place of ``target`` when the block ends without an error.
 
+    Folders cannot be exchanged in one step: the older one is set aside as ``.NAME.old``, the new
+    one is renamed, and the older one removed. A process that is killed in between leaves both.
+
     Args:
-        target: the folder; an older one survives any failure inside the block.
+        target: the folder; an older one survives any failure.
 
     Yields:
         The new folder, empty, beside ``target``.
     """
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    aside = target.with_name(f".{target.name}.old")
     shutil.rmtree(temporary, ignore_errors=True)  # of a process of this number, killed in here
     temporary.mkdir()
     try:
         yield temporary
-        # A folder with something in it cannot be renamed over.
-        if target.exists():
-            shutil.rmtree(target)
-        temporary.rename(target)
+        with _set_aside(target, aside):
+            temporary.rename(target)
+        shutil.rmtree(aside, ignore_errors=True)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _set_aside(target: Path, aside: Path) -> Iterator[None]:
+    """Free the name of a folder, which gets it back where the block fails."""
+    if not target.exists():
+        yield
+        return
+    shutil.rmtree(aside, ignore_errors=True)  # older still, of a process that was killed
+    target.rename(aside)
+    try:
+        yield
+    except BaseException:
+        aside.rename(target)
+        raise

@@ -5,6 +5,7 @@ Knows checkpoints and names; not the formats that students are written in.
 
 from __future__ import annotations
 
+import argparse
 import inspect
 import json
 from collections.abc import Mapping
@@ -14,17 +15,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from timm.data import resolve_data_config
 from torch import Tensor, nn
 
 from fastkd.models.released import read_released
 from fastkd.models.students import registered_name
-from fastkd.models.weights import better_weights
+from fastkd.models.weights import FASTKD_FORMAT, better_weights
 from fastkd.training.augment import InputSpec
 from fastkd.training.checkpoint import CheckpointError, load_checkpoint
 from fastkd.training.options import MODULE_PREFIX
 from fastkd.training.recipe import Recipe
 from fastkd.training.setup import change_input_size, load_student
+
+VERSION_KEY = "fastkd_version"  # by which an export is known as one
 
 
 @dataclass(frozen=True)
@@ -79,7 +83,7 @@ class Student:
             "num_classes": self.num_classes,
             "label_names": self.label_names,
             "weights": self.weights,
-            "fastkd_version": _version(),
+            VERSION_KEY: _version(),
             **self.data_config,
         }
         return {
@@ -108,13 +112,24 @@ def open_student(
     """
     if weights not in ("auto", "raw", "ema"):
         raise ValueError(f"export: weights must be auto, raw or ema, got {weights!r}")
-    try:
-        state = load_checkpoint(run)
-    except CheckpointError as refused:
-        return _released(run, weights, img_size, refused)
+    if _is_foreign(Path(run)):
+        return _released(run, weights, img_size, model)
+    state = load_checkpoint(run)
     if model is None and _is_module(state["recipe"]["model"]):
         return _weights_alone(run, state, weights, img_size)
     return _of_run(run, state, weights, img_size, model)
+
+
+def _is_foreign(path: Path) -> bool:
+    """Whether a file can be read and is none of a run's; reads no tensor of a .pth file."""
+    if path.suffix == ".safetensors" or not path.is_file():
+        return path.is_file()
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):  # of DeiT's, under "args"
+            state = torch.load(path, map_location="meta", weights_only=True)
+    except Exception:  # whatever torch makes of a torn file: `load_checkpoint` says it in words
+        return False
+    return isinstance(state, dict) and state.get("format") != FASTKD_FORMAT
 
 
 def _is_module(name: str | None) -> bool:
@@ -129,6 +144,8 @@ def _of_run(
     model: nn.Module | None,
 ) -> Student:
     loaded = load_student(run, weights, model, img_size=img_size)
+    if img_size is not None:
+        _build_for(loaded.model, (img_size, img_size))
     architecture, arguments = _timm_name(loaded.model, loaded.recipe)
     return Student(
         state=_plain(loaded.model.state_dict()),
@@ -140,6 +157,13 @@ def _of_run(
         weights=loaded.weights,
         data_config=_data_config(loaded.spec, loaded.recipe),
     )
+
+
+def _build_for(model: nn.Module, size: tuple[int, int]) -> None:
+    """Resample position embeddings once where a model that takes any size does so in every pass."""
+    own = getattr(getattr(model, "patch_embed", None), "img_size", None)
+    if own not in (None, size) and hasattr(model, "set_input_size"):
+        model.set_input_size(img_size=size)  # type: ignore[operator]
 
 
 def _timm_name(model: nn.Module, recipe: Recipe) -> tuple[str, dict[str, Any]]:
@@ -191,27 +215,35 @@ def _weights_alone(
 
 
 def _released(
-    path: str | Path, weights: str, img_size: int | None, refused: CheckpointError
+    path: str | Path, weights: str, img_size: int | None, model: nn.Module | None
 ) -> Student:
     try:
         released = read_released(path)
-    except ValueError as error:
-        raise CheckpointError(f"{refused}; nor is it a released one: {error}") from None
-    except Exception:  # whatever a file that is no checkpoint at all makes its reader raise
-        raise refused from None
-    if weights == "ema":
-        raise ValueError(f"export: {path} is a released checkpoint, without EMA weights")
-    model = released.model.eval()
-    config = resolve_data_config({}, model=model)
+    except (ValueError, SafetensorError) as error:
+        raise CheckpointError(
+            f"checkpoint: {path} was not written by fastkd's trainer; nor is it a released one: "
+            f"{error}"
+        ) from error
+    if weights != "auto":
+        raise ValueError(
+            f"export: weights={weights!r}: {path} is a released checkpoint, without EMA weights to "
+            "choose from"
+        )
+    if model is not None:
+        raise ValueError(
+            f"export: model has no effect: {path} is a released checkpoint, whose student is known"
+        )
+    student = released.model.eval()
+    config = resolve_data_config({}, model=student)
     if img_size is not None:
-        change_input_size(model, (img_size, img_size))
+        change_input_size(student, (img_size, img_size))
     names = ("mean", "std", "interpolation", "crop_pct", "crop_mode")
-    height, width = model.patch_embed.img_size  # type: ignore[union-attr,misc]
+    height, width = student.patch_embed.img_size  # type: ignore[union-attr,misc]
     return Student(
-        state=_plain(model.state_dict()),
-        model=model,
+        state=_plain(student.state_dict()),
+        model=student,
         architecture=released.architecture,
-        model_args=released.arguments | _size_argument(model),
+        model_args=released.arguments | _size_argument(student),
         num_classes=released.arguments["num_classes"],
         label_names=None,
         weights="released",

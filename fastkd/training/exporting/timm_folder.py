@@ -16,10 +16,13 @@ from fastkd.models.weights import short_misfit
 from fastkd.models.zoo import fixed_input_size
 from fastkd.training.atomic import write_text
 from fastkd.training.exporting.check import largest_difference
-from fastkd.training.exporting.output import CONFIG, WEIGHTS, replacing_folder
-from fastkd.training.exporting.safetensors_file import write_safetensors
+from fastkd.training.exporting.output import replacing_folder
+from fastkd.training.exporting.safetensors_file import is_safetensors_export, write_safetensors
 from fastkd.training.exporting.student import Student
 from fastkd.training.seeding import preserved_rng
+
+CONFIG = "config.json"
+WEIGHTS = "model.safetensors"
 
 
 def write_timm_folder(student: Student, folder: Path) -> float:
@@ -50,6 +53,13 @@ def write_timm_folder(student: Student, folder: Path) -> float:
         return largest_difference(model, student.data_config["input_size"], loaded)
 
 
+def is_timm_export(path: Path) -> bool:
+    """Whether a folder holds what `write_timm_folder` wrote, and nothing else."""
+    if not path.is_dir() or {entry.name for entry in path.iterdir()} != {CONFIG, WEIGHTS}:
+        return False
+    return is_safetensors_export(path / WEIGHTS)
+
+
 def _load(student: Student, folder: Path) -> nn.Module:
     try:
         with preserved_rng():  # a model is initialised before it is loaded
@@ -72,9 +82,7 @@ def _config(student: Student, model: nn.Module) -> dict[str, Any]:
             **student.data_config,
             "num_classes": student.num_classes,
             # By these timm finds what to change for other sizes, channels and classes.
-            "fixed_input_size": bool(
-                published.get("fixed_input_size") or fixed_input_size(model) is not None
-            ),
+            "fixed_input_size": _takes_one_size(model, published),
             "first_conv": published.get("first_conv"),
             "classifier": published.get("classifier"),
         },
@@ -82,3 +90,10 @@ def _config(student: Student, model: nn.Module) -> dict[str, Any]:
     if student.label_names is not None:
         config["label_names"] = student.label_names
     return config
+
+
+def _takes_one_size(model: nn.Module, published: dict[str, Any]) -> bool:
+    """A patch embedding says so of this very model; for others there is what timm published."""
+    if hasattr(getattr(model, "patch_embed", None), "strict_img_size"):
+        return fixed_input_size(model) is not None
+    return bool(published.get("fixed_input_size"))
