@@ -27,10 +27,17 @@ def add(commands: Any) -> None:
     parser.add_argument("--quality", type=int, default=90, help="of the JPEGs (default: 90)")
     length = parser.add_mutually_exclusive_group()
     length.add_argument(
-        "--shard-size", type=float, default=256, metavar="MB", help="size of a shard (default: 256)"
+        "--shard-size", type=float, default=64, metavar="MB", help="size of a shard (default: 64)"
     )
     length.add_argument(
         "--samples-per-shard", type=int, metavar="N", help="images in a shard, instead of its size"
+    )
+    parser.add_argument(
+        "--max-unreadable",
+        type=int,
+        metavar="N",
+        help="broken images that are left out before the work stops (default: 1 %% of all, at "
+        "least 20)",
     )
     parser.add_argument("--workers", type=int, help="processes (default: one for each core)")
     parser.add_argument("--seed", type=int, default=0, help="of the images' order (default: 0)")
@@ -55,6 +62,7 @@ def _run(options: argparse.Namespace) -> int:
         quality=options.quality,
         shard_size=options.shard_size,
         samples_per_shard=options.samples_per_shard,
+        max_unreadable=options.max_unreadable,
         workers=options.workers,
         seed=options.seed,
         quiet=options.quiet,

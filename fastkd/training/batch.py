@@ -14,7 +14,7 @@ class Fault(NamedTuple):
     """A sample that could not be read, and was replaced.
 
     Attributes:
-        sample: its index in the data set.
+        sample: its index in the data set; -1 in a stream.
         name: its file, or whatever else the data set calls it.
         reason: what the reader said.
     """
@@ -30,7 +30,8 @@ class Batch(NamedTuple):
     Attributes:
         images: [B, C, H, W]; float32 and normalised, or uint8 where the device augments.
         labels: [B] int64, -1 where a sample has none.
-        samples: [B] int64, the indices in the data set that were asked for.
+        samples: [B] int64, the indices in the data set that were asked for; of a stream, which has
+            none, the positions in the epoch, and -1 in its evaluation.
         plan: what the device does to every image, [B, ...] by name; None where nothing is left.
         faults: samples of this batch that had to be replaced.
     """

@@ -68,9 +68,12 @@ def convert(number: int, path: str, conversion: Conversion) -> Converted:
     Returns:
         The file's own bytes where it is small enough and of a format that readers of shards know;
         else a JPEG, gray or RGB, with the orientation tag of the original.
+
+    Raises:
+        OSError: the file cannot be fetched, which says nothing of the image.
     """
+    content = _fetched(path)
     try:
-        content = Path(path).read_bytes()
         with Image.open(io.BytesIO(content)) as image:
             image.load()  # what is cut short is found here, copied or not
             extension = EXTENSIONS.get(image.format or "")
@@ -83,6 +86,16 @@ def convert(number: int, path: str, conversion: Conversion) -> Converted:
     # Pillow's, for broken files, and for too many pixels to be meant.
     except PILLOW_ERRORS as error:
         return Converted(number, b"", "", " ".join(str(error).split()) or type(error).__name__)
+
+
+def _fetched(path: str) -> bytes:
+    try:
+        return Path(path).read_bytes()
+    except OSError as error:
+        reason = error.strerror or error
+        raise OSError(
+            f"shard: source: cannot read {path}: {reason}; the same command goes on"
+        ) from error
 
 
 def _encoded(image: Image.Image, conversion: Conversion) -> bytes:
@@ -116,7 +129,7 @@ class Converters:
         if workers is not None and workers < 1:
             raise ValueError(f"shard: workers must be at least 1, got {workers}")
         self.conversion = conversion
-        self.workers = workers or len(os.sched_getaffinity(0))
+        self.workers = workers or _cores()
 
     def __enter__(self) -> Converters:
         # Forked, so that scripts need no guard around their main part and nothing is imported anew.
@@ -143,6 +156,7 @@ class Converters:
             One `Converted` for each, in order.
 
         Raises:
+            OSError: a file cannot be fetched.
             RuntimeError: a process died.
         """
         images = iter(images)
@@ -154,6 +168,13 @@ class Converters:
                 yield from _result(pending.popleft())
         while pending:
             yield from _result(pending.popleft())
+
+
+def _cores() -> int:
+    """Those that this process may run on, where the system tells."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def _convert_all(images: list[tuple[int, str]], conversion: Conversion) -> list[Converted]:

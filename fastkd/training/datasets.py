@@ -6,32 +6,21 @@ Knows where samples lie and what they look like; neither transforms nor batches.
 from __future__ import annotations
 
 import contextlib
-import importlib.util
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
-from timm.data import create_dataset
 from torch import Tensor
 from torch.utils.data import IterableDataset
 
-from fastkd.training.folders import SHARD_LISTS, SPLITS, open_folder, open_tar
+from fastkd.training.folders import open_folder, open_tar
+from fastkd.training.hubs import SCHEMES, open_hub
 from fastkd.training.seeding import preserved_rng
-from fastkd.training.sources import ReadableImages, StreamSource
-from fastkd.training.tars import UNLABELLED
+from fastkd.training.sources import ReadableImages, StreamSource, is_missing
 
 PROBED = 8  # samples that are tried, to see what a data set yields
-# Of timm's data set names: the package that reads each, and how pip calls it.
-SCHEMES = {
-    "hfds": ("datasets", "datasets"),
-    "hfids": ("datasets", "datasets"),
-    "wds": ("webdataset", "webdataset"),
-    "tfds": ("tensorflow_datasets", "tensorflow tensorflow-datasets"),
-    "torch": ("torchvision", "torchvision"),
-}
-STREAMED = ("wds", "hfids", "tfds")  # wds: at an address; on this machine it is read by number
 Data = str | Path | Sequence[Any]
 
 
@@ -63,17 +52,21 @@ def open_data(
 ) -> DataPair:
     """Open a folder, archives, a timm data set name, or a pair of data sets.
 
+    Beside tars an index of their samples is kept (``.fastkd-*.npz``), so that they are listed once;
+    where nothing can be written, they are listed at every opening. What is hidden (``.name``) and
+    empty folders are no part of the data.
+
     Args:
         data: one of
 
-            - a folder with ``train`` and ``val`` (or ``validation``): folders of images, one in
-              each class's folder; folders of tars; or ``train.tar`` and ``val.tar``;
+            - a folder with ``train`` and ``val`` (or ``validation``, ``valid``): folders of images,
+              one in each class's folder; folders of tars; or ``train.tar`` and ``val.tar``;
             - a folder of WebDataset shards: with an ``_info.json`` (as ``fastkd shard`` and timm
               write), or named by their split (``train-0000.tar``, ``val-0000.tar``);
             - ``wds/FOLDER`` of the same, or streamed: ``wds/https://...``, ``wds/pipe:cat ...``;
             - a timm data set name with its scheme (``hfds/...``, ``torch/cifar100``; ``hfids/...``
-              and ``tfds/...`` are streamed), which is evaluated on its split validation, val or
-              test, the first of these that it has;
+              and ``tfds/...`` are streamed), which is evaluated on its split validation, val,
+              valid or test, the first of these that it has;
             - (train, val) map-style data sets yielding (PIL image or float tensor, label).
         root: where a named data set keeps its files.
         need_train: False opens the evaluation set alone; then ``data`` may also be one data set,
@@ -87,7 +80,8 @@ def open_data(
         ``filename(index)``, and raises an OSError with that name for a sample it cannot read.
 
     Raises:
-        ValueError: nothing there, no labels where they are needed, or samples of another form.
+        ValueError: nothing there, no labels where they are needed, labels that no class has,
+            samples of another form, unfinished shards, or tars beside images.
         OSError: an archive that is torn, or no tar.
         ImportError: the package that reads the data is missing.
     """
@@ -97,22 +91,17 @@ def open_data(
         train, val = _open_given(data, need_train)
     for dataset in (train, val):
         _check_usable(dataset)
+    image, labelled_val = _look(val, "evaluation", labels)
+    if train is not None:
+        image, _ = _look(train, "training", labels)
     first = val if train is None else train
-    # What reads image files is known to yield PIL images, even where the first file is broken.
-    known = isinstance(first, ReadableImages | StreamSource)
-    probe, label = (None, None) if known else _probe(first)
-    if not known and labels and label is None:
-        raise ValueError(
-            "data: samples have no label; a student can be trained on its teacher alone, with "
-            "labels=False"
-        )
     return DataPair(
         train=train,
         val=val,
         num_classes=_num_classes(first),
-        yields_tensors=isinstance(probe, Tensor),
-        image_size=tuple(probe.shape) if isinstance(probe, Tensor) else None,  # type: ignore[arg-type]
-        labelled_val=_is_labelled(val, labels),
+        yields_tensors=isinstance(image, Tensor),
+        image_size=tuple(image.shape) if isinstance(image, Tensor) else None,  # type: ignore[arg-type]
+        labelled_val=labelled_val,
         streams=isinstance(first, StreamSource),
     )
 
@@ -133,21 +122,9 @@ def _open_named(data: str, root: str | None, need_train: bool, labels: bool) -> 
     folder = _local_shards(rest, root) if scheme == "wds" else None
     if folder is not None:
         return open_folder(folder, need_train, labels)
-    _require_package(scheme, data)
     name = f"{scheme}/{rest}"
-
-    def opens(part: str) -> Any:
-        if scheme in STREAMED:
-            return _open_stream(name, root, part)
-        return _open_listed(name, root, part, labels)
-
-    return (opens("train") if need_train else None), opens("validation")
-
-
-def _require_package(scheme: str, data: str) -> None:
-    module, package = SCHEMES[scheme]
-    if importlib.util.find_spec(module) is None:
-        raise ImportError(f"data: {data!r} is read by {module}: pip install {package}")
+    train = open_hub(name, root, "train", labels) if need_train else None
+    return train, open_hub(name, root, "validation", labels)
 
 
 def _local_shards(name: str, root: str | None) -> Path | None:
@@ -159,73 +136,6 @@ def _local_shards(name: str, root: str | None) -> Path | None:
     if found is None:
         raise ValueError(f"data: no folder {str(folders[0])!r} of shards")
     return found
-
-
-def _open_listed(name: str, root: str | None, part: str, labels: bool) -> Any:
-    """A set of a hub or of torchvision, whose samples are there by number."""
-    if name.startswith("torch/"):
-        return create_dataset(name, root=root, split=part)
-    split, reader = _first_split(name, part, lambda split: create_dataset(name, root, split).reader)
-    reader = _reader_of_images(reader, name, root, split)
-    if reader.label_key in reader.dataset.features:
-        return ReadableImages(reader, f"{name}/{split}")
-    if labels:
-        raise ValueError(
-            f"data: {name} has no column {reader.label_key!r}, but {list(reader.dataset.features)}"
-        )
-    reader.label_key = reader.image_key  # any column that is there; its values are not used
-    return ReadableImages(reader, f"{name}/{split}", labelled=False)
-
-
-def _reader_of_images(reader: Any, name: str, root: str | None, split: str) -> Any:
-    """The reader of a hub's set; another one, where images are in a column that it did not take."""
-    # A column that is not there, timm has made of nothing.
-    if reader.dataset.data.column(reader.image_key).null_count < len(reader):
-        return reader
-    kinds = {column: type(kind).__name__ for column, kind in reader.dataset.features.items()}
-    del kinds[reader.image_key]
-    column = next((column for column, kind in kinds.items() if kind == "Image"), None)
-    if column is None:
-        raise ValueError(f"data: {name} has no column of images, but {list(kinds)}")
-    return create_dataset(name, root, split, input_key=column).reader
-
-
-def _open_stream(name: str, root: str | None, part: str) -> StreamSource:
-    if name.startswith("wds/") and root is None:
-        root = name.removeprefix("wds/")
-
-    def opens(split: str) -> Any:
-        # Hugging Face's may not say how long it is, which timm's reader would not have.
-        length = 1 if name.startswith("hfids/") else None
-        reader = StreamSource(name, root, split).reader(training=False, num_samples=length)
-        if name.startswith("hfids/"):
-            reader.builder.as_streaming_dataset(split=split)  # which timm's reader does later
-        return reader
-
-    split, reader = _first_split(name, part, opens)
-    stated = getattr(reader, "split_info", None) or _hub_splits(reader).get(split)
-    samples = getattr(stated, "num_samples", None) or getattr(stated, "num_examples", None)
-    classes = reader.class_to_idx or getattr(reader, "info", {}).get("classes")
-    return StreamSource(name, root, split, samples, len(classes) if classes else None)
-
-
-def _hub_splits(reader: Any) -> dict[str, Any]:
-    builder = getattr(reader, "builder", None)
-    return dict(getattr(getattr(builder, "info", None), "splits", None) or {})
-
-
-def _first_split(name: str, part: str, opens: Callable[[str], Any]) -> tuple[str, Any]:
-    """The first of a part's names that a set has: (name, what was opened)."""
-    errors = []
-    for split in SPLITS[part]:
-        try:
-            return split, opens(split)
-        except (RuntimeError, ValueError, KeyError) as error:
-            errors.append(error)
-    listed = f" (is there an {' or '.join(SHARD_LISTS)}?)" if name.startswith("wds/") else ""
-    raise ValueError(
-        f"data: {name} has no split {' or '.join(SPLITS[part])}{listed}: {errors[0]}"
-    ) from errors[0]
 
 
 def _open_given(data: Any, need_train: bool) -> tuple[Any, Any]:
@@ -251,6 +161,23 @@ def _check_usable(dataset: Any) -> None:
         raise ValueError(f"data: {type(dataset).__name__} is empty")
 
 
+def _look(dataset: Any, which: str, labels: bool) -> tuple[Any, bool]:
+    """An image of a set of the user's own, None of another; and whether the set has labels."""
+    # What reads image files is known to yield PIL images, even where the first is broken.
+    if isinstance(dataset, ReadableImages):
+        return None, dataset.labelled
+    if isinstance(dataset, StreamSource):
+        return None, True
+    image, label = _probe(dataset)
+    labelled = not is_missing(label)
+    if labels and not labelled:
+        raise ValueError(
+            f"data: samples of the {which} set have no label; a student can be trained on its "
+            f"teacher alone, with labels=False"
+        )
+    return image, labelled
+
+
 def _probe(dataset: Any) -> tuple[Any, Any]:
     """The first sample that can be read, without leaving a trace in the random generators."""
     with preserved_rng():
@@ -272,15 +199,6 @@ def _first_readable(dataset: Any) -> Any:
         with contextlib.suppress(OSError):
             return dataset[index]
     return dataset[min(len(dataset), PROBED) - 1]
-
-
-def _is_labelled(dataset: Any, labels: bool) -> bool:
-    if isinstance(dataset, ReadableImages):
-        return dataset.labelled
-    if labels or isinstance(dataset, StreamSource):
-        return True  # whoever reads a label that is none will say so
-    label = _probe(dataset)[1]
-    return label is not None and int(label) != UNLABELLED
 
 
 def _num_classes(dataset: Any) -> int | None:

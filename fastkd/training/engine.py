@@ -328,4 +328,5 @@ def _data_parallel(task: DistillationTask, world: World) -> DistributedDataParal
     # Batch norms keep statistics of their own process' images; evaluation averages them.
     known = inspect.signature(DistributedDataParallel).parameters
     name = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
-    return DistributedDataParallel(task, device_ids=ids, **{name: False})
+    options: dict[str, Any] = {name: False}
+    return DistributedDataParallel(task, device_ids=ids, **options)

@@ -140,6 +140,9 @@ def evaluate_model(
     Returns:
         ``top1`` and ``top5`` in % (``top5`` None below five classes), ``loss`` (plain
         cross-entropy) and ``count``, the images of all processes.
+
+    Raises:
+        ValueError: a stream gave another number of images than it states.
     """
     was_training = model.training
     model.eval()
@@ -154,6 +157,7 @@ def evaluate_model(
         sums += _scores(logits.float(), target)
     model.train(was_training)
     top1, top5, loss, count = world.sum(sums).tolist()
+    _check_whole(loader, int(count))
     count = max(count, 1)
     return {
         "top1": 100 * top1 / count,
@@ -174,6 +178,9 @@ def evaluate_terms(engine: Engine, loader: Iterable[Batch]) -> dict[str, Any]:
     Returns:
         Means over images by the terms' names, ``"loss"`` first, and ``"count"``, the images of all
         processes.
+
+    Raises:
+        ValueError: as `evaluate_model`.
     """
     task, world = engine.task, engine.world
     was_training = task.training
@@ -191,8 +198,18 @@ def evaluate_terms(engine: Engine, loader: Iterable[Batch]) -> dict[str, Any]:
         sums += torch.cat([values * images_seen, images_seen])
     task.train(was_training)
     *totals, count = world.sum(sums).tolist()
+    _check_whole(loader, int(count))
     averages = [total / max(count, 1) for total in totals]
     return {**dict(zip(names, averages, strict=True)), "count": int(count)}
+
+
+def _check_whole(loader: Any, count: int) -> None:
+    """Refuse a figure of fewer images than there are; only streams can lose some unseen."""
+    expected = getattr(loader, "expected", None)
+    if expected is not None and count != expected:
+        raise ValueError(
+            f"data: evaluated {count} of the {expected} images that {loader.stream.source} lists"
+        )
 
 
 def _scores(logits: Tensor, target: Tensor) -> Tensor:

@@ -19,6 +19,15 @@ from fastkd.training.tars import UNLABELLED
 PILLOW_ERRORS = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 
 
+def is_missing(label: Any) -> bool:
+    """Whether a label says that there is none: None, or -1 as hubs write it.
+
+    Args:
+        label: of a sample.
+    """
+    return label is None or (getattr(label, "ndim", 0) == 0 and bool(label == UNLABELLED))
+
+
 class ReadableImages(Dataset):
     """The images of a timm reader; one that cannot be read is an error.
 
@@ -78,6 +87,7 @@ class StreamSource(IterableDataset):
         split: as the data set calls it.
         num_samples: as the data set says; None where it does not.
         num_classes: likewise.
+        image_column: of a hub's set, where it is not the one that timm's reader takes.
     """
 
     name: str
@@ -85,6 +95,7 @@ class StreamSource(IterableDataset):
     split: str
     num_samples: int | None = None
     num_classes: int | None = None
+    image_column: str | None = None
 
     def __len__(self) -> int:
         if self.num_samples is None:
@@ -97,8 +108,14 @@ class StreamSource(IterableDataset):
         address = "" if self.root is None or self.root in self.name else f" at {self.root}"
         return f"{self.name}{address} (split {self.split})"
 
+    @property
+    def passes_over(self) -> bool:
+        """Whether its reader goes on where it cannot read, instead of raising."""
+        return self.name.startswith("wds/")
+
     def __iter__(self) -> Iterator[tuple[Image.Image, int]]:
-        return iter(self.reader(training=False, num_samples=self.num_samples))
+        # Readers want a length, though none is needed to read all there is.
+        return iter(self.reader(training=False, num_samples=self.num_samples or 1))
 
     def __getitem__(self, index: int) -> Any:
         raise ValueError(
@@ -119,6 +136,8 @@ class StreamSource(IterableDataset):
         """
         if not self.name.startswith("tfds/"):  # always as long as the data set says
             options["num_samples"] = num_samples
+        if self.image_column is not None:
+            options["input_key"] = self.image_column
         # wds: the rest of the name is no part of where timm's reader looks.
         name = "wds/" if self.name.startswith("wds/") else self.name
         return create_dataset(

@@ -5,22 +5,29 @@ is fixed beforehand and the same on every rank. What a process reads depends on 
 processes, and its samples are augmented by (seed, epoch, rank, process, position), so a run goes on
 exactly with as many ranks and loader processes as it began with; what was used of the epoch is
 read again and passed over.
+
+An epoch is as many samples as a pass over the data has, but not a pass: shards are dealt out anew
+to the processes at every epoch, and each draws as many samples as the others. One with fewer
+shards reads some of them again, one with more leaves some unread. With several shards for each
+process, or a number of shards that the processes share evenly, little or nothing of this is left.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from dataclasses import replace
-from itertools import islice
+from itertools import count, islice
 from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from fastkd.training.augment import InputSpec
-from fastkd.training.batch import Batch
+from fastkd.training.batch import Batch, Fault
 from fastkd.training.data import slice_size
 from fastkd.training.datasets import DataPair
+from fastkd.training.passed_over import tell_what_is_passed_over
 from fastkd.training.recipe import Recipe
 from fastkd.training.samples import (
     Sample,
@@ -32,14 +39,20 @@ from fastkd.training.samples import (
 )
 from fastkd.training.seeding import derive_seed, preserved_rng, seed_cpu
 from fastkd.training.sources import StreamSource
-from fastkd.training.workers import loader_options
+from fastkd.training.workers import WorkerNotes, loader_options
+
+logger = logging.getLogger("fastkd")
+NO_SAMPLE = -1  # what was passed over has no position
+ENOUGH_SHARDS = 8  # for each process, so that their shares of an epoch are about even
+_Placed = tuple[int, tuple[Any, Any]]  # position in its process' part of the epoch, (image, label)
 
 
 class TrainStream(IterableDataset):
     """The slices of one rank's updates, shared out in turn to its loader processes.
 
     The position is where the *next* iteration starts. Processes before the one whose turn it is
-    then yield None first, for a loader asks the first process first.
+    then yield None first, for a loader asks the first process first. What timm's reader of
+    WebDataset passes over is told in the ``faults`` of the process' next batch.
 
     Args:
         source: the data set.
@@ -51,6 +64,7 @@ class TrainStream(IterableDataset):
         seed: the run's seed.
         rank: this process.
         world_size: number of processes.
+        notes: where loader processes note what they are working on; None for nowhere.
 
     Raises:
         ValueError: an epoch is shorter than one update, or timm's reader refuses the source.
@@ -68,8 +82,10 @@ class TrainStream(IterableDataset):
         seed: int = 0,
         rank: int = 0,
         world_size: int = 1,
+        notes: WorkerNotes | None = None,
     ) -> None:
         self.source = source
+        self.notes = notes
         self.transform = transform
         self.stack = stack
         self.num_samples = num_samples
@@ -109,33 +125,63 @@ class TrainStream(IterableDataset):
         """(seed, epoch, rank): what the next iteration's random numbers derive from."""
         return self.seed, self.epoch, self.rank
 
+    def name(self, sample: int) -> str:
+        """What a sample is called by its position in the epoch.
+
+        Args:
+            sample: as in `Batch.samples`.
+        """
+        return f"position {sample} of an epoch of {self.source}"
+
     def __iter__(self) -> Iterator[Batch | None]:
         worker, workers = _worker()
         slices = self.updates_per_epoch * self.accumulation
         first = self.update * self.accumulation
         if worker < first % workers:
             yield None
-        used = len(range(worker, first, workers))
-        samples = self._samples(worker, workers)
-        for _ in islice(samples, used * self.batch_size):
-            pass
-        for number in range(worker + used * workers, slices, workers):
-            chunk = islice(samples, self.batch_size)
-            yield self.stack(
+        faults: list[Fault] = []
+        samples = self._samples(worker, workers, faults)
+        used = range(worker, first, workers)
+        for number in used:
+            for place in range(self.batch_size):
+                self._fetch(samples, self._index(number, place))
+        for number in range(worker + len(used) * workers, slices, workers):
+            batch = self.stack(
                 [
-                    self._transformed(image, label, worker, position, number, place)
-                    for place, (position, (image, label)) in enumerate(chunk)
+                    self._read(samples, self._index(number, place), worker)
+                    for place in range(self.batch_size)
                 ]
             )
+            yield batch._replace(faults=(*batch.faults, *dict.fromkeys(faults)))
+            faults.clear()
 
-    def _samples(self, worker: int, workers: int) -> Iterator[tuple[int, tuple[Any, Any]]]:
-        """Without end: (position, (image, label)) of one loader process."""
+    def _index(self, number: int, place: int) -> int:
+        """Position in the epoch of a sample of one of this rank's slices."""
+        return (number * self.batch_size + place) * self.world_size + self.rank
+
+    def _fetch(self, samples: Iterator[_Placed], index: int) -> _Placed:
+        if self.notes is not None:
+            self.notes.note(index)
+        return next(samples)
+
+    def _read(self, samples: Iterator[_Placed], index: int, worker: int) -> Sample:
+        position, (image, label) = self._fetch(samples, index)
+        with preserved_rng():
+            seed_cpu(derive_seed("stream", *self.origin, worker, position))
+            return self.transform(self.transform.decode(image), label, index)
+
+    def _samples(self, worker: int, workers: int, faults: list[Fault]) -> Iterator[_Placed]:
+        """Without end: the samples of one loader process; what is passed over joins the faults."""
         reader = self.reader
         # Its shuffling is of this epoch and process alone, whatever was read before.
         reader.ds = None
         reader.set_epoch(self.epoch)
         if get_worker_info() is None:
             reader.worker_seed = derive_seed("stream", *self.origin)
+        if self.source.passes_over:
+            tell_what_is_passed_over(
+                reader, lambda name, reason: faults.append(Fault(NO_SAMPLE, name, reason))
+            )
         position = 0
         while True:
             before = position
@@ -143,23 +189,18 @@ class TrainStream(IterableDataset):
                 yield position, (image, label)
                 position += 1
             if position == before:
+                told = f"; the last is {faults[-1].name}: {faults[-1].reason}" if faults else ""
                 raise ValueError(
                     f"data: loader process {worker + 1} of {workers} on rank {self.rank} of "
                     f"{self.world_size} got no samples from {self.source}: too few shards for so "
-                    f"many processes (set workers), or none of its samples can be read"
+                    f"many processes (set workers), or none of its samples can be read{told}"
                 )
-
-    def _transformed(
-        self, image: Any, label: Any, worker: int, position: int, number: int, place: int
-    ) -> Sample:
-        with preserved_rng():
-            seed_cpu(derive_seed("stream", *self.origin, worker, position))
-            index = (number * self.batch_size + place) * self.world_size + self.rank
-            return self.transform(self.transform.decode(image), label, index)
 
 
 class EvalStream(IterableDataset):
     """One rank's share of a data set, every sample of which is in exactly one rank's share.
+
+    A shard that cannot be fetched and an image that cannot be read are errors, which name it.
 
     Args:
         source: the data set.
@@ -168,6 +209,7 @@ class EvalStream(IterableDataset):
         batch_size: samples per batch; fewer in the last one of every loader process.
         rank: this process.
         world_size: number of processes.
+        notes: where loader processes note what they are working on; None for nowhere.
     """
 
     def __init__(
@@ -179,7 +221,9 @@ class EvalStream(IterableDataset):
         batch_size: int,
         rank: int = 0,
         world_size: int = 1,
+        notes: WorkerNotes | None = None,
     ) -> None:
+        self.notes = notes
         self.source = source
         self.transform = transform
         self.stack = stack
@@ -192,14 +236,40 @@ class EvalStream(IterableDataset):
         """Nothing here is random."""
         return ()
 
+    def name(self, sample: int) -> str:
+        """What a sample is called by its place among those of one loader process.
+
+        Args:
+            sample: as noted.
+        """
+        return f"the sample behind {sample} others that the process read of {self.source}"
+
     def __iter__(self) -> Iterator[Batch]:
         self.reader.ds = None
-        share = islice(self.reader, self.first, None, self.step)
-        while samples := [self._transformed(*pair) for pair in islice(share, self.batch_size)]:
-            yield self.stack(samples)
+        if self.source.passes_over:
+            tell_what_is_passed_over(self.reader, _refuse)
+        samples = map(
+            self._transformed, self._noted(islice(self.reader, self.first, None, self.step))
+        )
+        while chunk := list(islice(samples, self.batch_size)):
+            yield self.stack(chunk)
 
-    def _transformed(self, image: Any, label: Any) -> Sample:
+    def _noted(self, share: Iterator[tuple[Any, Any]]) -> Iterator[tuple[Any, Any]]:
+        for position in count():
+            if self.notes is not None:
+                self.notes.note(position)
+            pair = next(share, None)
+            if pair is None:
+                return
+            yield pair
+
+    def _transformed(self, pair: tuple[Any, Any]) -> Sample:
+        image, label = pair
         return self.transform(self.transform.decode(image), label)
+
+
+def _refuse(name: str, reason: str) -> None:
+    raise OSError(f"data: cannot read {name}: {reason}")
 
 
 class StreamLoader(DataLoader):
@@ -211,6 +281,11 @@ class StreamLoader(DataLoader):
         stream: yields batches; its position is where the next iteration starts.
         workers: loader processes; 0 reads in this one.
         device: pinned memory is used for an accelerator.
+
+    Attributes:
+        stream: as given.
+        expected: samples of an evaluation on all ranks together, as the data set states it; None
+            where it does not, and of training.
     """
 
     def __init__(
@@ -219,6 +294,8 @@ class StreamLoader(DataLoader):
         options = loader_options(workers, device) | {"persistent_workers": False}
         super().__init__(stream, batch_size=None, collate_fn=_as_it_is, **options)
         self.stream = stream
+        evaluates = isinstance(stream, EvalStream)
+        self.expected = stream.source.num_samples if evaluates else None
 
     def __iter__(self) -> Any:
         # Loader processes are seeded from it, and timm's readers from them.
@@ -237,7 +314,8 @@ def stream_train_loader(
     """Batches of one rank; its ``dataset`` is a `TrainStream`.
 
     Shards that cannot be fetched and images that cannot be read are passed over by timm's reader of
-    WebDataset, with a warning; the others raise.
+    WebDataset and told in the batches' ``faults``; the other readers raise. Warns on rank 0 where
+    an epoch is far from a pass over the data.
 
     Args:
         data: whose ``train`` is a `StreamSource`.
@@ -271,7 +349,10 @@ def stream_train_loader(
         seed=recipe.seed,
         rank=rank,
         world_size=world_size,
+        notes=WorkerNotes(recipe.workers),
     )
+    if rank == 0:
+        _warn_of_uneven_shares(stream.reader, data.train, world_size * max(recipe.workers, 1))
     return StreamLoader(stream, recipe.workers, device)
 
 
@@ -297,7 +378,7 @@ def stream_eval_loader(
         world_size: number of processes.
 
     Returns:
-        A loader of `Batch`.
+        A loader of `Batch`; its ``expected`` is what the ranks' shares should come to.
     """
     stream = EvalStream(
         data.val,
@@ -306,8 +387,24 @@ def stream_eval_loader(
         batch_size=recipe.eval_batch_size,
         rank=rank,
         world_size=world_size,
+        notes=WorkerNotes(recipe.workers),
     )
     return StreamLoader(stream, recipe.workers, device)
+
+
+def _warn_of_uneven_shares(reader: Any, source: StreamSource, processes: int) -> None:
+    """Say that an epoch repeats and leaves out samples, where it is known to be many."""
+    shards = len(getattr(getattr(reader, "split_info", None), "filenames", ()))
+    if shards and shards % processes and shards < ENOUGH_SHARDS * processes:
+        logger.warning(
+            "data: %d processes share the %d shards of %s: in an epoch some samples are read "
+            "twice and others not at all; use a number of processes (ranks x workers) that divides "
+            "the shards, or at least %d shards for each",
+            processes,
+            shards,
+            source,
+            ENOUGH_SHARDS,
+        )
 
 
 def _place(reader: Any, rank: int, world_size: int) -> None:

@@ -15,6 +15,7 @@ import os
 import re
 import tarfile
 import zipfile
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -29,7 +30,7 @@ from fastkd.training.atomic import replacing
 from fastkd.training.progress import Bar
 
 UNLABELLED = -1
-_VERSION = 1  # of the listing kept beside the archives
+_VERSION = 2  # of the listing kept beside the archives
 _PEEKED = 64  # headers that tell a shard from another tar
 _SLOW = 3.0  # seconds of listing after which a person wants to see that it goes on
 _SHARD_IMAGES = (".jpg", ".jpeg", ".png", ".webp")  # as timm's reader of shards
@@ -71,16 +72,32 @@ def _members(file: BinaryIO, path: str, start: int = 0, prefix: str = "") -> Ite
     file.seek(start)
     try:
         with tarfile.open(fileobj=file, mode="r:") as archive:
-            found = [(info.name, info.offset_data, info.size) for info in archive if info.isreg()]
+            found = list(_files(archive, path))
             end = archive.offset
     except tarfile.TarError as error:
         raise OSError(f"{path} is no whole, uncompressed tar: {error}") from error
     _check_end(file, path, end, inner=start > 0)
-    for name, offset, size in found:
-        if name.lower().endswith(".tar"):
-            yield from _members(file, path, offset, f"{prefix}{name[:-4]}/")
+    for member in found:
+        if member.name.lower().endswith(".tar"):
+            yield from _members(file, path, member.offset, f"{prefix}{member.name[:-4]}/")
         else:
-            yield Member(prefix + name, offset, size)
+            yield member._replace(name=prefix + member.name)
+
+
+def _files(archive: tarfile.TarFile, path: str) -> Iterator[Member]:
+    """The files of one archive; a hard link is the file that it names, which lies before it."""
+    found: dict[str, Member] = {}
+    for info in archive:
+        if info.isreg():
+            member = Member(info.name, info.offset_data, info.size)
+        elif info.islnk() and info.linkname in found:
+            member = found[info.linkname]._replace(name=info.name)
+        elif info.islnk():
+            raise OSError(f"{path}: {info.name} links to {info.linkname}, which is not before it")
+        else:
+            continue
+        found[info.name] = member
+        yield member
 
 
 def _check_end(file: BinaryIO, path: str, end: int, inner: bool) -> None:
@@ -150,20 +167,28 @@ def list_shard(path: Path, target: str | None = None) -> Listing:
 
 
 def holds_samples(path: str | os.PathLike[str]) -> bool:
-    """Whether an archive is a WebDataset shard: labels or descriptions lie beside its images.
+    """Whether an archive is a WebDataset shard.
 
     Args:
         path: the archive, of which the first headers are read.
+
+    Returns:
+        Whether there are labels (``.cls``), or images with descriptions (``.json``) beside them in
+        no folder: a plain tar may hold descriptions of anything, too.
 
     Raises:
         OSError: it cannot be read, or is no uncompressed tar.
     """
     try:
         with tarfile.open(path, "r:") as archive:
-            names = [info.name for info in islice(archive, _PEEKED)]
+            paths = [PurePosixPath(info.name) for info in islice(archive, _PEEKED)]
     except tarfile.TarError as error:
         raise OSError(f"{path} is no whole, uncompressed tar: {error}") from error
-    return bool({".cls", ".json"} & {PurePosixPath(name).suffix.lower() for name in names})
+    if any(path.suffix.lower() == ".cls" for path in paths):
+        return True
+    images = {str(path.with_suffix("")) for path in paths if path.suffix.lower() in _SHARD_IMAGES}
+    described = {str(path.with_suffix("")) for path in paths if path.suffix.lower() == ".json"}
+    return any("/" not in key.removeprefix("./") for key in images & described)
 
 
 def _read(file: BinaryIO, member: Member) -> bytes:
@@ -188,7 +213,7 @@ class _Table:
         offset: [samples] of the image in it.
         size: [samples] bytes of the image.
         label: [samples] a class's number, `UNLABELLED` without one.
-        names: the members' names, one behind the other, in UTF-8.
+        names: the members' names, one behind the other; UTF-8, or whatever bytes they are.
         name_end: [samples] where each name ends.
         classes: the names of the classes in the order of their numbers; empty if they have none.
     """
@@ -203,7 +228,7 @@ class _Table:
 
     def name(self, index: int) -> str:
         start = self.name_end[index - 1] if index else 0
-        return self.names[start : self.name_end[index]].tobytes().decode()
+        return self.names[start : self.name_end[index]].tobytes().decode(errors="surrogateescape")
 
 
 class TarImages:
@@ -236,8 +261,9 @@ class TarImages:
         target: str | None = None,
     ) -> None:
         self.tars = list(tars)
-        self.states = [_state(path) for path in self.tars]
-        self._table = _listed(self.tars, self.states, layout, target)
+        found = [path.stat() for path in self.tars]
+        self.states = [_state(status) for status in found]
+        self._table = _listed(self.tars, found, layout, target)
         self.targets = self._table.label
         self.class_to_idx = {name: number for number, name in enumerate(self._table.classes)}
         if class_to_idx is not None and layout != "shards":
@@ -266,7 +292,7 @@ class TarImages:
         """
         tar = int(self._table.tar[index])
         with open(self.tars[tar], "rb", buffering=0) as file:
-            if _status(os.fstat(file.fileno())) != self.states[tar]:
+            if _state(os.fstat(file.fileno())) != self.states[tar]:
                 raise OSError(f"{self.tars[tar]} has changed since its samples were listed")
             file.seek(int(self._table.offset[index]))
             content = file.read(int(self._table.size[index]))
@@ -288,22 +314,23 @@ class TarImages:
         return f"{path if absolute else path.name}:{name}"
 
 
-def _status(status: os.stat_result) -> tuple[int, int]:
+def _state(status: os.stat_result) -> tuple[int, int]:
+    """What changes with an archive: its size and when it was written."""
     return status.st_size, status.st_mtime_ns
 
 
-def _state(path: Path) -> tuple[int, int]:
-    """What changes with an archive: its size and when it was written."""
-    return _status(path.stat())
-
-
 def _listed(
-    tars: list[Path], states: list[tuple[int, int]], layout: str, target: str | None
+    tars: list[Path], found: list[os.stat_result], layout: str, target: str | None
 ) -> _Table:
     """The table kept beside the archives, if it is of these; else made, and kept if possible."""
     of = {
         "version": _VERSION,
-        "tars": [[path.name, *state] for path, state in zip(tars, states, strict=True)],
+        # ctime: whoever copies or unpacks archives may set the time at which they were written.
+        "tars": [
+            [path.name, *_state(status), status.st_ctime_ns]
+            for path, status in zip(tars, found, strict=True)
+        ],
+        "extensions": sorted(get_img_extensions()),
         "layout": layout,
         "target": target,
     }
@@ -327,7 +354,7 @@ def _make(tars: list[Path], layout: str, target: str | None) -> _Table:
     labels = [label for listing in listings for label in listing.labels]
     classes = sorted({label for label in labels if isinstance(label, str)}, key=natural_key)
     numbers: dict[str | int | None, int] = {name: number for number, name in enumerate(classes)}
-    names = [member.name.encode() for member in members]
+    names = [member.name.encode(errors="surrogateescape") for member in members]
     return _Table(
         tar=np.repeat(np.arange(len(tars)), [len(listing.members) for listing in listings]),
         offset=np.array([member.offset for member in members], np.int64),
@@ -364,5 +391,6 @@ def _load(path: Path, of: dict[str, Any]) -> _Table | None:
                 return None
             arrays = {name: kept[name] for name in _ARRAYS}
             return _Table(**arrays, classes=header["classes"])
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+    # RuntimeError: of a kind of archive that Python does not read.
+    except (OSError, ValueError, KeyError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error):
         return None

@@ -193,7 +193,7 @@ def test_a_class_without_validation_images_shifts_no_label(tmp_path):
 
 def test_a_validation_class_that_training_lacks_is_refused(tmp_path):
     folder = image_folder(tmp_path, train=1, val=1)
-    (folder / "val" / "violet").mkdir()
+    (folder / "val" / "red").rename(folder / "val" / "violet")
     with pytest.raises(ValueError, match="violet"):
         open_data(folder)
 
@@ -302,8 +302,29 @@ def test_data_of_which_nothing_can_be_read_are_an_error():
 
 def test_a_label_that_is_missing_is_minus_one():
     data = [(Image.new("RGB", (40, 40)), None)] * 4
-    _, labels = batches((data, data), RANDAUGMENT)[0]
-    assert labels.tolist() == [-1] * 4
+    recipe = RANDAUGMENT.override(labels=False)
+    (batch,) = train_loader(open_data((data, data), labels=False), recipe, SPEC, CPU)
+    assert batch.labels.tolist() == [-1] * 4
+
+
+def test_a_half_labelled_training_set_is_refused_naming_the_sample():
+    image = Image.new("RGB", (40, 40))
+    half = [(image, 0), (image, 1), (image, None), (image, 0)]
+    with pytest.raises(
+        ValueError, match=r"label of sample 2 must be 0 or more, got None \(labels="
+    ):
+        batches((half, half), RANDAUGMENT)
+
+
+@pytest.mark.parametrize("missing", [None, -1, torch.tensor(-1)])
+@pytest.mark.parametrize("which", ["training", "evaluation"])
+def test_a_set_without_labels_is_refused_where_they_are_needed(which, missing):
+    sets = {
+        name: [(Image.new("RGB", (8, 8)), missing if name == which else 0)]
+        for name in ("training", "evaluation")
+    }
+    with pytest.raises(ValueError, match=f"samples of the {which} set have no label"):
+        open_data(tuple(sets.values()))
 
 
 def test_a_batch_tells_which_samples_it_holds(folder):

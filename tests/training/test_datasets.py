@@ -10,6 +10,7 @@ import tarfile
 import numpy as np
 import pytest
 from PIL import Image
+from timm.data.readers.img_extensions import add_img_extensions, del_img_extensions
 
 from fastkd.training import tars
 from fastkd.training.datasets import open_data
@@ -156,8 +157,8 @@ def test_shards_found_below_the_root_of_a_wds_name(folder, tmp_path):
 def test_labels_are_taken_from_the_field_that_an_info_file_names(folder, tmp_path):
     image = images_of(folder, "train")[0]
     for split in ("train", "validation"):
-        files = [("a.b.jpg", image), ("c.jpg", image), ("c.json", b'{"kind": 5}')]
-        tar_of(tmp_path / f"{split}.0.tar", files[1:])
+        files = [("c.jpg", image), ("c.json", b'{"kind": 5}')]
+        tar_of(tmp_path / f"{split}.0.tar", files)
     splits = {
         split: {"filenames": [f"{split}.0.tar"], "alt_label": "kind"}
         for split in ("train", "validation")
@@ -189,6 +190,173 @@ def test_a_listing_is_made_anew_when_a_shard_has_changed(folder, tmp_path):
         [("a.jpg", image), ("a.cls", b"2"), ("b.jpg", image), ("b.cls", b"0")],
     )
     assert len(open_data(shards).train) == 10
+
+
+def test_a_listing_is_made_anew_when_other_files_count_as_images(folder, tmp_path):
+    for path in images_of(folder, "train")[:2]:
+        path.rename(path.with_suffix(".webp"))
+    tars = one_tar_a_class(folder, tmp_path / "tars")
+    assert len(open_data(tars).train) == 7
+    add_img_extensions(".webp")
+    try:
+        assert len(open_data(tars).train) == 9
+    finally:
+        del_img_extensions((".webp",))
+
+
+def test_a_listing_is_made_anew_for_another_archive_of_the_same_size_and_date(folder, tmp_path):
+    first, second = images_of(folder, "train")[:1] * 2
+    for split in ("train", "val"):
+        path = tar_of(tmp_path / f"{split}.tar", [("a/0.jpg", first), ("b/1.jpg", second)])
+        os.utime(path, (10**9, 10**9))
+    assert open_data(tmp_path).train.filename(1).endswith("b/1.jpg")
+    for split in ("train", "val"):
+        path = tar_of(tmp_path / f"{split}.tar", [("b/9.jpg", first), ("a/8.jpg", second)])
+        os.utime(path, (10**9, 10**9))
+    assert open_data(tmp_path).train.filename(1).endswith("a/8.jpg")
+
+
+def test_a_listing_packed_in_a_way_unknown_to_python_is_made_anew(folder, tmp_path):
+    shards = write_shards(folder, tmp_path / "shards")
+    open_data(shards)
+    for path in shards.glob(".fastkd-*.npz"):
+        content = path.read_bytes()
+        start = content.index(b"PK\x01\x02")  # where the directory begins
+        unknown = bytearray(content)
+        unknown[8] = unknown[start + 10] = 99
+        path.write_bytes(unknown)
+    assert len(open_data(shards).train) == 9
+
+
+def test_a_stray_tar_hides_no_image_folder(folder):
+    blue = [(path.name, path) for path in sorted((folder / "train" / "blue").iterdir())]
+    tar_of(folder / "train" / "n01440764.tar", blue)
+    with pytest.raises(
+        ValueError, match=r"train has images, such as .*, and the archive n01440764"
+    ):
+        open_data(folder)
+    val = [(f"ILSVRC2012_val_{n}.JPEG", path) for n, path in enumerate(images_of(folder, "val"))]
+    tar_of(folder / "val" / "ILSVRC2012_img_val.tar", val)
+    with pytest.raises(ValueError, match=r"val has images, such as .* archive ILSVRC2012_img_val"):
+        open_data(folder / "val", need_train=False)
+
+
+def test_what_is_hidden_and_folders_without_images_are_no_classes(folder):
+    expected = contents(open_data(folder).val)
+    for split in ("train", "val"):
+        (folder / split / ".ipynb_checkpoints").mkdir()
+        shutil.copy(folder / "val/red/0.jpg", folder / split / ".ipynb_checkpoints/0.jpg")
+        (folder / split / "red" / ".cache").mkdir()
+        (folder / split / "red" / ".cache" / "1.jpg").write_bytes(b"")
+        (folder / split / "blue" / "._0.jpg").write_bytes(b"of another system")
+        (folder / split / "amber").mkdir()
+    data = open_data(folder)
+    assert contents(data.val) == expected
+    assert (len(data.train), data.num_classes) == (9, 3)
+    assert {label for label, _ in contents(data.train)} == {0, 1, 2}
+
+
+def test_a_folder_of_hidden_images_is_refused(folder):
+    (folder / "train").rename(folder / ".train")
+    (folder / "train").mkdir()
+    (folder / ".train").rename(folder / "train" / ".train")
+    with pytest.raises(ValueError, match="train has hidden images only"):
+        open_data(folder)
+
+
+def test_the_evaluation_folder_may_be_called_valid(folder):
+    (folder / "val").rename(folder / "valid")
+    assert len(open_data(folder).val) == 6
+
+
+def test_a_plain_tar_may_hold_a_description_of_its_images(folder, tmp_path):
+    tars = one_tar_a_split(folder, tmp_path / "tars")
+    for split in ("train", "val"):
+        files = [(f"{path.parent.name}/{path.name}", path) for path in images_of(folder, split)]
+        tar_of(tars / f"{split}.tar", [("blue/0.json", b"{}"), ("meta.json", b"{}"), *files])
+    assert contents(open_data(tars).train) == contents(open_data(folder).train)
+
+
+def test_hard_links_in_a_tar_are_the_files_they_name(folder, tmp_path):
+    image = images_of(folder, "train")[0]
+    for split in ("train", "val"):
+        with tarfile.open(tmp_path / f"{split}.tar", "w") as archive:
+            archive.add(image, "a/0.jpg")
+            link = tarfile.TarInfo("b/0.jpg")
+            link.type, link.linkname = tarfile.LNKTYPE, "a/0.jpg"
+            archive.addfile(link)
+    data = open_data(tmp_path)
+    assert [label for label, _ in contents(data.train)] == [0, 1]
+    assert data.train[0][0].tobytes() == data.train[1][0].tobytes()
+
+
+def test_a_hard_link_to_nothing_is_refused(tmp_path):
+    with tarfile.open(tmp_path / "a.tar", "w") as archive:
+        link = tarfile.TarInfo("b/0.jpg")
+        link.type, link.linkname = tarfile.LNKTYPE, "a/0.jpg"
+        archive.addfile(link)
+    with pytest.raises(
+        OSError, match=r"a\.tar: b/0\.jpg links to a/0\.jpg, which is not before it"
+    ):
+        list_members(tmp_path / "a.tar")
+
+
+def test_names_in_tars_may_be_no_text(folder, tmp_path):
+    image = images_of(folder, "train")[0]
+    for split in ("train", "val"):
+        with tarfile.open(
+            tmp_path / f"{split}.tar", "w", format=tarfile.GNU_FORMAT, encoding="latin-1"
+        ) as archive:
+            archive.add(image, "caf\xe9/\xe9.jpg")
+    for _ in range(2):  # the second time from the listing kept
+        data = open_data(tmp_path)
+        assert os.fsencode(data.train.filename(0)).endswith(b"train.tar:caf\xe9/\xe9.jpg")
+
+
+def listed_shards(folder, into, classes):
+    """Shards with an info file that names some classes."""
+    shards = write_shards(folder, into)
+    splits = {
+        part: {"filenames": sorted(path.name for path in shards.glob(f"*{word}*.tar"))}
+        for part, word in (("train", "train"), ("validation", "val"))
+    }
+    (shards / "_info.json").write_text(json.dumps({"splits": splits, "classes": classes}))
+    return shards
+
+
+def test_a_label_beyond_the_listed_classes_is_refused(folder, tmp_path):
+    shards = listed_shards(folder, tmp_path / "shards", ["blue", "green"])
+    with pytest.raises(
+        ValueError, match=r"red/0\.jpg has the label 2, but its list .* has 2 classes"
+    ):
+        open_data(shards)
+
+
+def test_a_label_of_evaluation_that_training_lacks_is_refused(folder, tmp_path):
+    shards = listed_shards(folder, tmp_path / "shards", None)
+    image = images_of(folder, "train")[0]
+    path = sorted(shards.glob("*val*.tar"))[0]
+    tar_of(path, [("a.jpg", image), ("a.cls", b"3")])
+    with pytest.raises(ValueError, match=r"a\.jpg has the label 3, but the training set has 3 cl"):
+        open_data(shards)
+
+
+@pytest.mark.parametrize(
+    "info, told",
+    [
+        ({"splits": ["train", "val"]}, "splits must be named"),
+        ({"splits": {}}, "splits must be named"),
+        ({"splits": {"train": {}, "val": {}}}, "split train must have a list of filenames"),
+        ({"splits": {"train": ["a.tar"]}}, "split train must have a list of filenames"),
+        ({"splits": {"train": {"filenames": [3]}}}, "split train must have a list of filenames"),
+        ({"splits": {"train": {"filenames": []}}}, "split train lists no shards"),
+        ({"splits": {"val": {"filenames": ["a.tar"]}}, "classes": 3}, "classes must be a list"),
+    ],
+)
+def test_a_malformed_list_of_shards_is_refused(tmp_path, info, told):
+    (tmp_path / "_info.json").write_text(json.dumps(info))
+    with pytest.raises(ValueError, match=rf"_info\.json: {told}"):
+        open_data(tmp_path, need_train=False)
 
 
 @pytest.mark.parametrize("content", [b"", b"no listing", b"PK\x03\x04"])
@@ -391,20 +559,20 @@ def test_a_missing_package_is_named_as_pip_calls_it(monkeypatch, name, package):
         open_data(name)
 
 
-def hub_set(folder, labels=True, column="image"):
+def hub_set(folder, labels=True, column="image", scheme="hfds", val="test", unlabelled=()):
     """A data set in files, as on Hugging Face's hub: a train and a test split."""
     datasets = pytest.importorskip("datasets")
     folder.mkdir()
-    for split, count in (("train", 6), ("test", 4)):
+    for split, count in (("train", 6), (val, 4)):
         images = [Image.new("RGB", (8, 8), (index * 20, 0, 0)) for index in range(count)]
         columns = {column: images}
         types = {column: datasets.Image()}
         if labels:
-            columns["label"] = [index % 2 for index in range(count)]
+            columns["label"] = [-1 if split in unlabelled else i % 2 for i in range(count)]
             types["label"] = datasets.ClassLabel(names=["a", "b"])
         made = datasets.Dataset.from_dict(columns, features=datasets.Features(types))
         made.to_parquet(str(folder / f"{split}-00000-of-00001.parquet"))
-    return f"hfds/{folder}"
+    return f"{scheme}/{folder}"
 
 
 def test_a_hub_set_is_read_by_number(tmp_path):
@@ -436,3 +604,29 @@ def test_a_hub_set_without_images_is_refused(tmp_path):
         made.to_parquet(str(tmp_path / "set" / f"{split}-00000-of-00001.parquet"))
     with pytest.raises(ValueError, match=r"has no column of images, but \['text'\]"):
         open_data(f"hfds/{tmp_path / 'set'}", str(tmp_path / "cache"))
+
+
+def test_a_hub_set_whose_evaluation_labels_are_kept_back_is_refused(tmp_path):
+    name = hub_set(tmp_path / "set", unlabelled=["test"])
+    with pytest.raises(ValueError, match="has no labels in its split test"):
+        open_data(name, str(tmp_path / "cache"))
+    data = open_data(name, str(tmp_path / "cache"), labels=False)
+    assert not data.labelled_val and data.num_classes == 2
+    assert data.val[1][1] == -1 and data.train[1][1] == 1
+
+
+def test_the_evaluation_split_may_be_called_valid(tmp_path):
+    data = open_data(hub_set(tmp_path / "set", val="valid"), str(tmp_path / "cache"))
+    assert len(data.val) == 4
+
+
+def test_a_streamed_hub_set_may_call_its_images_otherwise(tmp_path):
+    name = hub_set(tmp_path / "set", column="img", scheme="hfids")
+    data = open_data(name, str(tmp_path / "cache"))
+    assert [(image.size, label) for image, label in data.val] == [((8, 8), i % 2) for i in range(4)]
+
+
+def test_a_streamed_hub_set_without_labels_is_refused(tmp_path):
+    name = hub_set(tmp_path / "set", labels=False, scheme="hfids")
+    with pytest.raises(ValueError, match=r"has no column 'label', but \['image'\]; what streams"):
+        open_data(name, str(tmp_path / "cache"), labels=False)

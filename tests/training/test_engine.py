@@ -2,6 +2,7 @@
 
 import copy
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -312,3 +313,15 @@ def test_evaluation_puts_the_training_mode_back():
     model = vit().train()
     evaluate_model(model, [batch()], WORLD)
     assert model.training
+
+
+class Shortened(list):
+    """A stream's loader that has lost an image on the way."""
+
+    expected = 9
+    stream = SimpleNamespace(source="wds/validation")
+
+
+def test_an_evaluation_of_fewer_images_than_a_stream_states_is_refused():
+    with pytest.raises(ValueError, match="evaluated 8 of the 9 images that wds/validation lists"):
+        evaluate_model(vit(), Shortened([batch()]), WORLD)

@@ -68,6 +68,60 @@ TWINS = [
 ]
 
 
+# What the recipes are made of. A digit that changes here changes what a published number is
+# compared with: PAPER is most recipes' value, DIFFERENT what a recipe has instead.
+PAPER = {
+    **{"model": "deit_tiny_patch16_224", "variant": "widelast", "width": 384},
+    **{"img_size": 224, "num_classes": 1000, "drop_path": 0.0},
+    **{"teacher": "cait_s24_224", "alpha": 0.9, "tau": 1.0, "hard": False},
+    **{"feature_loss": "spectral", "feature_weight": 0.2},
+    **{"pairs": ((11, 23),), "projector": "none"},
+    **{"augment": "cpu", "interpolation": "bicubic", "crop_pct": 0.875, "crop_mode": "center"},
+    **{"scale": (0.08, 1.0), "ratio": (3 / 4, 4 / 3), "hflip": 0.5, "color_jitter": 0.4},
+    **{"auto_augment": "rand-m9-mstd0.5-inc1", "reprob": 0.25, "repeated_aug": 3},
+    **{"mixup": 0.0, "cutmix": 0.0, "mixup_prob": 1.0, "mixup_switch_prob": 0.5},
+    **{"epochs": 300, "warmup_epochs": 5, "batch_size": 2048, "lr": 5e-4, "lr_scaling": True},
+    **{"min_lr": 1e-5, "warmup_lr": 1e-6, "weight_decay": 0.05, "decay_pos_embed": True},
+    **{"eps": 1e-8, "label_smoothing": 0.1, "clip_grad": None},
+    **{"ema_decay": 0.99996, "ema_warmup": False, "amp": "bf16", "seed": 0, "best": "raw"},
+}
+SUPERVISED = {"teacher": None, "alpha": 0.0, "feature_weight": 0.0}
+LIFT = {"variant": "lift", "projector": "lift"}
+PLAIN = {"variant": "plain", "width": None, "projector": "pool", "decay_pos_embed": False}
+UNIFORM = {"variant": "uniform", "width": 219, "projector": "pool"}
+MSE, LOGITS = {"feature_loss": "mse"}, {"feature_loss": "mse", "feature_weight": 0.0}
+EIGHT = ((0, 0), (1, 1), (6, 18), (7, 19), (8, 20), (9, 21), (10, 22), (11, 23))
+SPECTRALKD = PLAIN | {"pairs": EIGHT, "batch_size": 512}
+DIFFERENT = {
+    "deit_tiny": PLAIN
+    | SUPERVISED
+    | {"feature_loss": "mse", "pairs": ((-1, -1),), "projector": "none", "batch_size": 1024}
+    | {"drop_path": 0.1, "color_jitter": 0.3, "mixup": 0.8, "cutmix": 1.0},
+    "spectralkd_deit_tiny": SPECTRALKD | {"epochs": 400},
+    "spectralkd_deit_small": SPECTRALKD
+    | {"model": "deit_small_patch16_224", "projector": "none", "epochs": 500},
+    "spectralkd_swin_tiny": SPECTRALKD
+    | {"model": "swin_tiny_patch4_window7_224", "projector": "none", "epochs": 500}
+    | {"teacher": "swin_small_patch4_window7_224.ms_in1k", "feature_weight": 0.05}
+    | {"pairs": ((0, 0), (1, 1), (2, 2), (3, 3)), "warmup_epochs": 20},
+    "plain_supervised": PLAIN | SUPERVISED,
+    "plain_spectral": PLAIN | {"alpha": 0.0},
+    "lift_supervised": LIFT | MSE | SUPERVISED,
+    "lift_mse": LIFT | MSE | {"alpha": 0.0},
+    "lift_softkd": LIFT | LOGITS,
+    "lift_softkd_mse": LIFT | MSE,
+    "lift_softkd_spectral": LIFT,
+    "widelast_supervised": MSE | SUPERVISED,
+    "widelast_mse": MSE | {"alpha": 0.0},
+    "widelast_spectral": {"alpha": 0.0},
+    "widelast_softkd": LOGITS,
+    "widelast_softkd_mse": MSE,
+    "widelast_softkd_spectral": {},
+    "uniform219_supervised": UNIFORM | SUPERVISED,
+    "uniform219_spectral": UNIFORM | {"alpha": 0.0},
+}
+
+
 def header(name):
     """The comments that a recipe begins with, one paragraph an item."""
     lines = Recipe.path(name).read_text(encoding="utf-8").splitlines()
@@ -126,6 +180,13 @@ def test_every_recipe_sets_everything_that_decides_a_number(name):
     groups = fields_by_group()
     fields = groups["student"] + groups["distillation"] + groups["data"] + groups["optimisation"]
     assert {field.name for field in fields} - set(given) == LEFT_TO_THE_USER
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_every_value_of_a_recipe_is_the_published_one(name):
+    recipe = Recipe.load(name)
+    given = yaml.safe_load(Recipe.path(name).read_text(encoding="utf-8"))
+    assert {field: getattr(recipe, field) for field in given} == PAPER | DIFFERENT[name]
 
 
 @pytest.mark.parametrize(("name", "twin", "fields"), TWINS)

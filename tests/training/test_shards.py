@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,9 +15,12 @@ import pytest
 from PIL import ExifTags, Image
 
 from fastkd.cli import main
-from fastkd.training import conversion, shards
+from fastkd.training import conversion
 from fastkd.training.conversion import Conversion, Converters, convert
 from fastkd.training.datasets import open_data
+from fastkd.training.sharding import journal
+from fastkd.training.sharding.journal import locked
+from fastkd.training.sharding.writer import Writer
 from fastkd.training.shards import shard
 from tests.training.tiny import image_folder
 
@@ -71,10 +75,13 @@ def test_a_sample_tells_which_file_it_was(source, tmp_path):
     shard(source, tmp_path, **SMALL)
     files = open_data(source).train.reader.samples
     with tarfile.open(tmp_path / "train-000000.tar") as archive:
-        for name in archive.getnames():
-            if name.endswith(".json"):
-                told = json.load(archive.extractfile(name))["filename"]
-                assert str(source / told) == files[int(name[:8])][0]
+        told = {
+            int(Path(name).stem): json.load(archive.extractfile(name))["filename"]
+            for name in archive.getnames()
+            if name.endswith(".json")
+        }
+    assert len(told) == 5
+    assert all(str(source / file) == files[number][0] for number, file in told.items())
 
 
 def test_shards_are_closed_at_the_size_asked_for(source, tmp_path):
@@ -96,22 +103,33 @@ class Stopped(Exception):
     pass
 
 
+def stop():
+    raise Stopped
+
+
+def before_shard(patch, written, action):
+    """Do something before the shard that follows as many."""
+    whole, count = Writer._write_shard, 0
+
+    def write(*arguments):
+        nonlocal count
+        if count == written:
+            action()
+        count += 1
+        return whole(*arguments)
+
+    patch.setattr(Writer, "_write_shard", write)
+
+
 # (finished shards, images that are left): of 18 + 6 images in 4 + 2 shards
 @pytest.mark.parametrize("written, left", [(0, 24), (1, 19), (4, 6), (5, 1)])
 def test_interrupted_work_goes_on_to_the_same_bytes(source, tmp_path, monkeypatch, written, left):
     shard(source, tmp_path / "unbroken", **SMALL)
-    whole, count = shards._write_shard, 0
-
-    def stop_at(*arguments):
-        nonlocal count
-        count += 1
-        if count > written:
-            raise Stopped
-        return whole(*arguments)
-
     with monkeypatch.context() as patch, pytest.raises(Stopped):
-        patch.setattr(shards, "_write_shard", stop_at)
+        before_shard(patch, written, stop)
         shard(source, tmp_path / "broken", **SMALL)
+    with pytest.raises(ValueError, match="broken is unfinished; run fastkd shard again"):
+        open_data(tmp_path / "broken")
     assert not (tmp_path / "broken" / "_info.json").exists()
     report = shard(source, tmp_path / "broken", **SMALL)
     assert files_of(tmp_path / "broken") == files_of(tmp_path / "unbroken")
@@ -121,10 +139,11 @@ def test_interrupted_work_goes_on_to_the_same_bytes(source, tmp_path, monkeypatc
 def test_killed_work_goes_on_and_leaves_no_process_behind(source, tmp_path):
     folder = tmp_path / "shards"
     slow = (
-        "import sys, time; from fastkd.training import shards as s; whole = s._write_sample\n"
+        "import sys, time; from fastkd.training import shards\n"
+        "from fastkd.training.sharding import writer as w; whole = w._write_sample\n"
         "def write(*a): time.sleep(0.05); whole(*a)\n"
-        "s._write_sample = write\n"
-        "s.shard(sys.argv[1], sys.argv[2], samples_per_shard=5, workers=1, quiet=True)"
+        "w._write_sample = write\n"
+        "shards.shard(sys.argv[1], sys.argv[2], samples_per_shard=5, workers=1, quiet=True)"
     )
     process = subprocess.Popen([sys.executable, "-c", slow, source, folder])
     deadline = time.monotonic() + 60
@@ -162,7 +181,7 @@ def _is_alive(pid):
 def test_finished_work_is_verified_and_not_done_again(source, tmp_path, monkeypatch):
     shard(source, tmp_path, **SMALL)
     before = files_of(tmp_path)
-    monkeypatch.setattr(shards, "_write_split", None)  # nobody may call it
+    monkeypatch.setattr(Writer, "write", None)  # nobody may call it
     assert shard(source, tmp_path, **SMALL).converted == 0
     assert files_of(tmp_path) == before
 
@@ -228,6 +247,114 @@ def test_unreadable_images_are_listed_and_in_no_shard(tmp_path):
     assert report.samples == {"train": 11, "validation": 5} and len(report.unreadable) == 2
     assert "2 unreadable, see unreadable.txt" in report.summary()
     assert len(open_data(tmp_path / "shards").train) == 11
+
+
+def test_a_source_that_goes_away_stops_the_work_which_then_goes_on(source, tmp_path, monkeypatch):
+    images = shutil.copytree(source, tmp_path / "images")
+    with monkeypatch.context() as patch:
+        before_shard(patch, 1, lambda: images.rename(tmp_path / "unmounted"))
+        # One process and chunks of one: the images of the first shard are read, the last are not.
+        patch.setattr(conversion, "CHUNK", 1)
+        with pytest.raises(OSError, match=r"cannot read .*\.jpg: No such file .*the same command"):
+            shard(images, tmp_path / "shards", **SMALL)
+    (tmp_path / "unmounted").rename(images)
+    shard(images, tmp_path / "shards", **SMALL)
+    shard(source, tmp_path / "unbroken", **SMALL)
+    assert files_of(tmp_path / "shards") == files_of(tmp_path / "unbroken")
+
+
+def broken_images(folder, count, train=8, val=2):
+    """A source of which the first images of training are broken."""
+    source = image_folder(folder, train=train, val=val, size=12)
+    for path in sorted((source / "train").rglob("*.jpg"))[:count]:
+        path.write_text("no image")
+    return source
+
+
+def test_too_many_unreadable_images_stop_the_work(tmp_path):
+    source = broken_images(tmp_path / "source", 3)
+    with pytest.raises(
+        OSError, match=r"3 of 30 images .* more than max_unreadable \(2\); the last"
+    ):
+        shard(source, tmp_path / "shards", max_unreadable=2, **SMALL)
+    assert len(shard(source, tmp_path / "shards", max_unreadable=3, **SMALL).unreadable) == 3
+
+
+def test_more_than_a_few_unreadable_images_of_a_small_source_stop_the_work(tmp_path):
+    source = broken_images(tmp_path / "source", 21)
+    with pytest.raises(OSError, match=r"21 of 30 images .* more than max_unreadable \(20\)"):
+        shard(source, tmp_path / "shards", **SMALL)
+
+
+def test_a_split_of_which_nothing_can_be_read_is_refused(tmp_path):
+    source = broken_images(tmp_path / "source", 12, train=4)
+    with pytest.raises(ValueError, match=r"none of the 12 images of train can be read, such as"):
+        shard(source, tmp_path / "shards", **SMALL)
+
+
+def test_unreadable_images_at_the_end_make_no_shard(tmp_path):
+    source = image_folder(tmp_path / "source", train=2, val=1, size=12)
+    options = SMALL | {"samples_per_shard": 2}
+    shard(source, tmp_path / "whole", **options)
+    with tarfile.open(tmp_path / "whole" / "train-000002.tar") as archive:
+        last = [json.load(archive.extractfile(n)) for n in archive.getnames() if "json" in n]
+    for told in last:
+        path = source / told["filename"]
+        path.write_bytes(bytes(path.stat().st_size))
+    report = shard(source, tmp_path / "shards", **options)
+    assert report.shards["train"] == 2 and report.samples["train"] == 4
+    assert len(report.unreadable) == 2
+    assert shard(source, tmp_path / "shards", **options).converted == 0
+
+
+def test_a_rerun_without_unreadable_images_takes_their_list_away(tmp_path):
+    source = broken_images(tmp_path / "source", 1)
+    folder = shard(source, tmp_path / "shards", **SMALL).folder
+    info = json.loads((folder / "_info.json").read_text())
+    broken = sorted((source / "train").rglob("*.jpg"))[0]
+    whole = sorted((source / "train").rglob("*.jpg"))[1].read_bytes()
+    broken.write_bytes(whole)
+    asked = shard(source, tmp_path / "other", **SMALL).folder
+    identity = json.loads((asked / "_info.json").read_text())["fastkd"]["identity"]
+    info["fastkd"]["identity"] = identity  # as if the image had been as long when it was broken
+    (folder / "_info.json").write_text(json.dumps(info))
+    for path in folder.glob("*.tar"):
+        path.unlink()
+    shard(source, folder, **SMALL)
+    assert not (folder / "unreadable.txt").exists()
+
+
+def test_work_killed_in_its_first_write_goes_on(source, tmp_path):
+    (tmp_path / "..fastkd-shard.json.123.tmp").write_text('{"iden')
+    assert shard(source, tmp_path, **SMALL).samples["train"] == 18
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_two_runs_on_one_folder_are_refused(source, tmp_path, monkeypatch):
+    monkeypatch.setattr(journal, "LOCK_SECONDS", 0.0)
+    folder = tmp_path / "shards"
+    with locked(folder), pytest.raises(RuntimeError, match="another process is writing shards to"):
+        shard(source, folder, **SMALL)
+    assert shard(source, folder, **SMALL).samples["train"] == 18
+
+
+def test_names_that_are_no_text_are_kept(tmp_path):
+    source = image_folder(tmp_path / "source", train=1, val=1, size=12)
+    folder = os.fsencode(source / "train" / "blue")
+    try:
+        os.rename(folder + b"/0.jpg", folder + b"/caf\xe9.jpg")
+    except OSError:
+        pytest.skip("a file system of text")
+    (source / "val" / "red" / "0.jpg").write_text("no image")
+    os.rename(source / "val" / "red" / "0.jpg", os.fsencode(source / "val") + b"/red/\xff.jpg")
+    report = shard(source, tmp_path / "shards", **SMALL)
+    assert report.samples == {"train": 3, "validation": 2}
+    assert (tmp_path / "shards" / "unreadable.txt").read_bytes().startswith(b"val/red/\xff.jpg\t")
+
+
+def test_processes_are_counted_where_the_system_does_not_tell_which_are_ours(monkeypatch):
+    monkeypatch.delattr(os, "sched_getaffinity", raising=False)
+    assert Converters(Conversion(None, 90)).workers == (os.cpu_count() or 1)
 
 
 def test_a_folder_of_classes_is_one_split(source, tmp_path):
@@ -302,6 +429,7 @@ def test_the_death_of_a_process_is_told(tmp_path, monkeypatch):
         ({"samples_per_shard": None, "shard_size": 0}, "shard_size must be above 0"),
         ({"workers": 0}, "workers must be at least 1"),
         ({"seed": -1}, "seed must be at least 0"),
+        ({"max_unreadable": -1}, "max_unreadable must be at least 0"),
     ],
 )
 def test_options_out_of_range_are_refused_before_anything_is_written(
@@ -328,6 +456,15 @@ def test_the_command_writes_shards_and_says_how_many(source, tmp_path, capsys):
     arguments = [str(source), str(tmp_path / "shards"), "--samples-per-shard", "5", "--quiet"]
     assert main(["shard", *arguments, "--workers", "1", "--short-side", "none"]) == 0
     assert "24 images of 3 classes in 6 shards" in capsys.readouterr().out
+
+
+def test_the_command_takes_how_many_images_may_be_broken(tmp_path, capsys):
+    source = broken_images(tmp_path / "source", 1)
+    arguments = ["shard", str(source), str(tmp_path / "shards"), "--workers", "1", "--quiet"]
+    assert main([*arguments, "--max-unreadable", "0"]) != 0
+    assert "more than max_unreadable (0)" in capsys.readouterr().err
+    assert main(arguments) == 0
+    assert "1 unreadable" in capsys.readouterr().out
 
 
 def test_the_command_refuses_a_missing_source_in_one_line(tmp_path, capsys):

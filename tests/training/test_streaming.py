@@ -1,20 +1,29 @@
 """Streams: the same for the same position, of fixed length, exact to continue, each sample once."""
 
+import io
 import logging
+import os
 import random
+import re
 import shutil
+import signal
+import tarfile
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from fastkd.training import load_checkpoint, train
 from fastkd.training.augment import InputSpec
+from fastkd.training.checkpoint import CheckpointError
 from fastkd.training.data import eval_loader, train_loader
 from fastkd.training.datasets import open_data
 from fastkd.training.recipe import Recipe
 from fastkd.training.shards import shard
-from tests.training.tiny import image_folder
+from fastkd.training.streaming import TrainStream
+from fastkd.training.workers import describe_worker_death
+from tests.training.tiny import FAST, image_folder, vit
 
 CPU = torch.device("cpu")
 SPEC = InputSpec((3, 16, 16), (0.5, 0.5, 0.5), (0.2, 0.2, 0.2))
@@ -96,9 +105,13 @@ def test_every_rank_makes_as_many_updates(data, world_size):
 
 
 def test_ranks_read_different_samples(data):
-    first, second = (epoch(data, rank=rank, world_size=2) for rank in (0, 1))
-    images = {image.numpy().tobytes() for batch in first + second for image in batch.images}
-    assert len(images) == 32
+    recipe = RECIPE.override(augment="none", train_samples=32)
+    first, second = (epoch(data, recipe, rank=rank, world_size=2) for rank in (0, 1))
+    read = [
+        {i.numpy().tobytes() for batch in part for i in batch.images} for part in (first, second)
+    ]
+    assert all(len(images) == 16 for images in read)
+    assert not read[0] & read[1]
 
 
 def test_an_epoch_is_as_long_as_the_recipe_says(data):
@@ -115,6 +128,112 @@ def test_more_processes_than_shards_are_told_which_option_to_lower(data):
     recipe = RECIPE.override(batch_size=2, workers=10)
     with pytest.raises(ValueError, match=r"process 10 of 10 on rank 0 .* got no samples .*workers"):
         epoch(data, recipe)
+
+
+@pytest.mark.parametrize(
+    "workers, world_size, told",
+    [
+        (0, 2, "2 processes share the 9 shards of wds/pipe:cat .*at least 8 shards for each"),
+        (2, 2, "4 processes share the 9 shards"),
+        (3, 3, None),  # a shard for each
+        (0, 1, None),
+    ],
+)
+def test_an_epoch_that_is_far_from_a_pass_is_told(data, caplog, workers, world_size, told):
+    with caplog.at_level(logging.WARNING, "fastkd"):
+        for rank in range(world_size):
+            recipe = RECIPE.override(workers=workers, batch_size=4 * world_size)
+            train_loader(data, recipe, SPEC, CPU, rank, world_size)
+    messages = [record.getMessage() for record in caplog.records if record.name == "fastkd"]
+    assert len(messages) == (told is not None)
+    assert told is None or re.search(told, messages[0])
+
+
+def rewritten(shards, folder, edit, pattern):
+    """A copy of the shards with other members in some: ``edit`` takes (number, name, content)."""
+    copy = shutil.copytree(shards, folder)
+    for path in sorted(copy.glob(pattern)):
+        with tarfile.open(path) as archive:
+            members = [(info.name, archive.extractfile(info).read()) for info in archive]
+        with tarfile.open(path, "w") as archive:
+            for number, (name, content) in enumerate(members):
+                content = edit(number, name, content)
+                if content is not None:
+                    info = tarfile.TarInfo(name)
+                    info.size = len(content)
+                    archive.addfile(info, io.BytesIO(content))
+    return copy
+
+
+def first_broken(number, name, content):
+    return b"no image" if number == 0 else content
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_images_that_a_stream_cannot_read_are_told(shards, tmp_path, workers):
+    copy = rewritten(shards, tmp_path / "shards", first_broken, "train-000003.tar")
+    data = open_data(f"wds/pipe:cat {copy}")
+    recipe = RECIPE.override(workers=workers, train_samples=72, augment="none")
+    faults = {fault for batch in epoch(data, recipe) for fault in batch.faults}
+    (fault,) = faults
+    assert fault.sample == -1 and fault.reason == "no image"
+    assert re.fullmatch(r"pipe:cat .*/train-000003\.tar:\d{8}", fault.name)
+
+
+def test_shards_that_a_stream_cannot_fetch_are_told(shards, tmp_path):
+    copy = shutil.copytree(shards, tmp_path / "shards")
+    (copy / "train-000005.tar").unlink()
+    recipe = RECIPE.override(train_samples=72)
+    faults = [f for batch in epoch(open_data(f"wds/pipe:cat {copy}"), recipe) for f in batch.faults]
+    assert {fault.name for fault in faults} == {f"pipe:cat {copy}/train-000005.tar"}
+
+
+def test_evaluation_refuses_images_that_it_cannot_read(shards, tmp_path):
+    copy = rewritten(shards, tmp_path / "shards", first_broken, "validation-000001.tar")
+    data = open_data(f"wds/pipe:cat {copy}")
+    with pytest.raises(OSError, match=r"cannot read .*validation-000001\.tar:\d{8}: no image"):
+        list(eval_loader(data, RECIPE, SPEC, CPU))
+
+
+def test_evaluation_refuses_shards_that_it_cannot_fetch(shards, tmp_path):
+    copy = shutil.copytree(shards, tmp_path / "shards")
+    (copy / "validation-000001.tar").unlink()
+    data = open_data(f"wds/pipe:cat {copy}")
+    with pytest.raises(OSError, match=r"cannot read pipe:cat .*/validation-000001\.tar: "):
+        list(eval_loader(data, RECIPE, SPEC, CPU))
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_an_evaluation_can_be_compared_with_what_the_data_state(shards, tmp_path, world_size):
+    def without_first(number, name, content):
+        return None if number < 3 else content  # image, label and description
+
+    copy = rewritten(shards, tmp_path / "shards", without_first, "validation-000001.tar")
+    data = open_data(f"wds/pipe:cat {copy}")
+    loaders = [eval_loader(data, RECIPE, SPEC, CPU, rank, world_size) for rank in range(world_size)]
+    assert [loader.expected for loader in loaders] == [12] * world_size
+    assert sum(len(batch.images) for loader in loaders for batch in loader) == 11
+    assert train_loader(data, RECIPE, SPEC, CPU).expected is None
+
+
+class Killed:
+    """A transform that takes its process with it."""
+
+    def decode(self, image):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.parametrize(
+    "make, position",
+    [(train_loader, "position 0 of an epoch of wds/"), (eval_loader, "the sample behind 0 others")],
+)
+def test_a_workers_death_names_stream_and_position(data, make, position):
+    loader = make(data, RECIPE.override(workers=1), SPEC, CPU)
+    loader.stream.transform = Killed()
+    with pytest.raises(RuntimeError) as raised:
+        list(loader)
+    text = describe_worker_death(loader, raised.value)
+    assert position in text and "(split " in text
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 5])
@@ -226,3 +345,39 @@ def test_a_streamed_hub_set_is_evaluated_on_every_sample_once(hub, world_size):
     ]
     images = [i.numpy().tobytes() for loader in loaders for batch in loader for i in batch.images]
     assert len(images) == len(set(images)) == 18
+
+
+RUN = FAST | {"augment": "cpu", "batch_size": 8, "checkpoint_interval": 2, "eval_batch_size": 4}
+
+
+def student():
+    return vit(in_chans=3, img_size=16, num_classes=3)
+
+
+def test_a_streamed_run_that_was_stopped_ends_bit_identical(shards, tmp_path, monkeypatch):
+    name = f"wds/pipe:cat {shards}"
+    train(student(), None, name, tmp_path / "whole", **RUN)
+    read, count = TrainStream._read, 0
+
+    def stop(*arguments):
+        nonlocal count
+        count += 1
+        if count == 8 * 3 + 2:  # in the last of the epoch's four updates
+            raise LookupError("stream gone")
+        return read(*arguments)
+
+    with monkeypatch.context() as patch, pytest.raises(LookupError, match="stream gone"):
+        patch.setattr(TrainStream, "_read", stop)
+        train(student(), None, name, tmp_path / "parts", **RUN)
+    assert load_checkpoint(tmp_path / "parts")["position"]["total"] == 2
+    with pytest.raises(CheckpointError, match=r"shared by .*1, 0.* now by .*1, 2.* other samples"):
+        train(student(), None, name, tmp_path / "parts", **RUN | {"workers": 2})
+    train(student(), None, name, tmp_path / "parts", **RUN)
+    whole, parts = (load_checkpoint(tmp_path / run)["student"] for run in ("whole", "parts"))
+    assert all(torch.equal(value, parts[key]) for key, value in whole.items())
+
+
+def test_a_streamed_run_stops_over_more_unreadable_images_than_allowed(shards, tmp_path):
+    copy = rewritten(shards, tmp_path / "shards", first_broken, "train-*.tar")
+    with pytest.raises(OSError, match=r"training images cannot be read, more than max_unreadable"):
+        train(student(), None, f"wds/pipe:cat {copy}", tmp_path / "run", **RUN, max_unreadable=3)
