@@ -98,7 +98,7 @@ def open_data(
     return DataPair(
         train=train,
         val=val,
-        num_classes=_num_classes(first),
+        num_classes=_num_classes(first) or _num_classes(val),
         yields_tensors=isinstance(image, Tensor),
         image_size=tuple(image.shape) if isinstance(image, Tensor) else None,  # type: ignore[arg-type]
         labelled_val=labelled_val,

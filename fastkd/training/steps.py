@@ -50,6 +50,7 @@ PARTS = (LOADER, INPUT, TEACHER, FORWARD, STUDENT, OPTIMISER, UPDATE, FULL)
 
 # Below this part of the slower one's speed, loader and update stand in each other's way.
 CONTENTION = 0.8
+UNSTEADY = 1.0  # quartiles further apart than the median say nothing about what limits
 
 # The parts that an update consists of; the others are made of them, or of a piece of one.
 _PIECES = {
@@ -80,6 +81,11 @@ class Part:
     images_per_second: float
     share: float
 
+    @property
+    def spread(self) -> float:
+        """How far the quartiles lie apart, in medians."""
+        return (self.upper_quartile - self.lower_quartile) / self.seconds
+
 
 @dataclass(frozen=True)
 class Breakdown:
@@ -97,7 +103,13 @@ class Breakdown:
     limit: str
 
     def sentence(self) -> str:
-        """What limits, for people to read."""
+        """What limits, for people to read, or that the figures are too unsteady to say."""
+        if any(part.spread > UNSTEADY for part in self.parts.values()):
+            worst = max(self.parts.values(), key=lambda part: part.spread)
+            return (
+                f"Too unsteady to say what limits: the middle half of the times of {worst.name!r} "
+                f"lies {worst.spread:.1f} medians apart. Is the machine busy with something else?"
+            )
         loader, update = (self.parts[name].images_per_second for name in (LOADER, UPDATE))
         if self.limit == LOADER:
             text = (

@@ -63,6 +63,9 @@ def effective_values(
         "learning rate": _schedule_text(recipe),
     }
     if data is not None:
+        known = data.num_classes
+        if known is not None and recipe.num_classes is not None and recipe.num_classes > known:
+            values["classes"] = f"{recipe.num_classes} logits for data of {known} classes"
         samples = recipe.train_samples or len(data.train) if data.streams else len(data.train)
         sampler = TrainBatchSampler(
             samples, share, accumulation=recipe.accumulation, world_size=world_size

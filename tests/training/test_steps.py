@@ -280,3 +280,10 @@ def test_the_command_makes_images_where_it_is_given_none(capsys):
     )
     assert status == 0
     assert LOADER in capsys.readouterr().out
+
+
+def test_times_that_lie_far_apart_are_given_no_verdict():
+    breakdown = steps._breakdown(
+        {LOADER: [2, 2, 2], INPUT: [1] * 3, UPDATE: [0.1, 1, 9], FULL: [4] * 3}, 8
+    )
+    assert breakdown.sentence().startswith("Too unsteady to say what limits: ")
