@@ -519,7 +519,9 @@ def step_case(
         harness.Provider(name, run(step), baseline=name != "fastkd") for name, step in made.items()
     ]
     count = "a step" if repeat == 1 else f"{repeat} steps"
-    name = f"{count} of {size.batch} images of {size.image} px, {amp}"
+    name = (
+        f"{count} of {size.batch} images of {size.image} px, {'float32' if amp == 'none' else amp}"
+    )
     timer = time_gpu if device == "cuda" else harness.time_cpu
     return StepCase(name, repeat * size.batch, providers, timer, rounds=7)
 
