@@ -1,7 +1,8 @@
 """The device's half of ``augment="gpu"``: carries out what the loader planned.
 
 Knows images and plans; neither timm nor how numbers were drawn. Draws nothing and waits for
-nothing: which image gets which operation is read from the plan while it is still on the host.
+nothing: how many images get which operation is read from the plan while it is still on the host,
+and which of them are they is sorted out on the device.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ from torch import Tensor, nn
 
 from fastkd.training.device_augment.erasing import erase
 from fastkd.training.device_augment.operations import Operation, apply_operation
+
+LAYERED = ("operations", "arguments")  # parts of a plan that have an entry for every layer
 
 
 class DeviceAugment(nn.Module):
@@ -58,18 +61,22 @@ class DeviceAugment(nn.Module):
                 reading it would mean to wait for it.
         """
         _check(images, plan)
-        moved = {name: _to(plan[name], images) for name in ("flip", "arguments", "erase", "noise")}
+        moved = {name: part.to(images.device, non_blocking=True) for name, part in plan.items()}
         images = torch.where(moved["flip"].view(-1, 1, 1, 1), images.flip(3), images)
         for layer, operations in enumerate(plan["operations"].unbind(1)):
-            self._operate(images, operations, moved["arguments"][:, layer])
+            self._operate(images, operations, *(moved[n][:, layer] for n in LAYERED))
         return self._erase(self._normalise(images), plan, moved)
 
-    def _operate(self, images: Tensor, operations: Tensor, arguments: Tensor) -> None:
+    def _operate(
+        self, images: Tensor, planned: Tensor, operations: Tensor, arguments: Tensor
+    ) -> None:
         """Do one layer's operations in place, all images with the same one together."""
-        for number in operations.unique().tolist():
+        order = operations.argsort(stable=True)
+        numbers, counts = planned.unique(return_counts=True)  # in the order of the sort
+        groups = zip(numbers.tolist(), order.split(counts.tolist()), strict=True)
+        for number, rows in groups:
             if number == Operation.NOTHING:
                 continue
-            rows = _to((operations == number).nonzero().squeeze(1), images)
             done = apply_operation(Operation(number), images[rows], arguments[rows], self.fill)
             images.index_copy_(0, rows, done)
 
@@ -78,16 +85,12 @@ class DeviceAugment(nn.Module):
         return images.to(torch.float32).div_(255).sub_(self.mean).div_(self.std)
 
     def _erase(self, images: Tensor, plan: dict[str, Tensor], moved: dict[str, Tensor]) -> Tensor:
-        erased = plan["erase"][:, 2].nonzero().squeeze(1)
-        if len(erased):
-            rows = _to(erased, images)
+        count = int((plan["erase"][:, 2] > 0).sum())
+        if count:
+            rows = (moved["erase"][:, 2] == 0).to(torch.uint8).argsort(stable=True)[:count]
             boxes, seeds = moved["erase"][rows], moved["noise"][rows]
             images.index_copy_(0, rows, erase(images[rows], boxes, seeds))
         return images
-
-
-def _to(part: Tensor, images: Tensor) -> Tensor:
-    return part.to(images.device, non_blocking=True)
 
 
 def _check(images: Tensor, plan: dict[str, Tensor]) -> None:
