@@ -6,7 +6,7 @@ import sys
 from types import TracebackType
 from typing import TextIO
 
-from tqdm import tqdm
+from fastkd.training.progress import Bar
 
 
 class Progress:
@@ -18,7 +18,7 @@ class Progress:
 
     def __init__(self, stream: TextIO | None = None) -> None:
         self.stream = stream or sys.stderr
-        self._bar: tqdm | None = None
+        self._bar: Bar | None = None
         self._done = 0
         self._total = 0
 
@@ -44,7 +44,7 @@ class Progress:
         """
         self._total = total
         if self.stream.isatty():
-            self._bar = tqdm(total=total, file=self.stream, unit="run", leave=False, ncols=88)
+            self._bar = Bar(total=total, file=self.stream, unit="run", leave=False, ncols=88)
 
     def begin(self, name: str) -> None:
         """Say what is running.

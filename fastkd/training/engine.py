@@ -144,7 +144,9 @@ class Engine:
         self.applying = False
         self._unread: list[_Done] = []
         if recipe.channels_last:
-            task.student.to(memory_format=torch.channels_last)
+            for module in (task.student, teacher):
+                if module is not None:
+                    module.to(memory_format=torch.channels_last)
         self._compile()
         self.wrapped: nn.Module = task if world.size == 1 else _data_parallel(task, world)
 
