@@ -22,7 +22,63 @@ class SampleKey(NamedTuple):
     copy: int
 
 
-class TrainBatchSampler(Sampler[list[SampleKey]]):
+class Schedule:
+    """The updates of an epoch, the same on every rank, and where the next iteration starts.
+
+    A loader with workers runs ahead of the training loop, so the loop's count of finished updates
+    is the one to keep in a checkpoint.
+
+    Args:
+        num_samples: of an epoch over all ranks; what fills no update is dropped.
+        batch_size: samples per rank and slice.
+        seed: the run's seed.
+        accumulation: slices per update.
+        rank: this process.
+        world_size: number of processes.
+        of: what the samples are called in the error.
+
+    Raises:
+        ValueError: an epoch is shorter than one update.
+    """
+
+    def __init__(
+        self,
+        num_samples: int,
+        batch_size: int,
+        *,
+        seed: int = 0,
+        accumulation: int = 1,
+        rank: int = 0,
+        world_size: int = 1,
+        of: str = "the training set",
+    ) -> None:
+        self.num_samples = num_samples
+        self.batch_size = batch_size
+        self.seed = seed
+        self.accumulation = accumulation
+        self.rank = rank
+        self.world_size = world_size
+        self.epoch = 0
+        self.update = 0
+        per_update = world_size * batch_size * accumulation
+        self.updates_per_epoch = num_samples // per_update
+        if self.updates_per_epoch == 0:
+            raise ValueError(
+                f"batch_size: {per_update} images per update, but {of} has only {num_samples}"
+            )
+
+    def set_position(self, epoch: int, update: int = 0) -> None:
+        """Let the next iteration start at an update of an epoch.
+
+        Args:
+            epoch: from 0.
+            update: finished updates of that epoch.
+        """
+        self.epoch = epoch
+        self.update = update
+
+
+class TrainBatchSampler(Schedule, Sampler[list[SampleKey]]):
     """Batches of one rank, in an order that depends on (seed, epoch) alone.
 
     An epoch is a permutation of the samples, each repeated ``repeats`` times in a row and the whole
@@ -32,17 +88,14 @@ class TrainBatchSampler(Sampler[list[SampleKey]]):
     an image once for its copies, one run of samples each: either way the update's samples are the
     same however many ranks share them.
 
-    The position is where the *next* iteration starts. A loader with workers runs ahead of the
-    training loop, so the loop's count of finished updates is the one to keep in a checkpoint.
-
     Args:
         num_samples: size of the data set.
-        batch_size: samples per rank and slice.
-        seed: the run's seed.
-        accumulation: slices per update.
+        batch_size: as are ``seed``, ``accumulation``, ``rank`` and ``world_size``, of `Schedule`.
+        seed: likewise.
+        accumulation: likewise.
         repeats: copies of a sample that follow each other.
-        rank: this process.
-        world_size: number of processes.
+        rank: likewise.
+        world_size: likewise.
         together: give a rank copies that follow each other, instead of every ``world_size``-th.
 
     Raises:
@@ -61,32 +114,16 @@ class TrainBatchSampler(Sampler[list[SampleKey]]):
         world_size: int = 1,
         together: bool = False,
     ) -> None:
-        self.num_samples = num_samples
-        self.batch_size = batch_size
-        self.seed = seed
-        self.accumulation = accumulation
+        super().__init__(
+            num_samples,
+            batch_size,
+            seed=seed,
+            accumulation=accumulation,
+            rank=rank,
+            world_size=world_size,
+        )
         self.repeats = repeats
-        self.rank = rank
-        self.world_size = world_size
         self.together = together
-        self.epoch = 0
-        self.update = 0
-        self.updates_per_epoch = num_samples // (world_size * batch_size * accumulation)
-        if self.updates_per_epoch == 0:
-            raise ValueError(
-                f"batch_size: {world_size * batch_size * accumulation} images per update, but the "
-                f"training set has only {num_samples}"
-            )
-
-    def set_position(self, epoch: int, update: int = 0) -> None:
-        """Let the next iteration start at an update of an epoch.
-
-        Args:
-            epoch: from 0.
-            update: finished updates of that epoch.
-        """
-        self.epoch = epoch
-        self.update = update
 
     def order(self, epoch: int) -> np.ndarray:
         """The epoch's samples over all ranks.

@@ -29,6 +29,7 @@ from fastkd.training.data import slice_size
 from fastkd.training.datasets import DataPair
 from fastkd.training.passed_over import tell_what_is_passed_over
 from fastkd.training.recipe import Recipe
+from fastkd.training.samplers import Schedule
 from fastkd.training.samples import (
     Sample,
     SampleTransform,
@@ -47,7 +48,7 @@ ENOUGH_SHARDS = 8  # for each process, so that their shares of an epoch are abou
 _Placed = tuple[int, tuple[Any, Any]]  # position in its process' part of the epoch, (image, label)
 
 
-class TrainStream(IterableDataset):
+class TrainStream(Schedule, IterableDataset):
     """The slices of one rank's updates, shared out in turn to its loader processes.
 
     The position is where the *next* iteration starts. Processes before the one whose turn it is
@@ -84,24 +85,19 @@ class TrainStream(IterableDataset):
         world_size: int = 1,
         notes: WorkerNotes | None = None,
     ) -> None:
+        super().__init__(
+            num_samples,
+            batch_size,
+            seed=seed,
+            accumulation=accumulation,
+            rank=rank,
+            world_size=world_size,
+            of=f"an epoch of {source}",
+        )
         self.source = source
         self.notes = notes
         self.transform = transform
         self.stack = stack
-        self.num_samples = num_samples
-        self.batch_size = batch_size
-        self.accumulation = accumulation
-        self.seed = seed
-        self.rank = rank
-        self.world_size = world_size
-        self.epoch = 0
-        self.update = 0
-        self.updates_per_epoch = num_samples // (world_size * batch_size * accumulation)
-        if self.updates_per_epoch == 0:
-            raise ValueError(
-                f"batch_size: {world_size * batch_size * accumulation} images per update, but an "
-                f"epoch of {source} has only {num_samples}"
-            )
         self.reader = source.reader(
             training=True,
             num_samples=num_samples,
@@ -109,16 +105,6 @@ class TrainStream(IterableDataset):
             seed=derive_seed("stream", seed),
         )
         _place(self.reader, rank, world_size)
-
-    def set_position(self, epoch: int, update: int = 0) -> None:
-        """Let the next iteration start at an update of an epoch.
-
-        Args:
-            epoch: from 0.
-            update: finished updates of that epoch.
-        """
-        self.epoch = epoch
-        self.update = update
 
     @property
     def origin(self) -> tuple[int, int, int]:

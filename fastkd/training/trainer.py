@@ -43,6 +43,7 @@ from fastkd.training.options import (
 )
 from fastkd.training.recipe import Recipe
 from fastkd.training.result import RESULT, Result
+from fastkd.training.samplers import Schedule
 from fastkd.training.seeding import derive_seed, preserved_rng, seed_all
 from fastkd.training.setup import (
     build_student,
@@ -551,7 +552,7 @@ class _Run:
         return str(path) if path is not None and is_best(path, self.progress.best) else None
 
 
-def _schedule(loader: Any) -> Any:
+def _schedule(loader: Any) -> Schedule:
     """What knows an epoch's length and where the next iteration starts."""
     streams = isinstance(loader.dataset, IterableDataset)
     return loader.dataset if streams else loader.batch_sampler
