@@ -6,7 +6,7 @@
 #                                    # bench_feature_kd ...
 #
 # Logs and JSON go to $OUT, or bench/results. No part may take more than five minutes, but for
-# bench_train_step, which compiles CaiT-S24 five times: nine. The limits add up to 70, what is used to
+# bench_train_step, which compiles CaiT-S24 five times: nine. The limits add up to 80, what is used to
 # less than half. Benchmarks write what they have after every case.
 # Uses the python3 on the PATH with the torch it has; installs nothing but fastkd itself, needs no
 # network. PREBUILT=path/to/_C.abi3.so also shows that a library built elsewhere, against another
@@ -60,6 +60,8 @@ for operator in lift_kd spectrum second_moment feature_kd; do
   part tests "tests_${operator}_gpu" 100 python3 -m pytest -p no:cacheprovider "tests/ops/test_${operator}_gpu.py"
 done
 part tests tests_extension 40 python3 -m pytest -p no:cacheprovider tests/ops/test_extension.py
+part tests tests_losses 120 bash -c "shards 8 tests/losses"
+part tests tests_losses_gpu 240 bash -c "shards 4 tests/losses/test_losses_gpu.py"
 part tests tests_training 300 env OMP_NUM_THREADS=2 bash -c "shards 8 tests/training" # all, seeing CUDA
 if command -v compute-sanitizer >/dev/null; then
   for tool in memcheck racecheck; do
@@ -68,7 +70,7 @@ if command -v compute-sanitizer >/dev/null; then
   part sanitizer sanitizer_triton 100 compute-sanitizer --tool memcheck --error-exitcode 9 python3 bench/sanitize.py --backend triton
 fi
 gpu=$(python3 -c 'import torch; print(torch.cuda.get_device_name().split()[1].lower())')
-for bench in lift_kd spectrum second_moment feature_kd; do
+for bench in lift_kd spectrum second_moment feature_kd relations; do
   part bench "bench_$bench" 300 python3 "bench/$bench.py" --device cuda --output "$output/${bench}_$gpu.json"
 done
 part bench bench_train_step 540 python3 bench/train_step.py --device cuda --output "$output/train_step_$gpu.json"

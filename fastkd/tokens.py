@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
+__all__ = ["RESAMPLE_MODES", "Tokens", "match_grids"]
+
 RESAMPLE_MODES = ("bilinear", "bicubic", "area", "nearest")
 
 

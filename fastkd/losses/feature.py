@@ -1,119 +1,96 @@
 """Distillation of feature maps between pairs of blocks.
 
 Knows tokens, widths and projectors; which model the tokens come from is the caller's business, and
-the distance itself is `fastkd.ops.feature_kd`, or `fastkd.ops.lift_kd` after a learned projector.
+what a pair's distance is, `fastkd.losses.distance` and its subclasses say.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, TypeVar, cast
+from collections.abc import Mapping
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from fastkd import catalogue
+from fastkd.losses.build import build_distance
+from fastkd.losses.distance import MapDistance
 from fastkd.losses.projectors import (
     PROJECTORS,
+    build_projector,
     check_widths,
-    has_hooks,
-    linear_projector,
+    fused_weights,
+    pool_channels,
     pool_side,
 )
-from fastkd.ops import feature_kd, lift_kd
-from fastkd.tokens import RESAMPLE_MODES, Tokens, match_grids
-
-Key = int | str
-Value = TypeVar("Value")
-FEATURE_LOSSES = ("mse", "spectral", "smooth_l1", "cosine")
+from fastkd.losses.term import FeatureTerm, Key, Pairs, check_choice
+from fastkd.ops import lift_kd
+from fastkd.tokens import Tokens
 
 
-class FeatureKD(nn.Module):
+class FeatureKD(FeatureTerm):
     r"""Mean over pairs of a distance between student and teacher token maps.
 
     .. math:: L = \frac{1}{|P|} \sum_{(i, j) \in P} d(\pi(F^s_i), F^t_j)
 
-    with d one of ``"mse"`` (mean over all elements), ``"spectral"`` (SpectralKD, arXiv 2412.19055),
-    ``"smooth_l1"`` and ``"cosine"``, each reduced to a mean as `fastkd.ops.feature_kd` documents.
-    The projector :math:`\pi` is one of
+    The distance d has a name (``fastkd losses`` lists them) or is a module; ``"mse"``,
+    ``"spectral"``, ``"smooth_l1"`` and ``"cosine"`` are fused into single passes
+    (`fastkd.ops.feature_kd`). The projector :math:`\pi` is one of
 
-    - ``"none"``: equal widths, tokens compared as they are;
+    - ``"none"``: tokens compared as they are; widths are equal, or the distance looks at neither;
     - ``"pool"``: the wider side's channels are averaged down (what SpectralKD's code does);
     - ``"linear"``: a learned Linear per pair, student to teacher width (FitNets, arXiv 1412.6550),
-      dropped at inference; the projected map is never written;
+      dropped at inference; before a fused distance the projected map is never written;
+    - ``"mlp"``: Linear, GELU, Linear; dropped at inference;
+    - ``"orthogonal"``: a Linear whose weight stays orthonormal (VkD, arXiv 2403.06213); dropped at
+      inference, fused as ``"linear"`` is;
     - ``"lift"``: the student classifies from its own lifted tokens and those are compared
-      (arXiv 2511.15572); the caller puts them under the pair's student key.
+      (arXiv 2511.15572); the caller puts them under the pair's student key. It stays at inference.
 
     Args:
-        loss: the distance d.
+        loss: the distance d: a name, or a module called as ``loss(student, teacher, grid=(H, W))``
+            with [B, N, D] tokens, which all pairs share.
         pairs: (student key, teacher key), resolved to the keys of the taps.
         weight: what the caller multiplies the term with; kept here, not applied here.
-        projector: one of the four above.
-        student_dims: channels per student key; needed by ``"linear"`` and for the check of widths.
+        projector: one of the six above.
+        student_dims: channels per student key; needed by learned projectors and distances, and for
+            the check of widths.
         teacher_dims: channels per teacher key; likewise.
         resample: None refuses different grids; otherwise the mode that brings the teacher's map to
             the student's grid (`fastkd.tokens.match_grids`).
         backend: passed to the operators.
-        beta: the threshold of ``"smooth_l1"``.
+        **options: of the named distance, such as ``beta`` of ``"smooth_l1"``.
 
     Raises:
         ValueError: no pairs, an unknown option, or widths that the projector cannot bring together.
     """
 
-    name = "feature"
-
     def __init__(
         self,
-        loss: str = "mse",
-        pairs: Sequence[tuple[Key, Key]] = ((11, 11),),
+        loss: str | nn.Module = "mse",
+        pairs: Pairs = ((11, 11),),
         weight: float = 0.2,
         projector: str = "none",
         student_dims: Mapping[Key, int] | None = None,
         teacher_dims: Mapping[Key, int] | None = None,
         resample: str | None = None,
         backend: str = "auto",
-        beta: float = 1.0,
+        **options: Any,
     ) -> None:
-        super().__init__()
-        _check_choice("loss", loss, FEATURE_LOSSES)
-        _check_choice("projector", projector, PROJECTORS)
-        if resample is not None:
-            _check_choice("resample", resample, RESAMPLE_MODES)
-        if not pairs:
-            raise ValueError("FeatureKD: pairs must hold at least one (student, teacher) pair")
+        super().__init__(pairs, weight, resample)
+        check_choice(self, "projector", projector, PROJECTORS)
         if projector == "lift" and len(pairs) > 1:
             raise ValueError(
                 f"FeatureKD: projector='lift' compares the one lifted map of the student, got "
                 f"{len(pairs)} pairs"
             )
-        self.loss = loss
-        self.pairs = tuple((student, teacher) for student, teacher in pairs)
-        self.weight = weight
         self.projector = projector
-        self.resample = resample
-        self.backend = backend
-        self.beta = beta
-        self.projectors = nn.ModuleList(self._build_projectors(student_dims, teacher_dims))
-
-    def _build_projectors(
-        self, student_dims: Mapping[Key, int] | None, teacher_dims: Mapping[Key, int] | None
-    ) -> list[nn.Module]:
-        if student_dims is None or teacher_dims is None:
-            if self.projector == "linear":
-                raise ValueError(
-                    "FeatureKD: projector='linear' needs student_dims and teacher_dims, the "
-                    "channels per key"
-                )
-            return []
-        projectors: list[nn.Module] = []
-        for student, teacher in self.pairs:
-            widths = (
-                _lookup("student_dims", student_dims, student),
-                _lookup("teacher_dims", teacher_dims, teacher),
-            )
-            check_widths(self.projector, (student, teacher), *widths)
-            if self.projector == "linear":
-                projectors.append(linear_projector(*widths))
-        return projectors
+        self.lifts = projector == "lift"
+        widths = None
+        if student_dims is not None and teacher_dims is not None:
+            widths = self.widths(student_dims, teacher_dims)
+        self.distances = nn.ModuleList(self._build_distances(loss, widths, backend, options))
+        self.projectors = nn.ModuleList(self._build_projectors(widths))
 
     def forward(self, student: Mapping[Key, Tokens], teacher: Mapping[Key, Tokens]) -> Tensor:
         """Compare the token maps of every pair.
@@ -129,73 +106,118 @@ class FeatureKD(nn.Module):
             ValueError: a key is missing, grids differ without ``resample``, or widths differ.
         """
         distances = [
-            self._distance(index, *self.matched(student, teacher, index))
+            self._compare(index, *self.matched(student, teacher, index))
             for index in range(len(self.pairs))
         ]
         return torch.stack(distances).mean()
 
     @property
-    def options(self) -> dict[str, Any]:
-        """What defines the distance, as the operators' keywords."""
-        return {"loss": self.loss, "beta": self.beta, "backend": self.backend}
+    def operator_options(self) -> dict[str, Any] | None:
+        """The distance as the operators' keywords; None where no operator computes it."""
+        distance = self.distances[0]
+        return distance.options if type(distance) is MapDistance else None
 
-    def matched(
-        self, student: Mapping[Key, Tokens], teacher: Mapping[Key, Tokens], index: int = 0
-    ) -> tuple[Tokens, Tokens]:
-        """Both sides of a pair, on one grid.
+    def _build_distances(
+        self,
+        loss: str | nn.Module,
+        widths: list[tuple[int, int]] | None,
+        backend: str,
+        options: dict[str, Any],
+    ) -> list[nn.Module]:
+        """One distance for all pairs, or one for each where it learns something of their widths."""
+        if isinstance(loss, nn.Module):
+            if options:
+                raise ValueError(
+                    f"FeatureKD: {sorted(options)} are options of a named loss, got a module"
+                )
+            return [loss]
+        entry = _named_distance(loss)
+        if not entry.load().needs_widths:
+            return [build_distance(entry, options, backend=backend)]
+        if widths is None:
+            raise ValueError(
+                f"FeatureKD: loss={loss!r} needs student_dims and teacher_dims, the channels per "
+                "key"
+            )
+        return [
+            build_distance(entry, options, widths=self._compared_widths(*pair)) for pair in widths
+        ]
 
-        Args:
-            student: tokens by key.
-            teacher: tokens by key; resampled where the grids differ.
-            index: which pair.
+    def _compared_widths(self, student_dim: int, teacher_dim: int) -> tuple[int, int]:
+        """What the projector leaves of a pair's widths."""
+        if self.projector == "pool":
+            student_dim = teacher_dim = min(student_dim, teacher_dim)
+        elif self.projector != "none":
+            student_dim = teacher_dim
+        return student_dim, teacher_dim
 
-        Returns:
-            The student's tokens, the teacher's.
+    def _build_projectors(self, widths: list[tuple[int, int]] | None) -> list[nn.Module]:
+        if widths is None:
+            if self.projector in _LEARNED:
+                raise ValueError(
+                    f"FeatureKD: projector={self.projector!r} needs student_dims and teacher_dims, "
+                    "the channels per key"
+                )
+            return []
+        for index, pair in enumerate(widths):
+            self._check_widths(index, *pair)
+        built = [build_projector(self.projector, *pair) for pair in widths]
+        return [projector for projector in built if projector is not None]
 
-        Raises:
-            ValueError: a key is missing, or grids differ without ``resample``.
-        """
-        student_key, teacher_key = self.pairs[index]
-        return match_grids(
-            _lookup("student", student, student_key),
-            _lookup("teacher", teacher, teacher_key),
-            self.resample,
+    def _check_widths(self, index: int, student_dim: int, teacher_dim: int) -> None:
+        equal = getattr(self._distance(index), "equal_widths", False)
+        check_widths(
+            self.projector, self.pairs[index], student_dim, teacher_dim, equal_widths=equal
         )
 
-    def _distance(self, index: int, student: Tokens, teacher: Tokens) -> Tensor:
-        check_widths(self.projector, self.pairs[index], student.dim, teacher.dim)
-        grid = student.grid
-        if self.projector == "linear":
-            return self._projected_distance(self.projectors[index], student, teacher)
-        pool = pool_side(student.dim, teacher.dim) if self.projector == "pool" else "none"
-        return feature_kd(student.data, teacher.data, grid=grid, pool=pool, **self.options)
+    def _distance(self, index: int) -> nn.Module:
+        return self.distances[index if len(self.distances) > 1 else 0]
 
-    def _projected_distance(self, layer: nn.Module, student: Tokens, teacher: Tokens) -> Tensor:
-        if type(layer) is nn.Linear and not has_hooks(layer):
-            distance = lift_kd(
-                student.data,
-                layer.weight,
-                teacher.data,
-                layer.bias,
-                grid=student.grid,
-                **self.options,
-            )
-            return cast(Tensor, distance)
-        # Someone has exchanged it, or listens to it: only calling it does what was meant.
-        return feature_kd(layer(student.data), teacher.data, grid=student.grid, **self.options)
+    def _compare(self, index: int, student: Tokens, teacher: Tokens) -> Tensor:
+        self._check_widths(index, student.dim, teacher.dim)
+        distance, grid = self._distance(index), student.grid
+        if self.projector in _LEARNED:
+            return self._compare_projected(self.projectors[index], distance, student, teacher)
+        if self.projector != "pool":
+            return cast(Tensor, distance(student.data, teacher.data, grid=grid))
+        if isinstance(distance, MapDistance):
+            side = pool_side(student.dim, teacher.dim)
+            return distance(student.data, teacher.data, grid=grid, pool=side)
+        dim = min(student.dim, teacher.dim)
+        pooled = (pool_channels(tokens.data, dim) for tokens in (student, teacher))
+        return cast(Tensor, distance(*pooled, grid=grid))
+
+    def _compare_projected(
+        self, layer: nn.Module, distance: nn.Module, student: Tokens, teacher: Tokens
+    ) -> Tensor:
+        options = self.operator_options
+        weights = None if options is None else fused_weights(layer)
+        if options is None or weights is None:
+            projected = layer(_as_parameters(student.data, layer))
+            return cast(Tensor, distance(projected, teacher.data, grid=student.grid))
+        weight, bias = weights
+        fused = lift_kd(student.data, weight, teacher.data, bias, grid=student.grid, **options)
+        return cast(Tensor, fused)
 
     def extra_repr(self) -> str:
         """Options, for ``print``."""
         pairs = ",".join(f"{student}:{teacher}" for student, teacher in self.pairs)
-        return f"{self.loss}, pairs={pairs}, weight={self.weight}, projector={self.projector}"
+        return f"pairs={pairs}, weight={self.weight}, projector={self.projector}"
 
 
-def _check_choice(argument: str, value: str, choices: Sequence[str]) -> None:
-    if value not in choices:
-        raise ValueError(f"FeatureKD: {argument} must be one of {tuple(choices)}, got {value!r}")
+def _as_parameters(tokens: Tensor, layer: nn.Module) -> Tensor:
+    """Tokens in the dtype of the layer's parameters; autocast brings them together itself."""
+    parameter = next(layer.parameters(), None)
+    if parameter is None or torch.is_autocast_enabled(tokens.device.type):
+        return tokens
+    return tokens.to(parameter.dtype)
 
 
-def _lookup(argument: str, mapping: Mapping[Key, Value], key: Key) -> Value:
-    if key not in mapping:
-        raise ValueError(f"FeatureKD: {argument} has no key {key!r}, only {list(mapping)}")
-    return mapping[key]
+_LEARNED = tuple(p.name for p in catalogue.PROJECTORS if p.learned and not p.stays)
+
+
+def _named_distance(name: str) -> catalogue.Loss:
+    known = {entry.name: entry for entry in catalogue.FEATURE_LOSSES if not entry.projects}
+    if name not in known:
+        raise ValueError(f"FeatureKD: loss must be one of {tuple(known)} or a module, got {name!r}")
+    return known[name]

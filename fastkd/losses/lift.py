@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastkd.losses.feature import FEATURE_LOSSES
+from fastkd.losses.distance import MAP_DISTANCES
 from fastkd.losses.projectors import has_hooks, init_linear
 from fastkd.ops import lift, lift_kd
 from fastkd.tokens import RESAMPLE_MODES, Tokens, match_grids
@@ -53,7 +53,14 @@ class Lift(nn.Module):
             self.norm = nn.LayerNorm(width, eps=eps, device=device, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Lift ``x`` from [B, N, dim] to [B, N, width]."""
+        """Lift tokens; writes [B, N, width].
+
+        Args:
+            x: [B, N, dim].
+
+        Returns:
+            [B, N, width].
+        """
         return self.norm(self.proj(x))
 
     def pooled(self, tokens: Tensor, *, backend: str = "auto") -> Tensor:
@@ -62,6 +69,9 @@ class Lift(nn.Module):
         Args:
             tokens: [B, N, dim] or [B, dim, H, W], any strides.
             backend: of `fastkd.ops.lift`.
+
+        Returns:
+            [B, width].
         """
         return lift(tokens, **self.operands(), pool=True, backend=backend)
 
@@ -192,8 +202,8 @@ class LiftKD(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if loss not in FEATURE_LOSSES:
-            raise ValueError(f"LiftKD: loss must be one of {FEATURE_LOSSES}, got {loss!r}")
+        if loss not in MAP_DISTANCES:
+            raise ValueError(f"LiftKD: loss must be one of {MAP_DISTANCES}, got {loss!r}")
         if resample is not None and resample not in RESAMPLE_MODES:
             raise ValueError(
                 f"LiftKD: resample must be None or one of {RESAMPLE_MODES}, got {resample!r}"

@@ -10,8 +10,7 @@ from collections.abc import Mapping
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastkd.losses.feature import FeatureKD, Key
-from fastkd.losses.logit import HardKD, SoftKD
+from fastkd.losses.term import FeatureTerm, Key, LogitTerm
 from fastkd.ops.precision import at_least_float32
 from fastkd.tokens import Tokens
 
@@ -23,37 +22,60 @@ class DistillationLoss(nn.Module):
 
     Source: arXiv 2511.15572. CE is smoothed for class indices; soft targets (Mixup) are taken as
     they come, smoothed by who mixed them. :math:`\alpha = 0` is what the paper's scripts call
-    "feature only": CE + w feature. KD is the logit term's weight, :math:`\alpha`. Without labels
-    the first term is left out: :math:`L = \alpha \, KD + w \, L_{feature}`.
+    "feature only": CE + w feature. Papers that leave the cross-entropy whole (DKD, NKD, DIST)
+    set its weight: :math:`L = c \, CE + \alpha \, KD + w \, L_{feature}`. Without labels the first
+    term is left out: :math:`L = \alpha \, KD + w \, L_{feature}`.
 
     Args:
-        logit: `SoftKD` or `HardKD`, whose ``weight`` is :math:`\alpha`; None is :math:`\alpha = 0`.
-        feature: `FeatureKD`, whose ``weight`` is w; None leaves it out.
+        logit: a logit loss, such as `SoftKD`, whose ``weight`` is :math:`\alpha`; None is
+            :math:`\alpha = 0`.
+        feature: `FeatureKD` or another feature term, whose ``weight`` is w; None leaves it out.
         label_smoothing: for targets given as class indices.
-        cross_entropy: False leaves the cross-entropy out, and targets are not looked at.
+        cross_entropy: False leaves the cross-entropy out; targets are looked at by a logit loss
+            that needs them alone.
+        ce_weight: c, the weight of the cross-entropy; None is :math:`1 - \alpha`.
 
     Raises:
-        ValueError: :math:`\alpha` outside [0, 1], a negative w, or no term at all.
+        ValueError: a negative weight, :math:`\alpha` above 1 without ``ce_weight``, or no term at
+            all.
     """
 
     def __init__(
         self,
-        logit: SoftKD | HardKD | None = None,
-        feature: FeatureKD | None = None,
+        logit: LogitTerm | None = None,
+        feature: FeatureTerm | None = None,
         label_smoothing: float = 0.0,
         cross_entropy: bool = True,
+        ce_weight: float | None = None,
     ) -> None:
         super().__init__()
-        if logit is not None and not 0 <= logit.weight <= 1:
-            raise ValueError(f"DistillationLoss: alpha must lie in [0, 1], got {logit.weight}")
+        alpha = 0.0 if logit is None else logit.weight
+        if alpha < 0 or (alpha > 1 and cross_entropy and ce_weight is None):
+            raise ValueError(
+                f"DistillationLoss: alpha must lie in [0, 1], or above it with ce_weight, got "
+                f"{alpha}"
+            )
         if feature is not None and feature.weight < 0:
             raise ValueError(f"DistillationLoss: the feature weight is negative: {feature.weight}")
+        if ce_weight is not None and (ce_weight < 0 or not cross_entropy):
+            raise ValueError(
+                "DistillationLoss: ce_weight must be at least 0, and needs cross_entropy, got "
+                f"{ce_weight}"
+            )
         if not cross_entropy and logit is None and feature is None:
             raise ValueError("DistillationLoss: without cross_entropy it needs logit or feature")
         self.logit = logit
         self.feature = feature
         self.label_smoothing = label_smoothing
         self.cross_entropy = cross_entropy
+        self._ce_weight = ce_weight
+
+    @property
+    def ce_weight(self) -> float:
+        """What the cross-entropy is multiplied with."""
+        if self._ce_weight is not None:
+            return self._ce_weight
+        return 1 - (0.0 if self.logit is None else self.logit.weight)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -113,15 +135,15 @@ class DistillationLoss(nn.Module):
             ValueError: a term is there but not what it needs.
         """
         parts, weighted = {}, []
-        alpha = 0.0 if self.logit is None else self.logit.weight
         if self.cross_entropy:
             parts["ce"] = self._cross_entropy(logits, target)
-            weighted.append((1 - alpha) * parts["ce"])
+            weighted.append(self.ce_weight * parts["ce"])
         if self.logit is not None:
             if teacher_logits is None:
                 raise ValueError(f"DistillationLoss: {self.logit.name} needs teacher_logits")
-            parts[self.logit.name] = self.logit(logits, teacher_logits)
-            weighted.append(alpha * parts[self.logit.name])
+            labels = target if self.logit.needs_target else None
+            parts[self.logit.name] = self.logit(logits, teacher_logits, labels)
+            weighted.append(self.logit.weight * parts[self.logit.name])
         if self.feature is not None:
             if distance is None:
                 raise ValueError("DistillationLoss: the feature term needs its distance")

@@ -12,6 +12,8 @@ from typing import Any
 
 from torch import nn
 
+from fastkd.catalogue import find_loss
+from fastkd.losses.build import check_options, has_temperature
 from fastkd.models import Teacher
 from fastkd.training.recipe import Recipe, fields_by_group
 
@@ -21,9 +23,10 @@ TEACHER_FIELDS = ("teacher_checkpoint", "teacher_img_size")
 RANDOM_FIELDS = ("scale", "ratio", "hflip", "color_jitter", "auto_augment", "reprob")
 IMAGE_FIELDS = ("interpolation", "crop_pct", "crop_mode")
 FEATURE_FIELDS = (
-    *("feature_loss", "pairs", "projector", "resample"),
+    *("feature_loss", "feature_options", "pairs", "projector", "resample"),
     *("student_prefix", "teacher_prefix"),
 )
+LOGIT_FIELDS = ("tau", "logit_loss", "logit_options")
 # Given as 0, they say what a run without a teacher does anyway.
 WEIGHT_FIELDS = ("alpha", "feature_weight")
 
@@ -88,7 +91,7 @@ def resolve_recipe(
     _refuse_without_effect(resolved, student, teacher, overrides)
     if teacher is None:  # and the record says so, whatever terms the recipe asks for
         resolved = resolved.override(**dict.fromkeys(WEIGHT_FIELDS, 0.0))
-        resolved = resolved.override(**dict.fromkeys(TEACHER_FIELDS))
+        resolved = resolved.override(**dict.fromkeys((*TEACHER_FIELDS, "ce_weight")))
     if student is not None:
         resolved = resolved.override(model=_name(student))
     if isinstance(data, str | Path):
@@ -96,6 +99,7 @@ def resolve_recipe(
     if not resolved.labels:
         _check_unlabelled(resolved, teacher, overrides)
     _check_schedule(resolved)
+    _check_loss_options(resolved)
     return resolved.override(teacher=None if teacher is None else _name(teacher))
 
 
@@ -130,8 +134,8 @@ def _refuse_without_effect(
 def _idle(recipe: Recipe) -> list[tuple[bool, tuple[str, ...], str]]:
     """(condition, fields, reason): where the condition holds, the fields do nothing."""
     return [
-        (recipe.alpha == 0, ("tau", "hard"), "alpha is 0"),
-        (recipe.hard, ("tau",), "hard distillation has no temperature"),
+        (recipe.alpha == 0, LOGIT_FIELDS, "alpha is 0"),
+        (not _has_temperature(recipe), ("tau",), f"{recipe.logit_loss!r} has no temperature"),
         (recipe.feature_weight == 0, FEATURE_FIELDS, "feature_weight is 0"),
         (not recipe.mixes, ("mixup_prob", "mixup_switch_prob"), "Mixup and CutMix are off"),
         (recipe.ema_decay is None, ("ema_warmup",), "there is no EMA"),
@@ -162,7 +166,10 @@ def _check_unlabelled(recipe: Recipe, teacher: Any, overrides: Mapping[str, Any]
         )
     if recipe.mixes:
         raise ValueError("labels: Mixup and CutMix mix labels; set mixup=0 and cutmix=0")
-    _refuse(overrides, ("label_smoothing",), "with labels=False there is no cross-entropy")
+    fields = ("label_smoothing", "ce_weight")
+    _refuse(overrides, fields, "with labels=False there is no cross-entropy")
+    if recipe.alpha > 0 and find_loss(recipe.logit_loss).load().needs_target:
+        raise ValueError(f"labels: logit_loss={recipe.logit_loss!r} looks at them")
 
 
 def refuse_image_options(overrides: Mapping[str, Any]) -> None:
@@ -181,6 +188,18 @@ def _refuse(overrides: Mapping[str, Any], names: tuple[str, ...], reason: str) -
     for name in names:
         if name in overrides:
             raise ValueError(f"{name}={overrides[name]!r} has no effect: {reason}")
+
+
+def _has_temperature(recipe: Recipe) -> bool:
+    return has_temperature(find_loss(recipe.logit_loss))
+
+
+def _check_loss_options(recipe: Recipe) -> None:
+    """Options of the losses that the run uses; those of another loss are the recipe's leftovers."""
+    if recipe.alpha > 0:
+        check_options(find_loss(recipe.logit_loss), recipe.logit_options, "logit_options")
+    if recipe.feature_weight > 0:
+        check_options(find_loss(recipe.feature_loss), recipe.feature_options, "feature_options")
 
 
 def _check_schedule(recipe: Recipe) -> None:

@@ -21,10 +21,12 @@ from typing import Any
 
 import yaml
 
+from fastkd.catalogue import FEATURE_LOSSES, LOGIT_LOSSES, PROJECTORS, names
 from fastkd.training.atomic import write_text
 
 Key = int | str
 Pairs = tuple[tuple[Key, Key], ...]
+Options = dict[str, float | int | bool | str]  # of a loss, by name
 
 # Fields that say where and how fast a run happens, not what it computes: they may change on resume.
 OPERATIONAL_FIELDS = frozenset(
@@ -66,18 +68,24 @@ class Recipe:
         None, "teacher", "pixels a side that images are resized to for it; none: its own"
     )
 
-    alpha: float = _option(0.0, "distillation", "weight of the logit term; CE gets 1 - alpha")
-    tau: float = _option(1.0, "distillation", "temperature of soft distillation")
-    hard: bool = _option(
-        False, "distillation", "distil the teacher's arg max instead of its logits"
+    alpha: float = _option(0.0, "distillation", "weight of the logit loss")
+    ce_weight: float | None = _option(
+        None, "distillation", "weight of the cross-entropy; none: 1 - alpha"
+    )
+    logit_loss: str = _option(
+        "soft", "distillation", "distance between logits", names(LOGIT_LOSSES)
+    )
+    tau: float = _option(1.0, "distillation", "temperature of logit losses that have one")
+    logit_options: Options | None = _option(
+        None, "distillation", "of the logit loss, as name=value,... (see: fastkd losses NAME)"
     )
     feature_loss: str = _option(
-        "mse",
-        "distillation",
-        "distance between token maps",
-        ("mse", "spectral", "smooth_l1", "cosine"),
+        "mse", "distillation", "distance between token maps", names(FEATURE_LOSSES)
     )
-    feature_weight: float = _option(0.2, "distillation", "weight of the feature term; 0: none")
+    feature_options: Options | None = _option(
+        None, "distillation", "of the feature loss, as name=value,... (see: fastkd losses NAME)"
+    )
+    feature_weight: float = _option(0.2, "distillation", "weight of the feature loss; 0: none")
     pairs: tuple[tuple[int | str, int | str], ...] = _option(
         ((-1, -1),),
         "distillation",
@@ -88,9 +96,7 @@ class Recipe:
         0, "distillation", "tokens that are no patches, in student layers paired by module name"
     )
     teacher_prefix: int = _option(0, "distillation", "likewise, in the teacher's layers")
-    projector: str = _option(
-        "none", "distillation", "how widths meet", ("none", "pool", "linear", "lift")
-    )
+    projector: str = _option("none", "distillation", "how widths meet", names(PROJECTORS))
     resample: str | None = _option(
         None,
         "distillation",
@@ -332,7 +338,8 @@ def parse_value(name: str, text: str) -> Any:
     Args:
         name: the field.
         text: ``none`` for an optional field's None; ``true``/``false``; numbers; commas between
-            the items of a tuple; ``11:23`` or ``0:0,11:23`` for pairs.
+            the items of a tuple; ``11:23`` or ``0:0,11:23`` for pairs; ``name=value,...`` for
+            options.
 
     Returns:
         The typed value.
@@ -365,6 +372,27 @@ def parse_pairs(text: str) -> Pairs:
         ValueError: a pair without its colon.
     """
     return tuple(_pair(map(_number_or_name, part.split(":"))) for part in text.split(","))
+
+
+def parse_options(text: str) -> Options:
+    """Read ``"beta=8,normalize=whiten"``; values are numbers, true, false or words.
+
+    Args:
+        text: assignments separated by commas.
+
+    Returns:
+        Values by name.
+
+    Raises:
+        ValueError: a part that is no assignment.
+    """
+    options: Options = {}
+    for part in text.split(","):
+        name, equals, value = (piece.strip() for piece in part.partition("="))
+        if not (name and equals and value):
+            raise ValueError(f"an option is name=value, got {part!r}")
+        options[name] = yaml.load(value, _RecipeLoader)
+    return _checked_options(options)
 
 
 def fields_by_group() -> dict[str, list[dataclasses.Field[Any]]]:
@@ -404,6 +432,7 @@ _WORDS = {
     type(None): "none",
     tuple[float, ...]: "a list of numbers",
     Pairs: "pairs of blocks such as 11:23 or [[11, 23]]",
+    Options: "options such as beta=8 or {beta: 8}",
 }
 
 
@@ -434,6 +463,8 @@ def _convert(kind: Any, value: Any) -> Any:
         if isinstance(value, str):
             return parse_pairs(value)
         return tuple(_pair(pair) for pair in value)
+    if kind == Options:
+        return parse_options(value) if isinstance(value, str) else _checked_options(value)
     if kind == tuple[float, ...]:
         if isinstance(value, str):
             raise TypeError
@@ -448,6 +479,8 @@ def _convert(kind: Any, value: Any) -> Any:
 def _parse_as(kind: Any, text: str) -> Any:
     if kind == Pairs:
         return parse_pairs(text)
+    if kind == Options:
+        return parse_options(text)
     if kind == tuple[float, ...]:
         return tuple(float(part) for part in text.split(","))
     if kind is bool:
@@ -467,6 +500,16 @@ def _pair(items: Any) -> tuple[Key, Key]:
     return keys
 
 
+def _checked_options(options: Any) -> Options:
+    """A copy, none for none; names are words and values scalars."""
+    if not isinstance(options, Mapping):
+        raise TypeError
+    for name, value in options.items():
+        if not isinstance(name, str) or not isinstance(value, bool | int | float | str):
+            raise ValueError(f"an option is a name and a scalar, got {name!r}: {value!r}")
+    return dict(options)
+
+
 def _number_or_name(text: str) -> Key:
     try:
         return int(text)
@@ -475,6 +518,8 @@ def _number_or_name(text: str) -> Key:
 
 
 def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return dict(value)
     return [_plain(item) for item in value] if isinstance(value, tuple) else value
 
 
@@ -509,7 +554,12 @@ def _check_ranges(recipe: Recipe) -> None:
         by_name = all(isinstance(pair[side], str) for pair in recipe.pairs)
         expected = "0 where blocks are paired by number (their prefix is known)"
         _require(getattr(recipe, name) == 0 or by_name, name, expected, recipe)
-    for name in ("alpha", "drop_path", "hflip", "reprob", "mixup_prob", "mixup_switch_prob"):
+    _require(recipe.alpha >= 0, "alpha", "at least 0", recipe)
+    shared = recipe.alpha <= 1 or recipe.ce_weight is not None or not recipe.labels
+    _require(shared, "alpha", "at most 1 where ce_weight is 1 - alpha", recipe)
+    weighted = recipe.ce_weight is None or recipe.ce_weight >= 0
+    _require(weighted, "ce_weight", "none or at least 0", recipe)
+    for name in ("drop_path", "hflip", "reprob", "mixup_prob", "mixup_switch_prob"):
         _require(0 <= getattr(recipe, name) <= 1, name, "between 0 and 1", recipe)
     for name in ("lr", "eps", "tau"):
         _require(getattr(recipe, name) > 0, name, "greater than 0", recipe)

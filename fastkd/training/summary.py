@@ -6,10 +6,13 @@ Reads recipes, models and data; changes none of them.
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
 
+from fastkd.catalogue import find_loss
+from fastkd.losses.build import has_temperature
 from fastkd.models import Teacher
 from fastkd.training.augment import InputSpec
 from fastkd.training.cost import cost_lines, sketch_teacher
@@ -127,11 +130,19 @@ def _schedule_text(recipe: Recipe) -> str:
 def _terms_text(recipe: Recipe) -> str:
     if recipe.teacher is None:
         return f"CE (label smoothing {recipe.label_smoothing:g})"
-    terms = [f"{1 - recipe.alpha:g} CE"] if recipe.labels else []
+    ce_weight = 1 - recipe.alpha if recipe.ce_weight is None else recipe.ce_weight
+    terms = [f"{ce_weight:g} CE"] if recipe.labels else []
     if recipe.alpha > 0:
-        kind = "hard KD" if recipe.hard else f"soft KD (tau {recipe.tau:g})"
-        terms.append(f"{recipe.alpha:g} {kind}")
+        options = dict(recipe.logit_options or {})
+        if has_temperature(find_loss(recipe.logit_loss)):
+            options = {"tau": recipe.tau, **options}
+        terms.append(f"{recipe.alpha:g} {recipe.logit_loss} KD{_in_brackets(options)}")
     if recipe.feature_weight > 0:
         pairs = ",".join(f"{s}:{t}" for s, t in recipe.pairs)
-        terms.append(f"{recipe.feature_weight:g} {recipe.feature_loss} on {pairs}")
+        chosen = _in_brackets(recipe.feature_options or {})
+        terms.append(f"{recipe.feature_weight:g} {recipe.feature_loss}{chosen} on {pairs}")
     return " + ".join(terms)
+
+
+def _in_brackets(options: Mapping[str, Any]) -> str:
+    return f" ({', '.join(f'{name} {value}' for name, value in options.items())})" * bool(options)

@@ -7,11 +7,20 @@ optimisers and data.
 from __future__ import annotations
 
 import logging
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
-from fastkd.losses import DistillationLoss, FeatureKD, HardKD, SoftKD
+from fastkd.losses import (
+    DistillationLoss,
+    FeatureKD,
+    FeatureTerm,
+    LogitTerm,
+    create_feature_loss,
+    create_logit_loss,
+)
+from fastkd.losses.projectors import undecayed
 from fastkd.models import LiftVisionTransformer, TapOutput, Taps, Teacher
 from fastkd.tokens import Tokens
 from fastkd.training.recipe import Key, Pairs, Recipe
@@ -83,22 +92,23 @@ class DistillationTask(nn.Module):
         feature, taps = self.terms.feature, self.taps
         if feature is None or taps is None or teacher_output is None:
             return self.student(images), None
-        if feature.projector == "lift":
+        if feature.lifts:
             return self._run_lifting_student(images, taps, feature, teacher_output.tokens)
         output = taps(images)
         return output.logits, feature(output.tokens, teacher_output.tokens)
 
     def _run_lifting_student(
-        self, images: Tensor, taps: Taps, feature: FeatureKD, teacher: dict[Key, Tokens]
+        self, images: Tensor, taps: Taps, feature: FeatureTerm, teacher: dict[Key, Tokens]
     ) -> tuple[Tensor, Tensor]:
         """Logits and distance in one pass, or from written lifted tokens where that cannot be."""
         key = feature.pairs[0][0]
         student = self.student
-        if isinstance(student, LiftVisionTransformer) and student.fuses_lift(images):
+        options = feature.operator_options if isinstance(feature, FeatureKD) else None
+        lifts = isinstance(student, LiftVisionTransformer) and student.fuses_lift(images)
+        if lifts and options is not None:
             tokens, targets = feature.matched({key: taps.last_block(images)}, teacher)
-            return student.forward_head_kd(
-                tokens.data, targets.data, grid=tokens.grid, **feature.options
-            )
+            student = cast(LiftVisionTransformer, student)
+            return student.forward_head_kd(tokens.data, targets.data, grid=tokens.grid, **options)
         output = taps(images)
         if output.final is None:
             raise ValueError(
@@ -111,9 +121,11 @@ class DistillationTask(nn.Module):
     def no_weight_decay(self) -> set[str]:
         """Parameters that timm's optimiser factory must not decay, beside the 1-d ones."""
         listed = getattr(self.student, "no_weight_decay", None)
-        if self.decay_embeddings or listed is None:
-            return set()
-        return {f"student.{name}" for name in listed()}
+        embeddings = set() if self.decay_embeddings or listed is None else listed()
+        return {
+            *(f"student.{name}" for name in embeddings),
+            *(f"terms.{name}" for name in undecayed(self.terms)),
+        }
 
 
 def build_task(
@@ -124,7 +136,7 @@ def build_task(
     Args:
         student: the module to train.
         teacher: None trains on labels alone, the matched run without distillation.
-        recipe: alpha, tau, hard, the feature options, label smoothing.
+        recipe: its distillation group, labels, label smoothing.
         example: [1, C, H, W], an input of the student on the models' device; layers that are tapped
             by name are run once on it, to learn their channels.
 
@@ -136,12 +148,15 @@ def build_task(
             term at all without labels.
     """
     logit, feature, taps = None, None, None
-    if teacher is not None and recipe.alpha > 0:
-        logit = HardKD(recipe.alpha) if recipe.hard else SoftKD(recipe.tau, recipe.alpha)
-    if teacher is not None and recipe.feature_weight > 0:
-        taps, feature = _feature_term(student, teacher, recipe, example)
+    if teacher is not None:
+        logit = build_logit_term(recipe)
+        taps, feature = build_feature_term(student, teacher, recipe, example)
     terms = DistillationLoss(
-        logit, feature, recipe.label_smoothing, cross_entropy=recipe.labels
+        logit,
+        feature,
+        recipe.label_smoothing,
+        cross_entropy=recipe.labels,
+        ce_weight=recipe.ce_weight if recipe.labels else None,
     ).to(example.device)
     task = DistillationTask(student, terms, taps)
     task.decay_embeddings = recipe.decay_pos_embed
@@ -171,9 +186,45 @@ def _freeze_unreached(task: DistillationTask, teacher: Teacher | None, example: 
         logger.info("%d parameters of the student get no gradient from features: frozen", count)
 
 
-def _feature_term(
+def build_logit_term(recipe: Recipe) -> LogitTerm | None:
+    """The logit loss of a recipe; None where its weight alpha is 0.
+
+    Args:
+        recipe: alpha, logit_loss, tau, logit_options.
+
+    Returns:
+        The term.
+
+    Raises:
+        ValueError: an option that the loss does not have, or refuses.
+    """
+    if recipe.alpha == 0:
+        return None
+    return create_logit_loss(
+        recipe.logit_loss, weight=recipe.alpha, tau=recipe.tau, options=recipe.logit_options
+    )
+
+
+def build_feature_term(
     student: nn.Module, teacher: Teacher, recipe: Recipe, example: Tensor
-) -> tuple[Taps, FeatureKD]:
+) -> tuple[Taps, FeatureTerm] | tuple[None, None]:
+    """The feature loss of a recipe, and what it reads; None twice where its weight is 0.
+
+    Args:
+        student: whose layers are tapped.
+        teacher: is made to tap what the term compares.
+        recipe: its feature fields, pairs and projector.
+        example: as in `build_task`.
+
+    Returns:
+        The student's taps and the term; learnable projectors are on the CPU.
+
+    Raises:
+        ValueError: blocks that do not exist, widths that do not meet, or options that the loss
+            refuses.
+    """
+    if recipe.feature_weight == 0:
+        return None, None
     # One layer at a time, because taps merge what resolves to the same layer (-1 and 11).
     pairs = tuple(
         (Taps(student, [s]).indices[0], Taps(teacher.model, [t]).indices[0])
@@ -192,14 +243,15 @@ def _feature_term(
                 recipe.projector,
             )
         student_dims = _dims(taps, example)
-    term = FeatureKD(
+    term = create_feature_loss(
         recipe.feature_loss,
         pairs,
-        recipe.feature_weight,
-        recipe.projector,
-        student_dims,
-        _dims(teacher_taps, teacher.prepare(example)),
-        recipe.resample,
+        weight=recipe.feature_weight,
+        projector=recipe.projector,
+        student_dims=student_dims,
+        teacher_dims=_dims(teacher_taps, teacher.prepare(example)),
+        resample=recipe.resample,
+        options=recipe.feature_options,
     )
     return taps, term
 

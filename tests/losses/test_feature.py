@@ -179,7 +179,7 @@ def test_a_missing_key_is_named():
         FeatureKD(pairs=((0, 3),))({0: tokens(0)}, {0: tokens(1)})
 
 
-@pytest.mark.parametrize("option", [{"loss": "l2"}, {"projector": "mlp"}, {"resample": "lanczos"}])
+@pytest.mark.parametrize("option", [{"loss": "l2"}, {"projector": "cnn"}, {"resample": "lanczos"}])
 def test_unknown_options_are_refused(option):
     with pytest.raises(ValueError, match="must be one of"):
         FeatureKD(**option)
@@ -215,3 +215,120 @@ def test_hooks_on_a_projector_run():
     term.projectors[0].register_forward_hook(lambda *arguments: seen.append(1))
     term({11: student}, {23: teacher})
     assert seen
+
+
+class Gap(torch.nn.Module):
+    """A distance of somebody's own."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = torch.nn.Parameter(torch.tensor(2.0, dtype=torch.float64))
+
+    def forward(self, student, teacher, *, grid):
+        assert grid == GRID
+        return self.scale * (student.mean() - teacher.mean()).abs()
+
+
+def test_a_module_may_be_the_distance_and_all_pairs_share_it():
+    students, teachers = {0: tokens(0), 1: tokens(1, 8)}, {0: tokens(2), 1: tokens(3)}
+    term = FeatureKD(Gap(), ((0, 0), (1, 1)))
+    gaps = [2 * (students[key].data.mean() - teachers[key].data.mean()).abs() for key in (0, 1)]
+    torch.testing.assert_close(term(students, teachers), sum(gaps) / 2)
+    assert [name for name, _ in term.named_parameters()] == ["distances.0.scale"]
+
+
+def test_a_module_takes_no_options():
+    with pytest.raises(ValueError, match="options of a named loss"):
+        FeatureKD(Gap(), beta=1.0)
+
+
+@pytest.mark.parametrize("projector", ["mlp", "orthogonal"])
+@pytest.mark.parametrize("loss", DEFINITIONS)
+def test_learned_projectors_come_before_any_distance(loss, projector):
+    student, teacher = tokens(0), tokens(1, dim=8)
+    term = FeatureKD(
+        loss, ((0, 0),), projector=projector, student_dims={0: 6}, teacher_dims={0: 8}
+    ).double()
+    projected = Tokens(term.projectors[0](student.data), GRID)
+    expected = DEFINITIONS[loss](projected, teacher)
+    value = term({0: student}, {0: teacher})
+    torch.testing.assert_close(value, expected)
+    wanted = list(term.parameters())
+    for ours, theirs in zip(
+        torch.autograd.grad(value, wanted), torch.autograd.grad(expected, wanted)
+    ):
+        torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("loss", ["mse", "vkd"])
+@pytest.mark.parametrize("projector", ["linear", "mlp", "orthogonal"])
+def test_half_precision_tokens_meet_float32_projectors_without_autocast(loss, projector):
+    dims = {"student_dims": {0: 6}, "teacher_dims": {0: 8}}
+    term = FeatureKD(loss, ((0, 0),), projector=projector, **dims)
+    halves = [Tokens(one.data.bfloat16(), GRID) for one in (tokens(0), tokens(1, 8))]
+    exact = [Tokens(one.data.float(), GRID) for one in halves]
+    value = term({0: halves[0]}, {0: halves[1]})
+    torch.testing.assert_close(value, term({0: exact[0]}, {0: exact[1]}), rtol=1e-2, atol=1e-3)
+
+
+def test_orthogonal_writes_no_projected_map_either(monkeypatch):
+    term = FeatureKD(
+        pairs=((0, 0),), projector="orthogonal", student_dims={0: 6}, teacher_dims={0: 10}
+    ).double()
+    failing = lambda *_: pytest.fail("the projected map is written")  # noqa: E731
+    monkeypatch.setattr(torch.nn.Linear, "forward", failing)
+    term({0: tokens(0, 6)}, {0: tokens(1, 10)}).backward()
+
+
+def test_pool_averages_channels_before_a_distance_that_no_operator_computes():
+    student, teacher = tokens(0, 6), tokens(1, 12)
+    term = FeatureKD("vkd", ((0, 0),), projector="pool")
+    pooled = Tokens(F.adaptive_avg_pool1d(teacher.data, 6), GRID)
+    expected = FeatureKD("vkd", ((0, 0),))({0: student}, {0: pooled})
+    torch.testing.assert_close(term({0: student}, {0: teacher}), expected)
+
+
+@pytest.mark.parametrize("loss", ["attention", "rkd", "manifold"])
+def test_distances_that_look_at_no_channels_need_no_projector(loss):
+    term = FeatureKD(loss, ((0, 0),), student_dims={0: 6}, teacher_dims={0: 12})
+    value = term({0: tokens(0, 6, batch=4)}, {0: tokens(1, 12, batch=4)})
+    assert torch.isfinite(value)
+    assert value > 0
+
+
+def test_a_learned_distance_is_built_for_the_widths_it_will_see():
+    dims = {"student_dims": {0: 6, 1: 6}, "teacher_dims": {0: 12, 1: 8}}
+    term = FeatureKD("crd", ((0, 0), (1, 1)), dim=4, **dims).double()
+    assert len(term.distances) == 2
+    term(
+        {0: tokens(0, batch=4), 1: tokens(1, batch=4)},
+        {0: tokens(2, 12, batch=4), 1: tokens(3, 8, batch=4)},
+    ).backward()
+    assert all(p.grad is not None for p in term.parameters())
+
+
+def test_a_learned_distance_sees_what_the_projector_leaves():
+    term = FeatureKD(
+        "crd", ((0, 0),), projector="linear", student_dims={0: 6}, teacher_dims={0: 12}
+    ).double()
+    assert torch.isfinite(term({0: tokens(0, batch=4)}, {0: tokens(1, 12, batch=4)}))
+
+
+def test_a_learned_distance_without_widths_is_refused():
+    with pytest.raises(ValueError, match="'crd' needs student_dims and teacher_dims"):
+        FeatureKD("crd")
+
+
+def test_an_option_of_another_distance_is_refused():
+    with pytest.raises(ValueError, match="'mse' has no option 'beta'; it has none"):
+        FeatureKD("mse", beta=2.0)
+
+
+def test_a_backend_for_what_no_operator_computes_is_refused():
+    with pytest.raises(ValueError, match="'rkd' has one implementation"):
+        FeatureKD("rkd", backend="triton")
+
+
+def test_a_term_of_its_own_is_no_distance():
+    with pytest.raises(ValueError, match="got 'vitkd'"):
+        FeatureKD("vitkd")

@@ -62,9 +62,14 @@ def test_weights_of_zero_need_no_teacher():
         ({"width": 384}, "width=384 has no effect: variant='plain' has no width"),
         ({"student": vit(), "variant": "lift"}, "the student is given as a module"),
         ({"teacher": vit(), "tau": 4.0}, "tau=4.0 has no effect: alpha is 0"),
-        ({"teacher": vit(), "alpha": 0.5, "hard": True, "tau": 2.0}, "has no temperature"),
+        ({"teacher": vit(), "alpha": 0.5, "logit_loss": "hard", "tau": 2.0}, "no temperature"),
         ({"teacher": vit(), "alpha": 0.5, "feature_weight": 0.0, "projector": "pool"}, "is 0"),
         ({"teacher": vit(), "alpha": 0.0, "feature_weight": 0.0}, "it teaches nothing"),
+        ({"teacher": vit(), "logit_loss": "dkd"}, "logit_loss='dkd' has no effect: alpha is 0"),
+        (
+            {"teacher": vit(), "feature_weight": 0.0, "alpha": 0.5, "feature_options": {"beta": 1}},
+            "feature_weight is 0",
+        ),
         ({"mixup_prob": 0.3}, "mixup_prob=0.3 has no effect: Mixup and CutMix are off"),
         ({"ema_decay": None, "ema_warmup": True}, "there is no EMA"),
         ({"color_jitter": 0.4}, "auto_augment takes its place"),
@@ -73,6 +78,33 @@ def test_weights_of_zero_need_no_teacher():
 def test_options_without_effect_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         resolve(**options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"alpha": 0.5, "logit_options": {"gamma": 1.0}}, "logit_options: 'soft' has no option"),
+        ({"feature_options": {"beta": 1.0}}, "feature_options: 'mse' has no option 'beta'"),
+        (
+            {"feature_loss": "smooth_l1", "feature_options": {"gamma": 1.0}},
+            "no option 'gamma'; it has beta",
+        ),
+    ],
+)
+def test_options_that_a_loss_does_not_have_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        resolve(teacher=vit(), **options)
+
+
+def test_a_loss_that_looks_at_labels_needs_them():
+    options = {"alpha": 0.5, "logit_loss": "dkd", "labels": False}
+    with pytest.raises(ValueError, match="labels: logit_loss='dkd' looks at them"):
+        resolve(teacher=vit(), **options)
+
+
+def test_a_run_without_a_teacher_weighs_the_cross_entropy_in_full():
+    recipe = Recipe(alpha=2.0, ce_weight=0.5)
+    assert resolve(recipe, teacher=None).ce_weight is None
 
 
 def test_copies_that_the_data_set_augments_are_no_option_without_effect():

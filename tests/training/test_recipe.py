@@ -73,7 +73,8 @@ TWINS = [
 PAPER = {
     **{"model": "deit_tiny_patch16_224", "variant": "widelast", "width": 384},
     **{"img_size": 224, "num_classes": 1000, "drop_path": 0.0},
-    **{"teacher": "cait_s24_224", "alpha": 0.9, "tau": 1.0, "hard": False},
+    **{"teacher": "cait_s24_224", "alpha": 0.9, "tau": 1.0, "logit_loss": "soft"},
+    **{"ce_weight": None, "logit_options": None, "feature_options": None},
     **{"feature_loss": "spectral", "feature_weight": 0.2},
     **{"pairs": ((11, 23),), "projector": "none"},
     **{"augment": "cpu", "interpolation": "bicubic", "crop_pct": 0.875, "crop_mode": "center"},
@@ -325,9 +326,12 @@ def test_an_error_in_a_file_names_the_file(tmp_path):
         ("epochs", 1.5, "an integer"),
         ("epochs", True, "an integer"),
         ("lr", "fast", "a number"),
-        ("hard", 1, "true or false"),
+        ("labels", 1, "true or false"),
         ("clip_grad", "1", "a number or none"),
         ("pairs", [[1, 2, 3]], "pairs of blocks"),
+        ("logit_options", [("beta", 8)], "options such as beta=8"),
+        ("logit_options", {"beta": [8]}, "options such as beta=8"),
+        ("feature_options", "beta", "options such as beta=8"),
         ("mean", "0.5", "a list of numbers or none"),
         ("seed", None, "an integer"),
     ],
@@ -342,6 +346,9 @@ def test_a_wrong_type_names_field_expected_and_got(field, value, expected):
     [
         ("feature_loss", "l2"),
         ("alpha", 1.5),
+        ("alpha", -0.1),
+        ("ce_weight", -1.0),
+        ("logit_loss", "kl"),
         ("epochs", 0),
         ("ema_decay", 1.0),
         ("warmup_epochs", 300),
@@ -356,6 +363,16 @@ def test_values_out_of_range_are_refused(field, value):
         Recipe(**{field: value})
 
 
+def test_an_alpha_above_one_needs_a_cross_entropy_weight_of_its_own():
+    assert Recipe(alpha=2.0, ce_weight=1.0).alpha == 2.0
+
+
+def test_options_of_losses_survive_a_file(tmp_path):
+    recipe = Recipe(logit_loss="dkd", logit_options={"beta": 0.5}, feature_options={"power": 1})
+    recipe.save(tmp_path / "recipe.yaml")
+    assert Recipe.load(tmp_path / "recipe.yaml") == recipe
+
+
 def test_overrides_leave_the_original_alone():
     recipe = Recipe()
     assert recipe.override(lr=1).lr == 1.0
@@ -367,11 +384,14 @@ def test_overrides_leave_the_original_alone():
     [
         ("epochs", "3", 3),
         ("lr", "1e-3", 1e-3),
-        ("hard", "true", True),
+        ("labels", "true", True),
         ("ema_decay", "none", None),
         ("mean", "0.5,0.4,0.3", (0.5, 0.4, 0.3)),
         ("pairs", "0:0,-1:23", ((0, 0), (-1, 23))),
         ("teacher", "cait_s24_224", "cait_s24_224"),
+        ("feature_options", "beta=8,eps=1e-5", {"beta": 8, "eps": 1e-5}),
+        ("feature_options", "gather=true, loss=mse", {"gather": True, "loss": "mse"}),
+        ("feature_options", "none", None),
     ],
 )
 def test_command_line_text_becomes_typed_values(name, text, value):

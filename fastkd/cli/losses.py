@@ -1,0 +1,69 @@
+"""``fastkd losses``: what a recipe's losses and projectors may be, and the whole story of one."""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+from fastkd.catalogue import (
+    FEATURE_LOSSES,
+    LOGIT_LOSSES,
+    PROJECTORS,
+    Loss,
+    Projector,
+    find_loss,
+)
+
+
+def add(commands: Any) -> None:
+    """Add the sub-parser of ``fastkd losses``."""
+    parser = commands.add_parser("losses", help="list losses and projectors, or explain a loss")
+    parser.add_argument("name", nargs="?", help="a loss to explain: formula, options, source")
+    parser.set_defaults(run=_run)
+
+
+def _run(options: argparse.Namespace) -> int:
+    print(_listing() if options.name is None else _explanation(find_loss(options.name)))
+    return 0
+
+
+def _listing() -> str:
+    blocks = [
+        ("logit losses, --logit-loss", [_row(loss) for loss in LOGIT_LOSSES]),
+        ("feature losses, --feature-loss", [_row(loss) for loss in FEATURE_LOSSES]),
+        ("projectors, --projector", [_projector_row(p) for p in PROJECTORS]),
+    ]
+    lines: list[str] = []
+    for heading, block in blocks:
+        widths = [max(len(row[column]) for row in block) for column in range(2)]
+        lines += [heading, *(_line(row, widths) for row in block), ""]
+    return "\n".join([*lines, "fastkd losses NAME explains one: formula, reduction, options."])
+
+
+def _line(row: Sequence[str], widths: Sequence[int]) -> str:
+    name, summary, source = row
+    return f"  {name:<{widths[0]}}  {summary:<{widths[1]}}  {source}"
+
+
+def _row(loss: Loss) -> tuple[str, str, str]:
+    return loss.name, loss.summary, loss.source
+
+
+def _projector_row(projector: Projector) -> tuple[str, str, str]:
+    kept = "stays at inference" if projector.stays else "dropped at inference"
+    if not projector.learned:
+        kept = "nothing learned"
+    return projector.name, f"{projector.summary} ({kept})", projector.source
+
+
+def _explanation(loss: Loss) -> str:
+    from fastkd.losses.build import options_of
+
+    cls = loss.load()
+    lines = [f"{loss.name}: {loss.summary} ({loss.source})"]
+    lines.append(f"as a module: fastkd.losses.{cls.__name__}")
+    chosen = ", ".join(f"{name}={value}" for name, value in options_of(loss).items())
+    lines.append(f"options: {chosen or 'none'}")
+    return "\n".join([*lines, "", inspect.cleandoc(cls.__doc__ or "")])

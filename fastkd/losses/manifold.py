@@ -1,0 +1,195 @@
+"""Fine-grained manifold distillation: how alike patches are, to the student as to the teacher.
+
+Three relations, one primitive: ``S S^T - T T^T`` over groups of unit vectors, whose matrices exist
+for a chunk only. Knows [B, N, D] tokens; grids have been matched before.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from fastkd.losses.distance import Distance, Grid
+from fastkd.losses.forward_gradient import (
+    before_direction,
+    check_chunk_bytes,
+    chunk_limit,
+    directions,
+    gradient_in_forward,
+    slices,
+    wide_dtype,
+    zero_gradient,
+)
+
+
+class ManifoldKD(Distance):
+    r"""Squared differences of the cosine similarities between patches.
+
+    With the tokens of both sides normalised to unit length, :math:`R(X) = X X^T`, and
+    :math:`\overline{\,\cdot\,}` the mean over a matrix' elements and over the groups,
+
+    .. math:: L = \alpha \, \overline{(R(S_b) - R(T_b))^2}
+              + \beta \, \overline{(R(S^n) - R(T^n))^2} + \gamma \, \overline{(R(S_K) - R(T_K))^2}
+
+    - intra-image: the N x N similarities within each of B images;
+    - inter-image: the B x B similarities between the images at each of N places;
+    - random: the K x K similarities of K different patches drawn from all B N.
+
+    Source: arXiv 2107.01378. The paper writes squared Frobenius norms; its code takes the mean over
+    the matrices' elements, as here, and the default weights and K are those of its ImageNet runs.
+    The code draws patches on the CPU; here they come from the global generator of the tokens'
+    device, the same for both sides, and nothing waits for a GPU: a run that restores its generators
+    draws them again.
+
+    No matrix outlives its chunk: the gradient, 4 (S S^T - T T^T) S, is made in the forward. Beyond
+    the inputs there are one float32 gradient, [B, N, Ds], and temporaries of at most
+    ``chunk_bytes`` each (or one group's vectors, or one row of its matrix, where those are larger);
+    with autograd there would be B N^2 + N B^2 + K^2 entries, several times. Second derivatives are
+    refused.
+
+    Products are taken in float32 proper: the nearer the student comes to its teacher, the
+    smaller the difference of two similarities near 1, and TensorFloat-32's rounding would stay. A
+    token of zeros has no direction: its similarities are 0, and it gets no gradient.
+
+    The relations are those of the images that one process sees at once: with several processes or
+    accumulation, of its slice of the batch.
+
+    Args:
+        intra: weight of the similarities within an image; 0 skips them.
+        inter: weight of those between images at a place; 0 skips them. One image is like itself
+            on both sides.
+        random: weight of those between random patches; 0 skips them, and draws none.
+        patches: K; all patches where there are fewer.
+        chunk_bytes: limit of a temporary; None takes 2 MiB on a CPU, 64 MiB elsewhere.
+
+    Raises:
+        ValueError: weights that are negative, not finite or all zero, or no patch or byte to work
+            with.
+    """
+
+    equal_widths = False
+
+    def __init__(
+        self,
+        intra: float = 4.0,
+        inter: float = 0.1,
+        random: float = 0.2,
+        patches: int = 192,
+        chunk_bytes: int | None = None,
+    ) -> None:
+        super().__init__()
+        weights = (intra, inter, random)
+        if not all(0 <= weight < math.inf for weight in weights) or not any(weights):
+            raise ValueError(
+                "ManifoldKD: intra, inter and random must be finite and >= 0, and one of them > 0, "
+                f"got {intra}, {inter}, {random}"
+            )
+        if patches < 1:
+            raise ValueError(f"ManifoldKD: patches must be positive, got {patches}")
+        check_chunk_bytes("ManifoldKD", chunk_bytes)
+        self.intra = intra
+        self.inter = inter
+        self.random = random
+        self.patches = patches
+        self.chunk_bytes = chunk_bytes
+
+    def compare(self, student: Tensor, teacher: Tensor, grid: Grid | None) -> Tensor:
+        """The weighted sum of the three, of [B, N, Ds] and [B, N, Dt] tokens."""
+        limit = chunk_limit(student.device, self.chunk_bytes)
+        drawn = self.draw(student) if self.random else None
+        return _manifold_kd(
+            student, teacher, drawn, float(self.intra), float(self.inter), float(self.random), limit
+        )
+
+    def draw(self, tokens: Tensor) -> Tensor:
+        """Choose the random patches, with the global generator of the tokens' device.
+
+        Args:
+            tokens: [B, N, D].
+
+        Returns:
+            min(K, B N) different indices into the B N tokens.
+        """
+        count = tokens.shape[0] * tokens.shape[1]
+        return torch.randperm(count, device=tokens.device)[: self.patches]
+
+    def extra_repr(self) -> str:
+        """Options, for ``print``."""
+        weights = f"intra={self.intra}, inter={self.inter}, random={self.random}"
+        return f"{weights}, patches={self.patches}"
+
+
+@gradient_in_forward("manifold_kd")
+def _manifold_kd(
+    student: Tensor,
+    teacher: Tensor,
+    drawn: Tensor | None,
+    intra: float,
+    inter: float,
+    random: float,
+    limit: int,
+    needs_gradient: bool,
+) -> tuple[Tensor, Tensor]:
+    """(loss, gradient) of [B, N, Ds] and [B, N, Dt] tokens; ``drawn`` indexes all B N."""
+    dtype = wide_dtype(student, teacher)
+    gradient = zero_gradient(student, dtype, needs_gradient)
+    total = student.new_zeros((), dtype=dtype)
+    if intra:
+        own = gradient if needs_gradient else None
+        total += _relations(student, teacher, own, intra, limit)
+    if inter:
+        own = gradient.transpose(0, 1) if needs_gradient else None
+        total += _relations(student.transpose(0, 1), teacher.transpose(0, 1), own, inter, limit)
+    if drawn is not None:
+        # By two indices: flattening would copy all tokens of which some have been sliced off.
+        image, place = drawn // student.shape[1], drawn % student.shape[1]
+        chosen, taught = (x[image, place].unsqueeze(0) for x in (student, teacher))
+        own = zero_gradient(chosen, dtype, needed=True) if needs_gradient else None
+        total += _relations(chosen, taught, own, random, limit)
+        if own is not None:
+            gradient.flatten(0, 1).index_add_(0, drawn, own[0])
+    return total, gradient
+
+
+def _relations(
+    student: Tensor, teacher: Tensor, gradient: Tensor | None, weight: float, limit: int
+) -> Tensor:
+    """Weighted mean over G groups and M x M elements of (S S^T - T T^T)^2, of unit vectors.
+
+    Args:
+        student: [G, M, Ds], any strides.
+        teacher: [G, M, Dt].
+        gradient: [G, M, Ds], to which the student's gradient is added; None leaves it out.
+        weight: factor of the value and the gradient.
+        limit: bytes of temporaries.
+
+    Returns:
+        Scalar, in `wide_dtype`.
+    """
+    dtype = wide_dtype(student, teacher)
+    groups, members, width = student.shape
+    # A group: its unit vectors, their gradient, and its matrix.
+    numbers_each = members * (2 * width + teacher.shape[2] + members)
+    total = student.new_zeros((), dtype=dtype)
+    scale = weight / max(1, groups * members * members)
+    for chunk in slices(groups, numbers_each * dtype.itemsize, limit):
+        s, inverse = directions(student[chunk], dtype)
+        t, _ = directions(teacher[chunk], dtype)
+        slope = None if gradient is None else torch.empty_like(s)
+        for rows in slices(members, s.shape[0] * members * dtype.itemsize, limit):
+            total += _add_rows(s, t, rows, slope)
+        if gradient is not None and slope is not None:
+            gradient[chunk] += before_direction(slope, s, inverse).mul_(4 * scale)
+    return total * scale
+
+
+def _add_rows(s: Tensor, t: Tensor, rows: slice, slope: Tensor | None) -> Tensor:
+    """Squared sum of some rows of S S^T - T T^T, whose product with S goes to ``slope``."""
+    difference = torch.bmm(s[:, rows], s.mT).baddbmm_(t[:, rows], t.mT, alpha=-1)
+    if slope is not None:
+        # The matrices are symmetric: a row is all that the gradient of its vector needs.
+        slope[:, rows] = torch.bmm(difference, s)
+    flat = difference.view(-1)
+    return torch.dot(flat, flat)
