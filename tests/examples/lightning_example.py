@@ -1,0 +1,42 @@
+"""Distillation in a LightningModule: student, frozen teacher, taps on both, one loss."""
+
+import lightning
+import torch
+from torch import nn
+
+from fastkd.losses import DistillationLoss, FeatureKD, SoftKD
+from fastkd.models import Taps, create_teacher
+
+
+class Distiller(lightning.LightningModule):
+    """Any timm student after any timm teacher: logits, and the token maps of their last blocks."""
+
+    def __init__(self, student: nn.Module, teacher: nn.Module, lr: float = 1e-3) -> None:
+        super().__init__()
+        self.student, self.lr = student, lr
+        self.taps = Taps(student, [-1])
+        self.teacher = create_teacher(teacher)  # stays frozen and in eval mode
+        targets = self.teacher.tap([-1])
+        self.loss = DistillationLoss(
+            SoftKD(tau=2.0, weight=0.5),
+            FeatureKD(
+                "spectral",
+                pairs=[(self.taps.indices[0], targets.indices[0])],
+                weight=0.2,
+                projector="linear",  # learned: the optimiser below takes it along
+                student_dims=self.taps.dims,
+                teacher_dims=targets.dims,
+            ),
+            label_smoothing=0.1,
+        )
+
+    def training_step(self, batch, index):
+        images, labels = batch
+        student, teacher = self.taps(images), self.teacher(images)
+        losses = self.loss(student.logits, labels, teacher.logits, student.tokens, teacher.tokens)
+        self.log_dict(losses)  # "loss", "ce", "soft_kd" and "feature"
+        return losses["loss"]
+
+    def configure_optimizers(self):
+        trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        return torch.optim.AdamW(trained, self.lr, weight_decay=0.05)
