@@ -173,7 +173,7 @@ def our_batches(root: Path, repeats: int, batch: int, augment: str) -> Iterator[
         batch_size=batch, repeated_aug=repeats, augment=augment, workers=0
     )
     spec = InputSpec((3, 224, 224), MEAN, STD)
-    return endless(train_loader(open_data(root), recipe, spec, torch.device("cpu")))
+    return endless(train_loader(open_data(root), recipe, spec))
 
 
 def timm_batches(root: Path, batch: int) -> Iterator[Any]:

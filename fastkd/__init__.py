@@ -13,15 +13,17 @@ from typing import TYPE_CHECKING, Any
 from fastkd._registration import register_with_timm
 
 if TYPE_CHECKING:
+    from fastkd import analysis, integrations, losses, models, ops, training
     from fastkd.analysis import Report, analyze
     from fastkd.models import create_student, create_teacher, load_released_checkpoint
     from fastkd.ops import backends, feature_kd, lift, lift_kd
-    from fastkd.training import Recipe, Result, evaluate, export, shard, train
+    from fastkd.training import Recipe, Result, evaluate, export, predict, shard, train
 
 # Where each public name lives; it is imported when it is first used.
 _PUBLIC = {
     "train": "fastkd.training",
     "evaluate": "fastkd.training",
+    "predict": "fastkd.training",
     "analyze": "fastkd.analysis",
     "Report": "fastkd.analysis",
     "export": "fastkd.training",
@@ -37,12 +39,13 @@ _PUBLIC = {
     "backends": "fastkd.ops",
 }
 
-_PACKAGES = ("analysis", "losses", "models", "ops", "training")
+_PACKAGES = ("analysis", "integrations", "losses", "models", "ops", "training")
 
 __all__ = [
     "Recipe",
     "Report",
     "Result",
+    "analysis",
     "analyze",
     "backends",
     "create_student",
@@ -50,11 +53,17 @@ __all__ = [
     "evaluate",
     "export",
     "feature_kd",
+    "integrations",
     "lift",
     "lift_kd",
     "load_released_checkpoint",
+    "losses",
+    "models",
+    "ops",
+    "predict",
     "shard",
     "train",
+    "training",
 ]
 
 

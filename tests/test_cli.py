@@ -5,6 +5,7 @@ import sys
 
 import pytest
 
+from fastkd import catalogue
 from fastkd.cli import main
 from fastkd.training.recipe import Recipe
 from tests.training.tiny import image_folder, vit
@@ -211,3 +212,26 @@ def test_the_module_is_a_command():
     )
     assert done.returncode == 0
     assert done.stdout.startswith("fastkd ")
+
+
+def test_losses_lists_every_loss_and_projector_in_a_line(capsys):
+    status, out, _ = run(capsys, "losses")
+    assert status == 0
+    listed = {line.split()[0] for line in out.splitlines() if line.startswith("  ")}
+    entries = (*catalogue.LOGIT_LOSSES, *catalogue.FEATURE_LOSSES, *catalogue.PROJECTORS)
+    assert listed == {entry.name for entry in entries}
+    assert "lifted tokens, which are compared (stays at inference)" in out
+
+
+def test_losses_explains_one_by_its_formula_and_options(capsys):
+    status, out, _ = run(capsys, "losses", "rkd")
+    assert status == 0
+    assert "fastkd.losses.RKD" in out
+    assert "distance_weight=25.0" in out
+    assert "arXiv 1904.05068" in out
+
+
+def test_an_unknown_loss_is_refused_with_a_hint(capsys):
+    status, _, err = run(capsys, "losses", "rdk")
+    assert status == 2
+    assert "did you mean 'rkd'" in err

@@ -18,12 +18,13 @@ from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 
 from fastkd.training.augment import InputSpec
 from fastkd.training.data import SampleDataset, eval_samples
-from fastkd.training.datasets import Data, DataPair, ReadableImages, open_data
+from fastkd.training.datasets import Data, DataPair, open_data
 from fastkd.training.folders import VALIDATION_FOLDERS
 from fastkd.training.recipe import Recipe
 from fastkd.training.samplers import SampleKey
 from fastkd.training.samples import Collate, collate
 from fastkd.training.seeding import derive_seed, preserved_rng, seed_cpu
+from fastkd.training.sources import ReadableImages
 from fastkd.training.workers import loader_options
 
 SHOWN_REASON = 200
@@ -248,7 +249,7 @@ def _occurrence(classes: np.ndarray) -> np.ndarray:
     return occurrence
 
 
-class _Selected(Dataset):
+class _Selected(Dataset[tuple[int, Any]]):
     """Place -> (place, image), or (place, reason) where the image cannot be read."""
 
     def __init__(

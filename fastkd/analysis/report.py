@@ -106,6 +106,9 @@ class Report:
         Args:
             folder: with ``report.json`` and ``arrays.npz``.
 
+        Returns:
+            The report.
+
         Raises:
             ValueError: a file is missing, torn, of another report or of something else; the
                 message names it.
@@ -134,6 +137,9 @@ class Report:
 
         Args:
             reports: at least one.
+
+        Returns:
+            One report of all their models, in order.
 
         Raises:
             ValueError: no report, or reports that measured different quantities.

@@ -39,7 +39,14 @@ class Distribution:
 
     @classmethod
     def of(cls, values: np.ndarray) -> Distribution:
-        """The distribution of `measured` values [images]; all NaN where there is none."""
+        """Summarise a value per image.
+
+        Args:
+            values: [images]; what `measured` leaves out is left out.
+
+        Returns:
+            Their distribution; all NaN where no image has a value.
+        """
         found = measured(values)
         if len(found) == 0:
             return cls(*[float("nan")] * 6)
@@ -62,18 +69,42 @@ class Ranks:
     largest: int
 
     def at(self, level: float) -> np.ndarray:
-        """The ranks at a level, [measured images] int32; images without one are left out."""
+        """The ranks at a level.
+
+        Args:
+            level: one of `levels`.
+
+        Returns:
+            [measured images] int32; images without a rank are left out.
+
+        Raises:
+            ValueError: another level.
+        """
         if level not in self.levels:
             raise ValueError(f"Ranks.at: level must be one of {self.levels}, got {level}")
         ranks = self.values[:, self.levels.index(level)]
         return ranks[ranks > 0]
 
     def distribution(self, level: float) -> Distribution:
-        """How rank@level is distributed over images."""
+        """How rank@level is distributed over images.
+
+        Args:
+            level: one of `levels`.
+
+        Returns:
+            The distribution.
+        """
         return Distribution.of(self.at(level))
 
     def histogram(self, level: float) -> np.ndarray:
-        """Number of images by rank, [largest + 1] int64."""
+        """Count images by rank.
+
+        Args:
+            level: one of `levels`.
+
+        Returns:
+            Number of images of each rank, [largest + 1] int64.
+        """
         return np.bincount(self.at(level), minlength=self.largest + 1)
 
 

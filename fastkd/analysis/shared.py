@@ -94,7 +94,11 @@ class InSharedBasis(Accumulator):
         return super().state() | {"pairs": self.pairs.state(), "waiting": waiting}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """As `Accumulator.restore`, with the pairs."""
+        """As `Accumulator.restore`, with the pairs.
+
+        Args:
+            state: of an accumulator of the same class and options.
+        """
         super().restore(state)
         self.pairs = Rows.of(state["pairs"])
         self._waiting = dict(state["waiting"])

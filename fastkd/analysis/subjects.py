@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from fastkd.models import Teacher, create_teacher, load_released_checkpoint
+from fastkd.models.hub import fetched
 from fastkd.models.taps import model_name
 from fastkd.models.weights import FASTKD_FORMAT, read_weights, short_misfit
 from fastkd.models.zoo import build_timm_model, check_name
@@ -86,8 +87,9 @@ def resolve(
 
     Args:
         subject: a timm name, a folder or checkpoint of a fastkd run, a released Lift or WideLast
-            checkpoint (`load_released_checkpoint`), a `Teacher`, or any module.
-        checkpoint: local weights for a timm name or a module (which takes them in place).
+            checkpoint (`load_released_checkpoint`), a `Teacher`, or any module. A file may be on
+            the hub: ``hf_hub:OWNER/NAME/FILE``.
+        checkpoint: weights for a timm name or a module (which takes them in place), likewise.
         untrained: give a timm name random weights, the same each time, instead of published ones.
         weights: ``"raw"``, ``"ema"`` or ``"auto"`` of a run, as in `fastkd.evaluate`.
         img_size: pixels a side of the input; models from a name or a file are built for it.
@@ -106,6 +108,9 @@ def resolve(
         raise ValueError(f"{_CALLER}: weights must be auto, raw or ema, got {weights!r}")
     if untrained and checkpoint is not None:
         raise ValueError(f"{_CALLER}: untrained weights and a checkpoint exclude each other")
+    checkpoint = None if checkpoint is None else fetched(_CALLER, checkpoint)
+    if not isinstance(subject, nn.Module):
+        name, subject = str(subject), fetched(_CALLER, subject)
     kind = _kind(subject)
     options: dict[str, Any] = {
         "checkpoint": checkpoint,
@@ -122,8 +127,8 @@ def resolve(
     if kind == "a checkpoint":
         path = Path(subject)
         file = path / LAST if path.is_dir() else path
-        return _from_file(file, str(subject), weights, img_size)
-    return _from_name(str(subject), checkpoint, untrained, img_size, num_classes)
+        return _from_file(file, name, weights, img_size)
+    return _from_name(name, checkpoint, untrained, img_size, num_classes)
 
 
 def _kind(subject: Any) -> str:

@@ -21,13 +21,27 @@ from fastkd.cli import (
     environment,
     evaluate,
     export,
+    losses,
+    predict,
     recipes,
     shard,
     train,
 )
 
 # In the order of ``fastkd --help``.
-COMMANDS = (train, evaluate, analyze, export, recipes, shard, bench_step, environment, demo)
+COMMANDS = (
+    train,
+    evaluate,
+    predict,
+    analyze,
+    export,
+    recipes,
+    losses,
+    shard,
+    bench_step,
+    environment,
+    demo,
+)
 
 # AssertionError: how timm's models refuse an image of another size.
 USER_ERRORS = (

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import Any
 
 from fastkd.cli.ranks import print_once
 from fastkd.training.recipe import Recipe, parse_value
+
+_IMAGE_OPTIONS = ("img_size", "crop_pct", "crop_mode", "interpolation", "mean", "std")
 
 
 def add(commands: Any) -> None:
@@ -17,9 +18,11 @@ def add(commands: Any) -> None:
         allow_abbrev=False,
         help="measure the accuracy of a timm model, a checkpoint or a run",
     )
-    parser.add_argument("model", help="timm name, checkpoint, or folder of a run")
+    parser.add_argument(
+        "model", help="timm name, checkpoint, timm folder, folder of a run, or hf_hub:..."
+    )
     parser.add_argument("--data", required=True, help="folder or timm data set name")
-    parser.add_argument("--checkpoint", help="local weights for a timm name")
+    parser.add_argument("--checkpoint", help="weights for a timm name: a file, or hf_hub:...")
     parser.add_argument(
         "--weights",
         choices=("auto", "raw", "ema"),
@@ -29,7 +32,18 @@ def add(commands: Any) -> None:
     parser.add_argument("--amp", default="none", choices=("none", "bf16", "fp16"))
     parser.add_argument("--batch-size", type=int, default=256)
     parser.add_argument("--workers", type=int, default=4)
-    for name in ("img_size", "crop_pct", "crop_mode", "interpolation", "mean", "std", "data_root"):
+    add_image_options(parser, "data_root")
+    parser.set_defaults(run=_run)
+
+
+def add_image_options(parser: argparse.ArgumentParser, *others: str) -> None:
+    """Add the options that say how a model sees its images.
+
+    Args:
+        parser: of a command that feeds images to a model.
+        *others: recipe fields that the command takes, too.
+    """
+    for name in (*_IMAGE_OPTIONS, *others):
         parser.add_argument(
             "--" + name.replace("_", "-"),
             dest=name,
@@ -37,17 +51,27 @@ def add(commands: Any) -> None:
             metavar="VALUE",
             help=Recipe.__dataclass_fields__[name].metadata["help"],
         )
-    parser.set_defaults(run=_run)
+
+
+def given_image_options(options: argparse.Namespace, *others: str) -> dict[str, Any]:
+    """What was given of the options of `add_image_options`, as Python values.
+
+    Args:
+        options: as parsed.
+        *others: as in `add_image_options`.
+
+    Returns:
+        Values by name.
+    """
+    names = (*_IMAGE_OPTIONS, *others)
+    return {
+        name: parse_value(name, getattr(options, name)) for name in names if hasattr(options, name)
+    }
 
 
 def _run(options: argparse.Namespace) -> int:
-    from fastkd.training.evaluation import OPTIONS, evaluate
+    from fastkd.training.evaluation import evaluate
 
-    given = {
-        name: parse_value(name, getattr(options, name))
-        for name in OPTIONS
-        if hasattr(options, name)
-    }
     for weights in _asked_weights(options):
         measured = evaluate(
             options.model,
@@ -58,7 +82,7 @@ def _run(options: argparse.Namespace) -> int:
             amp=options.amp,
             batch_size=options.batch_size,
             workers=options.workers,
-            **given,
+            **given_image_options(options, "data_root"),
         )
         print_once(_accuracy_line(options.model, measured))
     return 0
@@ -66,11 +90,11 @@ def _run(options: argparse.Namespace) -> int:
 
 def _asked_weights(options: argparse.Namespace) -> tuple[str, ...]:
     """All that a run has, unless one is asked for."""
-    from fastkd.training.setup import weights_in
+    from fastkd.training.loading import weights_to_choose
 
     if options.weights is not None:
         return (options.weights,)
-    return weights_in(options.model) if Path(options.model).exists() else ("auto",)
+    return weights_to_choose("evaluate", options.model) or ("auto",)
 
 
 def _accuracy_line(model: str, measured: dict[str, Any]) -> str:

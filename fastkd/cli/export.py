@@ -18,14 +18,16 @@ def add(commands: Any) -> None:
     parser.add_argument(
         "source",
         metavar="RUN",
-        help="a run's folder, one of its checkpoints, or one that the paper's authors released",
+        help="a run's folder, one of its checkpoints, or one that the paper's authors released (a "
+        "file, or hf_hub:OWNER/NAME/FILE)",
     )
     parser.add_argument(
         "--format",
         choices=("timm", "safetensors", "onnx"),
         default="timm",
         help="timm: a folder that timm.create_model loads as local-dir:FOLDER; safetensors: one "
-        "file of weights; onnx: one file, of any batch size (default: timm)",
+        "file of weights, for timm's checkpoint_path; onnx: one file, of any batch size (default: "
+        "timm)",
     )
     parser.add_argument(
         "--output",

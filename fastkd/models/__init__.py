@@ -4,13 +4,14 @@ Importing this registers the DeiT-Tiny students in timm. Built from timm's and t
 knows nothing of training, and of losses the lifting projector alone.
 """
 
+import fastkd.models.registered  # noqa: F401 -- puts the students into timm's registry
+from fastkd.losses.lift import Lift
+from fastkd.models.create import create_student
 from fastkd.models.released import load_released_checkpoint
 from fastkd.models.students import (
-    Lift,
     LiftVisionTransformer,
     WideLastBlock,
     WideLastVisionTransformer,
-    create_student,
 )
 from fastkd.models.taps import TapOutput, Taps
 from fastkd.models.teacher import Teacher, create_teacher

@@ -17,6 +17,7 @@ import timm
 from timm.models import clean_state_dict, load_state_dict
 from torch import Tensor, nn
 
+from fastkd.models.hub import fetched
 from fastkd.models.weights import first_names
 
 State = Mapping[str, Tensor]
@@ -44,9 +45,12 @@ def load_released_checkpoint(
     and every other one timm's 1e-6.
 
     Args:
-        source: path of a .pth or .safetensors file (a state dict, or a checkpoint with one under
+        source: a .pth or .safetensors file (a state dict, or a checkpoint with one under
             ``"model"`` or ``"state_dict"``; no code is unpickled), or the state dict itself. Of a
-            checkpoint with averaged weights too, the raw ones are read: those were published.
+            checkpoint with averaged weights too, the raw ones are read: those were published. A
+            file is a path, or ``hf_hub:OWNER/NAME/FILE``; the authors' own are
+            ``hf_hub:Huiyuancs/Encoding_Mismatch/models/Lift/pytorch_model.pth`` and
+            ``.../models/WideLast/pytorch_model.pth``.
         num_classes: None keeps the checkpoint's head; another number gets a new, untrained head,
             for fine-tuning.
         head_dim: channels per attention head, 64 in the paper's schedules.
@@ -56,8 +60,9 @@ def load_released_checkpoint(
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the names are of neither student, or some are missing, unexpected or of another
-            shape, of which the first are listed.
+        RuntimeError: the hub's file cannot be downloaded.
+        ValueError: the hub has no such file, the names are of neither student, or some are missing,
+            unexpected or of another shape, of which the first are listed.
     """
     model: Any = read_released(source, head_dim=head_dim).model
     if num_classes not in (None, model.num_classes):
@@ -99,9 +104,10 @@ def _read(source: str | Path | State) -> dict[str, Tensor]:
     if isinstance(source, Mapping):
         inner = source.get("state_dict", source.get("model", source))
         return clean_state_dict(dict(inner))
-    if not Path(source).is_file():
+    file = fetched(_CALLER, source)
+    if not Path(file).is_file():
         raise FileNotFoundError(f"{_CALLER}: there is no file {str(source)!r}")
-    return load_state_dict(str(source), use_ema=False)
+    return load_state_dict(str(file), use_ema=False)
 
 
 def _lift_name(ours: str, last: int) -> str:

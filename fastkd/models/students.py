@@ -2,48 +2,23 @@
 
 Each is timm's own `VisionTransformer` with one part exchanged (the final norm, or the last block),
 so timm's forward passes, heads, parameter groups and checkpoints work as they are. Of losses it
-knows the lifting projector, which is both a part of a student and half of a loss; of teachers and
-training nothing.
+knows the lifting projector, which is both a part of a student and half of a loss; of teachers,
+training and the names that timm has for them nothing.
 """
 
 from __future__ import annotations
 
 import math
-from functools import partial
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import LayerNorm
-from timm.models import (
-    build_model_with_cfg,
-    generate_default_cfgs,
-    named_apply,
-    register_model,
-)
-from timm.models.vision_transformer import (
-    Block,
-    VisionTransformer,
-    checkpoint_filter_fn,
-    get_init_weights_vit,
-)
+from timm.models import named_apply
+from timm.models.vision_transformer import Block, VisionTransformer, get_init_weights_vit
 from torch import Tensor, nn
 
 from fastkd.losses.lift import Lift
 from fastkd.losses.projectors import has_hooks
-from fastkd.models.zoo import build_timm_model
-
-__all__ = [
-    "Lift",
-    "LiftVisionTransformer",
-    "WideLastBlock",
-    "WideLastVisionTransformer",
-    "create_student",
-]
-
-Variant = Literal["plain", "lift", "widelast", "uniform"]
-
-_TEACHER_WIDTH = 384  # of CaiT-S24, the paper's teacher
 
 # Pools that read patch tokens only; "" hands the tokens on. The class token is never read.
 _LIFT_POOLS = ("avg", "avgmax", "max", "")
@@ -117,7 +92,7 @@ class LiftVisionTransformer(_WideFinalTransformer):
     __jit_unused_properties__ = ("lift",)  # TorchScript has its own type for every Lift
 
     def __init__(self, *, width: int = 384, global_pool: str = "avg", **kwargs: Any) -> None:
-        _check_lift_pool(global_pool)
+        check_lift_pool(global_pool)
         super().__init__(global_pool="avg", **kwargs)
         self._install_lift(width, global_pool)
 
@@ -131,8 +106,14 @@ class LiftVisionTransformer(_WideFinalTransformer):
             vit: the model, which becomes the student; its norm, pooling and head are replaced.
             width: channels of the lifted tokens.
             global_pool: as in the constructor.
+
+        Returns:
+            ``vit``.
+
+        Raises:
+            ValueError: another pooling than the constructor takes.
         """
-        _check_lift_pool(global_pool)
+        check_lift_pool(global_pool)
         vit.__class__ = cls
         vit._install_lift(width, global_pool)
         return vit
@@ -149,7 +130,8 @@ class LiftVisionTransformer(_WideFinalTransformer):
         is_causal: bool = False,
     ) -> Tensor:
         """Logits [B, classes] of images ``x`` [B, C, H, W]; arguments as in timm."""
-        if not torch.jit.is_scripting():  # noqa: SIM102 -- TorchScript would compile an `and`
+        # Not joined by `and`, which TorchScript would compile.
+        if not torch.jit.is_scripting():  # type: ignore[attr-defined]  # noqa: SIM102
             if self.fuses_lift(x):
                 return self._forward_fused(x, attn_mask, is_causal)
         x = self.forward_features(x, attn_mask=attn_mask, is_causal=is_causal)
@@ -205,6 +187,9 @@ class LiftVisionTransformer(_WideFinalTransformer):
         Args:
             x: the input of the pass that is asked about; a tracer's records plain layers, and so
                 does a shape without storage.
+
+        Returns:
+            False where something listens to the layers, or they are not the Lift's own.
         """
         return (
             self.fused_lift
@@ -243,7 +228,7 @@ class LiftVisionTransformer(_WideFinalTransformer):
             ValueError: ``global_pool`` would read the class token or needs an attention pool.
         """
         if global_pool is not None:
-            _check_lift_pool(global_pool)
+            check_lift_pool(global_pool)
         super().reset_classifier(num_classes, global_pool)
 
     def prune_intermediate_layers(
@@ -271,7 +256,8 @@ class LiftVisionTransformer(_WideFinalTransformer):
 
 def _is_recorded(x: Tensor) -> bool:
     """Whether the pass is traced or exported, to run where the operators may not be known."""
-    return isinstance(x, torch.fx.Proxy) or torch.jit.is_tracing() or _is_exporting()
+    tracing = torch.jit.is_tracing()  # type: ignore[attr-defined]
+    return isinstance(x, torch.fx.Proxy) or tracing or _is_exporting()
 
 
 @torch.compiler.assume_constant_result  # torch 2.11's compiler says yes when it does not export
@@ -279,7 +265,15 @@ def _is_exporting() -> bool:
     return torch.compiler.is_exporting()
 
 
-def _check_lift_pool(global_pool: str) -> None:
+def check_lift_pool(global_pool: str) -> None:
+    """Refuse a pool that would read the class token, or that pools by attention.
+
+    Args:
+        global_pool: timm's name of it.
+
+    Raises:
+        ValueError: Lift does not go with it.
+    """
     if global_pool not in _LIFT_POOLS:
         raise ValueError(
             f"LiftVisionTransformer: global_pool must be one of {_LIFT_POOLS}, got {global_pool!r} "
@@ -337,8 +331,8 @@ class WideLastVisionTransformer(_WideFinalTransformer):
     def __init__(
         self, *, width: int = 384, block_fn: type[nn.Module] = Block, **kwargs: Any
     ) -> None:
-        _check_wide_block_type(block_fn)
-        recorder = _BlockRecorder()
+        check_wide_block_type(block_fn)
+        recorder = BlockRecorder()
         super().__init__(block_fn=recorder, **kwargs)
         self._install_wide_block(width, recorder.arguments)
 
@@ -354,8 +348,14 @@ class WideLastVisionTransformer(_WideFinalTransformer):
             vit: the model, which becomes the student.
             block_arguments: what timm built its last block with.
             width: channels of the last block.
+
+        Returns:
+            ``vit``.
+
+        Raises:
+            ValueError: a last block of a type that cannot be widened.
         """
-        _check_wide_block_type(type(vit.blocks[-1]))
+        check_wide_block_type(type(vit.blocks[-1]))
         vit.__class__ = cls
         vit._install_wide_block(width, block_arguments)
         return vit
@@ -403,7 +403,7 @@ class WideLastVisionTransformer(_WideFinalTransformer):
                 f"WideLastVisionTransformer: global_pool={self.global_pool!r} pools by attention "
                 f"at {self.embed_dim} channels; choose global_pool='token' or 'avg'"
             )
-        arguments = _widen(block_arguments, width) | self._placement()
+        arguments = widened(block_arguments, width) | self._placement()
         last = len(self.blocks) - 1
         self.blocks[last] = WideLastBlock(self.embed_dim, **arguments)
         self.feature_info[last]["num_chs"] = width
@@ -418,18 +418,27 @@ class WideLastVisionTransformer(_WideFinalTransformer):
             self._init_new(name)
 
 
-class _BlockRecorder:
+class BlockRecorder:
     """A ``block_fn`` that builds timm's blocks and remembers what the last one was built with."""
 
     def __init__(self) -> None:
         self.arguments: dict[str, Any] = {}
 
     def __call__(self, **arguments: Any) -> Block:
+        """Build a block as timm asks for it."""
         self.arguments = arguments
         return Block(**arguments)
 
 
-def _check_wide_block_type(block_type: type[nn.Module]) -> None:
+def check_wide_block_type(block_type: type[nn.Module]) -> None:
+    """Refuse blocks that have no wide form.
+
+    Args:
+        block_type: of the last block.
+
+    Raises:
+        ValueError: it is not timm's `Block`.
+    """
     if block_type is not Block:
         raise ValueError(
             "WideLastVisionTransformer: the last block must be timm's Block to have a wide form, "
@@ -437,8 +446,19 @@ def _check_wide_block_type(block_type: type[nn.Module]) -> None:
         )
 
 
-def _widen(block_arguments: dict[str, Any], width: int) -> dict[str, Any]:
-    """Arguments of the same block at another width, with the dimension of its heads kept."""
+def widened(block_arguments: dict[str, Any], width: int) -> dict[str, Any]:
+    """Arguments of the same block at another width, with the dimension of its heads kept.
+
+    Args:
+        block_arguments: what timm built the block with.
+        width: channels that it is to have.
+
+    Returns:
+        The arguments, with more heads.
+
+    Raises:
+        ValueError: ``width`` is no multiple of the head dimension.
+    """
     head_dim = block_arguments["dim"] // block_arguments["num_heads"]
     if width <= 0 or width % head_dim:
         raise ValueError(
@@ -446,264 +466,3 @@ def _widen(block_arguments: dict[str, Any], width: int) -> dict[str, Any]:
             f"{head_dim}, got {width}"
         )
     return block_arguments | {"dim": width, "num_heads": width // head_dim}
-
-
-def create_student(
-    name: str = "deit_tiny_patch16_224",
-    variant: Variant = "plain",
-    *,
-    width: int | None = None,
-    num_classes: int = 1000,
-    img_size: int | tuple[int, int] | None = None,
-    pretrained: bool = False,
-    **timm_kwargs: Any,
-) -> nn.Module:
-    """A student built from a timm model.
-
-    ========  =================================================================  ==============
-    variant   what it is                                                         DeiT-Tiny, 1000
-    ========  =================================================================  ==============
-    plain     the timm model itself, of any kind                                      5,717,416
-    lift      patch tokens lifted to ``width``, normalised, averaged, classified      5,983,528
-    widelast  the last block, final norm and head ``width`` wide                      7,313,896
-    uniform   every block ``width`` wide, as many heads as the base (219)             7,372,759
-    ========  =================================================================  ==============
-
-    Args:
-        name: a timm model name; ``lift``, ``widelast`` and ``uniform`` need a plain ViT or DeiT.
-        variant: one of the four.
-        width: channels of the final features. None: 384 for ``lift`` and ``widelast``; ``uniform``
-            has no default, because its control has as many parameters as WideLast, which depends on
-            the base (219 for DeiT-Tiny). ``plain`` has none to choose.
-        num_classes: of the head; 0 leaves it out.
-        img_size: input size the model is built for; None keeps the timm model's own. Models that
-            run at any size (most CNNs) do not take it.
-        pretrained: start from timm's weights. ``lift`` keeps all but the final norm and head,
-            ``widelast`` also not the last block; ``uniform`` has none that fit.
-        **timm_kwargs: of the timm model (``drop_path_rate``, ``in_chans``, ``patch_size``, ...).
-
-    Returns:
-        A timm model. `LiftVisionTransformer` and `WideLastVisionTransformer` are subclasses of
-        timm's `VisionTransformer`.
-
-    Raises:
-        ValueError: an unknown name or variant, a model that has no such variant, a width that is
-            missing or does not divide into heads, or pretrained weights that do not exist.
-        FileNotFoundError: ``name`` is the path of a file.
-        RuntimeError: the pretrained weights cannot be downloaded.
-    """
-    if variant not in get_args(Variant):
-        raise ValueError(
-            f"create_student: variant must be one of {get_args(Variant)}, got {variant!r}"
-        )
-    timm_kwargs |= {"num_classes": num_classes, "img_size": img_size}
-    if variant == "plain":
-        if width is not None:
-            raise ValueError(
-                f"create_student: variant 'plain' has no width to choose, got width={width}; "
-                "'uniform' is the timm model at another width"
-            )
-        return _build_base(name, pretrained, timm_kwargs)
-    width = _default_width(variant) if width is None else width
-    if variant == "lift":
-        return _create_lift(name, width, pretrained, timm_kwargs)
-    if variant == "widelast":
-        return _create_widelast(name, width, pretrained, timm_kwargs)
-    return _create_uniform(name, width, pretrained, timm_kwargs)
-
-
-def _default_width(variant: str) -> int:
-    if variant == "uniform":
-        raise ValueError(
-            "create_student: variant 'uniform' needs width=: 219 makes deit_tiny_patch16_224 as "
-            "large as its WideLast, and another base has another width"
-        )
-    return _TEACHER_WIDTH
-
-
-def _create_lift(name: str, width: int, pretrained: bool, kwargs: dict[str, Any]) -> nn.Module:
-    pool = kwargs.pop("global_pool", "avg")
-    _check_lift_pool(pool)
-    _outline(name, "lift", kwargs)
-    vit = _build_base(name, pretrained, kwargs)
-    return _renamed(LiftVisionTransformer.from_vit(vit, width, pool), "lift")
-
-
-def _create_widelast(name: str, width: int, pretrained: bool, kwargs: dict[str, Any]) -> nn.Module:
-    _check_wide_block_type(type(_outline(name, "widelast", kwargs).blocks[-1]))
-    recorder = _BlockRecorder()
-    _outline(name, "widelast", kwargs | {"block_fn": recorder})
-    _widen(recorder.arguments, width)  # refuse a wrong width before anything is built or downloaded
-    vit = _build_base(name, pretrained, kwargs)
-    student = WideLastVisionTransformer.from_vit(vit, recorder.arguments, width)
-    return _renamed(student, "widelast")
-
-
-def _create_uniform(name: str, width: int, pretrained: bool, kwargs: dict[str, Any]) -> nn.Module:
-    if pretrained:
-        raise ValueError(
-            f"create_student: pretrained weights of {name!r} do not fit variant 'uniform', whose "
-            "every layer has another width; use pretrained=False"
-        )
-    recorder = _BlockRecorder()  # not every kind of block says how many heads it has
-    _outline(name, "uniform", kwargs | {"block_fn": recorder})
-    num_heads = recorder.arguments["num_heads"]
-    if width <= 0 or width % num_heads:
-        raise ValueError(
-            f"create_student: width must be a multiple of the {num_heads} heads of {name!r}, "
-            f"got {width}"
-        )
-    return _renamed(_build_base(name, False, kwargs | {"embed_dim": width}), f"uniform{width}")
-
-
-def _build_base(name: str, pretrained: bool, kwargs: dict[str, Any]) -> nn.Module:
-    return build_timm_model(
-        "create_student",
-        name,
-        pretrained=pretrained,
-        alternative="start from random weights with pretrained=False",
-        **kwargs,
-    )
-
-
-def _outline(name: str, variant: str, kwargs: dict[str, Any]) -> VisionTransformer:
-    """The timm model without storage, to look at before anything is built or downloaded."""
-    on_meta = {key: value for key, value in kwargs.items() if key not in ("device", "dtype")}
-    with torch.device("meta"):
-        model = build_timm_model("create_student", name, **on_meta)
-    if type(model) is VisionTransformer or (
-        variant == "uniform" and isinstance(model, VisionTransformer)
-    ):
-        return model
-    raise ValueError(
-        f"create_student: variant {variant!r} is defined for timm's plain VisionTransformer (ViT, "
-        f"DeiT, DINOv2 ...), got {name!r}, a {type(model).__name__}"
-    )
-
-
-def _renamed(student: Any, variant: str) -> nn.Module:
-    """Keep the base's statistics, but neither its name nor the source of its weights.
-
-    By these a checkpoint would be reloaded as the base, with weights that do not fit.
-    """
-    architecture = str(student.pretrained_cfg["architecture"])
-    for source in ("url", "file", "state_dict", "hf_hub_id", "hf_hub_filename", "tag"):
-        student.pretrained_cfg.pop(source, None)
-    student.pretrained_cfg |= {"architecture": _variant_name(architecture, variant)}
-    return student
-
-
-def _variant_name(architecture: str, variant: str) -> str:
-    stem, patch, rest = architecture.partition("_patch")
-    return f"{stem}_{variant}{patch}{rest}"
-
-
-def registered_name(name: str, variant: str, width: int | None) -> tuple[str, dict[str, Any]]:
-    """By what `timm.create_model` builds a student of `create_student`, fastkd being imported.
-
-    Args:
-        name: of the base, as in `create_student`.
-        variant: of the student.
-        width: of its final features; None as in `create_student`.
-
-    Returns:
-        A name in timm's registry, and the arguments that it needs.
-    """
-    if variant == "plain":
-        return name, {}
-    width = _default_width(variant) if width is None else width
-    own_width = variant == "uniform"  # which its name says
-    registered = _variant_name(name.partition(".")[0], f"uniform{width}" if own_width else variant)
-    if registered in default_cfgs:
-        return registered, {} if own_width else {"width": width}
-    return fastkd_student.__name__, {"base": name, "variant": variant, "width": width}
-
-
-def _deit_cfg() -> dict[str, Any]:
-    """What timm says of deit_tiny_patch16_224, without its weights, which are not these models'."""
-    return {
-        "num_classes": 1000,
-        "input_size": (3, 224, 224),
-        "crop_pct": 0.9,
-        "interpolation": "bicubic",
-        "fixed_input_size": True,
-        "mean": IMAGENET_DEFAULT_MEAN,
-        "std": IMAGENET_DEFAULT_STD,
-        "first_conv": "patch_embed.proj",
-        "classifier": "head",
-        "license": "apache-2.0",
-    }
-
-
-default_cfgs = generate_default_cfgs(
-    {
-        "deit_tiny_lift_patch16_224": _deit_cfg(),
-        "deit_tiny_widelast_patch16_224": _deit_cfg(),
-        "deit_tiny_uniform219_patch16_224": _deit_cfg(),
-        "fastkd_student": _deit_cfg(),
-    }
-)
-
-
-def _build_deit_tiny(
-    model_class: type[nn.Module], architecture: str, pretrained: bool, **kwargs: Any
-) -> Any:
-    feature_cfg = {"out_indices": kwargs.pop("out_indices", 3), "feature_cls": "getter"}
-    deit_tiny = {"patch_size": 16, "embed_dim": 192, "depth": 12, "num_heads": 3}
-    return build_model_with_cfg(
-        model_class,
-        architecture,
-        pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg=feature_cfg,
-        **deit_tiny | kwargs,
-    )
-
-
-@register_model
-def deit_tiny_lift_patch16_224(pretrained: bool = False, **kwargs: Any) -> LiftVisionTransformer:
-    """DeiT-Tiny with its patch tokens lifted to ``width`` (384) channels; 5,983,528 parameters."""
-    return _build_deit_tiny(
-        LiftVisionTransformer, "deit_tiny_lift_patch16_224", pretrained, **kwargs
-    )
-
-
-@register_model
-def deit_tiny_widelast_patch16_224(
-    pretrained: bool = False, **kwargs: Any
-) -> WideLastVisionTransformer:
-    """DeiT-Tiny with a last block of ``width`` (384) channels; 7,313,896 parameters."""
-    return _build_deit_tiny(
-        WideLastVisionTransformer, "deit_tiny_widelast_patch16_224", pretrained, **kwargs
-    )
-
-
-@register_model
-def deit_tiny_uniform219_patch16_224(pretrained: bool = False, **kwargs: Any) -> VisionTransformer:
-    """DeiT-Tiny with 219 channels (73 per head) in every block; 7,372,759 parameters."""
-    arguments = {"embed_dim": 219} | kwargs
-    return _build_deit_tiny(
-        VisionTransformer, "deit_tiny_uniform219_patch16_224", pretrained, **arguments
-    )
-
-
-@register_model
-def fastkd_student(
-    pretrained: bool = False,
-    *,
-    base: str,
-    variant: Variant = "plain",
-    width: int | None = None,
-    **kwargs: Any,
-) -> nn.Module:
-    """The student that `create_student` makes of another ``base``.
-
-    Exported students are called so whose base has no entry of its own here.
-    """
-    return build_model_with_cfg(
-        partial(create_student, base, variant, width=width),
-        "fastkd_student",
-        pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
-        **kwargs,
-    )

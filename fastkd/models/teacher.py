@@ -1,24 +1,22 @@
 """Teachers: frozen models that are fed what they were trained on, whatever the student sees.
 
-Knows how to load a teacher, and how to renormalise and resize images for it; nothing of students or
-of losses.
+Knows how to renormalise and resize images for a teacher; nothing of students or of losses. Where
+its weights come from is `fastkd.models.pretrained`'s.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.models import get_pretrained_cfg
 from torch import Tensor, nn
 
+from fastkd.models.pretrained import build_pretrained, fill
 from fastkd.models.taps import TapKey, TapOutput, Taps, model_name
-from fastkd.models.weights import read_weights, short_misfit
-from fastkd.models.zoo import build_timm_model, check_name, fixed_input_size
+from fastkd.models.zoo import fixed_input_size
 
 Statistics = Sequence[float]
 
@@ -80,7 +78,12 @@ class Teacher(nn.Module):
         num_prefix: int = 0,
         grid: tuple[int, int] | None = None,
     ) -> Taps:
-        """Choose the layers that `forward` reads from now on; arguments as in `Taps`.
+        """Choose the layers that `forward` reads from now on.
+
+        Args:
+            indices: of blocks, from the end if negative, or module names, as in `Taps`.
+            num_prefix: tokens that are no patches, of layers tapped by name.
+            grid: (H, W) of layers tapped by name, where it is not square.
 
         Returns:
             The taps, for their resolved ``indices`` and ``dims``.
@@ -137,7 +140,14 @@ class Teacher(nn.Module):
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> TapOutput:
-        """Logits and tapped tokens for the student's images [B, C, H, W]."""
+        """Run the teacher, without gradients.
+
+        Args:
+            images: [B, C, H, W], normalised for the student; `prepare` makes them the teacher's.
+
+        Returns:
+            Logits, and the tokens of the tapped layers.
+        """
         return self._taps(self.prepare(images))
 
     def train(self, mode: bool = True) -> Teacher:
@@ -147,7 +157,7 @@ class Teacher(nn.Module):
 
 
 def create_teacher(
-    name_or_module: str | nn.Module,
+    name_or_module: str | Path | nn.Module,
     *,
     checkpoint: str | Path | None = None,
     pretrained: bool = True,
@@ -157,15 +167,17 @@ def create_teacher(
     input_size: int | tuple[int, int] | None = None,
     **timm_kwargs: Any,
 ) -> Teacher:
-    """A frozen teacher from a timm name, a timm name with a local checkpoint, or any module.
+    """A frozen teacher from a timm name (its weights or a checkpoint), a released file or a module.
 
     Args:
-        name_or_module: a timm model name, or a module, which is frozen in place.
-        checkpoint: local weights (.pth, .safetensors; a state dict or a training checkpoint that
-            holds one), read without unpickling code; of a fastkd run's checkpoint, the student's
-            raw or EMA weights, whichever its run measured to be better. For timm names, the formats
-            that timm converts (original DINOv2, Swin ...) load too, and position embeddings are
-            resampled.
+        name_or_module: a timm model name; a Lift or WideLast checkpoint as the authors of arXiv
+            2511.15572 released them, a path or ``hf_hub:OWNER/NAME/FILE``; or a module, which is
+            frozen in place.
+        checkpoint: weights for a name or a module: a path or ``hf_hub:OWNER/NAME/FILE`` (.pth,
+            .safetensors; a state dict or a training checkpoint that holds one), read without
+            unpickling code; of a fastkd run's checkpoint, the student's raw or EMA weights,
+            whichever its run measured to be better. For timm names, the formats that timm converts
+            (original DINOv2, Swin ...) load too, and position embeddings are resampled.
         pretrained: without ``checkpoint``, load timm's published weights for a name; for a module
             there is nothing to load. False leaves a name's weights random, which is for tests.
         num_classes: of the head; None takes the checkpoint's or timm's own; 0 leaves the head out,
@@ -175,7 +187,7 @@ def create_teacher(
         input_size: what images are resized to; None takes the size that the model is fixed to, if
             it is. To run a timm model at another size than its own, pass ``img_size``.
         **timm_kwargs: of the timm model. With ``img_size``, images are resized to it, also for
-            models that are not built for a size.
+            models that are not built for a size; it is the only one for a released file.
 
     Returns:
         The teacher, on the CPU unless ``device`` is among ``timm_kwargs``.
@@ -188,18 +200,20 @@ def create_teacher(
         RuntimeError: the pretrained weights cannot be downloaded.
         TypeError: ``name_or_module`` is neither, or options of timm are given for a module.
     """
-    if checkpoint is not None and not Path(checkpoint).is_file():
-        raise FileNotFoundError(f"create_teacher: there is no checkpoint {str(checkpoint)!r}")
-    if isinstance(name_or_module, str):
-        options = timm_kwargs | {"num_classes": num_classes}
-        model = _build(name_or_module, checkpoint, pretrained, options)
+    options = {"num_classes": num_classes} | timm_kwargs
+    model: nn.Module
+    if isinstance(name_or_module, str | Path):
+        model = build_pretrained(
+            "create_teacher", name_or_module, checkpoint, pretrained=pretrained, **options
+        )
     elif isinstance(name_or_module, nn.Module):
-        given = {} if num_classes is None else {"num_classes": num_classes}
-        _refuse_for_modules(given | timm_kwargs)
-        model = _filled(name_or_module, checkpoint)
+        _refuse_for_modules({name: value for name, value in options.items() if value is not None})
+        model = name_or_module
+        if checkpoint is not None:
+            fill("create_teacher", model, checkpoint)
     else:
         raise TypeError(
-            "create_teacher: name_or_module must be a timm name or an nn.Module, got "
+            "create_teacher: name_or_module must be a timm name, a file or an nn.Module, got "
             f"{type(name_or_module).__name__}"
         )
     if mean is None and std is None:
@@ -209,96 +223,6 @@ def create_teacher(
         mean=mean,
         std=std,
         input_size=_input_size(model, input_size, timm_kwargs.get("img_size")),
-    )
-
-
-def _build(
-    name: str, checkpoint: str | Path | None, pretrained: bool, kwargs: dict[str, Any]
-) -> nn.Module:
-    if checkpoint is not None:
-        return _build_from_file(name, checkpoint, kwargs)
-    if pretrained:
-        _check_published_head(name, kwargs["num_classes"])
-    return build_timm_model(
-        "create_teacher",
-        name,
-        pretrained=pretrained,
-        alternative="give local weights with checkpoint=PATH",
-        **kwargs,
-    )
-
-
-def _build_from_file(name: str, checkpoint: str | Path, kwargs: dict[str, Any]) -> nn.Module:
-    """Through timm's own loader, which converts the layouts that it knows, and strictly."""
-    check_name("create_teacher", name)
-    state = _read(checkpoint)
-    found = _classes_in(state, name)
-    wanted = kwargs["num_classes"]
-    if wanted not in (None, 0, found):
-        raise ValueError(
-            f"create_teacher: {str(checkpoint)!r} has a head of {found} classes, got "
-            f"num_classes={wanted}, whose head would be random; use 0 for features alone"
-        )
-    overlay = {"state_dict": state, "num_classes": found, "custom_load": False}
-    options = kwargs | {"num_classes": found, "pretrained_cfg_overlay": overlay}
-    try:
-        model: Any = build_timm_model("create_teacher", name, pretrained=True, **options)
-    except (RuntimeError, KeyError) as error:
-        raise _misfit(checkpoint, name, error) from error
-    model.pretrained_cfg.pop("state_dict", None)  # the file's tensors, which nobody needs again
-    if wanted == 0:
-        model.reset_classifier(0)  # after a strict load: timm loads loosely where heads differ
-    return model
-
-
-def _read(checkpoint: str | Path) -> dict[str, Tensor]:
-    try:
-        return read_weights(checkpoint)
-    except (RuntimeError, ValueError, OSError, EOFError, KeyError, UnpicklingError) as error:
-        reason = " ".join(str(error).split())[:160]
-        raise ValueError(
-            f"create_teacher: {str(checkpoint)!r} cannot be read as weights: torn, or more than "
-            f"plain state, which is not loaded for safety ({reason})"
-        ) from error
-
-
-def _classes_in(state: Mapping[str, Tensor], name: str) -> int:
-    """Classes of the head in a checkpoint; 0 for a backbone."""
-    heads = _cfg_of(name).get("classifier") or ()
-    for head in ((heads,) if isinstance(heads, str) else tuple(heads)) + ("head", "fc"):
-        if f"{head}.weight" in state:
-            return int(state[f"{head}.weight"].shape[0])
-    return 0
-
-
-def _check_published_head(name: str, num_classes: int | None) -> None:
-    published = _cfg_of(name).get("num_classes")
-    if published is not None and num_classes not in (None, 0, published):
-        raise ValueError(
-            f"create_teacher: the published weights of {name!r} have {published} classes, got "
-            f"num_classes={num_classes}, whose head would be random; fine-tune the model and give "
-            "it with checkpoint=PATH, or use num_classes=0 for features alone"
-        )
-
-
-def _cfg_of(name: str) -> Mapping[str, Any]:
-    cfg = None if ":" in name else get_pretrained_cfg(name)
-    return {} if cfg is None else cfg.to_dict()
-
-
-def _filled(module: nn.Module, checkpoint: str | Path | None) -> nn.Module:
-    if checkpoint is None:
-        return module
-    try:
-        module.load_state_dict(_read(checkpoint))
-    except (RuntimeError, KeyError) as error:
-        raise _misfit(checkpoint, model_name(module), error) from error
-    return module
-
-
-def _misfit(checkpoint: str | Path, name: str, error: Exception) -> ValueError:
-    return ValueError(
-        f"create_teacher: {str(checkpoint)!r} does not fit {name!r}: {short_misfit(error)}"
     )
 
 

@@ -5,6 +5,7 @@ Knows what a checkpoint calls its weights; neither models nor how they were trai
 
 from __future__ import annotations
 
+import argparse
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -39,6 +40,28 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
         key = "ema" if better_weights(checkpoint) == "ema" else "student"
         return clean_state_dict(checkpoint[key])
     return load_state_dict(str(path))
+
+
+def is_foreign(path: str | Path) -> bool:
+    """Whether a file holds weights, and is no checkpoint of a fastkd run.
+
+    Reads no tensor of a .pth file.
+
+    Args:
+        path: of whatever there is, or is not.
+
+    Returns:
+        False for what cannot be read, too: who then loads it as a run's checkpoint says why.
+    """
+    path = Path(path)
+    if path.suffix == ".safetensors" or not path.is_file():
+        return path.is_file()
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):  # of DeiT's, under "args"
+            state = torch.load(path, map_location="meta", weights_only=True)
+    except Exception:  # whatever torch makes of a torn file
+        return False
+    return isinstance(state, Mapping) and state.get("format") != FASTKD_FORMAT
 
 
 def better_weights(checkpoint: Mapping[str, Any]) -> str:

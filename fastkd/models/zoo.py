@@ -5,21 +5,28 @@ Knows nothing of students, teachers or taps; those add what they need on top.
 
 from __future__ import annotations
 
+import contextlib
 import difflib
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import timm
 from timm.models import get_pretrained_cfg
 from torch import nn
 
+from fastkd.models.hub import (
+    DownloadError,
+    explained,
+    is_download_failure,
+    is_hub_name,
+    no_waiting_offline,
+)
 from fastkd.models.weights import looks_like_a_path
 
-# Hugging Face's client raises its transport's own exceptions, whichever transport it was built on.
-_DOWNLOAD_PACKAGES = {"httpx", "httpcore", "huggingface_hub", "requests", "urllib3"}
+__all__ = ["DownloadError", "build_timm_model", "check_name", "fixed_input_size"]
 
-
-class DownloadError(RuntimeError):
-    """Published weights are neither on this machine nor to be had from the network."""
+_LOCAL = "local-dir:"
 
 
 def build_timm_model(
@@ -39,17 +46,23 @@ def build_timm_model(
         The model.
 
     Raises:
-        ValueError: timm does not know ``name``, or publishes no weights for it.
-        FileNotFoundError: ``name`` is the path of a file that is not there.
+        ValueError: timm does not know ``name``, or publishes no weights for it; or the hub has no
+            such model.
+        FileNotFoundError: ``name`` is a path, or a ``local-dir:`` with one, that is not there.
         DownloadError: the weights could not be downloaded.
     """
     check_name(caller, name)
     if pretrained and not _has_weights(name, kwargs):
         raise ValueError(f"{caller}: timm publishes no weights for {name!r}{_or_else(alternative)}")
+    downloads = _downloads(name, pretrained, kwargs)
     try:
-        return _create(name, pretrained, kwargs)
+        with no_waiting_offline() if downloads else contextlib.nullcontext():
+            return _create(name, pretrained, kwargs)
     except Exception as error:
-        if pretrained and _is_download_failure(error):
+        told = explained(caller, name, error)
+        if told is not None:
+            raise type(told)(f"{told}{_or_else(alternative)}") from error
+        if downloads and is_download_failure(error):
             raise DownloadError(
                 f"{caller}: the pretrained weights of {name!r} are not cached and could not be "
                 f"downloaded ({type(error).__name__}; no network?){_or_else(alternative)}"
@@ -89,12 +102,19 @@ def check_name(caller: str, name: str) -> None:
     Names with a source (``hf-hub:...``, ``local-dir:...``) are left to timm.
 
     Raises:
-        ValueError: timm does not know ``name``.
+        ValueError: timm does not know ``name``, or it is the path of a file.
         FileNotFoundError: it is the path of a file that is not there.
     """
     if looks_like_a_path(name):
+        if Path(name).exists():
+            raise ValueError(
+                f"{caller}: {name} is no timm name: give the name of a model, and its weights with "
+                "checkpoint="
+            )
         raise FileNotFoundError(f"{caller}: there is no file or folder {name!r}")
     architecture = name.split(".", 1)[0]
+    if name.startswith(_LOCAL) and not (folder := Path(name.removeprefix(_LOCAL))).is_dir():
+        raise FileNotFoundError(f"{caller}: there is no folder {str(folder)!r}")
     if ":" in name or timm.is_model(architecture):
         return
     near = difflib.get_close_matches(architecture, timm.list_models(), n=3)
@@ -111,9 +131,12 @@ def _has_weights(name: str, kwargs: dict[str, Any]) -> bool:
     return cfg is not None and cfg.has_weights
 
 
-def _is_download_failure(error: Exception) -> bool:
-    package = type(error).__module__.split(".", 1)[0]
-    return isinstance(error, OSError) or package in _DOWNLOAD_PACKAGES
+def _downloads(name: str, pretrained: bool, kwargs: Mapping[str, Any]) -> bool:
+    """Whether building a model may touch the network."""
+    given = kwargs.get("pretrained_cfg_overlay") or {}
+    if name.startswith(_LOCAL) or "state_dict" in given or "file" in given:
+        return False
+    return pretrained or is_hub_name(name)
 
 
 def _or_else(alternative: str) -> str:

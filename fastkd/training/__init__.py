@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from fastkd.training.engine import NonFiniteError
     from fastkd.training.evaluation import evaluate
     from fastkd.training.exporting import export
+    from fastkd.training.prediction import Guess, Prediction, Predictions, predict
     from fastkd.training.recipe import Recipe
     from fastkd.training.result import Result
     from fastkd.training.setup import load_student
@@ -26,6 +27,10 @@ _HOMES = {
     "NonFiniteError": "engine",
     "evaluate": "evaluation",
     "export": "exporting",
+    "Guess": "prediction",
+    "Prediction": "prediction",
+    "Predictions": "prediction",
+    "predict": "prediction",
     "Recipe": "recipe",
     "Result": "result",
     "load_student": "setup",
@@ -38,7 +43,10 @@ _HOMES = {
 __all__ = [
     "CheckpointError",
     "DistillationTask",
+    "Guess",
     "NonFiniteError",
+    "Prediction",
+    "Predictions",
     "Recipe",
     "Result",
     "build_task",
@@ -46,6 +54,7 @@ __all__ = [
     "export",
     "load_checkpoint",
     "load_student",
+    "predict",
     "shard",
     "train",
 ]

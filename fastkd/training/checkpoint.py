@@ -102,7 +102,9 @@ def _versions(path: Path) -> list[Path]:
     return [p for p in (earlier(path, number) for number in sorted(numbers)) if p.exists()]
 
 
-def load_checkpoint(path: str | os.PathLike[str], device: str | torch.device = "cpu") -> dict:
+def load_checkpoint(
+    path: str | os.PathLike[str], device: str | torch.device = "cpu"
+) -> dict[str, Any]:
     """Read a checkpoint that `save_checkpoint` wrote, with ``weights_only=True``.
 
     Args:

@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 from fastkd.training.augment import InputSpec
 from fastkd.training.batch import Fault
 from fastkd.training.datasets import DataPair
+from fastkd.training.distributed import ALONE, World
 from fastkd.training.recipe import Recipe
 from fastkd.training.samplers import EvalSampler, SampleKey, TrainBatchSampler
 from fastkd.training.samples import (
@@ -34,7 +35,7 @@ from fastkd.training.workers import WorkerNotes, loader_options
 REPLACEMENTS = 16  # images that are tried in the place of one that cannot be read
 
 
-class SampleDataset(Dataset):
+class SampleDataset(Dataset[Any]):
     """A data set addressed by `SampleKey`, its randomness seeded by (seed, epoch, sample, copy).
 
     The process' own generators are left as they were, so that loading in the main process
@@ -133,10 +134,8 @@ def train_loader(
     data: DataPair,
     recipe: Recipe,
     spec: InputSpec,
-    device: torch.device,
-    rank: int = 0,
-    world_size: int = 1,
-) -> DataLoader:
+    peers: World = ALONE,
+) -> DataLoader[Any]:
     """Batches of one rank; its ``batch_sampler`` is a `TrainBatchSampler`.
 
     An image that cannot be read is replaced by another one and told in the batch's ``faults``.
@@ -145,9 +144,7 @@ def train_loader(
         data: the opened data.
         recipe: augmentation, batch size, seed, workers.
         spec: what the student takes in.
-        device: pinned memory is used for an accelerator.
-        rank: this process.
-        world_size: number of processes.
+        peers: whose share this process has; pinned memory is used for an accelerator.
 
     Returns:
         A loader of `Batch`.
@@ -159,15 +156,15 @@ def train_loader(
     if isinstance(data.train, IterableDataset):
         from fastkd.training.streaming import stream_train_loader
 
-        return stream_train_loader(data, recipe, spec, device, rank, world_size)
+        return stream_train_loader(data, recipe, spec, peers)
     sampler = TrainBatchSampler(
         len(data.train),
-        slice_size(recipe, world_size),
+        slice_size(recipe, peers.size),
         seed=recipe.seed,
         accumulation=recipe.accumulation,
         repeats=recipe.repeated_aug,
-        rank=rank,
-        world_size=world_size,
+        rank=peers.rank,
+        world_size=peers.size,
         together=recipe.augment == "gpu",
     )
     dataset = SampleDataset(
@@ -179,26 +176,22 @@ def train_loader(
         notes=WorkerNotes(recipe.workers),
     )
     stack = collate(data, spec, label_bound(data, recipe, recipe.labels))
-    return _loader(dataset, stack, recipe.workers, device, batch_sampler=sampler)
+    return _loader(dataset, stack, recipe.workers, peers.device, batch_sampler=sampler)
 
 
 def eval_loader(
     data: DataPair,
     recipe: Recipe,
     spec: InputSpec,
-    device: torch.device,
-    rank: int = 0,
-    world_size: int = 1,
-) -> DataLoader:
+    peers: World = ALONE,
+) -> DataLoader[Any]:
     """This rank's share of the evaluation set, no sample twice.
 
     Args:
         data: the opened data.
         recipe: evaluation options and workers.
         spec: what the student takes in.
-        device: pinned memory is used for an accelerator.
-        rank: this process.
-        world_size: number of processes.
+        peers: whose share this process has; pinned memory is used for an accelerator.
 
     Returns:
         A loader of `Batch`; an image that cannot be read is an error.
@@ -206,15 +199,15 @@ def eval_loader(
     if isinstance(data.val, IterableDataset):
         from fastkd.training.streaming import stream_eval_loader
 
-        return stream_eval_loader(data, recipe, spec, device, rank, world_size)
+        return stream_eval_loader(data, recipe, spec, peers)
     dataset = eval_samples(data, recipe, spec)
     dataset.notes = WorkerNotes(recipe.workers)
-    sampler = EvalSampler(len(data.val), rank, world_size)
+    sampler = EvalSampler(len(data.val), peers.rank, peers.size)
     return _loader(
         dataset,
         collate(data, spec, label_bound(data, recipe, data.labelled_val)),
         recipe.workers,
-        device,
+        peers.device,
         sampler=sampler,
         batch_size=recipe.eval_batch_size,
     )
@@ -271,7 +264,7 @@ def _loader(
     workers: int,
     device: torch.device,
     **batching: Any,
-) -> DataLoader:
+) -> DataLoader[Any]:
     return DataLoader(
         dataset,
         collate_fn=stack,

@@ -118,6 +118,9 @@ class World:
             dist.barrier()
 
 
+ALONE = World(torch.device("cpu"))  # one process, without an accelerator
+
+
 @contextmanager
 def world(device: str | torch.device | None = None) -> Iterator[World]:
     """Join torchrun's process group if there is one; leave it at the end.

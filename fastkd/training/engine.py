@@ -62,7 +62,7 @@ class _Done(NamedTuple):
     finite_loss: Tensor
 
 
-def autocast(device: torch.device, amp: str) -> AbstractContextManager:
+def autocast(device: torch.device, amp: str) -> AbstractContextManager[Any]:
     """The autocast context of a recipe's ``amp``.
 
     Args:

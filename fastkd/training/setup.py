@@ -15,7 +15,8 @@ from timm.data import resolve_data_config
 from torch import nn
 
 from fastkd.models import Teacher, create_student, create_teacher
-from fastkd.models.weights import better_weights, short_misfit
+from fastkd.models.hub import fetched
+from fastkd.models.weights import better_weights, is_foreign, short_misfit
 from fastkd.models.zoo import fixed_input_size
 from fastkd.training.augment import InputSpec
 from fastkd.training.checkpoint import load_checkpoint
@@ -225,7 +226,8 @@ def resolve_teacher(teacher: Any, recipe: Recipe, spec: InputSpec) -> Teacher | 
     """Load the teacher and tell it what the images are normalised with.
 
     Args:
-        teacher: None, a `Teacher`, a module, a timm name, a run's folder or a fastkd checkpoint.
+        teacher: None, a `Teacher`, a module, a timm name, a run's folder, a fastkd checkpoint or a
+            released one.
         recipe: its ``teacher_checkpoint`` holds local weights for a timm name, its
             ``teacher_img_size`` the size that images are resized to for the teacher.
         spec: the student's input.
@@ -240,6 +242,7 @@ def resolve_teacher(teacher: Any, recipe: Recipe, spec: InputSpec) -> Teacher | 
     if teacher is None:
         return None
     size = recipe.teacher_img_size
+    teacher = teacher if isinstance(teacher, nn.Module) else fetched("train", teacher)
     by_name = not isinstance(teacher, nn.Module) and not Path(teacher).exists()
     if recipe.teacher_checkpoint is not None and not by_name:
         raise ValueError("teacher_checkpoint: holds weights for a teacher given by its timm name")
@@ -251,6 +254,8 @@ def resolve_teacher(teacher: Any, recipe: Recipe, spec: InputSpec) -> Teacher | 
         resolved = create_teacher(teacher, input_size=size)
     elif by_name:
         resolved = create_teacher(str(teacher), checkpoint=recipe.teacher_checkpoint, img_size=size)
+    elif is_foreign(teacher):
+        resolved = create_teacher(teacher, img_size=size)
     else:
         resolved = _trained_teacher(teacher, size)
     resolved.set_input_stats(spec.mean, spec.std)
@@ -279,12 +284,14 @@ class LoadedStudent:
         spec: what it was trained on.
         recipe: its run's.
         weights: ``"raw"`` or ``"ema"``.
+        classes: names of the classes by label, where the run's data had them.
     """
 
     model: nn.Module
     spec: InputSpec
     recipe: Recipe
     weights: str
+    classes: tuple[str, ...] | None = None
 
 
 def load_student(
@@ -331,7 +338,8 @@ def load_student(
     if img_size is not None:
         spec = replace(spec, size=(spec.size[0], img_size, img_size))
         change_input_size(model, (img_size, img_size))
-    return LoadedStudent(model.eval(), spec, recipe, used)
+    classes = state.get("classes")
+    return LoadedStudent(model.eval(), spec, recipe, used, tuple(classes) if classes else None)
 
 
 @dataclass(frozen=True)

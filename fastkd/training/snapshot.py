@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastkd.models.weights import short_misfit
+from fastkd.models.weights import better_weights, short_misfit
 from fastkd.training.augment import InputSpec
 from fastkd.training.checkpoint import LAST, VERSION, CheckpointError
 from fastkd.training.engine import Engine
@@ -75,7 +75,7 @@ def student_state(
         Tensors and plain values.
     """
     ema, spec = engine.ema, identity.spec
-    return {
+    state = {
         "student": student.state_dict(),
         "ema": None if ema is None else ema.module.state_dict(),
         "recipe": identity.recipe.to_dict(),
@@ -87,6 +87,8 @@ def student_state(
         "best": progress.best,
         "measured": _last_measurement(progress.history),
     }
+    # The same tensors again, by the name under which timm's checkpoint_path= looks for them.
+    return state | {"state_dict": state["ema" if better_weights(state) == "ema" else "student"]}
 
 
 def _last_measurement(history: list[dict[str, Any]]) -> dict[str, float]:

@@ -28,7 +28,7 @@ def is_missing(label: Any) -> bool:
     return label is None or (getattr(label, "ndim", 0) == 0 and bool(label == UNLABELLED))
 
 
-class ReadableImages(Dataset):
+class ReadableImages(Dataset[tuple[Any, Any]]):
     """The images of a timm reader; one that cannot be read is an error.
 
     timm's own data set takes the next image in its place, with that one's label, and a warning: an
@@ -76,7 +76,7 @@ class ReadableImages(Dataset):
 
 
 @dataclass(frozen=True)
-class StreamSource(IterableDataset):
+class StreamSource(IterableDataset[tuple[Any, Any]]):
     """A data set that is read from its beginning only, by one of timm's streaming readers.
 
     Iterating gives every (PIL image, label) once, in order.

@@ -191,7 +191,7 @@ def _build(
             str(teacher), pretrained=False, num_classes=classes, img_size=recipe.teacher_img_size
         )
         recipe = recipe.override(teacher_checkpoint=None, teacher_img_size=None)
-    loader = train_loader(data, recipe, spec, peers.device, peers.rank, peers.size)
+    loader = train_loader(data, recipe, spec, peers)
     engine = build_engine(
         student.to(peers.device),
         resolve_teacher(teacher, recipe, spec),

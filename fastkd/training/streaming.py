@@ -27,6 +27,7 @@ from fastkd.training.augment import InputSpec
 from fastkd.training.batch import Batch, Fault
 from fastkd.training.data import slice_size
 from fastkd.training.datasets import DataPair
+from fastkd.training.distributed import ALONE, World
 from fastkd.training.passed_over import tell_what_is_passed_over
 from fastkd.training.recipe import Recipe
 from fastkd.training.samplers import Schedule
@@ -48,7 +49,7 @@ ENOUGH_SHARDS = 8  # for each process, so that their shares of an epoch are abou
 _Placed = tuple[int, tuple[Any, Any]]  # position in its process' part of the epoch, (image, label)
 
 
-class TrainStream(Schedule, IterableDataset):
+class TrainStream(Schedule, IterableDataset[Any]):
     """The slices of one rank's updates, shared out in turn to its loader processes.
 
     The position is where the *next* iteration starts. Processes before the one whose turn it is
@@ -183,7 +184,7 @@ class TrainStream(Schedule, IterableDataset):
                 )
 
 
-class EvalStream(IterableDataset):
+class EvalStream(IterableDataset[Any]):
     """One rank's share of a data set, every sample of which is in exactly one rank's share.
 
     A shard that cannot be fetched and an image that cannot be read are errors, which name it.
@@ -258,7 +259,7 @@ def _refuse(name: str, reason: str) -> None:
     raise OSError(f"data: cannot read {name}: {reason}")
 
 
-class StreamLoader(DataLoader):
+class StreamLoader(DataLoader[Any]):
     """Batches of a stream; its loader processes start anew at every iteration.
 
     So they know the position, and their readers' shuffling derives from it alone.
@@ -293,9 +294,7 @@ def stream_train_loader(
     data: DataPair,
     recipe: Recipe,
     spec: InputSpec,
-    device: torch.device,
-    rank: int = 0,
-    world_size: int = 1,
+    peers: World = ALONE,
 ) -> StreamLoader:
     """Batches of one rank; its ``dataset`` is a `TrainStream`.
 
@@ -307,9 +306,7 @@ def stream_train_loader(
         data: whose ``train`` is a `StreamSource`.
         recipe: augmentation, batch size, seed, workers, ``train_samples``.
         spec: what the student takes in.
-        device: pinned memory is used for an accelerator.
-        rank: this process.
-        world_size: number of processes.
+        peers: whose share this process has; pinned memory is used for an accelerator.
 
     Returns:
         A loader of `Batch`.
@@ -330,25 +327,23 @@ def stream_train_loader(
         train_sample_transform(recipe, spec, data),
         collate(data, spec, label_bound(data, recipe, recipe.labels)),
         num_samples=recipe.train_samples or len(data.train),
-        batch_size=slice_size(recipe, world_size),
+        batch_size=slice_size(recipe, peers.size),
         accumulation=recipe.accumulation,
         seed=recipe.seed,
-        rank=rank,
-        world_size=world_size,
+        rank=peers.rank,
+        world_size=peers.size,
         notes=WorkerNotes(recipe.workers),
     )
-    if rank == 0:
-        _warn_of_uneven_shares(stream.reader, data.train, world_size * max(recipe.workers, 1))
-    return StreamLoader(stream, recipe.workers, device)
+    if peers.is_main:
+        _warn_of_uneven_shares(stream.reader, data.train, peers.size * max(recipe.workers, 1))
+    return StreamLoader(stream, recipe.workers, peers.device)
 
 
 def stream_eval_loader(
     data: DataPair,
     recipe: Recipe,
     spec: InputSpec,
-    device: torch.device,
-    rank: int = 0,
-    world_size: int = 1,
+    peers: World = ALONE,
 ) -> StreamLoader:
     """This rank's share of a streamed evaluation set, no sample twice.
 
@@ -359,9 +354,7 @@ def stream_eval_loader(
         data: whose ``val`` is a `StreamSource`.
         recipe: evaluation options and workers.
         spec: what the student takes in.
-        device: pinned memory is used for an accelerator.
-        rank: this process.
-        world_size: number of processes.
+        peers: whose share this process has; pinned memory is used for an accelerator.
 
     Returns:
         A loader of `Batch`; its ``expected`` is what the ranks' shares should come to.
@@ -371,11 +364,11 @@ def stream_eval_loader(
         eval_sample_transform(recipe, spec, data),
         collate(data, spec, label_bound(data, recipe, data.labelled_val)),
         batch_size=recipe.eval_batch_size,
-        rank=rank,
-        world_size=world_size,
+        rank=peers.rank,
+        world_size=peers.size,
         notes=WorkerNotes(recipe.workers),
     )
-    return StreamLoader(stream, recipe.workers, device)
+    return StreamLoader(stream, recipe.workers, peers.device)
 
 
 def _warn_of_uneven_shares(reader: Any, source: StreamSource, processes: int) -> None:

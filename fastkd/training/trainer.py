@@ -160,8 +160,8 @@ class _Run:
         peers.share(self.student)  # before anything is copied from it, the EMA for one
         self.spec = input_spec(student, recipe, data)
         self.teacher = resolve_teacher(teacher, recipe, self.spec)
-        context = (data, recipe, self.spec, peers.device, peers.rank, peers.size)
-        self.train_loader, self.eval_loader = train_loader(*context), eval_loader(*context)
+        self.train_loader = train_loader(data, recipe, self.spec, peers)
+        self.eval_loader = eval_loader(data, recipe, self.spec, peers)
         self.schedule = _schedule(self.train_loader)
         self.engine = build_engine(
             self.student,

@@ -15,6 +15,7 @@ from fastkd.models import (
     WideLastVisionTransformer,
     create_student,
     create_teacher,
+    hub,
 )
 from fastkd.training import train
 from fastkd.training.datasets import open_data
@@ -282,3 +283,14 @@ def test_published_weights_are_named_with_their_tag(monkeypatch):
     monkeypatch.setattr("fastkd.analysis.subjects.build_timm_model", lambda *_, **__: model)
     subject = resolve(TINY)
     assert (subject.name, subject.architecture) == (TINY, f"{TINY}.r160_in1k")
+
+
+def test_a_released_checkpoint_may_be_on_the_hub(tmp_path, monkeypatch):
+    base = {"img_size": 32, "patch_size": 16, "embed_dim": 64, "num_heads": 1, "depth": 1}
+    student = create_student("deit_tiny_patch16_224", "widelast", width=64, num_classes=5, **base)
+    save_file(student.state_dict(), tmp_path / "cached.safetensors")
+    name = "hf_hub:owner/name/models/WideLast/model.safetensors"
+    monkeypatch.setattr(hub, "_hub_answers", lambda: True)
+    monkeypatch.setattr(hub, "hf_hub_download", lambda *_, **__: tmp_path / "cached.safetensors")
+    subject = resolve(name)
+    assert subject.name == name and same_weights(subject.model, student)

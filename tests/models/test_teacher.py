@@ -238,7 +238,7 @@ def test_options_of_timm_for_a_module_are_refused(vit):
 
 
 def test_neither_a_name_nor_a_module_is_refused():
-    with pytest.raises(TypeError, match=r"must be a timm name or an nn\.Module, got int"):
+    with pytest.raises(TypeError, match=r"must be a timm name, a file or an nn\.Module, got int"):
         create_teacher(3)
 
 

@@ -23,6 +23,7 @@ from fastkd.training.augment import (
 from fastkd.training.batch import Fault
 from fastkd.training.data import SampleDataset, eval_loader, slice_size, train_loader
 from fastkd.training.datasets import DataPair, open_data
+from fastkd.training.distributed import World
 from fastkd.training.recipe import Recipe
 from fastkd.training.samples import SampleTransform
 from fastkd.training.workers import WorkerNotes, describe_worker_death
@@ -34,7 +35,7 @@ RANDAUGMENT = Recipe(batch_size=4, workers=0, seed=3)
 
 
 def batches(data, recipe, position=(0, 0), spec=SPEC):
-    loader = train_loader(open_data(data), recipe, spec, CPU)
+    loader = train_loader(open_data(data), recipe, spec)
     loader.batch_sampler.set_position(*position)
     return [(batch.images, batch.labels) for batch in loader]
 
@@ -98,7 +99,7 @@ def test_an_epoch_augments_anew(folder):
 def test_augment_none_sees_training_images_as_evaluation_does(folder):
     recipe = Recipe(batch_size=36, workers=0, augment="none")
     images, labels = batches(folder, recipe)[0]
-    loader = train_loader(open_data(folder), recipe, SPEC, CPU)
+    loader = train_loader(open_data(folder), recipe, SPEC)
     (first,) = next(iter(loader.batch_sampler))[:1]
     opened = open_data(folder)
     image, label = opened.train[first.sample]
@@ -120,7 +121,7 @@ def test_tensors_pass_as_they_are():
 def test_tensors_are_normalised_where_statistics_are_given():
     data = tensor_data(8, 4)
     recipe = Recipe(batch_size=8, workers=0, augment="none")
-    loader = eval_loader(open_data(data), recipe, InputSpec((1, 8, 8), (1.0,), (2.0,)), CPU)
+    loader = eval_loader(open_data(data), recipe, InputSpec((1, 8, 8), (1.0,), (2.0,)))
     images = next(iter(loader)).images
     torch.testing.assert_close(images, (data[1].tensors[0] - 1) / 2)
 
@@ -140,7 +141,7 @@ def test_a_data_sets_own_random_transform_is_seeded():
 def test_tensors_with_image_augmentation_are_refused_naming_the_way_out():
     recipe = Recipe(batch_size=8, workers=0)
     with pytest.raises(ValueError, match="set augment='none'"):
-        train_loader(open_data(tensor_data()), recipe, SPEC, CPU)
+        train_loader(open_data(tensor_data()), recipe, SPEC)
 
 
 @pytest.mark.parametrize("policy", ["rand-m9-mstd0.5-inc1", "rand-m10-inc1", "augmix-m9", "v0"])
@@ -235,7 +236,7 @@ def broken_image(folder, split, content=b"no image"):
 def test_an_unreadable_image_stops_an_evaluation_naming_its_file(tmp_path, content):
     broken_image(tmp_path, "val", content)
     with pytest.raises(OSError, match=r"cannot read .*val/green/1\.jpg"):
-        list(eval_loader(open_data(tmp_path), RANDAUGMENT, SPEC, CPU))
+        list(eval_loader(open_data(tmp_path), RANDAUGMENT, SPEC))
 
 
 @pytest.mark.parametrize("content", [b"", b"no image", "half"])
@@ -243,7 +244,7 @@ def test_an_unreadable_image_stops_an_evaluation_naming_its_file(tmp_path, conte
 def test_an_unreadable_training_image_is_replaced_and_told(tmp_path, augment, content):
     broken = broken_image(tmp_path, "train", content)
     recipe = RANDAUGMENT.override(augment=augment, batch_size=36)
-    (batch,) = train_loader(open_data(tmp_path), recipe, SPEC, CPU)
+    (batch,) = train_loader(open_data(tmp_path), recipe, SPEC)
     (fault,) = batch.faults
     assert len(batch.images) == len(batch.labels) == 36
     assert fault.name == str(broken)
@@ -261,7 +262,7 @@ def test_an_image_that_its_data_set_opened_only_is_replaced_too():
             return (Image.open(io.BytesIO(torn)), 0) if index == 3 else super().__getitem__(index)
 
     pair = open_data((Lazy(8), ReadablePairs(8)))
-    (batch,) = train_loader(pair, RANDAUGMENT.override(batch_size=8), SPEC, CPU)
+    (batch,) = train_loader(pair, RANDAUGMENT.override(batch_size=8), SPEC)
     assert [fault.sample for fault in batch.faults] == [3]
 
 
@@ -280,7 +281,7 @@ def test_the_copies_of_an_unreadable_image_share_their_replacement():
 
     data = OneBroken(8)
     recipe = RANDAUGMENT.override(batch_size=8, repeated_aug=4, augment="none")
-    loader = train_loader(open_data((data, ReadablePairs(8))), recipe, SPEC, CPU)
+    loader = train_loader(open_data((data, ReadablePairs(8))), recipe, SPEC)
     for epoch in range(8):
         loader.batch_sampler.set_position(epoch)
         (batch,) = loader
@@ -295,7 +296,7 @@ def test_data_of_which_nothing_can_be_read_are_an_error():
             raise OSError("torn")
 
     pair = DataPair(Broken(8), ReadablePairs(8), None, False, None)
-    loader = train_loader(pair, RANDAUGMENT, SPEC, CPU)
+    loader = train_loader(pair, RANDAUGMENT, SPEC)
     with pytest.raises(OSError, match="nor any of 16 images tried in its place: torn"):
         next(iter(loader))
 
@@ -303,7 +304,7 @@ def test_data_of_which_nothing_can_be_read_are_an_error():
 def test_a_label_that_is_missing_is_minus_one():
     data = [(Image.new("RGB", (40, 40)), None)] * 4
     recipe = RANDAUGMENT.override(labels=False)
-    (batch,) = train_loader(open_data((data, data), labels=False), recipe, SPEC, CPU)
+    (batch,) = train_loader(open_data((data, data), labels=False), recipe, SPEC)
     assert batch.labels.tolist() == [-1] * 4
 
 
@@ -328,7 +329,7 @@ def test_a_set_without_labels_is_refused_where_they_are_needed(which, missing):
 
 
 def test_a_batch_tells_which_samples_it_holds(folder):
-    loader = train_loader(open_data(folder), RANDAUGMENT.override(augment="none"), SPEC, CPU)
+    loader = train_loader(open_data(folder), RANDAUGMENT.override(augment="none"), SPEC)
     keys = next(iter(loader.batch_sampler))
     assert next(iter(loader)).samples.tolist() == [key.sample for key in keys]
 
@@ -340,7 +341,7 @@ def test_the_device_path_decodes_an_image_once_for_its_copies(world_size):
     opened = open_data((data, data))
     data.reads = 0
     for rank in range(world_size):
-        next(iter(train_loader(opened, recipe, SPEC, CPU, rank, world_size)))
+        next(iter(train_loader(opened, recipe, SPEC, World(CPU, rank, world_size))))
     assert data.reads == 4
 
 
@@ -366,7 +367,7 @@ class KillsItsWorker(ReadablePairs):
 def test_a_workers_death_names_the_file(augment):
     recipe = Recipe(batch_size=8, workers=1, augment=augment)
     data = open_data((KillsItsWorker(16), ReadablePairs(8)))
-    loader = train_loader(data, recipe, SPEC, CPU)
+    loader = train_loader(data, recipe, SPEC)
     with pytest.raises(RuntimeError) as raised:
         list(loader)
     text = describe_worker_death(loader, raised.value)
@@ -384,7 +385,7 @@ def test_every_process_that_died_is_told():
 
 
 def test_another_error_is_no_workers_death(folder):
-    loader = train_loader(open_data(folder), RANDAUGMENT, SPEC, CPU)
+    loader = train_loader(open_data(folder), RANDAUGMENT, SPEC)
     assert describe_worker_death(loader, RuntimeError("out of memory")) is None
 
 

@@ -12,6 +12,7 @@ from fastkd.training.data import train_loader
 from fastkd.training.datasets import DataPair
 from fastkd.training.device_augment import device_augment, plan_transform
 from fastkd.training.device_augment.operations import Operation
+from fastkd.training.distributed import World
 from fastkd.training.recipe import Recipe
 from fastkd.training.seeding import seed_cpu
 from tests.training.pictures import photograph
@@ -178,7 +179,7 @@ def test_the_device_draws_nothing():
 
 def loaded(recipe, position=0, rank=0, world_size=1):
     data = DataPair(Photographs(), Photographs(), None, False, None)
-    loader = train_loader(data, recipe, SPEC, CPU, rank, world_size)
+    loader = train_loader(data, recipe, SPEC, World(CPU, rank, world_size))
     loader.batch_sampler.set_position(0, position)
     return [(batch, augmented(recipe, batch.images, batch.plan)) for batch in loader]
 

@@ -4,7 +4,11 @@ import pytest
 import timm
 import torch
 
-from fastkd.training import evaluate, evaluation, load_student, train
+from fastkd.models import create_student
+from fastkd.training import Recipe, evaluate, evaluation, export, load_student, train
+from fastkd.training.augment import InputSpec
+from fastkd.training.loading import weights_to_choose
+from fastkd.training.setup import resolve_teacher
 from tests.training.tiny import FAST, image_folder, tensor_data, vit
 
 CPU = {"device": "cpu", "workers": 0}
@@ -145,3 +149,42 @@ def test_weights_that_are_not_there_are_refused(tmp_path):
 def test_unknown_options_are_refused():
     with pytest.raises(ValueError, match="unknown option 'crop'"):
         evaluate(vit(), tensor_data(), crop=0.9, **CPU)
+
+
+def released(folder):
+    base = {"img_size": 32, "patch_size": 16, "embed_dim": 64, "num_heads": 1, "depth": 1}
+    student = create_student("deit_tiny_patch16_224", "widelast", width=64, num_classes=3, **base)
+    torch.save(student.state_dict(), folder / "released.pth")
+    return student, folder / "released.pth"
+
+
+def test_a_released_checkpoint_is_evaluated_as_the_module_would_be(run, tmp_path):
+    student, path = released(tmp_path)
+    assert evaluate(path, run[0], **CPU) == evaluate(student, run[0], **CPU)
+    assert evaluate(path, run[0], img_size=64, **CPU)["count"] == 9
+
+
+def test_a_released_checkpoint_has_no_weights_to_choose_from(run, tmp_path):
+    with pytest.raises(ValueError, match="evaluate: weights='ema' chooses in a fastkd checkpoint"):
+        evaluate(released(tmp_path)[1], run[0], weights="ema", **CPU)
+
+
+def test_a_file_that_was_not_released_asks_for_the_models_name(run, tmp_path):
+    torch.save(timm.create_model("test_vit", num_classes=3).state_dict(), tmp_path / "vit.pth")
+    with pytest.raises(ValueError, match=r"evaluate: .*vit\.pth is no released checkpoint.*name"):
+        evaluate(tmp_path / "vit.pth", run[0], **CPU)
+
+
+def test_an_exported_folder_is_evaluated_as_its_run(run, tmp_path):
+    folder = export(run[1], output=tmp_path / "student", weights="raw").path
+    measured = evaluate(folder, run[0], **CPU)
+    assert measured == evaluate(run[1], run[0], weights="raw", **CPU) | {"weights": "as given"}
+    assert weights_to_choose("evaluate", folder) == ()
+
+
+def test_a_released_checkpoint_can_be_a_runs_teacher(tmp_path):
+    student, path = released(tmp_path)
+    spec = InputSpec((3, 32, 32), (0.5, 0.5, 0.5), (0.2, 0.2, 0.2))
+    teacher = resolve_teacher(str(path), Recipe(), spec)
+    assert torch.equal(teacher.model.head.weight, student.head.weight)
+    assert resolve_teacher(path, Recipe(teacher_img_size=64), spec).input_size == (64, 64)

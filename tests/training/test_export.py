@@ -4,6 +4,7 @@ import importlib.util
 import json
 import sys
 from argparse import Namespace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,42 +16,17 @@ from torch import nn
 
 from fastkd.cli import main
 from fastkd.models import create_student, load_released_checkpoint
-from fastkd.training import Recipe, load_student, train
+from fastkd.models.weights import better_weights
+from fastkd.training import load_student, train
 from fastkd.training.checkpoint import load_checkpoint, save_checkpoint
 from fastkd.training.exporting import export
-from tests.training.tiny import FAST, image_folder, tensor_data, vit
+from fastkd.training.exporting.student import open_student
+from tests.training.tiny import FAST, image_folder, made_run, tensor_data, vit
 
 VARIANTS = [("plain", None), ("lift", 96), ("widelast", 128), ("uniform", 66)]
 MISSING = [n for n in ("onnx", "onnxscript", "onnxruntime") if importlib.util.find_spec(n) is None]
 OUTPUTS = {"timm": "student", "safetensors": "student.safetensors", "onnx": "student.onnx"}
 needs_onnx = pytest.mark.skipif(bool(MISSING), reason=f"not installed: {', '.join(MISSING)}")
-
-
-def made_run(
-    folder, variant="plain", width=None, *, name="test_vit", ema=True, classes=None, **fields
-):
-    """A run's folder whose student never trained; its averaged weights are others."""
-    states = []
-    for seed in (0, 1):
-        torch.manual_seed(seed)
-        student = create_student(name, variant, width=width, num_classes=3, img_size=32)
-        states.append(student.state_dict())
-    recipe = Recipe(model=name, variant=variant, width=width, crop_pct=0.9, **fields)
-    folder.mkdir()
-    save_checkpoint(
-        {
-            "student": states[0],
-            "ema": states[1] if ema else None,
-            "recipe": recipe.to_dict(),
-            "num_classes": 3,
-            "img_size": 32,
-            "classes": classes,
-            "input": {"size": (3, 32, 32), "mean": (0.4, 0.5, 0.6), "std": (0.2, 0.3, 0.4)},
-            "measured": {"top1": 50.0, "ema_top1": 60.0},
-        },
-        folder / "last.pth",
-    )
-    return folder
 
 
 def logits(model, size=32):
@@ -77,16 +53,6 @@ def distilled(tmp_path_factory):
         **options,
     )
     return root / "run"
-
-
-@pytest.mark.parametrize(("variant", "width"), VARIANTS)
-def test_timm_builds_every_variant_from_its_folder(tmp_path, variant, width):
-    run = made_run(tmp_path / "run", variant, width)
-    exported = export(run)
-    torch.testing.assert_close(
-        logits(from_timm(exported.path)), logits(load_student(run).model), rtol=0, atol=0
-    )
-    assert exported.difference == 0
 
 
 def test_the_papers_own_students_keep_their_names_in_timm(tmp_path):
@@ -145,6 +111,48 @@ def test_a_model_of_one_size_says_so(tmp_path):
     exported = export(made_run(tmp_path / "run", name="deit_tiny_patch16_224"))
     config = json.loads((exported.path / "config.json").read_text())
     assert config["pretrained_cfg"]["fixed_input_size"] is True
+
+
+def loaded_by(line):
+    """What a line of Python that `export` prints gives."""
+    imports, call = line.split("; ")
+    names = {}
+    exec(imports, names)
+    return eval(call, names).eval()
+
+
+@pytest.mark.parametrize("format", ["timm", "safetensors"])
+@pytest.mark.parametrize(("variant", "width"), VARIANTS)
+def test_the_line_that_is_printed_loads_the_student(tmp_path, variant, width, format):
+    run = made_run(tmp_path / "run", variant, width)
+    exported = export(run, format)
+    assert f"load: {exported.load}" in exported.summary().splitlines()
+    assert exported.load.startswith("import timm" if variant == "plain" else "import fastkd, timm")
+    assert torch.equal(logits(loaded_by(exported.load)), logits(load_student(run).model))
+    assert exported.difference == 0
+
+
+def test_timm_loads_a_file_of_the_papers_own_student_by_its_name(tmp_path):
+    run = made_run(tmp_path / "run", "widelast", 128, name="deit_tiny_patch16_224")
+    exported = export(run, "safetensors")
+    assert 'create_model("deit_tiny_widelast_patch16_224", checkpoint_path=' in exported.load
+    assert exported.difference == 0
+
+
+@pytest.mark.parametrize("name", ["last.pth", "best.pth"])
+def test_timm_loads_a_trainers_checkpoint_by_its_path(distilled, name):
+    path = distilled / name
+    state = load_checkpoint(path)
+    model = timm.create_model("test_vit", checkpoint_path=path, num_classes=3, img_size=32)
+    expected = state["ema" if better_weights(state) == "ema" else "student"]
+    assert all(torch.equal(value, expected[key]) for key, value in model.state_dict().items())
+
+
+def test_what_timm_looks_for_in_a_checkpoint_takes_no_space(distilled):
+    state = load_checkpoint(distilled / "best.pth")
+    places = {tensor.data_ptr() for tensor in state["state_dict"].values()}
+    others = {t.data_ptr() for key in ("student", "ema") for t in state[key].values()}
+    assert places < others
 
 
 def test_safetensors_describe_themselves(tmp_path):
@@ -250,8 +258,9 @@ def modules_run(tmp_path_factory):
 
 def test_a_modules_weights_need_no_module(modules_run, tmp_path):
     run, student = modules_run
-    path = export(run, "safetensors", tmp_path / "student.safetensors", weights="raw").path
-    written = load_file(path)
+    exported = export(run, "safetensors", tmp_path / "student.safetensors", weights="raw")
+    assert (exported.load, exported.difference) == (None, None)
+    written = load_file(exported.path)
     assert all(torch.equal(written[name], value) for name, value in student.state_dict().items())
 
 
@@ -446,4 +455,11 @@ def test_the_command_says_what_it_wrote_and_how_to_load_it(capsys, tmp_path):
     assert main(["export", str(run), "--weights", "raw"]) == 0
     out = capsys.readouterr().out
     assert "raw weights" in out and "logits differ by 0.0e+00" in out
-    assert f'import fastkd; timm.create_model("local-dir:{run / "student-timm"}"' in out
+    assert f'import fastkd, timm; timm.create_model("local-dir:{run / "student-timm"}"' in out
+
+
+def test_models_of_other_channels_are_built_for_them(tmp_path):
+    student = open_student(made_run(tmp_path / "run"), "auto", None, None)
+    assert student.timm_arguments() == {"num_classes": 3, "img_size": [32, 32]}
+    grey = replace(student, data_config=student.data_config | {"input_size": (1, 32, 32)})
+    assert grey.timm_arguments()["in_chans"] == 1

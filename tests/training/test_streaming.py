@@ -19,6 +19,7 @@ from fastkd.training.augment import InputSpec
 from fastkd.training.checkpoint import CheckpointError
 from fastkd.training.data import eval_loader, train_loader
 from fastkd.training.datasets import open_data
+from fastkd.training.distributed import World
 from fastkd.training.recipe import Recipe
 from fastkd.training.shards import shard
 from fastkd.training.streaming import TrainStream
@@ -46,7 +47,7 @@ def data(shards):
 
 
 def epoch(data, recipe=RECIPE, position=(0, 0), rank=0, world_size=1):
-    loader = train_loader(data, recipe, SPEC, CPU, rank, world_size)
+    loader = train_loader(data, recipe, SPEC, World(CPU, rank, world_size))
     loader.dataset.set_position(*position)
     return list(loader)
 
@@ -75,7 +76,7 @@ def test_an_epoch_has_whole_updates_only(data):
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_position_gives_the_same_batches_whatever_was_read_before(data, workers):
     recipe = RECIPE.override(workers=workers)
-    loader = train_loader(data, recipe, SPEC, CPU)
+    loader = train_loader(data, recipe, SPEC)
     read = []
     for position in ((0, 0), (1, 0), (0, 0)):
         loader.dataset.set_position(*position)
@@ -143,7 +144,7 @@ def test_an_epoch_that_is_far_from_a_pass_is_told(data, caplog, workers, world_s
     with caplog.at_level(logging.WARNING, "fastkd"):
         for rank in range(world_size):
             recipe = RECIPE.override(workers=workers, batch_size=4 * world_size)
-            train_loader(data, recipe, SPEC, CPU, rank, world_size)
+            train_loader(data, recipe, SPEC, World(CPU, rank, world_size))
     messages = [record.getMessage() for record in caplog.records if record.name == "fastkd"]
     assert len(messages) == (told is not None)
     assert told is None or re.search(told, messages[0])
@@ -192,7 +193,7 @@ def test_evaluation_refuses_images_that_it_cannot_read(shards, tmp_path):
     copy = rewritten(shards, tmp_path / "shards", first_broken, "validation-000001.tar")
     data = open_data(f"wds/pipe:cat {copy}")
     with pytest.raises(OSError, match=r"cannot read .*validation-000001\.tar:\d{8}: no image"):
-        list(eval_loader(data, RECIPE, SPEC, CPU))
+        list(eval_loader(data, RECIPE, SPEC))
 
 
 def test_evaluation_refuses_shards_that_it_cannot_fetch(shards, tmp_path):
@@ -200,7 +201,7 @@ def test_evaluation_refuses_shards_that_it_cannot_fetch(shards, tmp_path):
     (copy / "validation-000001.tar").unlink()
     data = open_data(f"wds/pipe:cat {copy}")
     with pytest.raises(OSError, match=r"cannot read pipe:cat .*/validation-000001\.tar: "):
-        list(eval_loader(data, RECIPE, SPEC, CPU))
+        list(eval_loader(data, RECIPE, SPEC))
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
@@ -210,10 +211,12 @@ def test_an_evaluation_can_be_compared_with_what_the_data_state(shards, tmp_path
 
     copy = rewritten(shards, tmp_path / "shards", without_first, "validation-000001.tar")
     data = open_data(f"wds/pipe:cat {copy}")
-    loaders = [eval_loader(data, RECIPE, SPEC, CPU, rank, world_size) for rank in range(world_size)]
+    loaders = [
+        eval_loader(data, RECIPE, SPEC, World(CPU, rank, world_size)) for rank in range(world_size)
+    ]
     assert [loader.expected for loader in loaders] == [12] * world_size
     assert sum(len(batch.images) for loader in loaders for batch in loader) == 11
-    assert train_loader(data, RECIPE, SPEC, CPU).expected is None
+    assert train_loader(data, RECIPE, SPEC).expected is None
 
 
 class Killed:
@@ -228,7 +231,7 @@ class Killed:
     [(train_loader, "position 0 of an epoch of wds/"), (eval_loader, "the sample behind 0 others")],
 )
 def test_a_workers_death_names_stream_and_position(data, make, position):
-    loader = make(data, RECIPE.override(workers=1), SPEC, CPU)
+    loader = make(data, RECIPE.override(workers=1), SPEC)
     loader.stream.transform = Killed()
     with pytest.raises(RuntimeError) as raised:
         list(loader)
@@ -242,14 +245,14 @@ def test_evaluation_has_every_sample_once(shards, data, workers, world_size):
     recipe = RECIPE.override(workers=workers)
     read = []
     for rank in range(world_size):
-        for batch in eval_loader(data, recipe, SPEC, CPU, rank, world_size):
+        for batch in eval_loader(data, recipe, SPEC, World(CPU, rank, world_size)):
             read += [image.numpy().tobytes() for image in batch.images]
-    listed = eval_loader(open_data(shards), recipe, SPEC, CPU)
+    listed = eval_loader(open_data(shards), recipe, SPEC)
     assert sorted(read) == sorted(i.numpy().tobytes() for batch in listed for i in batch.images)
 
 
 def test_evaluation_may_be_repeated(data):
-    loader = eval_loader(data, RECIPE, SPEC, CPU)
+    loader = eval_loader(data, RECIPE, SPEC)
     assert same(list(loader), list(loader))
 
 
@@ -340,7 +343,7 @@ def test_every_epoch_of_a_streamed_hub_set_is_in_another_order(hub):
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 def test_a_streamed_hub_set_is_evaluated_on_every_sample_once(hub, world_size):
     loaders = [
-        eval_loader(hub, RECIPE.override(workers=2), SPEC, CPU, rank, world_size)
+        eval_loader(hub, RECIPE.override(workers=2), SPEC, World(CPU, rank, world_size))
         for rank in range(world_size)
     ]
     images = [i.numpy().tobytes() for loader in loaders for batch in loader for i in batch.images]

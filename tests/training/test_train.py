@@ -83,7 +83,8 @@ def test_the_callers_generators_are_left_alone(data, fast):
 
 
 def test_the_outputs_hold_every_term_and_the_resolved_recipe(data, fast, tmp_path):
-    result = train(vit(), vit(seed=1), data, tmp_path, **fast, alpha=0.5, log_interval=2, hard=True)
+    options = {"alpha": 0.5, "log_interval": 2, "logit_loss": "hard"}
+    result = train(vit(), vit(seed=1), data, tmp_path, **fast, **options)
     lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert [(r["kind"], r["update"]) for r in lines] == [
         ("interval", 2),

@@ -105,7 +105,7 @@ def test_updates_do_not_wait_for_the_device(folder, fields):
         recipe.model, recipe.variant, width=recipe.width, num_classes=3, img_size=recipe.img_size
     ).to(device)
     spec = input_spec(student, recipe, data)
-    loader = train_loader(data, recipe, spec, device)
+    loader = train_loader(data, recipe, spec, World(device))
     engine = build_engine(
         student, teacher(), recipe, spec, World(device), num_classes=3, updates_per_epoch=2
     )

@@ -10,7 +10,9 @@ from PIL import Image
 from timm.models.vision_transformer import VisionTransformer
 from torch.utils.data import TensorDataset
 
-from fastkd.models import LiftVisionTransformer
+from fastkd.models import LiftVisionTransformer, create_student
+from fastkd.training import Recipe
+from fastkd.training.checkpoint import save_checkpoint
 
 # A run on tensors, in this process, with a learning rate at which tiny models learn.
 FAST: dict[str, Any] = {
@@ -88,3 +90,37 @@ def image_folder(root: Path, train: int = 12, val: int = 4, size: int = 40) -> P
                 pixels[..., 2 - number] += 150
                 Image.fromarray(pixels).save(folder / f"{index}.jpg")
     return root
+
+
+def made_run(
+    folder: Path,
+    variant: Any = "plain",
+    width: int | None = None,
+    *,
+    name: str = "test_vit",
+    ema: bool = True,
+    classes: list[str] | None = None,
+    **fields: Any,
+) -> Path:
+    """A run's folder whose student never trained; its averaged weights are others."""
+    states = []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        student = create_student(name, variant, width=width, num_classes=3, img_size=32)
+        states.append(student.state_dict())
+    recipe = Recipe(model=name, variant=variant, width=width, crop_pct=0.9, **fields)
+    folder.mkdir()
+    save_checkpoint(
+        {
+            "student": states[0],
+            "ema": states[1] if ema else None,
+            "recipe": recipe.to_dict(),
+            "num_classes": 3,
+            "img_size": 32,
+            "classes": classes,
+            "input": {"size": (3, 32, 32), "mean": (0.4, 0.5, 0.6), "std": (0.2, 0.3, 0.4)},
+            "measured": {"top1": 50.0, "ema_top1": 60.0},
+        },
+        folder / "last.pth",
+    )
+    return folder

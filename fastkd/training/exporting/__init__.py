@@ -12,7 +12,8 @@ from typing import Any
 
 from torch import nn
 
-from fastkd.models.students import default_cfgs
+from fastkd.models.hub import is_hub_name
+from fastkd.models.registered import default_cfgs
 from fastkd.training.exporting.onnx_file import (
     OPSET,
     is_onnx_export,
@@ -20,7 +21,11 @@ from fastkd.training.exporting.onnx_file import (
     write_onnx,
 )
 from fastkd.training.exporting.output import check_output
-from fastkd.training.exporting.safetensors_file import is_safetensors_export, write_safetensors
+from fastkd.training.exporting.safetensors_file import (
+    difference_through_timm,
+    is_safetensors_export,
+    write_safetensors,
+)
 from fastkd.training.exporting.student import Student, open_student
 from fastkd.training.exporting.timm_folder import is_timm_export, write_timm_folder
 
@@ -50,8 +55,9 @@ class Exported:
         values: numbers written, parameters and buffers.
         size: bytes on disk.
         difference: largest absolute difference between the logits of the student and of what was
-            written, on random images; None for safetensors, which nothing runs.
+            written, on random images; None where only the student's author can build it.
         opset: of an ONNX file.
+        load: Python that loads it with timm; None where timm cannot.
     """
 
     path: Path
@@ -63,6 +69,7 @@ class Exported:
     size: int
     difference: float | None
     opset: int | None
+    load: str | None = None
 
     def summary(self) -> str:
         """Say in plain lines what was written, how it was checked, and how to load it."""
@@ -81,11 +88,8 @@ class Exported:
                 f"opset {self.opset}: images [batch, C, H, W], normalised by the metadata's mean "
                 "and std, to logits [batch, classes]"
             )
-        if self.format == "timm":
-            first = "import fastkd; " if self.architecture in default_cfgs else ""
-            lines.append(
-                f'load: {first}timm.create_model("local-dir:{self.path}", pretrained=True)'
-            )
+        if self.load is not None:
+            lines.append(f"load: {self.load}")
         return "\n".join(lines)
 
 
@@ -110,7 +114,8 @@ def export(
                  with its input size, statistics, classes and, where the run knows them, their
                  names. Students of the paper (`lift`, `widelast`, `uniform`) need ``import fastkd``
                  before; plain ones do not.
-    safetensors  one file of weights, with architecture, input and version as its metadata.
+    safetensors  one file of weights, with architecture, input and version as its metadata; for
+                 ``timm.create_model(NAME, checkpoint_path=FILE, ...)`` as `Exported.load` says.
     onnx         one file: normalised ``images`` [batch, C, H, W] to ``logits`` [batch, classes],
                  of any batch size. What to normalise with is in its metadata properties (``mean``,
                  ``std``, of values in [0, 1]; ``input_size``, ``crop_pct``, ``interpolation``).
@@ -122,10 +127,12 @@ def export(
 
     Args:
         run: folder of a run (its ``last.pth``), one of its checkpoints, or a checkpoint that the
-            authors of arXiv 2511.15572 released.
+            authors of arXiv 2511.15572 released; of the latter two also a name on the hub,
+            ``hf_hub:OWNER/NAME/FILE``.
         format: one of `FORMATS`.
         output: the file, ending in ``.safetensors`` or ``.onnx``, or the folder; None puts
-            ``student-timm``, ``student.safetensors`` or ``student.onnx`` beside the checkpoint.
+            ``student-timm``, ``student.safetensors`` or ``student.onnx`` beside the checkpoint, or
+            here if that is on the hub.
         weights: ``"raw"``, ``"ema"``, or ``"auto"``: the EMA where the run measured it to be the
             better one. A released checkpoint has one kind of weights: ``"auto"``.
         img_size: input pixels a side to change to (position embeddings are resampled); None keeps
@@ -155,7 +162,7 @@ def export(
         raise ValueError(f"export: opset must be at least {OPSET}, got {opset}")
     if format == "onnx":
         require_packages()
-    target = _default_output(Path(run), format) if output is None else Path(output)
+    target = _default_output(run, format) if output is None else Path(output)
     check_output(target, _NAMES[format], overwrite, _IS_EXPORT[format])
     student = open_student(run, weights, img_size, model)
     opset = opset or OPSET
@@ -170,10 +177,14 @@ def export(
         size=_bytes(target),
         difference=difference,
         opset=opset if format == "onnx" else None,
+        load=None if difference is None else _loading_line(student, format, target),
     )
 
 
-def _default_output(run: Path, format: str) -> Path:
+def _default_output(run: str | Path, format: str) -> Path:
+    if is_hub_name(str(run)):
+        return Path(_NAMES[format])  # not into the hub's cache
+    run = Path(run)
     return (run if run.is_dir() else run.parent) / _NAMES[format]
 
 
@@ -184,7 +195,18 @@ def _write(student: Student, format: str, target: Path, opset: int) -> float | N
     if format == "onnx":
         return write_onnx(student, target, opset)
     write_safetensors(student, target)
-    return None
+    return difference_through_timm(student, target)
+
+
+def _loading_line(student: Student, format: str, target: Path) -> str | None:
+    if format == "onnx":
+        return None
+    packages = "fastkd, timm" if student.architecture in default_cfgs else "timm"
+    call = f"import {packages}; timm.create_model"
+    if format == "timm":
+        return f'{call}("local-dir:{target}", pretrained=True)'
+    arguments = "".join(f", {name}={value!r}" for name, value in student.timm_arguments().items())
+    return f'{call}("{student.architecture}", checkpoint_path="{target}"{arguments})'
 
 
 def _bytes(path: Path) -> int:

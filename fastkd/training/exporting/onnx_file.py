@@ -33,7 +33,7 @@ def require_packages() -> None:
     missing = [name for name in _PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
         raise ImportError(
-            f"export: format='onnx' needs {' and '.join(missing)}, not found: "
+            f"export: the format onnx needs {' and '.join(missing)}, not found: "
             f"pip install {' '.join(missing)}"
         )
 

@@ -5,7 +5,6 @@ Knows checkpoints and names; not the formats that students are written in.
 
 from __future__ import annotations
 
-import argparse
 import inspect
 import json
 from collections.abc import Mapping
@@ -19,9 +18,10 @@ from safetensors import SafetensorError
 from timm.data import resolve_data_config
 from torch import Tensor, nn
 
+from fastkd.models.hub import fetched
+from fastkd.models.registered import registered_name
 from fastkd.models.released import read_released
-from fastkd.models.students import registered_name
-from fastkd.models.weights import FASTKD_FORMAT, better_weights
+from fastkd.models.weights import better_weights, is_foreign
 from fastkd.training.augment import InputSpec
 from fastkd.training.checkpoint import CheckpointError, load_checkpoint
 from fastkd.training.options import MODULE_PREFIX
@@ -71,9 +71,15 @@ class Student:
         if self.model is None:
             raise ValueError(
                 f"export: the run's student is {self.architecture}, which only its author can "
-                f"build; format={format!r} needs it (model=, from Python), 'safetensors' does not"
+                f"build; the format {format} needs it (model=, from Python), safetensors does not"
             )
         return self.model
+
+    def timm_arguments(self) -> dict[str, Any]:
+        """What `timm.create_model` needs beside the name and a file of the weights."""
+        channels = self.data_config["input_size"][0]
+        arguments = {"num_classes": self.num_classes} | self.model_args
+        return arguments if channels == 3 else {"in_chans": channels} | arguments
 
     def metadata(self) -> dict[str, str]:
         """What a file says of itself, as text; what is no string is JSON."""
@@ -112,24 +118,13 @@ def open_student(
     """
     if weights not in ("auto", "raw", "ema"):
         raise ValueError(f"export: weights must be auto, raw or ema, got {weights!r}")
-    if _is_foreign(Path(run)):
+    run = fetched("export", run)
+    if is_foreign(run):
         return _released(run, weights, img_size, model)
     state = load_checkpoint(run)
     if model is None and _is_module(state["recipe"]["model"]):
         return _weights_alone(run, state, weights, img_size)
     return _of_run(run, state, weights, img_size, model)
-
-
-def _is_foreign(path: Path) -> bool:
-    """Whether a file can be read and is none of a run's; reads no tensor of a .pth file."""
-    if path.suffix == ".safetensors" or not path.is_file():
-        return path.is_file()
-    try:
-        with torch.serialization.safe_globals([argparse.Namespace]):  # of DeiT's, under "args"
-            state = torch.load(path, map_location="meta", weights_only=True)
-    except Exception:  # whatever torch makes of a torn file: `load_checkpoint` says it in words
-        return False
-    return isinstance(state, dict) and state.get("format") != FASTKD_FORMAT
 
 
 def _is_module(name: str | None) -> bool:

@@ -44,7 +44,7 @@ def write_timm_folder(student: Student, folder: Path) -> float:
     if not timm.is_model(student.architecture):
         raise ValueError(
             f"export: timm knows no model {student.architecture!r}, so it could not load the "
-            "folder: choose format='safetensors' or 'onnx'"
+            "folder: choose the format safetensors or onnx"
         )
     with replacing_folder(folder) as temporary:
         write_safetensors(student, temporary / WEIGHTS)
@@ -67,7 +67,7 @@ def _load(student: Student, folder: Path) -> nn.Module:
     except (RuntimeError, TypeError, ValueError, AssertionError) as error:
         raise ValueError(
             f"export: timm's {student.architecture!r} is not this student: {short_misfit(error)}; "
-            "choose format='safetensors' or 'onnx'"
+            "choose the format safetensors or onnx"
         ) from error
 
 

@@ -1,0 +1,110 @@
+"""``fastkd predict``: what a model takes pictures for."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from typing import TYPE_CHECKING, Any
+
+from fastkd.cli.evaluate import add_image_options, given_image_options
+from fastkd.cli.ranks import print_once
+
+if TYPE_CHECKING:
+    from fastkd.training.prediction import Guess, Prediction, Predictions
+
+
+def add(commands: Any) -> None:
+    """Add the sub-parser of ``fastkd predict``."""
+    parser = commands.add_parser(
+        "predict",
+        allow_abbrev=False,
+        help="say what images show, with a run, a checkpoint or a timm model",
+        description="Say what images show. They reach the model as in fastkd evaluate. What cannot "
+        "be read is named and passed over; the exit status is then 1.",
+    )
+    parser.add_argument(
+        "images", nargs="+", metavar="IMAGE", help="file, or folder with all images below it"
+    )
+    parser.add_argument(
+        "--checkpoint",
+        metavar="MODEL",
+        help="folder or checkpoint of a run, timm folder, released checkpoint, hf_hub:..., or timm "
+        "name; beside --model, weights for it",
+    )
+    parser.add_argument(
+        "--model", metavar="NAME", help="timm name, pretrained or with the weights of --checkpoint"
+    )
+    parser.add_argument(
+        "--top", type=int, default=5, metavar="N", help="classes for each image (default: 5)"
+    )
+    parser.add_argument(
+        "--output", metavar="FILE", help="also write the predictions, to a .csv or .json file"
+    )
+    parser.add_argument(
+        "--weights",
+        choices=("auto", "raw", "ema"),
+        default="auto",
+        help="of a run; auto: what the run measured to be better (default: auto)",
+    )
+    parser.add_argument("--device", help="cpu, cuda, cuda:1 (default: cuda where there is one)")
+    parser.add_argument("--amp", default="none", choices=("none", "bf16", "fp16"))
+    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--workers", type=int, default=4, help="for more than one batch")
+    parser.add_argument("--quiet", action="store_true", help="show no progress")
+    add_image_options(parser)
+    parser.set_defaults(run=_run)
+
+
+def _run(options: argparse.Namespace) -> int:
+    from fastkd.training.prediction import predict
+
+    model, checkpoint = options.model, options.checkpoint
+    if model is None:
+        model, checkpoint = checkpoint, None
+    if model is None:
+        raise ValueError("predict: which model? give --checkpoint or --model")
+    predictions = predict(
+        options.images,
+        model,
+        checkpoint=checkpoint,
+        weights=options.weights,
+        top=options.top,
+        output=options.output,
+        device=options.device,
+        amp=options.amp,
+        batch_size=options.batch_size,
+        workers=options.workers,
+        quiet=options.quiet,
+        **given_image_options(options),
+    )
+    print_once(_report(predictions, model, options.output))
+    for fault in predictions.unreadable:
+        print(f"fastkd predict: passed over {fault.name}: {fault.reason}", file=sys.stderr)
+    return 1 if predictions.unreadable else 0
+
+
+def _report(predictions: Predictions, model: str, output: str | None) -> str:
+    count = len(predictions.images)
+    told = (
+        f"{count:,} {'image' if count == 1 else 'images'} ({model}, weights {predictions.weights})"
+    )
+    if output is not None:
+        told += f", written to {output}"
+    return "\n".join([*_table(predictions.images), told])
+
+
+def _table(images: tuple[Prediction, ...]) -> list[str]:
+    """A line for an image with one guess, else one for every guess below the image's name."""
+    if all(len(prediction.guesses) == 1 for prediction in images):
+        width = max((len(prediction.image) for prediction in images), default=0)
+        return [f"{p.image:<{width}}{_line(p.guesses[0])}" for p in images]
+    lines = []
+    for prediction in images:
+        lines += [prediction.image, *map(_line, prediction.guesses), ""]
+    return lines
+
+
+def _line(guess: Guess) -> str:
+    number = f"class {guess.index}"
+    called = number if guess.name == str(guess.index) else f"{guess.name} ({number})"
+    return f"  {100 * guess.probability:6.2f} %  {called}"

@@ -1,0 +1,198 @@
+"""A model with its weights: of a timm name, of a file, or of a module that takes a file's.
+
+What `create_teacher`, `evaluate` and `predict` call a model that is no run's. Knows files, names
+and heads; nothing of what the model is for. What does not fit is an error, never a random layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+from timm.models import get_pretrained_cfg
+from torch import Tensor, nn
+
+from fastkd.models.hub import fetched
+from fastkd.models.released import load_released_checkpoint
+from fastkd.models.taps import model_name
+from fastkd.models.weights import is_foreign, read_weights, short_misfit
+from fastkd.models.zoo import DownloadError, build_timm_model, check_name
+
+Size = int | tuple[int, int]
+
+
+def build_pretrained(
+    caller: str,
+    source: str | Path,
+    checkpoint: str | Path | None = None,
+    *,
+    pretrained: bool = True,
+    num_classes: int | None = None,
+    **timm_kwargs: Any,
+) -> nn.Module:
+    """Build a model with weights that somebody trained.
+
+    Args:
+        caller: the public function that asks, named in errors.
+        source: a timm name, or a checkpoint that the authors of arXiv 2511.15572 released (a path
+            or ``hf_hub:OWNER/NAME/FILE``).
+        checkpoint: weights for a timm name, likewise.
+        pretrained: without ``checkpoint``, load timm's published weights; False leaves them random.
+        num_classes: of the head; None takes that of the weights; 0 leaves it out.
+        **timm_kwargs: of the timm model; ``img_size`` alone for a released file.
+
+    Returns:
+        The model.
+
+    Raises:
+        ValueError: an unknown name, weights that do not exist or do not fit, or a head that the
+            weights do not have.
+        FileNotFoundError: there is no such file.
+        DownloadError: the weights cannot be downloaded.
+    """
+    file = None if checkpoint is None else _existing(caller, checkpoint)
+    named = fetched(caller, source)
+    if is_foreign(named):
+        if file is not None:
+            raise ValueError(f"{caller}: checkpoint has no effect: {source} has weights itself")
+        return _build_released(caller, named, num_classes, **timm_kwargs)
+    options = timm_kwargs | {"num_classes": num_classes}
+    if file is not None:
+        return _build_from_file(caller, str(source), file, options)
+    if pretrained:
+        _check_published_head(caller, str(source), num_classes)
+    return build_timm_model(
+        caller,
+        str(source),
+        pretrained=pretrained,
+        alternative="give local weights with checkpoint=PATH",
+        **options,
+    )
+
+
+def fill(caller: str, module: nn.Module, checkpoint: str | Path) -> nn.Module:
+    """Load a file's weights into a module, strictly.
+
+    Args:
+        caller: the public function that asks, named in errors.
+        module: changed in place.
+        checkpoint: a path or ``hf_hub:OWNER/NAME/FILE``.
+
+    Returns:
+        The module.
+
+    Raises:
+        ValueError: the weights do not fit, or cannot be read.
+        FileNotFoundError: there is no such file.
+        DownloadError: it cannot be downloaded.
+    """
+    file = _existing(caller, checkpoint)
+    try:
+        module.load_state_dict(_read(caller, file))
+    except (RuntimeError, KeyError) as error:
+        raise _misfit(caller, file, model_name(module), error) from error
+    return module
+
+
+def _existing(caller: str, checkpoint: str | Path) -> str | Path:
+    file = fetched(caller, checkpoint)
+    if not Path(file).is_file():
+        raise FileNotFoundError(f"{caller}: there is no checkpoint {str(checkpoint)!r}")
+    return file
+
+
+def _build_released(
+    caller: str,
+    file: str | Path,
+    num_classes: int | None,
+    img_size: Size | None = None,
+    **others: Any,
+) -> nn.Module:
+    if others:
+        raise ValueError(f"{caller}: {next(iter(others))} has no effect: {file} says all itself")
+    try:
+        model: Any = load_released_checkpoint(file)
+    except ValueError as error:
+        raise ValueError(
+            f"{caller}: {file} is no released checkpoint ({error}); for weights of a timm model "
+            "give the model's name, and the file with checkpoint="
+        ) from error
+    if num_classes not in (None, 0, model.num_classes):
+        raise _random_head(caller, file, model.num_classes, num_classes)
+    if num_classes == 0:
+        model.reset_classifier(0)
+    if img_size is not None:
+        model.set_input_size(img_size=img_size)
+    return model
+
+
+def _build_from_file(
+    caller: str, name: str, checkpoint: str | Path, kwargs: dict[str, Any]
+) -> nn.Module:
+    """Through timm's own loader, which converts the layouts that it knows, and strictly."""
+    check_name(caller, name)
+    state = _read(caller, checkpoint)
+    found = _classes_in(state, name)
+    wanted = kwargs["num_classes"]
+    if wanted not in (None, 0, found):
+        raise _random_head(caller, checkpoint, found, wanted)
+    overlay = {"state_dict": state, "num_classes": found, "custom_load": False}
+    options = kwargs | {"num_classes": found, "pretrained_cfg_overlay": overlay}
+    try:
+        model: Any = build_timm_model(caller, name, pretrained=True, **options)
+    except DownloadError:  # of what a model on the hub is, whose weights are here
+        raise
+    except (RuntimeError, KeyError) as error:
+        raise _misfit(caller, checkpoint, name, error) from error
+    model.pretrained_cfg.pop("state_dict", None)  # the file's tensors, which nobody needs again
+    if wanted == 0:
+        model.reset_classifier(0)  # after a strict load: timm loads loosely where heads differ
+    return model
+
+
+def _read(caller: str, checkpoint: str | Path) -> dict[str, Tensor]:
+    try:
+        return read_weights(checkpoint)
+    except (RuntimeError, ValueError, OSError, EOFError, KeyError, UnpicklingError) as error:
+        reason = " ".join(str(error).split())[:160]
+        raise ValueError(
+            f"{caller}: {str(checkpoint)!r} cannot be read as weights: torn, or more than plain "
+            f"state, which is not loaded for safety ({reason})"
+        ) from error
+
+
+def _classes_in(state: Mapping[str, Tensor], name: str) -> int:
+    """Classes of the head in a checkpoint; 0 for a backbone."""
+    heads = _cfg_of(name).get("classifier") or ()
+    for head in ((heads,) if isinstance(heads, str) else tuple(heads)) + ("head", "fc"):
+        if f"{head}.weight" in state:
+            return int(state[f"{head}.weight"].shape[0])
+    return 0
+
+
+def _check_published_head(caller: str, name: str, num_classes: int | None) -> None:
+    published = _cfg_of(name).get("num_classes")
+    if published is not None and num_classes not in (None, 0, published):
+        raise ValueError(
+            f"{caller}: the published weights of {name!r} have {published} classes, got "
+            f"num_classes={num_classes}, whose head would be random; fine-tune the model and give "
+            "it with checkpoint=PATH, or use num_classes=0 for features alone"
+        )
+
+
+def _random_head(caller: str, file: str | Path, found: int, wanted: int | None) -> ValueError:
+    return ValueError(
+        f"{caller}: {str(file)!r} has a head of {found} classes, got num_classes={wanted}, whose "
+        "head would be random; use 0 for features alone"
+    )
+
+
+def _cfg_of(name: str) -> Mapping[str, Any]:
+    cfg = None if ":" in name else get_pretrained_cfg(name)
+    return {} if cfg is None else cfg.to_dict()
+
+
+def _misfit(caller: str, checkpoint: str | Path, name: str, error: Exception) -> ValueError:
+    return ValueError(f"{caller}: {str(checkpoint)!r} does not fit {name!r}: {short_misfit(error)}")
