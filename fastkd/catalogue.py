@@ -22,6 +22,8 @@ class Loss:
         path: ``module:Class`` of what computes it.
         summary: what it compares, in a line.
         source: where it comes from.
+        weight: what its authors multiply it with, at this reduction and beside which
+            cross-entropy; scales differ by a factor of 10,000.
         projects: whether it brings the widths together itself, so that no projector may.
     """
 
@@ -29,6 +31,7 @@ class Loss:
     path: str
     summary: str
     source: str
+    weight: str
     projects: bool = False
 
     def load(self) -> Any:
@@ -62,30 +65,35 @@ LOGIT_LOSSES = (
         "fastkd.losses.logit:SoftKD",
         "KL divergence of softened class probabilities, times tau^2",
         "arXiv 1503.02531",
+        "alpha 0.9 (arXiv 2511.15572)",
     ),
     Loss(
         "hard",
         "fastkd.losses.logit:HardKD",
         "cross-entropy against the teacher's arg max",
         "arXiv 2012.12877 (DeiT)",
+        "alpha 0.5",
     ),
     Loss(
         "dkd",
         "fastkd.losses.logit:DKD",
         "KL split into the target class and the others, each weighted",
         "arXiv 2203.08679",
+        "alpha 1 with ce_weight 1",
     ),
     Loss(
         "nkd",
         "fastkd.losses.logit:NKD",
         "target class weighted by the teacher, others normalised",
         "arXiv 2303.13005",
+        "alpha 1 with ce_weight 1",
     ),
     Loss(
         "dist",
         "fastkd.losses.logit:DIST",
         "Pearson correlation within an image and within a class",
         "arXiv 2205.10536",
+        "alpha 1 with ce_weight 1",
     ),
 )
 
@@ -95,60 +103,70 @@ FEATURE_LOSSES = (
         "fastkd.losses.distance:MapDistance",
         "mean squared difference of tokens; FitNets with projector linear",
         "arXiv 1412.6550",
+        "0.2 (arXiv 2511.15572)",
     ),
     Loss(
         "spectral",
         "fastkd.losses.distance:MapDistance",
         "mean squared difference of the maps' 2-d spectra (SpectralKD)",
         "arXiv 2412.19055",
+        "0.2",
     ),
     Loss(
         "smooth_l1",
         "fastkd.losses.distance:MapDistance",
         "Huber's distance of tokens",
         "arXiv 1504.08083",
+        "1 in VkD, on pooled tokens",
     ),
     Loss(
         "cosine",
         "fastkd.losses.distance:MapDistance",
         "1 - cosine of corresponding tokens",
         "-",
+        "none published at this reduction",
     ),
     Loss(
         "attention",
         "fastkd.losses.attention:AttentionTransfer",
         "where an image's energy lies (attention transfer); any widths",
         "arXiv 1612.03928",
+        "1000",
     ),
     Loss(
         "rkd",
         "fastkd.losses.relational:RKD",
         "distances and angles between the images of a batch; any widths",
         "arXiv 1904.05068",
+        "1, as the parts have weights of their own",
     ),
     Loss(
         "crd",
         "fastkd.losses.contrastive:CRD",
         "an image's own teacher embedding against those of the batch; any widths",
         "arXiv 1910.10699, in-batch",
+        "0.8 for the original, which adds the two directions",
     ),
     Loss(
         "manifold",
         "fastkd.losses.manifold:ManifoldKD",
         "similarities of patches: in an image, across images, at random; any widths",
         "arXiv 2107.01378",
+        "1, as the parts have weights of their own",
     ),
     Loss(
         "vkd",
         "fastkd.losses.vkd:VkD",
         "distance to the standardised or whitened teacher; with projector orthogonal",
         "arXiv 2403.06213",
+        "1",
     ),
     Loss(
         "vitkd",
         "fastkd.losses.vitkd:ViTKD",
         "mimic the first blocks, generate the last from masked tokens",
         "arXiv 2209.02432",
+        "1 with ce_weight 1",
         projects=True,
     ),
 )

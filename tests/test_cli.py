@@ -229,6 +229,14 @@ def test_losses_explains_one_by_its_formula_and_options(capsys):
     assert "fastkd.losses.RKD" in out
     assert "distance_weight=25.0" in out
     assert "arXiv 1904.05068" in out
+    assert "weight in its source: 1" in out
+
+
+def test_losses_explains_a_projector_too(capsys):
+    status, out, _ = run(capsys, "losses", "lift")
+    assert status == 0
+    assert out.startswith("lift")
+    assert "stays at inference" in out
 
 
 def test_an_unknown_loss_is_refused_with_a_hint(capsys):

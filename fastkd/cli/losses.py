@@ -19,13 +19,19 @@ from fastkd.catalogue import (
 
 def add(commands: Any) -> None:
     """Add the sub-parser of ``fastkd losses``."""
-    parser = commands.add_parser("losses", help="list losses and projectors, or explain a loss")
-    parser.add_argument("name", nargs="?", help="a loss to explain: formula, options, source")
+    parser = commands.add_parser("losses", help="list losses and projectors, or explain one")
+    parser.add_argument("name", nargs="?", help="a loss or projector to explain")
     parser.set_defaults(run=_run)
 
 
 def _run(options: argparse.Namespace) -> int:
-    print(_listing() if options.name is None else _explanation(find_loss(options.name)))
+    projectors = {projector.name: projector for projector in PROJECTORS}
+    if options.name is None:
+        print(_listing())
+    elif options.name in projectors:
+        print(_line(_projector_row(projectors[options.name]), (0, 0)).strip())
+    else:
+        print(_explanation(find_loss(options.name)))
     return 0
 
 
@@ -64,6 +70,7 @@ def _explanation(loss: Loss) -> str:
     cls = loss.load()
     lines = [f"{loss.name}: {loss.summary} ({loss.source})"]
     lines.append(f"as a module: fastkd.losses.{cls.__name__}")
+    lines.append(f"weight in its source: {loss.weight}")
     chosen = ", ".join(f"{name}={value}" for name, value in options_of(loss).items())
     lines.append(f"options: {chosen or 'none'}")
     return "\n".join([*lines, "", inspect.cleandoc(cls.__doc__ or "")])

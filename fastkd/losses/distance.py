@@ -76,11 +76,17 @@ class Distance(nn.Module):
     def _check_shapes(self, student: Tensor, teacher: Tensor) -> None:
         name = type(self).__name__
         for side, x in (("student", student), ("teacher", teacher)):
-            if not x.is_floating_point():
-                raise TypeError(f"{name}: {side} must be a floating-point tensor, got {x.dtype}")
+            if not isinstance(x, Tensor) or not x.is_floating_point():
+                got = x.dtype if isinstance(x, Tensor) else type(x).__name__
+                raise TypeError(f"{name}: {side} must be a floating-point tensor, got {got}")
         forms = "[B, N, D] or [B, D, H, W]" + (" or [B, D]" if self.takes_embeddings else "")
         if student.ndim not in ((2, 3, 4) if self.takes_embeddings else (3, 4)):
             raise ValueError(f"{name}: student must be {forms}, got {list(student.shape)}")
+        if 0 in (*student.shape[1:], *teacher.shape[1:]):
+            raise ValueError(
+                f"{name}: there must be tokens and channels, got {list(student.shape)} and "
+                f"{list(teacher.shape)}"
+            )
         channels = 1 if student.ndim == 4 else -1
         expected = list(student.shape)
         fits = teacher.ndim == student.ndim

@@ -18,6 +18,7 @@ from fastkd.training.batch import Batch
 from fastkd.training.distributed import World
 from fastkd.training.engine import Engine, autocast
 from fastkd.training.meter import Reading, Throughput
+from fastkd.training.seeding import seeded
 
 
 def train_one_epoch(
@@ -187,15 +188,17 @@ def evaluate_terms(engine: Engine, loader: Iterable[Batch]) -> dict[str, Any]:
     task.eval()
     names = task.terms.names
     sums = torch.zeros(len(names) + 1, dtype=torch.float64, device=world.device)
-    for batch in loader:
-        images = batch.images.to(world.device, non_blocking=True)
-        target = batch.labels.to(world.device, non_blocking=True)
-        engine.begin_pass()
-        with autocast(world.device, engine.recipe.amp):
-            output = task(images, target, engine.teach(images))
-        values = torch.stack([output[name].double() for name in names])
-        images_seen = torch.full_like(values[:1], len(images))
-        sums += torch.cat([values * images_seen, images_seen])
+    # Terms that draw (masks, patches) draw the same in every evaluation: epochs are compared by it.
+    with seeded(engine.recipe.seed, world.device):
+        for batch in loader:
+            images = batch.images.to(world.device, non_blocking=True)
+            target = batch.labels.to(world.device, non_blocking=True)
+            engine.begin_pass()
+            with autocast(world.device, engine.recipe.amp):
+                output = task(images, target, engine.teach(images))
+            values = torch.stack([output[name].double() for name in names])
+            images_seen = torch.full_like(values[:1], len(images))
+            sums += torch.cat([values * images_seen, images_seen])
     task.train(was_training)
     *totals, count = world.sum(sums).tolist()
     _check_whole(loader, int(count))

@@ -78,6 +78,22 @@ def rng_state(device: torch.device) -> dict[str, Any]:
     return state
 
 
+@contextmanager
+def seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """Draw from a seed inside the block, and give all generators back as they were.
+
+    Args:
+        seed: of python, numpy and torch.
+        device: whose generator is meant beside the CPU's.
+    """
+    state = rng_state(device)
+    seed_all(seed)
+    try:
+        yield
+    finally:
+        set_rng_state(state, device)
+
+
 def set_rng_state(state: dict[str, Any], device: torch.device) -> None:
     """Put back what `rng_state` gave."""
     version, keys, gauss = state["python"]

@@ -243,6 +243,12 @@ def build_feature_term(
                 recipe.projector,
             )
         student_dims = _dims(taps, example)
+    if recipe.feature_loss == "crd" and recipe.repeated_aug > 1:
+        logger.warning(
+            "feature_loss='crd' takes the %d copies of an image in a batch for different images "
+            "and pushes them apart; repeated_aug=1 avoids that",
+            recipe.repeated_aug,
+        )
     term = create_feature_loss(
         recipe.feature_loss,
         pairs,

@@ -75,3 +75,12 @@ def test_what_labels_would_be_needed_for_is_refused(images, fast, options, messa
 def test_missing_labels_are_an_error_where_they_are_needed(images, fast):
     with pytest.raises(ValueError, match="labels"):
         train(vit(), vit(seed=1), images, **fast)
+
+
+def test_every_evaluation_hides_the_same_tokens(images, fast):
+    """Else the epochs' losses, by which the best is picked, would differ by what ViTKD drew."""
+    still = {"lr": 1e-30, "min_lr": 0.0, "weight_decay": 0.0, "ema_decay": None}
+    options = fast | still | {"labels": False, "feature_loss": "vitkd"}
+    history = train(vit(), vit(24, seed=1), images, **options).history
+    assert history[0]["eval_feature"] == history[1]["eval_feature"]
+    assert history[0]["feature"] != history[1]["feature"]
