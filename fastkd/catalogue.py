@@ -25,6 +25,7 @@ class Loss:
         weight: what its authors multiply it with, at this reduction and beside which
             cross-entropy; scales differ by a factor of 10,000.
         projects: whether it brings the widths together itself, so that no projector may.
+        whole_ce: whether its authors add it to the whole cross-entropy.
     """
 
     name: str
@@ -33,6 +34,7 @@ class Loss:
     source: str
     weight: str
     projects: bool = False
+    whole_ce: bool = False
 
     def load(self) -> Any:
         """Import the class."""
@@ -80,6 +82,7 @@ LOGIT_LOSSES = (
         "KL split into the target class and the others, each weighted",
         "arXiv 2203.08679",
         "alpha 1 with ce_weight 1",
+        whole_ce=True,
     ),
     Loss(
         "nkd",
@@ -87,6 +90,7 @@ LOGIT_LOSSES = (
         "target class weighted by the teacher, others normalised",
         "arXiv 2303.13005",
         "alpha 1 with ce_weight 1",
+        whole_ce=True,
     ),
     Loss(
         "dist",
@@ -94,6 +98,7 @@ LOGIT_LOSSES = (
         "Pearson correlation within an image and within a class",
         "arXiv 2205.10536",
         "alpha 1 with ce_weight 1",
+        whole_ce=True,
     ),
 )
 
@@ -168,6 +173,7 @@ FEATURE_LOSSES = (
         "arXiv 2209.02432",
         "1 with ce_weight 1",
         projects=True,
+        whole_ce=True,
     ),
 )
 

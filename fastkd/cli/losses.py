@@ -65,7 +65,7 @@ def _projector_row(projector: Projector) -> tuple[str, str, str]:
 
 
 def _explanation(loss: Loss) -> str:
-    from fastkd.losses.build import options_of
+    from fastkd.losses.build import has_temperature, options_of
 
     cls = loss.load()
     lines = [f"{loss.name}: {loss.summary} ({loss.source})"]
@@ -73,4 +73,6 @@ def _explanation(loss: Loss) -> str:
     lines.append(f"weight in its source: {loss.weight}")
     chosen = ", ".join(f"{name}={value}" for name, value in options_of(loss).items())
     lines.append(f"options: {chosen or 'none'}")
+    if loss in LOGIT_LOSSES and has_temperature(loss):
+        lines.append("temperature: --tau, a field of its own")
     return "\n".join([*lines, "", inspect.cleandoc(cls.__doc__ or "")])

@@ -12,7 +12,7 @@ from fastkd.losses.feature import FeatureKD
 from fastkd.losses.lift import Lift, LiftKD
 from fastkd.losses.logit import DIST, DKD, NKD, HardKD, SoftKD
 from fastkd.losses.manifold import ManifoldKD
-from fastkd.losses.projectors import PROJECTORS, build_projector, pool_side
+from fastkd.losses.projectors import PROJECTORS, build_projector, pool_side, undecayed
 from fastkd.losses.relational import RKD
 from fastkd.losses.term import FeatureTerm, LogitTerm
 from fastkd.losses.total import DistillationLoss
@@ -44,4 +44,5 @@ __all__ = [
     "create_feature_loss",
     "create_logit_loss",
     "pool_side",
+    "undecayed",
 ]

@@ -6,19 +6,24 @@ Knows the catalogue and what constructors take; not what the losses do.
 from __future__ import annotations
 
 import inspect
+import typing
 from collections.abc import Mapping
 from typing import Any
 
-from fastkd.catalogue import Loss
-from fastkd.losses.distance import MAP_DISTANCES, Distance
+from torch import nn
 
-# What the caller wires and no options may name.
-_WIRED = frozenset(
-    {
-        *("weight", "tau", "loss", "backend", "pairs", "resample"),
-        *("student_dim", "teacher_dim", "student_dims", "teacher_dims"),
-    }
-)
+from fastkd.catalogue import Loss
+from fastkd.losses.distance import MAP_DISTANCES, Distance, MapDistance
+from fastkd.losses.term import FeatureTerm, LogitTerm
+
+# What the caller wires, and options do not name.
+_WIRED: dict[type[nn.Module], tuple[str, ...]] = {
+    LogitTerm: ("weight", "tau"),
+    MapDistance: ("loss", "backend"),
+    Distance: ("student_dim", "teacher_dim"),
+    FeatureTerm: ("pairs", "weight", "student_dims", "teacher_dims", "resample"),
+}
+_WORDS = {bool: "true or false", int: "an integer", float: "a number", str: "a word"}
 
 
 def options_of(entry: Loss) -> dict[str, Any]:
@@ -30,14 +35,16 @@ def options_of(entry: Loss) -> dict[str, Any]:
     Returns:
         Defaults by name.
     """
-    if entry.name in MAP_DISTANCES:  # one class for four losses, of which one has an option
+    cls = entry.load()
+    if cls is MapDistance:  # one class for four losses, of which one has an option
         return {"beta": 1.0} if entry.name == "smooth_l1" else {}
-    parameters = inspect.signature(entry.load()).parameters.values()
-    return {p.name: p.default for p in parameters if p.name not in _WIRED}
+    wired = [name for kind, names in _WIRED.items() if issubclass(cls, kind) for name in names]
+    parameters = inspect.signature(cls).parameters.values()
+    return {p.name: p.default for p in parameters if p.name not in wired}
 
 
 def check_options(entry: Loss, options: Mapping[str, Any] | None, argument: str) -> None:
-    """Refuse options that a loss does not have.
+    """Refuse options that a loss does not have, and values of another type.
 
     Args:
         entry: of the catalogue.
@@ -46,12 +53,32 @@ def check_options(entry: Loss, options: Mapping[str, Any] | None, argument: str)
 
     Raises:
         ValueError: an unknown option; the error lists what there is.
+        TypeError: a value of the wrong type.
     """
     known = options_of(entry)
-    for name in options or {}:
+    hints = typing.get_type_hints(entry.load().__init__)
+    for name, value in (options or {}).items():
+        if name == "tau" and has_temperature(entry):
+            raise ValueError(f"{argument}: tau is a field of its own, not an option: tau={value}")
         if name not in known:
             what = f"it has {', '.join(known)}" if known else "it has none"
             raise ValueError(f"{argument}: {entry.name!r} has no option {name!r}; {what}")
+        kinds = _kinds(hints[name])
+        if not any(_is_of(kind, value) for kind in kinds):
+            expected = " or ".join(_WORDS.get(kind, "none") for kind in kinds)
+            raise TypeError(
+                f"{argument}: {entry.name!r} takes {expected} for {name}, got {value!r}"
+            )
+
+
+def _kinds(hint: Any) -> tuple[Any, ...]:
+    return typing.get_args(hint) or (hint,)
+
+
+def _is_of(kind: Any, value: Any) -> bool:
+    if isinstance(value, bool):
+        return kind is bool
+    return isinstance(value, int | float if kind is float else kind)
 
 
 def has_temperature(entry: Loss) -> bool:

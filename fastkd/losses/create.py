@@ -5,7 +5,8 @@ Knows the catalogue; which models the terms compare is the caller's business.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 from fastkd.catalogue import FEATURE_LOSSES, LOGIT_LOSSES, names
@@ -81,15 +82,18 @@ def create_feature_loss(
         raise ValueError(f"feature_loss must be one of {names(FEATURE_LOSSES)}, got {name!r}")
     entry = known[name]
     check_options(entry, options, "feature_options")
-    wired: dict[str, Any] = {
-        **{"pairs": pairs, "weight": weight, "resample": resample},
-        **{"student_dims": student_dims, "teacher_dims": teacher_dims},
-    }
-    if not entry.projects:
-        return FeatureKD(name, projector=projector, **wired, **(options or {}))
-    if projector != "none":
-        raise ValueError(
-            f"projector: {name!r} brings widths together itself, got projector={projector!r}"
-        )
-    term: FeatureTerm = entry.load()(**wired, **(options or {}))
-    return term
+    make: Callable[..., FeatureTerm] = partial(FeatureKD, name, projector=projector)
+    if entry.projects:
+        make = entry.load()
+        if projector != "none":
+            raise ValueError(
+                f"projector: {name!r} brings widths together itself, got projector={projector!r}"
+            )
+    return make(
+        pairs=pairs,
+        weight=weight,
+        student_dims=student_dims,
+        teacher_dims=teacher_dims,
+        resample=resample,
+        **(options or {}),
+    )

@@ -35,6 +35,11 @@ class Distance(nn.Module):
     needs_widths: ClassVar[bool] = False
     takes_embeddings: ClassVar[bool] = False
 
+    @property
+    def pools_first(self) -> bool:
+        """Whether nothing of an image but its mean token counts."""
+        return False
+
     def forward(self, student: Tensor, teacher: Tensor, *, grid: Grid | None = None) -> Tensor:
         """Compare two batches of token maps.
 
@@ -138,21 +143,18 @@ class MapDistance(Distance):
         self.beta = 1.0 if beta is None else beta
         self.backend = backend
 
-    def forward(
-        self, student: Tensor, teacher: Tensor, *, grid: Grid | None = None, pool: str = "none"
-    ) -> Tensor:
+    def forward(self, student: Tensor, teacher: Tensor, *, grid: Grid | None = None) -> Tensor:
         """Compare two batches of token maps; arguments and errors as in `feature_kd`.
 
         Args:
             student: [B, N, Ds] tokens or [B, Ds, H, W] maps. Receives the gradient.
-            teacher: likewise; receives a gradient only if it requires one.
+            teacher: likewise; receives none.
             grid: (H, W) of tokens, for ``"spectral"``.
-            pool: ``"none"``, or the side whose channels are averaged down.
 
         Returns:
             Scalar, float32 (float64 for float64 inputs).
         """
-        return feature_kd(student, teacher, grid=grid, pool=pool, **self.options)
+        return feature_kd(student, teacher.detach(), grid=grid, **self.options)
 
     @property
     def options(self) -> dict[str, Any]:

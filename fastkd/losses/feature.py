@@ -6,6 +6,7 @@ what a pair's distance is, `fastkd.losses.distance` and its subclasses say.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from typing import Any, cast
 
@@ -14,18 +15,22 @@ from torch import Tensor, nn
 
 from fastkd import catalogue
 from fastkd.losses.build import build_distance
-from fastkd.losses.distance import MapDistance
+from fastkd.losses.distance import Grid, MapDistance
 from fastkd.losses.projectors import (
     PROJECTORS,
     build_projector,
     check_widths,
     fused_weights,
+    has_hooks,
     pool_channels,
     pool_side,
 )
 from fastkd.losses.term import FeatureTerm, Key, Pairs, check_choice
-from fastkd.ops import lift_kd
+from fastkd.ops import feature_kd, lift_kd
 from fastkd.tokens import Tokens
+
+
+_LEARNED = tuple(p.name for p in catalogue.PROJECTORS if p.learned and not p.stays)
 
 
 class FeatureKD(FeatureTerm):
@@ -49,7 +54,8 @@ class FeatureKD(FeatureTerm):
 
     Args:
         loss: the distance d: a name, or a module called as ``loss(student, teacher, grid=(H, W))``
-            with [B, N, D] tokens, which all pairs share.
+            with [B, N, D] tokens (without ``grid`` where it takes none, as `torch.nn.MSELoss`),
+            which all pairs share.
         pairs: (student key, teacher key), resolved to the keys of the taps.
         weight: what the caller multiplies the term with; kept here, not applied here.
         projector: one of the six above.
@@ -90,6 +96,7 @@ class FeatureKD(FeatureTerm):
         if student_dims is not None and teacher_dims is not None:
             widths = self.widths(student_dims, teacher_dims)
         self.distances = nn.ModuleList(self._build_distances(loss, widths, backend, options))
+        self._with_grid = all(_takes_grid(distance) for distance in self.distances)
         self.projectors = nn.ModuleList(self._build_projectors(widths))
 
     def forward(self, student: Mapping[Key, Tokens], teacher: Mapping[Key, Tokens]) -> Tensor:
@@ -97,7 +104,7 @@ class FeatureKD(FeatureTerm):
 
         Args:
             student: tokens by key; receive the gradient.
-            teacher: tokens by key; frozen (``"linear"`` refuses one that requires a gradient).
+            teacher: tokens by key; frozen, they receive none.
 
         Returns:
             Scalar float32, unweighted.
@@ -113,9 +120,8 @@ class FeatureKD(FeatureTerm):
 
     @property
     def operator_options(self) -> dict[str, Any] | None:
-        """The distance as the operators' keywords; None where no operator computes it."""
-        distance = self.distances[0]
-        return distance.options if type(distance) is MapDistance else None
+        """The distance as the operators' keywords; None where only calling it will do."""
+        return _operator_options(self.distances[0])
 
     def _build_distances(
         self,
@@ -126,9 +132,10 @@ class FeatureKD(FeatureTerm):
     ) -> list[nn.Module]:
         """One distance for all pairs, or one for each where it learns something of their widths."""
         if isinstance(loss, nn.Module):
-            if options:
+            given = [*options, *(["backend"] if backend != "auto" else [])]
+            if given:
                 raise ValueError(
-                    f"FeatureKD: {sorted(options)} are options of a named loss, got a module"
+                    f"FeatureKD: {', '.join(given)}: options of a named loss, got a module"
                 )
             return [loss]
         entry = _named_distance(loss)
@@ -175,34 +182,64 @@ class FeatureKD(FeatureTerm):
 
     def _compare(self, index: int, student: Tokens, teacher: Tokens) -> Tensor:
         self._check_widths(index, student.dim, teacher.dim)
-        distance, grid = self._distance(index), student.grid
+        distance = self._distance(index)
         if self.projector in _LEARNED:
             return self._compare_projected(self.projectors[index], distance, student, teacher)
-        if self.projector != "pool":
-            return cast(Tensor, distance(student.data, teacher.data, grid=grid))
-        if isinstance(distance, MapDistance):
-            side = pool_side(student.dim, teacher.dim)
-            return distance(student.data, teacher.data, grid=grid, pool=side)
-        dim = min(student.dim, teacher.dim)
-        pooled = (pool_channels(tokens.data, dim) for tokens in (student, teacher))
-        return cast(Tensor, distance(*pooled, grid=grid))
+        if self.projector == "pool":
+            return self._compare_pooled(distance, student, teacher)
+        return self._call(distance, student.data, teacher.data, student.grid)
 
     def _compare_projected(
         self, layer: nn.Module, distance: nn.Module, student: Tokens, teacher: Tokens
     ) -> Tensor:
-        options = self.operator_options
-        weights = None if options is None else fused_weights(layer)
-        if options is None or weights is None:
-            projected = layer(_as_parameters(student.data, layer))
-            return cast(Tensor, distance(projected, teacher.data, grid=student.grid))
-        weight, bias = weights
-        fused = lift_kd(student.data, weight, teacher.data, bias, grid=student.grid, **options)
-        return cast(Tensor, fused)
+        """The distance of what the layer makes of the student, written only where it has to be."""
+        weights, options = fused_weights(layer), _operator_options(distance)
+        if weights is not None and options is not None:
+            weight, bias = weights
+            fused = lift_kd(student.data, weight, teacher.data, bias, grid=student.grid, **options)
+            return cast(Tensor, fused)
+        tokens, targets, grid = student.data, teacher.data, student.grid
+        if weights is not None and getattr(distance, "pools_first", False):
+            # A Linear commutes with the mean: one token an image is projected instead of all.
+            tokens, targets = (x.mean(1, keepdim=True, dtype=_wide(x)) for x in (tokens, targets))
+            grid = (1, 1)
+        return self._call(distance, layer(_as_parameters(tokens, layer)), targets, grid)
+
+    def _compare_pooled(self, distance: nn.Module, student: Tokens, teacher: Tokens) -> Tensor:
+        """The distance after the wider side's channels have been averaged down."""
+        options = _operator_options(distance)
+        if options is not None:
+            side = pool_side(student.dim, teacher.dim)
+            return feature_kd(student.data, teacher.data, grid=student.grid, pool=side, **options)
+        dim = min(student.dim, teacher.dim)
+        sides = pool_channels(student.data, dim), pool_channels(teacher.data, dim)
+        return self._call(distance, *sides, student.grid)
+
+    def _call(self, distance: nn.Module, student: Tensor, teacher: Tensor, grid: Grid) -> Tensor:
+        if self._with_grid:
+            return cast(Tensor, distance(student, teacher, grid=grid))
+        return cast(Tensor, distance(student, teacher))
 
     def extra_repr(self) -> str:
         """Options, for ``print``."""
         pairs = ",".join(f"{student}:{teacher}" for student, teacher in self.pairs)
         return f"pairs={pairs}, weight={self.weight}, projector={self.projector}"
+
+
+def _operator_options(distance: nn.Module) -> dict[str, Any] | None:
+    """Keywords of the operators for a distance of theirs that nobody listens to; else None."""
+    replaced = has_hooks(distance) or "forward" in distance.__dict__
+    return distance.options if type(distance) is MapDistance and not replaced else None
+
+
+def _takes_grid(distance: nn.Module) -> bool:
+    """Whether it is told the grid: a module of somebody's own, as `nn.MSELoss`, need not be."""
+    parameters = inspect.signature(distance.forward).parameters.values()
+    return any(p.name == "grid" or p.kind is p.VAR_KEYWORD for p in parameters)
+
+
+def _wide(tensor: Tensor) -> torch.dtype:
+    return torch.promote_types(tensor.dtype, torch.float32)
 
 
 def _as_parameters(tokens: Tensor, layer: nn.Module) -> Tensor:
@@ -211,9 +248,6 @@ def _as_parameters(tokens: Tensor, layer: nn.Module) -> Tensor:
     if parameter is None or torch.is_autocast_enabled(tokens.device.type):
         return tokens
     return tokens.to(parameter.dtype)
-
-
-_LEARNED = tuple(p.name for p in catalogue.PROJECTORS if p.learned and not p.stays)
 
 
 def _named_distance(name: str) -> catalogue.Loss:

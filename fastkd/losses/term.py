@@ -7,10 +7,13 @@ models, nor how terms are summed.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import ClassVar, TypeVar
 
+import torch
 from torch import Tensor, nn
 
+from fastkd.losses.projectors import undecayed
 from fastkd.tokens import RESAMPLE_MODES, Tokens, match_grids
 
 Key = int | str
@@ -39,7 +42,7 @@ class FeatureTerm(nn.Module):
     """A distance between token maps of pairs of blocks.
 
     Subclasses implement ``forward(student, teacher)``: tokens by key, of which the student's
-    receive the gradient.
+    receive the gradient and the teacher's, which are frozen, none.
 
     Args:
         pairs: (student key, teacher key), resolved to the keys of the taps.
@@ -73,7 +76,7 @@ class FeatureTerm(nn.Module):
     def matched(
         self, student: Mapping[Key, Tokens], teacher: Mapping[Key, Tokens], index: int = 0
     ) -> tuple[Tokens, Tokens]:
-        """Both sides of a pair, on one grid.
+        """Both sides of a pair, on one grid; the teacher's detached.
 
         Args:
             student: tokens by key.
@@ -87,11 +90,17 @@ class FeatureTerm(nn.Module):
             ValueError: a key is missing, or grids differ without ``resample``.
         """
         student_key, teacher_key = self.pairs[index]
+        frozen = look_up(self, "teacher", teacher, teacher_key)
         return match_grids(
             look_up(self, "student", student, student_key),
-            look_up(self, "teacher", teacher, teacher_key),
+            replace(frozen, data=frozen.data.detach()),
             self.resample,
         )
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set[str]:
+        """Parameters that timm's optimiser factory must not decay, beside the 1-d ones."""
+        return undecayed(self)
 
     def widths(
         self, student_dims: Mapping[Key, int], teacher_dims: Mapping[Key, int]

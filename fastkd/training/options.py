@@ -87,6 +87,10 @@ def resolve_recipe(
     resolved = loaded.override(**overrides)
     if resolved.variant != loaded.variant and "width" not in overrides:
         resolved = resolved.override(width=None)  # it was the other variant's
+    for loss in ("logit", "feature"):  # so were the options of another loss
+        changed = getattr(resolved, f"{loss}_loss") != getattr(loaded, f"{loss}_loss")
+        if changed and f"{loss}_options" not in overrides:
+            resolved = resolved.override(**{f"{loss}_options": None})
     teacher = chosen_teacher(loaded, teacher)
     _refuse_without_effect(resolved, student, teacher, overrides)
     if teacher is None:  # and the record says so, whatever terms the recipe asks for
@@ -195,7 +199,7 @@ def _has_temperature(recipe: Recipe) -> bool:
 
 
 def _check_loss_options(recipe: Recipe) -> None:
-    """Options of the losses that the run uses; those of another loss are the recipe's leftovers."""
+    """Options of the losses that the run uses."""
     if recipe.alpha > 0:
         check_options(find_loss(recipe.logit_loss), recipe.logit_options, "logit_options")
     if recipe.feature_weight > 0:

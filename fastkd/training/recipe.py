@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import os
 import re
 import types
@@ -26,7 +27,7 @@ from fastkd.training.atomic import write_text
 
 Key = int | str
 Pairs = tuple[tuple[Key, Key], ...]
-Options = dict[str, float | int | bool | str]  # of a loss, by name
+Options = dict[str, float | int | bool | str | None]  # of a loss, by name
 
 # Fields that say where and how fast a run happens, not what it computes: they may change on resume.
 OPERATIONAL_FIELDS = frozenset(
@@ -240,6 +241,7 @@ class Recipe:
             ValueError: an unknown field or a value out of range.
             TypeError: a value of the wrong type.
         """
+        values = _in_todays_words(values)
         _check_names(values)
         return cls(**values)
 
@@ -327,9 +329,22 @@ class Recipe:
         return self.lr * self.batch_size / 512 if self.lr_scaling else self.lr
 
     @property
+    def cross_entropy_weight(self) -> float:
+        """What the cross-entropy is multiplied with: ``ce_weight``, or 1 - alpha."""
+        return 1 - self.alpha if self.ce_weight is None else self.ce_weight
+
+    @property
     def mixes(self) -> bool:
         """Whether Mixup or CutMix is on."""
         return self.mixup > 0 or self.cutmix > 0
+
+
+def _in_todays_words(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields of recipes that were written earlier: ``hard`` is one of several logit losses now."""
+    today = dict(values)
+    if today.pop("hard", False) is True:
+        today["logit_loss"] = "hard"
+    return today
 
 
 def parse_value(name: str, text: str) -> Any:
@@ -375,7 +390,7 @@ def parse_pairs(text: str) -> Pairs:
 
 
 def parse_options(text: str) -> Options:
-    """Read ``"beta=8,normalize=whiten"``; values are numbers, true, false or words.
+    """Read ``"beta=8,normalize=whiten"``; values are numbers, true, false, none or words.
 
     Args:
         text: assignments separated by commas.
@@ -391,7 +406,7 @@ def parse_options(text: str) -> Options:
         name, equals, value = (piece.strip() for piece in part.partition("="))
         if not (name and equals and value):
             raise ValueError(f"an option is name=value, got {part!r}")
-        options[name] = yaml.load(value, _RecipeLoader)
+        options[name] = None if value.lower() == "none" else yaml.load(value, _RecipeLoader)
     return _checked_options(options)
 
 
@@ -505,7 +520,7 @@ def _checked_options(options: Any) -> Options:
     if not isinstance(options, Mapping):
         raise TypeError
     for name, value in options.items():
-        if not isinstance(name, str) or not isinstance(value, bool | int | float | str):
+        if not isinstance(name, str) or not isinstance(value, bool | int | float | str | None):
             raise ValueError(f"an option is a name and a scalar, got {name!r}: {value!r}")
     return dict(options)
 
@@ -554,11 +569,11 @@ def _check_ranges(recipe: Recipe) -> None:
         by_name = all(isinstance(pair[side], str) for pair in recipe.pairs)
         expected = "0 where blocks are paired by number (their prefix is known)"
         _require(getattr(recipe, name) == 0 or by_name, name, expected, recipe)
-    _require(recipe.alpha >= 0, "alpha", "at least 0", recipe)
+    _require(0 <= recipe.alpha < math.inf, "alpha", "at least 0, and finite", recipe)
     shared = recipe.alpha <= 1 or recipe.ce_weight is not None or not recipe.labels
     _require(shared, "alpha", "at most 1 where ce_weight is 1 - alpha", recipe)
-    weighted = recipe.ce_weight is None or recipe.ce_weight >= 0
-    _require(weighted, "ce_weight", "none or at least 0", recipe)
+    weighted = recipe.ce_weight is None or 0 <= recipe.ce_weight < math.inf
+    _require(weighted, "ce_weight", "none or at least 0, and finite", recipe)
     for name in ("drop_path", "hflip", "reprob", "mixup_prob", "mixup_switch_prob"):
         _require(0 <= getattr(recipe, name) <= 1, name, "between 0 and 1", recipe)
     for name in ("lr", "eps", "tau"):

@@ -130,13 +130,12 @@ def _schedule_text(recipe: Recipe) -> str:
 def _terms_text(recipe: Recipe) -> str:
     if recipe.teacher is None:
         return f"CE (label smoothing {recipe.label_smoothing:g})"
-    ce_weight = 1 - recipe.alpha if recipe.ce_weight is None else recipe.ce_weight
-    terms = [f"{ce_weight:g} CE"] if recipe.labels else []
+    terms = [f"{recipe.cross_entropy_weight:g} CE"] if recipe.labels else []
     if recipe.alpha > 0:
         options = dict(recipe.logit_options or {})
         if has_temperature(find_loss(recipe.logit_loss)):
             options = {"tau": recipe.tau, **options}
-        terms.append(f"{recipe.alpha:g} {recipe.logit_loss} KD{_in_brackets(options)}")
+        terms.append(f"{recipe.alpha:g} {recipe.logit_loss} logits{_in_brackets(options)}")
     if recipe.feature_weight > 0:
         pairs = ",".join(f"{s}:{t}" for s, t in recipe.pairs)
         chosen = _in_brackets(recipe.feature_options or {})
@@ -145,4 +144,11 @@ def _terms_text(recipe: Recipe) -> str:
 
 
 def _in_brackets(options: Mapping[str, Any]) -> str:
-    return f" ({', '.join(f'{name} {value}' for name, value in options.items())})" * bool(options)
+    if not options:
+        return ""
+    told = [f"{name} {_number(value)}" for name, value in options.items()]
+    return f" ({', '.join(told)})"
+
+
+def _number(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)

@@ -7,11 +7,11 @@ optimisers and data.
 from __future__ import annotations
 
 import logging
-from typing import cast
 
 import torch
 from torch import Tensor, nn
 
+from fastkd.catalogue import find_loss
 from fastkd.losses import (
     DistillationLoss,
     FeatureKD,
@@ -104,11 +104,12 @@ class DistillationTask(nn.Module):
         key = feature.pairs[0][0]
         student = self.student
         options = feature.operator_options if isinstance(feature, FeatureKD) else None
-        lifts = isinstance(student, LiftVisionTransformer) and student.fuses_lift(images)
-        if lifts and options is not None:
-            tokens, targets = feature.matched({key: taps.last_block(images)}, teacher)
-            student = cast(LiftVisionTransformer, student)
-            return student.forward_head_kd(tokens.data, targets.data, grid=tokens.grid, **options)
+        if options is not None and isinstance(student, LiftVisionTransformer):
+            if student.fuses_lift(images):
+                tokens, target = feature.matched({key: taps.last_block(images)}, teacher)
+                return student.forward_head_kd(
+                    tokens.data, target.data, grid=tokens.grid, **options
+                )
         output = taps(images)
         if output.final is None:
             raise ValueError(
@@ -200,6 +201,12 @@ def build_logit_term(recipe: Recipe) -> LogitTerm | None:
     """
     if recipe.alpha == 0:
         return None
+    if recipe.labels and recipe.cross_entropy_weight == 0 and find_loss(recipe.logit_loss).whole_ce:
+        logger.warning(
+            "alpha=1 leaves nothing of the cross-entropy, to which the authors of logit_loss=%r add "
+            "theirs: set ce_weight=1",
+            recipe.logit_loss,
+        )
     return create_logit_loss(
         recipe.logit_loss, weight=recipe.alpha, tau=recipe.tau, options=recipe.logit_options
     )

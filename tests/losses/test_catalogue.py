@@ -15,7 +15,7 @@ from fastkd.losses import (
     create_feature_loss,
     create_logit_loss,
 )
-from fastkd.losses.build import options_of
+from fastkd.losses.build import check_options, options_of
 from fastkd.tokens import Tokens
 
 LOGIT = catalogue.names(catalogue.LOGIT_LOSSES)
@@ -71,11 +71,13 @@ def test_every_feature_loss_is_built_by_name_and_trains_the_student(name):
 @pytest.mark.parametrize("name", FEATURE)
 def test_no_feature_loss_sends_a_gradient_to_the_teacher(name):
     term = build(name)
-    frozen = {key: tokens(9 + key, 8) for key in (0, 1)}
-    before = {key: one.data.clone() for key, one in frozen.items()}
-    term({key: tokens(key, 6) for key in (0, 1)}, frozen).backward()
-    assert all(torch.equal(frozen[key].data, before[key]) for key in before)
-    assert all(one.data.grad is None for one in frozen.values())
+    teachers = {key: tokens(9 + key, 8) for key in (0, 1)}
+    students = {key: tokens(key, 6) for key in (0, 1)}
+    for one in (*teachers.values(), *students.values()):
+        one.data.requires_grad_()
+    term(students, teachers).backward()
+    assert all(one.data.grad is None for one in teachers.values())
+    assert all(one.data.grad is not None for one in students.values())
 
 
 @pytest.mark.parametrize("entry", (*catalogue.LOGIT_LOSSES, *catalogue.FEATURE_LOSSES))
@@ -110,6 +112,31 @@ def test_an_unknown_name_lists_what_there_is():
 def test_an_unknown_loss_is_hinted_at():
     with pytest.raises(ValueError, match="did you mean 'manifold'"):
         catalogue.find_loss("manifol")
+
+
+@pytest.mark.parametrize(
+    ("loss", "options", "message"),
+    [
+        ("dkd", {"target_weight": "abc"}, "'dkd' takes a number for target_weight, got 'abc'"),
+        ("dkd", {"target_weight": True}, "takes a number for target_weight, got True"),
+        ("crd", {"gather": "maybe"}, "takes true or false for gather, got 'maybe'"),
+        ("crd", {"dim": 12.5}, "takes an integer for dim, got 12.5"),
+        ("vkd", {"normalize": 1}, "takes a word for normalize, got 1"),
+        ("smooth_l1", {"beta": "abc"}, "takes a number or none for beta, got 'abc'"),
+    ],
+)
+def test_a_value_of_another_type_is_refused(loss, options, message):
+    with pytest.raises(TypeError, match=message):
+        check_options(catalogue.find_loss(loss), options, "options")
+
+
+def test_what_may_be_none_may_be_none():
+    check_options(catalogue.find_loss("vkd"), {"beta": None, "pool": False}, "feature_options")
+
+
+def test_tau_is_no_option():
+    with pytest.raises(ValueError, match="tau is a field of its own"):
+        create_logit_loss("dkd", options={"tau": 4.0})
 
 
 def test_a_projector_before_a_loss_that_projects_itself_is_refused():

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from timm.optim import create_optimizer_v2
 
 from fastkd.losses import FeatureKD, pool_side
 from fastkd.tokens import Tokens, match_grids
@@ -237,9 +238,52 @@ def test_a_module_may_be_the_distance_and_all_pairs_share_it():
     assert [name for name, _ in term.named_parameters()] == ["distances.0.scale"]
 
 
-def test_a_module_takes_no_options():
+@pytest.mark.parametrize("given", [{"beta": 1.0}, {"backend": "torch"}])
+def test_a_module_takes_no_options(given):
     with pytest.raises(ValueError, match="options of a named loss"):
-        FeatureKD(Gap(), beta=1.0)
+        FeatureKD(Gap(), **given)
+
+
+def test_a_module_need_not_know_of_grids():
+    student, teacher = tokens(0), tokens(1)
+    term = FeatureKD(torch.nn.MSELoss(), ((0, 0),))
+    torch.testing.assert_close(
+        term({0: student}, {0: teacher}), F.mse_loss(student.data, teacher.data)
+    )
+
+
+@pytest.mark.parametrize("projector", ["none", "pool", "linear", "orthogonal", "mlp"])
+def test_hooks_on_a_distance_run_whatever_the_projector(projector):
+    dims = {"student_dims": {0: 6}, "teacher_dims": {0: 6}}
+    term = FeatureKD("mse", ((0, 0),), projector=projector, **dims).double()
+    seen = []
+    term.distances[0].register_forward_hook(lambda *arguments: seen.append(1))
+    term({0: tokens(0)}, {0: tokens(1)})
+    assert seen
+
+
+@pytest.mark.parametrize("projector", ["linear", "orthogonal"])
+@pytest.mark.parametrize("loss", ["vkd", "rkd", "crd"])
+def test_what_only_sees_the_mean_token_has_it_projected_alone(loss, projector):
+    dims = {"student_dims": {0: 6}, "teacher_dims": {0: 8}}
+    term = FeatureKD(loss, ((0, 0),), projector=projector, **dims).double()
+    student, teacher = tokens(0, batch=4), tokens(1, 8, batch=4)
+    layer, shapes = term.projectors[0], []
+    expected = term.distances[0](layer(student.data), teacher.data, grid=GRID)
+    call = layer.forward
+    layer.forward = lambda x: shapes.append(x.shape) or call(x)
+    torch.testing.assert_close(term({0: student}, {0: teacher}), expected)
+    del layer.forward
+    torch.testing.assert_close(term({0: student}, {0: teacher}), expected)
+    assert shapes == [(4, 12, 6)]  # a replaced forward gets all tokens
+
+
+def test_timms_optimisers_spare_orthogonal_projectors():
+    dims = {"student_dims": {0: 6}, "teacher_dims": {0: 8}}
+    term = FeatureKD("vkd", ((0, 0),), projector="orthogonal", **dims)
+    groups = create_optimizer_v2(term, opt="adamw", lr=1e-3, weight_decay=0.05).param_groups
+    decayed = [p for group in groups if group["weight_decay"] for p in group["params"]]
+    assert decayed == []
 
 
 @pytest.mark.parametrize("projector", ["mlp", "orthogonal"])

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fastkd import catalogue
-from fastkd.losses import create_feature_loss
+from fastkd.losses import VkD
 from fastkd.models import create_teacher
 from fastkd.training import load_checkpoint, train
 from fastkd.training.augment import InputSpec
@@ -81,13 +81,11 @@ def test_distances_that_no_operator_computes_compare_lifted_tokens():
     options = {"feature_loss": "vkd", "feature_options": {"pool": False}, "projector": "lift"}
     student = lift(24).eval()
     task, teacher, _ = task_for(student, vit(24, seed=1), **options)
-    output, seen = teacher(IMAGES), []
-    handle = student.norm.register_forward_hook(lambda module, args, out: seen.append(out))
-    parts = task(IMAGES, TARGET, output)
-    handle.remove()
-    distance = task.terms.feature.distances[0]
-    expected = distance(seen[0][:, 1:], output.tokens[1].data)
-    torch.testing.assert_close(parts["feature"], expected)
+    assert student.fuses_lift(IMAGES)
+    output = teacher(IMAGES)
+    lifted = student.norm(student.blocks(student._pos_embed(student.patch_embed(IMAGES))))
+    expected = VkD(pool=False)(lifted[:, 1:], output.tokens[1].data)
+    torch.testing.assert_close(task(IMAGES, TARGET, output)["feature"], expected)
 
 
 def test_dkd_sees_the_labels_and_the_cross_entropy_keeps_its_weight():
@@ -123,8 +121,41 @@ def test_a_run_that_was_stopped_draws_the_same_patches_and_masks(terms, tmp_path
     torch.testing.assert_close(parts["student"], whole["student"], rtol=0, atol=0)
 
 
-def test_what_a_named_loss_is_built_with_reaches_it():
-    term = create_feature_loss(
-        "attention", ((0, 0),), student_dims={0: 6}, teacher_dims={0: 8}, options={"power": 3.0}
+def test_the_recipes_options_reach_its_losses():
+    task, _, _ = task_for(
+        *(vit(), vit(seed=1)),
+        **{"alpha": 0.3, "ce_weight": 0.6, "logit_loss": "dkd", "tau": 3.0},
+        **{"logit_options": {"other_weight": 2.5}, "feature_weight": 0.4},
+        **{"feature_loss": "vkd", "feature_options": {"pool": False, "beta": 0.5}},
+        resample="area",
     )
-    assert term.distances[0].power == 3.0
+    logit, feature = task.terms.logit, task.terms.feature
+    assert (logit.weight, logit.tau, logit.other_weight) == (0.3, 3.0, 2.5)
+    assert (feature.weight, feature.resample) == (0.4, "area")
+    assert (feature.distances[0].pool, feature.distances[0].distance.beta) == (False, 0.5)
+    assert task.terms.ce_weight == 0.6
+
+
+def test_the_recipes_options_reach_a_term_of_its_own():
+    options = {"mask_ratio": 0.25, "generate_weight": 2e-6}
+    task, _, _ = task_for(
+        vit(), vit(24, seed=1), feature_loss="vitkd", feature_options=options, resample="area"
+    )
+    feature = task.terms.feature
+    assert (feature.mask_ratio, feature.generate_weight) == (0.25, 2e-6)
+    assert feature.resample == "area"
+
+
+def test_without_labels_no_weight_of_theirs_is_left():
+    task, _, _ = task_for(vit(), vit(seed=1), labels=False, ce_weight=0.5, alpha=2.0)
+    assert "ce" not in task.terms.names
+
+
+def test_a_loss_that_is_added_to_the_cross_entropy_warns_where_there_is_none(caplog):
+    task_for(vit(), vit(seed=1), alpha=1.0, logit_loss="nkd", feature_weight=0.0)
+    assert "set ce_weight=1" in caplog.text
+
+
+def test_copies_of_an_image_are_no_different_images_to_crd(caplog):
+    task_for(vit(), vit(24, seed=1), feature_loss="crd", repeated_aug=3)
+    assert "repeated_aug=1 avoids that" in caplog.text

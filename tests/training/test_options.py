@@ -96,6 +96,17 @@ def test_options_that_a_loss_does_not_have_are_refused(options, message):
         resolve(teacher=vit(), **options)
 
 
+def test_options_of_a_recipes_loss_leave_with_it():
+    recipe = Recipe(feature_loss="smooth_l1", feature_options={"beta": 0.5})
+    assert resolve(recipe, teacher=vit()).feature_options == {"beta": 0.5}
+    assert resolve(recipe, teacher=vit(), feature_loss="mse").feature_options is None
+
+
+def test_a_weight_of_a_cross_entropy_that_is_not_there_is_refused():
+    with pytest.raises(ValueError, match=r"ce_weight=0\.5 has no effect"):
+        resolve(teacher=vit(), labels=False, ce_weight=0.5)
+
+
 def test_a_loss_that_looks_at_labels_needs_them():
     options = {"alpha": 0.5, "logit_loss": "dkd", "labels": False}
     with pytest.raises(ValueError, match="labels: logit_loss='dkd' looks at them"):

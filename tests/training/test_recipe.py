@@ -348,6 +348,7 @@ def test_a_wrong_type_names_field_expected_and_got(field, value, expected):
         ("alpha", 1.5),
         ("alpha", -0.1),
         ("ce_weight", -1.0),
+        ("ce_weight", float("inf")),
         ("logit_loss", "kl"),
         ("epochs", 0),
         ("ema_decay", 1.0),
@@ -365,6 +366,24 @@ def test_values_out_of_range_are_refused(field, value):
 
 def test_an_alpha_above_one_needs_a_cross_entropy_weight_of_its_own():
     assert Recipe(alpha=2.0, ce_weight=1.0).alpha == 2.0
+
+
+@pytest.mark.parametrize(("hard", "loss"), [(True, "hard"), (False, "soft")])
+def test_recipes_that_say_hard_are_still_read(hard, loss):
+    assert Recipe.from_dict({"alpha": 0.5, "hard": hard}).logit_loss == loss
+
+
+def test_options_are_nobody_elses_dict():
+    options = {"beta": 0.5}
+    recipe = Recipe(feature_loss="smooth_l1", feature_options=options)
+    plain = recipe.to_dict()
+    options["beta"] = plain["feature_options"]["beta"] = 9.0
+    assert recipe.feature_options == {"beta": 0.5}
+
+
+@pytest.mark.parametrize(("alpha", "given", "weight"), [(0.9, None, 0.1), (0.9, 1.0, 1.0)])
+def test_the_cross_entropy_has_what_alpha_leaves_or_its_own_weight(alpha, given, weight):
+    assert Recipe(alpha=alpha, ce_weight=given).cross_entropy_weight == pytest.approx(weight)
 
 
 def test_options_of_losses_survive_a_file(tmp_path):
@@ -391,6 +410,7 @@ def test_overrides_leave_the_original_alone():
         ("teacher", "cait_s24_224", "cait_s24_224"),
         ("feature_options", "beta=8,eps=1e-5", {"beta": 8, "eps": 1e-5}),
         ("feature_options", "gather=true, loss=mse", {"gather": True, "loss": "mse"}),
+        ("feature_options", "beta=none", {"beta": None}),
         ("feature_options", "none", None),
     ],
 )
