@@ -16,6 +16,7 @@ from fastkd.losses.softening import (
     check_positive,
     frozen,
     mean_kl,
+    mean_of,
     soften,
 )
 from fastkd.losses.term import LogitTerm, check_logits
@@ -74,14 +75,16 @@ class DKD(LogitTerm):
         Args:
             student: [B, classes], two classes or more; receives the gradient.
             teacher: [B, classes]; receives none.
-            target: [B] class indices, or [B, classes] soft targets (Mixup, CutMix, one-hot), of
-                which the largest is the target class.
+            target: [B] class indices in [0, classes), none of them (-100, say) to be ignored; or
+                [B, classes] soft targets (Mixup, CutMix, one-hot), of which the largest is the
+                target class.
 
         Returns:
             Scalar, unweighted.
 
         Raises:
-            ValueError: the shapes differ, there is one class only, or no target.
+            ValueError: the shapes differ, there is one class only, no target, or a boolean one.
+            RuntimeError: a class index out of range, told by a failed assertion on CUDA.
         """
         label = _label(self, student, teacher, target)
         student_target, student_others = _split(soften(student, self.tau), label)
@@ -141,23 +144,26 @@ class NKD(LogitTerm):
         Args:
             student: [B, classes], two classes or more; receives the gradient.
             teacher: [B, classes]; receives none.
-            target: [B] class indices, or [B, classes] soft targets (Mixup, CutMix, one-hot), of
-                which the largest is the target class.
+            target: [B] class indices in [0, classes), none of them (-100, say) to be ignored; or
+                [B, classes] soft targets (Mixup, CutMix, one-hot), of which the largest is the
+                target class.
 
         Returns:
             Scalar, unweighted.
 
         Raises:
-            ValueError: the shapes differ, there is one class only, or no target.
+            ValueError: the shapes differ, there is one class only, no target, or a boolean one.
+            RuntimeError: a class index out of range, told by a failed assertion on CUDA.
         """
         label = _label(self, student, teacher, target)
         log_student, _ = _split(F.log_softmax(soften(student), dim=-1), label)
         log_teacher, _ = _split(F.log_softmax(frozen(teacher), dim=-1), label)
-        of_target = -(log_teacher.exp() * log_student).mean()
+        of_target = -(log_teacher.exp() * log_student).sum()
         _, student_others = _split(soften(student, self.tau), label)
         _, teacher_others = _split(frozen(teacher, self.tau), label)
-        of_others = F.cross_entropy(student_others, teacher_others.softmax(dim=-1))
-        return of_target + self.gamma * self.tau**2 * of_others
+        shares = teacher_others.softmax(dim=-1)
+        of_others = F.cross_entropy(student_others, shares, reduction="sum")
+        return mean_of(of_target + self.gamma * self.tau**2 * of_others, len(student))
 
     def extra_repr(self) -> str:
         """Options, for ``print``."""
@@ -183,9 +189,10 @@ def _label(term: LogitTerm, student: Tensor, teacher: Tensor, target: Tensor | N
     name, (batch, classes) = type(term).__name__, student.shape
     if target is None:
         raise ValueError(f"{name}: target must be given (the labels of the batch), got None")
-    if target.shape == (batch, classes):
+    boolean = target.dtype == torch.bool  # as an index it would mean class 0 or 1
+    if target.shape == (batch, classes) and not boolean:
         return target.argmax(dim=-1)
-    if target.shape != (batch,) or target.is_floating_point():
+    if target.shape != (batch,) or target.is_floating_point() or boolean:
         raise ValueError(
             f"{name}: target must be class indices [{batch}] or soft targets [{batch}, {classes}], "
             f"got {list(target.shape)} of {target.dtype}"

@@ -2,6 +2,7 @@
 
 Knows nothing of tokens. The reduction is part of each definition, because the field's codes differ
 in it: DeiT's own trainer divides the summed KL by the number of elements, this one by the batch.
+An empty batch costs 0, as it does in distances of tokens.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from fastkd.losses.softening import (
     check_positive,
     frozen,
     mean_kl,
+    mean_of,
     soften,
 )
 from fastkd.losses.term import LogitTerm, check_logits
@@ -101,7 +103,9 @@ class HardKD(LogitTerm):
             ValueError: the shapes differ.
         """
         check_logits(self, student, teacher)
-        return F.cross_entropy(at_least_float32(student), teacher.argmax(dim=-1))
+        choice = teacher.argmax(dim=-1)
+        total = F.cross_entropy(at_least_float32(student), choice, reduction="sum")
+        return mean_of(total, len(student))
 
     def extra_repr(self) -> str:
         """Options, for ``print``."""
@@ -176,7 +180,8 @@ class DIST(LogitTerm):
         check_classes(self, student)
         of_student = soften(student, self.tau).softmax(dim=-1)
         of_teacher = frozen(teacher, self.tau).softmax(dim=-1)
-        loss = self.inter * (1 - _pearson(of_student, of_teacher, 1, self.eps).mean())
+        between = (1 - _pearson(of_student, of_teacher, 1, self.eps)).sum()
+        loss = self.inter * mean_of(between, len(student))
         if len(student) > 1:
             loss = loss + self.intra * (1 - _pearson(of_student, of_teacher, 0, self.eps).mean())
         return self.tau**2 * loss

@@ -125,7 +125,8 @@ class Orthonormal(nn.Module):
     device. All weights are reached but those with Q_top + I singular; square ones are rotations.
 
     Computed in float64, which autocast leaves alone: in float32 the user's TensorFloat-32 would
-    cost the orthonormality three digits.
+    cost the orthonormality three digits. A device without float64 (``"mps"``) waits for the CPU,
+    which does it.
 
     `torch.nn.utils.parametrizations.orthogonal` maps to the same set. Its exponential and its
     Cayley map solve for all Dt columns to keep Ds of them; its Householder map, the default for a
@@ -135,10 +136,10 @@ class Orthonormal(nn.Module):
 
     def forward(self, parameter: Tensor) -> Tensor:
         """Map a parameter [Dt, Ds] to the weight, in the parameter's shape and dtype."""
-        free = parameter.double()
+        free = in_float64(parameter)
         wide = free.shape[0] < free.shape[1]
         weight = _cayley(free.mT).mT if wide else _cayley(free)
-        return weight.to(parameter.dtype).contiguous()
+        return weight.to(parameter.dtype).to(parameter.device).contiguous()
 
 
 def _cayley(free: Tensor) -> Tensor:
@@ -150,14 +151,36 @@ def _cayley(free: Tensor) -> Tensor:
     return torch.cat([solution - identity, rest @ solution])
 
 
+def in_float64(tensor: Tensor) -> Tensor:
+    """The tensor in float64: on its device, or on the CPU where that has none (``"mps"``)."""
+    # Moved first, since a conversion on the way could be made on either device.
+    return (tensor.cpu() if tensor.device.type == "mps" else tensor).double()
+
+
 def undecayed(module: nn.Module) -> set[str]:
-    """Parameters that weight decay should spare, because their scale is an angle.
+    """Parameters of orthogonal projectors, which weight decay would turn towards the identity.
+
+    What to keep out of it in a loop of one's own; the student's biases, norms and embeddings are
+    the loop's business. timm's `create_optimizer_v2` asks a module's ``no_weight_decay()`` instead,
+    which `DistillationLoss` has, and calls this::
+
+        losses = DistillationLoss(feature=FeatureKD(projector="orthogonal", ...))
+        module = nn.ModuleDict({"student": student, "losses": losses})
+        spared = undecayed(module)
+        named = dict(module.named_parameters())
+        optimizer = torch.optim.AdamW(
+            [
+                {"params": [p for name, p in named.items() if name not in spared]},
+                {"params": [p for name, p in named.items() if name in spared], "weight_decay": 0.0},
+            ],
+            weight_decay=0.05,
+        )
 
     Args:
-        module: what to look through.
+        module: what to look through; wrappers such as `DistributedDataParallel` are part of names.
 
     Returns:
-        Names, as ``module.named_parameters()`` has them.
+        Names, as ``module.named_parameters()`` has them; none if there is no such projector.
     """
     return {
         f"{name}.original"

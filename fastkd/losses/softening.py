@@ -26,7 +26,13 @@ def frozen(logits: Tensor, tau: float = 1.0) -> Tensor:
 def mean_kl(student: Tensor, teacher: Tensor) -> Tensor:
     """KL divergence of the student's softmax from the teacher's: the mean over images."""
     log_student, log_teacher = F.log_softmax(student, dim=-1), F.log_softmax(teacher, dim=-1)
-    return F.kl_div(log_student, log_teacher, reduction="batchmean", log_target=True)
+    kl = F.kl_div(log_student, log_teacher, reduction="sum", log_target=True)
+    return mean_of(kl, len(student))
+
+
+def mean_of(total: Tensor, images: int) -> Tensor:
+    """A sum over images as their mean; 0 where there is no image."""
+    return total / max(1, images)
 
 
 def check_classes(term: nn.Module, logits: Tensor) -> None:
@@ -45,6 +51,6 @@ def check_positive(term: nn.Module, option: str, value: float) -> None:
 
 
 def check_not_negative(term: nn.Module, option: str, value: float) -> None:
-    """Refuse an option that is negative or no number."""
+    """Refuse an option that is negative, infinite or no number."""
     if not 0 <= value < math.inf:
-        raise ValueError(f"{type(term).__name__}: {option} must not be negative, got {value}")
+        raise ValueError(f"{type(term).__name__}: {option} must be finite and >= 0, got {value}")

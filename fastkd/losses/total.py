@@ -7,9 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastkd.losses.projectors import undecayed
+from fastkd.losses.softening import check_not_negative
 from fastkd.losses.term import FeatureTerm, Key, LogitTerm
 from fastkd.ops.precision import at_least_float32
 from fastkd.tokens import Tokens
@@ -24,7 +27,7 @@ class DistillationLoss(nn.Module):
     they come, smoothed by who mixed them. :math:`\alpha = 0` is what the paper's scripts call
     "feature only": CE + w feature. Papers that leave the cross-entropy whole (DKD, NKD, DIST)
     set its weight: :math:`L = c \, CE + \alpha \, KD + w \, L_{feature}`. Without labels the first
-    term is left out: :math:`L = \alpha \, KD + w \, L_{feature}`.
+    term is left out: :math:`L = \alpha \, KD + w \, L_{feature}`. An empty batch costs 0.
 
     Args:
         logit: a logit loss, such as `SoftKD`, whose ``weight`` is :math:`\alpha`; None is
@@ -36,8 +39,8 @@ class DistillationLoss(nn.Module):
         ce_weight: c, the weight of the cross-entropy; None is :math:`1 - \alpha`.
 
     Raises:
-        ValueError: a negative weight, :math:`\alpha` above 1 without ``ce_weight``, or no term at
-            all.
+        ValueError: a weight that is negative, infinite or NaN, :math:`\alpha` above 1 without
+            ``ce_weight``, ``ce_weight`` without ``cross_entropy``, or no term at all.
     """
 
     def __init__(
@@ -50,17 +53,18 @@ class DistillationLoss(nn.Module):
     ) -> None:
         super().__init__()
         alpha = 0.0 if logit is None else logit.weight
-        if alpha < 0 or (alpha > 1 and cross_entropy and ce_weight is None):
+        check_not_negative(self, "alpha", alpha)
+        check_not_negative(self, "the feature weight", 0.0 if feature is None else feature.weight)
+        check_not_negative(self, "ce_weight", 0.0 if ce_weight is None else ce_weight)
+        if alpha > 1 and cross_entropy and ce_weight is None:
             raise ValueError(
                 f"DistillationLoss: alpha must lie in [0, 1], or above it with ce_weight, got "
                 f"{alpha}"
             )
-        if feature is not None and feature.weight < 0:
-            raise ValueError(f"DistillationLoss: the feature weight is negative: {feature.weight}")
-        if ce_weight is not None and (ce_weight < 0 or not cross_entropy):
+        if ce_weight is not None and not cross_entropy:
             raise ValueError(
-                "DistillationLoss: ce_weight must be at least 0, and needs cross_entropy, got "
-                f"{ce_weight}"
+                f"DistillationLoss: ce_weight needs cross_entropy, got ce_weight={ce_weight} with "
+                "cross_entropy=False"
             )
         if not cross_entropy and logit is None and feature is None:
             raise ValueError("DistillationLoss: without cross_entropy it needs logit or feature")
@@ -154,6 +158,18 @@ class DistillationLoss(nn.Module):
             total = total + term
         return {"loss": total, **parts}
 
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set[str]:
+        """Parameters that timm's optimiser factory must not decay, beside the 1-d ones.
+
+        Returns:
+            Names, as ``named_parameters()`` has them: `fastkd.losses.projectors.undecayed`.
+        """
+        return undecayed(self)
+
     def _cross_entropy(self, logits: Tensor, target: Tensor) -> Tensor:
+        logits = at_least_float32(logits)
+        if len(logits) == 0:
+            return logits.sum()  # 0, where the mean over no image is NaN
         smoothing = 0.0 if target.is_floating_point() else self.label_smoothing
-        return F.cross_entropy(at_least_float32(logits), target, label_smoothing=smoothing)
+        return F.cross_entropy(logits, target, label_smoothing=smoothing)

@@ -14,13 +14,15 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from fastkd.losses.projectors import fused_weights
-from fastkd.losses.softening import check_not_negative
+from fastkd.losses.softening import check_not_negative, mean_of
 from fastkd.losses.term import FeatureTerm, Key, Pairs
 from fastkd.ops import feature_kd, lift_kd
 from fastkd.ops.precision import at_least_float32
 from fastkd.tokens import Tokens
 
 Grid = tuple[int, int]
+MASK_RATIO = 0.5
+MIMIC_WEIGHT = 3e-5
 
 
 class ViTKD(FeatureTerm):
@@ -61,12 +63,15 @@ class ViTKD(FeatureTerm):
         teacher_dims: channels per teacher key.
         resample: None refuses different grids; otherwise the mode that brings the teacher's map to
             the student's grid (`fastkd.tokens.match_grids`).
-        mask_ratio: the share of tokens that are hidden, in (0, 1); rounded up to whole tokens.
-        mimic_weight: of the first part, >= 0; 0 leaves it and its parameters out.
+        mask_ratio: the share of tokens that are hidden, in (0, 1), rounded up to whole tokens; 0.5
+            if omitted. Refused where nothing is generated.
+        mimic_weight: of the first part, >= 0; 0 leaves it and its parameters out. 3e-5 if omitted.
+            Refused with a single pair.
         generate_weight: of the second part, >= 0; 0 leaves it and its parameters out.
 
     Raises:
-        ValueError: no pairs, an option out of range, a key without channels, or nothing to do.
+        ValueError: no pairs, an option out of range or of a part that is left out, a key without
+            channels, or nothing to do.
     """
 
     def __init__(
@@ -77,24 +82,21 @@ class ViTKD(FeatureTerm):
         teacher_dims: Mapping[Key, int],
         resample: str | None = None,
         *,
-        mask_ratio: float = 0.5,
-        mimic_weight: float = 3e-5,
+        mask_ratio: float | None = None,
+        mimic_weight: float | None = None,
         generate_weight: float = 3e-6,
     ) -> None:
         super().__init__(pairs, weight, resample)
-        if not 0 < mask_ratio < 1:
-            raise ValueError(f"ViTKD: mask_ratio must lie between 0 and 1, got {mask_ratio}")
-        check_not_negative(self, "mimic_weight", mimic_weight)
         check_not_negative(self, "generate_weight", generate_weight)
-        mimicked = len(self.pairs) - 1 if mimic_weight > 0 else 0
+        self.mimic_weight = self._checked_mimic_weight(mimic_weight)
+        self.generate_weight = generate_weight
+        self.mask_ratio = self._checked_mask_ratio(mask_ratio)
+        mimicked = len(self.pairs) - 1 if self.mimic_weight > 0 else 0
         if mimicked == 0 and generate_weight == 0:
             raise ValueError(
                 f"ViTKD: nothing to do for {len(self.pairs)} pair(s) with mimic_weight="
-                f"{mimic_weight} and generate_weight=0: the last pair is generated only"
+                f"{self.mimic_weight} and generate_weight=0: the last pair is generated only"
             )
-        self.mask_ratio = mask_ratio
-        self.mimic_weight = mimic_weight
-        self.generate_weight = generate_weight
         self._dims = tuple(self.widths(student_dims, teacher_dims))
         self.aligners = nn.ModuleList(_aligner(*dims) for dims in self._dims[:mimicked])
         self.generator = _Generator(*self._dims[-1]) if generate_weight > 0 else None
@@ -122,12 +124,36 @@ class ViTKD(FeatureTerm):
             parts.append(self.generate_weight * self._generate(self.generator, *pair))
         return torch.stack(parts).sum()
 
+    def _checked_mimic_weight(self, weight: float | None) -> float:
+        single = len(self.pairs) == 1
+        if weight is None:
+            return 0.0 if single else MIMIC_WEIGHT
+        check_not_negative(self, "mimic_weight", weight)
+        if single and weight > 0:
+            raise ValueError(
+                f"ViTKD: mimic_weight is of the pairs before the last, got mimic_weight={weight} "
+                "with a single pair, which is generated"
+            )
+        return weight
+
+    def _checked_mask_ratio(self, ratio: float | None) -> float:
+        if ratio is None:
+            return MASK_RATIO
+        if not 0 < ratio < 1:
+            raise ValueError(f"ViTKD: mask_ratio must lie between 0 and 1, got {ratio}")
+        if self.generate_weight == 0:
+            raise ValueError(
+                f"ViTKD: mask_ratio is of the generated pair, got mask_ratio={ratio} with "
+                "generate_weight=0"
+            )
+        return ratio
+
     def _generate(self, generator: nn.Module, student: Tokens, teacher: Tokens) -> Tensor:
         hidden = _random_mask(student.data, self.mask_ratio)
         made = generator(student.data, hidden, student.grid)
         difference = at_least_float32(made) - at_least_float32(teacher.data)
         squares = difference.square().sum(dim=-1)
-        return (squares * hidden).sum() / (self.mask_ratio * len(hidden))
+        return mean_of((squares * hidden).sum() / self.mask_ratio, len(hidden))
 
     def _pair(
         self, student: Mapping[Key, Tokens], teacher: Mapping[Key, Tokens], index: int

@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastkd.losses.distance import Distance, Grid, MapDistance
+from fastkd.losses.projectors import in_float64
+from fastkd.losses.softening import check_positive
 from fastkd.losses.term import check_choice
 
 NORMALIZATIONS = ("standardize", "whiten", "none")
@@ -64,12 +66,21 @@ class VkD(Distance):
         check_choice(self, "distance", distance, DISTANCES)
         if eps is not None and normalize != "whiten":
             raise ValueError(f"VkD: eps is of 'whiten', got eps={eps} with {normalize!r}")
-        if eps is not None and not eps > 0:
-            raise ValueError(f"VkD: eps must be positive, got {eps}")
+        if eps is not None:
+            check_positive(self, "eps", eps)
         self.normalize = normalize
         self.distance = MapDistance(distance, beta)
         self.pool = pool
         self.eps = WHITENING_EPS if eps is None else eps
+
+    @property
+    def pools_first(self) -> bool:
+        """Whether nothing of an image but its mean token counts.
+
+        The mean commutes with affine maps: a Linear projector may follow it, at a share of the
+        work and without the projected map.
+        """
+        return self.pool
 
     def compare(self, student: Tensor, teacher: Tensor, grid: Grid | None) -> Tensor:
         """The distance itself, of [B, N, D] tokens."""
@@ -104,7 +115,8 @@ def whiten(tokens: Tensor, eps: float = WHITENING_EPS) -> Tensor:
     learned, it needs no eigenvectors: nothing waits for the device, and NaN give NaN, no exception.
 
     In float64 throughout, which autocast leaves alone: about 1.5 n D^2 multiplications, which GPUs
-    made for graphics are slow at, and three copies of the tokens at 8 bytes a value.
+    made for graphics are slow at, and three copies of the tokens at 8 bytes a value. A device
+    without float64 (``"mps"``) waits for the CPU, which does it.
 
     Args:
         tokens: [..., D], any float dtype; the n vectors of length D count alike.
@@ -114,13 +126,14 @@ def whiten(tokens: Tensor, eps: float = WHITENING_EPS) -> Tensor:
     Returns:
         [..., D], float32 (float64 for float64 tokens). Gradients pass through.
     """
-    vectors = tokens.double().flatten(0, -2)
+    vectors = in_float64(tokens).flatten(0, -2)
     # Less the first, equal tokens are zeros and not what rounding leaves of their mean.
     vectors = vectors - vectors[:1]
     centered = vectors - vectors.mean(0)
     factor = _factor(centered.mT @ centered / len(centered), eps)
     whitened = torch.linalg.solve_triangular(factor, centered.mT, upper=False).mT
-    return whitened.reshape(tokens.shape).to(torch.promote_types(tokens.dtype, torch.float32))
+    wide = torch.promote_types(tokens.dtype, torch.float32)
+    return whitened.reshape(tokens.shape).to(wide).to(tokens.device)
 
 
 def _factor(covariance: Tensor, eps: float) -> Tensor:

@@ -192,9 +192,12 @@ def test_missing_labels_are_refused(term):
 
 
 @pytest.mark.parametrize("term", LABELLED, ids=name_of)
-@pytest.mark.parametrize("target", [LABELS[:5], LABELS.float(), torch.rand(7, 5)])
-def test_labels_of_another_shape_are_refused(term, target):
-    with pytest.raises(ValueError, match=r"target must be class indices \[7\] or .*\[7, 11\]"):
+@pytest.mark.parametrize(
+    "target", [LABELS[:5], LABELS.float(), torch.rand(7, 5), LABELS > 3, torch.rand(7, 11) > 0.5]
+)
+def test_labels_of_another_shape_or_kind_are_refused(term, target):
+    message = rf"target must be class indices \[7\] or .*\[7, 11\], got .* of {target.dtype}"
+    with pytest.raises(ValueError, match=message):
         term(logits(0), logits(1), target)
 
 
@@ -264,6 +267,15 @@ def test_a_teachers_nan_is_not_hidden(term):
     teacher = logits(1)
     teacher[2, 5] = math.nan
     assert term(logits(0), teacher, LABELS).isnan()
+
+
+@pytest.mark.parametrize("term", TERMS, ids=name_of)
+def test_an_empty_batch_costs_nothing(term):
+    student = torch.zeros(0, 11, requires_grad=True)
+    loss = term(student, torch.zeros(0, 11), LABELS[:0])
+    loss.backward()
+    assert loss.item() == 0
+    assert student.grad.shape == student.shape
 
 
 def test_dist_of_one_image_leaves_out_the_correlation_over_images():

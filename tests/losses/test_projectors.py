@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch._subclasses import FakeTensorMode
 from torch.nn.utils import parametrize
 
 from fastkd import catalogue
@@ -21,6 +22,7 @@ from fastkd.losses.projectors import (
     undecayed,
 )
 from fastkd.ops import feature_kd, lift_kd
+from tests.harness.devices import NoFloat64
 
 WIDTHS = [
     (6, 10),  # a wider teacher: orthonormal columns
@@ -113,6 +115,17 @@ def test_orthogonal_weight_is_orthonormal(widths, dtype, tolerance):
     assert layer.weight.shape == (widths[1], widths[0])
     assert layer.bias is None
     assert gram_error(layer.weight) < tolerance
+
+
+@pytest.mark.parametrize("widths", WIDTHS)
+def test_orthogonal_weight_is_contiguous_as_operators_ask(widths):
+    assert orthogonal_projector(*widths).weight.is_contiguous()
+
+
+def test_a_device_without_float64_leaves_cayleys_map_to_the_cpu():
+    with torch.no_grad(), FakeTensorMode(), NoFloat64("mps"):
+        weight = Orthonormal()(torch.empty(10, 6, device="mps"))
+    assert (weight.device.type, weight.dtype) == ("mps", torch.float32)
 
 
 def test_orthogonal_weight_stays_orthonormal_and_moves_while_it_learns():
@@ -238,9 +251,39 @@ class Doubling(nn.Linear):
         return 2 * super().forward(x)
 
 
+def mlp() -> nn.Module:
+    return mlp_projector(6, 10)
+
+
+def subclass() -> nn.Module:
+    return Doubling(6, 10)
+
+
+def sequential() -> nn.Module:
+    return nn.Sequential(nn.Linear(6, 10))
+
+
 def hooked() -> nn.Module:
     layer = orthogonal_projector(6, 10)
     layer.register_forward_hook(lambda module, args, output: 2 * output)
+    return layer
+
+
+def watched_backward() -> nn.Module:
+    layer = nn.Linear(6, 10)
+    layer.register_full_backward_hook(lambda module, inputs, outputs: None)
+    return layer
+
+
+def watched_before_backward() -> nn.Module:
+    layer = nn.Linear(6, 10)
+    layer.register_full_backward_pre_hook(lambda module, outputs: None)
+    return layer
+
+
+def watched_before_forward() -> nn.Module:
+    layer = nn.Linear(6, 10)
+    layer.register_forward_pre_hook(lambda module, inputs: None)
     return layer
 
 
@@ -259,14 +302,17 @@ def parametrized_subclass() -> nn.Module:
 @pytest.mark.parametrize(
     "make",
     [
-        lambda: mlp_projector(6, 10),
-        lambda: Doubling(6, 10),
-        lambda: nn.Sequential(nn.Linear(6, 10)),
+        mlp,
+        subclass,
+        sequential,
         parametrized_subclass,
         hooked,
+        watched_before_forward,
+        watched_backward,
+        watched_before_backward,
         replaced_forward,
     ],
-    ids=["mlp", "subclass", "sequential", "parametrized_subclass", "hooked", "replaced_forward"],
+    ids=lambda make: make.__name__,
 )
 def test_no_fused_weights_where_calling_does_more_than_a_linear(make):
     assert fused_weights(make()) is None

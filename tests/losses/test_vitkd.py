@@ -179,7 +179,8 @@ def test_evaluation_hides_as_training_does(features):
 
 
 def test_a_single_pair_is_generated_and_not_mimicked(features):
-    term = ViTKD(PAIRS[-1:], 1.0, STUDENT_DIMS, TEACHER_DIMS, **EVEN)
+    term = ViTKD(PAIRS[-1:], 1.0, STUDENT_DIMS, TEACHER_DIMS, generate_weight=0.3)
+    assert term.mimic_weight == 0
     assert len(term.aligners) == 0
     last = [{key: side[key]} for key, side in zip(PAIRS[-1], features)]
     assert run(term, *last).item() == pytest.approx(
@@ -323,8 +324,9 @@ def test_the_example_of_the_docstring_runs():
     [
         ({"mask_ratio": 0.0}, "mask_ratio must lie between 0 and 1, got 0.0"),
         ({"mask_ratio": 1.0}, "mask_ratio must lie between 0 and 1, got 1.0"),
-        ({"mimic_weight": -1.0}, "mimic_weight must not be negative, got -1.0"),
-        ({"generate_weight": -1.0}, "generate_weight must not be negative, got -1.0"),
+        ({"mimic_weight": -1.0}, "mimic_weight must be finite and >= 0, got -1.0"),
+        ({"generate_weight": -1.0}, "generate_weight must be finite and >= 0, got -1.0"),
+        ({"mask_ratio": 0.3, "generate_weight": 0.0}, "mask_ratio is of the generated pair.*0.3"),
         ({"mimic_weight": 0.0, "generate_weight": 0.0}, "nothing to do for 3 pair"),
         ({"resample": "cubic"}, "resample must be one of"),
     ],
@@ -332,6 +334,26 @@ def test_the_example_of_the_docstring_runs():
 def test_options_out_of_range_are_refused(options, message):
     with pytest.raises(ValueError, match=f"ViTKD: {message}"):
         build(**options)
+
+
+def test_the_authors_options_are_those_of_who_gives_none():
+    term = ViTKD(PAIRS, 1.0, STUDENT_DIMS, TEACHER_DIMS)
+    assert (term.mask_ratio, term.mimic_weight, term.generate_weight) == (0.5, 3e-5, 3e-6)
+
+
+def test_a_weight_of_mimicking_is_refused_where_nothing_is_mimicked():
+    with pytest.raises(ValueError, match=r"mimic_weight is of the pairs before the last.*=0\.2"):
+        ViTKD([(0, 0)], 1.0, {0: 2}, {0: 2}, mimic_weight=0.2)
+    assert ViTKD([(0, 0)], 1.0, {0: 2}, {0: 2}, mimic_weight=0.0).mimic_weight == 0
+
+
+def test_an_empty_batch_costs_nothing():
+    student, teacher = (maps(0, dims, batch=0) for dims in (STUDENT_DIMS, TEACHER_DIMS))
+    term = build()
+    loss = run(term, student, teacher)
+    loss.backward()
+    assert loss.item() == 0
+    assert not any(parameter.grad.any() for parameter in term.parameters())
 
 
 def test_a_single_pair_without_generation_is_refused():

@@ -6,9 +6,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch._subclasses import FakeTensorMode
 
 from fastkd.losses.projectors import orthogonal_projector
 from fastkd.losses.vkd import VkD, whiten
+from tests.harness.devices import NoFloat64
 
 B, N, D = 3, 8, 5
 
@@ -230,13 +232,43 @@ def test_embeddings_are_compared_as_the_pooled_tokens_that_they_are():
     torch.testing.assert_close(VkD()(student.mean(1), teacher.mean(1)), VkD()(student, teacher))
 
 
-@pytest.mark.parametrize("normalize", ["standardize", "whiten"])
-def test_autocast_changes_nothing(normalize):
-    student, teacher = tokens(0).float(), tokens(1).float()
-    expected = VkD(normalize, pool=False)(student, teacher)
+def test_autocast_leaves_whitening_alone():
+    vectors = correlated(24, D).float()
+    expected = whiten(vectors)
     with torch.autocast("cpu", torch.bfloat16):
-        loss = VkD(normalize, pool=False)(student, teacher)
-    torch.testing.assert_close(loss, expected, rtol=0, atol=0)
+        whitened = whiten(vectors)
+    torch.testing.assert_close(whitened, expected, rtol=0, atol=0)
+
+
+def test_a_device_without_float64_leaves_whitening_to_the_cpu():
+    with torch.no_grad(), FakeTensorMode(), NoFloat64("mps"):
+        whitened = whiten(torch.empty(B, N, D, device="mps", dtype=torch.float16))
+    assert (whitened.device.type, whitened.dtype) == ("mps", torch.float32)
+
+
+@pytest.mark.parametrize("normalize", ["standardize", "whiten", "none"])
+@pytest.mark.parametrize("bias", [True, False])
+def test_what_pools_first_may_be_projected_after_it(normalize, bias):
+    layer = nn.Linear(3, D, bias=bias).double()
+    student, teacher = tokens(0, 9, N, 3), correlated(9 * N, D).unflatten(0, (9, N))
+    term = VkD(normalize)
+    assert term.pools_first
+    pooled = [x.mean(1, keepdim=True) for x in (student, teacher)]
+    expected = term(layer(student), teacher)
+    torch.testing.assert_close(term(layer(pooled[0]), pooled[1]), expected)
+
+
+def test_without_pool_nothing_is_pooled_first():
+    assert not VkD(pool=False).pools_first
+
+
+@pytest.mark.parametrize("normalize", ["standardize", "whiten", "none"])
+@pytest.mark.parametrize("pool", [True, False])
+def test_an_empty_batch_costs_nothing(normalize, pool):
+    student = tokens(0, 0, N, D).requires_grad_()
+    loss = VkD(normalize, pool=pool)(student, tokens(1, 0, N, D))
+    loss.backward()
+    assert loss.item() == 0
 
 
 @pytest.mark.parametrize("normalize", ["standardize", "whiten"])
@@ -273,6 +305,7 @@ def test_with_its_projector_a_student_learns_a_teacher_of_its_own_rank():
         ({"distance": "mse", "beta": 0.5}, "beta is of smooth_l1"),
         ({"eps": 1e-4}, "VkD: eps is of 'whiten', got eps=0.0001 with 'standardize'"),
         ({"normalize": "whiten", "eps": 0.0}, "VkD: eps must be positive, got 0.0"),
+        ({"normalize": "whiten", "eps": math.inf}, "VkD: eps must be positive, got inf"),
     ],
 )
 def test_options_that_say_nothing_are_refused(options, message):
