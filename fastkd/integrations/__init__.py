@@ -1,4 +1,4 @@
-"""fastkd inside other people's train loops: one module for each, imported by name.
+"""fastkd inside other people's train loops: a module for each framework, imported by name.
 
 A top layer: it knows the trainer's pieces and a framework's interface, and nothing below knows it.
 """

@@ -19,12 +19,17 @@ from timm.utils import unwrap_model
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from fastkd.integrations.timm_terms import (
+    DescribedTerms,
+    ReadyTerms,
+    data_config,
+    refuse_arguments_of_timm,
+)
 from fastkd.losses import DistillationLoss
 from fastkd.losses.term import FeatureTerm, LogitTerm
-from fastkd.models import Taps, Teacher, create_teacher
-from fastkd.models.zoo import fixed_input_size
-from fastkd.training.recipe import Recipe, fields_by_group
-from fastkd.training.task import DistillationTask, build_feature_term, build_logit_term
+from fastkd.models import TapOutput, Teacher, create_teacher
+from fastkd.training.recipe import Recipe
+from fastkd.training.task import DistillationTask
 
 try:
     from timm.task import DistillationTeacher, TrainingTask, resolve_classification_loss
@@ -46,7 +51,8 @@ class FeatureMapDistillationTask(TrainingTask):
 
     timm's `FeatureDistillationTask` compares one pooled vector an image; this one compares the
     tokens of pairs of blocks, with fastkd's losses and projectors. In timm's ``train.py``, put it
-    where the other tasks are made (student_model is its ``model``)::
+    in that task's place, which ``--kd-model-name NAME --kd-distill-type feature`` asks for
+    (student_model is its ``model``)::
 
         from fastkd.integrations.timm import FeatureMapDistillationTask
 
@@ -67,33 +73,43 @@ class FeatureMapDistillationTask(TrainingTask):
 
     Args:
         student_model: any timm model, or a module whose layers are paired by name.
-        teacher_model: timm name, module, timm's `DistillationTeacher`, or fastkd's `Teacher`. It is
-            frozen, stays in eval mode, and is fed images in its own statistics and size. A name is
-            built with the student's classes and channels and must have weights.
+        teacher_model: a name or file that `fastkd.create_teacher` takes, a module, timm's
+            `DistillationTeacher`, or fastkd's `Teacher`. It is frozen, stays in eval mode, and is
+            fed images in its own statistics and size. A named one has the student's channels, and
+            weights; where logits are compared, with a head of the student's classes.
         criterion: the task loss on (logits, target). Made by timm's `create_classification_loss`
             when None.
         criterion_kwargs: its arguments when ``criterion`` is None.
-        teacher_pretrained_path: local weights where ``teacher_model`` is a name.
-        teacher_pretrained_cfg_overlay: overrides of the name's ``pretrained_cfg``.
+        teacher_pretrained_path: weights where ``teacher_model`` is a name, as `create_teacher`'s
+            ``checkpoint``.
+        teacher_pretrained_cfg_overlay: overrides of the name's ``pretrained_cfg``; with them, timm
+            builds and loads the teacher.
         task_loss_weight: of the criterion; None: the recipe's ``ce_weight``, or where it has none
             :math:`1 - \alpha`, as in `fastkd.train`.
         logit: a ready logit term, such as `SoftKD(tau, alpha)`.
-        feature: a ready feature term, such as `FeatureKD`; its pairs count blocks from the front.
+        feature: a ready feature term, such as `FeatureKD`; its pairs are module names, or count
+            blocks from the front.
         recipe: where there are no ready terms: a recipe's name, file or object, of which the group
             "distillation" is taken; None: the defaults of `fastkd.train`.
-        device: of the terms, and of the teacher, which is moved there.
+        device: of the terms and the criterion, and of the teacher, which is moved there.
         dtype: of the terms, and of a teacher given by name.
         verbose: log what is distilled.
         **options: single fields of that group, such as ``alpha``, ``tau``, ``feature_loss``,
-            ``pairs``, ``projector``, ``feature_weight``; widths are found out.
+            ``pairs``, ``projector``, ``feature_weight``; widths are found out. Beside a ready
+            feature term: ``student_prefix`` and ``teacher_prefix``, for layers tapped by name.
 
     Attributes:
         teacher: the `fastkd.models.Teacher`. Its ``set_input_stats(mean, std)`` says what images
-            are normalised with, where that is not the student's ``pretrained_cfg`` (``--mean``).
+            are normalised with, where that is not what timm's loaders take for the student
+            (``--mean``). A ready `Teacher` that has been told before keeps what it was told.
 
     Raises:
-        ValueError: nothing to distil, options beside ready terms, an option of another group, or
-            what `fastkd.train` would refuse: unknown blocks, widths that do not meet.
+        ValueError: nothing to distil, options beside ready terms, an option of another group, a
+            named teacher without weights or with a head of other classes, or what `fastkd.train`
+            would refuse: unknown blocks, widths that do not meet.
+        TypeError: ``logit`` or ``feature`` is no term, or an argument of timm's own tasks is given.
+        FileNotFoundError: the teacher's file is not there.
+        RuntimeError: the teacher's weights cannot be downloaded.
     """
 
     def __init__(
@@ -114,34 +130,32 @@ class FeatureMapDistillationTask(TrainingTask):
         **options: Any,
     ) -> None:
         super().__init__(device=device, dtype=dtype, verbose=verbose)
+        refuse_arguments_of_timm(options)
+        described = (recipe, options, task_loss_weight)
+        terms: DescribedTerms | ReadyTerms
+        if logit is None and feature is None:
+            terms = DescribedTerms(*described)
+        else:
+            terms = ReadyTerms(logit, feature, *described)
         student = unwrap_model(student_model)
         teacher = _resolve_teacher(
             teacher_model,
+            student,
             pretrained_path=teacher_pretrained_path,
             overlay=teacher_pretrained_cfg_overlay,
-            num_classes=getattr(student, "num_classes", None),
-            in_chans=getattr(student, "in_chans", 3),
-            device=self.device,
+            compares_logits=terms.compares_logits,
             dtype=self.dtype,
         )
-        teacher.set_input_stats(*_input_statistics(student))
+        _say_input_statistics(teacher, student)
         self.teacher = teacher.to(self.device)
-        if logit is None and feature is None:
-            settings = _distillation_settings(recipe, options, task_loss_weight)
-            task_loss_weight = settings.ce_weight
-            example = _example(student, self.device)
-            taps, feature = build_feature_term(student, teacher, settings, example)
-            logit = build_logit_term(settings)
-        else:
-            _refuse_options(recipe, options)
-            taps = None if feature is None else _tap(student, teacher, feature)
+        logit, feature, taps = terms.build(student, teacher, self.device)
         trainable = _TrainableModule(student, _terms(logit, feature), taps)
         trainable.terms.to(self.device, self.dtype)
         self.trainable_module: Any = trainable
         self.criterion = resolve_classification_loss(
             criterion, self.device, criterion_kwargs=criterion_kwargs
         )
-        self.task_loss_weight = _task_loss_weight(task_loss_weight, logit)
+        self.task_loss_weight = _criterion_weight(terms.ce_weight, logit)
         if verbose:
             logger.info(
                 "FeatureMapDistillationTask: teacher=%s, task_loss_weight=%g, %s",
@@ -158,6 +172,9 @@ class FeatureMapDistillationTask(TrainingTask):
         Returns:
             ``"loss"`` (to minimise), ``"output"`` (the student's logits), ``"task_loss"`` and every
             term of distillation, unweighted, under its name.
+
+        Raises:
+            TypeError: the student gives something else than its logits.
         """
         teacher_output = self.teacher(input.detach())
         losses = self.trainable_module(input, target, teacher_output)
@@ -289,18 +306,17 @@ class _TrainableModule(DistillationTask):
         last = max(layers.values())
         return lambda name: layers.get(name.removeprefix("student."), last)
 
-
-def _tap(student: nn.Module, teacher: Teacher, feature: FeatureTerm) -> Taps:
-    """Taps of what a ready feature term compares."""
-    student_keys, teacher_keys = zip(*feature.pairs, strict=True)
-    taps, teacher_taps = Taps(student, student_keys), teacher.tap(teacher_keys)
-    for keys, found in ((student_keys, taps.indices), (teacher_keys, teacher_taps.indices)):
-        if not set(keys) <= set(found):
-            raise ValueError(
-                "FeatureMapDistillationTask: pairs of a ready feature term must count blocks from "
-                f"the front, got {keys}, which are {found}"
+    def _run_student(
+        self, images: Tensor, teacher_output: TapOutput | None
+    ) -> tuple[Tensor, Tensor | None]:
+        logits, distance = super()._run_student(images, teacher_output)
+        if not isinstance(logits, Tensor):
+            raise TypeError(
+                "FeatureMapDistillationTask: the student must return one tensor of logits, got "
+                f"{type(logits).__name__}; two heads are for timm's TokenDistillationTask, and "
+                "student.set_distilled_training(False) leaves one"
             )
-    return taps
+        return logits, distance
 
 
 def _terms(logit: LogitTerm | None, feature: FeatureTerm | None) -> DistillationLoss:
@@ -312,7 +328,7 @@ def _terms(logit: LogitTerm | None, feature: FeatureTerm | None) -> Distillation
     return DistillationLoss(logit, feature, cross_entropy=False)
 
 
-def _task_loss_weight(given: float | None, logit: LogitTerm | None) -> float:
+def _criterion_weight(given: float | None, logit: LogitTerm | None) -> float:
     alpha = 0.0 if logit is None else logit.weight
     weight = 1 - alpha if given is None else given
     if weight < 0:
@@ -323,67 +339,63 @@ def _task_loss_weight(given: float | None, logit: LogitTerm | None) -> float:
     return weight
 
 
-def _distillation_settings(
-    recipe: str | os.PathLike[str] | Recipe | None,
-    options: Mapping[str, Any],
-    task_loss_weight: float | None,
-) -> Recipe:
-    """The fields of a recipe that say what is distilled, and the defaults of all others."""
-    known = [field.name for field in fields_by_group()["distillation"]]
-    named = [name for name in known if name != "ce_weight"]  # here it is task_loss_weight
-    for name in options:
-        if name not in named:
-            raise ValueError(
-                f"FeatureMapDistillationTask: {name!r} is none of the options of distillation, "
-                f"which are {', '.join(named)}; the criterion's weight is task_loss_weight"
-            )
-    source = Recipe.load(recipe)
-    chosen = {name: getattr(source, name) for name in known} | dict(options)
-    if task_loss_weight is not None:
-        chosen["ce_weight"] = task_loss_weight
-    return Recipe(**chosen)
-
-
-def _refuse_options(recipe: Any, options: Mapping[str, Any]) -> None:
-    given = [*(["recipe"] if recipe is not None else []), *options]
-    if given:
-        raise ValueError(
-            f"FeatureMapDistillationTask: {', '.join(given)} describe terms, and ready ones are "
-            "given with logit or feature; give one or the other"
-        )
-
-
 def _resolve_teacher(
     model: str | nn.Module,
+    student: nn.Module,
     *,
     pretrained_path: str | None,
     overlay: dict[str, Any] | None,
-    **build: Any,
+    compares_logits: bool,
+    dtype: torch.dtype,
 ) -> Teacher:
     if isinstance(model, Teacher):
         return model
+    if isinstance(model, str) and overlay:
+        return _overlaid_teacher(model, student, pretrained_path, overlay, compares_logits, dtype)
     if isinstance(model, str):
-        weights = {"pretrained_path": pretrained_path, "pretrained_cfg_overlay": overlay}
-        return create_teacher(DistillationTeacher(model, **weights, **build).model)
+        channels = getattr(student, "in_chans", 3)
+        options: dict[str, Any] = {} if channels == 3 else {"in_chans": channels}
+        classes = getattr(student, "num_classes", None) if compares_logits else None
+        named = create_teacher(model, checkpoint=pretrained_path, num_classes=classes, **options)
+        return named.to(dtype=dtype)
     if isinstance(model, DistillationTeacher):
         mean, std = (x.flatten().tolist() for x in (model.mean_kd, model.std_kd))
         return create_teacher(unwrap_model(model.model), mean=mean, std=std)
     return create_teacher(unwrap_model(model))
 
 
-def _input_statistics(student: nn.Module) -> tuple[Any, Any]:
-    """What timm's loaders normalise images with for this model; None where it does not say."""
-    cfg = getattr(student, "pretrained_cfg", None) or {}
-    mean, std = cfg.get("mean"), cfg.get("std")
-    if mean is None or std is None or len(mean) != getattr(student, "in_chans", len(mean)):
-        return None, None
-    return mean, std
+def _overlaid_teacher(
+    name: str,
+    student: nn.Module,
+    pretrained_path: str | None,
+    overlay: dict[str, Any],
+    compares_logits: bool,
+    dtype: torch.dtype,
+) -> Teacher:
+    """Timm's own loader, which alone knows what an overlay may say."""
+    model: Any = DistillationTeacher(
+        name,
+        getattr(student, "num_classes", None),
+        getattr(student, "in_chans", 3),
+        pretrained_path=pretrained_path,
+        pretrained_cfg_overlay=overlay,
+        dtype=dtype,
+    ).model
+    found = model.pretrained_cfg["num_classes"]
+    if compares_logits and found != model.num_classes:  # timm drops the head without a word
+        raise ValueError(
+            f"FeatureMapDistillationTask: the weights of teacher {name!r} have a head of {found} "
+            f"classes and the student has {model.num_classes}, so that the teacher's would be "
+            "random; alpha=0 distils features alone"
+        )
+    return create_teacher(model)
 
 
-def _example(student: nn.Module, device: torch.device) -> Tensor:
-    """One input of the student, on which the channels of layers tapped by name are found out."""
-    cfg = getattr(student, "pretrained_cfg", None) or {}
-    size = fixed_input_size(student) or tuple(cfg.get("input_size", (224, 224))[-2:])
-    parameter = next(student.parameters())
-    channels = getattr(student, "in_chans", 3)
-    return torch.zeros(1, channels, *size, device=device, dtype=parameter.dtype)
+def _say_input_statistics(teacher: Teacher, student: nn.Module) -> None:
+    """Tell the teacher how timm's loaders normalise images, unless somebody has told it."""
+    if teacher.scale is not None:
+        return
+    config = data_config(student)
+    channels = getattr(student, "in_chans", len(teacher.mean or config["mean"]))
+    if len(config["mean"]) == channels:
+        teacher.set_input_stats(config["mean"], config["std"])

@@ -2,6 +2,7 @@
 
 import lightning
 import torch
+from timm.data import resolve_data_config
 from torch import nn
 
 from fastkd.losses import DistillationLoss, FeatureKD, SoftKD
@@ -9,13 +10,23 @@ from fastkd.models import Taps, create_teacher
 
 
 class Distiller(lightning.LightningModule):
-    """Any timm student after any timm teacher: logits, and the token maps of their last blocks."""
+    """A timm student after a timm teacher: logits, and the token maps of their last blocks.
+
+    The maps must lie on one grid, as those of ViTs with one patch size at one image size do; where
+    they do not, ``FeatureKD(..., resample="bilinear")`` brings the teacher's to the student's. The
+    teacher's images are renormalised from what the student's loaders use.
+
+    Lightning's checkpoints hold the teacher too. What to keep is
+    ``torch.save(model.student.state_dict(), path)``.
+    """
 
     def __init__(self, student: nn.Module, teacher: nn.Module, lr: float = 1e-3) -> None:
         super().__init__()
         self.student, self.lr = student, lr
         self.taps = Taps(student, [-1])
         self.teacher = create_teacher(teacher)  # stays frozen and in eval mode
+        images = resolve_data_config({}, model=student)
+        self.teacher.set_input_stats(images["mean"], images["std"])
         targets = self.teacher.tap([-1])
         self.loss = DistillationLoss(
             SoftKD(tau=2.0, weight=0.5),

@@ -1,17 +1,16 @@
-"""The Hugging Face example trains."""
+"""The Hugging Face example trains, and its teacher sees images in its own statistics."""
+
+import copy
 
 import pytest
 import torch
 
 from tests.training.tiny import tensor_data
 
-transformers = pytest.importorskip(
-    "transformers", reason="the Trainer example needs `pip install transformers accelerate`"
-)
-pytest.importorskip("accelerate", reason="transformers' Trainer needs `pip install accelerate`")
+HALF = ((0.5,), (0.5,))
 
 
-def tiny_vit(width):
+def tiny_vit(transformers, width):
     torch.manual_seed(width)
     config = transformers.ViTConfig(
         hidden_size=width,
@@ -31,36 +30,75 @@ def last_block(model):
     return [name for name, part in model.named_modules() if type(part).__name__ == "ViTLayer"][-1]
 
 
-def test_the_trainer_example_trains_student_and_projector_and_not_the_teacher(
-    tmp_path, monkeypatch
-):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    from tests.examples.hf_trainer_example import Distiller, collate
+@pytest.fixture
+def distiller(transformers):
+    from tests.examples.hf_trainer_example import Distiller
 
-    student, teacher = tiny_vit(16), tiny_vit(24)
-    model = Distiller(student, teacher, (last_block(student), last_block(teacher)))
-    before = {name: value.clone() for name, value in model.state_dict().items()}
-    arguments = transformers.TrainingArguments(
-        output_dir=str(tmp_path),
-        max_steps=24,
+    student, teacher = (tiny_vit(transformers, width) for width in (16, 24))
+    pair = last_block(student), last_block(teacher)
+    return Distiller(student, teacher, pair, HALF, ((0.4,), (0.2,)))
+
+
+def arguments(transformers, folder, **options):
+    return transformers.TrainingArguments(
+        output_dir=str(folder),
         per_device_train_batch_size=16,
         learning_rate=3e-3,
-        logging_steps=4,
         save_strategy="no",
         report_to="none",
         use_cpu=True,
         disable_tqdm=True,
+        **options,
     )
-    trainer = transformers.Trainer(
-        model, arguments, train_dataset=tensor_data(48)[0], data_collator=collate
+
+
+def trainer_of(transformers, model, folder, **options):
+    from tests.examples.hf_trainer_example import collate
+
+    return transformers.Trainer(
+        model,
+        arguments(transformers, folder, **options),
+        train_dataset=tensor_data(48)[0],
+        data_collator=collate,
     )
+
+
+def test_the_trainer_example_trains_student_and_projector_and_not_the_teacher(
+    transformers, distiller, tmp_path
+):
+    before = {name: value.clone() for name, value in distiller.state_dict().items()}
+    trainer = trainer_of(transformers, distiller, tmp_path, max_steps=24, logging_steps=4)
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert float(losses[-1]) < 0.9 * float(losses[0])
-    changed = {name for name, value in model.state_dict().items() if not value.equal(before[name])}
+    state = distiller.state_dict()
+    changed = {name for name, value in state.items() if not value.equal(before[name])}
     assert "loss.feature.projectors.0.weight" in changed
     assert "student.classifier.weight" in changed
     assert not any(name.startswith("teacher") for name in changed)
-    student.save_pretrained(tmp_path / "student")
+    distiller.student.save_pretrained(tmp_path / "student")
     loaded = transformers.ViTForImageClassification.from_pretrained(tmp_path / "student")
-    assert loaded.classifier.weight.equal(student.classifier.weight)
+    assert loaded.classifier.weight.equal(distiller.student.classifier.weight)
+
+
+def test_the_trainer_examples_teacher_sees_its_own_statistics(distiller):
+    raw = torch.rand(2, 1, 8, 8)
+    prepared = distiller.teacher.prepare((raw - 0.5) / 0.5)
+    torch.testing.assert_close(prepared, (raw - 0.4) / 0.2)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # its name is about to change
+def test_the_trainer_turns_on_gradient_checkpointing_in_the_student(
+    transformers, distiller, tmp_path
+):
+    options = {"max_steps": 1, "gradient_checkpointing": True}
+    trainer_of(transformers, distiller, tmp_path, **options).train()
+    assert distiller.student.is_gradient_checkpointing
+    assert not distiller.teacher.model.is_gradient_checkpointing
+
+
+def test_a_copy_made_by_data_parallel_is_refused(distiller):
+    replica = distiller._replicate_for_data_parallel()
+    replica.student = copy.deepcopy(distiller.student)
+    with pytest.raises(RuntimeError, match="one process a GPU"):
+        replica(torch.rand(2, 1, 8, 8), torch.tensor([0, 1]))

@@ -17,35 +17,22 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from fastkd.catalogue import FEATURE_LOSSES, LOGIT_LOSSES
-from fastkd.losses import FeatureKD, HardKD, SoftKD
+from fastkd.losses import SoftKD
 from fastkd.losses.term import LogitTerm
-from fastkd.models import LiftVisionTransformer, create_teacher
+from fastkd.models import LiftVisionTransformer, Teacher, create_teacher
 from fastkd.training import Recipe
 from fastkd.training.task import build_task
 from tests.harness.torchrun import run_ranks
+from tests.integrations.tasks import (
+    IMAGES,
+    LIFT,
+    LINEAR,
+    TARGET,
+    make_task,
+    projected_task,
+    with_statistics,
+)
 from tests.training.tiny import lift, vit
-
-try:
-    from timm.task import DistillationTeacher, load_task_ema_checkpoint, resume_task_checkpoint
-
-    from fastkd.integrations.timm import FeatureMapDistillationTask
-except ImportError as error:
-    pytest.skip(str(error), allow_module_level=True)
-
-IMAGES = torch.randn(8, 1, 8, 8, generator=torch.Generator().manual_seed(3))
-TARGET = torch.tensor([0, 1, 2, 3, 4, 5, 0, 1])
-LINEAR = {"projector": "linear", "alpha": 0.5, "tau": 2.0, "feature_loss": "spectral"}
-LIFT = {"projector": "lift", "alpha": 0.9, "feature_loss": "spectral"}
-
-
-def quiet(student, teacher, *args, **options):
-    options.setdefault("criterion", nn.CrossEntropyLoss())
-    return FeatureMapDistillationTask(student, teacher, *args, verbose=False, **options)
-
-
-def linear_task(**options):
-    torch.manual_seed(5)  # of the projector
-    return quiet(vit(), vit(24, seed=1), **LINEAR | options)
 
 
 def train_like_timm(
@@ -107,7 +94,7 @@ def adamw(task):
 )
 def test_a_step_has_the_loss_and_gradients_of_fastkds_own_task(make_student, options):
     torch.manual_seed(5)
-    theirs = quiet(make_student(), vit(24, seed=1), **options)
+    theirs = make_task(make_student(), vit(24, seed=1), **options)
     torch.manual_seed(5)
     student, teacher = make_student(), create_teacher(vit(24, seed=1))
     recipe = Recipe(**options, label_smoothing=0.0)
@@ -129,19 +116,11 @@ def test_a_step_has_the_loss_and_gradients_of_fastkds_own_task(make_student, opt
 
 def test_a_recipe_gives_its_terms_and_nothing_else():
     options = {"pairs": [(-1, -1)], "tau": 3.0}
-    task = quiet(lift(), vit(24, seed=1), recipe="lift_softkd_spectral", **options)
+    task = make_task(lift(), vit(24, seed=1), recipe="lift_softkd_spectral", **options)
     terms = task.trainable_module.terms
     assert (terms.logit.weight, terms.logit.tau, terms.feature.weight) == (0.9, 3.0, 0.2)
     assert terms.feature.pairs == ((1, 1),)
     assert not terms.cross_entropy
-
-
-def test_ready_terms_are_taken_as_they_are():
-    by_options = linear_task()
-    feature = FeatureKD("spectral", [(1, 1)], 0.2, "linear", {1: 16}, {1: 24})
-    feature.load_state_dict(by_options.trainable_module.terms.feature.state_dict())
-    ready = quiet(vit(), vit(24, seed=1), logit=SoftKD(2.0, 0.5), feature=feature)
-    assert torch.equal(ready(IMAGES, TARGET)["loss"], by_options(IMAGES, TARGET)["loss"])
 
 
 def test_a_lift_student_takes_the_fused_path(monkeypatch):
@@ -152,12 +131,12 @@ def test_a_lift_student_takes_the_fused_path(monkeypatch):
         "forward_head_kd",
         lambda *args, **options: calls.append(1) or fused(*args, **options),
     )
-    quiet(lift(), vit(24, seed=1), **LIFT)(IMAGES, TARGET)
+    make_task(lift(), vit(24, seed=1), **LIFT)(IMAGES, TARGET)
     assert calls == [1]
 
 
 def test_the_criterions_weight_can_be_set():
-    task = linear_task(task_loss_weight=3.0)
+    task = projected_task(task_loss_weight=3.0)
     found = task(IMAGES, TARGET)
     expected = 3 * found["task_loss"] + 0.5 * found["soft_kd"] + 0.2 * found["feature"]
     torch.testing.assert_close(found["loss"], expected)
@@ -165,10 +144,10 @@ def test_the_criterions_weight_can_be_set():
 
 def test_without_a_weight_of_its_own_the_criterion_takes_the_recipes():
     recipe = Recipe(alpha=0.5, projector="linear", ce_weight=2.0)
-    assert quiet(vit(), vit(24), recipe=recipe).task_loss_weight == 2.0
-    assert quiet(vit(), vit(24), recipe=recipe.override(ce_weight=None)).task_loss_weight == 0.5
-    assert quiet(vit(), vit(24), recipe=recipe, task_loss_weight=0.1).task_loss_weight == 0.1
-    assert linear_task(alpha=4.0, task_loss_weight=1.0).task_loss_weight == 1.0
+    assert make_task(vit(), vit(24), recipe=recipe).task_loss_weight == 2.0
+    assert make_task(vit(), vit(24), recipe=recipe.override(ce_weight=None)).task_loss_weight == 0.5
+    assert make_task(vit(), vit(24), recipe=recipe, task_loss_weight=0.1).task_loss_weight == 0.1
+    assert projected_task(alpha=4.0, task_loss_weight=1.0).task_loss_weight == 1.0
 
 
 class OnTheLabelledClass(LogitTerm):
@@ -185,14 +164,14 @@ class OnTheLabelledClass(LogitTerm):
 
 def test_a_logit_term_that_looks_at_labels_gets_them():
     teacher = vit(24, seed=1).eval()
-    found = quiet(vit(), teacher, logit=OnTheLabelledClass())(IMAGES, TARGET)
+    found = make_task(vit(), teacher, logit=OnTheLabelledClass())(IMAGES, TARGET)
     rows = torch.arange(8)
     expected = (found["output"] - teacher(IMAGES))[rows, TARGET].square().mean()
     torch.testing.assert_close(found["labelled"], expected)
 
 
 def test_the_criterion_is_timms_where_none_is_given():
-    task = linear_task(criterion=None, criterion_kwargs={"smoothing": 0.3})
+    task = projected_task(criterion=None, criterion_kwargs={"smoothing": 0.3})
     found = task(IMAGES, TARGET)
     expected = nn.functional.cross_entropy(found["output"], TARGET, label_smoothing=0.3)
     torch.testing.assert_close(found["task_loss"], expected)
@@ -202,7 +181,7 @@ def test_mixup_targets_reach_the_criterion():
     images, target = Mixup(mixup_alpha=1.0, num_classes=6, label_smoothing=0.1)(
         IMAGES.clone(), TARGET
     )
-    task = linear_task(criterion=SoftTargetCrossEntropy())
+    task = projected_task(criterion=SoftTargetCrossEntropy())
     found = task(images, target)
     logits = task.get_eval_model()(images).log_softmax(-1)
     torch.testing.assert_close(found["task_loss"], -(target * logits).sum(-1).mean())
@@ -210,7 +189,7 @@ def test_mixup_targets_reach_the_criterion():
 
 
 def test_the_teacher_stays_frozen_in_eval_mode_and_out_of_what_is_trained():
-    task = linear_task().train()
+    task = projected_task().train()
     assert task.trainable_module.student.training
     assert not any(module.training for module in task.teacher.modules())
     task(IMAGES, TARGET)["loss"].backward()
@@ -220,48 +199,6 @@ def test_the_teacher_stays_frozen_in_eval_mode_and_out_of_what_is_trained():
     assert all(p.grad is not None for p in task.get_trainable_module().parameters())
 
 
-def with_statistics(model, mean, std):
-    model.pretrained_cfg = {"mean": (mean,), "std": (std,)}
-    return model
-
-
-def test_the_teacher_sees_images_in_its_own_statistics():
-    student = with_statistics(vit(), 0.5, 0.5)
-    teacher = with_statistics(vit(24, seed=1), 0.4, 0.2).eval()
-    task = quiet(student, teacher, **LINEAR)
-    raw = IMAGES.sigmoid()
-    found = task((raw - 0.5) / 0.5, TARGET)
-    with torch.no_grad():
-        logits = teacher((raw - 0.4) / 0.2)
-    torch.testing.assert_close(found["soft_kd"], SoftKD(2.0)(found["output"], logits))
-
-
-@pytest.mark.parametrize("kind", [create_teacher, DistillationTeacher], ids=["fastkd", "timm"])
-def test_a_wrapped_teacher_gives_what_its_model_gives(kind):
-    student = with_statistics(vit(), 0.5, 0.5)
-    model = with_statistics(vit(24, seed=1), 0.4, 0.2)
-    torch.manual_seed(5)
-    bare = quiet(student, model, **LINEAR)
-    torch.manual_seed(5)
-    wrapped = quiet(student, kind(model), **LINEAR)
-    torch.testing.assert_close(wrapped(IMAGES, TARGET), bare(IMAGES, TARGET))
-
-
-def test_a_teacher_by_name_loads_local_weights(tmp_path):
-    source = timm.create_model("test_vit", num_classes=6, in_chans=1)
-    torch.save(source.state_dict(), tmp_path / "teacher.pth")
-    task = quiet(
-        timm.create_model("test_vit", num_classes=6, in_chans=1),
-        "test_vit",
-        teacher_pretrained_path=str(tmp_path / "teacher.pth"),
-        teacher_pretrained_cfg_overlay={"mean": (0.3,), "std": (0.2,)},
-        alpha=1.0,
-    )
-    for name, value in source.state_dict().items():
-        assert torch.equal(task.teacher.model.state_dict()[name], value), name
-    assert task.teacher.mean == (0.3,)
-
-
 def test_a_model_that_timm_did_not_build_is_paired_by_module_name():
     def convolutions(width):
         torch.manual_seed(width)
@@ -269,7 +206,7 @@ def test_a_model_that_timm_did_not_build_is_paired_by_module_name():
             nn.Conv2d(3, width, 3, 2), nn.ReLU(), nn.Conv2d(width, width, 3, 2), nn.Flatten()
         )
 
-    task = quiet(
+    task = make_task(
         convolutions(8),
         convolutions(12),
         projector="linear",
@@ -283,10 +220,12 @@ def test_a_model_that_timm_did_not_build_is_paired_by_module_name():
 
 @pytest.mark.parametrize("amp", [None, torch.bfloat16], ids=["float32", "bf16"])
 def test_a_resumed_run_ends_with_the_bits_of_one_that_was_not(tmp_path, amp):
+    from timm.task import load_task_ema_checkpoint, resume_task_checkpoint
+
     options = {"accumulation": 2, "clip": 1.0, "amp": amp}
 
     def start():
-        task = linear_task()
+        task = projected_task()
         task.setup_ema(decay=0.9)
         return task, adamw(task), NativeScaler(device="cpu")
 
@@ -318,8 +257,8 @@ def test_a_saved_checkpoint_is_the_student_alone_for_timm(tmp_path, ema):
     options = {"img_size": 32, "embed_dim": 24, "depth": 1, "num_heads": 2, "num_classes": 6}
     name, width = "deit_tiny_lift_patch16_224", {"width": 16}
     student = timm.create_model(name, **options, **width)
-    task = quiet(student, timm.create_model("vit_tiny_patch16_224", **options | {"embed_dim": 16}),
-                 **LIFT)  # fmt: skip
+    teacher = timm.create_model("vit_tiny_patch16_224", **options | {"embed_dim": 16})
+    task = make_task(student, teacher, **LIFT)
     if ema:
         task.setup_ema(decay=0.5)
     images = torch.randn(4, 3, 32, 32)
@@ -335,7 +274,7 @@ def test_a_saved_checkpoint_is_the_student_alone_for_timm(tmp_path, ema):
 
 
 def test_a_checkpoint_holds_projectors_beside_the_student(tmp_path):
-    task = linear_task()
+    task = projected_task()
     state = task.get_checkpoint_state()
     assert set(state["state_dict"]) == set(vit().state_dict())
     assert set(state["task_state"]["terms"]) == {
@@ -343,13 +282,13 @@ def test_a_checkpoint_holds_projectors_beside_the_student(tmp_path):
         "feature.projectors.0.bias",
     }
     assert task.get_checkpoint_state(ema=True) == {}
-    assert "task_state" not in linear_task(projector="pool").get_checkpoint_state()
+    assert "task_state" not in projected_task(projector="pool").get_checkpoint_state()
 
 
 @pytest.mark.parametrize("loss", FEATURE_LOSSES, ids=lambda loss: loss.name)
 def test_every_feature_loss_trains_is_averaged_and_comes_back_from_a_checkpoint(loss):
     def start():
-        task = linear_task(
+        task = projected_task(
             feature_loss=loss.name, projector="none" if loss.projects else "orthogonal"
         )
         task.setup_ema(decay=0.5)
@@ -370,13 +309,13 @@ def test_every_feature_loss_trains_is_averaged_and_comes_back_from_a_checkpoint(
 
 @pytest.mark.parametrize("loss", LOGIT_LOSSES, ids=lambda loss: loss.name)
 def test_every_logit_loss_gives_every_parameter_a_gradient(loss):
-    task = linear_task(logit_loss=loss.name, tau=1.0)
+    task = projected_task(logit_loss=loss.name, tau=1.0)
     task(IMAGES, TARGET)["loss"].backward()
     assert [n for n, p in task.trainable_module.named_parameters() if p.grad is None] == []
 
 
 def test_a_checkpoint_without_projectors_loads_with_a_warning(caplog):
-    task = linear_task()
+    task = projected_task()
     with caplog.at_level(logging.WARNING, "fastkd"):
         task.load_checkpoint_state(vit(seed=9).state_dict())
     assert "projectors" in caplog.text
@@ -386,11 +325,11 @@ def test_a_checkpoint_without_projectors_loads_with_a_warning(caplog):
 
 def test_ema_state_is_refused_where_there_is_no_ema():
     with pytest.raises(RuntimeError, match="setup_ema"):
-        linear_task().load_task_state({"terms": {}}, ema=True)
+        projected_task().load_task_state({"terms": {}}, ema=True)
 
 
 def test_the_ema_averages_student_and_projectors():
-    task = linear_task()
+    task = projected_task()
     assert not task.has_ema() and task.get_eval_model(ema=True) is None
     task.setup_ema(decay=0.5)
     before = {k: v.clone() for k, v in task.trainable_module.state_dict().items()}
@@ -405,7 +344,7 @@ def test_the_ema_averages_student_and_projectors():
 
 def test_the_eval_model_is_the_bare_student():
     student = vit()
-    task = quiet(student, vit(24, seed=1), **LINEAR)
+    task = make_task(student, vit(24, seed=1), **LINEAR)
     assert task.get_eval_model() is student
     assert set(task.get_clip_parameters()) == set(task.get_trainable_module().parameters())
     without_head = set(map(id, task.get_clip_parameters(exclude_head=True)))
@@ -414,7 +353,7 @@ def test_the_eval_model_is_the_bare_student():
 
 
 def test_a_compiled_task_computes_the_same_and_saves_plain_names():
-    plain, compiled = linear_task(), linear_task()
+    plain, compiled = projected_task(), projected_task()
     compiled.setup_ema(decay=0.5)
     assert compiled.compile(backend="aot_eager") is compiled.get_eval_model()
     compiled.compile_ema(backend="eager")
@@ -436,7 +375,7 @@ def test_a_compiled_task_computes_the_same_and_saves_plain_names():
 
 
 def test_layer_decay_and_weight_decay_know_the_student_inside():
-    task = linear_task()
+    task = projected_task()
     optimizer = create_optimizer_v2(
         task.get_trainable_module(), opt="adamw", lr=1.0, weight_decay=0.1, layer_decay=0.5
     )
@@ -450,7 +389,7 @@ def test_layer_decay_and_weight_decay_know_the_student_inside():
 
 
 def test_moving_the_task_moves_all_of_it():
-    task = quiet(with_statistics(vit(), 0.5, 0.5), with_statistics(vit(24), 0.4, 0.2), **LINEAR)
+    task = make_task(with_statistics(vit(), 0.5, 0.5), with_statistics(vit(24), 0.4, 0.2), **LINEAR)
     task.to(torch.float64)
     assert task.dtype == torch.float64
     assert {t.dtype for t in task.parameters()} == {torch.float64}
@@ -458,7 +397,7 @@ def test_moving_the_task_moves_all_of_it():
 
 
 def test_the_terms_are_built_in_the_tasks_dtype():
-    task = quiet(vit().bfloat16(), vit(24, seed=1).bfloat16(), dtype=torch.bfloat16, **LINEAR)
+    task = make_task(vit().bfloat16(), vit(24, seed=1).bfloat16(), dtype=torch.bfloat16, **LINEAR)
     assert {p.dtype for p in task.trainable_module.terms.parameters()} == {torch.bfloat16}
     found = task(IMAGES.bfloat16(), TARGET)
     assert found["loss"].isfinite() and found["feature"].dtype == torch.float32
@@ -478,10 +417,10 @@ def train_on_rank(rank, folder):
 
 
 def ddp_tasks():
-    compiled = linear_task()
+    compiled = projected_task()
     compiled.compile(backend="eager")
-    yield "linear", linear_task()
-    yield "lift", quiet(lift(), vit(24, seed=1), **LIFT)
+    yield "linear", projected_task()
+    yield "lift", make_task(lift(), vit(24, seed=1), **LIFT)
     yield "compiled", compiled
 
 
@@ -504,12 +443,59 @@ def test_two_processes_train_as_one_does(tmp_path):
         ({"logit": SoftKD(1.0, 1.5)}, "task_loss_weight must not be negative, got -0.5"),
         ({"ce_weight": 1.0}, "the criterion's weight is task_loss_weight"),
         ({"lr": 0.1}, r"'lr' is none of the options of distillation, which are alpha"),
-        ({"logit": HardKD(0.5), "tau": 2.0, "recipe": "lift_softkd"}, "recipe, tau describe terms"),
-        ({"feature": FeatureKD("mse", [(-1, 1)])}, r"count blocks from the front, got \(-1,\)"),
         ({"projector": "none"}, "needs equal widths"),
         ({"projector": "linear", "pairs": [(7, 0)]}, "index 7 is out of range"),
     ],
 )
 def test_what_cannot_be_distilled_is_refused(options, message):
     with pytest.raises(ValueError, match=message):
-        quiet(vit(), vit(24, seed=1), **options)
+        make_task(vit(), vit(24, seed=1), **options)
+
+
+class Recorder:
+    """Stands for a function: keeps what it is called with, and gives its first argument back."""
+
+    def __init__(self):
+        self.calls = []
+
+    def __call__(self, thing, *arguments, **options):
+        self.calls.append((thing, arguments, options))
+        return thing
+
+
+def test_compiling_compiles_student_trainable_module_and_teacher_with_the_callers_options(
+    monkeypatch,
+):
+    task, compiled = projected_task(), Recorder()
+    parts = [task.get_eval_model(), task.trainable_module, task.teacher]
+    monkeypatch.setattr(torch, "compile", compiled)
+    monkeypatch.setattr(
+        Teacher, "compile", lambda *arguments, **options: compiled(*arguments, **options)
+    )
+    task.compile(backend="eager", mode="reduce-overhead", dynamic=False)
+    options = {"backend": "eager", "mode": "reduce-overhead", "dynamic": False}
+    assert compiled.calls == [(part, (), options) for part in parts]
+
+
+def test_the_compiled_trainable_module_is_what_trains():
+    task = projected_task()
+    plain = task.get_trainable_module()
+    task.compile(backend="eager")
+    assert task.get_trainable_module() is not plain
+    assert unwrap_model(task.get_trainable_module()) is plain
+
+
+def test_ddp_gets_the_trainable_module_and_the_callers_arguments(monkeypatch):
+    task, wrapped = projected_task(), Recorder()
+    trainable = task.trainable_module
+    monkeypatch.setattr("fastkd.integrations.timm.DistributedDataParallel", wrapped)
+    assert task.prepare_distributed(device_ids=[3], broadcast_buffers=False) is task
+    options = {"device_ids": [3], "broadcast_buffers": False}
+    assert wrapped.calls == [(trainable, (), options)]
+
+
+@pytest.mark.parametrize("verbose", [True, False])
+def test_what_is_distilled_is_logged_where_it_is_asked_for(caplog, verbose):
+    with caplog.at_level(logging.INFO, "fastkd"):
+        projected_task(verbose=verbose)
+    assert ("FeatureMapDistillationTask: teacher=" in caplog.text) is verbose
