@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from typing import TYPE_CHECKING, Any
 
 from fastkd.cli.evaluate import add_image_options, given_image_options
-from fastkd.cli.ranks import print_once
 
 if TYPE_CHECKING:
     from fastkd.training.prediction import Guess, Prediction, Predictions
@@ -20,10 +20,15 @@ def add(commands: Any) -> None:
         allow_abbrev=False,
         help="say what images show, with a run, a checkpoint or a timm model",
         description="Say what images show. They reach the model as in fastkd evaluate. What cannot "
-        "be read is named and passed over; the exit status is then 1.",
+        "be read, which greyscale of more than 8 bits counts as, is named and passed over, as is "
+        "what the model has no finite logits for; the exit status is then 1.",
     )
     parser.add_argument(
-        "images", nargs="+", metavar="IMAGE", help="file, or folder with all images below it"
+        "images",
+        nargs="+",
+        metavar="IMAGE",
+        help="file; or folder, for all below it with an ending of a format that Pillow reads (png, "
+        "jpg, webp, bmp, tif, gif, ...)",
     )
     parser.add_argument(
         "--checkpoint",
@@ -77,20 +82,33 @@ def _run(options: argparse.Namespace) -> int:
         quiet=options.quiet,
         **given_image_options(options),
     )
-    print_once(_report(predictions, model, options.output))
+    if os.environ.get("RANK", "0") != "0":  # the main process speaks for all
+        return 0
+    _print(_report(predictions, model, options.output))
     for fault in predictions.unreadable:
         print(f"fastkd predict: passed over {fault.name}: {fault.reason}", file=sys.stderr)
     return 1 if predictions.unreadable else 0
 
 
+def _print(text: str) -> None:
+    """Print to whoever reads; ``head`` may have read enough."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        # What is left in the buffer would be tried again, and complained about, at the exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def _report(predictions: Predictions, model: str, output: str | None) -> str:
+    from fastkd.training.text import writable
+
     count = len(predictions.images)
     told = (
         f"{count:,} {'image' if count == 1 else 'images'} ({model}, weights {predictions.weights})"
     )
     if output is not None:
         told += f", written to {output}"
-    return "\n".join([*_table(predictions.images), told])
+    return "\n".join([*_table(predictions.images), writable(told)])
 
 
 def _table(images: tuple[Prediction, ...]) -> list[str]:

@@ -10,6 +10,8 @@ from collections.abc import Iterable
 
 from timm.data import ImageNetInfo, infer_imagenet_subset
 
+from fastkd.training.text import writable
+
 _SYNSET = re.compile(r"n\d{8}")
 _WITH_EVERY_SYNSET = ("imagenet1k", "imagenet22k")  # the former has some that the latter has not
 
@@ -26,7 +28,7 @@ def class_descriptions(names: Iterable[str] | None, count: int) -> tuple[str, ..
         ``count`` names: the given ones; else, where ``count`` is that of an ImageNet, timm's
         descriptions for it; and numbers where there is none.
     """
-    known = _imagenet(count) if names is None else _readable(list(names))
+    known = _imagenet(count) if names is None else _readable([writable(name) for name in names])
     return tuple(known[:count] + [str(number) for number in range(len(known), count)])
 
 

@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 from PIL import ExifTags, Image, UnidentifiedImageError
 
-from fastkd.training.sources import PILLOW_ERRORS
+from fastkd.training.sources import PILLOW_ERRORS, refuse_deep
 
 CHUNK = 16  # images that a process converts at a time
 # What readers of shards decode, by Pillow's name of the format. MPO: a JPEG and more behind it.
@@ -76,6 +76,7 @@ def convert(number: int, path: str, conversion: Conversion) -> Converted:
     try:
         with Image.open(io.BytesIO(content)) as image:
             image.load()  # what is cut short is found here, copied or not
+            refuse_deep(image)
             extension = EXTENSIONS.get(image.format or "")
             fits = conversion.short_side is None or min(image.size) <= conversion.short_side
             if fits and extension is not None:

@@ -127,7 +127,13 @@ class SampleDataset(Dataset[Any]):
 
     def _read(self, index: int) -> tuple[Any, Any]:
         image, label = self.dataset[index]
-        return self.transform.decode(image), label
+        try:
+            return self.transform.decode(image), label
+        except OSError as error:
+            reason = error.__cause__ or error
+            raise OSError(
+                f"data: cannot decode {self.name(index)} (sample {index}): {reason}"
+            ) from error
 
 
 def train_loader(

@@ -7,57 +7,71 @@ in an evaluation.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass
+import warnings
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
-import torch
-from PIL import UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 from timm.data.readers.img_extensions import get_img_extensions
 from timm.utils.misc import natural_key
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 from fastkd.training.batch import Batch, Fault
-from fastkd.training.data import SampleDataset, eval_samples
-from fastkd.training.datasets import DataPair
-from fastkd.training.samplers import SampleKey
-from fastkd.training.samples import Collate, Sample, collate
-from fastkd.training.setup import Preprocessing
-from fastkd.training.sources import ReadableImages
-from fastkd.training.tars import UNLABELLED
+from fastkd.training.distributed import ALONE, World
+from fastkd.training.samples import Collate, Sample, SampleTransform, eval_sample_transform
+from fastkd.training.setup import Preprocessing, input_spec
+from fastkd.training.sources import PILLOW_ERRORS
+from fastkd.training.text import writable
 from fastkd.training.workers import loader_options
 
-Images = str | Path | Sequence[str | Path]
+Images = str | os.PathLike[str] | Iterable[str | os.PathLike[str]]
+
+# Formats that Pillow recognises, but reads with the help of other programs only.
+_RECOGNISED_ONLY = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
 
 
 def find_images(images: Images) -> tuple[list[Path], list[Fault]]:
     """The files that a user names, one by one or by folders.
 
     Args:
-        images: files and folders; of a folder, all images in it and below, but hidden ones.
+        images: files and folders; of a folder, all in it and below with an ending of a format that
+            Pillow reads, but hidden ones.
 
     Returns:
         The files, whether they can be read or not; and the folders that hold none.
 
     Raises:
+        TypeError: what is given is no path.
         ValueError: nothing was named.
     """
     files: list[Path] = []
     faults = []
-    for place in [images] if isinstance(images, str | Path) else images:
-        found = _below(Path(place)) if Path(place).is_dir() else [Path(place)]
+    for place in _places(images):
+        found = _below(place) if place.is_dir() else [place]
         files += found
         if not found:
-            faults.append(Fault(-1, str(place), "a folder without images"))
+            faults.append(Fault(-1, writable(place), "a folder without images"))
     if not files and not faults:
         raise ValueError("predict: no images were given")
     return files, faults
 
 
+def _places(images: Images) -> list[Path]:
+    if isinstance(images, str | os.PathLike):
+        return [Path(images)]
+    if isinstance(images, bytes) or not isinstance(images, Iterable):
+        raise TypeError(f"predict: images must be a path or several, got a {type(images).__name__}")
+    places = list(images)
+    for place in places:
+        if not isinstance(place, str | os.PathLike):
+            raise TypeError(f"predict: images must be paths, got a {type(place).__name__}")
+    return [Path(place) for place in places]
+
+
 def _below(folder: Path) -> list[Path]:
-    endings = tuple(get_img_extensions())
+    endings = _endings()
     found = []
     for place, folders, names in os.walk(folder, followlinks=True):
         folders[:] = [name for name in folders if not name.startswith(".")]
@@ -69,40 +83,45 @@ def _below(folder: Path) -> list[Path]:
     return [Path(path) for path in sorted(found, key=natural_key)]
 
 
-class _Files:
-    """Image files as one of timm's readers gives them."""
+def _endings() -> tuple[str, ...]:
+    """Of the formats that Pillow reads, and what a user has added to timm's list."""
+    registered = Image.registered_extensions()  # which loads all of Pillow's plugins
+    opened = {*Image.OPEN, "MPO"} - _RECOGNISED_ONLY  # MPO: opened as a JPEG
+    return (*get_img_extensions(), *(end for end, name in registered.items() if name in opened))
 
-    def __init__(self, paths: list[Path]) -> None:
+
+class ImageFiles(Dataset[Any]):
+    """Image files as samples, or what is the matter with those that cannot be read.
+
+    Args:
+        paths: of the files.
+        transform: what becomes of an image.
+    """
+
+    def __init__(self, paths: list[Path], transform: SampleTransform) -> None:
         self.paths = paths
+        self.transform = transform
 
     def __len__(self) -> int:
         return len(self.paths)
 
-    def __getitem__(self, index: int) -> tuple[BinaryIO, int]:
-        return open(self.paths[index], "rb"), UNLABELLED
-
-    def filename(self, index: int, basename: bool = False, absolute: bool = False) -> str:
-        del basename, absolute
-        return str(self.paths[index])
-
-
-class _Tolerant(Dataset[Any]):
-    """Samples, and what is the matter with those that cannot be read."""
-
-    def __init__(self, samples: SampleDataset) -> None:
-        self.samples = samples
-
-    def __len__(self) -> int:
-        return len(self.samples)
-
     def __getitem__(self, index: int) -> Sample | Fault:
+        """The sample, without a label; a fault where the file cannot be read."""
+        path = self.paths[index]
         try:
-            return self.samples.__getitems__([SampleKey(0, index, 0)])[0]
-        except OSError as error:
-            return Fault(index, self.samples.name(index), _reason(error))
+            image = self._read(path)
+        except PILLOW_ERRORS as error:
+            return Fault(index, writable(path), _reason(error))
+        return self.transform(image, sample=index)
+
+    def _read(self, path: Path) -> Any:
+        with warnings.catch_warnings(), open(path, "rb") as file:
+            # Large pictures and odd palettes: Pillow reads them, and whoever named them meant them.
+            warnings.filterwarnings("ignore", module=r"PIL\.")
+            return self.transform.decode(Image.open(file))
 
 
-def _reason(error: OSError) -> str:
+def _reason(error: Exception) -> str:
     """What a person calls it; our own errors are chained to Pillow's and the system's."""
     cause = error.__cause__ or error
     if isinstance(cause, UnidentifiedImageError):
@@ -110,16 +129,11 @@ def _reason(error: OSError) -> str:
     return getattr(cause, "strerror", None) or str(cause) or type(cause).__name__
 
 
-@dataclass(frozen=True)
-class _Stack:
+def _stack(parts: list[Sample | Fault]) -> tuple[Batch | None, list[Fault]]:
     """What is stacked where some of it could not be read."""
-
-    stack: Collate
-
-    def __call__(self, parts: list[Sample | Fault]) -> tuple[Batch | None, list[Fault]]:
-        samples = [part for part in parts if isinstance(part, Sample)]
-        faults = [part for part in parts if isinstance(part, Fault)]
-        return (self.stack(samples) if samples else None), faults
+    samples = [part for part in parts if isinstance(part, Sample)]
+    faults = [part for part in parts if isinstance(part, Fault)]
+    return (Collate()(samples) if samples else None), faults
 
 
 def image_loader(
@@ -129,7 +143,7 @@ def image_loader(
     *,
     batch_size: int,
     workers: int,
-    device: torch.device,
+    peers: World = ALONE,
 ) -> DataLoader[Any]:
     """Batches as `evaluate` feeds them to a model, and what could not be read.
 
@@ -139,7 +153,7 @@ def image_loader(
         preprocessing: how it sees its images.
         batch_size: files per batch.
         workers: loader processes, where there is more than one batch.
-        device: pinned memory is used for an accelerator.
+        peers: whose share this process has; pinned memory is used for an accelerator.
 
     Returns:
         A loader of (`Batch` or None, faults); both count ``files`` from 0.
@@ -147,12 +161,13 @@ def image_loader(
     Raises:
         ValueError: the model takes no images of that size or number of channels.
     """
-    readable = ReadableImages(_Files(files), labelled=False)
-    data = DataPair(None, readable, None, False, None, labelled_val=False)
-    spec = preprocessing.input_spec(network, data)
+    recipe = preprocessing.recipe
+    spec = input_spec(network, recipe, None, use_test_size=preprocessing.use_test_size)
+    share = range(peers.rank, len(files), peers.size)
     return DataLoader(
-        _Tolerant(eval_samples(data, preprocessing.recipe, spec)),
+        ImageFiles(files, eval_sample_transform(recipe, spec, None)),
         batch_size,
-        collate_fn=_Stack(collate(data, spec)),
-        **loader_options(workers if len(files) > batch_size else 0, device),
+        sampler=share,
+        collate_fn=_stack,
+        **loader_options(workers if len(share) > batch_size else 0, peers.device),
     )

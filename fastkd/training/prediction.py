@@ -10,26 +10,25 @@ import contextlib
 import csv
 import io
 import json
-import sys
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from fastkd.training.atomic import write_text
 from fastkd.training.batch import Batch, Fault
 from fastkd.training.class_names import class_descriptions
+from fastkd.training.classification import Likeliest, likeliest
 from fastkd.training.distributed import World, world
-from fastkd.training.engine import autocast
 from fastkd.training.image_files import Images, find_images, image_loader
+from fastkd.training.image_progress import ImageProgress
 from fastkd.training.loading import IMAGE_OPTIONS, open_model
-from fastkd.training.progress import Bar
+from fastkd.training.text import writable
 
 FORMATS = (".csv", ".json")
-BAR_AFTER = 2.0  # seconds: what is done sooner needs no bar
 
 
 @dataclass(frozen=True)
@@ -52,7 +51,7 @@ class Prediction:
     """What a model takes an image for.
 
     Attributes:
-        image: its file.
+        image: its file; bytes of its name that are no UTF-8 as ``\\xff``.
         guesses: the most probable first.
     """
 
@@ -66,7 +65,7 @@ class Predictions:
 
     Attributes:
         images: in the order in which they were given or found.
-        unreadable: what could not be read, and why.
+        unreadable: what could not be read or has no finite logits, and why; likewise.
         weights: of the model: ``"raw"`` or ``"ema"`` of a run, else ``"as given"``.
     """
 
@@ -125,10 +124,13 @@ def predict(
 ) -> Predictions:
     """Say what images show, as `evaluate` would feed them to the model.
 
+    Under torchrun the processes share the images; the main one writes ``output``.
+
     Args:
-        images: files and folders; of a folder, all images in it and below (timm's extensions) but
-            hidden ones. They are brought to as many channels as the model takes, and not turned by
-            their EXIF orientation, as in training.
+        images: files and folders; of a folder, all files in it and below with an ending of a format
+            that Pillow reads, but hidden ones. They are brought to as many channels as the model
+            takes, and not turned by their EXIF orientation, as in training. Greyscale of more than
+            8 bits counts as unreadable, as in training: nothing in it says which value is white.
         model: as in `evaluate`, as are the others that are not described.
         checkpoint: likewise.
         weights: likewise.
@@ -136,63 +138,74 @@ def predict(
         output: a ``.csv`` or ``.json`` file to write, too, see `Predictions.save`.
         device: likewise.
         amp: likewise.
-        batch_size: images per step.
+        batch_size: images per step and process.
         workers: loader processes, where there is more than one batch.
         quiet: show no progress.
         **options: ``img_size``, ``crop_pct``, ``crop_mode``, ``interpolation``, ``mean``, ``std``.
 
     Returns:
-        The predictions, and what could not be read. Classes are called as the run's data called
-        them; else as timm does where there are as many as in an ImageNet; else by their numbers.
+        The predictions, and what could not be read, on every process. Classes are called as the
+        run's data called them; else as timm does where there are as many as in an ImageNet; else by
+        their numbers.
 
     Raises:
         ValueError: no images, options that do not fit, or a model that cannot be used.
+        TypeError: an argument of the wrong type.
         FileNotFoundError: there is no such model, or no folder for ``output``.
-        ArithmeticError: the model's logits are not finite.
     """
-    _check(top, batch_size, output, options)
-    files, faults = find_images(images)
-    results: list[tuple[int, Tensor]] = []
+    _check({"top": (top, 1), "batch_size": (batch_size, 1), "workers": (workers, 0)}, options)
+    _check_output(output)
+    files, empty_folders = find_images(images)
     with world(device) as peers:
         opened = open_model("predict", model, checkpoint, weights, options)
+        _check_classifies(opened.network)
         loader = image_loader(
             files,
             opened.network,
             opened.preprocessing,
             batch_size=batch_size,
             workers=workers,
-            device=peers.device,
+            peers=peers,
         )
-        _check_classifies(opened.network)
-        with _bar(len(files), quiet) as bar, _evaluating(opened.network.to(peers.device)) as net:
-            for batch, unreadable in loader:
-                faults += unreadable
-                bar.update(len(unreadable))
-                if batch is not None:
-                    logits = _logits(net, batch, peers, amp)
-                    results += zip(batch.samples.tolist(), logits, strict=True)
-                    bar.update(len(logits))
-    predictions = Predictions(
-        _named(results, files, opened.classes, top), tuple(faults), opened.weights
-    )
-    if output is not None:
-        predictions.save(output)
+        shows = peers.is_main and not quiet
+        share = range(peers.rank, len(files), peers.size)
+        with (
+            ImageProgress("predict", len(share), shows) as progress,
+            _evaluating(opened.network.to(peers.device)) as network,
+        ):
+            shares = peers.gather(_classified(network, loader, files, peers, amp, top, progress))
+        found, faults = _joined(shares)
+        classes = class_descriptions(opened.classes, max(share.classes for share in shares))
+        predictions = Predictions(
+            tuple(_prediction(files[one.sample], one, classes) for one in found),
+            (*empty_folders, *faults),
+            opened.weights,
+        )
+        if output is not None and peers.is_main:
+            predictions.save(output)
     return predictions
 
 
-def _check(top: int, batch_size: int, output: str | Path | None, options: dict[str, Any]) -> None:
+def _check(least: dict[str, tuple[Any, int]], options: dict[str, Any]) -> None:
+    """Whole numbers with the least that each may be, and the names of options."""
     unknown = set(options) - set(IMAGE_OPTIONS)
     if unknown:
         raise ValueError(
             f"predict: unknown option {sorted(unknown)[0]!r}; there are {IMAGE_OPTIONS}"
         )
-    for name, value in (("top", top), ("batch_size", batch_size)):
-        if value < 1:
-            raise ValueError(f"predict: {name} must be at least 1, got {value}")
-    if output is not None:
-        _format(output)
-        if not Path(output).absolute().parent.is_dir():
-            raise FileNotFoundError(f"predict: there is no folder {str(Path(output).parent)!r}")
+    for name, (value, lowest) in least.items():
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise TypeError(f"predict: {name} must be an int, got {value!r}")
+        if value < lowest:
+            raise ValueError(f"predict: {name} must be at least {lowest}, got {value}")
+
+
+def _check_output(output: str | Path | None) -> None:
+    if output is None:
+        return
+    _format(output)
+    if not Path(output).absolute().parent.is_dir():
+        raise FileNotFoundError(f"predict: there is no folder {str(Path(output).parent)!r}")
 
 
 def _check_classifies(network: nn.Module) -> None:
@@ -207,12 +220,6 @@ def _format(path: str | Path) -> str:
     return suffix
 
 
-def _bar(total: int, quiet: bool) -> Bar:
-    """Progress of what takes long; nothing where nobody looks."""
-    disable = True if quiet else None  # None: where stderr is no terminal
-    return Bar(total=total, unit="image", delay=BAR_AFTER, disable=disable, file=sys.stderr)
-
-
 @contextlib.contextmanager
 def _evaluating(network: nn.Module) -> Iterator[nn.Module]:
     was_training = network.training
@@ -222,34 +229,56 @@ def _evaluating(network: nn.Module) -> Iterator[nn.Module]:
         network.train(was_training)
 
 
-@torch.no_grad()
-def _logits(network: nn.Module, batch: Batch, peers: World, amp: str) -> Tensor:
-    """[B, classes], float32, on the CPU."""
-    with autocast(peers.device, amp):
-        logits = network(batch.images.to(peers.device, non_blocking=True))
-    return logits.float().cpu()
+@dataclass
+class _Share:
+    """What one process found: likeliest classes, faults, and how many classes there are."""
+
+    found: list[Likeliest] = field(default_factory=list)
+    faults: list[Fault] = field(default_factory=list)
+    classes: int = 0
 
 
-def _named(
-    results: list[tuple[int, Tensor]],
+def _classified(
+    network: nn.Module,
+    loader: Iterable[tuple[Batch | None, list[Fault]]],
     files: list[Path],
-    classes: tuple[str, ...] | None,
+    peers: World,
+    amp: str,
     top: int,
-) -> tuple[Prediction, ...]:
-    if not results:
-        return ()
-    count = results[0][1].shape[-1]
-    names = class_descriptions(classes, count)
-    predictions = []
-    for sample, logits in results:
-        if not logits.isfinite().all():
-            raise ArithmeticError(f"predict: the logits of {files[sample]} are not finite")
-        best = logits.softmax(-1).topk(min(top, count))
-        guesses = zip(best.indices.tolist(), best.values.tolist(), strict=True)
-        predictions.append(
-            Prediction(
-                str(files[sample]),
-                tuple(Guess(index, names[index], value) for index, value in guesses),
-            )
-        )
-    return tuple(predictions)
+    progress: ImageProgress,
+) -> _Share:
+    share = _Share()
+    for batch, faults in loader:
+        found: list[Likeliest] = []
+        if batch is not None:
+            found, share.classes = likeliest(network, batch, peers, amp, top)
+        overflown = [
+            Fault(one.sample, writable(files[one.sample]), _not_finite(amp))
+            for one in found
+            if not one.classes
+        ]
+        share.found += [one for one in found if one.classes]
+        share.faults += faults + overflown
+        progress.advance(len(found) + len(faults), len(faults) + len(overflown))
+    return share
+
+
+def _not_finite(amp: str) -> str:
+    advice = " (with amp='fp16' numbers overflow easily: try 'bf16' or 'none')"
+    return "its logits are not finite" + (advice if amp == "fp16" else "")
+
+
+def _joined(shares: list[_Share]) -> tuple[list[Likeliest], list[Fault]]:
+    """What all processes found, in the order of the files."""
+    return (
+        sorted((one for share in shares for one in share.found), key=lambda one: one.sample),
+        sorted((fault for share in shares for fault in share.faults), key=lambda f: f.sample),
+    )
+
+
+def _prediction(file: Path, found: Likeliest, names: tuple[str, ...]) -> Prediction:
+    guesses = zip(found.classes, found.probabilities, strict=True)
+    return Prediction(
+        writable(file),
+        tuple(Guess(index, names[index], probability) for index, probability in guesses),
+    )

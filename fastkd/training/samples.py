@@ -17,7 +17,7 @@ from fastkd.training.batch import Batch, Fault
 from fastkd.training.datasets import DataPair
 from fastkd.training.device_augment import Planned, plan_transform
 from fastkd.training.recipe import Recipe
-from fastkd.training.sources import PILLOW_ERRORS
+from fastkd.training.sources import PILLOW_ERRORS, refuse_deep
 
 NO_LABEL = -1
 ANY_CLASS = 2**62  # more classes than there can be
@@ -57,6 +57,8 @@ class SampleTransform:
     def decode(self, image: Any) -> Any:
         """Decode an image that its data set opened only, and bring it to the mode.
 
+        Greyscale of more than 8 bits is refused: nothing in such a file says which value is white.
+
         Args:
             image: a PIL image, or a tensor, which is given back as it is.
 
@@ -64,12 +66,13 @@ class SampleTransform:
             The image in memory.
 
         Raises:
-            OSError: the file is cut short or no image.
+            OSError: the file is cut short, no image, or greyscale of more than 8 bits.
         """
         if self.mode is None:
             return image
         try:
             image.load()
+            refuse_deep(image)
             return image if image.mode == self.mode else image.convert(self.mode)
         except PILLOW_ERRORS as error:
             raise OSError(f"data: cannot decode an image: {error}") from error
@@ -178,13 +181,15 @@ def train_sample_transform(recipe: Recipe, spec: InputSpec, data: DataPair) -> S
     return SampleTransform(make(recipe, spec), _mode(spec))
 
 
-def eval_sample_transform(recipe: Recipe, spec: InputSpec, data: DataPair) -> SampleTransform:
+def eval_sample_transform(
+    recipe: Recipe, spec: InputSpec, data: DataPair | None
+) -> SampleTransform:
     """What happens to an evaluation image before it is stacked.
 
     Args:
         recipe: evaluation options.
         spec: what the model takes in.
-        data: whether it yields tensors.
+        data: whether it yields tensors. None stands for image files.
 
     Returns:
         (image, label) -> `Sample`.
@@ -192,7 +197,7 @@ def eval_sample_transform(recipe: Recipe, spec: InputSpec, data: DataPair) -> Sa
     Raises:
         ValueError: no PIL image has as many channels as the model takes.
     """
-    if data.yields_tensors:
+    if data is not None and data.yields_tensors:
         return SampleTransform()
     return SampleTransform(eval_transform(recipe, spec), _mode(spec))
 

@@ -17,6 +17,8 @@ from fastkd.training.tars import UNLABELLED
 
 # What Pillow raises over files that it cannot read, or will not.
 PILLOW_ERRORS = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
+# Greyscale of more than 8 bits, all of which Pillow's conversion cuts off above 255.
+DEEP_MODES = ("I", "F", "I;16", "I;16L", "I;16B", "I;16N")
 
 
 def is_missing(label: Any) -> bool:
@@ -26,6 +28,22 @@ def is_missing(label: Any) -> bool:
         label: of a sample.
     """
     return label is None or (getattr(label, "ndim", 0) == 0 and bool(label == UNLABELLED))
+
+
+def refuse_deep(image: Image.Image) -> None:
+    """Refuse greyscale of more than 8 bits: nothing in such a file says which value is white.
+
+    Args:
+        image: of any mode.
+
+    Raises:
+        OSError: it is of such a mode.
+    """
+    if image.mode in DEEP_MODES:
+        raise OSError(
+            f"greyscale of more than 8 bits (mode {image.mode}), which has no fixed white: "
+            "convert it to 8 bits"
+        )
 
 
 class ReadableImages(Dataset[tuple[Any, Any]]):

@@ -7,6 +7,7 @@ optimisers and data.
 from __future__ import annotations
 
 import logging
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -102,14 +103,11 @@ class DistillationTask(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Logits and distance in one pass, or from written lifted tokens where that cannot be."""
         key = feature.pairs[0][0]
-        student = self.student
         options = feature.operator_options if isinstance(feature, FeatureKD) else None
-        if options is not None and isinstance(student, LiftVisionTransformer):
-            if student.fuses_lift(images):
-                tokens, target = feature.matched({key: taps.last_block(images)}, teacher)
-                return student.forward_head_kd(
-                    tokens.data, target.data, grid=tokens.grid, **options
-                )
+        student = _fusable(self.student, images)
+        if student is not None and options is not None:
+            tokens, target = feature.matched({key: taps.last_block(images)}, teacher)
+            return student.forward_head_kd(tokens.data, target.data, grid=tokens.grid, **options)
         output = taps(images)
         if output.final is None:
             raise ValueError(
@@ -127,6 +125,12 @@ class DistillationTask(nn.Module):
             *(f"student.{name}" for name in embeddings),
             *(f"terms.{name}" for name in undecayed(self.terms)),
         }
+
+
+def _fusable(student: nn.Module, images: Tensor) -> LiftVisionTransformer | None:
+    """A student that lifts in the same pass in which its tokens are compared."""
+    lifts = isinstance(student, LiftVisionTransformer) and student.fuses_lift(images)
+    return cast(LiftVisionTransformer, student) if lifts else None
 
 
 def build_task(
@@ -203,8 +207,8 @@ def build_logit_term(recipe: Recipe) -> LogitTerm | None:
         return None
     if recipe.labels and recipe.cross_entropy_weight == 0 and find_loss(recipe.logit_loss).whole_ce:
         logger.warning(
-            "alpha=1 leaves nothing of the cross-entropy, to which the authors of logit_loss=%r add "
-            "theirs: set ce_weight=1",
+            "alpha=1 leaves nothing of the cross-entropy, to which logit_loss=%r is added by its "
+            "authors: set ce_weight=1",
             recipe.logit_loss,
         )
     return create_logit_loss(

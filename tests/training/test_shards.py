@@ -373,10 +373,10 @@ def test_images_without_classes_have_no_label(tmp_path):
     assert data.val[0][1] == -1
 
 
-@pytest.mark.parametrize("mode", ["L", "RGBA", "P", "CMYK", "1", "LA", "I;16"])
+@pytest.mark.parametrize("mode", ["L", "RGBA", "P", "CMYK", "1", "LA"])
 def test_images_of_every_mode_are_resized_as_a_trainer_sees_them(tmp_path, mode):
     image = Image.effect_noise((64, 48), 60).convert("RGB")
-    image = Image.new(mode, (64, 48), 9) if mode == "I;16" else image.convert(mode)
+    image = image.convert(mode)
     path = tmp_path / ("a.jpg" if mode == "CMYK" else "a.png")
     image.save(path, quality=95)
     made = convert(0, str(path), Conversion(24, 95))
@@ -387,6 +387,12 @@ def test_images_of_every_mode_are_resized_as_a_trainer_sees_them(tmp_path, mode)
         expected = original.convert("RGB").resize((32, 24), Image.Resampling.BICUBIC)
         difference = np.asarray(result.convert("RGB"), float) - np.asarray(expected, float)
         assert abs(difference).mean() < 6
+
+
+def test_deep_greyscale_is_no_white_jpeg(tmp_path):
+    Image.new("I;16", (64, 48), 30000).save(tmp_path / "a.png")
+    made = convert(0, str(tmp_path / "a.png"), Conversion(24, 95))
+    assert "more than 8 bits" in made.reason
 
 
 def test_the_orientation_tag_is_kept_and_nothing_else(tmp_path):
