@@ -11,7 +11,9 @@ import harness
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
+from fastkd.losses.attention import AttentionTransfer
 from fastkd.losses.contrastive import CRD
 from fastkd.losses.manifold import ManifoldKD
 from fastkd.losses.relational import RKD
@@ -32,6 +34,27 @@ def eager_manifold(student: Tensor, teacher: Tensor) -> Tensor:
     across = relation_error(s.transpose(0, 1), t.transpose(0, 1))
     random = relation_error(*(x.flatten(0, 1)[drawn][None] for x in (s, t)))
     return 4 * relation_error(s, t) + 0.1 * across + 0.2 * random
+
+
+def eager_attention(student: Tensor, teacher: Tensor) -> Tensor:
+    """The authors' formula, left to autograd."""
+    s, t = (F.normalize(x.float().square().mean(dim=2), dim=1) for x in (student, teacher))
+    return (s - t).square().mean()
+
+
+def eager_rkd(student: Tensor, teacher: Tensor) -> Tensor:
+    """Distances and angles with all matrices at once, left to autograd."""
+    return 25 * eager_distances(student, teacher) + eager_angles(student, teacher)
+
+
+def eager_distances(student: Tensor, teacher: Tensor) -> Tensor:
+    """The [B, B] distances of both sides."""
+
+    def relative(x: Tensor) -> Tensor:
+        distance = torch.cdist(x, x, compute_mode="donot_use_mm_for_euclid_dist")
+        return distance / (distance.sum() / (distance > 0).sum())
+
+    return F.smooth_l1_loss(relative(student.float()), relative(teacher.float()))
 
 
 def eager_angles(student: Tensor, teacher: Tensor) -> Tensor:
@@ -58,26 +81,24 @@ def eager_contrast(term: CRD) -> Loss:
 
 
 def case(name: str, batch: int, tokens: int, device: str) -> harness.Case:
-    shape = (batch, tokens) if name == "manifold" else (batch,)
+    """One loss of [batch, tokens] maps, or of one embedding an image."""
+    shape = (batch, tokens) if tokens > 1 else (batch,)
     student = torch.randn(*shape, STUDENT, device=device, requires_grad=True)
     teacher = torch.randn(*shape, TEACHER, device=device)
-    widths = 2 * STUDENT + TEACHER  # a product for either side, and the gradient's
-    flops = {
-        "manifold": 2 * widths * (batch * tokens**2 + tokens * batch**2 + 192**2),
-        "angles": 2 * widths * batch**3,
-        "contrast": 12 * 128 * batch**2,  # three products in each of two directions
-    }
     crd = CRD(STUDENT, TEACHER).to(device)
     losses: dict[str, tuple[Loss, Loss]] = {
+        "attention": (eager_attention, AttentionTransfer()),
         "manifold": (eager_manifold, ManifoldKD()),
         "angles": (eager_angles, RKD(distance_weight=0)),
+        "rkd": (eager_rkd, RKD()),
         "contrast": (eager_contrast(crd), crd),
     }
     eager, ours = losses[name]
     compiled = torch.compile(eager, dynamic=False)
+    wanted = [student, *(crd.parameters() if name == "contrast" else ())]
 
     def step(loss: Loss) -> Callable[[], object]:
-        return lambda: torch.autograd.grad(loss(student, teacher), student)
+        return lambda: torch.autograd.grad(loss(student, teacher), wanted)
 
     return harness.Case(
         f"{name} {list(shape)}, {STUDENT} and {TEACHER} wide",
@@ -87,22 +108,30 @@ def case(name: str, batch: int, tokens: int, device: str) -> harness.Case:
             harness.Provider("torch.compile of it", step(compiled), True),
             harness.Provider("fastkd", step(ours)),
         ],
-        flops[name],
+        products(ours, student, teacher),
     )
+
+
+def products(loss: Loss, student: Tensor, teacher: Tensor) -> int:
+    """FLOPs of ours' matrix products: the fewest that give the value and the gradient."""
+    with FlopCounterMode(display=False) as counter:
+        loss(student.detach().requires_grad_(), teacher).backward()
+    return counter.get_total_flops()
 
 
 def main() -> None:
     options = harness.arguments(__doc__.splitlines()[0]).parse_args()
     if options.smoke:
-        shapes = [("manifold", 2, 16), ("angles", 4, 1), ("contrast", 8, 1)]
+        maps, images, contrast = [(2, 16)], [4], [8]
     elif options.device == "cuda":
-        shapes = [("manifold", 256, 196), ("angles", 256, 1), ("contrast", 4096, 1)]
+        maps, images, contrast = [(256, 196)], [256], [4096]
     else:
-        shapes = [
-            *[("manifold", batch, 196) for batch in (32, 64, 128)],
-            *[("angles", batch, 1) for batch in (64, 256)],
-            *[("contrast", batch, 1) for batch in (1024, 4096)],
-        ]
+        maps, images, contrast = [(32, 196), (64, 196), (128, 196)], [64, 256], [1024, 4096]
+    shapes = [
+        *[(name, *shape) for name in ("attention", "manifold") for shape in maps],
+        *[(name, batch, 1) for name in ("angles", "rkd") for batch in images],
+        *[("contrast", batch, 1) for batch in contrast],
+    ]
     cases = [case(*shape, options.device) for shape in shapes]
     harness.run("relations", cases, options)
 

@@ -136,7 +136,7 @@ FEATURE_LOSSES = (
         "fastkd.losses.attention:AttentionTransfer",
         "where an image's energy lies (attention transfer); any widths",
         "arXiv 1612.03928",
-        "1000",
+        "1000 for each pair (3000 for the mean of three)",
     ),
     Loss(
         "rkd",

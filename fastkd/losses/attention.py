@@ -8,11 +8,19 @@ from __future__ import annotations
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from fastkd.losses.distance import Distance, Grid
-from fastkd.ops.precision import at_least_float32
+from fastkd.losses.forward_gradient import (
+    before_direction,
+    check_chunk_bytes,
+    chunk_limit,
+    directions,
+    empty_gradient,
+    gradient_in_forward,
+    slices,
+    wide_dtype,
+)
 
 
 class AttentionTransfer(Distance):
@@ -24,48 +32,89 @@ class AttentionTransfer(Distance):
     .. math:: L = \frac{1}{B N} \sum_b \left\| \frac{q^s_b}{\|q^s_b\|_2}
               - \frac{q^t_b}{\|q^t_b\|_2} \right\|_2^2
 
-    which lies between 0 and 2 / N. Source: arXiv 1612.03928. The formula of the paper (eq. 2)
-    adds up the norms of the differences, not squared, and its weight is 1000 over the number of
-    places and images; its code averages the squares over images and places, as here. Whether
-    :math:`|x|^p` is summed over channels or averaged makes no difference after the normalisation.
+    which lies between 0 and 2 / N, so that its weight has to be large: the authors train with 1000
+    on the sum over their networks' three stages, 3000 on a mean of three pairs. Source: arXiv
+    1612.03928. The formula of the paper (eq. 2) adds up the norms of the differences, not squared,
+    and its weight is 1000 over the number of places and images; its code averages the squares over
+    images and places, as here. Whether :math:`|x|^p` is summed over channels or averaged makes no
+    difference after the normalisation.
 
     Energies are relative to the largest value of the image, so that no power over- or underflows;
-    the normalised map does not change by that. An image of zeros has a map of zeros.
+    the normalised map does not change by that. An image of zeros has a map of zeros, and no
+    gradient.
+
+    The gradient is made in the forward, a few images at a time: beyond the inputs there are one
+    float32 gradient, [B, N, Ds], and temporaries of ``chunk_bytes`` together, or of one image,
+    3 N max(Ds, Dt) numbers, where those are larger. Second derivatives are refused.
 
     Args:
         power: p, at least 1. The larger, the more the strongest places count.
+        chunk_bytes: limit of the temporaries; None takes 2 MiB on a CPU, 64 MiB elsewhere.
 
     Raises:
-        ValueError: ``power`` is below 1, where a value of zero would have an infinite gradient.
+        ValueError: ``power`` is below 1, where a value of zero would have an infinite gradient, or
+            no byte to work with.
     """
 
     equal_widths = False
 
-    def __init__(self, power: float = 2.0) -> None:
+    def __init__(self, power: float = 2.0, chunk_bytes: int | None = None) -> None:
         super().__init__()
         if not 1 <= power < math.inf:
             raise ValueError(f"AttentionTransfer: power must be finite and >= 1, got {power}")
+        check_chunk_bytes("AttentionTransfer", chunk_bytes)
         self.power = power
+        self.chunk_bytes = chunk_bytes
 
     def compare(self, student: Tensor, teacher: Tensor, grid: Grid | None) -> Tensor:
         """The distance, of [B, N, Ds] and [B, N, Dt] tokens."""
-        difference = self.energies(student) - self.energies(teacher)
-        return difference.square().sum() / max(1, difference.numel())
-
-    def energies(self, tokens: Tensor) -> Tensor:
-        """Normalised map of energy of every image.
-
-        Args:
-            tokens: [B, N, D]; any float dtype.
-
-        Returns:
-            [B, N] of unit length, at least float32.
-        """
-        tokens = at_least_float32(tokens)
-        peak = tokens.detach().abs().amax(dim=(1, 2), keepdim=True)
-        relative = tokens / torch.where(peak == 0, 1.0, peak)
-        return F.normalize(relative.abs().pow(self.power).mean(dim=2), dim=1)
+        limit = chunk_limit(student.device, self.chunk_bytes)
+        return _attention_transfer(student, teacher, float(self.power), limit)
 
     def extra_repr(self) -> str:
         """Options, for ``print``."""
         return f"power={self.power}"
+
+
+@gradient_in_forward("attention_transfer")
+def _attention_transfer(
+    student: Tensor, teacher: Tensor, power: float, limit: int, needs_gradient: bool
+) -> tuple[Tensor, Tensor]:
+    """(loss, gradient) of [B, N, Ds] and [B, N, Dt] tokens."""
+    dtype = wide_dtype(student, teacher)
+    images, places, width = student.shape
+    scale = 1 / max(1, images * places)
+    gradient = empty_gradient(student, dtype, needs_gradient)
+    total = student.new_zeros((), dtype=dtype)
+    numbers_each = 3 * places * max(width, teacher.shape[2])
+    for chunk in slices(images, numbers_each * dtype.itemsize, limit):
+        taught, _ = directions(_energies(teacher[chunk], power, dtype)[0], dtype)
+        energies, slope = _energies(student[chunk], power, dtype)
+        attention, inverse = directions(energies, dtype)
+        difference = attention - taught
+        total += difference.square().sum()
+        if needs_gradient:
+            of_energies = before_direction(difference.mul_(2 * scale), attention, inverse)
+            torch.mul(slope, of_energies.unsqueeze(-1), out=gradient[chunk])
+        del slope  # or it is there beside the next images'
+    return total * scale, gradient
+
+
+def _energies(tokens: Tensor, power: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Energy of the places of c images, relative to their largest value, and its slope.
+
+    Args:
+        tokens: [c, N, D].
+        power: p.
+        dtype: to compute in.
+
+    Returns:
+        [c, N], and [c, N, D]: its derivative. That of the largest value is left out, for it cancels
+        in a normalised map.
+    """
+    peak = torch.linalg.vector_norm(tokens, math.inf, dim=(1, 2), keepdim=True).to(dtype)
+    peak = torch.where(peak == 0, 1.0, peak)
+    relative = tokens / peak
+    slope = relative.abs().pow_(power - 1).mul_(relative.sign())
+    energies = relative.mul_(slope).mean(dim=2)
+    return energies, slope.mul_(power / tokens.shape[2]).div_(peak)

@@ -6,6 +6,7 @@ One embedding an image. Knows torch.distributed only to let the batches of sever
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -42,7 +43,8 @@ class CRD(Distance):
     positive one by one (NCE, with an estimated normaliser), and adds the directions; here the
     negatives are the batch's other images, of whatever class, told apart by one softmax (InfoNCE),
     and the directions are averaged. No bank means no images' indices, no stale embeddings, and
-    weights that are not comparable with CRD's; and large batches matter: see ``gather``.
+    weights that are not comparable with CRD's; and large batches matter: see ``gather``. Copies of
+    one image in a batch (repeated augmentation) are negatives of each other, and pushed apart.
 
     The teacher's tokens are frozen, its head learns. Both heads are for training only. They compute
     in the dtype of their parameters, whatever that of the tokens.
@@ -59,11 +61,15 @@ class CRD(Distance):
         teacher_dim: the teacher's.
         dim: of the embeddings.
         temperature: :math:`\tau`; smaller ones look at the hardest negatives.
-        gather: take negatives from all processes of torch.distributed's default group, all of
-            which must come with equally many images. Value and, averaged over processes as DDP
-            does, gradients are those of one process with all the images; the value is this
-            process' share, whose mean over processes is the whole. Without a process group,
-            one process' images are all there are, and nothing changes.
+        gather: while training (in train mode, with gradients), take negatives from all processes of
+            torch.distributed's default group. All must call the loss equally often, with equally
+            many images, as batches of one size do (``drop_last=True``): CPU tensors are checked,
+            but with NCCL, where looking would wait for the GPU at every step, other processes hang
+            or fail (``TORCH_DISTRIBUTED_DEBUG=DETAIL`` says why). Value and, averaged over
+            processes as DDP does, gradients are those of one process with all the images; the
+            value is this process' share, whose mean over processes is the whole. Evaluation, whose
+            shares may differ in size, takes each process' own images, and is easier for it. Without
+            a process group, one process' images are all there are, and nothing changes.
         chunk_bytes: limit of the temporaries; None takes 2 MiB on a CPU, 64 MiB elsewhere.
 
     Raises:
@@ -73,6 +79,7 @@ class CRD(Distance):
     equal_widths = False
     needs_widths = True
     takes_embeddings = True
+    pools_first = True
 
     def __init__(
         self,
@@ -94,6 +101,8 @@ class CRD(Distance):
         if not 0 < temperature < math.inf:
             raise ValueError(f"CRD: temperature must be finite and positive, got {temperature}")
         check_chunk_bytes("CRD", chunk_bytes)
+        self.student_dim = student_dim
+        self.teacher_dim = teacher_dim
         self.student_head = nn.Linear(student_dim, dim)
         self.teacher_head = nn.Linear(teacher_dim, dim)
         self.temperature = temperature
@@ -102,16 +111,33 @@ class CRD(Distance):
 
     def compare(self, student: Tensor, teacher: Tensor, grid: Grid | None) -> Tensor:
         """The loss, of [B, N, Ds] and [B, N, Dt] tokens."""
+        self._check_widths(student, teacher)
         sides = _embedding(student, self.student_head), _embedding(teacher, self.teacher_head)
         limit = chunk_limit(student.device, self.chunk_bytes)
         temperature = float(self.temperature)
         all_sides, first = sides, 0
-        if self.gather and _processes() > 1:
-            all_sides = tuple(_Gathered.apply(side) for side in sides)
+        if self._gathers():
+            _check_shares(student)
+            all_sides = tuple(_gather_rows(side, _processes()) for side in sides)
             first = dist.get_rank() * len(student)
         forth = _info_nce(sides[0], all_sides[1], first, temperature, limit)
         back = _info_nce(sides[1], all_sides[0], first, temperature, limit)
         return (forth + back) / 2
+
+    def _check_widths(self, student: Tensor, teacher: Tensor) -> None:
+        for side, x, width in (
+            ("student", student, self.student_dim),
+            ("teacher", teacher, self.teacher_dim),
+        ):
+            if x.shape[-1] != width:
+                raise ValueError(
+                    f"CRD: {side} must have {side}_dim={width} channels, got {x.shape[-1]}"
+                )
+
+    def _gathers(self) -> bool:
+        # A loss that nobody has put into eval mode is still no training without gradients.
+        training = self.training and torch.is_grad_enabled()
+        return self.gather and training and _processes() > 1
 
     def extra_repr(self) -> str:
         """Options, for ``print``."""
@@ -129,26 +155,76 @@ def _processes() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
-class _Gathered(torch.autograd.Function):
-    """[B, D] of every process, [processes * B, D] in the order of ranks.
+def _check_shares(student: Tensor) -> None:
+    """Refuse processes with different numbers of images, where a look costs no synchronisation.
 
-    Everyone's loss depends on everyone's rows: the backward adds up what all have to say of ours.
+    All processes exchange their sizes, whatever their own has been before: had one of them reason
+    to ask and another none, they would wait for each other.
     """
-
-    @staticmethod
-    def forward(ctx: Any, own: Tensor) -> Tensor:
-        rows = own.new_empty(dist.get_world_size() * len(own), *own.shape[1:])
-        dist.all_gather_into_tensor(rows, own.contiguous())
-        return rows
-
-    @staticmethod
-    def backward(ctx: Any, upstream: Tensor) -> Tensor:
-        total = upstream.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(total)
-        return total.chunk(dist.get_world_size())[dist.get_rank()]
+    if student.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    sizes = torch.empty(_processes(), dtype=torch.long)
+    dist.all_gather_into_tensor(sizes, torch.tensor([len(student)]))
+    if len(sizes.unique()) > 1:
+        raise ValueError(
+            "CRD: gather=True needs equally many images in all processes, "
+            f"got {sizes.tolist()} (drop_last=True?)"
+        )
 
 
-@gradient_in_forward("info_nce", of=2)
+# Operators, not a torch.autograd.Function: where one has collectives in it, torch.compile of torch
+# 2.11 lets the gradient end, silently.
+@torch.library.custom_op("fastkd::gather_rows", mutates_args=())
+def _gather_rows(own: Tensor, processes: int) -> Tensor:
+    """[B, D] of every process, [processes * B, D] in the order of ranks."""
+    rows = own.new_empty(processes * len(own), *own.shape[1:])
+    dist.all_gather_into_tensor(rows, own.contiguous())  # NCCL takes no other strides
+    return rows
+
+
+@_gather_rows.register_fake
+def _(own: Tensor, processes: int) -> Tensor:
+    return own.new_empty(processes * len(own), *own.shape[1:])
+
+
+@torch.library.custom_op("fastkd::sum_own_rows", mutates_args=())
+def _sum_own_rows(rows: Tensor, processes: int) -> Tensor:
+    """This process' part of [processes * B, D], [B, D], added up over all processes."""
+    own = rows.new_empty(len(rows) // processes, *rows.shape[1:])
+    dist.reduce_scatter_tensor(own, rows.contiguous())
+    return own
+
+
+@_sum_own_rows.register_fake
+def _(rows: Tensor, processes: int) -> Tensor:
+    return rows.new_empty(len(rows) // processes, *rows.shape[1:])
+
+
+def _keep_processes(ctx: Any, inputs: tuple[Tensor, int], output: Tensor) -> None:
+    _, ctx.processes = inputs
+
+
+def _add_up(ctx: Any, upstream: Tensor) -> tuple[Tensor, None]:
+    # Everyone's loss depends on everyone's rows: ours have what all have to say of them.
+    return _sum_own_rows(upstream, ctx.processes), None
+
+
+_gather_rows.register_autograd(_add_up, setup_context=_keep_processes)
+
+
+def _flops(
+    anchors: Sequence[int],
+    candidates: Sequence[int],
+    first: int,
+    temperature: float,
+    limit: int,
+    needs_gradient: bool,
+) -> int:
+    products = 3 if needs_gradient else 1
+    return products * 2 * anchors[0] * candidates[0] * anchors[1]
+
+
+@gradient_in_forward("info_nce", of=2, flops=_flops)
 def _info_nce(
     anchors: Tensor,
     candidates: Tensor,
@@ -177,15 +253,24 @@ def _info_nce(
     candidates_gradient = zero_gradient(candidates, dtype, needs_gradient)
     # A row of logits, and what logsumexp makes of it on the way.
     for rows in slices(len(anchors), 2 * len(candidates) * dtype.itemsize, limit):
-        logits = (anchors[rows] @ candidates.mT).div_(temperature)
-        log_sum = logits.logsumexp(dim=1)
-        own = logits.diagonal(first + rows.start)
-        total += (log_sum - own).sum()
-        if needs_gradient:
-            logits.sub_(log_sum[:, None]).exp_()  # now probabilities
-            own -= 1  # and now slopes
-            logits.mul_(scale / temperature)
-            anchors_gradient[rows] = logits @ candidates
-            candidates_gradient.addmm_(logits.mT, anchors[rows])
-        del logits, own  # or they are there beside the next rows'
+        value, slope = _cross_entropy(
+            (anchors[rows] @ candidates.mT).div_(temperature), first + rows.start, needs_gradient
+        )
+        total += value
+        if slope is not None:
+            slope.mul_(scale / temperature)
+            anchors_gradient[rows] = slope @ candidates
+            candidates_gradient.addmm_(slope.mT, anchors[rows])
+        del slope  # or it is there beside the next rows' logits
     return total * scale, anchors_gradient, candidates_gradient
+
+
+def _cross_entropy(logits: Tensor, first: int, needs_slope: bool) -> tuple[Tensor, Tensor | None]:
+    """Sum over rows of -log softmax at column ``first`` + row, and its slope, in ``logits``."""
+    log_sum = logits.logsumexp(dim=1)
+    value = (log_sum - logits.diagonal(first)).sum()
+    if not needs_slope:
+        return value, None
+    probabilities = logits.sub_(log_sum.unsqueeze(1)).exp_()
+    probabilities.diagonal(first).sub_(1)  # less the one-hot target: the slope
+    return value, probabilities

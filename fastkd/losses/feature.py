@@ -29,7 +29,6 @@ from fastkd.losses.term import FeatureTerm, Key, Pairs, check_choice
 from fastkd.ops import feature_kd, lift_kd
 from fastkd.tokens import Tokens
 
-
 _LEARNED = tuple(p.name for p in catalogue.PROJECTORS if p.learned and not p.stays)
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from fastkd.ops.feature_kd.reference import ACCELERATOR_CHUNK_BYTES, CHUNK_BYTES
 from fastkd.ops.maps import refuse_forward_mode
@@ -21,73 +22,150 @@ from fastkd.ops.precision import exact_float32
 # A shorter vector has no direction: it is like no other, and gets no gradient.
 SHORTEST = 1e-12
 
+Body = Callable[..., tuple[Tensor, ...]]
+Flops = Callable[..., int]
+
 
 def gradient_in_forward(
-    name: str, of: int = 1
-) -> Callable[[Callable[..., tuple[Tensor, ...]]], Callable[..., Tensor]]:
+    name: str, of: int = 1, flops: Flops | None = None
+) -> Callable[[Body], Callable[..., Tensor]]:
     """Declare a loss with hand-written gradients to torch, as the operator ``fastkd::name``.
 
     The decorated function gets the tensors that have a gradient first, what else it needs, and last
     ``needs_gradient: bool``; it returns the scalar and one gradient for each of those tensors, in
-    `wide_dtype` (empty, [0], where none is needed). It runs without autocast, and with float32
+    `wide_dtype` (`empty_gradient` where none is needed). It runs without autocast, and with float32
     products in float32: relations are differences of nearly equal products, of which TensorFloat-32
     would leave the rounding.
+
+    The backward multiplies the gradients by what arrives: in place, or where the graph is kept
+    (``retain_graph=True``) into tensors of their own, as a compiler does, too. A gradient of
+    another dtype than its input is cast after that.
 
     Args:
         name: of the operator, and of the function in messages.
         of: how many of the first arguments have a gradient.
+        flops: of the matrix products of a call, for `torch.utils.flop_counter`: takes the
+            function's arguments, with shapes in place of tensors. None where there are none.
 
     Returns:
         A decorator; what it returns is called without ``needs_gradient`` and gives the scalar. Its
-        gradient cannot be differentiated again, nor forward: both are refused.
+        gradient cannot be differentiated again, nor forward, nor by `torch.func`: all are refused.
     """
 
-    def declare(function: Callable[..., tuple[Tensor, ...]]) -> Callable[..., Tensor]:
-        @functools.wraps(function)
-        def body(*arguments: Any) -> tuple[Tensor, ...]:
-            # The body of a custom operator runs with the caller's autocast.
-            with torch.autocast(arguments[0].device.type, enabled=False), exact_float32():
-                return function(*arguments)
+    def declare(function: Body) -> Callable[..., Tensor]:
+        return _Declaration(name, function, of, flops).caller()
 
-        operator = torch.library.custom_op(f"fastkd::{name}", body, mutates_args=())
+    return declare
 
-        @operator.register_fake
-        def _(*arguments: Any) -> tuple[Tensor, ...]:
-            *inputs, needs_gradient = arguments
-            dtype = wide_dtype(*(x for x in inputs if isinstance(x, Tensor)))
-            value = inputs[0].new_empty((), dtype=dtype)
-            return value, *(empty_gradient(x, dtype, needs_gradient) for x in inputs[:of])
 
-        def keep_gradients(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-            ctx.dtypes = [x.dtype for x in inputs[:of]]
-            ctx.others = len(inputs) - of
-            ctx.mark_non_differentiable(*output[1:])
-            ctx.set_materialize_grads(False)  # zeros of their size otherwise
-            ctx.save_for_backward(*output[1:])
+class _Declaration:
+    """What torch is told of one operator, in the order of a call.
 
-        def scale(ctx: Any, upstream: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-            _refuse_second_derivatives(name)
-            # Scaled before the cast: float16's loss scaling arrives here, and must come in time.
-            gradients = [
-                (upstream * gradient).to(dtype) if needed and upstream is not None else None
-                for gradient, dtype, needed in zip(
-                    ctx.saved_tensors, ctx.dtypes, ctx.needs_input_grad, strict=False
-                )
-            ]
-            return *gradients, *[None] * ctx.others
+    Args:
+        name: of the operator.
+        function: its body.
+        of: how many of the first arguments have a gradient.
+        flops: see `gradient_in_forward`.
+    """
 
-        operator.register_autograd(scale, setup_context=keep_gradients)
+    def __init__(self, name: str, function: Body, of: int, flops: Flops | None) -> None:
+        self.name = name
+        self.function = function
+        self.of = of
+        schema = torch.library.infer_schema(function, mutates_args=())
+        self.operator = torch.library.custom_op(
+            f"fastkd::{name}", self.run, mutates_args=(), schema=schema
+        )
+        self.operator.register_fake(self.outline)
+        self.operator.register_autograd(self.scale, setup_context=self.keep)
+        if flops is not None:
+            count = flops
+            register_flop_formula(getattr(torch.ops.fastkd, name))(
+                lambda *arguments, **_: count(*arguments)
+            )
 
-        @functools.wraps(function)
+    def caller(self) -> Callable[..., Tensor]:
+        """What the loss calls: checks, and says whether anybody wants gradients."""
+        name, of, operator = self.name, self.of, self.operator
+
+        @functools.wraps(self.function)
         def call(*arguments: Any) -> Tensor:
             for x in arguments[:of]:
                 refuse_forward_mode(name, x)
+                _refuse_transforms(name, x)
             needs = torch.is_grad_enabled() and any(x.requires_grad for x in arguments[:of])
-            return operator(*arguments, needs)[0]
+            value: Tensor = operator(*arguments, needs)[0]
+            return value
 
         return call
 
-    return declare
+    def run(self, *arguments: Any) -> tuple[Tensor, ...]:
+        """The body; that of a custom operator runs with the caller's autocast."""
+        with torch.autocast(arguments[0].device.type, enabled=False), exact_float32():
+            return self.function(*arguments)
+
+    def outline(self, *arguments: Any) -> tuple[Tensor, ...]:
+        """Shapes and dtypes of what `run` returns."""
+        *inputs, needs_gradient = arguments
+        dtype = wide_dtype(*(x for x in inputs if isinstance(x, Tensor)))
+        value = inputs[0].new_empty((), dtype=dtype)
+        return value, *(empty_gradient(x, dtype, needs_gradient) for x in inputs[: self.of])
+
+    def keep(self, ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        """Keep the gradients, and nothing else, for the backward."""
+        ctx.dtypes = [x.dtype for x in inputs[: self.of]]
+        ctx.others = len(inputs) - self.of
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.set_materialize_grads(False)  # zeros of the gradients' sizes otherwise
+        ctx.save_for_backward(*output[1:])
+
+    def scale(self, ctx: Any, upstream: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+        """The backward."""
+        _refuse_second_derivatives(self.name)
+        gradients = [
+            _scaled(gradient, upstream, dtype) if needed and upstream is not None else None
+            for gradient, dtype, needed in zip(
+                ctx.saved_tensors, ctx.dtypes, ctx.needs_input_grad, strict=False
+            )
+        ]
+        return *gradients, *[None] * ctx.others
+
+
+def _scaled(gradient: Tensor, upstream: Tensor, dtype: torch.dtype) -> Tensor:
+    """The product in ``dtype``; ``gradient`` is used up where nobody can ask for it again.
+
+    Scaled before the cast: float16's loss scaling arrives here, and must come in time.
+    """
+    if _graph_is_freed() and _is_plain(gradient) and _is_plain(upstream):
+        return gradient.mul_(upstream).to(dtype)
+    return (gradient * upstream).to(dtype)
+
+
+def _graph_is_freed() -> bool:
+    kept = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
+    return kept is not None and not kept()
+
+
+def _is_plain(x: Tensor) -> bool:
+    """Neither what a compiler traces with, nor a batch that stands for one tensor."""
+    return type(x) is Tensor and not torch._C._functorch.is_functorch_wrapped_tensor(x)
+
+
+def _refuse_second_derivatives(name: str) -> None:
+    if torch.is_grad_enabled():  # in a backward, this is create_graph=True
+        raise RuntimeError(
+            f"{name}: its gradient cannot be differentiated again (create_graph=True)"
+        )
+
+
+def _refuse_transforms(name: str, x: Tensor) -> None:
+    if torch.compiler.is_compiling():
+        return
+    if torch._C._functorch.is_functorch_wrapped_tensor(x):
+        raise NotImplementedError(
+            f"{name}: torch.func's transforms (grad, vmap, ...) are not supported; take "
+            "torch.autograd"
+        )
 
 
 def wide_dtype(*tensors: Tensor) -> torch.dtype:
@@ -96,8 +174,8 @@ def wide_dtype(*tensors: Tensor) -> torch.dtype:
 
 
 def empty_gradient(x: Tensor, dtype: torch.dtype, needed: bool) -> Tensor:
-    """Contiguous memory for the gradient of ``x``, or the empty tensor that says there is none."""
-    return x.new_empty(x.shape if needed else (0,), dtype=dtype)
+    """Contiguous memory for the gradient of ``x``; as many dimensions of none where not needed."""
+    return x.new_empty(x.shape if needed else (0,) * x.ndim, dtype=dtype)
 
 
 def zero_gradient(x: Tensor, dtype: torch.dtype, needed: bool) -> Tensor:
@@ -155,10 +233,3 @@ def before_direction(slope: Tensor, unit: Tensor, inverse: Tensor) -> Tensor:
     """
     along = torch.linalg.vecdot(slope, unit).unsqueeze(-1)
     return slope.addcmul_(unit, along, value=-1).mul_(inverse)
-
-
-def _refuse_second_derivatives(name: str) -> None:
-    if torch.is_grad_enabled():  # in a backward, this is create_graph=True
-        raise RuntimeError(
-            f"{name}: its gradient cannot be differentiated again (create_graph=True)"
-        )

@@ -7,6 +7,7 @@ for a chunk only. Knows [B, N, D] tokens; grids have been matched before.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from fastkd.losses.forward_gradient import (
     check_chunk_bytes,
     chunk_limit,
     directions,
+    empty_gradient,
     gradient_in_forward,
     slices,
     wide_dtype,
@@ -41,12 +43,14 @@ class ManifoldKD(Distance):
     the matrices' elements, as here, and the default weights and K are those of its ImageNet runs.
     The code draws patches on the CPU; here they come from the global generator of the tokens'
     device, the same for both sides, and nothing waits for a GPU: a run that restores its generators
-    draws them again.
+    draws them again. In eval mode they are evenly spaced over all patches instead: one evaluation
+    can be compared with the next, and leaves the generator to the training.
 
     No matrix outlives its chunk: the gradient, 4 (S S^T - T T^T) S, is made in the forward. Beyond
-    the inputs there are one float32 gradient, [B, N, Ds], and temporaries of at most
-    ``chunk_bytes`` each (or one group's vectors, or one row of its matrix, where those are larger);
-    with autograd there would be B N^2 + N B^2 + K^2 entries, several times. Second derivatives are
+    the inputs there are one float32 gradient, [B, N, Ds], which the backward scales in place (with
+    ``retain_graph=True`` into a second) and for half precision casts; and temporaries of at most
+    ``chunk_bytes`` each (or one group's vectors, or one row of its matrix, where those are larger).
+    With autograd there would be B N^2 + N B^2 + K^2 entries, several times. Second derivatives are
     refused.
 
     Products are taken in float32 proper: the nearer the student comes to its teacher, the
@@ -104,7 +108,7 @@ class ManifoldKD(Distance):
         )
 
     def draw(self, tokens: Tensor) -> Tensor:
-        """Choose the random patches, with the global generator of the tokens' device.
+        """Choose the patches to compare: at random in training, else evenly spaced.
 
         Args:
             tokens: [B, N, D].
@@ -113,7 +117,10 @@ class ManifoldKD(Distance):
             min(K, B N) different indices into the B N tokens.
         """
         count = tokens.shape[0] * tokens.shape[1]
-        return torch.randperm(count, device=tokens.device)[: self.patches]
+        if self.training:
+            return torch.randperm(count, device=tokens.device)[: self.patches]
+        drawn = min(self.patches, count)
+        return torch.arange(drawn, device=tokens.device) * count // max(1, drawn)
 
     def extra_repr(self) -> str:
         """Options, for ``print``."""
@@ -121,7 +128,24 @@ class ManifoldKD(Distance):
         return f"{weights}, patches={self.patches}"
 
 
-@gradient_in_forward("manifold_kd")
+def _flops(
+    student: Sequence[int],
+    teacher: Sequence[int],
+    drawn: Sequence[int] | None,
+    intra: float,
+    inter: float,
+    random: float,
+    limit: int,
+    needs_gradient: bool,
+) -> int:
+    images, places, width = student
+    similarities = images * places**2 if intra else 0
+    similarities += places * images**2 if inter else 0
+    similarities += 0 if drawn is None else drawn[0] ** 2
+    return 2 * similarities * ((2 if needs_gradient else 1) * width + teacher[2])
+
+
+@gradient_in_forward("manifold_kd", flops=_flops)
 def _manifold_kd(
     student: Tensor,
     teacher: Tensor,
@@ -137,33 +161,38 @@ def _manifold_kd(
     gradient = zero_gradient(student, dtype, needs_gradient)
     total = student.new_zeros((), dtype=dtype)
     if intra:
-        own = gradient if needs_gradient else None
-        total += _relations(student, teacher, own, intra, limit)
+        total += _relations(student, teacher, gradient, intra, limit, needs_gradient)
     if inter:
-        own = gradient.transpose(0, 1) if needs_gradient else None
-        total += _relations(student.transpose(0, 1), teacher.transpose(0, 1), own, inter, limit)
+        places, taught, own = (x.transpose(0, 1) for x in (student, teacher, gradient))
+        total += _relations(places, taught, own, inter, limit, needs_gradient)
     if drawn is not None:
         # By two indices: flattening would copy all tokens of which some have been sliced off.
         image, place = drawn // student.shape[1], drawn % student.shape[1]
         chosen, taught = (x[image, place].unsqueeze(0) for x in (student, teacher))
-        own = zero_gradient(chosen, dtype, needed=True) if needs_gradient else None
-        total += _relations(chosen, taught, own, random, limit)
-        if own is not None:
+        own = zero_gradient(chosen, dtype, needs_gradient)
+        total += _relations(chosen, taught, own, random, limit, needs_gradient)
+        if needs_gradient:
             gradient.flatten(0, 1).index_add_(0, drawn, own[0])
     return total, gradient
 
 
 def _relations(
-    student: Tensor, teacher: Tensor, gradient: Tensor | None, weight: float, limit: int
+    student: Tensor,
+    teacher: Tensor,
+    gradient: Tensor,
+    weight: float,
+    limit: int,
+    needs_gradient: bool,
 ) -> Tensor:
     """Weighted mean over G groups and M x M elements of (S S^T - T T^T)^2, of unit vectors.
 
     Args:
         student: [G, M, Ds], any strides.
         teacher: [G, M, Dt].
-        gradient: [G, M, Ds], to which the student's gradient is added; None leaves it out.
+        gradient: [G, M, Ds], to which the student's gradient is added.
         weight: factor of the value and the gradient.
         limit: bytes of temporaries.
+        needs_gradient: False leaves ``gradient`` alone.
 
     Returns:
         Scalar, in `wide_dtype`.
@@ -177,19 +206,19 @@ def _relations(
     for chunk in slices(groups, numbers_each * dtype.itemsize, limit):
         s, inverse = directions(student[chunk], dtype)
         t, _ = directions(teacher[chunk], dtype)
-        slope = None if gradient is None else torch.empty_like(s)
+        slope = empty_gradient(s, dtype, needs_gradient)
         for rows in slices(members, s.shape[0] * members * dtype.itemsize, limit):
-            total += _add_rows(s, t, rows, slope)
-        if gradient is not None and slope is not None:
-            gradient[chunk] += before_direction(slope, s, inverse).mul_(4 * scale)
+            total += _add_rows(s, t, rows, slope, needs_gradient)
+        if needs_gradient:
+            gradient[chunk].add_(before_direction(slope, s, inverse), alpha=scale)
     return total * scale
 
 
-def _add_rows(s: Tensor, t: Tensor, rows: slice, slope: Tensor | None) -> Tensor:
-    """Squared sum of some rows of S S^T - T T^T, whose product with S goes to ``slope``."""
+def _add_rows(s: Tensor, t: Tensor, rows: slice, slope: Tensor, needs_slope: bool) -> Tensor:
+    """Squared sum of some rows of S S^T - T T^T; its slope by these rows' vectors to ``slope``."""
     difference = torch.bmm(s[:, rows], s.mT).baddbmm_(t[:, rows], t.mT, alpha=-1)
-    if slope is not None:
-        # The matrices are symmetric: a row is all that the gradient of its vector needs.
-        slope[:, rows] = torch.bmm(difference, s)
+    if needs_slope:
+        # 2 for the square, 2 for symmetry: a row is all that its vector needs.
+        slope[:, rows].baddbmm_(difference, s, beta=0, alpha=4)
     flat = difference.view(-1)
     return torch.dot(flat, flat)

@@ -15,7 +15,7 @@ from torch.nn.utils import parametrize
 
 from fastkd.catalogue import PROJECTORS as CATALOGUE
 from fastkd.catalogue import names
-from fastkd.ops.precision import at_least_float32
+from fastkd.ops.precision import at_least_float32, in_float64
 
 PROJECTORS = names(CATALOGUE)
 JOINING = ("pool", "linear", "mlp", "orthogonal")  # any two widths
@@ -149,12 +149,6 @@ def _cayley(free: Tensor) -> Tensor:
     system = identity + rest.mT @ rest - (top - top.mT)
     solution, _ = torch.linalg.solve_ex(system, 2 * identity)
     return torch.cat([solution - identity, rest @ solution])
-
-
-def in_float64(tensor: Tensor) -> Tensor:
-    """The tensor in float64: on its device, or on the CPU where that has none (``"mps"``)."""
-    # Moved first, since a conversion on the way could be made on either device.
-    return (tensor.cpu() if tensor.device.type == "mps" else tensor).double()
 
 
 def undecayed(module: nn.Module) -> set[str]:

@@ -1,11 +1,13 @@
 """Relational distillation: how far images lie from each other, and at which angles.
 
-One embedding an image; the B^3 angles of a batch exist for a few of their vertices at a time.
+One embedding an image; of the B^2 distances and B^3 angles of a batch, those at a few images exist
+at a time.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -13,10 +15,12 @@ from torch import Tensor
 
 from fastkd.losses.distance import Distance, Grid
 from fastkd.losses.forward_gradient import (
+    SHORTEST,
     before_direction,
     check_chunk_bytes,
     chunk_limit,
     directions,
+    empty_gradient,
     gradient_in_forward,
     slices,
     wide_dtype,
@@ -43,10 +47,15 @@ class RKD(Distance):
     come from differences, are 0, count as zero, and have no gradient. So do angles of which a leg
     has no length. One image alone has no relations: 0, with a gradient of zeros.
 
-    Angles are made for a few vertices i at a time, with their gradient, in the forward: beyond
-    [B, D] and [B, B] tensors there are temporaries of ``chunk_bytes`` together, or of one vertex,
-    B (2 B + 3 Ds + 2 Dt) numbers, where those are larger. With ``angle_weight`` > 0, second
-    derivatives are refused. Products are taken in float32 proper, for differences of angles.
+    Codes differ in what an embedding is: the authors' script for classification brings those of
+    both sides to unit length first (``normalize=True``); RepDistiller, whose weights for
+    classification are the same, takes them as they are. Where lengths differ between images, so
+    does the loss, by a lot.
+
+    Both parts are made for a few images i at a time, with their gradient, in the forward: beyond
+    [B, D] tensors there are temporaries of ``chunk_bytes`` together, or of one image, B (2 B +
+    3 Ds + 2 Dt) numbers, where those are larger. Second derivatives are refused. Products are taken
+    in float32 proper, for differences of angles.
 
     The relations are those of the images that one process sees at once: with several processes or
     accumulation, of its slice of the batch.
@@ -54,6 +63,7 @@ class RKD(Distance):
     Args:
         distance_weight: :math:`w_d`; 0 skips distances.
         angle_weight: :math:`w_a`; 0 skips angles.
+        normalize: bring embeddings to unit length first.
         chunk_bytes: limit of the temporaries; None takes 2 MiB on a CPU, 64 MiB elsewhere.
 
     Raises:
@@ -62,11 +72,13 @@ class RKD(Distance):
 
     equal_widths = False
     takes_embeddings = True
+    pools_first = True
 
     def __init__(
         self,
         distance_weight: float = 25.0,
         angle_weight: float = 50.0,
+        normalize: bool = False,
         chunk_bytes: int | None = None,
     ) -> None:
         super().__init__()
@@ -79,78 +91,127 @@ class RKD(Distance):
         check_chunk_bytes("RKD", chunk_bytes)
         self.distance_weight = distance_weight
         self.angle_weight = angle_weight
+        self.normalize = normalize
         self.chunk_bytes = chunk_bytes
 
     def compare(self, student: Tensor, teacher: Tensor, grid: Grid | None) -> Tensor:
         """The weighted sum of both, of [B, N, Ds] and [B, N, Dt] tokens."""
         dtype = wide_dtype(student, teacher)
         student, teacher = (x.mean(dim=1, dtype=dtype) for x in (student, teacher))
+        if self.normalize:
+            student, teacher = (F.normalize(x, dim=1) for x in (student, teacher))
+        limit = chunk_limit(student.device, self.chunk_bytes)
         parts = []
         if self.distance_weight:
-            parts.append(self.distance_weight * _distances(student, teacher))
+            parts.append(self.distance_weight * _rkd_distances(student, teacher, limit))
         if self.angle_weight:
-            limit = chunk_limit(student.device, self.chunk_bytes)
             parts.append(self.angle_weight * _rkd_angles(student, teacher, limit))
         return torch.stack(parts).sum()
 
     def extra_repr(self) -> str:
         """Options, for ``print``."""
-        return f"distance_weight={self.distance_weight}, angle_weight={self.angle_weight}"
+        weights = f"distance_weight={self.distance_weight}, angle_weight={self.angle_weight}"
+        return f"{weights}, normalize={self.normalize}"
 
 
-def _distances(student: Tensor, teacher: Tensor) -> Tensor:
-    """Mean smooth L1 between the relative distances of [B, Ds] and [B, Dt] embeddings."""
-    total = F.smooth_l1_loss(
-        _relative_distances(student), _relative_distances(teacher), reduction="sum"
-    )
-    return total / max(1, len(student) ** 2)
+def _distance_flops(
+    student: Sequence[int], teacher: Sequence[int], limit: int, needs_gradient: bool
+) -> int:
+    images, width = student
+    return 4 * images**2 * width if needs_gradient else 0
 
 
-def _relative_distances(x: Tensor) -> Tensor:
-    """[B, D] -> [B, B], over the mean of those that are not zero."""
+@gradient_in_forward("rkd_distances", flops=_distance_flops)
+def _rkd_distances(
+    student: Tensor, teacher: Tensor, limit: int, needs_gradient: bool
+) -> tuple[Tensor, Tensor]:
+    """Mean smooth L1 between the relative distances of all pairs, and the student's gradient.
+
+    With the slopes c of smooth L1 and distances d of sum T and mean m, the gradient by a distance
+    is (c - (sum of c d) / T) / m: what its length pulls, less what all pull by way of the mean.
+    """
+    images, width = student.shape
+    scale = 1 / max(1, images) ** 2
+    whole, mean = _sum_and_mean(student, limit)
+    _, teacher_mean = _sum_and_mean(teacher, limit)
+    gradient, by_mean = (empty_gradient(student, student.dtype, needs_gradient) for _ in range(2))
+    total, along = (student.new_zeros(()) for _ in range(2))
+    numbers_each = images * (width + 7)
+    for vertices in slices(images, numbers_each * student.itemsize, limit):
+        lengths = _lengths(student, vertices)
+        value, slope = _smooth_l1(lengths / mean - _lengths(teacher, vertices) / teacher_mean)
+        total += value
+        if needs_gradient:
+            along += torch.dot(slope.view(-1), lengths.view(-1))
+            # A pair comes from both its ends: a row is all that its vertex needs.
+            inverse = lengths.reciprocal().masked_fill_(lengths < SHORTEST, 0)
+            pulls = torch.stack((slope * inverse, inverse), dim=1)
+            pulled = pulls @ (student - student[vertices, None])
+            gradient[vertices], by_mean[vertices] = pulled.unbind(dim=1)
+    gradient.sub_(by_mean.mul_(along / whole)).mul_(-2 * scale / mean)
+    return total * scale, gradient
+
+
+def _sum_and_mean(x: Tensor, limit: int) -> tuple[Tensor, Tensor]:
+    """Of the distances between [B, D] embeddings that are not zero; 1 where all are."""
+    total, count = (x.new_zeros(()) for _ in range(2))
+    for vertices in slices(len(x), 2 * len(x) * x.itemsize, limit):
+        lengths = _lengths(x, vertices)
+        total += lengths.sum()
+        count += lengths.count_nonzero()
+    total = torch.where(total == 0, 1.0, total)
+    return total, total / count.clamp(min=1)
+
+
+def _lengths(x: Tensor, vertices: slice) -> Tensor:
+    """[c, B] distances from c vertices to all images."""
     # Not by a matrix product, which leaves close images a distance made of rounding.
-    distance = torch.cdist(x, x, compute_mode="donot_use_mm_for_euclid_dist")
-    mean = distance.sum() / (distance > 0).sum().clamp(min=1)
-    return distance / torch.where(mean == 0, 1.0, mean)
+    return torch.cdist(x[vertices], x, compute_mode="donot_use_mm_for_euclid_dist")
 
 
-@gradient_in_forward("rkd_angles")
+def _angle_flops(
+    student: Sequence[int], teacher: Sequence[int], limit: int, needs_gradient: bool
+) -> int:
+    images, width = student
+    return 2 * images**3 * ((2 if needs_gradient else 1) * width + teacher[1])
+
+
+@gradient_in_forward("rkd_angles", flops=_angle_flops)
 def _rkd_angles(
     student: Tensor, teacher: Tensor, limit: int, needs_gradient: bool
 ) -> tuple[Tensor, Tensor]:
     """Mean smooth L1 between the cosines of all triples, and the student's gradient."""
-    dtype = wide_dtype(student, teacher)
-    images = len(student)
+    images, width = student.shape
     scale = 1 / max(1, images) ** 3
-    gradient = zero_gradient(student, dtype, needs_gradient)
-    total = student.new_zeros((), dtype=dtype)
-    numbers_each = images * (2 * images + 3 * student.shape[1] + 2 * teacher.shape[1])
-    for vertices in slices(images, numbers_each * dtype.itemsize, limit):
-        own = gradient if needs_gradient else None
-        total += _add_angles(student, teacher, vertices, own, 2 * scale)
+    gradient = zero_gradient(student, student.dtype, needs_gradient)
+    total = student.new_zeros(())
+    numbers_each = images * (2 * images + 3 * width + 2 * teacher.shape[1])
+    for vertices in slices(images, numbers_each * student.itemsize, limit):
+        legs, inverse = _legs(student, vertices)
+        value, slope = _smooth_l1(_cosine_differences(legs, teacher, vertices))
+        total += value
+        if needs_gradient:
+            # Twice, for a cosine has two legs. What pulls a leg pulls its end, and the vertex back.
+            pull = before_direction(slope @ legs, legs, inverse).mul_(2 * scale)
+            gradient += pull.sum(dim=0)
+            gradient[vertices] -= pull.sum(dim=1)
+        del slope  # or it is there beside the next images'
     return total * scale, gradient
 
 
-def _add_angles(
-    student: Tensor, teacher: Tensor, vertices: slice, gradient: Tensor | None, scale: float
-) -> Tensor:
-    """Sum of smooth L1 between the [c, B, B] cosines at c vertices; ``gradient`` is added to.
-
-    The gradient of a leg goes to its end and, reversed, to the vertex.
-    """
-    legs, inverse = _legs(student, vertices)
-    difference = torch.bmm(legs, legs.mT)
-    teacher_legs, _ = _legs(teacher, vertices)
-    difference.baddbmm_(teacher_legs, teacher_legs.mT, alpha=-1)
-    clipped = difference.clamp(-1, 1)  # smooth L1 of d is c d - c^2 / 2, and its slope c
-    if gradient is not None:
-        slope = before_direction(torch.bmm(clipped, legs), legs, inverse).mul_(scale)
-        gradient += slope.sum(dim=0)
-        gradient[vertices] -= slope.sum(dim=1)
-    flat = clipped.view(-1)
-    return torch.dot(flat, difference.view(-1)) - torch.dot(flat, flat) / 2
+def _cosine_differences(legs: Tensor, teacher: Tensor, vertices: slice) -> Tensor:
+    """[c, B, B] cosines of the student's legs, less those of the teacher's."""
+    taught, _ = _legs(teacher, vertices)
+    return torch.bmm(legs, legs.mT).baddbmm_(taught, taught.mT, alpha=-1)
 
 
 def _legs(x: Tensor, vertices: slice) -> tuple[Tensor, Tensor]:
     """[c, B, D] unit vectors from c vertices to all images, and [c, B, 1] inverse lengths."""
     return directions(x - x[vertices, None], x.dtype)
+
+
+def _smooth_l1(difference: Tensor) -> tuple[Tensor, Tensor]:
+    """Sum of smooth L1 over all elements, and its slope at each."""
+    slope = difference.clamp(-1, 1)
+    flat = slope.view(-1)  # smooth L1 of d is c d - c^2 / 2, with c its slope
+    return torch.dot(flat, difference.view(-1)) - torch.dot(flat, flat) / 2, slope

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from bench.harness import peak_extra_bytes
 from fastkd.losses.attention import AttentionTransfer
 
 
@@ -22,7 +23,7 @@ def definition(student: torch.Tensor, teacher: torch.Tensor, power: float) -> to
     return total / (student.shape[0] * student.shape[1])
 
 
-@pytest.mark.parametrize("power", [1, 2, 2.5, 4])
+@pytest.mark.parametrize("power", [1, 2, 2.5, 4, 40])
 def test_it_is_the_mean_squared_difference_of_normalised_energies(power):
     student, teacher = tokens(0).requires_grad_(), tokens(1, dim=7)
     value, expected = (
@@ -46,11 +47,44 @@ def test_energy_at_different_places_is_two_over_the_number_of_places():
     torch.testing.assert_close(AttentionTransfer()(student, teacher), torch.tensor(2 / 6))
 
 
+@pytest.mark.parametrize("power", [8, 1000])
 @pytest.mark.parametrize("scale", [1e-12, 1e12])
-def test_high_powers_neither_over_nor_underflow(scale):
-    student, teacher = tokens(0).float(), tokens(1).float()
-    distance = AttentionTransfer(8)
-    torch.testing.assert_close(distance(scale * student, teacher), distance(student, teacher))
+def test_high_powers_neither_over_nor_underflow(scale, power):
+    student, teacher = tokens(0).float().requires_grad_(), tokens(1).float()
+    distance = AttentionTransfer(power)
+    scaled = (scale * student.detach()).requires_grad_()
+    value, expected = distance(scaled, teacher), distance(student, teacher)
+    torch.testing.assert_close(value, expected, rtol=1e-3, atol=0)
+    slopes = [torch.autograd.grad(v, x)[0] for v, x in ((value, scaled), (expected, student))]
+    torch.testing.assert_close(scale * slopes[0], slopes[1], rtol=2e-2, atol=1e-6)
+
+
+@pytest.mark.parametrize("power", [1, 2, 5])
+def test_an_image_of_zeros_has_an_empty_map_and_no_gradient(power):
+    student, teacher = tokens(0), tokens(1)
+    student[1] = 0
+    student.requires_grad_()
+    value = AttentionTransfer(power)(student, teacher)
+    kept = [0, 2]
+    others = definition(student[kept], teacher[kept], power) * 2 / 3
+    torch.testing.assert_close(value, others + 1 / (3 * 6))  # the teacher's map is of unit length
+    value.backward()
+    assert student.grad[1].abs().max() == 0
+    assert student.grad[0].abs().max() > 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_beyond_its_gradient_a_step_holds_a_chunk(dtype):
+    batch, limit = 64, 1 << 16
+    student, teacher = (tokens(seed, 96, batch).to(dtype) for seed in range(2))
+    student.requires_grad_()
+    distance = AttentionTransfer(chunk_bytes=limit)
+    peak = peak_extra_bytes(
+        lambda: torch.autograd.grad(2 * distance(student, teacher), student), "cpu"
+    )
+    float32_bytes = 4 * student.numel()
+    cast = 0 if dtype == torch.float32 else student.nbytes
+    assert peak < float32_bytes + max(cast, limit) + 8192
 
 
 @pytest.mark.parametrize("power", [0.5, 0, float("inf"), float("nan")])

@@ -87,6 +87,15 @@ def test_without_random_patches_the_generator_is_left_alone():
     assert torch.equal(torch.get_rng_state(), state)
 
 
+def test_evaluation_takes_the_same_patches_each_time_and_leaves_the_generator_alone():
+    state = torch.get_rng_state()
+    distance = ManifoldKD(0, 0, 1, patches=5).eval()
+    assert distance(tokens(0), tokens(1)) == distance(tokens(0), tokens(1))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert distance.draw(tokens(0)).tolist() == [0, 2, 4, 7, 9]  # of 12
+    assert ManifoldKD(patches=192).eval().draw(tokens(0)).tolist() == list(range(12))
+
+
 def test_a_token_of_zeros_is_like_no_other_and_gets_no_gradient():
     student, teacher = tokens(0), tokens(1)
     student[1, 2] = 0
@@ -145,7 +154,17 @@ def test_no_relation_matrix_outlives_its_chunk(name):
     limit = 1 << 18
     student = tokens(0, dim, batch, count).float().requires_grad_()
     teacher = tokens(1, dim, batch, count).float()
-    distance = ManifoldKD(chunk_bytes=limit)
+    distance = ManifoldKD(patches=16, chunk_bytes=limit)
     peak = peak_extra_bytes(lambda: torch.autograd.grad(distance(student, teacher), student), "cpu")
-    relations = 4 * 400 * 400 * 4  # bytes of one side's
-    assert peak < 2 * student.nbytes + 1.5 * limit < relations / 2
+    assert peak < student.nbytes + 2 * limit
+    relations = batch * count * (batch + count) * 4  # bytes of one side's
+    assert peak < relations / 2
+
+
+def test_unit_vectors_of_wide_tokens_are_those_of_a_chunk():
+    limit = 1 << 16
+    student = tokens(0, 256, 200, 4).float().requires_grad_()
+    distance = ManifoldKD(inter=0, patches=4, chunk_bytes=limit)
+    teacher = tokens(1, 256, 200, 4).float()
+    peak = peak_extra_bytes(lambda: torch.autograd.grad(distance(student, teacher), student), "cpu")
+    assert peak < student.nbytes + 2 * limit

@@ -9,6 +9,7 @@ import torch
 from bench.harness import peak_extra_bytes
 from fastkd.losses import relational
 from fastkd.losses.relational import RKD
+from tests.harness.cases import relative_error
 
 
 def embeddings(seed: int, dim: int = 3, batch: int = 5) -> torch.Tensor:
@@ -114,7 +115,7 @@ def test_a_weight_of_zero_skips_its_part(monkeypatch):
     monkeypatch.setattr(relational, "_rkd_angles", failing)
     RKD(angle_weight=0)(embeddings(0), embeddings(1))
     monkeypatch.undo()
-    monkeypatch.setattr(relational, "_distances", failing)
+    monkeypatch.setattr(relational, "_rkd_distances", failing)
     RKD(distance_weight=0)(embeddings(0), embeddings(1))
 
 
@@ -124,12 +125,44 @@ def test_weights_that_leave_nothing_are_refused(weights):
         RKD(*weights)
 
 
-def test_no_cube_of_angles_is_ever_there():
-    batch, limit = 128, 1 << 19
+def test_normalized_embeddings_are_compared_at_unit_length():
+    student, teacher = embeddings(0).requires_grad_(), embeddings(1, dim=4)
+    student.data[0] *= 10
+    at_unit_length = [x / x.square().sum(1, keepdim=True).sqrt() for x in (student, teacher)]
+    expected = 25 * distance_part(*at_unit_length) + 50 * angle_part(*at_unit_length)
+    value = RKD(normalize=True)(student, teacher)
+    torch.testing.assert_close(value, expected)
+    ours, theirs = (torch.autograd.grad(x, student)[0] for x in (value, expected))
+    torch.testing.assert_close(ours, theirs)
+    assert RKD()(student, teacher) > 1.1 * value
+
+
+@pytest.mark.parametrize("offset", [0, 100])
+def test_distances_of_close_images_keep_their_digits_and_gradient(offset):
+    student, teacher = (embeddings(seed, dim, 16).float() for seed, dim in ((0, 48), (1, 64)))
+    student[1] = student[0] + 1e-2 * student[2]
+    student = (student + offset).requires_grad_()
+    exact = student.detach().double().requires_grad_()
+    distance = RKD(1, 0)
+    found, truth = distance(student, teacher), distance(exact, teacher.double())
+    torch.testing.assert_close(found.double(), truth, rtol=1e-5, atol=0)
+    gradient, expected = (
+        torch.autograd.grad(v, x)[0] for v, x in ((found, student), (truth, exact))
+    )
+    assert relative_error(gradient, expected) < 1e-5
+
+
+PARTS = {"distances": (1, 0), "angles": (0, 1), "both": (25, 50)}
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_neither_square_nor_cube_of_the_batch_is_ever_there(part):
+    batch, limit = 128, 1 << 14
+    one_image = batch * (2 * batch + 3 * 4 + 2 * 6) * 4
     student = embeddings(0, 4, batch).float().requires_grad_()
     teacher = embeddings(1, 6, batch).float()
-    distance = RKD(chunk_bytes=limit)
+    distance = RKD(*PARTS[part], chunk_bytes=limit)
     peak = peak_extra_bytes(lambda: torch.autograd.grad(distance(student, teacher), student), "cpu")
-    squares = 8 * batch**2 * 4  # the distance part's
-    assert peak < limit + squares
-    assert peak < batch**3 * 4 / 4
+    temporaries = limit if part == "distances" else max(limit, one_image)
+    assert peak < temporaries + 12 * student.nbytes
+    assert peak < (batch**2 if part == "distances" else batch**3) * 4

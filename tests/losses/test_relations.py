@@ -3,15 +3,19 @@
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
+from bench.harness import peak_extra_bytes
 from fastkd.losses.attention import AttentionTransfer
 from fastkd.losses.contrastive import CRD
-from fastkd.losses.forward_gradient import gradient_in_forward
+from fastkd.losses.forward_gradient import chunk_limit, directions, gradient_in_forward
 from fastkd.losses.manifold import ManifoldKD
 from fastkd.losses.relational import RKD
 from tests.harness import cases
 
 B, N, DS, DT = 4, 6, 5, 7
+WIDTHS = {"student": DS, "teacher": DT}
 
 
 def crd(student_dim: int = DS, teacher_dim: int = DT, **options) -> CRD:
@@ -20,7 +24,6 @@ def crd(student_dim: int = DS, teacher_dim: int = DT, **options) -> CRD:
 
 
 DISTANCES = {"attention": AttentionTransfer, "rkd": RKD, "crd": crd, "manifold": ManifoldKD}
-CHUNKED = ["rkd", "crd", "manifold"]
 
 
 @pytest.fixture(params=DISTANCES)
@@ -169,7 +172,7 @@ def test_unequal_counts_of_tokens_are_refused(distance):
 
 
 @pytest.mark.parametrize("chunk_bytes", [1, 100, 777])
-@pytest.mark.parametrize("name", CHUNKED)
+@pytest.mark.parametrize("name", DISTANCES)
 def test_chunks_of_any_size_give_the_same(name, chunk_bytes):
     student, teacher = pair()
     whole, cut = (DISTANCES[name](chunk_bytes=size).double() for size in (1 << 30, chunk_bytes))
@@ -178,7 +181,7 @@ def test_chunks_of_any_size_give_the_same(name, chunk_bytes):
     )
 
 
-@pytest.mark.parametrize("name", CHUNKED)
+@pytest.mark.parametrize("name", DISTANCES)
 def test_chunks_of_no_size_are_refused(name):
     with pytest.raises(ValueError, match="chunk_bytes must be positive or None, got 0"):
         DISTANCES[name](chunk_bytes=0)
@@ -203,7 +206,7 @@ def test_products_stay_in_float32_where_the_user_allows_less():
         setting.fp32_precision = before
 
 
-@pytest.mark.parametrize("name", CHUNKED)
+@pytest.mark.parametrize("name", DISTANCES)
 def test_second_derivatives_are_refused(name):
     student, teacher = pair(torch.float32)
     value = DISTANCES[name]()(student, teacher)
@@ -211,7 +214,7 @@ def test_second_derivatives_are_refused(name):
         torch.autograd.grad(value, student, create_graph=True)
 
 
-@pytest.mark.parametrize("name", CHUNKED)
+@pytest.mark.parametrize("name", DISTANCES)
 def test_forward_mode_is_refused(name):
     student, teacher = pair(torch.float32)
     distance = DISTANCES[name]()
@@ -219,7 +222,7 @@ def test_forward_mode_is_refused(name):
         torch.func.jvp(lambda x: distance(x, teacher), (student.detach(),), (student.detach(),))
 
 
-@pytest.mark.parametrize("name", CHUNKED)
+@pytest.mark.parametrize("name", DISTANCES)
 def test_without_a_gradient_the_value_is_the_same(name):
     student, teacher = pair(torch.float32)
     distance = DISTANCES[name]()
@@ -227,6 +230,118 @@ def test_without_a_gradient_the_value_is_the_same(name):
     torch.manual_seed(2)
     with torch.no_grad():
         assert distance(student, teacher) == expected
+
+
+class Returned(TorchDispatchMode):
+    """What fastkd's operators have returned."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.results = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        results = func(*args, **(kwargs or {}))
+        if func.namespace == "fastkd":
+            self.results.append(results)
+        return results
+
+
+@pytest.mark.parametrize(("grad_enabled", "required"), [(False, True), (True, False), (True, True)])
+def test_gradients_are_made_only_where_somebody_wants_them(distance, grad_enabled, required):
+    student, teacher = pair(torch.float32)
+    distance.requires_grad_(required)
+    with torch.set_grad_enabled(grad_enabled), Returned() as returned:
+        distance(student.detach().requires_grad_(required), teacher)
+    sizes = [gradient.numel() for _, *gradients in returned.results for gradient in gradients]
+    assert sizes
+    assert all(size > 0 if grad_enabled and required else size == 0 for size in sizes)
+
+
+def test_the_backward_uses_the_gradient_up_where_nobody_can_ask_again():
+    student = torch.randn(8, 64, 96, requires_grad=True)
+    teacher = torch.randn(8, 64, 96)
+
+    def peak_of_backward(retain_graph: bool) -> int:
+        values = [2 * AttentionTransfer()(student, teacher) for _ in range(2)]
+        work = lambda: torch.autograd.grad(  # noqa: E731
+            values.pop(), student, retain_graph=retain_graph
+        )
+        return peak_extra_bytes(work, "cpu")
+
+    assert peak_of_backward(False) < 0.1 * student.nbytes
+    # No zeros are made for the gradients' own gradients, either.
+    assert peak_of_backward(True) < 1.1 * student.nbytes
+
+
+def test_a_kept_graph_gives_the_same_gradient_again(distance):
+    student, teacher = pair(torch.float32)
+    value = 3 * distance(student, teacher)
+    wanted = [student, *distance.parameters()]
+    first, second = (torch.autograd.grad(value, wanted, retain_graph=True) for _ in range(2))
+    last = torch.autograd.grad(value, wanted)
+    torch.testing.assert_close(second, first, rtol=0, atol=0)
+    torch.testing.assert_close(last, first, rtol=0, atol=0)
+
+
+def test_gradients_come_in_batches(distance):
+    student, teacher = pair(torch.float32)
+    value = distance(student, teacher)
+    upstream = torch.tensor([1.0, -2.0])
+    (batch,) = torch.autograd.grad(
+        value, student, upstream, is_grads_batched=True, retain_graph=True
+    )
+    (once,) = torch.autograd.grad(value, student)
+    torch.testing.assert_close(batch, torch.stack((once, -2 * once)))
+
+
+@pytest.mark.parametrize("name", DISTANCES)
+def test_transforms_of_torch_func_are_refused(name):
+    student, teacher = pair(torch.float32)
+    distance = DISTANCES[name]()
+    with pytest.raises(NotImplementedError, match=r"torch\.func's transforms"):
+        torch.func.grad(lambda x: distance(x, teacher))(student.detach())
+
+
+def test_the_default_chunk_is_small_on_a_cpu_and_larger_elsewhere():
+    batch = 1024
+    student, teacher = (torch.randn(batch, 8) for _ in range(2))
+    distance = crd(8, 8).eval()
+    peak = peak_extra_bytes(lambda: distance(student.requires_grad_(), teacher), "cpu")
+    assert peak < 2.5 * 2**20 < batch**2 * 4
+    assert chunk_limit(torch.device("cuda"), None) == 64 * 2**20
+
+
+def test_shorter_vectors_than_rounding_leaves_have_no_direction():
+    x = torch.tensor([[3e-13, 0.0], [0.0, 2e-12]])
+    unit, inverse = directions(x, torch.float32)
+    torch.testing.assert_close(unit, torch.tensor([[0.0, 0.0], [0.0, 1.0]]))
+    assert inverse[0] == 0 < inverse[1]
+
+
+def test_counters_of_flops_see_the_products():
+    images, places, dim = 8, 6, 8
+    tokens = {name: torch.randn(images, places, width) for name, width in WIDTHS.items()}
+
+    def count(distance: nn.Module, needs_gradient: bool) -> int:
+        student = tokens["student"].clone().requires_grad_(needs_gradient)
+        with FlopCounterMode(display=False) as counter, torch.set_grad_enabled(needs_gradient):
+            distance(student, tokens["teacher"])
+        return counter.get_total_flops()
+
+    # Each side's product, and with a gradient a third, of the student's width.
+    widths = {False: DS + DT, True: 2 * DS + DT}
+    for needs_gradient, width in widths.items():
+        similarities = images * places**2 + places * images**2 + 5**2
+        assert count(ManifoldKD(patches=5), needs_gradient) == 2 * similarities * width
+        assert count(ManifoldKD(random=0, inter=0), needs_gradient) == 2 * 8 * 6**2 * width
+        angles = 2 * images**3 * width
+        assert count(RKD(0, 1), needs_gradient) == angles
+        pulls = 2 * 2 * images**2 * DS if needs_gradient else 0
+        assert count(RKD(), needs_gradient) == angles + pulls
+        heads = 2 * images * dim * (DS + DT)
+        logits = 2 * 2 * images**2 * dim * (3 if needs_gradient else 1)
+        assert count(crd(), needs_gradient) == heads + logits
+        assert count(AttentionTransfer(), needs_gradient) == 0
 
 
 @pytest.mark.parametrize("needs_gradient", [False, True])
@@ -237,6 +352,8 @@ def test_the_operators_pass_opcheck(needs_gradient):
     cases_ = {
         torch.ops.fastkd.manifold_kd: ((student,), (teacher, drawn, 4.0, 0.1, 0.2, 500)),
         torch.ops.fastkd.rkd_angles: (embeddings[:1], (embeddings[1], 500)),
+        torch.ops.fastkd.rkd_distances: (embeddings[:1], (embeddings[1], 500)),
+        torch.ops.fastkd.attention_transfer: ((student,), (teacher, 2.0, 500)),
         torch.ops.fastkd.info_nce: ((student[:2, 0], student[:, 1]), (1, 0.07, 50)),
     }
     for operator, (leaves, rest) in cases_.items():
