@@ -94,7 +94,7 @@ def _asked_weights(options: argparse.Namespace) -> tuple[str, ...]:
 
     if options.weights is not None:
         return (options.weights,)
-    return weights_to_choose("evaluate", options.model) or ("auto",)
+    return weights_to_choose("evaluate", options.model, options.checkpoint) or ("auto",)
 
 
 def _accuracy_line(model: str, measured: dict[str, Any]) -> str:

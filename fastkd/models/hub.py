@@ -8,13 +8,18 @@ downloads; nothing of models.
 from __future__ import annotations
 
 import contextlib
+import errno
 import re
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
+from urllib.error import HTTPError
 
 from huggingface_hub import HfApi, constants, get_session, hf_hub_download
 from huggingface_hub.errors import (
     EntryNotFoundError,
+    GatedRepoError,
+    HfHubHTTPError,
     LocalEntryNotFoundError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
@@ -29,7 +34,9 @@ _HUB_NAME = re.compile(
 _WEIGHTS = (".pth", ".pt", ".safetensors", ".bin", ".ckpt")
 
 # Hugging Face's client raises its transport's own exceptions, whichever transport it was built on.
-_DOWNLOAD_PACKAGES = {"httpx", "httpx2", "httpcore", "huggingface_hub", "requests", "urllib3"}
+_TRANSPORTS = {"httpx", "httpx2", "httpcore", "requests", "urllib", "urllib3"}
+_DOWNLOAD_PACKAGES = _TRANSPORTS | {"huggingface_hub"}
+_STORAGE_FAULTS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}
 
 
 class DownloadError(RuntimeError):
@@ -104,8 +111,7 @@ def is_download_failure(error: Exception) -> bool:
     Args:
         error: what timm or the hub's client raised.
     """
-    package = type(error).__module__.split(".", 1)[0]
-    return isinstance(error, OSError) or package in _DOWNLOAD_PACKAGES
+    return isinstance(error, OSError) or _package(error) in _DOWNLOAD_PACKAGES
 
 
 def explained(caller: str, name: str, error: Exception) -> Exception | None:
@@ -123,6 +129,11 @@ def explained(caller: str, name: str, error: Exception) -> Exception | None:
     if match is None:
         return None
     repo = match["repo"]
+    if isinstance(error, GatedRepoError):
+        return ValueError(
+            f"{caller}: {repo} is gated: accept its terms on its page, "
+            f"{constants.ENDPOINT}/{repo}, then hf auth login"
+        )
     if isinstance(error, RepositoryNotFoundError):
         return ValueError(
             f"{caller}: the hub has no repository {repo!r}, or it is private (hf auth login)"
@@ -132,11 +143,50 @@ def explained(caller: str, name: str, error: Exception) -> Exception | None:
     if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
         return ValueError(_missing_file(caller, match))
     if is_download_failure(error):
-        return DownloadError(
-            f"{caller}: {name} is not cached and could not be downloaded "
-            f"({type(error).__name__}; no network?)"
-        )
+        return not_downloaded(caller, f"{name} is", error)
     return None
+
+
+def not_downloaded(caller: str, what: str, error: Exception) -> DownloadError:
+    """What kept weights from coming: this machine's storage, the hub, or the way to it.
+
+    Args:
+        caller: the public function that asked.
+        what: the weights, as a user calls them.
+        error: for which `is_download_failure` holds.
+
+    Returns:
+        The error to raise in its place.
+    """
+    causes = _causes(error)
+    root = causes[-1]
+    lines = str(root).strip().splitlines()
+    reason = textwrap.shorten(lines[0], 200, placeholder=" ...") if lines else "no reason given"
+    if isinstance(root, OSError) and root.errno in _STORAGE_FAULTS and not _transported(causes):
+        return DownloadError(f"{caller}: {what} could not be kept in the cache ({reason})")
+    answered = any(isinstance(cause, HfHubHTTPError | HTTPError) for cause in causes)
+    doubt = "" if answered else "; no network?"
+    return DownloadError(
+        f"{caller}: {what} not cached and could not be downloaded "
+        f"({type(root).__name__}: {reason}{doubt})"
+    )
+
+
+def _causes(error: BaseException) -> list[BaseException]:
+    """An error and what it came from: the hub's client and timm wrap what went wrong."""
+    causes = [error]
+    while (cause := causes[-1].__cause__) is not None:
+        causes.append(cause)
+    return causes
+
+
+def _transported(causes: list[BaseException]) -> bool:
+    """Whether the network's own errors are among them; a firewall denies permission, too."""
+    return any(_package(cause) in _TRANSPORTS for cause in causes)
+
+
+def _package(error: BaseException) -> str:
+    return type(error).__module__.split(".", 1)[0]
 
 
 def _missing_file(caller: str, match: re.Match[str]) -> str:

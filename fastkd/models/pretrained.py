@@ -8,16 +8,26 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
+import timm
 from timm.models import get_pretrained_cfg
 from torch import Tensor, nn
 
+from fastkd.models.exported import read_description, run_statistics
 from fastkd.models.hub import fetched
-from fastkd.models.released import load_released_checkpoint
+from fastkd.models.released import in_our_names, load_released_checkpoint
+from fastkd.models.students import LiftVisionTransformer
 from fastkd.models.taps import model_name
-from fastkd.models.weights import is_foreign, read_weights, short_misfit
+from fastkd.models.weights import (
+    FileKind,
+    UnreadableError,
+    file_kind,
+    held_weights,
+    looks_like_a_path,
+    read_file,
+    short_misfit,
+)
 from fastkd.models.zoo import DownloadError, build_timm_model, check_name
 
 Size = int | tuple[int, int]
@@ -36,12 +46,13 @@ def build_pretrained(
 
     Args:
         caller: the public function that asks, named in errors.
-        source: a timm name, or a checkpoint that the authors of arXiv 2511.15572 released (a path
-            or ``hf_hub:OWNER/NAME/FILE``).
-        checkpoint: weights for a timm name, likewise.
+        source: a timm name; or, as a path or ``hf_hub:OWNER/NAME/FILE``, a checkpoint that the
+            authors of arXiv 2511.15572 released, or a student that fastkd exported as safetensors.
+        checkpoint: weights for a timm name, likewise. What they were fed with, fastkd's own files
+            say: it goes into the model's ``pretrained_cfg``.
         pretrained: without ``checkpoint``, load timm's published weights; False leaves them random.
         num_classes: of the head; None takes that of the weights; 0 leaves it out.
-        **timm_kwargs: of the timm model; ``img_size`` alone for a released file.
+        **timm_kwargs: of the timm model; ``img_size`` alone for a released or exported file.
 
     Returns:
         The model.
@@ -54,10 +65,14 @@ def build_pretrained(
     """
     file = None if checkpoint is None else _existing(caller, checkpoint)
     named = fetched(caller, source)
-    if is_foreign(named):
+    kind = file_kind(named)
+    if kind in (FileKind.WEIGHTS, FileKind.EXPORT):
         if file is not None:
             raise ValueError(f"{caller}: checkpoint has no effect: {source} has weights itself")
-        return _build_released(caller, named, num_classes, **timm_kwargs)
+        build = _build_released if kind is FileKind.WEIGHTS else _build_exported
+        return build(caller, named, num_classes, **timm_kwargs)
+    if kind is FileKind.UNREADABLE and looks_like_a_path(str(named)):
+        _read(caller, named)  # which says why
     options = timm_kwargs | {"num_classes": num_classes}
     if file is not None:
         return _build_from_file(caller, str(source), file, options)
@@ -89,8 +104,11 @@ def fill(caller: str, module: nn.Module, checkpoint: str | Path) -> nn.Module:
         DownloadError: it cannot be downloaded.
     """
     file = _existing(caller, checkpoint)
+    state: Mapping[str, Tensor] = _held(caller, _read(caller, file), file)
+    if isinstance(module, LiftVisionTransformer):
+        state = in_our_names(state)
     try:
-        module.load_state_dict(_read(caller, file))
+        module.load_state_dict(state)
     except (RuntimeError, KeyError) as error:
         raise _misfit(caller, file, model_name(module), error) from error
     return module
@@ -110,20 +128,58 @@ def _build_released(
     img_size: Size | None = None,
     **others: Any,
 ) -> nn.Module:
-    if others:
-        raise ValueError(f"{caller}: {next(iter(others))} has no effect: {file} says all itself")
+    _refuse_others(caller, file, others)
     try:
         model: Any = load_released_checkpoint(file)
+    except UnreadableError:
+        raise
     except ValueError as error:
         raise ValueError(
             f"{caller}: {file} is no released checkpoint ({error}); for weights of a timm model "
             "give the model's name, and the file with checkpoint="
         ) from error
+    return _adapted(caller, file, model, num_classes, img_size)
+
+
+def _build_exported(
+    caller: str,
+    file: str | Path,
+    num_classes: int | None,
+    img_size: Size | None = None,
+    **others: Any,
+) -> nn.Module:
+    _refuse_others(caller, file, others)
+    described = read_description(file)
+    if described is None or not timm.is_model(described.architecture):
+        kind = "another fastkd's" if described is None else described.architecture
+        raise ValueError(
+            f"{caller}: {file} holds a student that timm cannot build, {kind}: hand its module "
+            "over, and the file with checkpoint="
+        )
+    model: Any = build_timm_model(
+        caller,
+        described.architecture,
+        pretrained_cfg_overlay=described.config,
+        **described.arguments,
+    )
+    return _adapted(caller, file, fill(caller, model, file), num_classes, img_size)
+
+
+def _refuse_others(caller: str, file: str | Path, options: Mapping[str, Any]) -> None:
+    given = [name for name, value in options.items() if value is not None]
+    if given:
+        raise ValueError(f"{caller}: {given[0]} has no effect: {file} says all itself")
+
+
+def _adapted(
+    caller: str, file: str | Path, model: Any, num_classes: int | None, img_size: Size | None
+) -> nn.Module:
+    """A file's whole model, without its head or in another size, if that is asked for."""
     if num_classes not in (None, 0, model.num_classes):
         raise _random_head(caller, file, model.num_classes, num_classes)
     if num_classes == 0:
         model.reset_classifier(0)
-    if img_size is not None:
+    if img_size is not None and hasattr(model, "set_input_size"):
         model.set_input_size(img_size=img_size)
     return model
 
@@ -133,12 +189,17 @@ def _build_from_file(
 ) -> nn.Module:
     """Through timm's own loader, which converts the layouts that it knows, and strictly."""
     check_name(caller, name)
-    state = _read(caller, checkpoint)
+    if file_kind(checkpoint) is FileKind.EXPORT:
+        _check_architecture(caller, name, checkpoint)
+        return _build_exported(caller, checkpoint, **kwargs)
+    content = _read(caller, checkpoint)
+    state = _held(caller, content, checkpoint)
     found = _classes_in(state, name)
     wanted = kwargs["num_classes"]
     if wanted not in (None, 0, found):
         raise _random_head(caller, checkpoint, found, wanted)
     overlay = {"state_dict": state, "num_classes": found, "custom_load": False}
+    overlay |= run_statistics(content)
     options = kwargs | {"num_classes": found, "pretrained_cfg_overlay": overlay}
     try:
         model: Any = build_timm_model(caller, name, pretrained=True, **options)
@@ -152,15 +213,27 @@ def _build_from_file(
     return model
 
 
-def _read(caller: str, checkpoint: str | Path) -> dict[str, Tensor]:
-    try:
-        return read_weights(checkpoint)
-    except (RuntimeError, ValueError, OSError, EOFError, KeyError, UnpicklingError) as error:
-        reason = " ".join(str(error).split())[:160]
+def _check_architecture(caller: str, name: str, file: str | Path) -> None:
+    described = read_description(file)
+    if described is not None and name.partition(".")[0] != described.architecture:
         raise ValueError(
-            f"{caller}: {str(checkpoint)!r} cannot be read as weights: torn, or more than plain "
-            f"state, which is not loaded for safety ({reason})"
-        ) from error
+            f"{caller}: {file} holds a student of {described.architecture}, not of {name}: give it "
+            "alone"
+        )
+
+
+def _read(caller: str, file: str | Path) -> Any:
+    try:
+        return read_file(file)
+    except UnreadableError as error:
+        raise UnreadableError(f"{caller}: {error}") from error
+
+
+def _held(caller: str, content: Any, file: str | Path) -> dict[str, Tensor]:
+    try:
+        return held_weights(content, file)
+    except UnreadableError as error:
+        raise UnreadableError(f"{caller}: {error}") from error
 
 
 def _classes_in(state: Mapping[str, Tensor], name: str) -> int:

@@ -14,11 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import timm
-from timm.models import clean_state_dict, load_state_dict
 from torch import Tensor, nn
 
 from fastkd.models.hub import fetched
-from fastkd.models.weights import first_names
+from fastkd.models.weights import UnreadableError, first_names, held_weights, read_file
 
 State = Mapping[str, Tensor]
 Rename = Callable[[str], str]
@@ -61,8 +60,9 @@ def load_released_checkpoint(
     Raises:
         FileNotFoundError: there is no such file.
         RuntimeError: the hub's file cannot be downloaded.
-        ValueError: the hub has no such file, the names are of neither student, or some are missing,
-            unexpected or of another shape, of which the first are listed.
+        ValueError: the hub has no such file, the file is torn or would run code, the names are of
+            neither student, or some are missing, unexpected or of another shape, of which the first
+            are listed.
     """
     model: Any = read_released(source, head_dim=head_dim).model
     if num_classes not in (None, model.num_classes):
@@ -100,14 +100,34 @@ def read_released(source: str | Path | State, *, head_dim: int = _HEAD_DIM) -> R
     )
 
 
+def in_our_names(state: State) -> State:
+    """A released Lift's weights as `LiftVisionTransformer` calls them.
+
+    Args:
+        state: of any weights.
+
+    Returns:
+        The weights; others as they are, a released WideLast's too, whose names are ours.
+
+    Raises:
+        ValueError: as `load_released_checkpoint`.
+    """
+    if not any(_PROJECTION.fullmatch(name) for name in state):
+        return state
+    translated: State = read_released(state).model.state_dict()
+    return translated
+
+
 def _read(source: str | Path | State) -> dict[str, Tensor]:
     if isinstance(source, Mapping):
-        inner = source.get("state_dict", source.get("model", source))
-        return clean_state_dict(dict(inner))
+        return held_weights(source, "the state dict", averaged=False)
     file = fetched(_CALLER, source)
     if not Path(file).is_file():
         raise FileNotFoundError(f"{_CALLER}: there is no file {str(source)!r}")
-    return load_state_dict(str(file), use_ema=False)
+    try:
+        return held_weights(read_file(file), file, averaged=False)
+    except UnreadableError as error:
+        raise UnreadableError(f"{_CALLER}: {error}") from error
 
 
 def _lift_name(ours: str, last: int) -> str:

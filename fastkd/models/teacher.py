@@ -171,8 +171,8 @@ def create_teacher(
 
     Args:
         name_or_module: a timm model name; a Lift or WideLast checkpoint as the authors of arXiv
-            2511.15572 released them, a path or ``hf_hub:OWNER/NAME/FILE``; or a module, which is
-            frozen in place.
+            2511.15572 released them, or a student that fastkd exported as safetensors, a path or
+            ``hf_hub:OWNER/NAME/FILE``; or a module, which is frozen in place.
         checkpoint: weights for a name or a module: a path or ``hf_hub:OWNER/NAME/FILE`` (.pth,
             .safetensors; a state dict or a training checkpoint that holds one), read without
             unpickling code; of a fastkd run's checkpoint, the student's raw or EMA weights,
@@ -187,7 +187,8 @@ def create_teacher(
         input_size: what images are resized to; None takes the size that the model is fixed to, if
             it is. To run a timm model at another size than its own, pass ``img_size``.
         **timm_kwargs: of the timm model. With ``img_size``, images are resized to it, also for
-            models that are not built for a size; it is the only one for a released file.
+            models that are not built for a size; it is the only one for a released or exported
+            file.
 
     Returns:
         The teacher, on the CPU unless ``device`` is among ``timm_kwargs``.
@@ -216,14 +217,37 @@ def create_teacher(
             "create_teacher: name_or_module must be a timm name, a file or an nn.Module, got "
             f"{type(name_or_module).__name__}"
         )
+    built_for = timm_kwargs.get("img_size")
+    return as_teacher(model, mean=mean, std=std, input_size=input_size, built_for=built_for)
+
+
+def as_teacher(
+    model: nn.Module,
+    *,
+    mean: Statistics | None = None,
+    std: Statistics | None = None,
+    input_size: int | tuple[int, int] | None = None,
+    built_for: int | tuple[int, int] | None = None,
+) -> Teacher:
+    """A module as a teacher that is fed what it was published for.
+
+    Args:
+        model: frozen in place.
+        mean: as in `create_teacher`, as are ``std`` and ``input_size``.
+        std: likewise.
+        input_size: likewise.
+        built_for: the size that a model from a name was built for, to which images are resized.
+
+    Returns:
+        The teacher.
+
+    Raises:
+        ValueError: the model is fixed to another size, or the statistics do not fit together.
+    """
     if mean is None and std is None:
         mean, std = _own_statistics(model)
-    return Teacher(
-        model,
-        mean=mean,
-        std=std,
-        input_size=_input_size(model, input_size, timm_kwargs.get("img_size")),
-    )
+    size = _input_size(model, input_size, built_for)
+    return Teacher(model, mean=mean, std=std, input_size=size)
 
 
 def _refuse_for_modules(options: Mapping[str, Any]) -> None:

@@ -6,21 +6,133 @@ Knows what a checkpoint calls its weights; neither models nor how they were trai
 from __future__ import annotations
 
 import argparse
+import pickle
 import re
+import textwrap
 from collections.abc import Mapping
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
 import torch
-from timm.models import clean_state_dict, load_state_dict
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from timm.models import clean_state_dict
 from torch import Tensor
 
 # What every checkpoint of `fastkd.train` carries under "format".
 FASTKD_FORMAT = "fastkd-checkpoint"
+# What every file that `fastkd.export` writes carries in its metadata.
+VERSION_KEY = "fastkd_version"
 SHOWN_NAMES = 5
 
+_SAFETENSORS = ".safetensors"
+_AVERAGED = ("state_dict_ema", "model_ema")
+_RAW = ("state_dict", "model")
+# In what torch says of a pickle that names anything but tensors and plain values.
+_UNSAFE_GLOBAL = re.compile(r"(?:GLOBAL|class|global:?) ([\w.]+\.\w+)")
+_ANSI = re.compile(r"\x1b\[[0-9;]*m")
 _WEIGHT_SUFFIXES = (".pth", ".pt", ".ckpt", ".bin", ".safetensors")
 _NAME_LIST = re.compile(r'(?:"[^"]+",?\s*)+')
+
+
+class UnreadableError(ValueError):
+    """A file that is no whole file of weights, or that would run code; the message says which."""
+
+
+class FileKind(Enum):
+    """What a file of weights is."""
+
+    RUN = "a checkpoint of a fastkd run"
+    EXPORT = "a student that fastkd exported as safetensors"
+    WEIGHTS = "weights of another origin"
+    UNREADABLE = "no file of weights"
+
+
+def file_kind(path: str | Path) -> FileKind | None:
+    """What there is at a path, by what the file says of itself.
+
+    Reads no tensor.
+
+    Args:
+        path: of whatever there is, or is not.
+
+    Returns:
+        The kind; None where there is no file. Why a file is unreadable `read_file` says.
+    """
+    path = Path(path)
+    if not path.is_file():
+        return None
+    if path.suffix == _SAFETENSORS:
+        return FileKind.EXPORT if VERSION_KEY in metadata(path) else FileKind.WEIGHTS
+    try:
+        content = read_file(path, "meta")
+    except (UnreadableError, OSError):
+        return FileKind.UNREADABLE
+    if not isinstance(content, Mapping):
+        return FileKind.UNREADABLE
+    return FileKind.RUN if content.get("format") == FASTKD_FORMAT else FileKind.WEIGHTS
+
+
+def metadata(path: str | Path) -> dict[str, str]:
+    """What a .safetensors file says of itself.
+
+    Args:
+        path: of an existing file.
+
+    Returns:
+        Its metadata; empty for a file that has none or is torn.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            return file.metadata() or {}
+    except (SafetensorError, OSError):
+        return {}
+
+
+def read_file(path: str | Path, device: str | torch.device = "cpu") -> Any:
+    """Read a .pth or .safetensors file, without unpickling code.
+
+    The one reader of all that fastkd loads: DeiT's trainer and those after it keep their command
+    line beside the weights as an `argparse.Namespace`, which holds no code and is let through.
+
+    Args:
+        path: of the file; its ending decides.
+        device: where its tensors go.
+
+    Returns:
+        What it holds.
+
+    Raises:
+        UnreadableError: torn, empty, of another kind, or holding more than plain state.
+        FileNotFoundError: there is no such file.
+        PermissionError: this user may not read it.
+    """
+    path = Path(path)
+    try:
+        if path.suffix == _SAFETENSORS:
+            return load_file(path, str(device))
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return torch.load(path, map_location=device, weights_only=True)
+    except (FileNotFoundError, PermissionError, MemoryError):
+        raise
+    except Exception as error:  # bytes that are no checkpoint fail in any way
+        raise UnreadableError(f"{path} {_why_unreadable(path, error)}") from error
+
+
+def _why_unreadable(path: Path, error: Exception) -> str:
+    if path.is_dir():
+        return "is a folder, and no file of weights"
+    if path.stat().st_size == 0:
+        return "is torn or no file of weights (it is empty)"
+    text = " ".join(_ANSI.sub("", str(error)).split())
+    unsafe = _UNSAFE_GLOBAL.search(text)
+    if unsafe is not None:
+        return f"holds more than plain state, {unsafe[1]}, and is not loaded for safety"
+    reason = text.split(". ")[0]
+    if isinstance(error, pickle.UnpicklingError | LookupError) or not reason:
+        reason = "its content is of another kind"  # torch's text is of pickles and their options
+    return f"is torn or no file of weights ({textwrap.shorten(reason, 160, placeholder=' ...')})"
 
 
 def read_weights(path: str | Path) -> dict[str, Tensor]:
@@ -32,36 +144,40 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
 
     Returns:
         The weights by name, on the CPU.
+
+    Raises:
+        UnreadableError: as `read_file`, or the file holds no weights by name.
+        FileNotFoundError: there is no such file.
+        PermissionError: this user may not read it.
     """
-    checkpoint = None
-    if Path(path).suffix != ".safetensors":
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    if isinstance(checkpoint, Mapping) and checkpoint.get("format") == FASTKD_FORMAT:
-        key = "ema" if better_weights(checkpoint) == "ema" else "student"
-        return clean_state_dict(checkpoint[key])
-    return load_state_dict(str(path))
+    return held_weights(read_file(path), path)
 
 
-def is_foreign(path: str | Path) -> bool:
-    """Whether a file holds weights, and is no checkpoint of a fastkd run.
-
-    Reads no tensor of a .pth file.
+def held_weights(content: Any, path: str | Path, *, averaged: bool = True) -> dict[str, Tensor]:
+    """The weights in what a file held, by the names that trainers give them.
 
     Args:
-        path: of whatever there is, or is not.
+        content: of `read_file`.
+        path: of the file, for messages.
+        averaged: prefer averaged weights where a foreign checkpoint has them beside raw ones. Of a
+            fastkd run `better_weights` are taken.
 
     Returns:
-        False for what cannot be read, too: who then loads it as a run's checkpoint says why.
+        The weights by name, without the prefixes of wrappers.
+
+    Raises:
+        UnreadableError: there are none.
     """
-    path = Path(path)
-    if path.suffix == ".safetensors" or not path.is_file():
-        return path.is_file()
-    try:
-        with torch.serialization.safe_globals([argparse.Namespace]):  # of DeiT's, under "args"
-            state = torch.load(path, map_location="meta", weights_only=True)
-    except Exception:  # whatever torch makes of a torn file
-        return False
-    return isinstance(state, Mapping) and state.get("format") != FASTKD_FORMAT
+    held = content
+    if isinstance(content, Mapping):
+        if content.get("format") == FASTKD_FORMAT:
+            keys = ["ema" if better_weights(content) == "ema" else "student"]
+        else:
+            keys = [*(_AVERAGED if averaged else ()), *_RAW]
+        held = next((content[key] for key in keys if content.get(key) is not None), content)
+    if not isinstance(held, Mapping) or not all(isinstance(name, str) for name in held):
+        raise UnreadableError(f"{path} holds no weights by name, but a {type(held).__name__}")
+    return clean_state_dict(dict(held))
 
 
 def better_weights(checkpoint: Mapping[str, Any]) -> str:

@@ -21,12 +21,13 @@ from fastkd.models.hub import (
     is_download_failure,
     is_hub_name,
     no_waiting_offline,
+    not_downloaded,
 )
 from fastkd.models.weights import looks_like_a_path
 
-__all__ = ["DownloadError", "build_timm_model", "check_name", "fixed_input_size"]
+__all__ = ["LOCAL", "DownloadError", "build_timm_model", "check_name", "fixed_input_size"]
 
-_LOCAL = "local-dir:"
+LOCAL = "local-dir:"  # before a folder that timm builds a model from
 
 
 def build_timm_model(
@@ -63,10 +64,9 @@ def build_timm_model(
         if told is not None:
             raise type(told)(f"{told}{_or_else(alternative)}") from error
         if downloads and is_download_failure(error):
-            raise DownloadError(
-                f"{caller}: the pretrained weights of {name!r} are not cached and could not be "
-                f"downloaded ({type(error).__name__}; no network?){_or_else(alternative)}"
-            ) from error
+            what = f"the pretrained weights of {name!r} are"
+            told = not_downloaded(caller, what, error)
+            raise DownloadError(f"{told}{_or_else(alternative)}") from error
         raise
 
 
@@ -113,7 +113,7 @@ def check_name(caller: str, name: str) -> None:
             )
         raise FileNotFoundError(f"{caller}: there is no file or folder {name!r}")
     architecture = name.split(".", 1)[0]
-    if name.startswith(_LOCAL) and not (folder := Path(name.removeprefix(_LOCAL))).is_dir():
+    if name.startswith(LOCAL) and not (folder := Path(name.removeprefix(LOCAL))).is_dir():
         raise FileNotFoundError(f"{caller}: there is no folder {str(folder)!r}")
     if ":" in name or timm.is_model(architecture):
         return
@@ -134,7 +134,7 @@ def _has_weights(name: str, kwargs: dict[str, Any]) -> bool:
 def _downloads(name: str, pretrained: bool, kwargs: Mapping[str, Any]) -> bool:
     """Whether building a model may touch the network."""
     given = kwargs.get("pretrained_cfg_overlay") or {}
-    if name.startswith(_LOCAL) or "state_dict" in given or "file" in given:
+    if name.startswith(LOCAL) or "state_dict" in given or "file" in given:
         return False
     return pretrained or is_hub_name(name)
 

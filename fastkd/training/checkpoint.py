@@ -6,9 +6,6 @@ Knows files and plain state; not what the states belong to.
 from __future__ import annotations
 
 import os
-import pickle
-import textwrap
-import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +13,7 @@ from typing import Any
 import torch
 
 from fastkd.models.weights import FASTKD_FORMAT as FORMAT
+from fastkd.models.weights import UnreadableError, read_file
 from fastkd.training.atomic import earlier, replacing
 
 VERSION = 2
@@ -123,21 +121,11 @@ def load_checkpoint(
     if path.is_dir():
         path = path / LAST
     try:
-        state = torch.load(path, map_location=device, weights_only=True)
+        state = read_file(path, device)
     except FileNotFoundError:
         raise CheckpointError(f"checkpoint: there is no {path}") from None
-    except PermissionError:
-        raise
-    except pickle.UnpicklingError as error:
-        raise TornCheckpointError(
-            f"checkpoint: {path} is torn, or holds more than plain state and is not loaded for "
-            f"safety ({_first_line(error)})"
-        ) from error
-    # OSError: torch's reader seeks to where a file cut short has nothing; IndexError: plain text.
-    except (RuntimeError, EOFError, ValueError, LookupError, OSError, zipfile.BadZipFile) as error:
-        raise TornCheckpointError(
-            f"checkpoint: {path} is torn or no checkpoint ({_first_line(error)})"
-        ) from error
+    except UnreadableError as error:
+        raise TornCheckpointError(f"checkpoint: {error}") from error
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise TornCheckpointError(f"checkpoint: {path} was not written by fastkd's trainer")
     if state["version"] > VERSION:
@@ -176,8 +164,3 @@ def is_best(path: Path, best: dict[str, Any]) -> bool:
         False for one of another epoch, which could not be replaced.
     """
     return path.exists() and load_checkpoint(path).get("best") == best
-
-
-def _first_line(error: Exception) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
-    return textwrap.shorten(text.split(". ")[0], 160, placeholder=" ...")

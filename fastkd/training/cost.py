@@ -36,8 +36,8 @@ from fastkd.training.data import slice_size
 from fastkd.training.engine import AMP_DTYPES, autocast
 from fastkd.training.options import MODULE_PREFIX
 from fastkd.training.recipe import Recipe
-from fastkd.training.setup import resolve_teacher
 from fastkd.training.task import DistillationTask, build_task
+from fastkd.training.teachers import resolve_teacher
 
 # How a pass says that it depends on values, which shapes without storage do not have.
 NEEDS_VALUES = (

@@ -40,11 +40,12 @@ def evaluate(
     Args:
         model: a timm name (pretrained, or with ``checkpoint``; ``hf_hub:OWNER/NAME`` and
             ``local-dir:FOLDER`` too), a folder that `export` wrote for timm, a checkpoint or folder
-            of a fastkd run, a checkpoint that the authors of arXiv 2511.15572 released (a path, or
-            ``hf_hub:OWNER/NAME/FILE``), or a module.
+            of a fastkd run, a student exported as safetensors, a checkpoint that the authors of
+            arXiv 2511.15572 released (a path, or ``hf_hub:OWNER/NAME/FILE``), or a module.
         data: as in `train`, of which the evaluation set is used; or one data set, or a folder of
             class folders.
-        checkpoint: for a timm name, weights in a file; for a module, a fastkd checkpoint to load.
+        checkpoint: for a timm name or a module, weights in a file, which a module takes in place.
+            A checkpoint of a run and an exported student bring what they were fed.
         weights: ``"raw"``, ``"ema"`` or ``"auto"`` of a fastkd checkpoint; auto takes the EMA where
             its run measured it to be the better one.
         device: as in `train`.

@@ -1,22 +1,36 @@
-"""What MODEL means to `evaluate` and `predict`: a name, a file, a run or a module, made one thing.
+"""What MODEL means to `evaluate`, `predict`, `analyze` and as a teacher, made one thing.
 
 Knows where models come from and how each sees its images; not what is then done with them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import timm
 from torch import nn
 
+from fastkd.models.exported import read_description
 from fastkd.models.hub import fetched
-from fastkd.models.pretrained import build_pretrained
-from fastkd.models.weights import is_foreign
-from fastkd.training.checkpoint import LAST
-from fastkd.training.setup import LoadedStudent, Preprocessing, load_student, weights_in
+from fastkd.models.pretrained import build_pretrained, fill
+from fastkd.models.registered import registered_name
+from fastkd.models.weights import FileKind, file_kind
+from fastkd.models.zoo import LOCAL, build_timm_model
+from fastkd.training.augment import InputSpec
+from fastkd.training.checkpoint import LAST, CheckpointError, load_checkpoint
+from fastkd.training.options import MODULE_PREFIX
+from fastkd.training.recipe import Recipe
+from fastkd.training.setup import (
+    LoadedStudent,
+    Preprocessing,
+    input_of,
+    load_student,
+    recipe_of,
+    weights_in,
+)
 
 # Recipe fields that say how a model sees its images.
 IMAGE_OPTIONS = ("img_size", "crop_pct", "crop_mode", "interpolation", "mean", "std")
@@ -31,12 +45,17 @@ class OpenedModel:
         preprocessing: how its images are resized, cropped and normalised.
         weights: ``"raw"`` or ``"ema"`` of a run, else ``"as given"``.
         classes: names of its classes by label, where its run had them.
+        trained_on: size and statistics of its images, where a run or an exported student says them;
+            None leaves them to timm's configuration.
+        file: its weights came from, the file or timm's folder; None for published ones and modules.
     """
 
     network: nn.Module
     preprocessing: Preprocessing
     weights: str = "as given"
     classes: tuple[str, ...] | None = None
+    trained_on: InputSpec | None = None
+    file: Path | None = None
 
 
 def open_model(
@@ -44,18 +63,22 @@ def open_model(
     model: str | Path | nn.Module,
     checkpoint: str | Path | None,
     weights: str,
-    options: dict[str, Any],
+    options: Mapping[str, Any],
+    num_classes: int | None = None,
 ) -> OpenedModel:
     """Make a model of what a user calls one.
 
     Args:
         caller: the public function that asks, named in errors.
         model: a timm name (``hf_hub:...`` and ``local-dir:...`` too), a timm folder as `export`
-            writes it, a run's folder, a checkpoint of a run, a checkpoint that the authors of arXiv
-            2511.15572 released (a path or ``hf_hub:OWNER/NAME/FILE``), or a module.
-        checkpoint: weights for a timm name; for a module, a checkpoint of a run.
+            writes it, a run's folder, a checkpoint of a run, a student exported as safetensors, a
+            checkpoint that the authors of arXiv 2511.15572 released (files also as
+            ``hf_hub:OWNER/NAME/FILE``), or a module.
+        checkpoint: weights for a timm name or, in place, for a module: any of these files. Of a run
+            or an exported student, what it was fed and its classes come with them.
         weights: ``"raw"``, ``"ema"`` or ``"auto"`` of a run's checkpoint.
         options: by the names of `IMAGE_OPTIONS`; others are let alone.
+        num_classes: of the head of a timm name with a checkpoint; None takes the weights'.
 
     Returns:
         The model, and how it sees its images with these options.
@@ -66,26 +89,39 @@ def open_model(
         RuntimeError: weights cannot be downloaded.
     """
     changes = {name: options[name] for name in IMAGE_OPTIONS if name in options}
+    size = changes.get("img_size")
+    file = None if checkpoint is None else Path(fetched(caller, checkpoint))
     if isinstance(model, nn.Module):
-        opened = _of_module(caller, model, checkpoint, weights)
+        opened = _of_module(caller, model, file, weights)
     else:
-        source = Path(fetched(caller, model))
-        if checkpoint is not None and source.exists():
-            raise ValueError(f"{caller}: {model} is a checkpoint itself; checkpoint= has no effect")
-        if _is_run(source):
-            opened = _of_run(load_student(source, weights, img_size=changes.get("img_size")))
-        else:
-            _refuse_choice(caller, weights)
-            opened = _from_elsewhere(caller, model, source, checkpoint, changes.get("img_size"))
+        source = _source(caller, model)
+        opened = _of_name(caller, str(model), source, file, weights, size, num_classes)
     return replace(opened, preprocessing=opened.preprocessing.override(**changes))
 
 
-def weights_to_choose(caller: str, model: str | Path) -> tuple[str, ...]:
+def names_a_file(caller: str, model: str | Path) -> bool:
+    """Whether what a user calls a model is a file or a folder with weights, not a timm name.
+
+    Args:
+        caller: as in `open_model`, as is the other.
+        model: no module.
+
+    Raises:
+        CheckpointError: it is a folder without weights that this fastkd knows.
+        RuntimeError: it cannot be downloaded.
+    """
+    return _is_there(caller, _source(caller, model))
+
+
+def weights_to_choose(
+    caller: str, model: str | Path, checkpoint: str | Path | None = None
+) -> tuple[str, ...]:
     """Which weights there are of what a user calls a model.
 
     Args:
         caller: as in `open_model`, as are the others.
         model: no module.
+        checkpoint: weights for a timm name.
 
     Returns:
         ``("raw",)`` or ``("raw", "ema")`` of a run; none where there is no choice.
@@ -94,57 +130,158 @@ def weights_to_choose(caller: str, model: str | Path) -> tuple[str, ...]:
         CheckpointError: a run's file cannot be used.
         RuntimeError: it cannot be downloaded.
     """
-    source = Path(fetched(caller, model))
-    return weights_in(source) if _is_run(source) else ()
+    source = _source(caller, model if checkpoint is None else checkpoint)
+    return weights_in(source) if _is_there(caller, source) and _is_run(source) else ()
+
+
+def _source(caller: str, model: str | Path) -> Path:
+    """Where a model lies, if it is a file or a folder; else a path that is not there."""
+    folder = Path(str(model).removeprefix(LOCAL))
+    return folder if folder.is_dir() else Path(fetched(caller, model))
+
+
+def _is_there(caller: str, path: Path) -> bool:
+    if not path.is_dir():
+        return path.exists()
+    if (path / LAST).exists() or _is_timm_folder(path):
+        return True
+    if timm.is_model(str(path)):  # it is only called like a model
+        return False
+    files = ", ".join(sorted(file.name for file in path.glob("*.pth"))[:3])
+    hint = f"; there is {files}: give the file" if files else ""
+    raise CheckpointError(
+        f"{caller}: the folder {path} is no run of fastkd: it has no {LAST}{hint}"
+    )
 
 
 def _is_run(path: Path) -> bool:
-    """Whether what is there is a run's, or should be."""
-    return path.exists() and not _is_timm_folder(path) and not is_foreign(path)
+    """Whether what is there is a run's, or should be: who then loads it says what is wrong."""
+    if path.is_dir():
+        return not _is_timm_folder(path)
+    return file_kind(path) in (FileKind.RUN, FileKind.UNREADABLE)
 
 
 def _is_timm_folder(path: Path) -> bool:
     return (path / "config.json").is_file() and not (path / LAST).exists()
 
 
-def _of_module(
-    caller: str, module: nn.Module, checkpoint: str | Path | None, weights: str
-) -> OpenedModel:
-    if checkpoint is not None:
-        return _of_run(load_student(fetched(caller, checkpoint), weights, module))
+def _of_module(caller: str, module: nn.Module, file: Path | None, weights: str) -> OpenedModel:
+    if file is None:
+        _refuse_choice(caller, weights)
+        return _as_timm_feeds_it(module)
+    if not file.is_file() or _is_run(file):
+        return _of_run(load_student(file, weights, module), file)
     _refuse_choice(caller, weights)
-    return _as_timm_feeds_it(module)
+    fill(caller, module, file)
+    described = read_description(file)
+    if described is None:
+        return _as_timm_feeds_it(module, file)
+    return _as_its_file_says(module, described.config, file)
 
 
-def _from_elsewhere(
+def _of_name(
     caller: str,
-    model: str | Path,
+    name: str,
     source: Path,
-    checkpoint: str | Path | None,
+    file: Path | None,
+    weights: str,
     img_size: int | None,
+    num_classes: int | None,
 ) -> OpenedModel:
-    """A timm name, or a file or folder that is no run's."""
-    name: str | Path = source if source.exists() else str(model)
-    if source.is_dir():
-        name = f"local-dir:{source}"
-    return _as_timm_feeds_it(build_pretrained(caller, name, checkpoint, img_size=img_size))
+    """A timm name, or a file or folder."""
+    there = _is_there(caller, source)
+    if there and file is not None:
+        raise ValueError(f"{caller}: {name} is a checkpoint itself; checkpoint= has no effect")
+    if there and _is_run(source):
+        return _of_run(load_student(source, weights, img_size=img_size), source)
+    if file is not None and _is_there(caller, file) and _is_run(file):
+        return _of_named_run(caller, name, file, weights, img_size)
+    _refuse_choice(caller, weights)
+    given: str | Path = source if there else name
+    if there and source.is_dir():
+        given = f"{LOCAL}{source}"
+    network: Any = build_pretrained(caller, given, file, img_size=img_size, num_classes=num_classes)
+    held_in = source if there else file
+    if held_in is not None and _is_export(held_in):
+        return _as_its_file_says(network, network.pretrained_cfg, held_in, img_size)
+    return _as_timm_feeds_it(network, held_in)
 
 
-def _of_run(student: LoadedStudent) -> OpenedModel:
-    preprocessing = Preprocessing.of_run(student)
-    return OpenedModel(student.model, preprocessing, student.weights, student.classes)
+def _is_export(path: Path) -> bool:
+    file = path / "model.safetensors" if path.is_dir() else path
+    return file_kind(file) is FileKind.EXPORT
 
 
-def _as_timm_feeds_it(network: nn.Module) -> OpenedModel:
-    return OpenedModel(network, Preprocessing.of_model(network), classes=_published(network))
+def _of_named_run(
+    caller: str, name: str, checkpoint: Path, weights: str, img_size: int | None
+) -> OpenedModel:
+    """A run says all itself; a name helps where its student was given as a module."""
+    state = load_checkpoint(checkpoint)
+    recipe = recipe_of(checkpoint, state)
+    network = None
+    if recipe.model is None or recipe.model.startswith(MODULE_PREFIX):
+        options: dict[str, Any] = {key: state[key] for key in ("num_classes", "img_size")}
+        if (channels := input_of(state).size[0]) != 3:
+            options["in_chans"] = channels
+        network = build_timm_model(caller, name, **options)
+    elif name.partition(".")[0] not in _names_of(recipe):
+        raise ValueError(
+            f"{caller}: {checkpoint} is of a run of {recipe.model}, not of {name}: give it alone"
+        )
+    return _of_run(load_student(checkpoint, weights, network, img_size=img_size), checkpoint)
 
 
-def _published(network: nn.Module) -> tuple[str, ...] | None:
-    """Names of the classes that an exported or published model carries in timm's configuration."""
-    names: Sequence[str] | None = (getattr(network, "pretrained_cfg", None) or {}).get(
-        "label_names"
+def _names_of(recipe: Recipe) -> set[str]:
+    """What a run's student may be called: by its recipe, or by timm's registry."""
+    base = str(recipe.model)
+    registered, _ = registered_name(base, recipe.variant, recipe.width)
+    return {name.partition(".")[0] for name in (base, registered)}
+
+
+def _of_run(student: LoadedStudent, file: Path) -> OpenedModel:
+    return OpenedModel(
+        student.model,
+        Preprocessing.of_run(student),
+        student.weights,
+        student.classes,
+        student.spec,
+        file / LAST if file.is_dir() else file,
     )
-    return tuple(names) if names else None
+
+
+def _as_its_file_says(
+    network: nn.Module, config: Mapping[str, Any], file: Path, img_size: int | None = None
+) -> OpenedModel:
+    """An exported student: timm's configuration of it is its own, not its architecture's."""
+    channels, height, width = config["input_size"]
+    mean, std = tuple(config["mean"]), tuple(config["std"])
+    names = ("crop_pct", "crop_mode", "interpolation")
+    recipe = Recipe(mean=mean, std=std, **{name: config[name] for name in names if name in config})
+    if height == width:
+        recipe = recipe.override(img_size=height)
+    size = (height, width) if img_size is None else (img_size, img_size)
+    return OpenedModel(
+        network,
+        Preprocessing(recipe),
+        classes=_class_names(config),
+        trained_on=InputSpec((channels, *size), mean, std),
+        file=file,
+    )
+
+
+def _as_timm_feeds_it(network: nn.Module, file: Path | None = None) -> OpenedModel:
+    config = getattr(network, "pretrained_cfg", None) or {}
+    preprocessing = Preprocessing.of_model(network)
+    return OpenedModel(network, preprocessing, classes=_class_names(config), file=file)
+
+
+def _class_names(config: Mapping[str, Any]) -> tuple[str, ...] | None:
+    """What an exported or published model's configuration calls its classes, for a reader."""
+    names: Sequence[str] = config.get("label_names") or ()
+    descriptions = config.get("label_descriptions") or {}
+    if not isinstance(descriptions, Mapping):
+        return tuple(descriptions)
+    return tuple(descriptions.get(name, name) for name in names) or None
 
 
 def _refuse_choice(caller: str, weights: str) -> None:

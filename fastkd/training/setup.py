@@ -6,7 +6,9 @@ Decides what follows from what (classes, input size, statistics); the training i
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,12 +16,11 @@ from typing import Any
 from timm.data import resolve_data_config
 from torch import nn
 
-from fastkd.models import Teacher, create_student, create_teacher
-from fastkd.models.hub import fetched
-from fastkd.models.weights import better_weights, is_foreign, short_misfit
+from fastkd.models import create_student
+from fastkd.models.weights import better_weights, short_misfit
 from fastkd.models.zoo import fixed_input_size
 from fastkd.training.augment import InputSpec
-from fastkd.training.checkpoint import load_checkpoint
+from fastkd.training.checkpoint import LAST, CheckpointError, load_checkpoint
 from fastkd.training.datasets import DataPair
 from fastkd.training.options import MODULE_PREFIX
 from fastkd.training.recipe import Recipe
@@ -222,59 +223,6 @@ def _check_input(student: nn.Module, spec: InputSpec) -> None:
         )
 
 
-def resolve_teacher(teacher: Any, recipe: Recipe, spec: InputSpec) -> Teacher | None:
-    """Load the teacher and tell it what the images are normalised with.
-
-    Args:
-        teacher: None, a `Teacher`, a module, a timm name, a run's folder, a fastkd checkpoint or a
-            released one.
-        recipe: its ``teacher_checkpoint`` holds local weights for a timm name, its
-            ``teacher_img_size`` the size that images are resized to for the teacher.
-        spec: the student's input.
-
-    Returns:
-        The frozen teacher on the CPU, or None.
-
-    Raises:
-        ValueError: weights for a module, a size for a `Teacher` or for a model that is fixed to
-            another, or what `create_teacher` raises.
-    """
-    if teacher is None:
-        return None
-    size = recipe.teacher_img_size
-    teacher = teacher if isinstance(teacher, nn.Module) else fetched("train", teacher)
-    by_name = not isinstance(teacher, nn.Module) and not Path(teacher).exists()
-    if recipe.teacher_checkpoint is not None and not by_name:
-        raise ValueError("teacher_checkpoint: holds weights for a teacher given by its timm name")
-    if isinstance(teacher, Teacher):
-        if size is not None:
-            raise ValueError("teacher_img_size: a Teacher has an input_size of its own")
-        resolved = teacher
-    elif isinstance(teacher, nn.Module):
-        resolved = create_teacher(teacher, input_size=size)
-    elif by_name:
-        resolved = create_teacher(str(teacher), checkpoint=recipe.teacher_checkpoint, img_size=size)
-    elif is_foreign(teacher):
-        resolved = create_teacher(teacher, img_size=size)
-    else:
-        resolved = _trained_teacher(teacher, size)
-    resolved.set_input_stats(spec.mean, spec.std)
-    return resolved
-
-
-def _trained_teacher(run: str | Path, size: int | None) -> Teacher:
-    """A run's student as a teacher, fed what its run fed it."""
-    loaded = load_student(run, img_size=size)
-    # Not through create_teacher: without statistics it would take those of timm's configuration,
-    # but this model was trained on tensors as they came.
-    return Teacher(
-        loaded.model,
-        mean=loaded.spec.mean,
-        std=loaded.spec.std,
-        input_size=loaded.spec.size[-2:],
-    )
-
-
 @dataclass(frozen=True)
 class LoadedStudent:
     """A student rebuilt from a checkpoint.
@@ -307,7 +255,8 @@ def load_student(
         checkpoint: a checkpoint, or a run's folder, whose ``last.pth`` is taken.
         weights: ``"raw"``, ``"ema"``, or ``"auto"``: EMA where it had the higher top-1 when the run
             measured both last, else raw.
-        model: takes the weights; needed where the student was given as a module.
+        model: takes the weights, in place; needed where the student was given as a module. With
+            ``img_size``, a copy takes them.
         img_size: input size to change to (position embeddings are resampled); None keeps what it
             was trained on.
 
@@ -318,19 +267,15 @@ def load_student(
         CheckpointError: the file cannot be used.
         ValueError: there are no EMA weights, they do not fit ``model``, or its size cannot change.
     """
-    if weights not in ("auto", "raw", "ema"):
-        raise ValueError(f"weights: expected auto, raw or ema, got {weights!r}")
     state = load_checkpoint(checkpoint)
-    if weights == "ema" and state["ema"] is None:
-        raise ValueError(f"weights: {checkpoint} has no EMA weights (ema_decay was none)")
-    recipe = Recipe.from_dict(state["recipe"])
-    size, mean, std = (state["input"][name] for name in ("size", "mean", "std"))
-    spec = InputSpec(tuple(size), mean and tuple(mean), std and tuple(std))
+    taken = taken_weights(checkpoint, state, weights)
+    recipe, spec = recipe_of(checkpoint, state), input_of(state)
     if model is None:
         model = build_student(recipe, Shape(state["num_classes"], spec.size[0], state["img_size"]))
-    used = better_weights(state) if weights == "auto" else weights
+    elif img_size is not None:
+        model = copy.deepcopy(model)
     try:
-        model.load_state_dict(state["student" if used == "raw" else "ema"])
+        model.load_state_dict(state["student" if taken == "raw" else "ema"])
     except RuntimeError as error:
         raise ValueError(
             f"student: {checkpoint} does not fit the given model: {short_misfit(error)}"
@@ -339,7 +284,63 @@ def load_student(
         spec = replace(spec, size=(spec.size[0], img_size, img_size))
         change_input_size(model, (img_size, img_size))
     classes = state.get("classes")
-    return LoadedStudent(model.eval(), spec, recipe, used, tuple(classes) if classes else None)
+    return LoadedStudent(model.eval(), spec, recipe, taken, tuple(classes) if classes else None)
+
+
+def taken_weights(checkpoint: str | Path, state: Mapping[str, Any], weights: str) -> str:
+    """Which of a checkpoint's weights somebody means.
+
+    Args:
+        checkpoint: for messages.
+        state: of the checkpoint.
+        weights: ``"raw"``, ``"ema"`` or ``"auto"``, as in `load_student`.
+
+    Returns:
+        ``"raw"`` or ``"ema"``.
+
+    Raises:
+        ValueError: another word, or there are no EMA weights.
+    """
+    if weights not in ("auto", "raw", "ema"):
+        raise ValueError(f"weights: expected auto, raw or ema, got {weights!r}")
+    if weights == "ema" and state["ema"] is None:
+        raise ValueError(f"weights: {checkpoint} has no EMA weights (ema_decay was none)")
+    return better_weights(state) if weights == "auto" else weights
+
+
+def recipe_of(checkpoint: str | Path, state: Mapping[str, Any]) -> Recipe:
+    """The recipe in a checkpoint, in today's words.
+
+    Args:
+        checkpoint: for messages.
+        state: of the checkpoint.
+
+    Returns:
+        The recipe; fields that came later have their defaults.
+
+    Raises:
+        CheckpointError: it has a field or a value that this fastkd does not know.
+    """
+    try:
+        return Recipe.from_dict(state["recipe"])
+    except (ValueError, TypeError) as error:
+        file = Path(checkpoint) / LAST if Path(checkpoint).is_dir() else checkpoint
+        raise CheckpointError(
+            f"checkpoint: {file} holds a recipe that this fastkd cannot read: {error}"
+        ) from error
+
+
+def input_of(state: Mapping[str, Any]) -> InputSpec:
+    """What the student in a checkpoint was trained on.
+
+    Args:
+        state: of the checkpoint.
+
+    Returns:
+        Size and statistics.
+    """
+    size, mean, std = (state["input"][name] for name in ("size", "mean", "std"))
+    return InputSpec(tuple(size), mean and tuple(mean), std and tuple(std))
 
 
 @dataclass(frozen=True)

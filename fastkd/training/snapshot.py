@@ -18,6 +18,7 @@ from fastkd.training.checkpoint import LAST, VERSION, CheckpointError
 from fastkd.training.engine import Engine
 from fastkd.training.recipe import Recipe
 from fastkd.training.seeding import rng_state, set_rng_state
+from fastkd.training.setup import recipe_of
 
 
 @dataclass
@@ -172,7 +173,7 @@ def restore(
     for name, value in state["position"].items():
         setattr(engine.position, name, value)
     progress.history, progress.best = state["history"], state["best"]
-    progress.unreadable = state["unreadable"]
+    progress.unreadable = state.get("unreadable", [])
     set_rng_state(state["rng"], engine.world.device)
 
 
@@ -197,12 +198,13 @@ def _check_same_run(path: Path, state: dict[str, Any], identity: Identity) -> No
             f"resume: {path} is of a run on classes of other names or in another order than these "
             f"data's: its labels mean something else"
         )
-    if state["stream"] != identity.stream:
+    stream = state.get("stream")  # earlier runs had data by number alone
+    if stream != identity.stream:
         raise CheckpointError(
-            f"resume: {path} is of a stream shared by {state['stream']} (processes, workers of "
+            f"resume: {path} is of a stream shared by {stream} (processes, workers of "
             f"each), now by {identity.stream}: it would give other samples"
         )
-    differences = Recipe.from_dict(state["recipe"]).differences(identity.recipe)
+    differences = recipe_of(path, state).differences(identity.recipe)
     if differences:
         fields = ", ".join(f"{n} {a!r} -> {b!r}" for n, (a, b) in differences.items())
         raise CheckpointError(

@@ -34,9 +34,9 @@ from fastkd.training.setup import (
     build_student,
     class_count,
     input_spec,
-    resolve_teacher,
     student_shape,
 )
+from fastkd.training.teachers import resolve_teacher
 
 LOADER = "loader alone"
 INPUT = "input: copy, augment, mix"

@@ -51,11 +51,11 @@ from fastkd.training.setup import (
     class_names,
     input_spec,
     parameter_count,
-    resolve_teacher,
     student_shape,
 )
 from fastkd.training.snapshot import Identity, Progress, restore, run_state, student_state
 from fastkd.training.summary import effective_values
+from fastkd.training.teachers import resolve_teacher
 from fastkd.training.trackers import check_trackers, open_trackers
 from fastkd.training.workers import describe_worker_death
 

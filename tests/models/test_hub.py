@@ -1,5 +1,7 @@
 """Names on the hub: files of any layout, and one quick error where there is no network."""
 
+import errno
+import os
 import time
 from types import SimpleNamespace
 
@@ -185,6 +187,73 @@ def test_a_repository_that_is_not_there_is_a_users_error(online, monkeypatch):
     monkeypatch.setattr(hub, "hf_hub_download", failing(missing))
     with pytest.raises(ValueError, match="the hub has no repository 'owner/name'"):
         fetched("test", FILE)
+
+
+def test_a_gated_repository_asks_for_its_terms_to_be_accepted(online, monkeypatch):
+    monkeypatch.setattr(hub, "hf_hub_download", failing(answered(errors.GatedRepoError)))
+    expected = (
+        r"owner/name is gated: accept its terms on its page, .*owner/name, then hf auth login"
+    )
+    with pytest.raises(ValueError, match=expected):
+        fetched("test", FILE)
+
+
+def raised_from(error, cause):
+    error.__cause__ = cause
+    return error
+
+
+def told_of(monkeypatch, error, name):
+    """What a user reads when a download fails so; of a name on the hub, and of one of timm's."""
+    if name == FILE:
+        monkeypatch.setattr(hub, "hf_hub_download", failing(error))
+    else:
+        monkeypatch.setattr(timm.models._builder, "load_pretrained", failing(error))
+    with pytest.raises(DownloadError) as told:
+        create_teacher(name)
+    return str(told.value)
+
+
+@pytest.mark.parametrize("name", [FILE, "resnet10t.c3_in1k"])
+def test_what_the_hub_answers_is_told_and_not_taken_for_a_network_that_is_missing(
+    online, monkeypatch, name
+):
+    busy = errors.HfHubHTTPError.__new__(errors.HfHubHTTPError)
+    Exception.__init__(busy, "429 Client Error: Too Many Requests\nretry later")
+    busy.__cause__ = RuntimeError("429 Client Error: Too Many Requests\nfor url https://...")
+    told = told_of(
+        monkeypatch, raised_from(errors.LocalEntryNotFoundError("not found"), busy), name
+    )
+    assert "429 Client Error: Too Many Requests" in told
+    assert "no network?" not in told and "url" not in told
+
+
+@pytest.mark.parametrize("name", [FILE, "resnet10t.c3_in1k"])
+def test_where_nothing_answers_the_network_is_doubted(online, monkeypatch, name):
+    cause = ConnectionError("Name or service not known")
+    told = told_of(
+        monkeypatch, raised_from(errors.LocalEntryNotFoundError("not found"), cause), name
+    )
+    assert "ConnectionError: Name or service not known; no network?" in told
+
+
+@pytest.mark.parametrize("name", [FILE, "resnet10t.c3_in1k"])
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EACCES])
+def test_a_cache_that_cannot_be_written_is_no_matter_of_the_network(
+    online, monkeypatch, name, number
+):
+    told = told_of(monkeypatch, OSError(number, os.strerror(number)), name)
+    assert f"could not be kept in the cache ([Errno {number}] {os.strerror(number)})" in told
+    assert "network" not in told
+
+
+def test_a_firewall_that_denies_permission_is_no_matter_of_the_cache(online, monkeypatch):
+    class ConnectError(Exception):
+        pass
+
+    ConnectError.__module__ = "httpx"
+    denied = PermissionError(errno.EACCES, "Permission denied")
+    assert "no network?" in told_of(monkeypatch, raised_from(ConnectError("no"), denied), FILE)
 
 
 def test_a_folder_that_is_not_there_is_no_matter_of_the_network(tmp_path):

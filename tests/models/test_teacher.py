@@ -305,7 +305,7 @@ def test_of_a_checkpoint_that_does_not_fit_the_first_names_are_listed(checkpoint
 
 def test_a_file_that_is_no_checkpoint_is_refused(tmp_path):
     (tmp_path / "x.pth").write_bytes(b"PK torn")
-    with pytest.raises(ValueError, match="cannot be read as weights"):
+    with pytest.raises(ValueError, match=r"x\.pth is torn or no file of weights"):
         create_teacher(NAME, checkpoint=tmp_path / "x.pth")
 
 

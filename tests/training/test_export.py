@@ -1,13 +1,16 @@
 """Exported students: what the files hold, and that other tools compute what the student does."""
 
+import copy
 import importlib.util
 import json
 import sys
 from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import safetensors.torch
 import timm
 import torch
 from safetensors import safe_open
@@ -17,10 +20,13 @@ from torch import nn
 from fastkd.cli import main
 from fastkd.models import create_student, load_released_checkpoint
 from fastkd.models.weights import better_weights
-from fastkd.training import load_student, train
+from fastkd.training import Recipe, load_student, train
+from fastkd.training.augment import InputSpec
 from fastkd.training.checkpoint import load_checkpoint, save_checkpoint
-from fastkd.training.exporting import export
+from fastkd.training.engine import Position
+from fastkd.training.exporting import export, safetensors_file
 from fastkd.training.exporting.student import open_student
+from fastkd.training.snapshot import Identity, Progress, student_state
 from tests.training.tiny import FAST, image_folder, made_run, tensor_data, vit
 
 VARIANTS = [("plain", None), ("lift", 96), ("widelast", 128), ("uniform", 66)]
@@ -135,17 +141,86 @@ def test_the_line_that_is_printed_loads_the_student(tmp_path, variant, width, fo
 def test_timm_loads_a_file_of_the_papers_own_student_by_its_name(tmp_path):
     run = made_run(tmp_path / "run", "widelast", 128, name="deit_tiny_patch16_224")
     exported = export(run, "safetensors")
-    assert 'create_model("deit_tiny_widelast_patch16_224", checkpoint_path=' in exported.load
+    assert "create_model('deit_tiny_widelast_patch16_224', checkpoint_path=" in exported.load
     assert exported.difference == 0
 
 
+@pytest.mark.parametrize(("top1", "ema_top1", "held"), [(50, 60, "ema"), (60, 50, "student")])
+def test_timm_loads_the_better_weights_of_a_trainers_checkpoint_by_its_path(
+    tmp_path, top1, ema_top1, held
+):
+    raw, averaged = (create_student("test_vit", num_classes=3, img_size=32) for _ in range(2))
+    engine = SimpleNamespace(ema=SimpleNamespace(module=averaged), position=Position())
+    spec = InputSpec((3, 32, 32), None, None)
+    identity = Identity(Recipe(model="test_vit"), spec, 3, 32, None, 1)
+    progress = Progress(history=[{"top1": top1, "ema_top1": ema_top1}])
+    save_checkpoint(student_state(raw, engine, identity, progress), tmp_path / "last.pth")
+    model = timm.create_model(
+        "test_vit", checkpoint_path=tmp_path / "last.pth", num_classes=3, img_size=32
+    )
+    expected = {"student": raw, "ema": averaged}[held].state_dict()
+    assert not torch.equal(raw.head.weight, averaged.head.weight)
+    assert all(torch.equal(value, expected[key]) for key, value in model.state_dict().items())
+
+
 @pytest.mark.parametrize("name", ["last.pth", "best.pth"])
-def test_timm_loads_a_trainers_checkpoint_by_its_path(distilled, name):
+def test_timm_loads_a_runs_checkpoints_by_their_paths(distilled, name):
     path = distilled / name
     state = load_checkpoint(path)
     model = timm.create_model("test_vit", checkpoint_path=path, num_classes=3, img_size=32)
     expected = state["ema" if better_weights(state) == "ema" else "student"]
     assert all(torch.equal(value, expected[key]) for key, value in model.state_dict().items())
+
+
+def with_its_head_zeroed(state, metadata):
+    zeroed = state | {"head.weight": torch.zeros_like(state["head.weight"])}
+    return safetensors.torch.save(zeroed, metadata)
+
+
+@pytest.mark.parametrize("format", ["timm", "safetensors"])
+def test_a_file_that_computes_something_else_never_takes_its_place(tmp_path, monkeypatch, format):
+    run, output = made_run(tmp_path / "run"), tmp_path / OUTPUTS[format]
+    file = export(run, format, output, weights="raw").path
+    file = file / "model.safetensors" if file.is_dir() else file
+    before = file.read_bytes()
+    monkeypatch.setattr(safetensors_file, "save", with_its_head_zeroed)
+    with pytest.raises(RuntimeError, match="what was written computes something else"):
+        export(run, format, output, overwrite=True)
+    assert file.read_bytes() == before
+    assert {entry.name for entry in tmp_path.iterdir()} == {"run", output.name}
+
+
+def test_a_handed_over_module_that_timms_of_its_name_is_not_promises_nothing(tmp_path):
+    run = made_run(tmp_path / "run")
+    module = load_student(run).model
+    module.norm.eps = 1.0  # the same weights, but another function
+    exported = export(run, "safetensors", model=module)
+    assert (exported.difference, exported.load) == (None, None)
+
+
+def test_a_size_that_is_exported_does_not_change_the_callers_module(tmp_path):
+    run = made_run(tmp_path / "run", name="deit_tiny_patch16_224")
+    module = create_student("deit_tiny_patch16_224", num_classes=3, img_size=32)
+    before = copy.deepcopy(module.state_dict())
+    exported = export(run, "safetensors", model=module, img_size=64)
+    assert exported.model_args == {"img_size": [64, 64]}
+    assert module.patch_embed.img_size == (32, 32)
+    assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
+
+
+@pytest.mark.parametrize("format", ["timm", "safetensors"])
+def test_the_line_that_is_printed_is_python_for_a_path_with_quotes(tmp_path, format):
+    output = tmp_path / "it's" / f'"my" {OUTPUTS[format]}'
+    output.parent.mkdir()
+    run = made_run(tmp_path / "run")
+    exported = export(run, format, output)
+    assert torch.equal(logits(loaded_by(exported.load)), logits(load_student(run).model))
+
+
+def test_an_exported_student_is_not_exported_again(tmp_path):
+    path = export(made_run(tmp_path / "run"), "safetensors").path
+    with pytest.raises(ValueError, match=r"student\.safetensors is an exported student itself"):
+        export(path)
 
 
 def test_what_timm_looks_for_in_a_checkpoint_takes_no_space(distilled):
@@ -455,7 +530,7 @@ def test_the_command_says_what_it_wrote_and_how_to_load_it(capsys, tmp_path):
     assert main(["export", str(run), "--weights", "raw"]) == 0
     out = capsys.readouterr().out
     assert "raw weights" in out and "logits differ by 0.0e+00" in out
-    assert f'import fastkd, timm; timm.create_model("local-dir:{run / "student-timm"}"' in out
+    assert f"import fastkd, timm; timm.create_model('local-dir:{run / 'student-timm'}'" in out
 
 
 def test_models_of_other_channels_are_built_for_them(tmp_path):

@@ -22,9 +22,8 @@ from fastkd.training.exporting.onnx_file import (
 )
 from fastkd.training.exporting.output import check_output
 from fastkd.training.exporting.safetensors_file import (
-    difference_through_timm,
     is_safetensors_export,
-    write_safetensors,
+    write_checked_safetensors,
 )
 from fastkd.training.exporting.student import Student, open_student
 from fastkd.training.exporting.timm_folder import is_timm_export, write_timm_folder
@@ -137,8 +136,8 @@ def export(
             better one. A released checkpoint has one kind of weights: ``"auto"``.
         img_size: input pixels a side to change to (position embeddings are resampled); None keeps
             what the student was trained on.
-        model: the module that a run was given in place of a name; it takes the weights. Without it
-            such a run exports to safetensors alone.
+        model: the module that a run was given in place of a name; it takes the weights (a copy of
+            it does with ``img_size``). Without it such a run exports to safetensors alone.
         opset: of ONNX, from `OPSET`, the default, on.
         overwrite: replace an earlier export of the same format, which is known by its metadata.
 
@@ -194,8 +193,7 @@ def _write(student: Student, format: str, target: Path, opset: int) -> float | N
         return write_timm_folder(student, target)
     if format == "onnx":
         return write_onnx(student, target, opset)
-    write_safetensors(student, target)
-    return difference_through_timm(student, target)
+    return write_checked_safetensors(student, target)
 
 
 def _loading_line(student: Student, format: str, target: Path) -> str | None:
@@ -204,9 +202,10 @@ def _loading_line(student: Student, format: str, target: Path) -> str | None:
     packages = "fastkd, timm" if student.architecture in default_cfgs else "timm"
     call = f"import {packages}; timm.create_model"
     if format == "timm":
-        return f'{call}("local-dir:{target}", pretrained=True)'
+        folder = f"local-dir:{target}"
+        return f"{call}({folder!r}, pretrained=True)"
     arguments = "".join(f", {name}={value!r}" for name, value in student.timm_arguments().items())
-    return f'{call}("{student.architecture}", checkpoint_path="{target}"{arguments})'
+    return f"{call}({student.architecture!r}, checkpoint_path={str(target)!r}{arguments})"
 
 
 def _bytes(path: Path) -> int:

@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastkd.models.weights import VERSION_KEY
 from fastkd.training.atomic import replacing
 from fastkd.training.exporting.check import BATCHES, largest_difference
-from fastkd.training.exporting.student import VERSION_KEY, Student
+from fastkd.training.exporting.student import Student
 
 OPSET = 18  # what torch's exporter translates to itself; others are converted from it
 INPUT, OUTPUT = "images", "logits"

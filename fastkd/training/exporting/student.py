@@ -21,14 +21,18 @@ from torch import Tensor, nn
 from fastkd.models.hub import fetched
 from fastkd.models.registered import registered_name
 from fastkd.models.released import read_released
-from fastkd.models.weights import better_weights, is_foreign
+from fastkd.models.weights import VERSION_KEY, FileKind, file_kind
 from fastkd.training.augment import InputSpec
 from fastkd.training.checkpoint import CheckpointError, load_checkpoint
 from fastkd.training.options import MODULE_PREFIX
 from fastkd.training.recipe import Recipe
-from fastkd.training.setup import change_input_size, load_student
-
-VERSION_KEY = "fastkd_version"  # by which an export is known as one
+from fastkd.training.setup import (
+    change_input_size,
+    input_of,
+    load_student,
+    recipe_of,
+    taken_weights,
+)
 
 
 @dataclass(frozen=True)
@@ -45,6 +49,7 @@ class Student:
         weights: ``"raw"``, ``"ema"`` or ``"released"``.
         data_config: what it takes in, under timm's names: ``input_size`` (C, H, W), ``mean``,
             ``std``, ``interpolation``, ``crop_pct``, ``crop_mode``.
+        handed_over: whether the model is its author's, and timm's of that name perhaps another.
     """
 
     state: dict[str, Tensor]
@@ -55,6 +60,7 @@ class Student:
     label_names: tuple[str, ...] | None
     weights: str
     data_config: dict[str, Any]
+    handed_over: bool = False
 
     def required_model(self, format: str) -> nn.Module:
         """The module, for a format that has to run it.
@@ -119,7 +125,13 @@ def open_student(
     if weights not in ("auto", "raw", "ema"):
         raise ValueError(f"export: weights must be auto, raw or ema, got {weights!r}")
     run = fetched("export", run)
-    if is_foreign(run):
+    kind = file_kind(run)
+    if kind is FileKind.EXPORT:
+        raise CheckpointError(
+            f"checkpoint: {run} is an exported student itself: give its run, the folder or a "
+            "checkpoint"
+        )
+    if kind is FileKind.WEIGHTS:
         return _released(run, weights, img_size, model)
     state = load_checkpoint(run)
     if model is None and _is_module(state["recipe"]["model"]):
@@ -151,6 +163,7 @@ def _of_run(
         label_names=_label_names(state),
         weights=loaded.weights,
         data_config=_data_config(loaded.spec, loaded.recipe),
+        handed_over=model is not None,
     )
 
 
@@ -192,20 +205,16 @@ def _weights_alone(
             f"export: img_size={img_size} changes a model, and this run's student, "
             f"{state['recipe']['model']}, can only be built by its author (model=, from Python)"
         )
-    used = better_weights(state) if weights == "auto" else weights
-    if state["student" if used == "raw" else "ema"] is None:
-        raise ValueError(f"export: {run} has no EMA weights (ema_decay was none)")
-    recipe = Recipe.from_dict(state["recipe"])
-    size, mean, std = (state["input"][name] for name in ("size", "mean", "std"))
+    taken, recipe = taken_weights(run, state, weights), recipe_of(run, state)
     return Student(
-        state=_plain(state["student" if used == "raw" else "ema"]),
+        state=_plain(state["student" if taken == "raw" else "ema"]),
         model=None,
         architecture=str(recipe.model),
         model_args={},
         num_classes=state["num_classes"],
         label_names=_label_names(state),
-        weights=used,
-        data_config=_data_config(InputSpec(size, mean, std), recipe),
+        weights=taken,
+        data_config=_data_config(input_of(state), recipe),
     )
 
 
