@@ -131,7 +131,7 @@ class LiftVisionTransformer(_WideFinalTransformer):
     ) -> Tensor:
         """Logits [B, classes] of images ``x`` [B, C, H, W]; arguments as in timm."""
         # Not joined by `and`, which TorchScript would compile.
-        if not torch.jit.is_scripting():  # type: ignore[attr-defined]  # noqa: SIM102
+        if not torch.jit.is_scripting():  # noqa: SIM102 -- TorchScript would compile an `and`
             if self.fuses_lift(x):
                 return self._forward_fused(x, attn_mask, is_causal)
         x = self.forward_features(x, attn_mask=attn_mask, is_causal=is_causal)
@@ -256,7 +256,7 @@ class LiftVisionTransformer(_WideFinalTransformer):
 
 def _is_recorded(x: Tensor) -> bool:
     """Whether the pass is traced or exported, to run where the operators may not be known."""
-    tracing = torch.jit.is_tracing()  # type: ignore[attr-defined]
+    tracing = torch.jit.is_tracing()
     return isinstance(x, torch.fx.Proxy) or tracing or _is_exporting()
 
 
