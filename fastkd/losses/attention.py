@@ -88,33 +88,40 @@ def _attention_transfer(
     total = student.new_zeros((), dtype=dtype)
     numbers_each = 3 * places * max(width, teacher.shape[2])
     for chunk in slices(images, numbers_each * dtype.itemsize, limit):
-        taught, _ = directions(_energies(teacher[chunk], power, dtype)[0], dtype)
-        energies, slope = _energies(student[chunk], power, dtype)
-        attention, inverse = directions(energies, dtype)
+        taught, _ = directions(_energies(_relative(teacher[chunk], dtype)[0], power), dtype)
+        relative, peak = _relative(student[chunk], dtype)
+        attention, inverse = directions(_energies(relative, power), dtype)
         difference = attention - taught
         total += difference.square().sum()
         if needs_gradient:
             of_energies = before_direction(difference.mul_(2 * scale), attention, inverse)
-            torch.mul(slope, of_energies.unsqueeze(-1), out=gradient[chunk])
-        del slope  # or it is there beside the next images'
+            of_powers = of_energies.unsqueeze(-1) * (power / width) / peak
+            torch.mul(_slope(relative, power), of_powers, out=gradient[chunk])
+        del relative  # or it is there beside the next images'
     return total * scale, gradient
 
 
-def _energies(tokens: Tensor, power: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Energy of the places of c images, relative to their largest value, and its slope.
+def _relative(tokens: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Tokens [c, N, D] over the largest value of their image, and that value, [c, 1, 1].
 
-    Args:
-        tokens: [c, N, D].
-        power: p.
-        dtype: to compute in.
-
-    Returns:
-        [c, N], and [c, N, D]: its derivative. That of the largest value is left out, for it cancels
-        in a normalised map.
+    That the largest value depends on the tokens is of no matter to gradients: it cancels in a
+    normalised map.
     """
-    peak = torch.linalg.vector_norm(tokens, math.inf, dim=(1, 2), keepdim=True).to(dtype)
+    highest, lowest = (f(tokens, dim=(1, 2), keepdim=True) for f in (torch.amax, torch.amin))
+    peak = torch.maximum(highest, -lowest).to(dtype)
     peak = torch.where(peak == 0, 1.0, peak)
-    relative = tokens / peak
-    slope = relative.abs().pow_(power - 1).mul_(relative.sign())
-    energies = relative.mul_(slope).mean(dim=2)
-    return energies, slope.mul_(power / tokens.shape[2]).div_(peak)
+    return tokens / peak, peak
+
+
+def _energies(relative: Tensor, power: float) -> Tensor:
+    """Mean of |x|^p over channels, [c, N]."""
+    if power == 2:  # in one pass
+        return torch.linalg.vector_norm(relative, dim=2).square_() / relative.shape[2]
+    return relative.abs().pow_(power).mean(dim=2)
+
+
+def _slope(relative: Tensor, power: float) -> Tensor:
+    """|x|^(p - 1), with the sign of x."""
+    if power == 2:
+        return relative
+    return relative.abs().pow_(power - 1).mul_(relative.sign())
