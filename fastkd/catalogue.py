@@ -214,7 +214,7 @@ def find_loss(name: str) -> Loss:
     """
     known = {loss.name: loss for loss in (*LOGIT_LOSSES, *FEATURE_LOSSES)}
     if name not in known:
-        close = difflib.get_close_matches(name, list(known), n=1)
+        close = difflib.get_close_matches(name.lower(), list(known), n=1)
         hint = f" (did you mean {close[0]!r}?)" if close else ""
         raise ValueError(f"no loss {name!r}{hint}; there are: {', '.join(known)}")
     return known[name]

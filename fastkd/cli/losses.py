@@ -70,7 +70,8 @@ def _explanation(loss: Loss) -> str:
     cls = loss.load()
     lines = [f"{loss.name}: {loss.summary} ({loss.source})"]
     lines.append(f"as a module: fastkd.losses.{cls.__name__}")
-    lines.append(f"weight in its source: {loss.weight}")
+    flag = "--alpha" if loss in LOGIT_LOSSES else "--feature-weight, 0.2 if not given"
+    lines.append(f"weight in its source: {loss.weight} ({flag})")
     chosen = ", ".join(f"{name}={value}" for name, value in options_of(loss).items())
     lines.append(f"options: {chosen or 'none'}")
     if loss in LOGIT_LOSSES and has_temperature(loss):
