@@ -135,24 +135,6 @@ def _why_unreadable(path: Path, error: Exception) -> str:
     return f"is torn or no file of weights ({textwrap.shorten(reason, 160, placeholder=' ...')})"
 
 
-def read_weights(path: str | Path) -> dict[str, Tensor]:
-    """Read a state dict, without unpickling code.
-
-    Args:
-        path: .pth or .safetensors: a state dict, a training checkpoint that holds one, or a
-            checkpoint of a fastkd run, of which `better_weights` are taken.
-
-    Returns:
-        The weights by name, on the CPU.
-
-    Raises:
-        UnreadableError: as `read_file`, or the file holds no weights by name.
-        FileNotFoundError: there is no such file.
-        PermissionError: this user may not read it.
-    """
-    return held_weights(read_file(path), path)
-
-
 def held_weights(content: Any, path: str | Path, *, averaged: bool = True) -> dict[str, Tensor]:
     """The weights in what a file held, by the names that trainers give them.
 

@@ -10,7 +10,17 @@ import torch
 from safetensors.torch import save_file
 
 from fastkd.models import create_teacher, load_released_checkpoint
-from fastkd.models.weights import FileKind, UnreadableError, file_kind, read_file, read_weights
+from fastkd.models.weights import (
+    FileKind,
+    UnreadableError,
+    file_kind,
+    held_weights,
+    read_file,
+)
+
+
+def read_weights(path):
+    return held_weights(read_file(path), path)
 
 
 def model():
