@@ -57,7 +57,7 @@ from fastkd.training.snapshot import Identity, Progress, restore, run_state, stu
 from fastkd.training.summary import effective_values
 from fastkd.training.teachers import resolve_teacher
 from fastkd.training.trackers import check_trackers, open_trackers
-from fastkd.training.workers import describe_worker_death
+from fastkd.training.workers import DEATHS, describe_worker_death
 
 RECIPE = "recipe.yaml"
 
@@ -289,16 +289,15 @@ class _Run:
         except NonFiniteError:
             self._tell_skipped()
             raise
-        except RuntimeError as error:
+        except DEATHS as error:
             # The signal that asked to stop may have ended loader processes, too.
             if self.stop.received is not None:
                 self._keep_what_is_done()
                 self.stop.raise_as_exception()
-            loaders = (self.train_loader, self.eval_loader)
-            deaths = [describe_worker_death(loader, error) for loader in loaders]
-            if not any(deaths):
+            death = describe_worker_death((self.train_loader, self.eval_loader), error)
+            if death is None:
                 raise
-            raise RuntimeError(next(filter(None, deaths))) from error
+            raise RuntimeError(death) from error
         finally:
             self.logger.close()
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import re
 import signal
+import time
 from collections.abc import Sequence
 from multiprocessing import popen_fork
 from multiprocessing.context import ForkContext, ForkProcess
@@ -16,6 +17,9 @@ from typing import Any
 import torch
 from torch.utils.data import get_worker_info
 
+# What a loop over a loader may see of a process that died.
+DEATHS = (RuntimeError, ConnectionError, EOFError)
+TORCH_SECONDS = 2.0  # within which torch hears of it
 SHOWN_PIDS = re.compile(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\)")
 PID, SAMPLE = 0, 1  # columns of the shared notes
 
@@ -54,29 +58,48 @@ class WorkerNotes:
         return {pid: noted[pid] for pid in pids if pid in noted}
 
 
-def describe_worker_death(loader: Any, error: BaseException) -> str | None:
+def describe_worker_death(loaders: Sequence[Any], error: BaseException) -> str | None:
     """Name the file that a loader process died over.
 
     Args:
-        loader: whose iteration raised; its data set has ``notes`` (`WorkerNotes`) and
+        loaders: one of them raised; their data sets have ``notes`` (`WorkerNotes`) and
             ``name(sample)``.
-        error: what it raised.
+        error: what it raised, one of `DEATHS`.
 
     Returns:
         One sentence, or None where the error is another one or nothing was noted.
     """
-    found = SHOWN_PIDS.search(str(error))
-    notes = getattr(loader.dataset, "notes", None)
-    if found is None or notes is None:
+    found = SHOWN_PIDS.search(str(_as_torch_tells(error)))
+    if found is None:
         return None
-    samples = notes.samples([int(pid) for pid in found.group(1).split(",")])
-    if not samples:
-        return None
-    deaths = (
-        f"loader process {pid} died over {loader.dataset.name(sample)} (sample {sample})"
-        for pid, sample in samples.items()
-    )
-    return "data: " + "; ".join(deaths)
+    pids = [int(pid) for pid in found.group(1).split(",")]
+    for loader in loaders:
+        notes = getattr(loader.dataset, "notes", None)
+        if notes is None or not (samples := notes.samples(pids)):
+            continue
+        deaths = (
+            f"loader process {pid} died over {loader.dataset.name(sample)} (sample {sample})"
+            for pid, sample in samples.items()
+        )
+        return "data: " + "; ".join(deaths)
+    return None
+
+
+def _as_torch_tells(error: BaseException) -> BaseException:
+    """Torch's error for a dead process, where its closed socket was noticed first.
+
+    SIGCHLD reaches torch after the process's sockets were closed, and torch's handler raises in
+    whatever code runs then: wait for it here.
+    """
+    if not isinstance(error, (ConnectionError, EOFError)):
+        return error
+    end = time.monotonic() + TORCH_SECONDS
+    try:
+        while time.monotonic() < end:
+            time.sleep(0.02)
+    except RuntimeError as told:
+        return told
+    return error
 
 
 def loader_options(workers: int, device: torch.device) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from fastkd.training.datasets import DataPair, open_data
 from fastkd.training.distributed import World
 from fastkd.training.recipe import Recipe
 from fastkd.training.samples import SampleTransform
-from fastkd.training.workers import WorkerNotes, describe_worker_death
+from fastkd.training.workers import DEATHS, WorkerNotes, describe_worker_death
 from tests.training.tiny import image_folder, tensor_data
 
 CPU = torch.device("cpu")
@@ -368,9 +368,9 @@ def test_a_workers_death_names_the_file(augment):
     recipe = Recipe(batch_size=8, workers=1, augment=augment)
     data = open_data((KillsItsWorker(16), ReadablePairs(8)))
     loader = train_loader(data, recipe, SPEC)
-    with pytest.raises(RuntimeError) as raised:
+    with pytest.raises(DEATHS) as raised:
         list(loader)
-    text = describe_worker_death(loader, raised.value)
+    text = describe_worker_death([loader], raised.value)
     assert re.fullmatch(r"data: loader process \d+ died over file5\.jpg \(sample 5\)", text)
 
 
@@ -379,14 +379,30 @@ def test_every_process_that_died_is_told():
     loader.dataset.notes = WorkerNotes(3)
     loader.dataset.notes.rows.copy_(torch.tensor([[70, 1], [71, 2], [72, 3]]))
     error = RuntimeError("DataLoader worker (pid(s) 70, 72, 99) exited unexpectedly")
-    text = describe_worker_death(loader, error)
+    text = describe_worker_death([loader], error)
     assert "70 died over file1.jpg" in text and "72 died over file3.jpg" in text
     assert "71" not in text and "99" not in text
 
 
+@pytest.mark.parametrize("seen", [ConnectionResetError(104, "reset by peer"), EOFError()])
+def test_a_death_that_is_seen_by_its_closed_socket_is_told_by_torch_a_moment_later(
+    monkeypatch, seen
+):
+    loader = SimpleNamespace(dataset=SampleDataset(KillsItsWorker(16), SampleTransform()))
+    loader.dataset.notes = WorkerNotes(1)
+    loader.dataset.notes.rows.copy_(torch.tensor([[70, 3]]))
+
+    def interrupted(seconds: float) -> None:
+        raise RuntimeError("DataLoader worker (pid 70) is killed by signal: Killed.")
+
+    monkeypatch.setattr("fastkd.training.workers.time.sleep", interrupted)
+    text = describe_worker_death([loader], seen)
+    assert text == "data: loader process 70 died over file3.jpg (sample 3)"
+
+
 def test_another_error_is_no_workers_death(folder):
     loader = train_loader(open_data(folder), RANDAUGMENT, SPEC)
-    assert describe_worker_death(loader, RuntimeError("out of memory")) is None
+    assert describe_worker_death([loader], RuntimeError("out of memory")) is None
 
 
 def test_gray_images_are_brought_to_the_students_channels():

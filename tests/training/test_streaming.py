@@ -23,7 +23,7 @@ from fastkd.training.distributed import World
 from fastkd.training.recipe import Recipe
 from fastkd.training.shards import shard
 from fastkd.training.streaming import TrainStream
-from fastkd.training.workers import describe_worker_death
+from fastkd.training.workers import DEATHS, describe_worker_death
 from tests.training.tiny import FAST, image_folder, vit
 
 CPU = torch.device("cpu")
@@ -233,9 +233,9 @@ class Killed:
 def test_a_workers_death_names_stream_and_position(data, make, position):
     loader = make(data, RECIPE.override(workers=1), SPEC)
     loader.stream.transform = Killed()
-    with pytest.raises(RuntimeError) as raised:
+    with pytest.raises(DEATHS) as raised:
         list(loader)
-    text = describe_worker_death(loader, raised.value)
+    text = describe_worker_death([loader], raised.value)
     assert position in text and "(split " in text
 
 
