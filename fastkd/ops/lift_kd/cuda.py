@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -92,7 +93,8 @@ def refuses(
     if batch * height * max(width, TILE_ROWS) >= 2**31:
         return "it counts tokens in 32 bits"
     if tokens.is_cuda:
-        properties = torch.cuda.get_device_properties(tokens.device)
+        # torch's own types know its shared memory from 2.15 on
+        properties: Any = torch.cuda.get_device_properties(tokens.device)
         found = properties.shared_memory_per_block_optin
         if found < SHARED_BYTES:
             return f"it needs {SHARED_BYTES} bytes of shared memory per block, found {found}"
