@@ -12,19 +12,52 @@ import pytest
 import torch
 
 from fastkd.ops import backend as backends
-from tests.harness import host, interpreter
+from tests.harness import gates, host, interpreter
 
 GPU = torch.cuda.is_available()
 REQUIRED = os.environ.get("FASTKD_REQUIRE", "").split(",")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("fastkd")
+    group.addoption("--shard", metavar="I/N", help="run every N-th test, from the I-th (from 0) on")
+    group.addoption(
+        "--backends",
+        metavar="A,B",
+        help="run only tests that take the fixture backend, and these of its values",
+    )
+    group.addoption(
+        "--record-compiled",
+        action="store_true",
+        help="record the resources of compiled kernels for the installed Triton",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    gates.recording = config.getoption("record_compiled")
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    if gates.recording:
+        gates.save()
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """FASTKD_SHARD=i/n keeps every n-th test: several processes then compile kernels at once."""
-    shard, _, shards = os.environ.get("FASTKD_SHARD", "").partition("/")
-    if shards:
-        kept = items[int(shard) :: int(shards)]
-        config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+    kept = list(items)
+    if backends := config.getoption("backends"):
+        kept = [item for item in kept if _backend_of(item) in backends.split(",")]
+    if shard := config.getoption("shard"):
+        first, count = map(int, shard.split("/"))
+        kept = kept[first::count]
+    if len(kept) < len(items):
+        chosen = set(kept)
+        config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
         items[:] = kept
+
+
+def _backend_of(item: pytest.Item) -> str | None:
+    callspec = getattr(item, "callspec", None)
+    return None if callspec is None else callspec.params.get("backend")
 
 
 def skip_or_fail(what: str, reason: str) -> None:

