@@ -120,6 +120,7 @@ def test_failures_are_printed_as_they_go_and_a_lost_gpu_ends_the_run(tmp_path):
     assert "the GPU is lost in" in done.stdout and "test_never PASSED" not in done.stdout
 
 
+@pytest.mark.slow
 def test_shards_have_every_test_of_the_wanted_backends_once():
     file = ROOT / "tests" / "ops" / "test_spectrum.py"
     found = []

@@ -268,6 +268,7 @@ def measure_on_rank(rank: int, output: str) -> None:
     np.savez(f"{output}/{rank}.npz", **arrays)
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_numbers_of_one(tmp_path):
     run_ranks(measure_on_rank, str(tmp_path))
     expected: dict = {}

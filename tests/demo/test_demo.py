@@ -145,6 +145,7 @@ def test_fewer_seeds_report_those_alone(finished, trained):
     assert (finished / "results.json").read_bytes() == findings_before
 
 
+@pytest.mark.slow
 def test_an_interrupted_demo_continues_with_what_is_missing(tmp_path, monkeypatch, trained, capsys):
     students = []
     build = experiment.build_student

@@ -63,6 +63,7 @@ def trainer_of(transformers, model, folder, **options):
     )
 
 
+@pytest.mark.slow
 def test_the_trainer_example_trains_student_and_projector_and_not_the_teacher(
     transformers, distiller, tmp_path
 ):
@@ -81,6 +82,7 @@ def test_the_trainer_example_trains_student_and_projector_and_not_the_teacher(
     assert loaded.classifier.weight.equal(distiller.student.classifier.weight)
 
 
+@pytest.mark.slow
 def test_the_trainer_examples_teacher_sees_its_own_statistics(distiller):
     raw = torch.rand(2, 1, 8, 8)
     prepared = distiller.teacher.prepare((raw - 0.5) / 0.5)

@@ -8,11 +8,13 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+import pytest
 import torch
 
 from fastkd.ops.launch import KernelLaunch
 
-ARCHS = (80, 90, 100)
+_slow = pytest.mark.slow
+ARCHS = (pytest.param(80, marks=_slow), 90, pytest.param(100, marks=_slow))  # to parametrize over
 SHARED_BYTES = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # that a program can have
 _VECTOR_LOAD = re.compile(r"ld\.global[\w.:]*?(?:\.v(\d))?\.[bfsu](\d+)")
 _ASYNC_COPY = re.compile(r"cp\.async\.c[ag]\.shared\.global.*?, (0x[0-9a-f]+|\d+)")

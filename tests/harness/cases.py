@@ -8,8 +8,17 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
+import pytest
 import torch
 from torch import Tensor
+
+slow = pytest.mark.slow
+# Where one dtype shows what a test is about, the others are left to -m slow.
+BFLOAT16_FIRST = [
+    torch.bfloat16,
+    pytest.param(torch.float16, marks=slow),
+    pytest.param(torch.float32, marks=slow),
+]
 
 Pair = tuple[Tensor, Tensor]
 

@@ -352,6 +352,7 @@ def test_the_eval_model_is_the_bare_student():
     assert {id(p) for p in task.trainable_module.terms.parameters()} <= without_head
 
 
+@pytest.mark.slow
 def test_a_compiled_task_computes_the_same_and_saves_plain_names():
     plain, compiled = projected_task(), projected_task()
     compiled.setup_ema(decay=0.5)
@@ -424,6 +425,7 @@ def ddp_tasks():
     yield "compiled", compiled
 
 
+@pytest.mark.slow
 def test_two_processes_train_as_one_does(tmp_path):
     run_ranks(train_on_rank, str(tmp_path))
     for name, task in ddp_tasks():

@@ -222,6 +222,7 @@ def of_all_images(chosen: list[int]) -> list[torch.Tensor]:
     return [value.detach(), student.grad, *(p.grad for p in distance.parameters())]
 
 
+@pytest.mark.slow
 def test_gathering_two_processes_is_one_with_all_images(found):
     value, student, *parameters = of_all_images(list(range(6)))
     (one, its_student, *averaged), (other, its_other, *_) = (rank["wrapped"] for rank in found)
@@ -231,6 +232,7 @@ def test_gathering_two_processes_is_one_with_all_images(found):
     torch.testing.assert_close(averaged, parameters)
 
 
+@pytest.mark.slow
 def test_a_compiled_gathering_is_the_same_with_its_gradients(found):
     _, _, *parameters = of_all_images(list(range(6)))
     for rank in found:

@@ -70,18 +70,21 @@ def test_every_kernel_needs_what_was_recorded(loss, arch):
     check("tiny", loss, torch.bfloat16, arch, parts=ALL)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arch", ARCHS)
 @pytest.mark.parametrize("widths", [x for x in WIDTHS if x != "tiny"])
 def test_other_widths_need_what_was_recorded(widths, arch):
     check(widths, "spectral", torch.bfloat16, arch)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arch", ARCHS)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
 def test_other_dtypes_need_what_was_recorded(dtype, arch):
     check("tiny", "spectral", dtype, arch, parts=ALL)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("parts", [(), ("bias",), ("bias", "norm_weight")], ids=str)
 def test_other_options_need_what_was_recorded(parts):
     check("tiny", "cosine", torch.bfloat16, 90, pool=False, parts=parts)

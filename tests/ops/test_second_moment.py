@@ -270,6 +270,7 @@ def test_half_precision_operands_lose_nothing_that_float32_keeps(dtype):
     assert relative_error(moment, outer_products(rows, "row_norm")) < 2e-6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("magnitude", [1.0, 1.1, 1.3, 1.5, 1.7, 1.9, 6e-5, 6e4])
 @pytest.mark.parametrize("channels", [384, 768, 1024, 4096])
 def test_float16_operands_hold_what_is_left_over_of_many_equal_channels(channels, magnitude):
@@ -388,6 +389,7 @@ def passes_self_check(name: str, device: str, dtype: torch.dtype, weight: str):
     return self_check(OPERATOR.implementations[name], torch.device(device), (dtype,), weight)
 
 
+@pytest.mark.slow
 @on_every_backend
 @pytest.mark.parametrize("weight", WEIGHTS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -49,6 +49,7 @@ def test_every_kernel_needs_what_was_recorded(dtype, weight, arch):
     gates.check(case_name(384, weight, dtype), launches(384, weight, dtype), arch)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arch", ARCHS)
 @pytest.mark.parametrize("weight", WEIGHTS)
 @pytest.mark.parametrize(("channels", "dtype"), OTHERS.values(), ids=OTHERS)

@@ -229,6 +229,7 @@ def test_skipped_updates_that_do_not_follow_each_other_end_nothing():
     assert record["skipped_updates"] == 3
 
 
+@pytest.mark.slow
 def test_a_compiled_task_takes_the_same_step():
     eager, compiled = vit(), vit()
     engine_for(eager).update([batch()])

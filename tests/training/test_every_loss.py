@@ -57,6 +57,7 @@ def test_every_parameter_of_its_task_gets_a_finite_gradient(terms):
     assert all(torch.isfinite(p.grad).all() for p in task.parameters())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("terms", DRAWING, ids=name_of)
 def test_its_step_compiles_without_a_break_to_the_same_losses(terms):
     task, teacher, _ = task_for(vit(), vit(24, seed=1), **terms)

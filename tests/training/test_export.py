@@ -372,6 +372,7 @@ def test_an_output_is_replaced_only_where_that_is_asked_for(tmp_path, format):
     assert {entry.name for entry in tmp_path.iterdir()} == {"run", output.name}
 
 
+@pytest.mark.slow
 @needs_onnx
 def test_an_onnx_file_is_replaced_where_that_is_asked_for(tmp_path):
     run = made_run(tmp_path / "run", name="test_resnet")

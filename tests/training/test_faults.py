@@ -268,6 +268,7 @@ def torchrun(tmp_path, function):
     return command, os.environ | {"PYTHONPATH": os.getcwd(), "OMP_NUM_THREADS": "1"}
 
 
+@pytest.mark.slow
 def test_one_failing_rank_ends_them_all_within_a_minute(tmp_path):
     command, environment = torchrun(tmp_path, "fail_on_one_rank")
     started = time.monotonic()
@@ -285,6 +286,7 @@ def run_in_one_long_epoch(output):
     train(vit(), None, tensor_data(train=200_000), output, **options)
 
 
+@pytest.mark.slow
 def test_sigterm_to_torchrun_writes_a_checkpoint_in_good_time(tmp_path):
     command, environment = torchrun(tmp_path, "run_in_one_long_epoch")
     run = subprocess.Popen([*command, str(tmp_path / "run")], env=environment)

@@ -232,6 +232,7 @@ def test_ten_steps_follow_the_trajectory_of_the_plain_layers():
         )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loss", LOSSES)
 def test_a_whole_step_compiles_as_one_graph(loss):
     task, teacher = task_for(lift(), feature_loss=loss)
@@ -260,6 +261,7 @@ def make_gradients_on_rank(rank: int, folder: str) -> None:
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_two_processes_make_the_gradients_of_one(tmp_path):
     run_ranks(make_gradients_on_rank, str(tmp_path))
     task, teacher = task_for(lift(), feature_loss="spectral")

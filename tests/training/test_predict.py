@@ -440,6 +440,7 @@ def predict_on_rank(rank, folder):
     predictions.save(f"{folder}/returned{rank}.json")
 
 
+@pytest.mark.slow
 def test_processes_share_the_images_and_the_main_one_writes(tmp_path):
     folder = image_folder(tmp_path, train=1, val=2)
     (folder / "val" / "green" / "text.png").write_text("no image")

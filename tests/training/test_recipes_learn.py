@@ -128,6 +128,7 @@ def terms(recipe: Recipe) -> set[str]:
     return named
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", Recipe.names())
 def test_a_recipe_runs_and_its_student_learns(name, jpegs, request):
     recipe = Recipe.load(name)

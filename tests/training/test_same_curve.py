@@ -49,6 +49,7 @@ def curve(folder):
     return [line for line in lines if line["kind"] == "interval"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("augment", AUGMENTATIONS)
 def test_two_processes_follow_the_curve_of_one(folders, augment):
     one, two = (curve(folders / name / augment) for name in ("one", "two"))
