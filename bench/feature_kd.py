@@ -6,6 +6,7 @@ python bench/feature_kd.py --output bench/results/feature_kd_cpu.json
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import harness
 import torch
@@ -53,8 +54,18 @@ def step(loss: Loss, student: Tensor, teacher: Tensor) -> Callable[[], object]:
     return lambda: torch.autograd.grad(loss(student, teacher), student)
 
 
-def case(loss: str, shape: tuple[int, ...], layout: str, dtype: torch.dtype, device: str):
-    """One loss on one [B, C, H, W] shape; ``layout`` is how it lies in memory."""
+def case(
+    loss: str,
+    shape: tuple[int, ...],
+    layout: str,
+    dtype: torch.dtype,
+    device: str,
+    tune: bool = False,
+) -> harness.Case:
+    """One loss on one [B, C, H, W] shape.
+
+    ``layout`` is how it lies in memory; ``tune`` adds max-autotune, which compiles slowly.
+    """
     memory = torch.channels_last if layout == "tokens" else torch.contiguous_format
     student, teacher = (
         torch.randn(shape, device=device).to(dtype).contiguous(memory_format=memory)
@@ -70,7 +81,7 @@ def case(loss: str, shape: tuple[int, ...], layout: str, dtype: torch.dtype, dev
     if loss == "spectral":
         baselines["rfft2 formulation"] = rfft2_formulation
     baselines["torch.compile"] = torch.compile(EAGER[loss], dynamic=False)
-    if device == "cuda":
+    if tune:
         mode = "max-autotune-no-cudagraphs"  # the harness captures the graph
         baselines["torch.compile, max-autotune"] = torch.compile(
             EAGER[loss], dynamic=False, mode=mode
@@ -86,24 +97,30 @@ def case(loss: str, shape: tuple[int, ...], layout: str, dtype: torch.dtype, dev
     return harness.Case(name, traffic, providers)
 
 
-def main() -> None:
-    parser = harness.arguments(__doc__.splitlines()[0])
-    options = parser.parse_args()
+def cases(options: Any) -> list[harness.Case]:
+    device, layouts = options.device, ("channels first", "tokens")
     if options.smoke:
         shapes, dtypes = [(2, 16, 4, 4)], [torch.float32]
-    elif options.device == "cuda":
+    elif options.quick:
+        shapes, dtypes, layouts = [(512, 384, 14, 14)], [torch.bfloat16], ("tokens",)
+    elif device == "cuda":
         shapes = [(256, 384, 14, 14), (512, 384, 14, 14), (512, 768, 7, 7)]
         dtypes = [torch.bfloat16, torch.float32]
     else:
         shapes, dtypes = [(64, 384, 14, 14)], [torch.float32]
-    cases = [
-        case(loss, shape, layout, dtype, options.device)
+    tune = device == "cuda" and not options.quick
+    return [
+        case(loss, shape, layout, dtype, device, tune)
         for shape in shapes
         for dtype in dtypes
         for loss in EAGER
-        for layout in ("channels first", "tokens")
+        for layout in layouts
     ]
-    harness.run("feature_kd", cases, options)
+
+
+def main() -> None:
+    options = harness.arguments(__doc__.splitlines()[0], quick=True).parse_args()
+    harness.run("feature_kd", cases(options), options)
 
 
 if __name__ == "__main__":

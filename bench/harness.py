@@ -1,8 +1,9 @@
 """Timing shared by all benchmarks: fair rounds, bytes against the machine's own copy speed, JSON.
 
 A benchmark makes `Case`s, each with several `Provider`s of the same result. On a GPU every provider
-is timed as a CUDA graph with a cold L2 cache; on a CPU providers take turns, so that a drifting
-machine drifts for all of them. Every file written names machine, versions and commit.
+is timed twice: as a CUDA graph with a cold L2 cache, and called eagerly, with the host's part. On a
+CPU providers take turns, so that a drifting machine drifts for all of them. Every file written
+names machine, versions and commit.
 """
 
 from __future__ import annotations
@@ -83,16 +84,21 @@ class Row:
     roofline_percent: float
     peak_megabytes: float
     speedup: float | None
+    eager_milliseconds: float | None = None  # on a GPU: wall time of a call, host included
 
 
-def arguments(description: str) -> argparse.ArgumentParser:
-    """The options that every benchmark has."""
+def arguments(description: str, quick: bool = False) -> argparse.ArgumentParser:
+    """The options that every benchmark has; ``quick`` for those that bench/gpu.sh runs."""
     parser = argparse.ArgumentParser(description=description)
     default = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", default=default, help=f"default here: {default}")
     parser.add_argument(
         "--smoke", action="store_true", help="tiny shapes, two rounds: does it run?"
     )
+    if quick:
+        parser.add_argument(
+            "--quick", action="store_true", help="the few cases that bench/gpu.sh has time for"
+        )
     parser.add_argument("--rounds", type=int, default=21, help="timed runs of each provider")
     parser.add_argument("--output", type=Path, help="write the rows as JSON here")
     return parser
@@ -103,7 +109,8 @@ def run(title: str, cases: Sequence[Case], options: argparse.Namespace) -> list[
     rounds = 2 if options.smoke else options.rounds
     bandwidth = copy_bandwidth(options.device, options.smoke)
     print(f"{title} on {machine(options.device)}; copy bandwidth {bandwidth / 1e9:.0f} GB/s")
-    print(f"{'':44}{'ms':>10}{'GB/s':>8}{'roofline':>10}{'peak MB':>9}{'speed-up':>10}")
+    eager = f"{'eager ms':>10}" if options.device == "cuda" else ""
+    print(f"{'':44}{'ms':>10}{'GB/s':>8}{'roofline':>10}{'peak MB':>9}{'speed-up':>10}{eager}")
     rows = []
     products: dict[torch.dtype, float] = {}
     for case in cases:
@@ -117,9 +124,12 @@ def run(title: str, cases: Sequence[Case], options: argparse.Namespace) -> list[
         for row in _run_case(case, options.device, rounds, limit):
             rows.append(row)
             ratio = "" if row.speedup is None else f"{row.speedup:.2f}x"
+            if row.eager_milliseconds is not None:
+                ratio = f"{ratio:>10}{row.eager_milliseconds:>10.3f}"
             print(
                 f"  {row.provider:<42}{row.milliseconds:>10.3f}{row.gigabytes_per_second:>8.0f}"
-                f"{row.roofline_percent:>9.0f}%{row.peak_megabytes:>9.1f}{ratio:>10}"
+                f"{row.roofline_percent:>9.0f}%{row.peak_megabytes:>9.1f}{ratio:>10}",
+                flush=True,
             )
         if options.output is not None:  # after every case: a run that is cut short leaves rows
             save(options.output, title, options.device, bandwidth, products, rows)
@@ -137,7 +147,9 @@ def _run_case(case: Case, device: str, rounds: int, limit: float) -> list[Row]:
     peaks = {name: peak_extra_bytes(work, device) for name, work in runs.items()}
     if device == "cuda":
         times = time_cuda(runs, rounds, [p.name for p in case.providers if not p.capturable])
+        eager = time_eager(runs)
     else:
+        eager = {}
         times = time_cpu(runs, rounds)
     quartiles = {name: statistics.quantiles(values, n=4) for name, values in times.items()}
     baselines = [quartiles[provider.name][1] for provider in case.providers if provider.baseline]
@@ -156,6 +168,7 @@ def _run_case(case: Case, device: str, rounds: int, limit: float) -> list[Row]:
                 roofline_percent=100 * limit / seconds,
                 peak_megabytes=peaks[provider.name] / 1e6,
                 speedup=ratio,
+                eager_milliseconds=eager[provider.name] * 1e3 if eager else None,
             )
         )
     return rows
@@ -195,6 +208,25 @@ def time_cuda(
             end.synchronize()
             seconds[name].append(start.elapsed_time(end) / 1e3)
     return seconds
+
+
+def time_eager(
+    runs: dict[str, Callable[[], object]], rounds: int = 5, calls: int = 10
+) -> dict[str, float]:
+    """Median seconds of a call among ``calls`` in a row, from an idle GPU to an idle GPU.
+
+    What a training loop sees that is not captured: the longer of the host's and the GPU's part.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(rounds):
+        for name, work in runs.items():
+            torch.cuda.synchronize()
+            start = time.perf_counter()
+            for _ in range(calls):
+                work()
+            torch.cuda.synchronize()
+            seconds[name].append((time.perf_counter() - start) / calls)
+    return {name: statistics.median(values) for name, values in seconds.items()}
 
 
 def _captured(work: Callable[[], object]) -> Callable[[], object]:
@@ -266,7 +298,9 @@ def machine(device: str) -> str:
 
 
 def commit() -> str:
-    """The checked-out commit, marked where files differ from it."""
+    """FASTKD_COMMIT, or the checked-out commit, marked where files differ from it."""
+    if given := os.environ.get("FASTKD_COMMIT"):
+        return given
     try:
         name, dirty = (
             subprocess.check_output(["git", *words], cwd=ROOT, text=True).strip()

@@ -294,6 +294,12 @@ def cases(options: Any) -> list[harness.Case]:
     device = options.device
     if options.smoke:
         return [case("mse", (2, 16, 8, 16), pool, torch.float32, device) for pool in (True, False)]
+    if options.quick:
+        return [
+            case(loss, PAPER[1], pool, torch.bfloat16, device)
+            for loss in ("mse", "spectral")
+            for pool in (True, False)
+        ]
     if device != "cuda":
         shape = (64, 196, 192, 384)
         return [
@@ -315,7 +321,7 @@ def cases(options: Any) -> list[harness.Case]:
 
 def main() -> None:
     torch._dynamo.config.fail_on_recompile_limit_hit = True  # a baseline must not turn eager
-    parser = harness.arguments(__doc__.splitlines()[0])
+    parser = harness.arguments(__doc__.splitlines()[0], quick=True)
     options = parser.parse_args()
     harness.run("lift_kd", cases(options), options)
 

@@ -95,9 +95,10 @@ def main() -> None:
     parser.add_argument("--backend", help="cuda or triton; by default cuda on a GPU, else torch")
     options = parser.parse_args()
     backend = options.backend or ("cuda" if options.device == "cuda" else "torch")
-    for operator in (run_feature_kd, run_lift_kd, run_spectrum, run_second_moment):
+    for operator in (run_lift_kd, run_spectrum, run_feature_kd, run_second_moment):
         name = operator.__name__.removeprefix("run_")
-        print(f"{name}: {operator(options.device, backend)} runs on backend {backend!r}")
+        runs = operator(options.device, backend)
+        print(f"{name}: {runs} runs on backend {backend!r}", flush=True)
 
 
 if __name__ == "__main__":

@@ -111,24 +111,27 @@ def case(kind: str, shape: tuple[int, int, int], dtype: torch.dtype, device: str
     )
 
 
-def main() -> None:
-    options = harness.arguments(__doc__.splitlines()[0]).parse_args()
+def cases(options: Any) -> list[harness.Case]:
+    device = options.device
     if options.smoke:
         shapes, dtypes = [(2, 16, 24)], [torch.float32]
-    elif options.device == "cuda":
+    elif options.quick:
+        shapes, dtypes = [(512, 196, 384)], [torch.bfloat16]
+    elif device == "cuda":
         shapes = [(512, 196, channels) for channels in (192, 384, 768)]
         dtypes = [torch.bfloat16, torch.float32]
     else:
         shapes = [(64, 196, channels) for channels in (192, 384, 768)]
         dtypes = [torch.float32]
     kinds = ("moment none", "moment row_norm", "sep mean", "sep mean and std")
-    cases = [
-        case(kind, shape, dtype, options.device)
-        for shape in shapes
-        for dtype in dtypes
-        for kind in kinds
+    return [
+        case(kind, shape, dtype, device) for shape in shapes for dtype in dtypes for kind in kinds
     ]
-    harness.run("second_moment", cases, options)
+
+
+def main() -> None:
+    options = harness.arguments(__doc__.splitlines()[0], quick=True).parse_args()
+    harness.run("second_moment", cases(options), options)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ python bench/spectrum.py --output bench/results/spectrum_cpu.json
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import harness
 import numpy as np
@@ -35,15 +36,20 @@ def numpy_svd(x: Tensor) -> np.ndarray:
     return np.stack([np.linalg.svd(image, full_matrices=False)[1] for image in x.float().numpy()])
 
 
-def rank_case(shape: tuple[int, int, int], dtype: torch.dtype, device: str) -> harness.Case:
-    """Ranks at four thresholds."""
+def rank_case(
+    shape: tuple[int, int, int], dtype: torch.dtype, device: str, svd: bool = True
+) -> harness.Case:
+    """Ranks at four thresholds; ``svd`` compares with svdvals, a slow loop on GPUs."""
     x = torch.randn(shape, device=device).to(dtype)
     size = min(shape[1:])
     providers = []
     if device == "cpu":
         decomposed = lambda: numpy_svd(x)  # noqa: E731
         providers.append(harness.Provider("numpy.linalg.svd, with vectors", decomposed, True))
-    for name, energies in (("torch.linalg.svdvals", svdvals), ("bmm + eigvalsh", eigvalsh)):
+    library = {"torch.linalg.svdvals": svdvals, "bmm + eigvalsh": eigvalsh}
+    for name, energies in library.items():
+        if name.endswith("svdvals") and not svd:
+            continue
         run = lambda energies=energies: rank_at(energies(x), LEVELS)  # noqa: E731
         providers.append(harness.Provider(name, run, baseline=True, capturable=False))
     for backend in usable(size, device):
@@ -84,20 +90,27 @@ def usable(size: int, device: str) -> list[str]:
     return [name for name in names if name != "cuda" or size <= cuda.LARGEST]
 
 
-def main() -> None:
-    options = harness.arguments(__doc__.splitlines()[0]).parse_args()
+def cases(options: Any) -> list[harness.Case]:
+    device = options.device
     if options.smoke:
-        cases = [rank_case((2, 9, 12), torch.float32, "cpu"), gradient_case((2, 9, 12), "cpu")]
-    elif options.device == "cuda":
+        return [rank_case((2, 9, 12), torch.float32, device), gradient_case((2, 9, 12), device)]
+    if options.quick:
+        made = [rank_case((16, 196, 384), torch.bfloat16, device)]
+        shapes = [(1000, 196, 384), (1000, 49, 768), (1000, 256, 1280)]
+        return made + [rank_case(shape, torch.bfloat16, device, svd=False) for shape in shapes]
+    if device == "cuda":
         shapes = [(1000, 196, 384), (1000, 49, 768), (1000, 197, 192), (1000, 256, 1280)]
-        cases = [rank_case(shape, torch.bfloat16, "cuda") for shape in shapes]
-        cases.append(rank_case((1000, 196, 384), torch.float32, "cuda"))
-        cases.append(gradient_case((256, 196, 384), "cuda"))
-    else:
-        shapes = [(64, 196, 384), (64, 49, 768), (64, 256, 1024)]
-        cases = [rank_case(shape, torch.float32, "cpu") for shape in shapes]
-        cases.append(gradient_case((64, 196, 384), "cpu"))
-    harness.run("spectrum", cases, options)
+        made = [rank_case(shape, torch.bfloat16, device) for shape in shapes]
+        made.append(rank_case((1000, 196, 384), torch.float32, device))
+        return [*made, gradient_case((256, 196, 384), device)]
+    shapes = [(64, 196, 384), (64, 49, 768), (64, 256, 1024)]
+    made = [rank_case(shape, torch.float32, device) for shape in shapes]
+    return [*made, gradient_case((64, 196, 384), device)]
+
+
+def main() -> None:
+    options = harness.arguments(__doc__.splitlines()[0], quick=True).parse_args()
+    harness.run("spectrum", cases(options), options)
 
 
 if __name__ == "__main__":

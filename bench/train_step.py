@@ -120,7 +120,8 @@ def measure(case: StepCase, device: str, options: Namespace) -> list[StepRow]:
         rows.append(row)
         print(
             f"  {row.provider:<48}{row.milliseconds:>10.2f}{row.images_per_second:>11.1f}"
-            f"{row.peak_megabytes:>10.1f}"
+            f"{row.peak_megabytes:>10.1f}",
+            flush=True,
         )
     _print_ratios(case, rows)
     return rows
@@ -555,6 +556,8 @@ def step_cases(options: Namespace) -> Iterator[StepCase]:
     if options.smoke:
         if device == "cuda":  # the released trainers' fp16 is for GPUs
             yield step_case(tiny, "bf16", device, EAGER, 1, tolerance=2e-2)
+    elif options.quick:
+        yield step_case(Size(256), "bf16", device, ("default",), 5, tolerance=2e-2)
     elif device == "cuda":
         # Tuning takes minutes, and says at one size what there is to gain by it.
         for batch, modes in ((256, ("default", "max-autotune")), (512, ("default",))):
@@ -565,7 +568,7 @@ def step_cases(options: Namespace) -> Iterator[StepCase]:
 
 
 def main() -> None:
-    parser = harness.arguments(__doc__.splitlines()[0])
+    parser = harness.arguments(__doc__.splitlines()[0], quick=True)
     parser.set_defaults(rounds=None)  # a case has its own number
     options = parser.parse_args()
     print(f"train_step on {harness.machine(options.device)}")
@@ -577,9 +580,10 @@ def main() -> None:
         if options.output is not None:  # after every case: a run that is cut short leaves rows
             harness.save(options.output, "train_step", options.device, 0.0, {}, rows)
 
-    with tempfile.TemporaryDirectory() as folder, one_thread():
-        for case in loader_cases(Path(folder) / "jpegs", options.smoke):
-            record(measure(case, "cpu", options))
+    if not options.quick:
+        with tempfile.TemporaryDirectory() as folder, one_thread():
+            for case in loader_cases(Path(folder) / "jpegs", options.smoke):
+                record(measure(case, "cpu", options))
     for case in step_cases(options):
         record(measure(case, options.device, options))
         torch._dynamo.reset()
