@@ -47,6 +47,7 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 EMA_DECAY = 0.99996
 EAGER = ("none",)  # modes of torch.compile
 UPDATES_COMPARED = 3
+QUICK_ROUNDS = 5
 
 Runs = dict[str, Callable[[], object]]
 
@@ -93,17 +94,37 @@ def time_gpu(runs: Runs, rounds: int) -> dict[str, list[float]]:
     return harness.time_cuda(runs, rounds, list(runs))
 
 
-def measure(case: StepCase, device: str, options: Namespace) -> list[StepRow]:
-    """Time a case, print its rows and what ours are to every other."""
+def measure(case: StepCase, device: str, options: Namespace) -> Iterator[list[StepRow]]:
+    """Time a case, print its rows and what ours are to every other; yields the rows.
+
+    In quick mode one provider after the other, with the rows so far after each: a run that is cut
+    off has what it had measured.
+    """
     rounds = 2 if options.smoke else options.rounds or case.rounds
-    runs = {provider.name: provider.run for provider in case.providers}
-    peaks = {name: harness.peak_extra_bytes(run, device) for name, run in runs.items()}
-    timed = case.timer(runs, rounds)
-    quartiles = {name: statistics.quantiles(values, n=4) for name, values in timed.items()}
-    baselines = [quartiles[provider.name][1] for provider in case.providers if provider.baseline]
-    print(case.name)
-    rows = []
+    if not options.quick or options.smoke:
+        runs = {provider.name: provider.run for provider in case.providers}
+        peaks = {name: harness.peak_extra_bytes(run, device) for name, run in runs.items()}
+        rows = _rows(case, peaks, case.timer(runs, rounds))
+        _print(case, rows)
+        yield rows
+        return
+    peaks, times = {}, {}
     for provider in case.providers:
+        peaks[provider.name] = harness.peak_extra_bytes(provider.run, device)
+        times |= case.timer({provider.name: provider.run}, QUICK_ROUNDS)
+        rows = _rows(case, peaks, times)
+        _print(case, rows)
+        yield rows
+
+
+def _rows(case: StepCase, peaks: dict[str, int], timed: dict[str, list[float]]) -> list[StepRow]:
+    """The rows of the providers that have been timed."""
+    providers = [provider for provider in case.providers if provider.name in timed]
+    quartiles = {name: statistics.quantiles(values, n=4) for name, values in timed.items()}
+    baselines = [quartiles[provider.name][1] for provider in providers if provider.baseline]
+    rows = []
+    for provider in providers:
+        ours = not provider.baseline and baselines
         lower, seconds, upper = quartiles[provider.name]
         row = StepRow(
             case=case.name,
@@ -114,20 +135,21 @@ def measure(case: StepCase, device: str, options: Namespace) -> list[StepRow]:
             gigabytes_per_second=0.0,
             roofline_percent=0.0,
             peak_megabytes=peaks[provider.name] / 1e6,
-            speedup=None if provider.baseline else min(baselines) / seconds,
+            speedup=min(baselines) / seconds if ours else None,
             images_per_second=case.images / seconds,
         )
         rows.append(row)
+    return rows
+
+
+def _print(case: StepCase, rows: list[StepRow]) -> None:
+    print(case.name)
+    for row in rows:
         print(
             f"  {row.provider:<48}{row.milliseconds:>10.2f}{row.images_per_second:>11.1f}"
             f"{row.peak_megabytes:>10.1f}",
             flush=True,
         )
-    _print_ratios(case, rows)
-    return rows
-
-
-def _print_ratios(case: StepCase, rows: list[StepRow]) -> None:
     for ours in (row for row in rows if row.speedup is not None):
         ratios = (
             f"{ours.images_per_second / other.images_per_second:.2f}x {other.provider}"
@@ -497,27 +519,37 @@ def our_step(
 
 
 def step_case(
-    size: Size, amp: str, device: str, modes: tuple[str, ...], repeat: int, tolerance: float
+    size: Size,
+    amp: str,
+    device: str,
+    modes: tuple[str, ...],
+    repeat: int,
+    tolerance: float,
+    ours_first: bool = False,
 ) -> StepCase:
     """``repeat`` steps in a row; the first updates of each provider must give the same losses."""
     images = torch.randn(size.batch, 3, size.image, size.image, device=device)
     labels = torch.randint(CLASSES, (size.batch,), device=device)
     made, cost = steps(size, amp, device, modes)
-    for number in range(1, UPDATES_COMPARED + 1):
-        losses = {name: read(step(images, labels)) for name, step in made.items()}
-        agree(losses, tolerance)
-        print(f"loss {number}: " + ", ".join(f"{value:.4f}" for value in losses.values()))
+    if ours_first:
+        made = dict(reversed(made.items()))
     print(f"expected of an eager step: {cost.memory.activations / 1e6:,.1f} MB of activations")
+    losses: dict[str, list[float]] = {}
 
-    def run(step: Step) -> Callable[[], None]:
+    def run(name: str, step: Step) -> Callable[[], None]:
         def repeated() -> None:
+            if name not in losses:  # before it is timed
+                losses[name] = [read(step(images, labels)) for _ in range(UPDATES_COMPARED)]
+                print(f"losses, {name}: " + ", ".join(f"{loss:.4f}" for loss in losses[name]))
+                agree(losses, tolerance)
             for _ in range(repeat):
                 step(images, labels)
 
         return repeated
 
     providers = [
-        harness.Provider(name, run(step), baseline=name != "fastkd") for name, step in made.items()
+        harness.Provider(name, run(name, step), baseline=name != "fastkd")
+        for name, step in made.items()
     ]
     count = "a step" if repeat == 1 else f"{repeat} steps"
     name = (
@@ -531,12 +563,13 @@ def read(loss: Any) -> float:
     return float(loss() if callable(loss) else loss)
 
 
-def agree(losses: dict[str, float], tolerance: float) -> None:
+def agree(losses: dict[str, list[float]], tolerance: float) -> None:
     """Refuse to time steps that do not compute the same thing."""
     reference = next(iter(losses.values()))
-    for name, value in losses.items():
-        if not abs(value - reference) <= tolerance * abs(reference):
-            raise AssertionError(f"{name} gives the loss {value}, others {reference}: {losses}")
+    for name, values in losses.items():
+        for value, expected in zip(values, reference, strict=True):
+            if not abs(value - expected) <= tolerance * abs(expected):
+                raise AssertionError(f"{name} gives the losses {values}, others {reference}")
 
 
 def loader_cases(root: Path, smoke: bool) -> list[StepCase]:
@@ -557,7 +590,7 @@ def step_cases(options: Namespace) -> Iterator[StepCase]:
         if device == "cuda":  # the released trainers' fp16 is for GPUs
             yield step_case(tiny, "bf16", device, EAGER, 1, tolerance=2e-2)
     elif options.quick:
-        yield step_case(Size(256), "bf16", device, ("default",), 5, tolerance=2e-2)
+        yield step_case(Size(256), "bf16", device, ("default",), 5, 2e-2, ours_first=True)
     elif device == "cuda":
         # Tuning takes minutes, and says at one size what there is to gain by it.
         for batch, modes in ((256, ("default", "max-autotune")), (512, ("default",))):
@@ -575,17 +608,19 @@ def main() -> None:
     print(f"{'':50}{'ms':>10}{'images/s':>11}{'peak MB':>10}")
     rows: list[harness.Row] = []
 
-    def record(made: list[StepRow]) -> None:
-        rows.extend(made)
-        if options.output is not None:  # after every case: a run that is cut short leaves rows
-            harness.save(options.output, "train_step", options.device, 0.0, {}, rows)
+    def record(case: StepCase, device: str) -> None:
+        done = list(rows)
+        for made in measure(case, device, options):
+            rows[:] = [*done, *made]
+            if options.output is not None:  # a run that is cut short leaves rows
+                harness.save(options.output, "train_step", options.device, 0.0, {}, rows)
 
     if not options.quick:
         with tempfile.TemporaryDirectory() as folder, one_thread():
             for case in loader_cases(Path(folder) / "jpegs", options.smoke):
-                record(measure(case, "cpu", options))
+                record(case, "cpu")
     for case in step_cases(options):
-        record(measure(case, options.device, options))
+        record(case, options.device)
         torch._dynamo.reset()
     if options.output is not None:
         print(f"wrote {options.output}")

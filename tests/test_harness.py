@@ -16,7 +16,7 @@ from tests.harness.aot import Compiled
 
 ROOT = Path(__file__).parents[1]
 LAUNCH = KernelLaunch(SimpleNamespace(__name__="forward"), (1,), {}, {"BLOCK_M": 64}, num_warps=8)
-NEEDED = Compiled(registers=100, stack=8, shared=1024, ptx="ld.global.v4.b32", hash="a")
+NEEDED = SimpleNamespace(registers=100, stack=8, shared=1024, load_bytes=16, cubin=b"a")
 TILE = "BLOCK_M=64 warps=8 stages=2"
 
 
@@ -24,12 +24,13 @@ TILE = "BLOCK_M=64 warps=8 stages=2"
 def compiled(monkeypatch):
     """Sets what a compilation gives, and the versions that are recorded."""
 
-    def set_result(result: Compiled, tile: str = TILE, **versions: list[int]) -> None:
+    def set_result(result: SimpleNamespace, tile: str = TILE, **versions: list[int]) -> None:
         records = {"case, sm_90: forward": {"tile": tile, "triton": versions}}
         monkeypatch.setattr(gates, "compile_launch", lambda launch, arch: result)
         monkeypatch.setattr(gates, "_records", lambda: records)
         monkeypatch.setattr(gates, "recording", False)
-        monkeypatch.setattr(gates, "minor_version", lambda: "3.8")
+        monkeypatch.setattr(gates, "version", lambda: "3.8.0")
+        monkeypatch.setattr(gates, "RECORDED_WITH", {minor: f"{minor}.0" for minor in versions})
 
     return set_result
 
@@ -59,6 +60,13 @@ def test_more_than_was_recorded_fails(compiled, limits, message):
 def test_registers_are_compared_as_they_are_allocated(compiled):
     compiled(NEEDED, **{"3.8": [97, 8, 1024, 16]})  # 104 either way
     gates.check("case", [LAUNCH], 90)
+
+
+def test_another_patch_of_a_recorded_version_warns(compiled, monkeypatch):
+    compiled(NEEDED, **{"3.8": [96, 8, 1024, 16]})
+    monkeypatch.setattr(gates, "version", lambda: "3.8.1")
+    with pytest.warns(gates.UnrecordedTritonWarning, match=r"3\.8\.1: .*recorded: 96"):
+        gates.check("case", [LAUNCH], 90)
 
 
 def test_an_unknown_version_is_checked_for_tile_and_loads_and_says_so(compiled):
@@ -96,10 +104,11 @@ def test_a_kernel_without_a_record_fails(compiled):
         ("cp.async.cg.shared.global [ %r1 + 0 ], [ %rd1 + 0 ], 0x10, %r2;", 16),
         ("cp.async.ca.shared.global [ %r1 + 0 ], [ %rd1 + 0 ], 4, %r2;", 4),
         ("ld.shared.v4.b32 {%r1}, [%r2];", 0),
+        ("cp.async.bulk.tensor.2d.shared::cluster.global [%r1], [%rd1];", 128),
     ],
 )
 def test_the_widest_load_is_read_from_the_assembly(ptx, width):
-    assert Compiled(0, 0, 0, ptx, "").load_bytes == width
+    assert Compiled(0, ptx, b"").load_bytes == width
 
 
 def run_pytest(file: Path, *arguments: str) -> subprocess.CompletedProcess[str]:

@@ -17,12 +17,13 @@ ENDINGS = {
     "right": (RIGHT, "ok"),
     "wrong": ('print(\'{"errors": {"value": [2e-5, 1e-5]}}\')', "wrong: mse, tokens (2.0x"),
     "not_a_number": ('print(\'{"errors": {"value": [Infinity, 1e-5]}}\')', "wrong: mse, tokens"),
-    "raises": ('print(\'{"failed": "ValueError: no"}\')', "failed: ValueError: no"),
-    "refused": ('print(\'{"refused": "half only"}\')', "refused: half only"),
+    "raises": ('print(\'{"failed": "ValueError: no"}\')', "failed: mse, tokens: ValueError: no"),
+    "limited": ('print(\'{"refused": "it lifts 192 to 384"}\')', "ok, 1 refused: it lifts"),
+    "switched_off": ('print(\'{"refused": "not built"}\')', "refused: mse, tokens: not built"),
     "crashes": ("os.abort()", "died by signal 6 in: mse, tokens"),
     "exits": ("os._exit(3)", "exit status 3 in: mse, tokens"),
     "crashes_later": (RIGHT + "os.sys.stdout.flush(); os.abort()", "died by signal 6"),
-    "hangs": ("time.sleep(60)", "killed after 2 s in: mse, tokens"),
+    "hangs": ("time.sleep(60)", "killed after 10 s in: mse, tokens"),
 }
 
 
@@ -33,8 +34,8 @@ def process(code: str) -> list[str]:
 def test_every_process_gets_its_line_whatever_the_others_do(capsys):
     probes = [Probe(name, process(START + code)) for name, (code, _) in ENDINGS.items()]
     start = time.monotonic()
-    run_probes(probes, jobs=4, seconds=30, each=2)
-    assert time.monotonic() - start < 20
+    run_probes(probes, jobs=5, seconds=50, each=10)
+    assert time.monotonic() - start < 45
     lines = capsys.readouterr().out.splitlines()
     for one in probes:
         expected = ENDINGS[one.name][1]
@@ -45,9 +46,16 @@ def test_every_process_gets_its_line_whatever_the_others_do(capsys):
 
 def test_what_has_no_time_left_is_named():
     probes = [Probe(name, process(START + "time.sleep(60)")) for name in ("first", "second")]
-    run_probes(probes, jobs=1, seconds=1, each=60)
-    assert probes[0].status == "killed after 1 s in: mse, tokens"
+    run_probes(probes, jobs=1, seconds=5, each=60)
+    assert probes[0].status == "killed after 5 s in: mse, tokens"
     assert probes[1].status == "not started: out of time"
+
+
+def test_a_process_that_dies_after_an_error_names_both():
+    code = START + 'print(\'{"failed": "RuntimeError: illegal\\\\nmore"}\', flush=True); os.abort()'
+    one = Probe("dies", process(code))
+    run_probes([one], jobs=1, seconds=30, each=30)
+    assert one.status == "died by signal 6; failed: mse, tokens: RuntimeError: illegal"
 
 
 def test_the_output_of_a_process_that_died_is_kept():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 import subprocess
 import tempfile
@@ -32,22 +33,30 @@ class Compiled:
     """What a kernel needs on one architecture.
 
     Attributes:
-        registers: per thread.
-        stack: bytes of local memory per thread; anything above 0 is a spill or an indexed array.
         shared: bytes of shared memory per program.
         ptx: the assembly, to look for instructions in.
-        hash: of source, arguments and options.
+        cubin: the machine code.
     """
 
-    registers: int
-    stack: int
     shared: int
     ptx: str
-    hash: str
+    cubin: bytes
+
+    @property
+    def registers(self) -> int:
+        """Registers per thread."""
+        return _resources(self.cubin)[0]
+
+    @property
+    def stack(self) -> int:
+        """Bytes of local memory per thread; above 0: a spill or an indexed array."""
+        return _resources(self.cubin)[1]
 
     @property
     def load_bytes(self) -> int:
-        """Bytes of the widest load from global memory that a thread makes."""
+        """Bytes of the widest load from global memory that a thread makes; bulk copies: 128."""
+        if "cp.async.bulk" in self.ptx:
+            return 128
         loads = [int(v or 1) * int(bits) // 8 for v, bits in _VECTOR_LOAD.findall(self.ptx)]
         copies = [int(size, 0) for size in _ASYNC_COPY.findall(self.ptx)]
         return max([0, *loads, *copies])
@@ -91,12 +100,10 @@ def compile_launch(launch: KernelLaunch, arch: int) -> Compiled:
                 attributes[(place,)] = _DIVISIBLE
     source = ASTSource(launch.kernel, signature, constants, attributes)
     compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=launch.options)
-    registers, stack = _resources(compiled.asm["cubin"])
-    return Compiled(
-        registers, stack, compiled.metadata.shared, compiled.asm["ptx"], compiled.metadata.hash
-    )
+    return Compiled(compiled.metadata.shared, compiled.asm["ptx"], compiled.asm["cubin"])
 
 
+@functools.cache
 def _resources(cubin: bytes) -> tuple[int, int]:
     import triton
 
