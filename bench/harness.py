@@ -23,7 +23,7 @@ from pathlib import Path
 
 import torch
 
-from fastkd.environment import gpus, version
+from fastkd.ops.environment import gpus, version
 
 ROOT = Path(__file__).parents[1]
 L2_FLUSH_BYTES = 256 << 20  # more than the L2 cache of any GPU so far

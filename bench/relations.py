@@ -14,9 +14,9 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastkd.losses.attention import AttentionTransfer
-from fastkd.losses.contrastive import CRD
+from fastkd.losses.crd import CRD
 from fastkd.losses.manifold import ManifoldKD
-from fastkd.losses.relational import RKD
+from fastkd.losses.rkd import RKD
 
 STUDENT, TEACHER = 192, 384
 Loss = Callable[[Tensor, Tensor], Tensor]

@@ -30,16 +30,16 @@ from timm.data import create_dataset, create_loader
 from timm.utils import ModelEmaV2
 from torch import Tensor, nn
 
+from fastkd.data.batch import Batch
+from fastkd.data.datasets import open_data
+from fastkd.data.loader import train_loader
+from fastkd.data.transforms import InputSpec, keep_one_bit
 from fastkd.demo.jpegs import make_jpegs
 from fastkd.models import LiftVisionTransformer, Teacher, create_student, create_teacher
 from fastkd.training import Recipe
-from fastkd.training.assembly import build_engine
-from fastkd.training.augment import InputSpec, keep_one_bit
-from fastkd.training.batch import Batch
-from fastkd.training.cost import estimate
-from fastkd.training.data import train_loader
-from fastkd.training.datasets import open_data
-from fastkd.training.distributed import World
+from fastkd.training.build import build_engine
+from fastkd.training.dry_run import estimate
+from fastkd.utils.distributed import World
 
 RECIPE = "lift_softkd_spectral"
 STUDENT, TEACHER, CLASSES = "deit_tiny_patch16_224", "cait_s24_224", 1000

@@ -13,6 +13,7 @@ import torch
 
 from fastkd.ops import backend as backends
 from tests.harness import gates, host, interpreter
+from tests.harness.tiny import FAST, tensor_data
 
 GPU = torch.cuda.is_available()
 REQUIRED = os.environ.get("FASTKD_REQUIRE", "").split(",")
@@ -117,3 +118,20 @@ def backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
     backends.EMULATED.add("cuda")
     yield Backend(name, "cpu", _direct)
     backends.EMULATED.discard("cuda")  # "auto" must not find it in other tests
+
+
+@pytest.fixture
+def data():
+    """A training and an evaluation set of tiny images."""
+    return tensor_data()
+
+
+@pytest.fixture
+def fast():
+    """Recipe fields of a run that takes a moment."""
+    return dict(FAST)
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)

@@ -5,10 +5,10 @@ import sys
 
 import pytest
 
-from fastkd import catalogue
 from fastkd.cli import main
-from fastkd.training.recipe import Recipe
-from tests.training.tiny import image_folder, vit
+from fastkd.config import Recipe
+from fastkd.losses import registry
+from tests.harness.tiny import image_folder, vit
 
 SMALL = [
     *("--model", "test_vit", "--img-size", "32", "--epochs", "1", "--warmup-epochs", "0"),
@@ -218,7 +218,7 @@ def test_losses_lists_every_loss_and_projector_in_a_line(capsys):
     status, out, _ = run(capsys, "losses")
     assert status == 0
     listed = {line.split()[0] for line in out.splitlines() if line.startswith("  ")}
-    entries = (*catalogue.LOGIT_LOSSES, *catalogue.FEATURE_LOSSES, *catalogue.PROJECTORS)
+    entries = (*registry.LOGIT_LOSSES, *registry.FEATURE_LOSSES, *registry.PROJECTORS)
     assert listed == {entry.name for entry in entries}
     assert "lifted tokens, which are compared (stays at inference)" in out
 

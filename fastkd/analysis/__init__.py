@@ -4,13 +4,13 @@ Accumulators know tensors only: which model, layer or data set the tokens come f
 business. `analyze` runs all of them over models and images, and makes a `Report`.
 """
 
-from fastkd.analysis.moments import SecondMoment, SharedBasis
-from fastkd.analysis.pattern import TokenPattern
+from fastkd.analysis.accumulators.image_spectra import ImageSpectra
+from fastkd.analysis.accumulators.second_moment import SecondMoment, SharedBasis
+from fastkd.analysis.accumulators.sep import TokenPattern
+from fastkd.analysis.accumulators.shared_basis import InSharedBasis, captured_energies
+from fastkd.analysis.analyzer import analyze
 from fastkd.analysis.report import Report
 from fastkd.analysis.results import Curve, Distribution, Ranks
-from fastkd.analysis.run import analyze
-from fastkd.analysis.shared import InSharedBasis, captured_energies
-from fastkd.analysis.spectra import ImageSpectra
 from fastkd.ops.sep import LEVELS as BANDWIDTH_LEVELS
 from fastkd.ops.spectrum import LEVELS
 

@@ -20,7 +20,7 @@ from timm.data.readers.img_extensions import get_img_extensions
 from torch import Tensor
 
 from fastkd.analysis.images import balanced_subset
-from fastkd.analysis.sources import (
+from fastkd.analysis.tokens import (
     Batch,
     Layer,
     LayerChoice,

@@ -16,16 +16,16 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 
-from fastkd.training.augment import InputSpec
-from fastkd.training.data import SampleDataset, eval_samples
-from fastkd.training.datasets import Data, DataPair, open_data
-from fastkd.training.folders import VALIDATION_FOLDERS
-from fastkd.training.recipe import Recipe
-from fastkd.training.samplers import SampleKey
-from fastkd.training.samples import Collate, collate
-from fastkd.training.seeding import derive_seed, preserved_rng, seed_cpu
-from fastkd.training.sources import ReadableImages
-from fastkd.training.workers import loader_options
+from fastkd.config import Recipe
+from fastkd.data.datasets import Data, DataPair, open_data
+from fastkd.data.folders import VALIDATION_FOLDERS
+from fastkd.data.loader import SampleDataset, eval_samples
+from fastkd.data.readers import ReadableImages
+from fastkd.data.samplers import SampleKey
+from fastkd.data.samples import Collate, collate
+from fastkd.data.transforms import InputSpec
+from fastkd.data.workers import loader_options
+from fastkd.utils.random import derive_seed, preserved_rng, seed_cpu
 
 SHOWN_REASON = 200
 

@@ -6,7 +6,7 @@ import sys
 import time
 from typing import TextIO
 
-from fastkd.training.progress import Bar
+from fastkd.utils.bar import Bar
 
 LINE_EVERY_SECONDS = 10.0
 _PASSES = {"first": "spectra", "second": "shared basis"}

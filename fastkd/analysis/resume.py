@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from fastkd.training.atomic import replacing
+from fastkd.utils.io import replacing
 
 SAVE_EVERY_SECONDS = 60.0
 

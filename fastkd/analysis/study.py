@@ -18,21 +18,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastkd.analysis.accumulator import Accumulator
-from fastkd.analysis.moments import SecondMoment
-from fastkd.analysis.pattern import TokenPattern
+from fastkd.analysis.accumulators.base import Accumulator
+from fastkd.analysis.accumulators.image_spectra import ImageSpectra
+from fastkd.analysis.accumulators.second_moment import SecondMoment
+from fastkd.analysis.accumulators.sep import TokenPattern
+from fastkd.analysis.accumulators.shared_basis import SUBSPACES, InSharedBasis
 from fastkd.analysis.progress import AnalysisProgress
 from fastkd.analysis.results import LayerResult, ModelResult
 from fastkd.analysis.resume import Resume
-from fastkd.analysis.shared import SUBSPACES, InSharedBasis
-from fastkd.analysis.sources import Batch, TokenSource
-from fastkd.analysis.spectra import ImageSpectra
+from fastkd.analysis.tokens import Batch, TokenSource
 from fastkd.ops.sep import CONVENTIONS
 from fastkd.ops.spectrum import LEVELS, MOST_LEVELS
 from fastkd.ops.spectrum.measures import levels_of
 from fastkd.ops.threads import each
-from fastkd.training.distributed import World
-from fastkd.training.interrupt import StopRequest
+from fastkd.utils.distributed import World
+from fastkd.utils.interrupt import StopRequest
 
 SHARED = ("last", "all", "none")
 NO_PATTERN = "none"

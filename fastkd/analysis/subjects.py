@@ -12,14 +12,14 @@ from typing import Any
 
 from torch import nn
 
+from fastkd.data.datasets import DataPair
+from fastkd.data.transforms import InputSpec
+from fastkd.inference.loading import OpenedModel, names_a_file, open_model
+from fastkd.inference.preprocessing import Preprocessing
 from fastkd.models import Teacher
 from fastkd.models.taps import model_name
 from fastkd.models.zoo import build_timm_model, check_name
-from fastkd.training.augment import InputSpec
-from fastkd.training.datasets import DataPair
-from fastkd.training.loading import OpenedModel, names_a_file, open_model
-from fastkd.training.seeding import preserved_rng, seed_cpu
-from fastkd.training.setup import Preprocessing
+from fastkd.utils.random import preserved_rng, seed_cpu
 
 UNTRAINED_SEED = 0
 _CALLER = "analyze"

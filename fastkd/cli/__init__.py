@@ -18,9 +18,9 @@ from fastkd.cli import (
     analyze,
     bench_step,
     demo,
-    environment,
     evaluate,
     export,
+    info,
     losses,
     predict,
     recipes,
@@ -39,7 +39,7 @@ COMMANDS = (
     losses,
     shard,
     bench_step,
-    environment,
+    info,
     demo,
 )
 

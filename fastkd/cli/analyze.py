@@ -126,7 +126,7 @@ def _count_or_all(text: str) -> int | None:
 
 def _run(options: argparse.Namespace) -> int:
     from fastkd.analysis import LEVELS, analyze
-    from fastkd.analysis.shared import SUBSPACES
+    from fastkd.analysis.accumulators.shared_basis import SUBSPACES
 
     given = vars(options)
     taken = ("command", "run", "model", "data", "output", "levels", "subspaces", "no_figures")

@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any
 
 from fastkd.cli.ranks import print_once
 from fastkd.cli.train import add_recipe_fields, given_fields, naming_flags
-from fastkd.training.recipe import Recipe
+from fastkd.config import Recipe
 
 if TYPE_CHECKING:
-    from fastkd.training.steps import Breakdown
+    from fastkd.training.profile import Breakdown
 
 MADE_IMAGES = 32  # drawn; the rest of the made data set are further names of the same files
 MOST_MADE = 50_000  # unless one update needs more
@@ -52,7 +52,7 @@ def add(commands: Any) -> None:
 
 def _run(options: argparse.Namespace) -> int:
     from fastkd.training.options import FromRecipe
-    from fastkd.training.steps import bench_step
+    from fastkd.training.profile import bench_step
 
     given = given_fields(options)
     recipe = Recipe.load(options.recipe)
@@ -119,8 +119,8 @@ def _table(breakdown: Breakdown) -> str:
 
 
 def _write(options: argparse.Namespace, breakdown: Breakdown) -> None:
-    from fastkd.environment import gpus, version
-    from fastkd.training.atomic import write_text
+    from fastkd.ops.environment import gpus, version
+    from fastkd.utils.io import write_text
 
     record = {
         "recipe": options.recipe,

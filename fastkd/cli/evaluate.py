@@ -6,7 +6,7 @@ import argparse
 from typing import Any
 
 from fastkd.cli.ranks import print_once
-from fastkd.training.recipe import Recipe, parse_value
+from fastkd.config import Recipe, parse_value
 
 _IMAGE_OPTIONS = ("img_size", "crop_pct", "crop_mode", "interpolation", "mean", "std")
 
@@ -70,7 +70,7 @@ def given_image_options(options: argparse.Namespace, *others: str) -> dict[str, 
 
 
 def _run(options: argparse.Namespace) -> int:
-    from fastkd.training.evaluation import evaluate
+    from fastkd.inference.evaluate import evaluate
 
     for weights in _asked_weights(options):
         measured = evaluate(
@@ -90,7 +90,7 @@ def _run(options: argparse.Namespace) -> int:
 
 def _asked_weights(options: argparse.Namespace) -> tuple[str, ...]:
     """All that a run has, unless one is asked for."""
-    from fastkd.training.loading import weights_to_choose
+    from fastkd.inference.loading import weights_to_choose
 
     if options.weights is not None:
         return (options.weights,)

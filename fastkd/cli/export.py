@@ -50,7 +50,7 @@ def add(commands: Any) -> None:
 
 
 def _run(options: argparse.Namespace) -> int:
-    from fastkd.training.exporting import export
+    from fastkd.exporting import export
 
     exported = export(
         options.source,

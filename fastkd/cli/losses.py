@@ -7,7 +7,7 @@ import inspect
 from collections.abc import Sequence
 from typing import Any
 
-from fastkd.catalogue import (
+from fastkd.losses.registry import (
     FEATURE_LOSSES,
     LOGIT_LOSSES,
     PROJECTORS,

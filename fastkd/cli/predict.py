@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from fastkd.cli.evaluate import add_image_options, given_image_options
 
 if TYPE_CHECKING:
-    from fastkd.training.prediction import Guess, Prediction, Predictions
+    from fastkd.inference.predict import Guess, Prediction, Predictions
 
 
 def add(commands: Any) -> None:
@@ -61,7 +61,7 @@ def add(commands: Any) -> None:
 
 
 def _run(options: argparse.Namespace) -> int:
-    from fastkd.training.prediction import predict
+    from fastkd.inference.predict import predict
 
     model, checkpoint = options.model, options.checkpoint
     if model is None:
@@ -100,7 +100,7 @@ def _print(text: str) -> None:
 
 
 def _report(predictions: Predictions, model: str, output: str | None) -> str:
-    from fastkd.training.text import writable
+    from fastkd.utils.text import writable
 
     count = len(predictions.images)
     told = (

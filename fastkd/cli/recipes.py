@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from fastkd.training.recipe import Recipe
+from fastkd.config import Recipe
 
 _AIM = re.compile(r"# Aims at: (\d[\d.]* %)")  # in a recipe's head; some have none to aim at
 

@@ -53,7 +53,7 @@ _pixels.__name__ = "number of pixels, or none"  # argparse names it in its error
 
 
 def _run(options: argparse.Namespace) -> int:
-    from fastkd.training.shards import shard
+    from fastkd.data.shards import shard
 
     report = shard(
         options.source,

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from fastkd.cli.ranks import print_once
-from fastkd.training.recipe import Recipe, fields_by_group, parse_value
+from fastkd.config import Recipe, fields_by_group, parse_value
 
 
 def add(commands: Any) -> None:

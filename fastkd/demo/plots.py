@@ -12,7 +12,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from fastkd.demo.experiment import FeatureRanks, Findings, Scores, mean_and_spread
-from fastkd.training.atomic import replacing
+from fastkd.utils.io import replacing
 
 _ALONE, _DISTILLED, _TEACHER = "#8a8f98", "#2a6f97", "#c1440e"
 _OWN, _SHARED = "#2a6f97", "#e09f3e"

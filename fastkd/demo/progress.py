@@ -6,7 +6,7 @@ import sys
 from types import TracebackType
 from typing import TextIO
 
-from fastkd.training.progress import Bar
+from fastkd.utils.bar import Bar
 
 
 class Progress:

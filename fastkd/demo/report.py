@@ -21,7 +21,7 @@ import torch
 
 from fastkd.analysis import LEVELS, Ranks
 from fastkd.demo.experiment import RUNS, Findings, Scores, mean_and_spread
-from fastkd.training.atomic import write_text
+from fastkd.utils.io import write_text
 
 RESULTS = "results.json"
 ACCURACY = "accuracy.png"

@@ -19,6 +19,7 @@ from timm.utils import unwrap_model
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from fastkd.config import Recipe
 from fastkd.integrations.timm_terms import (
     DescribedTerms,
     ReadyTerms,
@@ -26,9 +27,8 @@ from fastkd.integrations.timm_terms import (
     refuse_arguments_of_timm,
 )
 from fastkd.losses import DistillationLoss
-from fastkd.losses.term import FeatureTerm, LogitTerm
+from fastkd.losses.base import FeatureTerm, LogitTerm
 from fastkd.models import TapOutput, Teacher, create_teacher
-from fastkd.training.recipe import Recipe
 from fastkd.training.task import DistillationTask
 
 try:

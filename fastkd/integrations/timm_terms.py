@@ -14,12 +14,12 @@ import torch
 from timm.data import resolve_data_config
 from torch import Tensor, nn
 
+from fastkd.config import Recipe, fields_by_group
 from fastkd.losses import FeatureKD
+from fastkd.losses.base import FeatureTerm, Key, LogitTerm
 from fastkd.losses.projectors import check_widths, fused_weights
-from fastkd.losses.term import FeatureTerm, Key, LogitTerm
 from fastkd.models import LiftVisionTransformer, Taps, Teacher
 from fastkd.models.zoo import fixed_input_size
-from fastkd.training.recipe import Recipe, fields_by_group
 from fastkd.training.task import build_feature_term, build_logit_term
 
 BuiltTerms = tuple[LogitTerm | None, FeatureTerm | None, Taps | None]

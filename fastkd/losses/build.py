@@ -12,9 +12,9 @@ from typing import Any
 
 from torch import nn
 
-from fastkd.catalogue import Loss
+from fastkd.losses.base import FeatureTerm, LogitTerm
 from fastkd.losses.distance import MAP_DISTANCES, Distance, MapDistance
-from fastkd.losses.term import FeatureTerm, LogitTerm
+from fastkd.losses.registry import Loss
 
 # What the caller wires, and options do not name.
 _WIRED: dict[type[nn.Module], tuple[str, ...]] = {

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastkd.losses.base import LogitTerm, check_logits
 from fastkd.losses.softening import (
     check_classes,
     check_not_negative,
@@ -19,7 +20,6 @@ from fastkd.losses.softening import (
     mean_of,
     soften,
 )
-from fastkd.losses.term import LogitTerm, check_logits
 
 
 class DKD(LogitTerm):

@@ -12,7 +12,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from fastkd.losses.term import check_choice
+from fastkd.losses.base import check_choice
 from fastkd.ops import feature_kd
 
 Grid = tuple[int, int]

@@ -13,7 +13,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from fastkd import catalogue
+from fastkd.losses import registry
+from fastkd.losses.base import FeatureTerm, Key, Pairs, check_choice
 from fastkd.losses.build import build_distance
 from fastkd.losses.distance import Grid, MapDistance
 from fastkd.losses.projectors import (
@@ -25,11 +26,10 @@ from fastkd.losses.projectors import (
     pool_channels,
     pool_side,
 )
-from fastkd.losses.term import FeatureTerm, Key, Pairs, check_choice
 from fastkd.ops import feature_kd, lift_kd
 from fastkd.tokens import Tokens
 
-_LEARNED = tuple(p.name for p in catalogue.PROJECTORS if p.learned and not p.stays)
+_LEARNED = tuple(p.name for p in registry.PROJECTORS if p.learned and not p.stays)
 
 
 class FeatureKD(FeatureTerm):
@@ -249,8 +249,8 @@ def _as_parameters(tokens: Tensor, layer: nn.Module) -> Tensor:
     return tokens.to(parameter.dtype)
 
 
-def _named_distance(name: str) -> catalogue.Loss:
-    known = {entry.name: entry for entry in catalogue.FEATURE_LOSSES if not entry.projects}
+def _named_distance(name: str) -> registry.Loss:
+    known = {entry.name: entry for entry in registry.FEATURE_LOSSES if not entry.projects}
     if name not in known:
         raise ValueError(f"FeatureKD: loss must be one of {tuple(known)} or a module, got {name!r}")
     return known[name]

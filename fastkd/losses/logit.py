@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastkd.losses.base import LogitTerm, check_logits
 from fastkd.losses.decoupled import DKD, NKD
 from fastkd.losses.softening import (
     check_classes,
@@ -21,7 +22,6 @@ from fastkd.losses.softening import (
     mean_of,
     soften,
 )
-from fastkd.losses.term import LogitTerm, check_logits
 from fastkd.ops.precision import at_least_float32
 
 __all__ = ["DIST", "DKD", "NKD", "HardKD", "SoftKD"]

@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from fastkd.catalogue import PROJECTORS as CATALOGUE
-from fastkd.catalogue import names
+from fastkd.losses.registry import PROJECTORS as CATALOGUE
+from fastkd.losses.registry import names
 from fastkd.ops.precision import at_least_float32, in_float64
 
 PROJECTORS = names(CATALOGUE)

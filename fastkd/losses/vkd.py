@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastkd.losses.base import check_choice
 from fastkd.losses.distance import Distance, Grid, MapDistance
 from fastkd.losses.softening import check_positive
-from fastkd.losses.term import check_choice
 from fastkd.ops.precision import in_float64
 
 NORMALIZATIONS = ("standardize", "whiten", "none")

@@ -6,7 +6,7 @@ knows nothing of training, and of losses the lifting projector alone.
 
 import fastkd.models.registered  # noqa: F401 -- puts the students into timm's registry
 from fastkd.losses.lift import Lift
-from fastkd.models.create import create_student
+from fastkd.models.factory import create_student
 from fastkd.models.released import load_released_checkpoint
 from fastkd.models.students import (
     LiftVisionTransformer,

@@ -1,7 +1,7 @@
 """The students under names of their own in timm's registry, which importing this puts there.
 
 Knows names, timm's entry points and the statistics that go with them; the models are
-`fastkd.models.students`' and `fastkd.models.create`'s.
+`fastkd.models.students`' and `fastkd.models.factory`'s.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 from torch import nn
 
-from fastkd.models.create import Variant, create_student, default_width, variant_name
+from fastkd.models.factory import Variant, create_student, default_width, variant_name
 from fastkd.models.students import LiftVisionTransformer, WideLastVisionTransformer
 
 __all__ = ["default_cfgs", "registered_name"]

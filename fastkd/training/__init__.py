@@ -9,35 +9,35 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fastkd.training.checkpoint import CheckpointError, load_checkpoint
+    from fastkd.checkpoint import CheckpointError, load_checkpoint
+    from fastkd.config import Recipe
+    from fastkd.data.shards import shard
+    from fastkd.exporting import export
+    from fastkd.inference.evaluate import evaluate
+    from fastkd.inference.loading import load_student
+    from fastkd.inference.predict import Guess, Prediction, Predictions, predict
     from fastkd.training.engine import NonFiniteError
-    from fastkd.training.evaluation import evaluate
-    from fastkd.training.exporting import export
-    from fastkd.training.prediction import Guess, Prediction, Predictions, predict
-    from fastkd.training.recipe import Recipe
     from fastkd.training.result import Result
-    from fastkd.training.setup import load_student
-    from fastkd.training.shards import shard
     from fastkd.training.task import DistillationTask, build_task
     from fastkd.training.trainer import train
 
 _HOMES = {
-    "CheckpointError": "checkpoint",
-    "load_checkpoint": "checkpoint",
-    "NonFiniteError": "engine",
-    "evaluate": "evaluation",
-    "export": "exporting",
-    "Guess": "prediction",
-    "Prediction": "prediction",
-    "Predictions": "prediction",
-    "predict": "prediction",
-    "Recipe": "recipe",
-    "Result": "result",
-    "load_student": "setup",
-    "shard": "shards",
-    "DistillationTask": "task",
-    "build_task": "task",
-    "train": "trainer",
+    "CheckpointError": "fastkd.checkpoint",
+    "load_checkpoint": "fastkd.checkpoint",
+    "NonFiniteError": "fastkd.training.engine",
+    "evaluate": "fastkd.inference.evaluate",
+    "export": "fastkd.exporting",
+    "Guess": "fastkd.inference.predict",
+    "Prediction": "fastkd.inference.predict",
+    "Predictions": "fastkd.inference.predict",
+    "predict": "fastkd.inference.predict",
+    "Recipe": "fastkd.config",
+    "Result": "fastkd.training.result",
+    "load_student": "fastkd.inference.loading",
+    "shard": "fastkd.data.shards",
+    "DistillationTask": "fastkd.training.task",
+    "build_task": "fastkd.training.task",
+    "train": "fastkd.training.trainer",
 }
 
 __all__ = [
@@ -63,6 +63,6 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    value = getattr(importlib.import_module(_HOMES[name]), name)
     globals()[name] = value
     return value

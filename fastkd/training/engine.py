@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -19,15 +19,14 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parallel import DistributedDataParallel
 
+from fastkd.config import Recipe
+from fastkd.data.batch import Batch
 from fastkd.models import TapOutput, Teacher
-from fastkd.training.batch import Batch
-from fastkd.training.distributed import World
 from fastkd.training.meter import Meter, Reading
-from fastkd.training.recipe import Recipe
-from fastkd.training.seeding import derive_seed, seed_all
 from fastkd.training.task import DistillationTask
+from fastkd.utils.distributed import World, autocast
+from fastkd.utils.random import derive_seed, seed_all
 
-AMP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 FIRST_FP16_SCALE = 2.0**16
 # Updates that fp16's scaler may skip in a row only to come down to a scale of 1.
 FP16_SETTLING = 17
@@ -60,26 +59,6 @@ class _Done(NamedTuple):
     samples: list[Tensor]
     applied: Tensor
     finite_loss: Tensor
-
-
-def autocast(device: torch.device, amp: str) -> AbstractContextManager[Any]:
-    """The autocast context of a recipe's ``amp``.
-
-    Args:
-        device: where it computes.
-        amp: ``"none"``, ``"bf16"`` or ``"fp16"``.
-
-    Returns:
-        A context manager.
-
-    Raises:
-        ValueError: another ``amp``.
-    """
-    if amp == "none":
-        return nullcontext()
-    if amp not in AMP_DTYPES:
-        raise ValueError(f"amp: expected none, {' or '.join(AMP_DTYPES)}, got {amp!r}")
-    return torch.autocast(device.type, AMP_DTYPES[amp])
 
 
 @dataclass

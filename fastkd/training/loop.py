@@ -11,14 +11,13 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
 
-from fastkd.training.batch import Batch
-from fastkd.training.distributed import World
-from fastkd.training.engine import Engine, autocast
+from fastkd.data.batch import Batch
+from fastkd.inference.evaluate import _check_whole
+from fastkd.training.engine import Engine
 from fastkd.training.meter import Reading, Throughput
-from fastkd.training.seeding import seeded
+from fastkd.utils.distributed import autocast
+from fastkd.utils.random import seeded
 
 
 def train_one_epoch(
@@ -127,48 +126,6 @@ def _updates(batches: Iterator[Batch], accumulation: int) -> Iterator[tuple[list
 
 
 @torch.no_grad()
-def evaluate_model(
-    model: nn.Module, loader: Iterable[Batch], world: World, amp: str = "none"
-) -> dict[str, Any]:
-    """Accuracy and cross-entropy over the shares of all processes; synchronises once, at the end.
-
-    Args:
-        model: on the device; its training mode is put back afterwards.
-        loader: this process' share.
-        world: this process among its peers.
-        amp: as in training.
-
-    Returns:
-        ``top1`` and ``top5`` in % (``top5`` None below five classes), ``loss`` (plain
-        cross-entropy) and ``count``, the images of all processes.
-
-    Raises:
-        ValueError: a stream gave another number of images than it states.
-    """
-    was_training = model.training
-    model.eval()
-    sums = torch.zeros(4, dtype=torch.float64, device=world.device)
-    classes = 0
-    for batch in loader:
-        images = batch.images.to(world.device, non_blocking=True)
-        target = batch.labels.to(world.device, non_blocking=True)
-        with autocast(world.device, amp):
-            logits = model(images)
-        classes = logits.shape[-1]
-        sums += _scores(logits.float(), target)
-    model.train(was_training)
-    top1, top5, loss, count = world.sum(sums).tolist()
-    _check_whole(loader, int(count))
-    count = max(count, 1)
-    return {
-        "top1": 100 * top1 / count,
-        "top5": 100 * top5 / count if classes >= 5 else None,
-        "loss": loss / count,
-        "count": int(count),
-    }
-
-
-@torch.no_grad()
 def evaluate_terms(engine: Engine, loader: Iterable[Batch]) -> dict[str, Any]:
     """Every term of the task on an evaluation set; needs its labels only for a cross-entropy.
 
@@ -204,21 +161,3 @@ def evaluate_terms(engine: Engine, loader: Iterable[Batch]) -> dict[str, Any]:
     _check_whole(loader, int(count))
     averages = [total / max(count, 1) for total in totals]
     return {**dict(zip(names, averages, strict=True)), "count": int(count)}
-
-
-def _check_whole(loader: Any, count: int) -> None:
-    """Refuse a figure of fewer images than there are; only streams can lose some unseen."""
-    expected = getattr(loader, "expected", None)
-    if expected is not None and count != expected:
-        raise ValueError(
-            f"data: evaluated {count} of the {expected} images that {loader.stream.source} lists"
-        )
-
-
-def _scores(logits: Tensor, target: Tensor) -> Tensor:
-    """[top-1 hits, top-5 hits, summed cross-entropy, images] of a batch, float64."""
-    ranked = logits.topk(min(5, logits.shape[-1]), dim=-1).indices
-    hits = ranked == target.unsqueeze(-1)
-    loss = F.cross_entropy(logits, target, reduction="sum")
-    count = torch.full_like(loss, len(target))
-    return torch.stack([hits[:, 0].sum(), hits.any(dim=-1).sum(), loss, count]).double()

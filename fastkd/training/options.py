@@ -12,16 +12,14 @@ from typing import Any
 
 from torch import nn
 
-from fastkd.catalogue import find_loss
+from fastkd.config import MODULE_PREFIX, Recipe, _refuse, fields_by_group
 from fastkd.losses.build import check_options, has_temperature
+from fastkd.losses.registry import find_loss
 from fastkd.models import Teacher
-from fastkd.training.recipe import Recipe, fields_by_group
 
-MODULE_PREFIX = "module:"
 STUDENT_FIELDS = ("variant", "width", "drop_path")
 TEACHER_FIELDS = ("teacher_checkpoint", "teacher_img_size")
 RANDOM_FIELDS = ("scale", "ratio", "hflip", "color_jitter", "auto_augment", "reprob")
-IMAGE_FIELDS = ("interpolation", "crop_pct", "crop_mode")
 FEATURE_FIELDS = (
     *("feature_loss", "feature_options", "pairs", "projector", "resample"),
     *("student_prefix", "teacher_prefix"),
@@ -174,24 +172,6 @@ def _check_unlabelled(recipe: Recipe, teacher: Any, overrides: Mapping[str, Any]
     _refuse(overrides, fields, "with labels=False there is no cross-entropy")
     if recipe.alpha > 0 and find_loss(recipe.logit_loss).load().needs_target:
         raise ValueError(f"labels: logit_loss={recipe.logit_loss!r} looks at them")
-
-
-def refuse_image_options(overrides: Mapping[str, Any]) -> None:
-    """Refuse options of image files for data that are tensors already.
-
-    Args:
-        overrides: what the caller gave in so many words.
-
-    Raises:
-        ValueError: one of them is of images.
-    """
-    _refuse(overrides, IMAGE_FIELDS, "the data are tensors, which are neither resized nor cropped")
-
-
-def _refuse(overrides: Mapping[str, Any], names: tuple[str, ...], reason: str) -> None:
-    for name in names:
-        if name in overrides:
-            raise ValueError(f"{name}={overrides[name]!r} has no effect: {reason}")
 
 
 def _has_temperature(recipe: Recipe) -> bool:

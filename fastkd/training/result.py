@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fastkd.training.atomic import write_text
+from fastkd.utils.io import write_text
 
 RESULT = "result.json"
 

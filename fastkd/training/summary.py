@@ -11,23 +11,18 @@ from typing import Any
 
 from torch import nn
 
-from fastkd.catalogue import find_loss
+from fastkd.config import MODULE_PREFIX, Recipe, refuse_image_options
+from fastkd.data.datasets import DataPair, open_data
+from fastkd.data.loader import slice_size
+from fastkd.data.samplers import TrainBatchSampler
+from fastkd.data.transforms import InputSpec
+from fastkd.inference.loading import build_student
+from fastkd.inference.preprocessing import Shape, input_spec, parameter_count, student_shape
 from fastkd.losses.build import has_temperature
+from fastkd.losses.registry import find_loss
 from fastkd.models import Teacher
-from fastkd.training.augment import InputSpec
-from fastkd.training.cost import cost_lines, sketch_teacher
-from fastkd.training.data import slice_size
-from fastkd.training.datasets import DataPair, open_data
-from fastkd.training.options import MODULE_PREFIX, FromRecipe, refuse_image_options, resolve_recipe
-from fastkd.training.recipe import Recipe
-from fastkd.training.samplers import TrainBatchSampler
-from fastkd.training.setup import (
-    Shape,
-    build_student,
-    input_spec,
-    parameter_count,
-    student_shape,
-)
+from fastkd.training.dry_run import cost_lines, sketch_teacher
+from fastkd.training.options import FromRecipe, resolve_recipe
 
 
 def effective_values(

@@ -12,7 +12,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from fastkd.catalogue import find_loss
+from fastkd.config import Key, Pairs, Recipe
 from fastkd.losses import (
     DistillationLoss,
     FeatureKD,
@@ -22,9 +22,9 @@ from fastkd.losses import (
     create_logit_loss,
 )
 from fastkd.losses.projectors import undecayed
+from fastkd.losses.registry import find_loss
 from fastkd.models import LiftVisionTransformer, TapOutput, Taps, Teacher
 from fastkd.tokens import Tokens
-from fastkd.training.recipe import Key, Pairs, Recipe
 
 logger = logging.getLogger("fastkd")
 

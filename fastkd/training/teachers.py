@@ -1,6 +1,6 @@
 """The teacher of a run: from whatever a user calls one to a frozen model that is fed rightly.
 
-Knows where models come from, through `fastkd.training.loading`; not what they are compared by.
+Knows where models come from, through `fastkd.inference.loading`; not what they are compared by.
 """
 
 from __future__ import annotations
@@ -10,11 +10,11 @@ from typing import Any
 
 from torch import nn
 
+from fastkd.config import Recipe
+from fastkd.data.transforms import InputSpec
+from fastkd.inference.loading import names_a_file, open_model
 from fastkd.models import Teacher, create_teacher
 from fastkd.models.teacher import as_teacher
-from fastkd.training.augment import InputSpec
-from fastkd.training.loading import names_a_file, open_model
-from fastkd.training.recipe import Recipe
 
 _TEACHER_BY_NAME = "teacher_checkpoint: holds weights for a teacher given by its timm name"
 

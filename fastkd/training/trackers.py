@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
-from fastkd.training.atomic import write_text
+from fastkd.utils.io import write_text
 
 NAMES = {"tensorboard": ("tensorboard",), "wandb": ("wandb",), "both": ("tensorboard", "wandb")}
 _MODULES = {"tensorboard": "torch.utils.tensorboard", "wandb": "wandb"}

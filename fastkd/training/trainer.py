@@ -14,10 +14,7 @@ import torch
 from torch import nn
 from torch.utils.data import IterableDataset
 
-from fastkd.training.assembly import build_engine
-from fastkd.training.atomic import remove_leftovers
-from fastkd.training.batch import Batch, Fault
-from fastkd.training.checkpoint import (
+from fastkd.checkpoint import (
     BEST,
     LAST,
     CheckpointError,
@@ -28,36 +25,35 @@ from fastkd.training.checkpoint import (
     remove_checkpoints,
     save_checkpoint,
 )
-from fastkd.training.data import eval_loader, train_loader
-from fastkd.training.datasets import Data, DataPair, open_data
-from fastkd.training.distributed import World, world
-from fastkd.training.engine import NonFiniteError
-from fastkd.training.interrupt import StopRequest
-from fastkd.training.logger import RunLogger
-from fastkd.training.loop import evaluate_model, evaluate_terms, train_one_epoch
-from fastkd.training.options import (
-    FromRecipe,
-    chosen_teacher,
-    refuse_image_options,
-    resolve_recipe,
-)
-from fastkd.training.recipe import Recipe
-from fastkd.training.result import RESULT, Result
-from fastkd.training.samplers import Schedule
-from fastkd.training.seeding import derive_seed, preserved_rng, seed_all
-from fastkd.training.setup import (
-    build_student,
+from fastkd.config import Recipe, refuse_image_options
+from fastkd.data.batch import Batch, Fault
+from fastkd.data.datasets import Data, DataPair, open_data
+from fastkd.data.loader import eval_loader, train_loader
+from fastkd.data.samplers import Schedule
+from fastkd.data.workers import DEATHS, describe_worker_death
+from fastkd.inference.evaluate import evaluate_model
+from fastkd.inference.loading import build_student
+from fastkd.inference.preprocessing import (
     class_count,
     class_names,
     input_spec,
     parameter_count,
     student_shape,
 )
-from fastkd.training.snapshot import Identity, Progress, restore, run_state, student_state
+from fastkd.training.build import build_engine
+from fastkd.training.engine import NonFiniteError
+from fastkd.training.logging import RunLogger
+from fastkd.training.loop import evaluate_terms, train_one_epoch
+from fastkd.training.options import FromRecipe, chosen_teacher, resolve_recipe
+from fastkd.training.result import RESULT, Result
+from fastkd.training.state import Identity, Progress, restore, run_state, student_state
 from fastkd.training.summary import effective_values
 from fastkd.training.teachers import resolve_teacher
 from fastkd.training.trackers import check_trackers, open_trackers
-from fastkd.training.workers import DEATHS, describe_worker_death
+from fastkd.utils.distributed import World, world
+from fastkd.utils.interrupt import StopRequest
+from fastkd.utils.io import remove_leftovers
+from fastkd.utils.random import derive_seed, preserved_rng, seed_all
 
 RECIPE = "recipe.yaml"
 

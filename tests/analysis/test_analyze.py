@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 import fastkd
-from fastkd.analysis import Report, analyze, run
+from fastkd.analysis import Report, analyze, analyzer
 from fastkd.cli import main
 from fastkd.models import create_student
 
@@ -54,7 +54,7 @@ def test_a_model_on_an_image_folder_gives_a_report_with_everything(photographs, 
         assert (tmp_path / "out" / name).stat().st_size > 0
     assert list((tmp_path / "out" / "figures").glob("*.pdf"))
     assert list((tmp_path / "out" / "tables").glob("*.tex"))
-    assert not (tmp_path / "out" / run.RESUME_FOLDER).exists()
+    assert not (tmp_path / "out" / analyzer.RESUME_FOLDER).exists()
     assert "untrained" in (tmp_path / "out" / "report.md").read_text().lower()
 
 
@@ -106,14 +106,14 @@ def test_reports_that_cannot_be_compared_are_refused_before_measuring(
     photographs, tmp_path, monkeypatch
 ):
     analyze(VIT, photographs, tmp_path / "one", levels=(0.5,), **SMALL, **QUICK)
-    monkeypatch.setattr(run._Feed, "source", None)
+    monkeypatch.setattr(analyzer._Feed, "source", None)
     with pytest.raises(ValueError, match="reports must have the same levels"):
         analyze([VIT, tmp_path / "one"], photographs, **SMALL, **QUICK)
 
 
 def test_averaged_weights_may_be_asked_for_beside_a_teacher_by_name():
-    assert run._options_of(VIT, True, None, True, "ema", None)["weights"] == "auto"
-    assert run._options_of(VIT, False, None, False, "ema", None)["weights"] == "ema"
+    assert analyzer._options_of(VIT, True, None, True, "ema", None)["weights"] == "auto"
+    assert analyzer._options_of(VIT, False, None, False, "ema", None)["weights"] == "ema"
 
 
 def test_the_same_seed_gives_the_same_report_and_images_are_taken_evenly(photographs):
@@ -135,8 +135,8 @@ def test_an_interrupted_analysis_is_resumed_model_by_model(photographs, tmp_path
             raise KeyboardInterrupt
         return original(feed, subject, **options)
 
-    original = run._Feed.source
-    monkeypatch.setattr(run._Feed, "source", source)
+    original = analyzer._Feed.source
+    monkeypatch.setattr(analyzer._Feed, "source", source)
     with pytest.raises(KeyboardInterrupt):
         analyze(models, photographs, out, **SMALL, **QUICK)
     with pytest.raises(ValueError, match="holds an interrupted analysis; give resume=True"):
@@ -150,7 +150,7 @@ def test_an_interrupted_analysis_is_resumed_model_by_model(photographs, tmp_path
     for ours, theirs in zip(resumed.models, whole.models):
         np.testing.assert_array_equal(ours.last.ranks.values, theirs.last.ranks.values)
         np.testing.assert_allclose(ours.last.sep.curve.mean, theirs.last.sep.curve.mean)
-    assert not (out / run.RESUME_FOLDER).exists()
+    assert not (out / analyzer.RESUME_FOLDER).exists()
 
 
 def test_unreadable_images_are_reported_by_name(photographs, tmp_path):

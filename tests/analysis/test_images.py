@@ -9,8 +9,8 @@ from PIL import Image
 from torch.utils.data import Dataset, Subset, TensorDataset
 
 from fastkd.analysis.images import balanced_subset, known_labels, open_images
-from fastkd.training.augment import InputSpec
-from fastkd.training.recipe import Recipe
+from fastkd.config import Recipe
+from fastkd.data.transforms import InputSpec
 
 CPU = torch.device("cpu")
 SPEC = InputSpec((3, 32, 32), (0.5, 0.5, 0.5), (0.2, 0.2, 0.2))

@@ -14,7 +14,7 @@ from fastkd.analysis.progress import AnalysisProgress
 from fastkd.analysis.results import ModelResult
 from fastkd.analysis.resume import Resume
 from fastkd.analysis.study import Settings, Study
-from fastkd.training.distributed import World, world
+from fastkd.utils.distributed import World, world
 from tests.analysis.made_tokens import Interrupted, TensorSource, in_plane, normal, waves
 from tests.harness.torchrun import run_ranks
 

@@ -9,6 +9,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from fastkd.analysis.subjects import resolve
+from fastkd.data.datasets import open_data
 from fastkd.models import (
     LiftVisionTransformer,
     Teacher,
@@ -18,8 +19,7 @@ from fastkd.models import (
     hub,
 )
 from fastkd.training import train
-from fastkd.training.datasets import open_data
-from tests.training.tiny import FAST, tensor_data, vit
+from tests.harness.tiny import FAST, tensor_data, vit
 
 SMALL = {"img_size": 32, "num_classes": 5}
 TINY = "test_vit"

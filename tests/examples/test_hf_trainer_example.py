@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from tests.training.tiny import tensor_data
+from tests.harness.tiny import tensor_data
 
 HALF = ((0.5,), (0.5,))
 

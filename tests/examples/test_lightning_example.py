@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, TensorDataset
 
-from tests.training.tiny import tensor_data, vit
+from tests.harness.tiny import tensor_data, vit
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -6,7 +6,7 @@ from torch import nn
 
 from fastkd.losses import DistillationLoss, FeatureKD, SoftKD
 from fastkd.tokens import Tokens
-from tests.training.tiny import tensor_data, vit
+from tests.harness.tiny import tensor_data, vit
 
 ALPHA, TAU, WEIGHT, SMOOTHING = 0.4, 3.0, 0.7, 0.1
 GRID = (2, 2)

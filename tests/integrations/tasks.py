@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from tests.conftest import REQUIRED
-from tests.training.tiny import vit
+from tests.harness.tiny import vit
 
 try:
     from fastkd.integrations.timm import FeatureMapDistillationTask

@@ -16,12 +16,13 @@ from timm.utils import CheckpointSaver, NativeScaler, unwrap_model
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from fastkd.catalogue import FEATURE_LOSSES, LOGIT_LOSSES
 from fastkd.losses import SoftKD
-from fastkd.losses.term import LogitTerm
+from fastkd.losses.base import LogitTerm
+from fastkd.losses.registry import FEATURE_LOSSES, LOGIT_LOSSES
 from fastkd.models import LiftVisionTransformer, Teacher, create_teacher
 from fastkd.training import Recipe
 from fastkd.training.task import build_task
+from tests.harness.tiny import lift, vit
 from tests.harness.torchrun import run_ranks
 from tests.integrations.tasks import (
     IMAGES,
@@ -32,7 +33,6 @@ from tests.integrations.tasks import (
     projected_task,
     with_statistics,
 )
-from tests.training.tiny import lift, vit
 
 
 def train_like_timm(

@@ -11,8 +11,8 @@ from torch import nn
 
 from fastkd.losses import SoftKD
 from fastkd.models import create_teacher
+from tests.harness.tiny import vit
 from tests.integrations.tasks import IMAGES, LINEAR, TARGET, make_task, with_statistics
-from tests.training.tiny import vit
 
 RAW = IMAGES.sigmoid()
 FEATURES_ALONE = {"alpha": 0.0, "projector": "linear", "pairs": [(-1, -1)]}

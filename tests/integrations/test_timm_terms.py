@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from fastkd.losses import FeatureKD, HardKD, SoftKD
+from tests.harness.tiny import lift, vit
 from tests.integrations.tasks import IMAGES, LINEAR, TARGET, make_task, projected_task
-from tests.training.tiny import lift, vit
 
 BY_NAME = [("blocks.1", "blocks.1")]
 DIMS = ({"blocks.1": 16}, {"blocks.1": 24})

@@ -8,8 +8,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from fastkd.losses.base import LogitTerm
 from fastkd.losses.logit import DIST, DKD, NKD, HardKD, SoftKD
-from fastkd.losses.term import LogitTerm
 
 LABELS = torch.tensor([3, 0, 10, 3, 7, 1, 9])
 TERMS = [SoftKD(2.0), HardKD(), DKD(2.0), NKD(2.0), DIST(2.0)]

@@ -8,8 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fastkd import catalogue
-from fastkd.losses import create_feature_loss, create_logit_loss
+from fastkd.losses import create_feature_loss, create_logit_loss, registry
 from fastkd.tokens import Tokens
 from tests.harness.cases import relative_error
 
@@ -18,9 +17,9 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
 
-LOGIT = catalogue.names(catalogue.LOGIT_LOSSES)
+LOGIT = registry.names(registry.LOGIT_LOSSES)
 FEATURE = [
-    *((name, "linear") for name in catalogue.names(catalogue.FEATURE_LOSSES) if name != "vitkd"),
+    *((name, "linear") for name in registry.names(registry.FEATURE_LOSSES) if name != "vitkd"),
     ("vitkd", "none"),
     ("rkd", "none"),
     ("manifold", "none"),

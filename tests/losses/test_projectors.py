@@ -9,7 +9,7 @@ from torch import nn
 from torch._subclasses import FakeTensorMode
 from torch.nn.utils import parametrize
 
-from fastkd import catalogue
+from fastkd.losses import registry
 from fastkd.losses.projectors import (
     PROJECTORS,
     Orthonormal,
@@ -52,12 +52,12 @@ def train(layer: nn.Module, steps: int, **options: float) -> None:
 
 
 def test_projectors_are_those_of_the_catalogue():
-    assert catalogue.names(catalogue.PROJECTORS) == PROJECTORS
+    assert registry.names(registry.PROJECTORS) == PROJECTORS
 
 
 @pytest.mark.parametrize("name", PROJECTORS)
 def test_exactly_the_learned_projectors_that_do_not_stay_are_built(name):
-    entry = next(entry for entry in catalogue.PROJECTORS if entry.name == name)
+    entry = next(entry for entry in registry.PROJECTORS if entry.name == name)
     built = build_projector(name, 6, 10)
     assert (built is not None) == (entry.learned and not entry.stays)
 

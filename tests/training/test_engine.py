@@ -10,14 +10,15 @@ import torch.nn.functional as F
 from timm.utils import ModelEmaV3
 from torch import nn
 
-from fastkd.training.assembly import build_optimizer
-from fastkd.training.batch import Batch
-from fastkd.training.distributed import World
+from fastkd.config import Recipe
+from fastkd.data.batch import Batch
+from fastkd.inference.evaluate import evaluate_model
+from fastkd.training.build import build_optimizer
 from fastkd.training.engine import Engine, NonFiniteError
-from fastkd.training.loop import evaluate_model, train_one_epoch
-from fastkd.training.recipe import Recipe
+from fastkd.training.loop import train_one_epoch
 from fastkd.training.task import build_task
-from tests.training.tiny import tensor_data, vit
+from fastkd.utils.distributed import World
+from tests.harness.tiny import tensor_data, vit
 
 WORLD = World(torch.device("cpu"))
 IMAGES, LABELS = (part[:8] for part in tensor_data()[0].tensors)

@@ -3,15 +3,15 @@
 import pytest
 import torch
 
-from fastkd import catalogue
+from fastkd.config import Recipe
+from fastkd.data.transforms import InputSpec
 from fastkd.losses import VkD
+from fastkd.losses import registry as catalogue
 from fastkd.models import create_teacher
 from fastkd.training import load_checkpoint, train
-from fastkd.training.augment import InputSpec
-from fastkd.training.cost import estimate
-from fastkd.training.recipe import Recipe
+from fastkd.training.dry_run import estimate
 from fastkd.training.task import build_task
-from tests.training.tiny import FAST, Interrupting, lift, tensor_data, vit
+from tests.harness.tiny import FAST, Interrupting, lift, tensor_data, vit
 
 IMAGES = torch.randn(4, 1, 8, 8, generator=torch.Generator().manual_seed(3))
 TARGET = torch.tensor([0, 1, 2, 3])

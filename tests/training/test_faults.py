@@ -12,9 +12,10 @@ import torch
 from PIL import Image
 from torch.utils.data import TensorDataset
 
-from fastkd.training import NonFiniteError, load_checkpoint, logger, train
-from fastkd.training import checkpoint as checkpoints
-from tests.training.tiny import FAST, image_folder, tensor_data, vit
+from fastkd import checkpoint as checkpoints
+from fastkd.training import NonFiniteError, load_checkpoint, train
+from fastkd.training import logging as logger
+from tests.harness.tiny import FAST, image_folder, tensor_data, vit
 
 IMAGES = FAST | {"augment": "cpu", "img_size": 32, "batch_size": 6, "epochs": 1}
 

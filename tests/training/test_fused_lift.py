@@ -8,12 +8,12 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
+from fastkd.config import Recipe
 from fastkd.models import TapOutput, create_teacher
 from fastkd.ops.feature_kd.reference import definition
-from fastkd.training.recipe import Recipe
 from fastkd.training.task import build_task
+from tests.harness.tiny import lift, vit
 from tests.harness.torchrun import run_ranks
-from tests.training.tiny import lift, vit
 
 LOSSES = ["mse", "spectral", "smooth_l1", "cosine"]
 IMAGES = torch.randn(4, 1, 8, 8, generator=torch.Generator().manual_seed(3))

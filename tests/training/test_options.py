@@ -2,9 +2,9 @@
 
 import pytest
 
+from fastkd.config import Recipe
 from fastkd.training.options import FromRecipe, resolve_recipe
-from fastkd.training.recipe import Recipe
-from tests.training.tiny import vit
+from tests.harness.tiny import vit
 
 LIFT = "lift_softkd_spectral"
 

@@ -16,14 +16,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastkd.config import Recipe
+from fastkd.data.batch import Batch
+from fastkd.data.transforms import InputSpec
+from fastkd.inference.loading import build_student
+from fastkd.inference.preprocessing import Shape
 from fastkd.models import Teacher
-from fastkd.training.assembly import build_engine
-from fastkd.training.augment import InputSpec
-from fastkd.training.batch import Batch
-from fastkd.training.distributed import World
+from fastkd.training.build import build_engine
 from fastkd.training.engine import Engine
-from fastkd.training.recipe import Recipe
-from fastkd.training.setup import Shape, build_student
+from fastkd.utils.distributed import World
 
 CLASSES = 1000
 UPDATES_PER_EPOCH = 10

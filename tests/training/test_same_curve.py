@@ -5,8 +5,8 @@ import json
 import pytest
 
 from fastkd.training import train
+from tests.harness.tiny import FAST, image_folder, vit
 from tests.harness.torchrun import run_ranks
-from tests.training.tiny import FAST, image_folder, vit
 
 # The recipes' augmentation, at a size at which a curve takes a second.
 OPTIONS = FAST | {

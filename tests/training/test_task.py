@@ -5,12 +5,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from fastkd.config import Recipe
 from fastkd.losses import DistillationLoss, FeatureKD
 from fastkd.models import create_teacher
-from fastkd.training.assembly import build_optimizer
-from fastkd.training.recipe import Recipe
+from fastkd.training.build import build_optimizer
 from fastkd.training.task import DistillationTask, build_task
-from tests.training.tiny import lift, vit
+from tests.harness.tiny import lift, vit
 
 IMAGES = torch.randn(4, 1, 8, 8, generator=torch.Generator().manual_seed(3))
 TARGET = torch.tensor([0, 1, 2, 3])

@@ -6,7 +6,7 @@ from types import ModuleType, SimpleNamespace
 import pytest
 
 from fastkd.training import train
-from tests.training.tiny import Interrupting, vit
+from tests.harness.tiny import Interrupting, vit
 
 
 @pytest.fixture

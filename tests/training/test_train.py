@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch.utils.data import TensorDataset
 
+from fastkd.data.transforms import InputSpec
 from fastkd.models import create_teacher
 from fastkd.training import (
     CheckpointError,
@@ -18,9 +19,8 @@ from fastkd.training import (
     load_student,
     train,
 )
-from fastkd.training.augment import InputSpec
 from fastkd.training.teachers import resolve_teacher
-from tests.training.tiny import Interrupting, image_folder, vit
+from tests.harness.tiny import Interrupting, image_folder, vit
 
 SPEC = InputSpec((3, 32, 32), (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 

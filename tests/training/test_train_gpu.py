@@ -11,14 +11,14 @@ import pytest
 import torch
 
 import fastkd
+from fastkd.config import Recipe
+from fastkd.data.datasets import open_data
+from fastkd.data.loader import train_loader
+from fastkd.inference.preprocessing import input_spec
 from fastkd.models import create_student, create_teacher
-from fastkd.training.assembly import build_engine
-from fastkd.training.data import train_loader
-from fastkd.training.datasets import open_data
-from fastkd.training.distributed import World
-from fastkd.training.recipe import Recipe
-from fastkd.training.setup import input_spec
-from tests.training.tiny import image_folder
+from fastkd.training.build import build_engine
+from fastkd.utils.distributed import World
+from tests.harness.tiny import image_folder
 
 pytestmark = [
     pytest.mark.gpu,

@@ -6,7 +6,7 @@ from torch.utils.data import TensorDataset
 
 from fastkd.losses import DistillationLoss, SoftKD
 from fastkd.training import train
-from tests.training.tiny import tensor_data, vit
+from tests.harness.tiny import tensor_data, vit
 
 
 class Unlabelled(TensorDataset):

@@ -12,7 +12,7 @@ import math
 import torch
 from torch import Tensor
 
-from fastkd.ops import maps
+from fastkd.ops import checks
 from fastkd.ops.backend import Implementation, Operator
 from fastkd.ops.feature_kd import cuda, reference
 from fastkd.ops.feature_kd.reference import LOSSES
@@ -74,12 +74,12 @@ def feature_kd(
         RuntimeError: ``backend`` names one that cannot run here, and why.
     """
     _check_options(loss, pool, beta, eps)
-    maps.check_map("feature_kd", "student", student)
-    maps.check_map("feature_kd", "teacher", teacher)
-    maps.check_pair("feature_kd", ("student", "teacher"), student, teacher)
+    checks.check_map("feature_kd", "student", student)
+    checks.check_map("feature_kd", "teacher", teacher)
+    checks.check_pair("feature_kd", ("student", "teacher"), student, teacher)
     _check_widths(student, teacher, pool)
-    size = maps.grid_of("feature_kd", student, grid, loss == "spectral")
-    student_map, teacher_map = maps.as_map(student, size), maps.as_map(teacher, size)
+    size = checks.grid_of("feature_kd", student, grid, loss == "spectral")
+    student_map, teacher_map = checks.as_map(student, size), checks.as_map(teacher, size)
     value, _ = _operator(student_map, teacher_map, loss, float(beta), float(eps), backend)
     return value
 

@@ -1,7 +1,7 @@
 """lift_kd: lift tokens, compare them with a teacher's and pool them, without writing them down.
 
 This file is what a user calls: checks, autocast, and the choice between the two forms. torch's view
-of the operators is in declaration.py, what they compute is defined in reference.py; triton.py and
+of the operators is in op.py, what they compute is defined in reference.py; triton.py and
 cuda.py compute the same faster.
 """
 
@@ -14,11 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastkd.ops import maps
+from fastkd.ops import checks
 from fastkd.ops.backend import NAMES
 from fastkd.ops.feature_kd.reference import LOSSES
-from fastkd.ops.lift_kd import declaration
-from fastkd.ops.lift_kd.declaration import OPERATOR
+from fastkd.ops.lift_kd import op
+from fastkd.ops.lift_kd.op import OPERATOR
 
 __all__ = ["OPERATOR", "lift", "lift_kd"]
 
@@ -148,8 +148,8 @@ def lift_kd(
     if not 0 <= beta < math.inf:
         raise ValueError(f"lift_kd: beta must be finite and >= 0, got {beta}")
     _check_backend("lift_kd", backend)
-    size = maps.grid_of("lift_kd", student_tokens, grid, loss == "spectral")
-    tokens, teacher = maps.as_map(student_tokens, size), maps.as_map(teacher_tokens, size)
+    size = checks.grid_of("lift_kd", student_tokens, grid, loss == "spectral")
+    tokens, teacher = checks.as_map(student_tokens, size), checks.as_map(teacher_tokens, size)
     parameters = weight, bias, norm_weight, norm_bias
     compute = _compute_dtype(tokens, *parameters)
     needs = _needs(tokens, *parameters)
@@ -157,9 +157,9 @@ def lift_kd(
     # Loss scaling keeps float16 gradients from vanishing, but it arrives in the backward only.
     half = torch.float16 in (tokens.dtype, compute)
     if not pool and any(needs) and not half:
-        value, *_ = declaration.one_pass(tokens, *parameters, teacher, *options, needs, backend)
+        value, *_ = op.one_pass(tokens, *parameters, teacher, *options, needs, backend)
         return value
-    value, pooled, _ = declaration.forward(tokens, *parameters, teacher, *options, pool, backend)
+    value, pooled, _ = op.forward(tokens, *parameters, teacher, *options, pool, backend)
     return (value, pooled.to(_output_dtype(tokens, norm_weight, compute))) if pool else value
 
 
@@ -202,13 +202,13 @@ def lift(
     _check_tokens("lift", "tokens", tokens)
     _check_projection("lift", tokens, weight, bias, norm_weight, norm_bias, eps)
     _check_backend("lift", backend)
-    view = maps.as_map(tokens, maps.grid_of("lift", tokens, None, rows=False))
+    view = checks.as_map(tokens, checks.grid_of("lift", tokens, None, rows=False))
     parameters = weight, bias, norm_weight, norm_bias
     compute = _compute_dtype(tokens, *parameters)
     out_dtype = _output_dtype(tokens, norm_weight, compute)
     if pool:
         options = float(eps), "mse", 1.0, compute
-        _, pooled, _ = declaration.forward(view, *parameters, None, *options, True, backend)
+        _, pooled, _ = op.forward(view, *parameters, None, *options, True, backend)
         return pooled.to(out_dtype)
     if any(_needs(view, *parameters)):
         if backend not in ("auto", "torch"):
@@ -218,7 +218,7 @@ def lift(
             )
         lifted = _lift_by_layers(view, *parameters, eps, compute, out_dtype)
     else:
-        lifted = declaration.lift(view, *parameters, float(eps), compute, out_dtype, backend)
+        lifted = op.lift(view, *parameters, float(eps), compute, out_dtype, backend)
     return lifted.permute(0, 3, 1, 2) if tokens.ndim == 4 else lifted.flatten(1, 2)
 
 
@@ -270,7 +270,7 @@ def _check_backend(function: str, backend: str) -> None:
 
 
 def _check_tokens(function: str, name: str, tokens: Tensor) -> None:
-    maps.check_map(function, name, tokens)
+    checks.check_map(function, name, tokens)
     if 0 in tokens.shape[1:]:
         raise ValueError(
             f"{function}: only the batch of {name} may be empty, got {list(tokens.shape)}"
@@ -286,7 +286,7 @@ def _check_projection(
     norm_bias: Tensor | None,
     eps: float,
 ) -> None:
-    maps.check_tensor(function, "weight", weight)
+    checks.check_tensor(function, "weight", weight)
     channels = tokens.shape[2 if tokens.ndim == 3 else 1]
     if weight.ndim != 2 or weight.shape[1] != channels or weight.shape[0] == 0:
         raise ValueError(
@@ -298,7 +298,7 @@ def _check_projection(
     for name, vector in vectors.items():
         if vector is None:
             continue
-        maps.check_tensor(function, name, vector)
+        checks.check_tensor(function, name, vector)
         if vector.shape != (width,):
             raise ValueError(
                 f"{function}: {name} must be [{width}] like weight's rows, got {list(vector.shape)}"
@@ -316,8 +316,8 @@ def _check_projection(
 
 
 def _check_teacher(student: Tensor, weight: Tensor, teacher: Tensor) -> None:
-    maps.check_map("lift_kd", "teacher_tokens", teacher)
-    maps.check_pair("lift_kd", ("student_tokens", "teacher_tokens"), student, teacher)
+    checks.check_map("lift_kd", "teacher_tokens", teacher)
+    checks.check_pair("lift_kd", ("student_tokens", "teacher_tokens"), student, teacher)
     channels = 2 if student.ndim == 3 else 1
     wanted = list(student.shape)
     wanted[channels] = weight.shape[0]

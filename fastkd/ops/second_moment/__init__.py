@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from fastkd.ops import maps
+from fastkd.ops import checks
 from fastkd.ops.backend import Implementation, Operator
 from fastkd.ops.second_moment import reference
 from fastkd.ops.second_moment.reference import WEIGHTS
@@ -72,7 +72,7 @@ def check_tokens(function: str, tokens: Tensor) -> None:
         TypeError: no floating-point tensor.
         ValueError: no channels, or gradients are on and the tokens require one.
     """
-    maps.check_tensor(function, "tokens", tokens)
+    checks.check_tensor(function, "tokens", tokens)
     if tokens.ndim == 0 or tokens.shape[-1] == 0:
         raise ValueError(
             f"{function}: tokens must be [..., D] with at least one channel, "

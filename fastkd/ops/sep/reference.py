@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastkd.ops import maps
+from fastkd.ops import checks
 from fastkd.ops.second_moment.reference import normalised
 
 CONVENTIONS = ("full", "folded")
@@ -38,7 +38,7 @@ def sep_from_moment(moment: Tensor, convention: str = "full") -> Tensor:
         TypeError: ``moment`` is no floating-point tensor.
         ValueError: it is not [..., D, D], or the convention is unknown.
     """
-    maps.check_tensor("sep_from_moment", "moment", moment)
+    checks.check_tensor("sep_from_moment", "moment", moment)
     check_convention("sep_from_moment", convention)
     if moment.ndim < 2 or moment.shape[-1] != moment.shape[-2] or moment.shape[-1] == 0:
         raise ValueError(f"sep_from_moment: moment must be [..., D, D], got {list(moment.shape)}")
@@ -88,7 +88,7 @@ def sep_from_power(power: Tensor, dim: int, convention: str = "full") -> Tensor:
         TypeError: ``power`` is no floating-point tensor.
         ValueError: it does not fit ``dim``, or the convention is unknown.
     """
-    maps.check_tensor("sep_from_power", "power", power)
+    checks.check_tensor("sep_from_power", "power", power)
     check_convention("sep_from_power", convention)
     if dim < 1 or power.ndim == 0 or power.shape[-1] != dim // 2 + 1:
         raise ValueError(
@@ -139,7 +139,7 @@ def bandwidth(curve: Tensor, q: Sequence[float] = LEVELS) -> Tensor:
         TypeError: ``curve`` is no floating-point tensor.
         ValueError: it has no bins, or a level is out of range.
     """
-    maps.check_tensor("bandwidth", "curve", curve)
+    checks.check_tensor("bandwidth", "curve", curve)
     if curve.ndim == 0 or curve.shape[-1] == 0:
         raise ValueError(f"bandwidth: curve must be [..., F], got {list(curve.shape)}")
     if len(q) == 0 or not all(0 < level <= 1 for level in q):
@@ -165,7 +165,7 @@ def permuted_moment(moment: Tensor, permutation: Tensor) -> Tensor:
         TypeError: ``moment`` is no floating-point tensor, or ``permutation`` no int64 tensor.
         ValueError: the shapes do not fit.
     """
-    maps.check_tensor("permuted_moment", "moment", moment)
+    checks.check_tensor("permuted_moment", "moment", moment)
     if not isinstance(permutation, Tensor) or permutation.dtype != torch.int64:
         got = permutation.dtype if isinstance(permutation, Tensor) else type(permutation).__name__
         raise TypeError(f"permuted_moment: permutation must be an int64 tensor, got {got}")
@@ -207,7 +207,7 @@ def check_convention(function: str, convention: str) -> None:
 
 def _token_power(function: str, tokens: Tensor) -> Tensor:
     """[..., D // 2 + 1]: power of every token at its unique frequencies, up to a factor a token."""
-    maps.check_tensor(function, "tokens", tokens)
+    checks.check_tensor(function, "tokens", tokens)
     if tokens.ndim == 0 or tokens.shape[-1] == 0:
         raise ValueError(
             f"{function}: tokens must be [..., D] with at least one channel, got "

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastkd.ops import maps
+from fastkd.ops import checks
 from fastkd.ops.backend import Implementation, Operator
 from fastkd.ops.spectrum import cuda, reference
 from fastkd.ops.spectrum.measures import (
@@ -153,7 +153,7 @@ def singular_values(x: Tensor, *, backend: str = "auto") -> Tensor:
 
 
 def _check(caller: str, x: Tensor) -> None:
-    maps.check_tensor(caller, "x", x)
+    checks.check_tensor(caller, "x", x)
     if x.ndim < 2 or 0 in x.shape[-2:]:
         raise ValueError(
             f"{caller}: x must be [..., N, D] with at least one token and one channel, "

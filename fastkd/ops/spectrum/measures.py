@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from fastkd.ops import maps
+from fastkd.ops import checks
 from fastkd.ops.spectrum import reference
 
 LEVELS = (0.80, 0.90, 0.95, 0.99)
@@ -140,7 +140,7 @@ def check_energies(caller: str, energies: Tensor) -> None:
         TypeError: no floating-point tensor.
         ValueError: no energy in the last dimension.
     """
-    maps.check_tensor(caller, "energies", energies)
+    checks.check_tensor(caller, "energies", energies)
     if energies.ndim == 0 or energies.shape[-1] == 0:
         raise ValueError(
             f"{caller}: energies must be [..., n] with n >= 1, got {list(energies.shape)}"

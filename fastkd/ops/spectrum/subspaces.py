@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastkd.ops import maps
+from fastkd.ops import checks
 from fastkd.ops.spectrum import reference
 from fastkd.ops.threads import over_shares
 
@@ -118,7 +118,7 @@ def _products(caller: str, a: Tensor, b: Tensor) -> Tensor:
 
 
 def _check_matrix(caller: str, name: str, x: Tensor) -> None:
-    maps.check_tensor(caller, name, x)
+    checks.check_tensor(caller, name, x)
     if x.ndim < 2:
         raise ValueError(f"{caller}: {name} must have two dimensions or more, got {list(x.shape)}")
     if x.requires_grad and torch.is_grad_enabled():

@@ -1,0 +1,1 @@
+"""Measurements that add up over batches of tokens; tensors only."""

@@ -1,0 +1,225 @@
+"""SEP, the token spectral energy pattern: how the energy of tokens spreads over channel frequency.
+
+For each token the energies of its DFT along the channels, cumulated in frequency order over their
+total; averaged over tokens (arXiv 2511.15572). White noise gives nearly the same straight line, and
+the full order of a real signal is symmetric, so a pattern means something only beside `white_noise`
+and `permutation_test`. Knows tensors only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastkd.analysis.accumulators.base import TokenAccumulator, mean_and_std
+from fastkd.analysis.results import Curve, Sep, SepTest, intervals
+from fastkd.ops.second_moment import second_moment
+from fastkd.ops.sep import (
+    LEVELS,
+    TIE_TOLERANCE,
+    bandwidth,
+    permuted_moment,
+    sep_curves,
+    sep_from_moment,
+    sep_from_power,
+    sep_power,
+    white_noise_sep,
+)
+from fastkd.ops.sep.reference import check_convention
+
+CONFIDENCE = 0.95
+RESAMPLES = 1000
+
+_CHUNK_VALUES = 1 << 22  # of curves in float64 at a time
+_CHUNK_MOMENTS = 1 << 24  # of permuted moments in float64 at a time
+
+
+class TokenPattern(TokenAccumulator):
+    """Mean curve of all tokens, and what its spread and a permutation test need.
+
+    Args:
+        convention: ``"full"``: all D bins in FFT order, as the paper's figures; ``"folded"``: the
+            D // 2 + 1 unique bins, conjugate pairs folded.
+        detailed: also measure the std over tokens, keep every image's mean curve, and keep the
+            row-normalised second moment that `permutation_test` permutes. Without it the mean
+            alone is measured.
+
+    Raises:
+        ValueError: another convention.
+    """
+
+    def __init__(self, convention: str = "full", detailed: bool = False) -> None:
+        super().__init__()
+        check_convention("TokenPattern", convention)
+        self.convention = convention
+        self.detailed = detailed
+
+    def options(self) -> dict[str, Any]:
+        """Convention and detail."""
+        return {"convention": self.convention, "detailed": self.detailed}
+
+    def update(self, tokens: Tensor, places: Sequence[int] | None = None) -> None:
+        """Add a batch; tokens without energy, and images that are not finite, are left out.
+
+        Args:
+            tokens: [B, N, D] in any float dtype, prefix tokens already dropped.
+            places: the images' numbers; counted without.
+
+        Raises:
+            ValueError: another shape, or another D than before.
+            TypeError: tokens are not floating-point.
+        """
+        tokens, finite = self._checked(tokens)
+        present = tokens.any(dim=-1)
+        self._add("tokens", present.sum())
+        self._add("without_energy", (~present & finite.unsqueeze(-1)).sum())
+        if not self.detailed:
+            for some in self._chunks(tokens):
+                self._add("power", sep_power(tokens[some]))
+            return
+        self._add("moment", second_moment(tokens, "row_norm"))
+        self._add_curves(tokens, present, self._places(places, tokens))
+
+    def _add_curves(self, tokens: Tensor, present: Tensor, places: Tensor) -> None:
+        for some in self._chunks(tokens):
+            here = present[some].unsqueeze(-1)
+            curves = torch.where(here, sep_curves(tokens[some], self.convention), 0.0).double()
+            self._add("curve", curves.sum(dim=(0, 1)))
+            self._add("curve_squares", curves.square().sum(dim=(0, 1)))
+            count = here.sum(dim=1)
+            own = curves.sum(dim=1) / count.clamp_min(1)
+            self.rows.add(places[some], curves=own.float(), tokens=count.squeeze(-1))
+
+    def _chunks(self, tokens: Tensor) -> list[slice]:
+        """Images whose transforms are made at once."""
+        step = max(1, _CHUNK_VALUES // tokens[0].numel()) if len(tokens) else 1
+        return [slice(start, start + step) for start in range(0, len(tokens), step)]
+
+    def result(self, levels: Sequence[float] = LEVELS) -> Sep:
+        """Summarise what was seen so far; waits for the device.
+
+        Args:
+            levels: parts of the energy at which bandwidths are read.
+
+        Returns:
+            The pattern; its std only where ``detailed``.
+
+        Raises:
+            ValueError: no token with energy was seen.
+        """
+        self._refuse_empty()
+        assert self.channels is not None
+        std = None
+        if not self.detailed:
+            mean = sep_from_power(self.sums["power"], self.channels, self.convention)
+        else:
+            mean = sep_from_moment(self.sums["moment"], self.convention)
+            sums = self.sums["curve"], self.sums["curve_squares"], self.sums["tokens"]
+            std = mean_and_std(*sums)[1]
+        return Sep(
+            convention=self.convention,
+            curve=Curve(mean.cpu().numpy(), std),
+            white_noise=white_noise_sep(self.channels, self.convention).cpu().numpy(),
+            levels=tuple(levels),
+            bandwidths=bandwidth(mean, levels).cpu().numpy(),
+            tokens=self.tokens,
+            without_energy=int(self.sums["without_energy"]),
+        )
+
+    def permutation_test(
+        self, permutations: int = 100, levels: Sequence[float] = LEVELS, seed: int = 0
+    ) -> SepTest:
+        """Bandwidths under random permutations of the channels: does their order mean anything?
+
+        The pattern of permuted channels follows from the permuted second moment, exactly, so no
+        token is looked at again.
+
+        Args:
+            permutations: how many.
+            levels: parts of the energy at which bandwidths are read.
+            seed: of permutations and of bootstrap samples.
+
+        Returns:
+            The test.
+
+        Raises:
+            ValueError: not ``detailed``, no permutations, or no token with energy was seen.
+        """
+        if not self.detailed or permutations < 1:
+            raise ValueError(
+                "TokenPattern.permutation_test: needs detailed=True and at least one permutation, "
+                f"got detailed={self.detailed} and {permutations}"
+            )
+        self._refuse_empty()
+        moment = self.sums["moment"]
+        generator = torch.Generator().manual_seed(seed)
+        orders = [torch.randperm(len(moment), generator=generator) for _ in range(permutations)]
+        step = max(1, _CHUNK_MOMENTS // moment.numel())
+        permuted = []
+        for part in range(0, permutations, step):
+            some = torch.stack(orders[part : part + step]).to(moment.device)
+            curves = sep_from_moment(permuted_moment(moment, some), self.convention)
+            permuted.append(curves.cpu())
+        rows = self.rows.sorted()
+        return _test(
+            sep_from_moment(moment, self.convention).cpu(),
+            torch.cat(permuted),
+            torch.from_numpy(rows["curves"]).double(),
+            torch.from_numpy(rows["tokens"]).double(),
+            tuple(levels),
+            seed,
+        )
+
+    def _refuse_empty(self) -> None:
+        if self.is_empty:
+            raise ValueError("TokenPattern: no token with energy was seen")
+
+
+def _test(
+    observed: Tensor,
+    permuted: Tensor,
+    images: Tensor,
+    weights: Tensor,
+    levels: tuple[float, ...],
+    seed: int,
+) -> SepTest:
+    """The test, from curves [F] as they are, [R, F] permuted and [images, F] of every image."""
+    rng = np.random.default_rng(seed)
+    # Between bins: of bandwidths in whole bins, a shift by less than one would be the grid's.
+    here, there = _crossings(observed, levels), _crossings(permuted, levels)
+    centre = torch.cat([there, here[None]]).mean(dim=0)
+    as_far = (there - centre).abs() >= (here - centre).abs()
+    resampled = _resampled_mean(images, weights, rng)
+    drawn = rng.integers(len(there), size=(RESAMPLES, len(there)))
+    shifts = there.numpy()[drawn].mean(axis=1) - _crossings(resampled, levels).numpy()
+    return SepTest(
+        levels=levels,
+        observed=bandwidth(observed, levels).numpy(),
+        observed_interval=intervals(bandwidth(resampled, levels).numpy(), CONFIDENCE),
+        permuted=bandwidth(permuted, levels).numpy(),
+        shift=(there.mean(dim=0) - here).numpy(),
+        shift_interval=intervals(shifts, CONFIDENCE),
+        p_value=((1 + as_far.sum(dim=0)).double() / (1 + len(there))).numpy(),
+        confidence=CONFIDENCE,
+    )
+
+
+def _resampled_mean(images: Tensor, weights: Tensor, rng: np.random.Generator) -> Tensor:
+    """Mean curves [RESAMPLES, F] of bootstrap samples of images, each weighted by its tokens."""
+    drawn = rng.multinomial(len(images), [1 / len(images)] * len(images), size=RESAMPLES)
+    shares = torch.from_numpy(drawn).double() * weights
+    return shares @ images / shares.sum(dim=1, keepdim=True)
+
+
+def _crossings(curves: Tensor, levels: tuple[float, ...]) -> Tensor:
+    """Where curves [..., F] cross each level, over F, linear within a bin; [..., levels]."""
+    start = torch.cat([torch.zeros_like(curves[..., :1]), curves], dim=-1)
+    wanted = (curves.new_tensor(levels) - TIE_TOLERANCE).expand(*curves.shape[:-1], -1).contiguous()
+    after = torch.searchsorted(start.contiguous(), wanted).clamp(1, curves.shape[-1])
+    low, high = start.gather(-1, after - 1), start.gather(-1, after)
+    part = (wanted - low) / (high - low).clamp_min(torch.finfo(curves.dtype).tiny)
+    return (after - 1 + part.clamp(0, 1)) / curves.shape[-1]

@@ -1,0 +1,671 @@
+"""The figures of a report, at a column's or a page's width, in colours that most eyes tell apart.
+
+Drawn without pyplot, whose backend and state are the caller's. The only module of the analysis that
+imports matplotlib. Reads results and computes no measurement.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure, SubFigure
+from matplotlib.patheffects import withStroke
+from matplotlib.ticker import MaxNLocator, NullFormatter, StrMethodFormatter
+from matplotlib.transforms import ScaledTranslation
+
+from fastkd.analysis import readings
+from fastkd.analysis.results import (
+    Distribution,
+    LayerResult,
+    ModelResult,
+    Sep,
+    SepTest,
+    Subspaces,
+    measured,
+)
+from fastkd.utils.io import replacing
+
+# Okabe and Ito's colours.
+_OWN, _SHARED, _PAIRS, _WARNING = "#0072B2", "#E69F00", "#009E73", "#D55E00"
+_LEVELS = ("#0072B2", "#56B4E9", "#009E73", "#E69F00", "#D55E00", "#CC79A7", "#000000")
+_BASELINE = "#555555"
+_MARKERS = "osD^vPX"
+
+_PANEL_WIDTH = 3.5  # inches: one column of a two-column page
+_STYLE: dict[Any, Any] = {
+    "font.size": 8,
+    "axes.titlesize": 8,
+    "axes.labelsize": 8,
+    "xtick.labelsize": 7,
+    "ytick.labelsize": 7,
+    "legend.fontsize": 7,
+    "axes.linewidth": 0.6,
+    "xtick.major.width": 0.6,
+    "ytick.major.width": 0.6,
+    "pdf.fonttype": 42,  # outlines that journals accept, and text that can be searched
+}
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """One kind of figure: for which models, how many on a page, drawn by what."""
+
+    name: str
+    wanted: Callable[[ModelResult], bool]
+    per_page: int
+    draw: Callable[[Sequence[ModelResult]], Figure]
+
+
+def save_figures(models: Sequence[ModelResult], folder: Path) -> dict[str, list[str]]:
+    """Draw all figures that the results have something for, each as PNG and PDF.
+
+    Args:
+        models: what was analysed; many models go on several pages.
+        folder: made if it is not there.
+
+    Returns:
+        Kind -> stems of its files, one for each page.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    saved: dict[str, list[str]] = {}
+    with matplotlib.rc_context(_STYLE):
+        for kind, stem, figure in drawings(models):
+            _save(figure, folder / stem)
+            saved.setdefault(kind, []).append(stem)
+    return saved
+
+
+def drawings(models: Sequence[ModelResult]) -> Iterator[tuple[str, str, Figure]]:
+    """Draw one figure after the other.
+
+    Args:
+        models: what was analysed.
+
+    Yields:
+        Kind, stem of its file, figure.
+    """
+    for kind in _KINDS:
+        shown = [model for model in models if kind.wanted(model)]
+        for page, start in enumerate(range(0, len(shown), kind.per_page)):
+            stem = kind.name if page == 0 else f"{kind.name}_{page + 1}"
+            yield kind.name, stem, kind.draw(shown[start : start + kind.per_page])
+    if len(models) > 1:
+        yield "comparison", "comparison", comparison(models)
+
+
+def layerwise_rank(models: Sequence[ModelResult]) -> Figure:
+    """rank@q of the highest level over layers: mean, quartiles and 99th percentile over images."""
+    figure, panels = _panels(len(models), height=2.4, sharey=True)
+    for axes, model in zip(panels, models, strict=False):
+        _draw_layers(axes, model)
+        _title(axes, model, model.last)
+    _legend(figure)
+    return figure
+
+
+def layerwise_rotation(models: Sequence[ModelResult]) -> Figure:
+    """Excess overlap with the shared subspace over layers, mean over images, for every k."""
+    figure, panels = _panels(len(models), height=2.4, sharey=True)
+    for axes, model in zip(panels, models, strict=False):
+        _draw_layer_rotation(axes, model)
+        _title(axes, model, model.last)
+    _legend(figure)
+    return figure
+
+
+def rank_histograms(models: Sequence[ModelResult]) -> Figure:
+    """Images by rank, last layer, at every level, in their own and in the shared basis."""
+    figure, rows = _rows(models, height=1.75)
+    for row, model in zip(rows, models, strict=True):
+        levels = model.last.ranks.levels
+        panels = row.subplots(1, len(levels), squeeze=False)[0]
+        for axes, level in zip(panels, levels, strict=True):
+            _draw_histogram(axes, model.last, level)
+        panels[0].set_ylabel("images")
+    _legend(figure)
+    return figure
+
+
+def shared_basis(models: Sequence[ModelResult]) -> Figure:
+    """Energy over dimensions: each image's own basis against the one that all share."""
+    figure, panels = _panels(len(models), height=2.6)
+    for axes, model in zip(panels, models, strict=False):
+        _draw_energy(axes, model.last)
+        _title(axes, model, model.last)
+    _legend(figure)
+    return figure
+
+
+def sep(models: Sequence[ModelResult]) -> Figure:
+    """Energy of the mean token over channel frequency, and its difference from white noise."""
+    figure, cells = _cells(models, height=3.4)
+    for cell, model in zip(cells, models, strict=True):
+        upper, lower = cell.subplots(2, 1, sharex=True, height_ratios=(3, 2))
+        _draw_sep(upper, lower, model)
+    _legend(figure)
+    return figure
+
+
+def rotation(models: Sequence[ModelResult]) -> Figure:
+    """Overlaps of subspaces for every k, and the principal angles of the largest k."""
+    figure, rows = _rows(models, height=2.5)
+    for row, model in zip(rows, models, strict=True):
+        left, right = row.subplots(1, 2)
+        found = model.last.shared.rotation if model.last.shared else []
+        _draw_overlaps(left, found)
+        _draw_angles(right, found)
+    _legend(figure)
+    return figure
+
+
+def comparison(models: Sequence[ModelResult]) -> Figure:
+    """All models side by side: ranks over width, rotation, bandwidths."""
+    draws: list[Callable[[Axes, Sequence[ModelResult]], None]] = [_compare_ranks]
+    if readings.subspace_sizes_of(models):
+        draws.append(_compare_rotation)
+    if readings.bandwidth_levels_of(model.last for model in models):
+        draws.append(_compare_bandwidths)
+    figure = _figure(2 * _PANEL_WIDTH, 1.3 + 0.42 * len(models))
+    panels = figure.subplots(1, len(draws), sharey=True, squeeze=False)[0]
+    for axes, draw in zip(panels, draws, strict=True):
+        draw(axes, models)
+        axes.set_xticks([0, 0.25, 0.5, 0.75, 1], ["0", "0.25", "0.5", "0.75", "1"])
+        _clean(axes, grid="x")
+        _legend_below(axes, figure, columns=1 if draw is _compare_ranks else 3)
+    panels[0].set_yticks(range(len(models)), [_row_label(model) for model in models])
+    for label, model in zip(panels[0].get_yticklabels(), models, strict=True):
+        label.set_color(_WARNING if _is_untrained(model) else "black")
+    panels[0].set_ylim(len(models) - 0.4, -0.6)
+    return figure
+
+
+def _draw_layers(axes: Axes, model: ModelResult) -> None:
+    layers = model.layers
+    level = max(model.last.ranks.levels)
+    found = [layer.ranks.distribution(level) for layer in layers]
+    places = np.arange(len(layers))
+    lower, upper = [f.lower_quartile for f in found], [f.upper_quartile for f in found]
+    tails = [f.percentile_99 for f in found]
+    axes.fill_between(places, lower, upper, color=_OWN, alpha=0.22, linewidth=0, label="quartiles")
+    if len(layers) == 1:
+        axes.vlines(places, lower, upper, color=_OWN, alpha=0.22, linewidth=6)
+    _line(axes, places, [f.mean for f in found], _OWN, "mean", marker="o")
+    tail_marker = "_" if len(layers) == 1 else ""
+    _line(axes, places, tails, _OWN, "99th percentile", style="--", width=0.7, marker=tail_marker)
+    in_shared = [
+        (at, layer.shared) for at, layer in zip(places, layers, strict=True) if layer.shared
+    ]
+    if len(in_shared) > 1:
+        means = [shared.ranks.distribution(level).mean for _, shared in in_shared]
+        _line(axes, np.array([at for at, _ in in_shared]), means, _SHARED, "mean, shared basis")
+    # Panels share this axis; where no image comes near the limit, the limit must not flatten them.
+    top = max(axes.get_ylim()[1], 1.12 * max([1.0, *measured(np.asarray(tails))]))
+    largest = [layer.ranks.largest for layer in layers]
+    if min(largest) < top:
+        _line(axes, places, largest, _BASELINE, "largest: min(N, D)", style=":", width=0.8)
+    axes.set_ylim(0, top)
+    axes.set_ylabel(f"rank@{readings.percent(level)} (dimensions)")
+    _depth_axis(axes, layers)
+
+
+def _draw_layer_rotation(axes: Axes, model: ModelResult) -> None:
+    axes.axhline(0, color=_BASELINE, linestyle="--", linewidth=0.9, label="random subspaces")
+    layers = [(place, one.shared) for place, one in enumerate(model.layers) if one.shared]
+    for index, size in enumerate(sorted({r.k for _, shared in layers for r in shared.rotation})):
+        found = [(place, r) for place, shared in layers for r in shared.rotation if r.k == size]
+        means = [
+            readings.excess_overlap(Distribution.of(r.overlap_shared).mean, r.overlap_random)
+            for _, r in found
+        ]
+        places = np.array([place for place, _ in found])
+        color, marker = _LEVELS[index % len(_LEVELS)], _MARKERS[index % len(_MARKERS)]
+        _line(axes, places, means, color, f"k = {size}", marker=marker)
+    axes.set_ylim(-0.05, 1.02)
+    axes.set_ylabel("excess overlap with shared\n(0: random, 1: same)")
+    _depth_axis(axes, model.layers)
+
+
+def _depth_axis(axes: Axes, layers: Sequence[LayerResult]) -> None:
+    axes.set_xlim(-0.5, len(layers) - 0.5)
+    axes.set_xlabel(_kind_of_layer(layers))
+    step = -(-len(layers) // 12)
+    axes.set_xticks(range(0, len(layers), step), [str(layer.index) for layer in layers[::step]])
+    _clean(axes, grid="y")
+
+
+def _draw_histogram(axes: Axes, layer: LayerResult, level: float) -> None:
+    bases = [("own", _OWN, layer.ranks.at(level))]
+    if layer.shared:
+        bases.append(("shared", _SHARED, layer.shared.ranks.at(level)))
+    shown = [basis for basis in bases if len(basis[2])]
+    longest = max((int(values.max()) for _, _, values in shown), default=1)
+    width = -(-max(longest, 12) // 40)
+    edges = np.arange(0.5, max(longest, 12) + width + 0.5, width)
+    for name, color, values in shown:
+        counts, _ = np.histogram(values, edges)
+        # See-through areas with firm outlines: equal histograms stay visible as two.
+        axes.stairs(counts, edges, fill=True, color=color, alpha=0.35, label=f"{name} basis")
+        axes.stairs(counts, edges, color=color, linewidth=0.9)
+    medians = ", ".join(f"{np.median(values):g} {name}" for name, _, values in shown)
+    below = f"median {medians}" if shown else "no image has a rank"
+    axes.set_title(f"rank@{readings.percent(level)}\n{below}", fontsize=6.5)
+    axes.set_xlim(0, edges[-1])
+    axes.set_xlabel("dimensions")
+    axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
+    axes.yaxis.set_major_locator(MaxNLocator(4, integer=True))
+    _clean(axes, grid="y")
+
+
+def _draw_energy(axes: Axes, layer: LayerResult) -> None:
+    curves = [("own basis (SVD)", _OWN, layer.curve, 1)]
+    if layer.shared:
+        curves.append(("shared basis (all images)", _SHARED, layer.shared.curve, -1))
+    levels = layer.ranks.levels
+    for level in levels:
+        axes.axhline(100 * level, color="#cccccc", linewidth=0.5, zorder=0)
+    for name, color, curve, side in curves:
+        if len(curve.mean) == 0 or not np.isfinite(curve.mean).all():
+            continue
+        _band(axes, np.arange(1, len(curve.mean) + 1), curve.mean, curve.std, color, name)
+        for level in levels:
+            _mark_level(axes, curve.mean, level, color, side)
+    axes.set_xscale("log")
+    axes.set_xlim(0.9, layer.channels * 1.5)  # room for the numbers of the last dots
+    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.set_yticks([0, 20, 40, 60, *(100 * level for level in levels)])
+    axes.set_yticklabels(["0", "20", "40", "60", *map(readings.percent, levels)])
+    axes.set_ylim(0, 104)
+    axes.set_xlabel("dimensions (log)")
+    axes.set_ylabel("energy held (%)")
+    _clean(axes)
+
+
+def _mark_level(axes: Axes, mean: np.ndarray, level: float, color: str, side: int) -> None:
+    """A dot and the number of dimensions where a mean curve reaches a level."""
+    dimension = round(float(readings.bandwidths(mean, [level])[0]) * len(mean))
+    height = 100 * mean[dimension - 1]
+    axes.plot([dimension], [height], marker="o", markersize=3, color=color)
+    # Numbers of the steep curve stand to its left, of the other to its right and below.
+    axes.annotate(
+        f"{dimension}",
+        (dimension, height),
+        xytext=(-3 * side, 2 * side),
+        textcoords="offset points",
+        ha="right" if side > 0 else "left",
+        va="bottom" if side > 0 else "top",
+        fontsize=6.5,
+        color=color,
+        path_effects=[withStroke(linewidth=1.5, foreground="white")],
+    )
+
+
+def _draw_sep(upper: Axes, lower: Axes, model: ModelResult) -> None:
+    found = model.last.sep
+    if found is None:
+        return
+    count = len(found.white_noise)
+    parts = np.arange(1, count + 1) / count
+    _band(upper, parts, found.curve.mean, found.curve.std, _OWN, "mean token", width=2.4)
+    _line(upper, parts, 100 * found.white_noise, "black", "white noise", "--", 0.9)
+    upper.set_ylabel("energy held (%)")
+    upper.text(0.03, 0.97, f"{found.tokens:,} tokens", transform=upper.transAxes, va="top")
+    upper.set_ylim(0, 104)
+    difference = 100 * (found.curve.mean - found.white_noise)
+    lower.axhline(0, color=_BASELINE, linestyle="--", linewidth=0.9)
+    lower.plot(parts, difference, color=_OWN, linewidth=1.0)
+    if model.last.sep_test:
+        _draw_permutations(lower, found, model.last.sep_test)
+    largest = float(np.nanmax(np.abs(difference), initial=0))
+    reach = 1.25 * max(largest, *map(abs, lower.get_ylim()), 1e-3) if largest else 1.0
+    lower.set_ylim(-reach, reach)
+    lower.set_xlim(0, 1)
+    lower.set_ylabel("minus white\nnoise (% points)")
+    unique = "D" if found.convention == "full" else "(D // 2 + 1)"
+    lower.set_xlabel(f"channel frequency / {unique}, {found.convention} order")
+    for axes in (upper, lower):
+        _clean(axes, grid="y")
+
+
+def _draw_permutations(axes: Axes, found: Sep, test: SepTest) -> None:
+    """At each level, where 95 % of the permutations put the curve.
+
+    Bandwidths are whole bins, the curve is not: so it is moved by the difference of bandwidths,
+    and does not stand where a bandwidth of its own would put it.
+    """
+    if len(test.permuted) == 0:
+        return
+    count = len(found.white_noise)
+    parts = np.arange(1, count + 1) / count
+    for index, observed in enumerate(test.observed):
+        place = round(float(observed) * count) - 1
+        here = found.curve.mean[place] - found.white_noise[place]
+        ends = np.percentile(test.permuted[:, index], (2.5, 97.5))
+        moved = np.interp(ends, parts, found.white_noise) - found.white_noise[place]
+        label = "95 % of channel permutations" if index == 0 else ""
+        low, high = 100 * (here - moved)
+        axes.vlines(observed, low, high, color=_WARNING, linewidth=1.6, label=label)
+
+
+def _draw_overlaps(axes: Axes, found: Sequence[Subspaces]) -> None:
+    for place, one in enumerate(found):
+        for values, color, offset in (
+            (one.overlap_shared, _OWN, -0.18),
+            (one.overlap_pairs, _PAIRS, 0.18),
+        ):
+            values = measured(values)
+            if len(values):
+                _box(axes, values, place + offset, color)
+        axes.hlines(one.overlap_random, place - 0.4, place + 0.4, color=_BASELINE, linestyle="--")
+    axes.set_xticks(range(len(found)), [str(one.k) for one in found])
+    axes.set_xlim(-0.6, len(found) - 0.4)
+    axes.set_ylim(0, 1.02)
+    axes.set_xlabel("k, dimensions of the subspaces")
+    axes.set_ylabel(r"overlap $\|V_i^\top V_j\|_F^2 \,/\, k$")
+    images = _count([one.overlap_shared for one in found], "image")
+    pairs = _count([one.overlap_pairs for one in found], "pair")
+    axes.set_title(f"{images}, {pairs}", fontsize=7)
+    _clean(axes, grid="y")
+
+
+def _count(overlaps: Sequence[np.ndarray], what: str) -> str:
+    """How many values there are, as "288 to 300 images" where it depends on k."""
+    counts = sorted({len(measured(values)) for values in overlaps} or {0})
+    ends = " to ".join(f"{count:,}" for count in dict.fromkeys((counts[0], counts[-1])))
+    return f"{ends} {what}" + "s" * (counts[-1] != 1)
+
+
+def _box(axes: Axes, values: np.ndarray, place: float, color: str) -> None:
+    line = {"color": color, "linewidth": 0.9}
+    axes.boxplot(
+        values,
+        positions=[place],
+        widths=0.28,
+        whis=(5, 95),
+        showfliers=False,
+        manage_ticks=False,
+        patch_artist=True,
+        boxprops={"facecolor": color, "alpha": 0.35, "linewidth": 0},
+        medianprops={**line, "linewidth": 1.6},
+        whiskerprops=line,
+        capprops=line,
+    )
+
+
+def _draw_angles(axes: Axes, found: Sequence[Subspaces]) -> None:
+    largest = found[-1] if found else None
+    for name, color, style, marker, attribute in (
+        ("image and shared subspace", _OWN, "-", "o", "angles_shared"),
+        ("pairs of images", _PAIRS, "-", "s", "angles_pairs"),
+        ("random subspaces", _BASELINE, "--", "", "angles_random"),
+    ):
+        angles = getattr(largest, attribute) if largest else np.empty(0)
+        _line(axes, np.arange(1, len(angles) + 1), angles, color, name, style, marker=marker)
+    axes.set_ylim(0, 92)
+    axes.set_yticks([0, 15, 30, 45, 60, 75, 90])
+    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, min_n_ticks=1))
+    axes.set_xlabel("angle, from the smallest")
+    axes.set_ylabel("mean angle (degrees)")
+    if largest:
+        axes.set_title(f"principal angles of k = {largest.k}", fontsize=7)
+        axes.set_xlim(0.5, largest.k + 0.5)
+    _clean(axes, grid="y")
+
+
+def _compare_ranks(axes: Axes, models: Sequence[ModelResult]) -> None:
+    level = max(readings.levels_of(model.last for model in models))
+    for row, model in enumerate(models):
+        last = model.last
+        bases = [(last.ranks, _OWN, "o", "own basis", -0.12)]
+        if last.shared:
+            bases.append((last.shared.ranks, _SHARED, "s", "shared basis", 0.12))
+        for ranks, color, marker, name, offset in bases:
+            if level not in ranks.levels:
+                continue
+            found = ranks.distribution(level)
+            mean, tail = found.mean / last.channels, found.percentile_99 / last.channels
+            axes.hlines(row + offset, mean, tail, color=color, linewidth=0.9)
+            _dot(axes, mean, row + offset, marker, color, f"{name} (line: mean to p99)")
+    axes.set_xlim(0, 1.03)
+    axes.set_xlabel(f"rank@{readings.percent(level)} / D")
+
+
+def _compare_rotation(axes: Axes, models: Sequence[ModelResult]) -> None:
+    sizes = readings.subspace_sizes_of(models)
+    axes.axvline(0, color=_BASELINE, linestyle="--", linewidth=0.9)
+    for row, model in enumerate(models):
+        for found in model.last.shared.rotation if model.last.shared else []:
+            index = sizes.index(found.k)
+            marker, color = _MARKERS[index % len(_MARKERS)], _LEVELS[index % len(_LEVELS)]
+            place = row + 0.5 * ((index + 0.5) / len(sizes) - 0.5)
+            for overlap, hollow in ((found.overlap_shared, False), (found.overlap_pairs, True)):
+                mean = Distribution.of(overlap).mean
+                excess = float(readings.excess_overlap(mean, found.overlap_random))
+                label = None if hollow else f"k = {found.k}"
+                _dot(axes, excess, place, marker, color, label, hollow)
+    axes.set_xlim(-0.05, 1.03)
+    axes.set_xlabel("excess overlap, 0 is random\n(filled: shared, open: pairs)")
+
+
+def _compare_bandwidths(axes: Axes, models: Sequence[ModelResult]) -> None:
+    levels = readings.bandwidth_levels_of(model.last for model in models)
+    for row, model in enumerate(models):
+        found = model.last.sep
+        if found is None:
+            continue
+        noise = readings.white_noise_bandwidths(found)
+        axes.vlines(noise, row - 0.3, row + 0.3, color=_BASELINE, linewidth=0.9)
+        for level, width in zip(found.levels, found.bandwidths.tolist(), strict=True):
+            index = levels.index(level)
+            marker, color = _MARKERS[index % len(_MARKERS)], _LEVELS[index % len(_LEVELS)]
+            _dot(axes, width, row, marker, color, f"{readings.percent(level)} %")
+    conventions = sorted({model.last.sep.convention for model in models if model.last.sep})
+    axes.set_xlim(0, 1.03)
+    axes.set_xlabel(f"SEP bandwidth, {'/'.join(conventions)} order\n(bars: white noise)")
+
+
+def _dot(
+    axes: Axes,
+    x: float,
+    y: float,
+    marker: str,
+    color: str,
+    label: str | None,
+    hollow: bool = False,
+) -> None:
+    face = "white" if hollow else color
+    axes.plot(
+        [x], [y], marker, color=color, markersize=4, markerfacecolor=face, markeredgewidth=0.8,
+        linestyle="", label=label, zorder=3,
+    )  # fmt: skip
+
+
+def _line(
+    axes: Axes,
+    x: np.ndarray,
+    y: Any,
+    color: str,
+    label: str,
+    style: str = "-",
+    width: float = 1.3,
+    marker: str = "",
+) -> None:
+    every = max(1, len(x) // 12) if len(x) > 30 else 1
+    axes.plot(
+        x, y, color=color, linestyle=style, linewidth=width, marker=marker, markersize=2.5,
+        markevery=every, label=label,
+    )  # fmt: skip
+
+
+def _band(
+    axes: Axes,
+    x: np.ndarray,
+    mean: np.ndarray,
+    std: np.ndarray | None,
+    color: str,
+    name: str,
+    width: float = 1.4,
+) -> None:
+    """A mean curve in percent with its standard deviation, which never leaves 0 to 100."""
+    if std is not None:
+        lower, upper = np.clip(mean - std, 0, 1), np.clip(mean + std, 0, 1)
+        axes.fill_between(x, 100 * lower, 100 * upper, color=color, alpha=0.22, linewidth=0)
+    marker = "o" if len(x) == 1 else ""
+    _line(axes, x, 100 * mean, color, name, width=width, marker=marker)
+
+
+def _figure(width: float, height: float) -> Figure:
+    figure = Figure(figsize=(width, height))
+    figure.set_layout_engine("constrained", w_pad=0.06, h_pad=0.05)
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _panels(count: int, height: float, sharey: bool = False) -> tuple[Figure, list[Axes]]:
+    """Up to two panels a row; places left over stay empty."""
+    columns = min(2, count)
+    rows = -(-count // columns)
+    figure = _figure(columns * _PANEL_WIDTH, rows * height + 0.25)
+    panels = list(figure.subplots(rows, columns, sharey=sharey, squeeze=False).flat)
+    for axes in panels[count:]:
+        axes.set_visible(False)
+    return figure, panels
+
+
+def _rows(models: Sequence[ModelResult], height: float) -> tuple[Figure, list[SubFigure]]:
+    """One row a model, each under its name, at a page's width."""
+    figure = _figure(2 * _PANEL_WIDTH, len(models) * height + 0.25)
+    rows = list(figure.subfigures(len(models), 1, squeeze=False)[:, 0])
+    for row, model in zip(rows, models, strict=True):
+        _heading(row, f"{_model_label(model, 56)}: {_details(model, model.last)}", model)
+    return figure, rows
+
+
+def _cells(models: Sequence[ModelResult], height: float) -> tuple[Figure, list[SubFigure]]:
+    """Up to two cells a row, each under its model's name."""
+    columns = min(2, len(models))
+    rows = -(-len(models) // columns)
+    figure = _figure(columns * _PANEL_WIDTH, rows * height + 0.25)
+    cells = list(figure.subfigures(rows, columns, squeeze=False).flat)[: len(models)]
+    for cell, model in zip(cells, models, strict=True):
+        _heading(cell, f"{_model_label(model, 50)}\n{_details(model, model.last)}", model)
+    return figure, cells
+
+
+def _heading(part: SubFigure, text: str, model: ModelResult) -> None:
+    color = _WARNING if _is_untrained(model) else "black"
+    part.suptitle(text, x=0.02, ha="left", fontsize=8, color=color)
+
+
+def _title(axes: Axes, model: ModelResult, layer: LayerResult) -> None:
+    color = _WARNING if _is_untrained(model) else "black"
+    text = f"{_model_label(model, 50)}\n{_details(model, layer)}"
+    axes.set_title(text, loc="left", fontsize=7.5, color=color)
+
+
+def _model_label(model: ModelResult, width: int) -> str:
+    return _escaped(_shortened(model.name, width))
+
+
+def _details(model: ModelResult, layer: LayerResult) -> str:
+    weights = "UNTRAINED WEIGHTS" if _is_untrained(model) else _shortened(model.weights, 24)
+    return (
+        f"{_escaped(weights)}, N = {layer.tokens}, D = {layer.channels}, {model.images:,} image"
+        + "s" * (model.images != 1)
+    )
+
+
+def _row_label(model: ModelResult) -> str:
+    weights = "UNTRAINED WEIGHTS\n" if _is_untrained(model) else ""
+    images = f"{model.images:,} image" + "s" * (model.images != 1)
+    return f"{_model_label(model, 30)}\n{weights}D = {model.last.channels}, {images}"
+
+
+def _is_untrained(model: ModelResult) -> bool:
+    return model.weights == readings.UNTRAINED
+
+
+def _shortened(name: str, width: int) -> str:
+    """A long name without its middle: its two ends tell models apart."""
+    name = " ".join(name.split())
+    if len(name) <= width:
+        return name
+    tail = width // 2 - 1
+    return f"{name[: width - tail - 1]}…{name[-tail:]}"
+
+
+def _escaped(text: str) -> str:
+    return text.replace("$", r"\$")
+
+
+def _kind_of_layer(layers: Sequence[LayerResult]) -> str:
+    kinds = {layer.name.partition(".")[0] for layer in layers}
+    return {"blocks": "block", "stages": "stage"}.get(
+        kinds.pop() if len(kinds) == 1 else "", "layer"
+    )
+
+
+def _legend(figure: Figure) -> None:
+    """One legend for all panels, below them, in two columns where one row would not fit."""
+    entries: dict[str, Any] = {}
+    for axes in figure.axes:
+        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
+            entries.setdefault(label, handle)
+    inches = sum(0.5 + 0.06 * len(label) for label in entries)
+    fits = inches < figure.get_figwidth()
+    if entries:
+        figure.legend(
+            list(entries.values()), list(entries), loc="outside lower center",
+            ncols=len(entries) if fits else 2, frameon=False, handlelength=1.6, columnspacing=1.2,
+        )  # fmt: skip
+
+
+def _legend_below(axes: Axes, figure: Figure, columns: int) -> None:
+    """A panel's own legend, a fixed distance under it."""
+    handles = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
+    below = axes.transAxes + ScaledTranslation(0, -0.5, figure.dpi_scale_trans)
+    axes.legend(
+        list(handles.values()), list(handles), loc="upper center", ncols=columns,
+        bbox_to_anchor=(0.5, 0), bbox_transform=below, frameon=False, handletextpad=0.1,
+        columnspacing=0.5, fontsize=6.5,
+    )  # fmt: skip
+
+
+def _clean(axes: Axes, grid: str | None = None) -> None:
+    axes.spines[["top", "right"]].set_visible(False)
+    if grid:
+        axes.grid(axis=grid, color="#e2e2e2", linewidth=0.5)  # type: ignore[arg-type]
+    axes.set_axisbelow(True)
+
+
+def _save(figure: Figure, path: Path) -> None:
+    """PNG and PDF; the PDF without a date, so that equal results give equal files."""
+    options: Iterable[tuple[str, dict[str, Any]]] = (
+        ("png", {"dpi": 150}),
+        ("pdf", {"metadata": {"CreationDate": None}}),
+    )
+    for suffix, extra in options:
+        image = io.BytesIO()
+        figure.savefig(image, format=suffix, **extra)
+        # The layout stands after the first file; finding it again is half of the time.
+        figure.set_layout_engine("none")
+        with replacing(path.with_suffix(f".{suffix}")) as file:
+            file.write(image.getvalue())
+
+
+_KINDS = (
+    _Kind("layerwise_rank", lambda model: True, 6, layerwise_rank),
+    _Kind("layerwise_rotation", readings.has_shared_depth, 6, layerwise_rotation),
+    _Kind("rank_histograms", lambda model: True, 4, rank_histograms),
+    _Kind("shared_basis", lambda model: True, 6, shared_basis),
+    _Kind("sep", lambda model: model.last.sep is not None, 4, sep),
+    _Kind("rotation", lambda model: model.last.shared is not None, 3, rotation),
+)

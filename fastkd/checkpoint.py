@@ -1,0 +1,166 @@
+"""Checkpoints: whole or not there at all, and refused where they are torn or somebody else's.
+
+Knows files and plain state; not what the states belong to.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastkd.models.weights import FASTKD_FORMAT as FORMAT
+from fastkd.models.weights import UnreadableError, read_file
+from fastkd.utils.io import earlier, replacing
+
+VERSION = 2
+LAST = "last.pth"
+BEST = "best.pth"
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be used; the message says why and what can be done."""
+
+
+class TornCheckpointError(CheckpointError):
+    """A file that is no whole checkpoint of fastkd's; an earlier one may serve."""
+
+
+def save_checkpoint(
+    state: dict[str, Any], path: str | os.PathLike[str], keep: int | None = None
+) -> None:
+    """Write a checkpoint atomically: a file of that name is always a whole one.
+
+    Args:
+        state: tensors, numbers, strings and containers of them.
+        path: the file; an older one survives any failure.
+        keep: checkpoints of this name to keep in all; earlier ones become ``last-1.pth``, ... None:
+            the older one is replaced.
+
+    Raises:
+        OSError: the file cannot be written (disk full); nothing is left behind.
+    """
+    try:
+        with replacing(path, None if keep is None else keep - 1) as file:
+            torch.save({"format": FORMAT, "version": VERSION, **state}, file)
+    except (RuntimeError, OSError) as error:  # torch's writer turns a full disk into the former
+        raise OSError(
+            f"checkpoint: cannot write {path} ({error}); an older one there is kept"
+        ) from error
+
+
+def load_latest(folder: Path, on_torn: Callable[[str], None]) -> tuple[dict[str, Any], Path] | None:
+    """Read a run's last checkpoint, or the latest before it that is whole.
+
+    Args:
+        folder: the run's.
+        on_torn: told in a sentence about every checkpoint that had to be passed over.
+
+    Returns:
+        The state and its file; None where there is no checkpoint at all.
+
+    Raises:
+        TornCheckpointError: there are checkpoints, and none of them is whole.
+        CheckpointError: of a later version.
+    """
+    first_error: TornCheckpointError | None = None
+    for path in _versions(folder / LAST):
+        try:
+            state = load_checkpoint(path)
+        except TornCheckpointError as error:
+            first_error = first_error or error
+            on_torn(str(error))
+        else:
+            return state, path
+    if first_error is not None:
+        raise first_error
+    return None
+
+
+def remove_checkpoints(folder: Path) -> None:
+    """Remove a run's checkpoints, so that nothing of it is taken for another's.
+
+    Args:
+        folder: the run's.
+    """
+    for path in [*_versions(folder / LAST), folder / BEST]:
+        path.unlink(missing_ok=True)
+
+
+def _versions(path: Path) -> list[Path]:
+    """A file and its earlier versions, the latest first; one of them may be missing."""
+    numbers = [0]
+    for found in path.parent.glob(f"{path.stem}-*{path.suffix}"):
+        number = found.stem.removeprefix(f"{path.stem}-")
+        if number.isdecimal():
+            numbers.append(int(number))
+    return [p for p in (earlier(path, number) for number in sorted(numbers)) if p.exists()]
+
+
+def load_checkpoint(
+    path: str | os.PathLike[str], device: str | torch.device = "cpu"
+) -> dict[str, Any]:
+    """Read a checkpoint that `save_checkpoint` wrote, with ``weights_only=True``.
+
+    Args:
+        path: a checkpoint, or the folder of a run, whose ``last.pth`` is taken.
+        device: where its tensors go.
+
+    Returns:
+        The state.
+
+    Raises:
+        TornCheckpointError: torn, not fastkd's, or holding more than plain state.
+        CheckpointError: not there, or of a later version.
+        PermissionError: this user may not read it.
+    """
+    path = Path(path)
+    if path.is_dir():
+        path = path / LAST
+    try:
+        state = read_file(path, device)
+    except FileNotFoundError:
+        raise CheckpointError(f"checkpoint: there is no {path}") from None
+    except UnreadableError as error:
+        raise TornCheckpointError(f"checkpoint: {error}") from error
+    if not isinstance(state, dict) or state.get("format") != FORMAT:
+        raise TornCheckpointError(f"checkpoint: {path} was not written by fastkd's trainer")
+    if state["version"] > VERSION:
+        raise CheckpointError(
+            f"checkpoint: {path} has version {state['version']}, this fastkd reads up to {VERSION}"
+        )
+    return state
+
+
+def move_best(resumed: Path | None, output: Path, best: dict[str, Any]) -> None:
+    """Let a run that continues in another folder find its best checkpoint there.
+
+    Args:
+        resumed: the checkpoint that it continues from; None for a new run.
+        output: the run's folder; a best checkpoint of another run there is removed.
+        best: what the run calls its best.
+    """
+    target = output / BEST
+    source = None if resumed is None else resumed.parent / BEST
+    if source is not None and source.resolve() == target.resolve():
+        return
+    if source is not None and is_best(source, best):
+        save_checkpoint(load_checkpoint(source), target)
+    else:
+        target.unlink(missing_ok=True)
+
+
+def is_best(path: Path, best: dict[str, Any]) -> bool:
+    """Whether a checkpoint is there and is the epoch that a run calls its best.
+
+    Args:
+        path: of the best checkpoint.
+        best: what the run calls its best.
+
+    Returns:
+        False for one of another epoch, which could not be replaced.
+    """
+    return path.exists() and load_checkpoint(path).get("best") == best

@@ -1,0 +1,213 @@
+"""From what a user calls data to data sets: folders, archives, named sets, pairs of the user's own.
+
+Knows where samples lie and what they look like; neither transforms nor batches.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import IterableDataset
+
+from fastkd.data.folders import open_folder, open_tar
+from fastkd.data.hubs import SCHEMES, open_hub
+from fastkd.data.readers import ReadableImages, StreamSource, is_missing
+from fastkd.utils.random import preserved_rng
+
+PROBED = 8  # samples that are tried, to see what a data set yields
+Data = str | Path | Sequence[Any]
+
+
+@dataclass(frozen=True)
+class DataPair:
+    """A training and an evaluation set of (image, label).
+
+    Attributes:
+        train: map-style, or a `StreamSource`; None where only evaluation is asked for.
+        val: the evaluation set, likewise.
+        num_classes: None where the data do not say.
+        yields_tensors: whether images are float tensors [C, H, W] instead of PIL images.
+        image_size: (C, H, W) of the first image that can be read, where it is a tensor.
+        labelled_val: whether the evaluation set has labels.
+        streams: whether the sets are `StreamSource`s.
+    """
+
+    train: Any
+    val: Any
+    num_classes: int | None
+    yields_tensors: bool
+    image_size: tuple[int, int, int] | None
+    labelled_val: bool = True
+    streams: bool = False
+
+
+def open_data(
+    data: Data, root: str | None = None, *, need_train: bool = True, labels: bool = True
+) -> DataPair:
+    """Open a folder, archives, a timm data set name, or a pair of data sets.
+
+    Beside tars an index of their samples is kept (``.fastkd-*.npz``), so that they are listed once;
+    where nothing can be written, they are listed at every opening. What is hidden (``.name``) and
+    empty folders are no part of the data.
+
+    Args:
+        data: one of
+
+            - a folder with ``train`` and ``val`` (or ``validation``, ``valid``): folders of images,
+              one in each class's folder; folders of tars; or ``train.tar`` and ``val.tar``;
+            - a folder of WebDataset shards: with an ``_info.json`` (as ``fastkd shard`` and timm
+              write), or named by their split (``train-0000.tar``, ``val-0000.tar``);
+            - ``wds/FOLDER`` of the same, or streamed: ``wds/https://...``, ``wds/pipe:cat ...``;
+            - a timm data set name with its scheme (``hfds/...``, ``torch/cifar100``; ``hfids/...``
+              and ``tfds/...`` are streamed), which is evaluated on its split validation, val,
+              valid or test, the first of these that it has;
+            - (train, val) map-style data sets yielding (PIL image or float tensor, label).
+        root: where a named data set keeps its files.
+        need_train: False opens the evaluation set alone; then ``data`` may also be one data set,
+            one tar, or a folder that holds the classes' folders itself.
+        labels: False: images may lie outside classes' folders, and samples may have no ``.cls``
+            and no column of labels; where there are none, labels are -1. (What streams always has
+            labels, for timm's readers want them.)
+
+    Returns:
+        Both sets and what they say of themselves. A map-style set that is not the user's own has
+        ``filename(index)``, and raises an OSError with that name for a sample it cannot read.
+
+    Raises:
+        ValueError: nothing there, no labels where they are needed, labels that no class has,
+            samples of another form, unfinished shards, or tars beside images.
+        OSError: an archive that is torn, or no tar.
+        ImportError: the package that reads the data is missing.
+    """
+    if isinstance(data, str | Path):
+        train, val = _open_named(str(data), root, need_train, labels)
+    else:
+        train, val = _open_given(data, need_train)
+    for dataset in (train, val):
+        _check_usable(dataset)
+    image, labelled_val = _look(val, "evaluation", labels)
+    if train is not None:
+        image, _ = _look(train, "training", labels)
+    first = val if train is None else train
+    return DataPair(
+        train=train,
+        val=val,
+        num_classes=_num_classes(first) or _num_classes(val),
+        yields_tensors=isinstance(image, Tensor),
+        image_size=tuple(image.shape) if isinstance(image, Tensor) else None,  # type: ignore[arg-type]
+        labelled_val=labelled_val,
+        streams=isinstance(first, StreamSource),
+    )
+
+
+def _open_named(data: str, root: str | None, need_train: bool, labels: bool) -> tuple[Any, Any]:
+    path = Path(data)
+    if path.is_dir():
+        return open_folder(path, need_train, labels)
+    if path.is_file() and path.suffix == ".tar":
+        return open_tar(path, need_train, labels)
+    scheme, _, rest = data.partition("/")
+    scheme = scheme.lower()
+    if path.exists():
+        raise ValueError(f"data: {data!r} is neither a folder nor a tar")
+    if scheme not in SCHEMES:
+        names = ", ".join(f"{name}/" for name in SCHEMES)
+        raise ValueError(f"data: no folder {data!r}; names of data sets begin with {names}")
+    folder = _local_shards(rest, root) if scheme == "wds" else None
+    if folder is not None:
+        return open_folder(folder, need_train, labels)
+    name = f"{scheme}/{rest}"
+    train = open_hub(name, root, "train", labels) if need_train else None
+    return train, open_hub(name, root, "validation", labels)
+
+
+def _local_shards(name: str, root: str | None) -> Path | None:
+    """The folder that ``wds/NAME`` means; None where it is an address."""
+    if any("://" in place or place.startswith("pipe:") for place in (name, root or "")):
+        return None
+    folders = [Path(root) / name, Path(root)] if root else [Path(name)]
+    found = next((folder for folder in folders if folder.is_dir()), None)
+    if found is None:
+        raise ValueError(f"data: no folder {str(folders[0])!r} of shards")
+    return found
+
+
+def _open_given(data: Any, need_train: bool) -> tuple[Any, Any]:
+    if isinstance(data, tuple | list) and len(data) == 2:
+        return (data[0] if need_train else None), data[1]
+    if not need_train and hasattr(data, "__getitem__") and hasattr(data, "__len__"):
+        return None, data
+    raise ValueError(
+        f"data: expected a folder, a timm data set name or (train, val) data sets, got "
+        f"{type(data).__name__}"
+    )
+
+
+def _check_usable(dataset: Any) -> None:
+    if dataset is None or isinstance(dataset, StreamSource):
+        return
+    if isinstance(dataset, IterableDataset):
+        raise ValueError(
+            f"data: {type(dataset).__name__} streams its samples; exact resume and sharding need a "
+            f"data set with __getitem__ and __len__"
+        )
+    if len(dataset) == 0:
+        raise ValueError(f"data: {type(dataset).__name__} is empty")
+
+
+def _look(dataset: Any, which: str, labels: bool) -> tuple[Any, bool]:
+    """An image of a set of the user's own, None of another; and whether the set has labels."""
+    # What reads image files is known to yield PIL images, even where the first is broken.
+    if isinstance(dataset, ReadableImages):
+        return None, dataset.labelled
+    if isinstance(dataset, StreamSource):
+        return None, True
+    image, label = _probe(dataset)
+    labelled = not is_missing(label)
+    if labels and not labelled:
+        raise ValueError(
+            f"data: samples of the {which} set have no label; a student can be trained on its "
+            f"teacher alone, with labels=False"
+        )
+    return image, labelled
+
+
+def _probe(dataset: Any) -> tuple[Any, Any]:
+    """The first sample that can be read, without leaving a trace in the random generators."""
+    with preserved_rng():
+        sample = _first_readable(dataset)
+    if not isinstance(sample, tuple | list) or len(sample) != 2:
+        raise ValueError(f"data: samples must be (image, label), got {type(sample).__name__}")
+    image, label = sample
+    if isinstance(image, Image.Image):
+        return image, label
+    if isinstance(image, Tensor) and image.is_floating_point() and image.ndim == 3:
+        return image, label
+    got = f"{image.dtype} {list(image.shape)}" if isinstance(image, Tensor) else type(image)
+    raise ValueError(f"data: images must be PIL images or float tensors [C, H, W], got {got}")
+
+
+def _first_readable(dataset: Any) -> Any:
+    """One broken file says nothing of the data set; a few in a row, that it is not there."""
+    for index in range(min(len(dataset), PROBED) - 1):
+        with contextlib.suppress(OSError):
+            return dataset[index]
+    return dataset[min(len(dataset), PROBED) - 1]
+
+
+def _num_classes(dataset: Any) -> int | None:
+    if isinstance(dataset, ReadableImages) and not dataset.labelled:
+        return None
+    if getattr(dataset, "num_classes", None) is not None:
+        return dataset.num_classes
+    reader = getattr(dataset, "reader", None)
+    for classes in (getattr(reader, "class_to_idx", None), getattr(dataset, "classes", None)):
+        if classes:
+            return len(classes)
+    return None

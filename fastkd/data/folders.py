@@ -1,0 +1,324 @@
+"""Folders of images, tars and WebDataset shards on this machine, and which split is where.
+
+Knows how people lay out files; neither hubs nor what images are for. A layout is decided first,
+from names alone; then its splits are opened.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from timm.data import create_dataset
+from timm.data.readers.img_extensions import get_img_extensions
+from timm.utils.misc import natural_key
+
+from fastkd.data.readers import ReadableImages
+from fastkd.data.tars import UNLABELLED, TarImages, holds_samples
+
+VALIDATION_FOLDERS = ("val", "validation", "valid")
+SPLITS = {"train": ("train", "training"), "validation": ("validation", "val", "valid", "test")}
+SHARD_LISTS = ("_info.json", "info.json")  # beside WebDataset shards, as timm reads them
+UNFINISHED = ".fastkd-shard.json"  # beside shards that are still being written
+# How a part's images are kept: files; one tar; tars that stand for folders; WebDataset shards.
+IMAGES, TAR, TARS, SHARDS = "images", "tar", "tars", "shards"
+
+
+class _Part(NamedTuple):
+    """Where the images of one split are, and in which form.
+
+    Attributes:
+        place: the folder or archive.
+        form: `IMAGES`, `TAR`, `TARS` or `SHARDS`.
+        tars: the archives, in order.
+        classes: how many a list of shards names; 0 where none does.
+        target: the field of shards' ``.json`` that holds labels; None: they are in ``.cls``.
+    """
+
+    place: Path
+    form: str
+    tars: tuple[Path, ...] = ()
+    classes: int = 0
+    target: str | None = None
+
+
+def open_folder(folder: Path, need_train: bool, labels: bool) -> tuple[Any, Any]:
+    """Open the splits of a folder, whichever way it is laid out.
+
+    Args:
+        folder: as `open_data` describes it.
+        need_train: False opens the evaluation set alone.
+        labels: whether images must have them.
+
+    Returns:
+        (train, val); train is None where it is not needed.
+
+    Raises:
+        ValueError: a split or labels are missing, evaluation has classes that training lacks,
+            shards are unfinished or their list is malformed, or tars lie beside images.
+        OSError: an archive that is torn, or no tar.
+    """
+    train, val = _layout(folder, need_train)
+    if train is None or (not need_train and train.form == SHARDS):
+        return None, _open(val, labels)
+    training = _open(train, labels and need_train)
+    # The training set's numbering, so that a class without validation images shifts no label.
+    evaluation = _open(val, labels, training if training.labelled else None)
+    return (training if need_train else None), evaluation
+
+
+def open_tar(path: Path, need_train: bool, labels: bool) -> tuple[Any, Any]:
+    """Open one tar as the evaluation set.
+
+    Args:
+        path: of the archive.
+        need_train: refused, for there is but one set.
+        labels: whether images must have them.
+
+    Returns:
+        (None, val).
+
+    Raises:
+        ValueError: training is asked for, or labels are missing.
+        OSError: an archive that is torn, or no tar.
+    """
+    if need_train:
+        raise ValueError(
+            f"data: {path} is one tar; give the folder that holds train.tar and val.tar"
+        )
+    return None, _open(_archive(path), labels)
+
+
+def _layout(folder: Path, need_train: bool) -> tuple[_Part | None, _Part]:
+    """Where a folder's splits are: (train, val); the former may be None where it is not needed."""
+    _refuse_unfinished(folder)
+    listed = _listed_splits(folder)
+    if listed is not None:
+        return _chosen(folder, listed, need_train)
+    train, val = _place(folder, ("train",)), _place(folder, VALIDATION_FOLDERS)
+    if train is None and val is None and (tars := _tars(folder)):
+        return _chosen(folder, _named_splits(folder, tars), need_train)
+    if train is None and not need_train:
+        return None, _part(val or folder)
+    missing = [] if train else ["train"]
+    if val is None:
+        missing.append("val (or validation)")
+    if train is None or val is None:
+        raise ValueError(f"data: {folder} has no folder {' and no folder '.join(missing)}")
+    return _part(train), _part(val)
+
+
+def _refuse_unfinished(folder: Path) -> None:
+    if (folder / UNFINISHED).exists():
+        raise ValueError(f"data: {folder} is unfinished; run fastkd shard again")
+
+
+def _place(folder: Path, names: Sequence[str]) -> Path | None:
+    """A split's folder or tar, whichever of its names it has."""
+    folders = [folder / name for name in names]
+    tars = [folder / f"{name}.tar" for name in names]
+    found = [path for path in folders if path.is_dir()] + [path for path in tars if path.is_file()]
+    return found[0] if found else None
+
+
+def _part(place: Path) -> _Part:
+    """The form of one split's folder or tar."""
+    if place.is_file():
+        return _archive(place)
+    _refuse_unfinished(place)
+    tars = _tars(place)
+    if not tars:
+        return _Part(place, IMAGES)
+    return _Part(place, SHARDS if holds_samples(tars[0]) else TARS, tars)
+
+
+def _archive(path: Path) -> _Part:
+    return _Part(path, SHARDS if holds_samples(path) else TAR, (path,))
+
+
+def _tars(folder: Path) -> tuple[Path, ...]:
+    """The archives of a folder.
+
+    Raises:
+        ValueError: image files are there, too: nobody can say which of them are meant.
+    """
+    tars = tuple(sorted(path for path in folder.glob("*.tar") if not _is_hidden(path.name)))
+    image = _first_image(folder) if tars else None
+    if image is not None:
+        raise ValueError(
+            f"data: {folder} has images, such as {image.relative_to(folder)}, and the archive "
+            f"{tars[0].name}: take one of them away"
+        )
+    return tars
+
+
+def _first_image(folder: Path) -> Path | None:
+    extensions = get_img_extensions(as_set=True)
+    for parent, folders, files in os.walk(folder, followlinks=True):
+        folders[:] = [name for name in folders if not _is_hidden(name)]
+        for name in files:
+            if os.path.splitext(name)[1].lower() in extensions and not _is_hidden(name):
+                return Path(parent, name)
+    return None
+
+
+def _is_hidden(name: str) -> bool:
+    return name.startswith(".")
+
+
+def _listed_splits(folder: Path) -> dict[str, _Part] | None:
+    """The splits of an ``_info.json``, if one is there and lists shards.
+
+    Raises:
+        ValueError: it has not the form that ``fastkd shard`` and timm write.
+    """
+    path = next((folder / name for name in SHARD_LISTS if (folder / name).is_file()), None)
+    if path is None:
+        return None
+    try:
+        info = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"data: {path} is no JSON: {error}") from error
+    if not isinstance(info, dict) or "splits" not in info:
+        return None
+    splits, classes = info["splits"], info.get("classes") or []
+    if not isinstance(classes, list | dict):
+        raise ValueError(f"data: {path}: classes must be a list, got {type(classes).__name__}")
+    if not isinstance(splits, dict) or not splits:
+        raise ValueError(f"data: {path}: splits must be named, got {splits!r}")
+    return {name: _listed_split(path, name, split, len(classes)) for name, split in splits.items()}
+
+
+def _listed_split(path: Path, name: str, split: Any, classes: int) -> _Part:
+    files = split.get("filenames") if isinstance(split, dict) else None
+    if not isinstance(files, list) or not all(isinstance(file, str) for file in files):
+        raise ValueError(f"data: {path}: split {name} must have a list of filenames, got {files!r}")
+    if not files:
+        raise ValueError(f"data: {path}: split {name} lists no shards")
+    tars = tuple(path.parent / file for file in files)
+    return _Part(path.parent, SHARDS, tars, classes, split.get("alt_label") or None)
+
+
+def _named_splits(folder: Path, tars: Sequence[Path]) -> dict[str, _Part]:
+    """Shards by the split that their names tell."""
+    words = {word for words in SPLITS.values() for word in words}
+    splits: dict[str, list[Path]] = {}
+    for path in tars:
+        told = [word for word in re.split(r"[^a-z]+", path.name.lower()) if word in words]
+        if told:
+            splits.setdefault(told[0], []).append(path)
+    found = splits or {"(unnamed)": list(tars)}
+    return {name: _Part(folder, SHARDS, tuple(paths)) for name, paths in found.items()}
+
+
+def _chosen(folder: Path, splits: dict[str, _Part], need_train: bool) -> tuple[_Part | None, _Part]:
+    """Which splits are training's and evaluation's."""
+    train, val = (
+        next((splits[name] for name in SPLITS[part] if name in splits), None) for part in SPLITS
+    )
+    if not need_train:
+        train = None
+        if val is None and len(splits) == 1:
+            val = next(iter(splits.values()))
+    missing = ["train"] if need_train and train is None else []
+    if val is None:
+        missing.append("validation")
+    if val is None or missing:
+        raise ValueError(
+            f"data: {folder} has no shards of {' and '.join(missing)}, but of: {', '.join(splits)}"
+        )
+    return train, val
+
+
+def _open(part: _Part, labels: bool, like: ReadableImages | None = None) -> ReadableImages:
+    """Open one split.
+
+    Args:
+        part: where it is.
+        labels: whether images must have them.
+        like: the labelled set whose classes it shares.
+    """
+    if part.form == IMAGES:
+        return _open_images(part.place, labels, like)
+    return _open_tars(part, labels, like)
+
+
+def _open_images(folder: Path, labels: bool, like: ReadableImages | None = None) -> ReadableImages:
+    reader = _image_folder(folder)
+    outside = next((path for path, _ in reader.samples if Path(path).parent == folder), None)
+    if outside is not None:
+        if labels:
+            raise ValueError(
+                f"data: {folder} has images in no class's folder, such as {outside}; a recipe with "
+                f"labels=false needs no classes"
+            )
+        return ReadableImages(reader, labelled=False)
+    if like is not None and like.reader.class_to_idx:
+        _renumber(reader, folder, like.reader.class_to_idx)
+    return ReadableImages(reader)
+
+
+def _image_folder(folder: Path) -> Any:
+    """A reader of timm's for a folder, without what is hidden in it."""
+    try:
+        reader = create_dataset("", root=str(folder), search_split=False).reader
+    except RuntimeError as error:
+        raise ValueError(f"data: {error}") from error  # names folder and extensions
+    hidden, start = f"{os.sep}.", len(str(folder))
+    seen = [(path, number) for path, number in reader.samples if hidden not in path[start:]]
+    if not seen:
+        raise ValueError(f"data: {folder} has hidden images only")
+    if len(seen) < len(reader.samples):
+        used = {number for _, number in seen}
+        names = [name for name, number in reader.class_to_idx.items() if number in used]
+        numbers = {name: number for number, name in enumerate(sorted(names, key=natural_key))}
+        renumbered = {old: numbers.get(name) for name, old in reader.class_to_idx.items()}
+        reader.samples = [(path, renumbered[old]) for path, old in seen]
+        reader.class_to_idx = numbers
+    return reader
+
+
+def _renumber(reader: Any, folder: Path, classes: dict[str, int]) -> None:
+    """Give a reader of an image folder the numbers that another one gives its classes."""
+    strangers = sorted(set(reader.class_to_idx) - set(classes))
+    if strangers:
+        raise ValueError(f"data: {folder} has classes that the training set lacks: {strangers[:5]}")
+    numbers = {own: classes[name] for name, own in reader.class_to_idx.items()}
+    reader.samples = [(path, numbers[own]) for path, own in reader.samples]
+    reader.class_to_idx = classes
+
+
+def _open_tars(part: _Part, labels: bool, like: ReadableImages | None) -> ReadableImages:
+    numbers = None if like is None else like.reader.class_to_idx or None
+    reader = TarImages(part.tars, layout=part.form, class_to_idx=numbers, target=part.target)
+    without = (reader.targets == UNLABELLED).nonzero()[0]
+    if len(without) and labels:
+        raise ValueError(
+            f"data: {len(without)} images have no label, such as "
+            f"{reader.filename(without[0], absolute=True)}; a recipe with labels=false needs none"
+        )
+    dataset = ReadableImages(reader, labelled=len(without) == 0)
+    if part.form == SHARDS and dataset.labelled and len(reader):
+        _check_labels(reader, part.classes, "its list of shards")
+        if like is not None:
+            _check_labels(reader, _class_count(like), "the training set")
+        dataset.num_classes = part.classes or 1 + int(reader.targets.max())
+    return dataset
+
+
+def _check_labels(reader: TarImages, classes: int, whose: str) -> None:
+    """Refuse labels that no class has; 0 classes: nobody says how many there are."""
+    highest = int(reader.targets.argmax())
+    if classes and reader.targets[highest] >= classes:
+        raise ValueError(
+            f"data: {reader.filename(highest, absolute=True)} has the label "
+            f"{reader.targets[highest]}, but {whose} has {classes} classes (0 to {classes - 1})"
+        )
+
+
+def _class_count(dataset: ReadableImages) -> int:
+    return dataset.num_classes or len(dataset.reader.class_to_idx)

@@ -1,0 +1,279 @@
+"""From data sets to batches of tensors.
+
+Knows samples, their order and loaders; neither where data lie nor models. Every sample's randomness
+is seeded by what the sample is, so that batches do not depend on the number of workers. What
+becomes of one sample is `fastkd.data.samples`'s; data that stream are
+`fastkd.data.streaming`'s.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset, IterableDataset
+
+from fastkd.config import Recipe
+from fastkd.data.batch import Fault
+from fastkd.data.datasets import DataPair
+from fastkd.data.samplers import EvalSampler, SampleKey, TrainBatchSampler
+from fastkd.data.samples import (
+    Collate,
+    Sample,
+    SampleTransform,
+    collate,
+    eval_sample_transform,
+    label_bound,
+    train_sample_transform,
+)
+from fastkd.data.transforms import InputSpec
+from fastkd.data.workers import WorkerNotes, loader_options
+from fastkd.utils.distributed import ALONE, World
+from fastkd.utils.random import derive_seed, preserved_rng, seed_cpu
+
+REPLACEMENTS = 16  # images that are tried in the place of one that cannot be read
+
+
+class SampleDataset(Dataset[Any]):
+    """A data set addressed by `SampleKey`, its randomness seeded by (seed, epoch, sample, copy).
+
+    The process' own generators are left as they were, so that loading in the main process
+    (``workers=0``) and in workers are the same thing.
+
+    Args:
+        dataset: map-style, yielding (image, label).
+        transform: (image, label) -> `Sample`.
+        seed: the run's seed; None where nothing is random, which saves seeding every sample.
+        replacing: the run's seed, from which the images derive that take the place of those that
+            cannot be read; None lets their errors through.
+        decode_once: read an image once for its copies in a batch. A data set that itself draws at
+            random then gives all of them the same.
+        notes: where loader processes note what they are working on; None for nowhere.
+    """
+
+    def __init__(
+        self,
+        dataset: Any,
+        transform: SampleTransform,
+        seed: int | None = None,
+        *,
+        replacing: int | None = None,
+        decode_once: bool = False,
+        notes: WorkerNotes | None = None,
+    ) -> None:
+        self.dataset = dataset
+        self.transform = transform
+        self.seed = seed
+        self.replacing = replacing
+        self.decode_once = decode_once
+        self.notes = notes
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, key: SampleKey) -> tuple[Any, Any]:
+        """One (image, label), as of any data set."""
+        sample = self.__getitems__([key])[0]
+        return sample.image, sample.label
+
+    def __getitems__(self, keys: list[SampleKey]) -> list[Sample]:
+        """Fetch a batch, as torch's loader asks for it."""
+        if self.seed is None:
+            return [self._sample(key, {}) for key in keys]
+        decoded: dict[int, tuple[Any, ...]] = {}
+        with preserved_rng():
+            return [self._sample(key, decoded) for key in keys]
+
+    def name(self, index: int) -> str:
+        """What the data set calls a sample: its file, or its number."""
+        filename = getattr(self.dataset, "filename", None)
+        return f"sample {index}" if filename is None else str(filename(index))
+
+    def _sample(self, key: SampleKey, decoded: dict[int, tuple[Any, ...]]) -> Sample:
+        if self.notes is not None:
+            self.notes.note(key.sample)
+        self._seed(key)
+        if key.sample in decoded:
+            image, label, faults = decoded[key.sample]
+        else:
+            image, label, faults = self._read_or_replace(key)
+            if self.decode_once:
+                decoded[key.sample] = image, label, ()
+                self._seed(key)  # what reading drew is not drawn for the other copies
+        return self.transform(image, label, key.sample, faults)
+
+    def _seed(self, key: SampleKey) -> None:
+        if self.seed is not None:
+            seed_cpu(derive_seed("sample", self.seed, *key))
+
+    def _read_or_replace(self, key: SampleKey) -> tuple[Any, Any, tuple[Fault, ...]]:
+        """Image, label, and what could not be read; the same for all copies of a sample."""
+        if self.replacing is None:
+            return *self._read(key.sample), ()
+        index = key.sample
+        faults: list[Fault] = []
+        for attempt in range(1, REPLACEMENTS + 2):
+            try:
+                return *self._read(index), tuple(faults)
+            except (OSError, Image.DecompressionBombError) as error:
+                faults.append(Fault(index, self.name(index), str(error)))
+            place = derive_seed("sample", self.replacing, key.epoch, key.sample, 0, attempt)
+            index = place % len(self.dataset)
+        raise OSError(
+            f"data: cannot read {faults[0].name} (sample {key.sample}), nor any of {REPLACEMENTS} "
+            f"images tried in its place: {faults[0].reason}"
+        )
+
+    def _read(self, index: int) -> tuple[Any, Any]:
+        image, label = self.dataset[index]
+        try:
+            return self.transform.decode(image), label
+        except OSError as error:
+            reason = error.__cause__ or error
+            raise OSError(
+                f"data: cannot decode {self.name(index)} (sample {index}): {reason}"
+            ) from error
+
+
+def train_loader(
+    data: DataPair,
+    recipe: Recipe,
+    spec: InputSpec,
+    peers: World = ALONE,
+) -> DataLoader[Any]:
+    """Batches of one rank; its ``batch_sampler`` is a `TrainBatchSampler`.
+
+    An image that cannot be read is replaced by another one and told in the batch's ``faults``.
+
+    Args:
+        data: the opened data.
+        recipe: augmentation, batch size, seed, workers.
+        spec: what the student takes in.
+        peers: whose share this process has; pinned memory is used for an accelerator.
+
+    Returns:
+        A loader of `Batch`.
+
+    Raises:
+        ValueError: the global batch cannot be shared out evenly, or ``augment`` asks for what the
+            data or the device cannot do.
+    """
+    if isinstance(data.train, IterableDataset):
+        from fastkd.data.streaming import stream_train_loader
+
+        return stream_train_loader(data, recipe, spec, peers)
+    sampler = TrainBatchSampler(
+        len(data.train),
+        slice_size(recipe, peers.size),
+        seed=recipe.seed,
+        accumulation=recipe.accumulation,
+        repeats=recipe.repeated_aug,
+        rank=peers.rank,
+        world_size=peers.size,
+        together=recipe.augment == "gpu",
+    )
+    dataset = SampleDataset(
+        data.train,
+        train_sample_transform(recipe, spec, data),
+        None if recipe.augment == "none" else recipe.seed,
+        replacing=recipe.seed,
+        decode_once=recipe.augment == "gpu",
+        notes=WorkerNotes(recipe.workers),
+    )
+    stack = collate(data, spec, label_bound(data, recipe, recipe.labels))
+    return _loader(dataset, stack, recipe.workers, peers.device, batch_sampler=sampler)
+
+
+def eval_loader(
+    data: DataPair,
+    recipe: Recipe,
+    spec: InputSpec,
+    peers: World = ALONE,
+) -> DataLoader[Any]:
+    """This rank's share of the evaluation set, no sample twice.
+
+    Args:
+        data: the opened data.
+        recipe: evaluation options and workers.
+        spec: what the student takes in.
+        peers: whose share this process has; pinned memory is used for an accelerator.
+
+    Returns:
+        A loader of `Batch`; an image that cannot be read is an error.
+    """
+    if isinstance(data.val, IterableDataset):
+        from fastkd.data.streaming import stream_eval_loader
+
+        return stream_eval_loader(data, recipe, spec, peers)
+    dataset = eval_samples(data, recipe, spec)
+    dataset.notes = WorkerNotes(recipe.workers)
+    sampler = EvalSampler(len(data.val), peers.rank, peers.size)
+    return _loader(
+        dataset,
+        collate(data, spec, label_bound(data, recipe, data.labelled_val)),
+        recipe.workers,
+        peers.device,
+        sampler=sampler,
+        batch_size=recipe.eval_batch_size,
+    )
+
+
+def eval_samples(
+    data: DataPair, recipe: Recipe, spec: InputSpec, seed: int | None = None
+) -> SampleDataset:
+    """The evaluation set as a model takes it in; float tensors are not normalised yet.
+
+    Args:
+        data: the opened data.
+        recipe: evaluation options.
+        spec: what the model takes in.
+        seed: of what a data set draws at random itself; None where nothing is random.
+
+    Returns:
+        A data set of (image [C, H, W], label), addressed by `SampleKey`.
+
+    Raises:
+        ValueError: no PIL image has as many channels as the model takes.
+    """
+    return SampleDataset(data.val, eval_sample_transform(recipe, spec, data), seed)
+
+
+def slice_size(recipe: Recipe, world_size: int) -> int:
+    """Images that one rank sees in one slice of an update.
+
+    Args:
+        recipe: its ``batch_size``, ``accumulation`` and mixing.
+        world_size: number of processes.
+
+    Returns:
+        batch_size / (world_size * accumulation).
+
+    Raises:
+        ValueError: that is no whole number, or an odd one with Mixup.
+    """
+    shares = world_size * recipe.accumulation
+    if recipe.batch_size % shares:
+        raise ValueError(
+            f"batch_size: {recipe.batch_size} images cannot be shared by {world_size} processes x "
+            f"{recipe.accumulation} slices"
+        )
+    size = recipe.batch_size // shares
+    if recipe.mixes and size % 2:
+        raise ValueError(f"batch_size: Mixup pairs images, but a slice holds {size}, an odd number")
+    return size
+
+
+def _loader(
+    dataset: SampleDataset,
+    stack: Collate,
+    workers: int,
+    device: torch.device,
+    **batching: Any,
+) -> DataLoader[Any]:
+    return DataLoader(
+        dataset,
+        collate_fn=stack,
+        **loader_options(workers, device),
+        **batching,
+    )

@@ -1,0 +1,99 @@
+"""A student as a folder in the layout of timm's models on the Hugging Face hub.
+
+Knows timm's configuration files; what is written is read back by timm before it counts.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import timm
+from torch import nn
+
+from fastkd.exporting.check import largest_difference
+from fastkd.exporting.output import replacing_folder
+from fastkd.exporting.safetensors_file import is_safetensors_export, write_safetensors
+from fastkd.exporting.student import Student
+from fastkd.models.weights import short_misfit
+from fastkd.models.zoo import fixed_input_size
+from fastkd.utils.io import write_text
+from fastkd.utils.random import preserved_rng
+
+CONFIG = "config.json"
+WEIGHTS = "model.safetensors"
+
+
+def write_timm_folder(student: Student, folder: Path) -> float:
+    """Write ``config.json`` and ``model.safetensors``, atomically.
+
+    Args:
+        student: its architecture must be in timm's registry.
+        folder: the folder; an older one survives any failure.
+
+    Returns:
+        The largest difference between the logits of the student and of timm's model from the
+        folder.
+
+    Raises:
+        ValueError: timm does not know the architecture, or does not build this student by it.
+        RuntimeError: timm's model computes something else.
+    """
+    model = student.required_model("timm")
+    if not timm.is_model(student.architecture):
+        raise ValueError(
+            f"export: timm knows no model {student.architecture!r}, so it could not load the "
+            "folder: choose the format safetensors or onnx"
+        )
+    with replacing_folder(folder) as temporary:
+        write_safetensors(student, temporary / WEIGHTS)
+        write_text(temporary / CONFIG, json.dumps(_config(student, model), indent=2) + "\n")
+        loaded = _load(student, temporary)
+        return largest_difference(model, student.data_config["input_size"], loaded)
+
+
+def is_timm_export(path: Path) -> bool:
+    """Whether a folder holds what `write_timm_folder` wrote, and nothing else."""
+    if not path.is_dir() or {entry.name for entry in path.iterdir()} != {CONFIG, WEIGHTS}:
+        return False
+    return is_safetensors_export(path / WEIGHTS)
+
+
+def _load(student: Student, folder: Path) -> nn.Module:
+    try:
+        with preserved_rng():  # a model is initialised before it is loaded
+            return timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+    except (RuntimeError, TypeError, ValueError, AssertionError) as error:
+        raise ValueError(
+            f"export: timm's {student.architecture!r} is not this student: {short_misfit(error)}; "
+            "choose the format safetensors or onnx"
+        ) from error
+
+
+def _config(student: Student, model: nn.Module) -> dict[str, Any]:
+    published = getattr(model, "pretrained_cfg", None) or {}
+    config: dict[str, Any] = {
+        "architecture": student.architecture,
+        "num_classes": student.num_classes,
+        "num_features": getattr(model, "num_features", None),
+        "model_args": student.model_args,
+        "pretrained_cfg": {
+            **student.data_config,
+            "num_classes": student.num_classes,
+            # By these timm finds what to change for other sizes, channels and classes.
+            "fixed_input_size": _takes_one_size(model, published),
+            "first_conv": published.get("first_conv"),
+            "classifier": published.get("classifier"),
+        },
+    }
+    if student.label_names is not None:
+        config["label_names"] = student.label_names
+    return config
+
+
+def _takes_one_size(model: nn.Module, published: dict[str, Any]) -> bool:
+    """A patch embedding says so of this very model; for others there is what timm published."""
+    if hasattr(getattr(model, "patch_embed", None), "strict_img_size"):
+        return fixed_input_size(model) is not None
+    return bool(published.get("fixed_input_size"))

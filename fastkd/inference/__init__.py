@@ -1,0 +1,1 @@
+"""Load models from any source; evaluate them, and predict classes."""

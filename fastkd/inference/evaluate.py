@@ -1,0 +1,142 @@
+"""`evaluate`: accuracy of any model, checkpoint or module on any data.
+
+Knows options and data; how a name becomes a model is `fastkd.inference.loading`'s, the counting the
+loop's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastkd.config import refuse_image_options
+from fastkd.data.batch import Batch
+from fastkd.data.datasets import Data, open_data
+from fastkd.data.loader import eval_loader
+from fastkd.inference.loading import IMAGE_OPTIONS, open_model
+from fastkd.inference.preprocessing import Shape, class_count
+from fastkd.utils.distributed import World, autocast, world
+
+OPTIONS = (*IMAGE_OPTIONS, "data_root")
+
+
+def evaluate(
+    model: str | Path | nn.Module,
+    data: Data,
+    *,
+    checkpoint: str | Path | None = None,
+    weights: str = "auto",
+    device: str | torch.device | None = None,
+    amp: str = "none",
+    batch_size: int = 256,
+    workers: int = 4,
+    **options: Any,
+) -> dict[str, Any]:
+    """Measure accuracy on an evaluation set, every image once.
+
+    Args:
+        model: a timm name (pretrained, or with ``checkpoint``; ``hf_hub:OWNER/NAME`` and
+            ``local-dir:FOLDER`` too), a folder that `export` wrote for timm, a checkpoint or folder
+            of a fastkd run, a student exported as safetensors, a checkpoint that the authors of
+            arXiv 2511.15572 released (a path, or ``hf_hub:OWNER/NAME/FILE``), or a module.
+        data: as in `train`, of which the evaluation set is used; or one data set, or a folder of
+            class folders.
+        checkpoint: for a timm name or a module, weights in a file, which a module takes in place.
+            A checkpoint of a run and an exported student bring what they were fed.
+        weights: ``"raw"``, ``"ema"`` or ``"auto"`` of a fastkd checkpoint; auto takes the EMA where
+            its run measured it to be the better one.
+        device: as in `train`.
+        amp: ``"none"``, ``"bf16"`` or ``"fp16"``.
+        batch_size: images per step and process.
+        workers: loader processes.
+        **options: ``img_size``, ``crop_pct``, ``crop_mode``, ``interpolation``, ``mean``, ``std``,
+            ``data_root`` as in a recipe; what is not given comes from the run's recipe, or is
+            timm's for evaluation. Models from a name or a run are built for ``img_size``.
+
+    Returns:
+        ``top1`` and ``top5`` in % (``top5`` None below five classes), ``loss`` (plain
+        cross-entropy), ``count`` (images), ``weights`` (``"raw"``, ``"ema"`` or ``"as given"``).
+
+    Raises:
+        ValueError: options or data that do not fit, or a checkpoint that cannot be used.
+    """
+    unknown = set(options) - set(OPTIONS)
+    if unknown:
+        raise ValueError(f"evaluate: unknown option {sorted(unknown)[0]!r}; there are {OPTIONS}")
+    opened = open_data(data, options.get("data_root"), need_train=False)
+    if opened.yields_tensors:
+        refuse_image_options(options)
+    with world(device) as peers:
+        subject = open_model("evaluate", model, checkpoint, weights, options)
+        network, preprocessing = subject.network, subject.preprocessing
+        spec = preprocessing.input_spec(network, opened)
+        class_count(network, Shape(opened.num_classes, spec.size[0], None))
+        recipe = preprocessing.recipe.override(eval_batch_size=batch_size, workers=workers)
+        loader = eval_loader(opened, recipe, spec, peers)
+        measured = evaluate_model(network.to(peers.device), loader, peers, amp)
+    return measured | {"weights": subject.weights}
+
+
+@torch.no_grad()
+def evaluate_model(
+    model: nn.Module, loader: Iterable[Batch], world: World, amp: str = "none"
+) -> dict[str, Any]:
+    """Accuracy and cross-entropy over the shares of all processes; synchronises once, at the end.
+
+    Args:
+        model: on the device; its training mode is put back afterwards.
+        loader: this process' share.
+        world: this process among its peers.
+        amp: as in training.
+
+    Returns:
+        ``top1`` and ``top5`` in % (``top5`` None below five classes), ``loss`` (plain
+        cross-entropy) and ``count``, the images of all processes.
+
+    Raises:
+        ValueError: a stream gave another number of images than it states.
+    """
+    was_training = model.training
+    model.eval()
+    sums = torch.zeros(4, dtype=torch.float64, device=world.device)
+    classes = 0
+    for batch in loader:
+        images = batch.images.to(world.device, non_blocking=True)
+        target = batch.labels.to(world.device, non_blocking=True)
+        with autocast(world.device, amp):
+            logits = model(images)
+        classes = logits.shape[-1]
+        sums += _scores(logits.float(), target)
+    model.train(was_training)
+    top1, top5, loss, count = world.sum(sums).tolist()
+    _check_whole(loader, int(count))
+    count = max(count, 1)
+    return {
+        "top1": 100 * top1 / count,
+        "top5": 100 * top5 / count if classes >= 5 else None,
+        "loss": loss / count,
+        "count": int(count),
+    }
+
+
+def _check_whole(loader: Any, count: int) -> None:
+    """Refuse a figure of fewer images than there are; only streams can lose some unseen."""
+    expected = getattr(loader, "expected", None)
+    if expected is not None and count != expected:
+        raise ValueError(
+            f"data: evaluated {count} of the {expected} images that {loader.stream.source} lists"
+        )
+
+
+def _scores(logits: Tensor, target: Tensor) -> Tensor:
+    """[top-1 hits, top-5 hits, summed cross-entropy, images] of a batch, float64."""
+    ranked = logits.topk(min(5, logits.shape[-1]), dim=-1).indices
+    hits = ranked == target.unsqueeze(-1)
+    loss = F.cross_entropy(logits, target, reduction="sum")
+    count = torch.full_like(loss, len(target))
+    return torch.stack([hits[:, 0].sum(), hits.any(dim=-1).sum(), loss, count]).double()

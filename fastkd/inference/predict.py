@@ -1,0 +1,284 @@
+"""`predict`: what a model takes pictures for.
+
+Knows what is said of an image and how it is written down; how a name becomes a model is
+`fastkd.inference.loading`'s, how a file becomes its input `fastkd.inference.images`'s.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import io
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from fastkd.data.batch import Batch, Fault
+from fastkd.inference.class_names import class_descriptions
+from fastkd.inference.classification import Likeliest, likeliest
+from fastkd.inference.images import Images, find_images, image_loader
+from fastkd.inference.loading import IMAGE_OPTIONS, open_model
+from fastkd.utils.distributed import World, world
+from fastkd.utils.io import write_text
+from fastkd.utils.progress import ImageProgress
+from fastkd.utils.text import writable
+
+FORMATS = (".csv", ".json")
+
+
+@dataclass(frozen=True)
+class Guess:
+    """One class that an image may be of.
+
+    Attributes:
+        index: of the logit.
+        name: of the class; its number where nobody knows one.
+        probability: softmax over all classes.
+    """
+
+    index: int
+    name: str
+    probability: float
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a model takes an image for.
+
+    Attributes:
+        image: its file; bytes of its name that are no UTF-8 as ``\\xff``.
+        guesses: the most probable first.
+    """
+
+    image: str
+    guesses: tuple[Guess, ...]
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """What `predict` found.
+
+    Attributes:
+        images: in the order in which they were given or found.
+        unreadable: what could not be read or has no finite logits, and why; likewise.
+        weights: of the model: ``"raw"`` or ``"ema"`` of a run, else ``"as given"``.
+    """
+
+    images: tuple[Prediction, ...]
+    unreadable: tuple[Fault, ...]
+    weights: str
+
+    def save(self, path: str | Path) -> None:
+        """Write a file atomically.
+
+        Args:
+            path: ``.csv``: a row for every guess; ``.json``: all there is.
+
+        Raises:
+            ValueError: another ending.
+        """
+        write_text(path, self._csv() if _format(path) == ".csv" else self._json())
+
+    def _csv(self) -> str:
+        text = io.StringIO()
+        rows = csv.writer(text, lineterminator="\n")
+        rows.writerow(("image", "rank", "index", "name", "probability"))
+        for prediction in self.images:
+            for rank, guess in enumerate(prediction.guesses, start=1):
+                rows.writerow(
+                    (prediction.image, rank, guess.index, guess.name, f"{guess.probability:.6g}")
+                )
+        return text.getvalue()
+
+    def _json(self) -> str:
+        content = {
+            "weights": self.weights,
+            "images": [
+                {"image": p.image, "guesses": [vars(guess) for guess in p.guesses]}
+                for p in self.images
+            ],
+            "unreadable": [{"image": f.name, "reason": f.reason} for f in self.unreadable],
+        }
+        return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+
+
+def predict(
+    images: Images,
+    model: str | Path | nn.Module,
+    *,
+    checkpoint: str | Path | None = None,
+    weights: str = "auto",
+    top: int = 5,
+    output: str | Path | None = None,
+    device: str | torch.device | None = None,
+    amp: str = "none",
+    batch_size: int = 64,
+    workers: int = 4,
+    quiet: bool = False,
+    **options: Any,
+) -> Predictions:
+    """Say what images show, as `evaluate` would feed them to the model.
+
+    Under torchrun the processes share the images; the main one writes ``output``.
+
+    Args:
+        images: files and folders; of a folder, all files in it and below with an ending of a format
+            that Pillow reads, but hidden ones. They are brought to as many channels as the model
+            takes, and not turned by their EXIF orientation, as in training. Greyscale of more than
+            8 bits counts as unreadable, as in training: nothing in it says which value is white.
+        model: as in `evaluate`, as are the others that are not described.
+        checkpoint: likewise.
+        weights: likewise.
+        top: how many classes an image gets.
+        output: a ``.csv`` or ``.json`` file to write, too, see `Predictions.save`.
+        device: likewise.
+        amp: likewise.
+        batch_size: images per step and process.
+        workers: loader processes, where there is more than one batch.
+        quiet: show no progress.
+        **options: ``img_size``, ``crop_pct``, ``crop_mode``, ``interpolation``, ``mean``, ``std``.
+
+    Returns:
+        The predictions, and what could not be read, on every process. Classes are called as the
+        run's data called them; else as timm does where there are as many as in an ImageNet; else by
+        their numbers.
+
+    Raises:
+        ValueError: no images, options that do not fit, or a model that cannot be used.
+        TypeError: an argument of the wrong type.
+        FileNotFoundError: there is no such model, or no folder for ``output``.
+    """
+    _check({"top": (top, 1), "batch_size": (batch_size, 1), "workers": (workers, 0)}, options)
+    _check_output(output)
+    files, empty_folders = find_images(images)
+    with world(device) as peers:
+        opened = open_model("predict", model, checkpoint, weights, options)
+        _check_classifies(opened.network)
+        loader = image_loader(
+            files,
+            opened.network,
+            opened.preprocessing,
+            batch_size=batch_size,
+            workers=workers,
+            peers=peers,
+        )
+        shows = peers.is_main and not quiet
+        share = range(peers.rank, len(files), peers.size)
+        with (
+            ImageProgress("predict", len(share), shows) as progress,
+            _evaluating(opened.network.to(peers.device)) as network,
+        ):
+            shares = peers.gather(_classified(network, loader, files, peers, amp, top, progress))
+        found, faults = _joined(shares)
+        classes = class_descriptions(opened.classes, max(share.classes for share in shares))
+        predictions = Predictions(
+            tuple(_prediction(files[one.sample], one, classes) for one in found),
+            (*empty_folders, *faults),
+            opened.weights,
+        )
+        if output is not None and peers.is_main:
+            predictions.save(output)
+    return predictions
+
+
+def _check(least: dict[str, tuple[Any, int]], options: dict[str, Any]) -> None:
+    """Whole numbers with the least that each may be, and the names of options."""
+    unknown = set(options) - set(IMAGE_OPTIONS)
+    if unknown:
+        raise ValueError(
+            f"predict: unknown option {sorted(unknown)[0]!r}; there are {IMAGE_OPTIONS}"
+        )
+    for name, (value, lowest) in least.items():
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise TypeError(f"predict: {name} must be an int, got {value!r}")
+        if value < lowest:
+            raise ValueError(f"predict: {name} must be at least {lowest}, got {value}")
+
+
+def _check_output(output: str | Path | None) -> None:
+    if output is None:
+        return
+    _format(output)
+    if not Path(output).absolute().parent.is_dir():
+        raise FileNotFoundError(f"predict: there is no folder {str(Path(output).parent)!r}")
+
+
+def _check_classifies(network: nn.Module) -> None:
+    if getattr(network, "num_classes", None) == 0:
+        raise ValueError(f"predict: the model, a {type(network).__name__}, has no classes")
+
+
+def _format(path: str | Path) -> str:
+    suffix = Path(path).suffix.lower()
+    if suffix not in FORMATS:
+        raise ValueError(f"predict: output must end in .csv or .json, got {str(path)!r}")
+    return suffix
+
+
+@contextlib.contextmanager
+def _evaluating(network: nn.Module) -> Iterator[nn.Module]:
+    was_training = network.training
+    try:
+        yield network.eval()
+    finally:
+        network.train(was_training)
+
+
+@dataclass
+class _Share:
+    """What one process found: likeliest classes, faults, and how many classes there are."""
+
+    found: list[Likeliest] = field(default_factory=list)
+    faults: list[Fault] = field(default_factory=list)
+    classes: int = 0
+
+
+def _classified(
+    network: nn.Module,
+    loader: Iterable[tuple[Batch | None, list[Fault]]],
+    files: list[Path],
+    peers: World,
+    amp: str,
+    top: int,
+    progress: ImageProgress,
+) -> _Share:
+    share = _Share()
+    for batch, faults in loader:
+        found: list[Likeliest] = []
+        if batch is not None:
+            found, share.classes = likeliest(network, batch, peers, amp, top)
+        overflown = [
+            Fault(one.sample, writable(files[one.sample]), _not_finite(amp))
+            for one in found
+            if not one.classes
+        ]
+        share.found += [one for one in found if one.classes]
+        share.faults += faults + overflown
+        progress.advance(len(found) + len(faults), len(faults) + len(overflown))
+    return share
+
+
+def _not_finite(amp: str) -> str:
+    advice = " (with amp='fp16' numbers overflow easily: try 'bf16' or 'none')"
+    return "its logits are not finite" + (advice if amp == "fp16" else "")
+
+
+def _joined(shares: list[_Share]) -> tuple[list[Likeliest], list[Fault]]:
+    """What all processes found, in the order of the files."""
+    return (
+        sorted((one for share in shares for one in share.found), key=lambda one: one.sample),
+        sorted((fault for share in shares for fault in share.faults), key=lambda f: f.sample),
+    )
+
+
+def _prediction(file: Path, found: Likeliest, names: tuple[str, ...]) -> Prediction:
+    guesses = zip(found.classes, found.probabilities, strict=True)
+    return Prediction(
+        writable(file),
+        tuple(Guess(index, names[index], probability) for index, probability in guesses),
+    )

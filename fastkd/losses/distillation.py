@@ -1,0 +1,175 @@
+"""The sum that is minimised, and its parts by name.
+
+Knows logits and tokens; not the models they come from, nor how they are optimised.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastkd.losses.base import FeatureTerm, Key, LogitTerm
+from fastkd.losses.projectors import undecayed
+from fastkd.losses.softening import check_not_negative
+from fastkd.ops.precision import at_least_float32
+from fastkd.tokens import Tokens
+
+
+class DistillationLoss(nn.Module):
+    r"""Cross-entropy, logit and feature distillation in one sum.
+
+    .. math:: L = (1 - \alpha) \, CE + \alpha \, KD + w \, L_{feature}
+
+    Source: arXiv 2511.15572. CE is smoothed for class indices; soft targets (Mixup) are taken as
+    they come, smoothed by who mixed them. :math:`\alpha = 0` is what the paper's scripts call
+    "feature only": CE + w feature. Papers that leave the cross-entropy whole (DKD, NKD, DIST)
+    set its weight: :math:`L = c \, CE + \alpha \, KD + w \, L_{feature}`. Without labels the first
+    term is left out: :math:`L = \alpha \, KD + w \, L_{feature}`. An empty batch costs 0.
+
+    Args:
+        logit: a logit loss, such as `SoftKD`, whose ``weight`` is :math:`\alpha`; None is
+            :math:`\alpha = 0`.
+        feature: `FeatureKD` or another feature term, whose ``weight`` is w; None leaves it out.
+        label_smoothing: for targets given as class indices.
+        cross_entropy: False leaves the cross-entropy out; targets are looked at by a logit loss
+            that needs them alone.
+        ce_weight: c, the weight of the cross-entropy; None is :math:`1 - \alpha`.
+
+    Raises:
+        ValueError: a weight that is negative, infinite or NaN, :math:`\alpha` above 1 without
+            ``ce_weight``, ``ce_weight`` without ``cross_entropy``, or no term at all.
+    """
+
+    def __init__(
+        self,
+        logit: LogitTerm | None = None,
+        feature: FeatureTerm | None = None,
+        label_smoothing: float = 0.0,
+        cross_entropy: bool = True,
+        ce_weight: float | None = None,
+    ) -> None:
+        super().__init__()
+        alpha = 0.0 if logit is None else logit.weight
+        check_not_negative(self, "alpha", alpha)
+        check_not_negative(self, "the feature weight", 0.0 if feature is None else feature.weight)
+        check_not_negative(self, "ce_weight", 0.0 if ce_weight is None else ce_weight)
+        if alpha > 1 and cross_entropy and ce_weight is None:
+            raise ValueError(
+                f"DistillationLoss: alpha must lie in [0, 1], or above it with ce_weight, got "
+                f"{alpha}"
+            )
+        if ce_weight is not None and not cross_entropy:
+            raise ValueError(
+                f"DistillationLoss: ce_weight needs cross_entropy, got ce_weight={ce_weight} with "
+                "cross_entropy=False"
+            )
+        if not cross_entropy and logit is None and feature is None:
+            raise ValueError("DistillationLoss: without cross_entropy it needs logit or feature")
+        self.logit = logit
+        self.feature = feature
+        self.label_smoothing = label_smoothing
+        self.cross_entropy = cross_entropy
+        self._ce_weight = ce_weight
+
+    @property
+    def ce_weight(self) -> float:
+        """What the cross-entropy is multiplied with."""
+        if self._ce_weight is not None:
+            return self._ce_weight
+        return 1 - (0.0 if self.logit is None else self.logit.weight)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Keys of the dict that `forward` returns, ``"loss"`` first."""
+        terms = [term.name for term in (self.logit, self.feature) if term is not None]
+        return ("loss", *(("ce",) if self.cross_entropy else ()), *terms)
+
+    def forward(
+        self,
+        logits: Tensor,
+        target: Tensor,
+        teacher_logits: Tensor | None = None,
+        student_tokens: Mapping[Key, Tokens] | None = None,
+        teacher_tokens: Mapping[Key, Tokens] | None = None,
+    ) -> dict[str, Tensor]:
+        """Compute the total and every term.
+
+        Args:
+            logits: [B, classes], the student's.
+            target: [B] class indices, or [B, classes] soft targets; anything without cross-entropy.
+            teacher_logits: [B, classes]; needed with a logit term.
+            student_tokens: by tap key; needed with a feature term.
+            teacher_tokens: by tap key; needed with a feature term.
+
+        Returns:
+            Scalars: ``"loss"`` (the total), and each term of `names` unweighted.
+
+        Raises:
+            ValueError: a term is there but not what it compares.
+        """
+        distance = None
+        if self.feature is not None:
+            if student_tokens is None or teacher_tokens is None:
+                raise ValueError("DistillationLoss: feature needs student_tokens, teacher_tokens")
+            distance = self.feature(student_tokens, teacher_tokens)
+        return self.combine(logits, target, teacher_logits, distance)
+
+    def combine(
+        self,
+        logits: Tensor,
+        target: Tensor,
+        teacher_logits: Tensor | None = None,
+        distance: Tensor | None = None,
+    ) -> dict[str, Tensor]:
+        """The total and every term, where the feature term has been computed on the way.
+
+        Args:
+            logits: [B, classes], the student's.
+            target: [B] class indices, or [B, classes] soft targets; anything without cross-entropy.
+            teacher_logits: [B, classes]; needed with a logit term.
+            distance: scalar, the unweighted feature term; needed with one.
+
+        Returns:
+            As `forward`.
+
+        Raises:
+            ValueError: a term is there but not what it needs.
+        """
+        parts, weighted = {}, []
+        if self.cross_entropy:
+            parts["ce"] = self._cross_entropy(logits, target)
+            weighted.append(self.ce_weight * parts["ce"])
+        if self.logit is not None:
+            if teacher_logits is None:
+                raise ValueError(f"DistillationLoss: {self.logit.name} needs teacher_logits")
+            labels = target if self.logit.needs_target else None
+            parts[self.logit.name] = self.logit(logits, teacher_logits, labels)
+            weighted.append(self.logit.weight * parts[self.logit.name])
+        if self.feature is not None:
+            if distance is None:
+                raise ValueError("DistillationLoss: the feature term needs its distance")
+            parts[self.feature.name] = distance
+            weighted.append(self.feature.weight * distance)
+        total = weighted[0]
+        for term in weighted[1:]:
+            total = total + term
+        return {"loss": total, **parts}
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set[str]:
+        """Parameters that timm's optimiser factory must not decay, beside the 1-d ones.
+
+        Returns:
+            Names, as ``named_parameters()`` has them: `fastkd.losses.projectors.undecayed`.
+        """
+        return undecayed(self)
+
+    def _cross_entropy(self, logits: Tensor, target: Tensor) -> Tensor:
+        logits = at_least_float32(logits)
+        if len(logits) == 0:
+            return logits.sum()  # 0, where the mean over no image is NaN
+        smoothing = 0.0 if target.is_floating_point() else self.label_smoothing
+        return F.cross_entropy(logits, target, label_smoothing=smoothing)

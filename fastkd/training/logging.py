@@ -1,0 +1,228 @@
+"""What a run tells: log.jsonl, epochs.csv, trackers and one progress bar.
+
+Gets numbers and writes them; knows neither models nor data. Only the main process has one that
+writes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import io
+import json
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, TextIO
+
+from fastkd.training.trackers import Tracker
+from fastkd.utils.bar import Bar
+from fastkd.utils.io import write_text
+
+LOG = "log.jsonl"
+EPOCHS = "epochs.csv"
+
+
+class RunLogger:
+    """Writes the run's logs and shows its progress.
+
+    Args:
+        output: the run's folder; None writes no files.
+        total_updates: of the whole run, for the bar and its ETA.
+        quiet: show nothing.
+        enabled: False makes an object that does nothing, for ranks other than the main one.
+        stream: where progress goes; standard error by default.
+        open_trackers: makes the trackers, given the finished updates, when the run starts.
+    """
+
+    def __init__(
+        self,
+        output: Path | None,
+        total_updates: int,
+        *,
+        quiet: bool = False,
+        enabled: bool = True,
+        stream: TextIO | None = None,
+        open_trackers: Callable[[int], Sequence[Tracker]] | None = None,
+    ) -> None:
+        self.output = output if enabled else None
+        self.stream = stream or sys.stderr
+        self.total_updates = total_updates
+        self.shows = enabled and not quiet
+        self._log: TextIO | None = None
+        self._bar: Bar | None = None
+        self._open_trackers = open_trackers if enabled else None
+        self._trackers: Sequence[Tracker] = ()
+
+    def mend(self, updates: int, history: list[dict[str, Any]]) -> None:
+        """Make the files say what a checkpoint says: no more, and no epoch less.
+
+        A kill between two writes, or a run continued in a new folder, leaves them different.
+
+        Args:
+            updates: finished updates of the run.
+            history: its finished epochs.
+        """
+        if self.output is None:
+            return
+        _mend_log(self.output / LOG, updates, history)
+        if history:
+            _write_csv(self.output / EPOCHS, history)
+        else:
+            (self.output / EPOCHS).unlink(missing_ok=True)
+
+    def start(self, updates: int) -> None:
+        """Open the log, the bar and the trackers.
+
+        Args:
+            updates: finished updates of the run.
+        """
+        if self.output is not None:
+            self._log = open(self.output / LOG, "a", encoding="utf-8")  # noqa: SIM115
+        if self._open_trackers is not None:
+            self._trackers = self._open_trackers(updates)
+        if self.shows and self.stream.isatty():
+            self._bar = Bar(
+                total=self.total_updates,
+                initial=updates,
+                file=self.stream,
+                unit="update",
+                dynamic_ncols=True,
+            )
+
+    def message(self, text: str) -> None:
+        """Show a line of text.
+
+        Args:
+            text: the line.
+        """
+        if self._bar is not None:
+            self._bar.write(text, file=self.stream)
+        elif self.shows:
+            print(text, file=self.stream, flush=True)
+
+    def advance(self) -> None:
+        """Count one update on the bar."""
+        if self._bar is not None:
+            self._bar.update()
+
+    def interval(self, record: dict[str, Any]) -> None:
+        """Log the means since the last line.
+
+        Args:
+            record: with ``epoch``, ``update``, ``loss``, ``images_per_second``, ``data_wait``.
+        """
+        self._write_line({"kind": "interval", **record})
+        self._track("train", record)
+        if self._bar is not None:
+            self._bar.set_postfix_str(
+                f"epoch {record['epoch']}, loss {record['loss']:.4g}, "
+                f"{record['images_per_second']:.0f} images/s, data wait {record['data_wait']:.0f}%"
+            )
+
+    def epoch(self, record: dict[str, Any], history: list[dict[str, Any]], epochs: int) -> None:
+        """Log an epoch, rewrite the table of epochs, and say how it went.
+
+        Args:
+            record: the epoch's, the last of ``history``.
+            history: all epochs so far.
+            epochs: of the whole run.
+        """
+        self._write_line({"kind": "epoch", **record})
+        self._track("epoch", record)
+        if self.output is not None:
+            with self._surviving(EPOCHS):
+                _write_csv(self.output / EPOCHS, history)
+        if self._bar is None or "eval_loss" in record:
+            self.message(_epoch_line(record, epochs))
+
+    def event(self, kind: str, record: dict[str, Any], text: str) -> None:
+        """Log and show something that should not happen, and that the run survived.
+
+        Args:
+            kind: what happened, in a word.
+            record: for log.jsonl, with ``epoch`` and ``update``.
+            text: for people.
+        """
+        self._write_line({"kind": kind, **record})
+        self.message(text)
+
+    def close(self) -> None:
+        """Close the files, the trackers and the bar."""
+        for tracker in self._trackers:
+            tracker.close()
+        self._trackers = ()
+        if self._log is not None:
+            self._log.close()
+            self._log = None
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+
+    def _track(self, group: str, record: dict[str, Any]) -> None:
+        numbers = {f"{group}/{n}": v for n, v in record.items() if isinstance(v, int | float)}
+        for tracker in self._trackers:
+            with self._surviving(type(tracker).__name__):
+                tracker.log(numbers, record["update"])
+
+    def _write_line(self, record: dict[str, Any]) -> None:
+        if self._log is None:
+            return
+        with self._surviving(LOG):
+            self._log.write(json.dumps(record) + "\n")
+            self._log.flush()
+
+    @contextlib.contextmanager
+    def _surviving(self, what: str) -> Iterator[None]:
+        """A run is worth more than a line of its logs: on a full disk it goes on without."""
+        try:
+            yield
+        except OSError as error:
+            self.message(f"{what} could not be written ({error})")
+
+
+def _mend_log(path: Path, updates: int, history: list[dict[str, Any]]) -> None:
+    """Drop lines that will be written again or that a kill tore; add epochs that are missing."""
+    kept = [record for record in _whole_records(path) if record["update"] <= updates]
+    written = {record["epoch"] for record in kept if record.get("kind") == "epoch"}
+    missing = [{"kind": "epoch", **r} for r in history if r["epoch"] not in written]
+    # Stable, so that an epoch's line stays behind the last interval's.
+    records = sorted(kept + missing, key=lambda record: record["update"])
+    if path.exists() or records:
+        write_text(path, "".join(json.dumps(record) + "\n" for record in records))
+
+
+def _whole_records(path: Path) -> list[dict[str, Any]]:
+    if not path.exists():
+        return []
+    records = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        with contextlib.suppress(json.JSONDecodeError):
+            records.append(json.loads(line))
+    return records
+
+
+def _write_csv(path: Path, history: list[dict[str, Any]]) -> None:
+    columns = list(dict.fromkeys(name for record in history for name in record))
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(history)
+    write_text(path, text.getvalue())
+
+
+def _epoch_line(record: dict[str, Any], epochs: int) -> str:
+    parts = [f"epoch {record['epoch'] + 1}/{epochs}", f"loss {record['loss']:.4f}"]
+    if "top1" in record:
+        parts.append(f"top-1 {record['top1']:.2f} %")
+    elif "eval_loss" in record:
+        parts.append(f"evaluation loss {record['eval_loss']:.4f}")
+    if "ema_top1" in record:
+        parts.append(f"EMA top-1 {record['ema_top1']:.2f} %")
+    parts.append(f"{record['images_per_second']:.0f} images/s")
+    parts.append(f"data wait {record['data_wait']:.0f} %")
+    if "gpu_memory" in record:
+        parts.append(f"{record['gpu_memory']:.1f} GiB")
+    if record.get("skipped_updates"):
+        parts.append(f"{record['skipped_updates']} updates skipped")
+    return ", ".join(parts)

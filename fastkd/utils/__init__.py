@@ -1,0 +1,1 @@
+"""Files, processes, random numbers and progress; imports nothing of fastkd."""

@@ -1,0 +1,192 @@
+"""One process or several: who am I, which device, and how sums meet.
+
+Reads torchrun's environment; knows nothing of what is trained.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from timm.utils import distribute_bn
+from torch import Tensor, nn
+
+AMP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among its peers.
+
+    Attributes:
+        device: where this process computes.
+        rank: 0 writes files and talks.
+        size: number of processes.
+        control: the group for what the hosts tell each other, which must not wait for devices; None
+            is the default group.
+    """
+
+    device: torch.device
+    rank: int = 0
+    size: int = 1
+    control: dist.ProcessGroup | None = None
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes and talks."""
+        return self.rank == 0
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Sum over all processes; synchronises with them, on the device.
+
+        Args:
+            values: a tensor on ``device``; left as it is.
+
+        Returns:
+            The sums, on every process.
+        """
+        if self.size == 1:
+            return values
+        total = values.clone()
+        dist.all_reduce(total)
+        return total
+
+    def maximum(self, value: int) -> Callable[[], int]:
+        """Begin to look for the largest value of all processes; waits for no device.
+
+        Args:
+            value: this process'.
+
+        Returns:
+            A function that waits for the others' values and gives the largest.
+        """
+        if self.size == 1:
+            return lambda: value
+        largest = torch.tensor(value)
+        work: Any = dist.all_reduce(
+            largest, op=dist.ReduceOp.MAX, group=self.control, async_op=True
+        )
+
+        def result() -> int:
+            work.wait()
+            return int(largest)
+
+        return result
+
+    def gather(self, value: Any) -> list[Any]:
+        """Collect a picklable value of every process; synchronises with them, not with devices.
+
+        Args:
+            value: this process'; tensors in it should be on the CPU.
+
+        Returns:
+            All of them in the order of ranks, on every process.
+        """
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value, group=self.control)
+        return values
+
+    @torch.no_grad()
+    def share(self, module: nn.Module) -> None:
+        """Give every process the main one's parameters and buffers.
+
+        Args:
+            module: on ``device``; changed in place everywhere but on rank 0.
+        """
+        if self.size == 1:
+            return
+        for tensor in (*module.parameters(), *module.buffers()):
+            dist.broadcast(tensor.data, 0)
+
+    def average_norms(self, module: nn.Module) -> None:
+        """Average the running statistics of batch norms, of which every process has its own.
+
+        Args:
+            module: on ``device``; changed in place.
+        """
+        if self.size > 1:
+            distribute_bn(module, self.size, reduce=True)
+
+    def barrier(self) -> None:
+        """Wait for the other processes."""
+        if self.size > 1:
+            dist.barrier()
+
+
+ALONE = World(torch.device("cpu"))  # one process, without an accelerator
+
+
+@contextmanager
+def world(device: str | torch.device | None = None) -> Iterator[World]:
+    """Join torchrun's process group if there is one; leave it at the end.
+
+    Args:
+        device: ``"cpu"``, ``"cuda"``, ``"cuda:1"``; None takes CUDA if there is a device. Under
+            torchrun, ``"cuda"`` and None take the local rank's device.
+
+    Yields:
+        This process among its peers.
+
+    Raises:
+        ValueError: CUDA is asked for and not there.
+    """
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    chosen = _device(device, int(os.environ.get("LOCAL_RANK", "0")))
+    if size == 1 and not (dist.is_available() and dist.is_initialized()):
+        yield World(chosen)
+        return
+    joined_before = dist.is_initialized()
+    if not joined_before:
+        dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
+    failed = False
+    try:
+        control: Any = dist.new_group(backend="gloo") if dist.get_backend() != "gloo" else None
+        yield World(chosen, dist.get_rank(), dist.get_world_size(), control)
+    except Exception:
+        failed = True
+        raise
+    finally:
+        # After an error others may still wait in a collective: NCCL's farewell would wait for them,
+        # while this process' end is what lets torchrun end them, too.
+        if not joined_before and not (failed and chosen.type == "cuda"):
+            dist.destroy_process_group()
+
+
+def _device(device: str | torch.device | None, local_rank: int) -> torch.device:
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    chosen = torch.device(device)
+    if chosen.type == "cuda":
+        if not torch.cuda.is_available():
+            raise ValueError(f"device: {device} asked for, but torch sees no CUDA device")
+        if chosen.index is None:
+            chosen = torch.device("cuda", local_rank)
+        torch.cuda.set_device(chosen)
+    return chosen
+
+
+def autocast(device: torch.device, amp: str) -> AbstractContextManager[Any]:
+    """The autocast context of a recipe's ``amp``.
+
+    Args:
+        device: where it computes.
+        amp: ``"none"``, ``"bf16"`` or ``"fp16"``.
+
+    Returns:
+        A context manager.
+
+    Raises:
+        ValueError: another ``amp``.
+    """
+    if amp == "none":
+        return nullcontext()
+    if amp not in AMP_DTYPES:
+        raise ValueError(f"amp: expected none, {' or '.join(AMP_DTYPES)}, got {amp!r}")
+    return torch.autocast(device.type, AMP_DTYPES[amp])

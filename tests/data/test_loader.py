@@ -1,0 +1,411 @@
+"""Data: opening it, and batches that depend on nothing but the recipe and the position."""
+
+import io
+import os
+import random
+import re
+import signal
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.utils.data import Dataset, IterableDataset, TensorDataset
+
+from fastkd.config import Recipe
+from fastkd.data.batch import Fault
+from fastkd.data.datasets import DataPair, open_data
+from fastkd.data.loader import SampleDataset, eval_loader, slice_size, train_loader
+from fastkd.data.samples import SampleTransform
+from fastkd.data.transforms import (
+    InputSpec,
+    create_mixup,
+    eval_transform,
+    operations_of,
+    train_transform,
+)
+from fastkd.data.workers import DEATHS, WorkerNotes, describe_worker_death
+from fastkd.utils.distributed import World
+from tests.harness.tiny import image_folder, tensor_data
+
+CPU = torch.device("cpu")
+SPEC = InputSpec((3, 32, 32), (0.5, 0.5, 0.5), (0.2, 0.2, 0.2))
+RANDAUGMENT = Recipe(batch_size=4, workers=0, seed=3)
+
+
+def batches(data, recipe, position=(0, 0), spec=SPEC):
+    loader = train_loader(open_data(data), recipe, spec)
+    loader.batch_sampler.set_position(*position)
+    return [(batch.images, batch.labels) for batch in loader]
+
+
+def same(left, right):
+    assert len(left) == len(right)
+    return all(
+        torch.equal(a, b) and torch.equal(la, lb)
+        for (a, la), (b, lb) in zip(left, right, strict=True)
+    )
+
+
+class ReadablePairs(Dataset):
+    """PIL images labelled with their index; counts how often one is read."""
+
+    def __init__(self, count):
+        self.count = count
+        self.reads = 0
+
+    def __len__(self):
+        return self.count
+
+    def __getitem__(self, index):
+        self.reads += 1
+        return Image.new("RGB", (40, 40), (index, 0, 0)), index
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return image_folder(tmp_path_factory.mktemp("images"))
+
+
+def test_augmented_batches_are_the_same_for_any_number_of_workers(folder):
+    assert same(batches(folder, RANDAUGMENT), batches(folder, RANDAUGMENT.override(workers=2)))
+
+
+def test_augmented_batches_continue_identically_in_mid_epoch(folder):
+    assert same(batches(folder, RANDAUGMENT, (1, 4)), batches(folder, RANDAUGMENT, (1, 0))[4:])
+
+
+def test_loading_leaves_the_global_generators_alone(folder):
+    torch.manual_seed(5), np.random.seed(5), random.seed(5)
+    expected = torch.rand(1).item(), np.random.rand(), random.random()
+    torch.manual_seed(5), np.random.seed(5), random.seed(5)
+    batches(folder, RANDAUGMENT)
+    assert (torch.rand(1).item(), np.random.rand(), random.random()) == expected
+
+
+def test_copies_of_a_sample_are_augmented_differently(folder):
+    recipe = RANDAUGMENT.override(repeated_aug=2)
+    images, labels = batches(folder, recipe)[0]
+    assert labels[0] == labels[1]
+    assert not torch.equal(images[0], images[1])
+
+
+def test_an_epoch_augments_anew(folder):
+    first, second = (batches(folder, RANDAUGMENT, (epoch, 0)) for epoch in (0, 1))
+    assert not same(first, second)
+
+
+def test_augment_none_sees_training_images_as_evaluation_does(folder):
+    recipe = Recipe(batch_size=36, workers=0, augment="none")
+    images, labels = batches(folder, recipe)[0]
+    loader = train_loader(open_data(folder), recipe, SPEC)
+    (first,) = next(iter(loader.batch_sampler))[:1]
+    opened = open_data(folder)
+    image, label = opened.train[first.sample]
+    torch.testing.assert_close(images[0], eval_transform(recipe, SPEC)(image))
+    assert labels[0] == label
+
+
+def test_tensors_pass_as_they_are():
+    train, val = tensor_data(8, 4)
+    recipe = Recipe(batch_size=8, workers=0, augment="none")
+    images, labels = batches((train, val), recipe, spec=InputSpec((1, 8, 8), None, None))[0]
+    order = labels.argsort(stable=True)
+    assert sorted(images.flatten(1).sum(1).tolist()) == sorted(
+        train.tensors[0].flatten(1).sum(1).tolist()
+    )
+    assert torch.equal(labels[order], train.tensors[1].sort(stable=True).values)
+
+
+def test_tensors_are_normalised_where_statistics_are_given():
+    data = tensor_data(8, 4)
+    recipe = Recipe(batch_size=8, workers=0, augment="none")
+    loader = eval_loader(open_data(data), recipe, InputSpec((1, 8, 8), (1.0,), (2.0,)))
+    images = next(iter(loader)).images
+    torch.testing.assert_close(images, (data[1].tensors[0] - 1) / 2)
+
+
+def test_a_data_sets_own_random_transform_is_seeded():
+    class Noisy(TensorDataset):
+        def __getitem__(self, index):
+            image, label = super().__getitem__(index)
+            return image + torch.randn_like(image), label
+
+    data = tuple(Noisy(*part.tensors) for part in tensor_data(16, 4))
+    recipe = Recipe(batch_size=4, workers=0, augment="dataset")
+    spec = InputSpec((1, 8, 8), None, None)
+    assert same(batches(data, recipe, spec=spec), batches(data, recipe, spec=spec))
+
+
+def test_tensors_with_image_augmentation_are_refused_naming_the_way_out():
+    recipe = Recipe(batch_size=8, workers=0)
+    with pytest.raises(ValueError, match="set augment='none'"):
+        train_loader(open_data(tensor_data()), recipe, SPEC)
+
+
+@pytest.mark.parametrize("policy", ["rand-m9-mstd0.5-inc1", "rand-m10-inc1", "augmix-m9", "v0"])
+def test_posterize_never_asks_for_zero_bits(policy):
+    recipe = Recipe(auto_augment=policy, reprob=0.0)
+    transform = train_transform(recipe, SPEC)
+    found = [op for op in operations_of(transform) if op.name.startswith("Posterize")]
+    image = Image.new("RGB", (8, 8), (200, 100, 50))
+    assert found
+    for operation in found:
+        assert operation.aug_fn(image, 0).getpixel((0, 0)) == (128, 0, 0)
+
+
+def test_the_strongest_randaugment_survives_many_images():
+    transform = train_transform(Recipe(auto_augment="rand-m10-n4-mstd0.5-inc1"), SPEC)
+    image = Image.effect_noise((40, 40), 80).convert("RGB")
+    random.seed(0), np.random.seed(0)
+    assert all(transform(image).shape == (3, 32, 32) for _ in range(150))
+
+
+def test_mixup_makes_soft_targets_that_sum_to_one():
+    mixup = create_mixup(Recipe(mixup=0.8, cutmix=1.0), 5)
+    _, target = mixup(torch.randn(4, 3, 8, 8), torch.tensor([0, 1, 2, 3]))
+    torch.testing.assert_close(target.sum(1), torch.ones(4))
+
+
+def test_mixup_refuses_odd_slices():
+    with pytest.raises(ValueError, match="odd"):
+        slice_size(Recipe(batch_size=6, accumulation=2, mixup=0.8), 1)
+
+
+def test_a_batch_that_cannot_be_shared_out_is_refused():
+    with pytest.raises(ValueError, match="10 images cannot be shared by 4 processes"):
+        slice_size(Recipe(batch_size=10), 4)
+
+
+def test_a_folder_tells_its_classes(folder):
+    opened = open_data(folder)
+    assert (opened.num_classes, len(opened.train), len(opened.val)) == (3, 36, 12)
+
+
+def test_a_class_without_validation_images_shifts_no_label(tmp_path):
+    folder = image_folder(tmp_path, train=2, val=2)
+    for file in (folder / "val" / "blue").iterdir():
+        file.unlink()
+    (folder / "val" / "blue").rmdir()
+    opened = open_data(folder)
+    assert {label for _, label in (opened.val[i] for i in range(4))} == {1, 2}
+
+
+def test_a_validation_class_that_training_lacks_is_refused(tmp_path):
+    folder = image_folder(tmp_path, train=1, val=1)
+    (folder / "val" / "red").rename(folder / "val" / "violet")
+    with pytest.raises(ValueError, match="violet"):
+        open_data(folder)
+
+
+def test_a_folder_without_validation_says_what_is_missing(tmp_path):
+    (tmp_path / "train").mkdir()
+    with pytest.raises(ValueError, match=r"no folder val \(or validation\)"):
+        open_data(tmp_path)
+
+
+def test_a_missing_folder_is_refused():
+    with pytest.raises(ValueError, match="no folder 'nowhere'"):
+        open_data("nowhere")
+
+
+def test_streaming_data_are_refused():
+    class Stream(IterableDataset):
+        def __iter__(self):
+            return iter(())
+
+    with pytest.raises(ValueError, match="streams its samples"):
+        open_data((Stream(), Stream()))
+
+
+@pytest.mark.parametrize("image", [torch.zeros(3, 8, 8, dtype=torch.uint8), "text"])
+def test_samples_of_another_form_are_refused(image):
+    with pytest.raises(ValueError, match="PIL images or float tensors"):
+        open_data(([(image, 0)], [(image, 0)]))
+
+
+def broken_image(folder, split, content=b"no image"):
+    broken = image_folder(folder) / split / "green" / "1.jpg"
+    whole = broken.read_bytes()
+    broken.write_bytes(whole[: len(whole) // 2] if content == "half" else content)
+    return broken
+
+
+@pytest.mark.parametrize("content", [b"", b"no image", "half"])
+def test_an_unreadable_image_stops_an_evaluation_naming_its_file(tmp_path, content):
+    broken_image(tmp_path, "val", content)
+    with pytest.raises(OSError, match=r"cannot read .*val/green/1\.jpg"):
+        list(eval_loader(open_data(tmp_path), RANDAUGMENT, SPEC))
+
+
+@pytest.mark.parametrize("content", [b"", b"no image", "half"])
+@pytest.mark.parametrize("augment", ["cpu", "gpu", "none"])
+def test_an_unreadable_training_image_is_replaced_and_told(tmp_path, augment, content):
+    broken = broken_image(tmp_path, "train", content)
+    recipe = RANDAUGMENT.override(augment=augment, batch_size=36)
+    (batch,) = train_loader(open_data(tmp_path), recipe, SPEC)
+    (fault,) = batch.faults
+    assert len(batch.images) == len(batch.labels) == 36
+    assert fault.name == str(broken)
+    assert fault.sample in batch.samples
+    assert "cannot read" in fault.reason
+
+
+def test_an_image_that_its_data_set_opened_only_is_replaced_too():
+    torn = io.BytesIO()
+    Image.effect_noise((40, 40), 80).convert("RGB").save(torn, "png")
+    torn = torn.getvalue()[:-300]
+
+    class Lazy(ReadablePairs):
+        def __getitem__(self, index):
+            return (Image.open(io.BytesIO(torn)), 0) if index == 3 else super().__getitem__(index)
+
+    pair = open_data((Lazy(8), ReadablePairs(8)))
+    (batch,) = train_loader(pair, RANDAUGMENT.override(batch_size=8), SPEC)
+    assert [fault.sample for fault in batch.faults] == [3]
+
+
+def test_a_replacement_is_the_same_for_any_number_of_workers(tmp_path):
+    broken_image(tmp_path, "train")
+    recipe = RANDAUGMENT.override(batch_size=12)
+    assert same(batches(tmp_path, recipe), batches(tmp_path, recipe.override(workers=2)))
+
+
+def test_the_copies_of_an_unreadable_image_share_their_replacement():
+    class OneBroken(ReadablePairs):
+        def __getitem__(self, index):
+            if index == 0:
+                raise OSError("torn")
+            return super().__getitem__(index)
+
+    data = OneBroken(8)
+    recipe = RANDAUGMENT.override(batch_size=8, repeated_aug=4, augment="none")
+    loader = train_loader(open_data((data, ReadablePairs(8))), recipe, SPEC)
+    for epoch in range(8):
+        loader.batch_sampler.set_position(epoch)
+        (batch,) = loader
+        replaced = batch.labels[batch.samples == 0]
+        assert len(set(replaced.tolist())) == bool(len(replaced))
+        assert batch.faults == ((Fault(0, "sample 0", "torn"),) if len(replaced) else ())
+
+
+def test_data_of_which_nothing_can_be_read_are_an_error():
+    class Broken(ReadablePairs):
+        def __getitem__(self, index):
+            raise OSError("torn")
+
+    pair = DataPair(Broken(8), ReadablePairs(8), None, False, None)
+    loader = train_loader(pair, RANDAUGMENT, SPEC)
+    with pytest.raises(OSError, match="nor any of 16 images tried in its place: torn"):
+        next(iter(loader))
+
+
+def test_a_label_that_is_missing_is_minus_one():
+    data = [(Image.new("RGB", (40, 40)), None)] * 4
+    recipe = RANDAUGMENT.override(labels=False)
+    (batch,) = train_loader(open_data((data, data), labels=False), recipe, SPEC)
+    assert batch.labels.tolist() == [-1] * 4
+
+
+def test_a_half_labelled_training_set_is_refused_naming_the_sample():
+    image = Image.new("RGB", (40, 40))
+    half = [(image, 0), (image, 1), (image, None), (image, 0)]
+    with pytest.raises(
+        ValueError, match=r"label of sample 2 must be 0 or more, got None \(labels="
+    ):
+        batches((half, half), RANDAUGMENT)
+
+
+@pytest.mark.parametrize("missing", [None, -1, torch.tensor(-1)])
+@pytest.mark.parametrize("which", ["training", "evaluation"])
+def test_a_set_without_labels_is_refused_where_they_are_needed(which, missing):
+    sets = {
+        name: [(Image.new("RGB", (8, 8)), missing if name == which else 0)]
+        for name in ("training", "evaluation")
+    }
+    with pytest.raises(ValueError, match=f"samples of the {which} set have no label"):
+        open_data(tuple(sets.values()))
+
+
+def test_a_batch_tells_which_samples_it_holds(folder):
+    loader = train_loader(open_data(folder), RANDAUGMENT.override(augment="none"), SPEC)
+    keys = next(iter(loader.batch_sampler))
+    assert next(iter(loader)).samples.tolist() == [key.sample for key in keys]
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_the_device_path_decodes_an_image_once_for_its_copies(world_size):
+    data = ReadablePairs(24)
+    recipe = Recipe(batch_size=12, workers=0, augment="gpu", repeated_aug=3)
+    opened = open_data((data, data))
+    data.reads = 0
+    for rank in range(world_size):
+        next(iter(train_loader(opened, recipe, SPEC, World(CPU, rank, world_size))))
+    assert data.reads == 4
+
+
+def test_the_device_path_takes_the_crops_of_the_cpu_path(folder):
+    recipe = RANDAUGMENT.override(repeated_aug=3, auto_augment=None, color_jitter=0.0, reprob=0.0)
+    recipe = recipe.override(hflip=0.0)
+    expected, _ = batches(folder, recipe)[0]
+    crops, _ = batches(folder, recipe.override(augment="gpu"))[0]
+    torch.testing.assert_close((crops / 255 - 0.5) / 0.2, expected)
+
+
+class KillsItsWorker(ReadablePairs):
+    def __getitem__(self, index):
+        if index == 5 and torch.utils.data.get_worker_info() is not None:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().__getitem__(index)
+
+    def filename(self, index):
+        return f"file{index}.jpg"
+
+
+@pytest.mark.parametrize("augment", ["cpu", "gpu"])
+def test_a_workers_death_names_the_file(augment):
+    recipe = Recipe(batch_size=8, workers=1, augment=augment)
+    data = open_data((KillsItsWorker(16), ReadablePairs(8)))
+    loader = train_loader(data, recipe, SPEC)
+    with pytest.raises(DEATHS) as raised:
+        list(loader)
+    text = describe_worker_death([loader], raised.value)
+    assert re.fullmatch(r"data: loader process \d+ died over file5\.jpg \(sample 5\)", text)
+
+
+def test_every_process_that_died_is_told():
+    loader = SimpleNamespace(dataset=SampleDataset(KillsItsWorker(16), SampleTransform()))
+    loader.dataset.notes = WorkerNotes(3)
+    loader.dataset.notes.rows.copy_(torch.tensor([[70, 1], [71, 2], [72, 3]]))
+    error = RuntimeError("DataLoader worker (pid(s) 70, 72, 99) exited unexpectedly")
+    text = describe_worker_death([loader], error)
+    assert "70 died over file1.jpg" in text and "72 died over file3.jpg" in text
+    assert "71" not in text and "99" not in text
+
+
+@pytest.mark.parametrize("seen", [ConnectionResetError(104, "reset by peer"), EOFError()])
+def test_a_death_that_is_seen_by_its_closed_socket_is_told_by_torch_a_moment_later(
+    monkeypatch, seen
+):
+    loader = SimpleNamespace(dataset=SampleDataset(KillsItsWorker(16), SampleTransform()))
+    loader.dataset.notes = WorkerNotes(1)
+    loader.dataset.notes.rows.copy_(torch.tensor([[70, 3]]))
+
+    def interrupted(seconds: float) -> None:
+        raise RuntimeError("DataLoader worker (pid 70) is killed by signal: Killed.")
+
+    monkeypatch.setattr("fastkd.data.workers.time.sleep", interrupted)
+    text = describe_worker_death([loader], seen)
+    assert text == "data: loader process 70 died over file3.jpg (sample 3)"
+
+
+def test_another_error_is_no_workers_death(folder):
+    loader = train_loader(open_data(folder), RANDAUGMENT, SPEC)
+    assert describe_worker_death([loader], RuntimeError("out of memory")) is None
+
+
+def test_gray_images_are_brought_to_the_students_channels():
+    data = [(Image.new("L", (40, 40), 7), 0)] * 4
+    images, _ = batches((data, data), RANDAUGMENT)[0]
+    assert images.shape == (4, 3, 32, 32)

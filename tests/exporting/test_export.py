@@ -1,0 +1,541 @@
+"""Exported students: what the files hold, and that other tools compute what the student does."""
+
+import copy
+import importlib.util
+import json
+import sys
+from argparse import Namespace
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import safetensors.torch
+import timm
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from fastkd.checkpoint import load_checkpoint, save_checkpoint
+from fastkd.cli import main
+from fastkd.data.transforms import InputSpec
+from fastkd.exporting import export, safetensors_file
+from fastkd.exporting.student import open_student
+from fastkd.models import create_student, load_released_checkpoint
+from fastkd.models.weights import better_weights
+from fastkd.training import Recipe, load_student, train
+from fastkd.training.engine import Position
+from fastkd.training.state import Identity, Progress, student_state
+from tests.harness.tiny import FAST, image_folder, made_run, tensor_data, vit
+
+VARIANTS = [("plain", None), ("lift", 96), ("widelast", 128), ("uniform", 66)]
+MISSING = [n for n in ("onnx", "onnxscript", "onnxruntime") if importlib.util.find_spec(n) is None]
+OUTPUTS = {"timm": "student", "safetensors": "student.safetensors", "onnx": "student.onnx"}
+needs_onnx = pytest.mark.skipif(bool(MISSING), reason=f"not installed: {', '.join(MISSING)}")
+
+
+def logits(model, size=32):
+    images = torch.randn(3, 3, size, size, generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        return model(images)
+
+
+def from_timm(path, **options):
+    return timm.create_model(f"local-dir:{path}", pretrained=True, **options).eval()
+
+
+@pytest.fixture(scope="module")
+def distilled(tmp_path_factory):
+    """A real run, whose checkpoint holds a projector and an optimiser, too."""
+    root = tmp_path_factory.mktemp("distilled")
+    options = FAST | {"epochs": 1, "batch_size": 6, "img_size": 32, "lr": 1e-3}
+    train(
+        "test_vit",
+        create_student("test_vit", "uniform", width=96, num_classes=3, img_size=32),
+        image_folder(root / "images", train=4, val=2),
+        root / "run",
+        projector="linear",
+        **options,
+    )
+    return root / "run"
+
+
+def test_the_papers_own_students_keep_their_names_in_timm(tmp_path):
+    name = "deit_tiny_patch16_224"
+    exported = export(made_run(tmp_path / "run", "uniform", 219, name=name))
+    assert exported.architecture == "deit_tiny_uniform219_patch16_224"
+    assert exported.model_args == {"img_size": [32, 32]}
+
+
+def test_timm_prepares_images_as_the_run_did(tmp_path):
+    model = from_timm(export(made_run(tmp_path / "run", interpolation="bilinear")).path)
+    config = timm.data.resolve_data_config({}, model=model)
+    assert json.loads(json.dumps(config)) == {  # tuples or lists
+        "input_size": [3, 32, 32],
+        "interpolation": "bilinear",
+        "mean": [0.4, 0.5, 0.6],
+        "std": [0.2, 0.3, 0.4],
+        "crop_pct": 0.9,
+        "crop_mode": "center",
+    }
+
+
+def test_timm_learns_the_names_of_the_classes(tmp_path):
+    model = from_timm(export(made_run(tmp_path / "run", classes=["blue", "green", "red"])).path)
+    assert list(model.pretrained_cfg["label_names"]) == ["blue", "green", "red"]
+
+
+def test_an_exported_student_can_be_fine_tuned_on_other_classes(tmp_path):
+    path = export(made_run(tmp_path / "run", "lift", 96)).path
+    model, student = from_timm(path, num_classes=7), from_timm(path)
+    assert logits(model).shape == (3, 7)
+    torch.testing.assert_close(model.norm.proj.weight, student.norm.proj.weight)
+
+
+def test_another_input_size_is_built_in(tmp_path):
+    run = made_run(tmp_path / "run", name="deit_tiny_patch16_224")
+    model = from_timm(export(run, img_size=64).path)
+    assert tuple(model.pretrained_cfg["input_size"]) == (3, 64, 64)
+    assert logits(model, 64).shape == (3, 3)
+
+
+def test_a_model_that_takes_any_size_is_built_in_another_one(tmp_path):
+    run = made_run(tmp_path / "run")
+    exported = export(run, img_size=64)
+    config = json.loads((exported.path / "config.json").read_text())
+    assert exported.model_args == {"img_size": [64, 64]}
+    assert config["pretrained_cfg"]["fixed_input_size"] is False
+    assert (
+        load_file(exported.path / "model.safetensors")["pos_embed"].shape[1] == 1 + (64 // 16) ** 2
+    )
+    expected = logits(load_student(run).model, 64)
+    torch.testing.assert_close(logits(from_timm(exported.path), 64), expected)
+
+
+def test_a_model_of_one_size_says_so(tmp_path):
+    exported = export(made_run(tmp_path / "run", name="deit_tiny_patch16_224"))
+    config = json.loads((exported.path / "config.json").read_text())
+    assert config["pretrained_cfg"]["fixed_input_size"] is True
+
+
+def loaded_by(line):
+    """What a line of Python that `export` prints gives."""
+    imports, call = line.split("; ")
+    names = {}
+    exec(imports, names)
+    return eval(call, names).eval()
+
+
+@pytest.mark.parametrize("format", ["timm", "safetensors"])
+@pytest.mark.parametrize(("variant", "width"), VARIANTS)
+def test_the_line_that_is_printed_loads_the_student(tmp_path, variant, width, format):
+    run = made_run(tmp_path / "run", variant, width)
+    exported = export(run, format)
+    assert f"load: {exported.load}" in exported.summary().splitlines()
+    assert exported.load.startswith("import timm" if variant == "plain" else "import fastkd, timm")
+    assert torch.equal(logits(loaded_by(exported.load)), logits(load_student(run).model))
+    assert exported.difference == 0
+
+
+def test_timm_loads_a_file_of_the_papers_own_student_by_its_name(tmp_path):
+    run = made_run(tmp_path / "run", "widelast", 128, name="deit_tiny_patch16_224")
+    exported = export(run, "safetensors")
+    assert "create_model('deit_tiny_widelast_patch16_224', checkpoint_path=" in exported.load
+    assert exported.difference == 0
+
+
+@pytest.mark.parametrize(("top1", "ema_top1", "held"), [(50, 60, "ema"), (60, 50, "student")])
+def test_timm_loads_the_better_weights_of_a_trainers_checkpoint_by_its_path(
+    tmp_path, top1, ema_top1, held
+):
+    raw, averaged = (create_student("test_vit", num_classes=3, img_size=32) for _ in range(2))
+    engine = SimpleNamespace(ema=SimpleNamespace(module=averaged), position=Position())
+    spec = InputSpec((3, 32, 32), None, None)
+    identity = Identity(Recipe(model="test_vit"), spec, 3, 32, None, 1)
+    progress = Progress(history=[{"top1": top1, "ema_top1": ema_top1}])
+    save_checkpoint(student_state(raw, engine, identity, progress), tmp_path / "last.pth")
+    model = timm.create_model(
+        "test_vit", checkpoint_path=tmp_path / "last.pth", num_classes=3, img_size=32
+    )
+    expected = {"student": raw, "ema": averaged}[held].state_dict()
+    assert not torch.equal(raw.head.weight, averaged.head.weight)
+    assert all(torch.equal(value, expected[key]) for key, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("name", ["last.pth", "best.pth"])
+def test_timm_loads_a_runs_checkpoints_by_their_paths(distilled, name):
+    path = distilled / name
+    state = load_checkpoint(path)
+    model = timm.create_model("test_vit", checkpoint_path=path, num_classes=3, img_size=32)
+    expected = state["ema" if better_weights(state) == "ema" else "student"]
+    assert all(torch.equal(value, expected[key]) for key, value in model.state_dict().items())
+
+
+def with_its_head_zeroed(state, metadata):
+    zeroed = state | {"head.weight": torch.zeros_like(state["head.weight"])}
+    return safetensors.torch.save(zeroed, metadata)
+
+
+@pytest.mark.parametrize("format", ["timm", "safetensors"])
+def test_a_file_that_computes_something_else_never_takes_its_place(tmp_path, monkeypatch, format):
+    run, output = made_run(tmp_path / "run"), tmp_path / OUTPUTS[format]
+    file = export(run, format, output, weights="raw").path
+    file = file / "model.safetensors" if file.is_dir() else file
+    before = file.read_bytes()
+    monkeypatch.setattr(safetensors_file, "save", with_its_head_zeroed)
+    with pytest.raises(RuntimeError, match="what was written computes something else"):
+        export(run, format, output, overwrite=True)
+    assert file.read_bytes() == before
+    assert {entry.name for entry in tmp_path.iterdir()} == {"run", output.name}
+
+
+def test_a_handed_over_module_that_timms_of_its_name_is_not_promises_nothing(tmp_path):
+    run = made_run(tmp_path / "run")
+    module = load_student(run).model
+    module.norm.eps = 1.0  # the same weights, but another function
+    exported = export(run, "safetensors", model=module)
+    assert (exported.difference, exported.load) == (None, None)
+
+
+def test_a_size_that_is_exported_does_not_change_the_callers_module(tmp_path):
+    run = made_run(tmp_path / "run", name="deit_tiny_patch16_224")
+    module = create_student("deit_tiny_patch16_224", num_classes=3, img_size=32)
+    before = copy.deepcopy(module.state_dict())
+    exported = export(run, "safetensors", model=module, img_size=64)
+    assert exported.model_args == {"img_size": [64, 64]}
+    assert module.patch_embed.img_size == (32, 32)
+    assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
+
+
+@pytest.mark.parametrize("format", ["timm", "safetensors"])
+def test_the_line_that_is_printed_is_python_for_a_path_with_quotes(tmp_path, format):
+    output = tmp_path / "it's" / f'"my" {OUTPUTS[format]}'
+    output.parent.mkdir()
+    run = made_run(tmp_path / "run")
+    exported = export(run, format, output)
+    assert torch.equal(logits(loaded_by(exported.load)), logits(load_student(run).model))
+
+
+def test_an_exported_student_is_not_exported_again(tmp_path):
+    path = export(made_run(tmp_path / "run"), "safetensors").path
+    with pytest.raises(ValueError, match=r"student\.safetensors is an exported student itself"):
+        export(path)
+
+
+def test_what_timm_looks_for_in_a_checkpoint_takes_no_space(distilled):
+    state = load_checkpoint(distilled / "best.pth")
+    places = {tensor.data_ptr() for tensor in state["state_dict"].values()}
+    others = {t.data_ptr() for key in ("student", "ema") for t in state[key].values()}
+    assert places < others
+
+
+def test_safetensors_describe_themselves(tmp_path):
+    path = export(made_run(tmp_path / "run", "lift", 96), "safetensors").path
+    with safe_open(path, "pt") as file:
+        described = file.metadata()
+    assert json.loads(described["model_args"]) == {
+        "base": "test_vit", "variant": "lift", "width": 96, "img_size": [32, 32]
+    }  # fmt: skip
+    assert json.loads(described["mean"]) == [0.4, 0.5, 0.6]
+    assert (described["weights"], described["num_classes"]) == ("ema", "3")
+
+
+@pytest.mark.parametrize(("weights", "held"), [("auto", "ema"), ("raw", "student"), ("ema", "ema")])
+def test_the_weights_that_were_asked_for_are_written(tmp_path, weights, held):
+    run = made_run(tmp_path / "run", "lift", 96)
+    written = load_file(export(run, "safetensors", weights=weights).path)
+    state = load_checkpoint(run)[held]
+    assert written.keys() == state.keys()
+    assert all(torch.equal(written[name], state[name]) for name in state)
+
+
+def test_channels_last_weights_are_written(tmp_path):
+    run = made_run(tmp_path / "run", name="test_resnet")
+    state = load_checkpoint(run)
+    model = create_student("test_resnet", num_classes=3).to(memory_format=torch.channels_last)
+    save_checkpoint(state | {"student": model.state_dict()}, run / "last.pth")
+    written = from_timm(export(run, weights="raw").path)
+    torch.testing.assert_close(logits(written), logits(model.eval()))
+
+
+@pytest.mark.parametrize("format", ["timm", "safetensors"])
+def test_nothing_but_the_student_is_written(distilled, tmp_path, format):
+    output = tmp_path / OUTPUTS[format]
+    path = export(distilled, format, output).path
+    assert any("projector" in name for name in load_checkpoint(distilled)["terms"])
+    file = path / "model.safetensors" if path.is_dir() else path
+    assert load_file(file).keys() == load_student(distilled).model.state_dict().keys()
+    if path.is_dir():
+        assert {entry.name for entry in path.iterdir()} == {"config.json", "model.safetensors"}
+
+
+def test_a_bare_checkpoint_is_exported_beside_itself(distilled, tmp_path):
+    checkpoint = tmp_path / "mine.pth"
+    checkpoint.write_bytes((distilled / "last.pth").read_bytes())
+    assert export(checkpoint, "safetensors").path == tmp_path / "student.safetensors"
+
+
+@needs_onnx
+@pytest.mark.parametrize(("variant", "width"), VARIANTS[:2])
+def test_onnxruntime_computes_what_the_student_does(tmp_path, variant, width):
+    import onnxruntime
+
+    run = made_run(tmp_path / "run", variant, width)
+    exported = export(run, "onnx")
+    assert exported.difference < 1e-5
+    session = onnxruntime.InferenceSession(exported.path, providers=["CPUExecutionProvider"])
+    images = torch.randn(1, 3, 32, 32)
+    (computed,) = session.run(["logits"], {"images": images.numpy()})
+    with torch.no_grad():
+        expected = load_student(run).model(images)
+    torch.testing.assert_close(torch.from_numpy(computed), expected, rtol=1e-4, atol=1e-5)
+
+
+@needs_onnx
+def test_an_onnx_file_says_what_it_takes_in_and_not_where_it_was_made(tmp_path):
+    import onnx
+
+    exported = export(made_run(tmp_path / "run", name="test_resnet"), "onnx")
+    graph = onnx.load(exported.path)
+    described = {entry.key: entry.value for entry in graph.metadata_props}
+    assert json.loads(described["input_size"]) == [3, 32, 32]
+    assert json.loads(described["std"]) == [0.2, 0.3, 0.4]
+    assert graph.opset_import[0].version == exported.opset
+    assert b".py" not in exported.path.read_bytes()
+
+
+def test_missing_onnx_packages_are_named(tmp_path, monkeypatch):
+    for name in ("onnxscript", "onnxruntime"):
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(ImportError, match=r"pip install (onnx )?onnxscript onnxruntime$"):
+        export(made_run(tmp_path / "run"), "onnx")
+
+
+class Untimely(nn.Module):
+    """A student that timm does not know."""
+
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Linear(64, 6)
+
+    def forward(self, x):
+        return self.head(x.flatten(1))
+
+
+@pytest.fixture(scope="module")
+def modules_run(tmp_path_factory):
+    output = tmp_path_factory.mktemp("module") / "run"
+    student = Untimely()
+    train(student, None, tensor_data(), output, **FAST | {"epochs": 1})
+    return output, student
+
+
+def test_a_modules_weights_need_no_module(modules_run, tmp_path):
+    run, student = modules_run
+    exported = export(run, "safetensors", tmp_path / "student.safetensors", weights="raw")
+    assert (exported.load, exported.difference) == (None, None)
+    written = load_file(exported.path)
+    assert all(torch.equal(written[name], value) for name, value in student.state_dict().items())
+
+
+def test_a_module_that_is_not_here_is_refused_where_it_is_needed(modules_run, tmp_path):
+    with pytest.raises(ValueError, match=r"module:Untimely, which only its author can build"):
+        export(modules_run[0], "timm", tmp_path / "student")
+
+
+def test_a_module_that_timm_does_not_know_is_refused_for_timm(modules_run, tmp_path):
+    with pytest.raises(ValueError, match=r"timm knows no model 'module:Untimely'.*safetensors"):
+        export(modules_run[0], "timm", tmp_path / "student", model=Untimely())
+    assert not (tmp_path / "student").exists()
+
+
+def test_a_module_that_timm_would_build_otherwise_is_refused(tmp_path):
+    model = vit(in_chans=3, num_classes=6)
+    model.pretrained_cfg = {"architecture": "test_vit"}
+    images, labels = torch.randn(32, 3, 8, 8), torch.arange(32) % 6
+    data = torch.utils.data.TensorDataset(images, labels)
+    train(model, None, (data, data), tmp_path / "run", **FAST | {"epochs": 1})
+    with pytest.raises(ValueError, match="timm's 'test_vit' is not this student"):
+        export(tmp_path / "run", model=model)
+    assert {entry.suffix for entry in (tmp_path / "run").iterdir() if entry.is_dir()} == set()
+
+
+@pytest.mark.parametrize("format", ["timm", "safetensors"])
+def test_an_output_is_replaced_only_where_that_is_asked_for(tmp_path, format):
+    run = made_run(tmp_path / "run")
+    output = tmp_path / OUTPUTS[format]
+    export(run, format, output, weights="raw")
+    with pytest.raises(FileExistsError, match="overwrite"):
+        export(run, format, output)
+    assert export(run, format, output, overwrite=True).weights == "ema"
+    assert {entry.name for entry in tmp_path.iterdir()} == {"run", output.name}
+
+
+@pytest.mark.slow
+@needs_onnx
+def test_an_onnx_file_is_replaced_where_that_is_asked_for(tmp_path):
+    run = made_run(tmp_path / "run", name="test_resnet")
+    export(run, "onnx", weights="raw")
+    assert export(run, "onnx", overwrite=True).weights == "ema"
+
+
+FOREIGN = {"timm": "run", "safetensors": "run/last.pth", "onnx": "run/last.pth"}
+
+
+@pytest.mark.parametrize("format", ["timm", "safetensors", pytest.param("onnx", marks=needs_onnx)])
+def test_a_run_and_its_checkpoints_are_never_replaced(tmp_path, format):
+    run = made_run(tmp_path / "run")
+    before = (run / "last.pth").read_bytes()
+    with pytest.raises(FileExistsError, match="is not replaced"):
+        export(run, format, tmp_path / FOREIGN[format], overwrite=True)
+    assert (run / "last.pth").read_bytes() == before
+
+
+@pytest.mark.parametrize("format", ["timm", "safetensors", pytest.param("onnx", marks=needs_onnx)])
+def test_a_model_that_others_wrote_is_never_replaced(tmp_path, format):
+    run, output = made_run(tmp_path / "run"), tmp_path / OUTPUTS[format]
+    weights = output
+    if format == "timm":
+        output.mkdir()
+        (output / "config.json").write_text("{}")
+        weights = output / "model.safetensors"
+    save_file({"weight": torch.zeros(2)}, weights)
+    before = weights.read_bytes()
+    with pytest.raises(FileExistsError, match="that fastkd exported"):
+        export(run, format, output, overwrite=True)
+    assert weights.read_bytes() == before
+
+
+@pytest.mark.parametrize("format", ["safetensors", pytest.param("onnx", marks=needs_onnx)])
+def test_a_file_is_called_what_it_is(tmp_path, format):
+    with pytest.raises(ValueError, match=rf"must end in \.{format}, got '.*best\.pth'"):
+        export(made_run(tmp_path / "run"), format, tmp_path / "best.pth")
+
+
+@pytest.fixture
+def exported_twice(tmp_path, monkeypatch):
+    """An older export in place, and the names of folders whenever one is renamed."""
+    run = made_run(tmp_path / "run")
+    output = export(run, "timm", tmp_path / "student", weights="raw").path
+    rename = Path.rename
+
+    def run_again(on_rename):
+        def renamed(path, target):
+            on_rename(path, target)
+            return rename(path, target)
+
+        monkeypatch.setattr(Path, "rename", renamed)
+        export(run, "timm", output, overwrite=True)
+
+    return output, run_again
+
+
+def held_weights(folder):
+    with safe_open(folder / "model.safetensors", "pt") as file:
+        return file.metadata()["weights"]
+
+
+def test_at_every_moment_a_whole_timm_folder_is_there(exported_twice):
+    output, run_again = exported_twice
+    seen = []
+
+    def look(path, target):
+        held = [held_weights(p) for p in output.parent.iterdir() if (p / "config.json").exists()]
+        seen.append((sorted(held), output.exists()))
+
+    run_again(look)
+    # before the older one is set aside, and before the new one takes its name
+    assert seen == [(["ema", "raw"], True), (["ema", "raw"], False)]
+    assert held_weights(output) == "ema"
+    assert {entry.name for entry in output.parent.iterdir()} == {"run", "student"}
+
+
+def test_an_older_timm_folder_gets_its_name_back_where_the_new_one_cannot_have_it(exported_twice):
+    output, run_again = exported_twice
+
+    def fail(path, target):
+        if path.suffix == ".tmp":
+            raise OSError("no")
+
+    with pytest.raises(OSError, match="no"):
+        run_again(fail)
+    assert held_weights(output) == "raw"
+    assert {entry.name for entry in output.parent.iterdir()} == {"run", "student"}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"format": "tflite"}, "format must be one of"),
+        ({"weights": "best"}, "weights must be auto, raw or ema, got 'best'"),
+        ({"weights": "ema"}, "no EMA weights"),
+        ({"opset": 18}, "opset=18 has no effect"),
+        ({"opset": 17, "format": "onnx"}, "opset must be at least 18, got 17"),
+    ],
+)
+def test_options_that_cannot_be_met_are_refused(tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        export(made_run(tmp_path / "run", ema=False), **options)
+
+
+def test_a_file_that_is_no_checkpoint_is_refused(tmp_path):
+    (tmp_path / "x.pth").write_bytes(b"nothing of the kind")
+    with pytest.raises(ValueError, match=r"x\.pth is torn"):
+        export(tmp_path / "x.pth", "safetensors")
+    torch.save({"weight": torch.zeros(2)}, tmp_path / "y.pth")
+    with pytest.raises(ValueError, match=r"not written by fastkd.*neither a released Lift"):
+        export(tmp_path / "y.pth", "safetensors")
+    (tmp_path / "z.safetensors").write_bytes(b"nothing of the kind")
+    with pytest.raises(ValueError, match=r"z\.safetensors was not written by fastkd"):
+        export(tmp_path / "z.safetensors", "safetensors")
+
+
+@pytest.fixture(params=[".safetensors", ".pth"])
+def released(tmp_path, request):
+    """A checkpoint as the paper's authors wrote it, the .pth with the arguments of its run."""
+    base = {"img_size": 32, "patch_size": 8, "embed_dim": 64, "num_heads": 1, "depth": 2}
+    student = create_student("deit_tiny_patch16_224", "widelast", width=128, num_classes=7, **base)
+    path = tmp_path / f"released{request.param}"
+    if request.param == ".pth":
+        torch.save({"model": student.state_dict(), "args": Namespace(epochs=300)}, path)
+    else:
+        save_file(student.state_dict(), path)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"weights": "raw"}, "weights='raw'.*without EMA weights to choose from"),
+        ({"weights": "ema"}, "weights='ema'.*without EMA weights to choose from"),
+        ({"model": vit()}, "model has no effect"),
+    ],
+)
+def test_options_of_a_run_are_refused_for_a_released_checkpoint(released, options, message):
+    with pytest.raises(ValueError, match=message):
+        export(released, **options)
+
+
+def test_a_released_checkpoint_is_exported_under_our_names(released):
+    exported = export(released)
+    assert (exported.architecture, exported.weights) == (
+        "deit_tiny_widelast_patch16_224", "released"
+    )  # fmt: skip
+    expected = load_released_checkpoint(released).eval()
+    torch.testing.assert_close(logits(from_timm(exported.path)), logits(expected))
+
+
+def test_the_command_says_what_it_wrote_and_how_to_load_it(capsys, tmp_path):
+    run = made_run(tmp_path / "run", "lift", 96)
+    assert main(["export", str(run), "--weights", "raw"]) == 0
+    out = capsys.readouterr().out
+    assert "raw weights" in out and "logits differ by 0.0e+00" in out
+    assert f"import fastkd, timm; timm.create_model('local-dir:{run / 'student-timm'}'" in out
+
+
+def test_models_of_other_channels_are_built_for_them(tmp_path):
+    student = open_student(made_run(tmp_path / "run"), "auto", None, None)
+    assert student.timm_arguments() == {"num_classes": 3, "img_size": [32, 32]}
+    grey = replace(student, data_config=student.data_config | {"input_size": (1, 32, 32)})
+    assert grey.timm_arguments()["in_chans"] == 1

@@ -1,0 +1,192 @@
+"""Evaluation of modules, runs and their weights."""
+
+import pytest
+import timm
+import torch
+
+from fastkd.data.transforms import InputSpec
+from fastkd.inference import evaluate as evaluation
+from fastkd.inference.loading import weights_to_choose
+from fastkd.models import create_student
+from fastkd.training import Recipe, evaluate, export, load_student, train
+from fastkd.training.teachers import resolve_teacher
+from tests.harness.tiny import FAST, image_folder, tensor_data, vit
+
+CPU = {"device": "cpu", "workers": 0}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    root = tmp_path_factory.mktemp("run")
+    folder = image_folder(root / "images", train=6, val=3)
+    options = {"epochs": 2, "warmup_epochs": 0, "batch_size": 6, "img_size": 32, "amp": "none"}
+    options |= {"lr": 1e-3, "lr_scaling": False}
+    result = train(
+        "test_vit", None, folder, root / "run", **options, ema_decay=0.5, quiet=True, **CPU
+    )
+    return folder, root / "run", result
+
+
+@pytest.mark.parametrize(("weights", "field"), [("raw", "top1"), ("ema", "ema_top1")])
+def test_a_run_evaluates_to_what_training_measured(run, weights, field):
+    folder, output, result = run
+    measured = evaluate(output, folder, weights=weights, **CPU)
+    assert measured["top1"] == getattr(result, field)
+    assert (measured["count"], measured["top5"], measured["weights"]) == (9, None, weights)
+
+
+def remembering(run, tmp_path, **measured):
+    """The run's checkpoint as if its last evaluation had measured this."""
+    state = torch.load(run[1] / "last.pth", weights_only=True)
+    torch.save(state | {"measured": measured}, tmp_path / "last.pth")
+    return tmp_path / "last.pth"
+
+
+@pytest.mark.parametrize(
+    ("top1", "ema_top1", "expected"), [(9.0, 8.0, "raw"), (8.0, 9.0, "ema"), (9.0, 9.0, "raw")]
+)
+def test_auto_takes_the_weights_that_the_run_measured_to_be_better(
+    run, tmp_path, top1, ema_top1, expected
+):
+    checkpoint = remembering(run, tmp_path, top1=top1, ema_top1=ema_top1)
+    assert evaluate(checkpoint, run[0], **CPU)["weights"] == expected
+
+
+@pytest.mark.parametrize("name", ["last.pth", "best.pth"])
+def test_a_checkpoint_remembers_what_was_measured_at_its_epoch(run, name):
+    _, output, result = run
+    state = torch.load(output / name, weights_only=True)
+    record = result.history[state["position"]["epoch"] - 1]
+    assert state["measured"] == {n: record[n] for n in ("top1", "ema_top1")}
+
+
+def test_a_young_average_is_not_taken_for_the_model(tmp_path):
+    data, model = tensor_data(), vit()
+    options = FAST | {"epochs": 12, "lr": 1e-2, "ema_decay": 0.9999}
+    result = train(model, None, data, tmp_path, **options)
+    assert result.top1 > 80 > result.ema_top1
+    assert evaluate(vit(), data, checkpoint=tmp_path, **CPU)["top1"] == result.top1
+
+
+def test_a_run_is_a_checkpoint_for_a_timm_name_too(run):
+    folder, output, result = run
+    measured = evaluate(
+        "test_vit", folder, checkpoint=output / "last.pth", img_size=32, crop_pct=0.875, **CPU
+    )
+    assert measured["top1"] == max(result.top1, result.ema_top1)
+
+
+def test_a_run_can_be_evaluated_at_another_size(run):
+    folder, output, _ = run
+    assert evaluate(output, folder, img_size=48, **CPU)["count"] == 9
+
+
+def test_a_module_of_a_fixed_size_refuses_another(run):
+    folder, _, _ = run
+    module = vit(in_chans=3, img_size=32, num_classes=3)
+    with pytest.raises(ValueError, match=r"images are 48 x 48, but .* built for 32 x 32"):
+        evaluate(module, folder, img_size=48, **CPU)
+
+
+def test_a_timm_model_is_evaluated_as_timm_does(monkeypatch, run):
+    seen = {}
+
+    def record(opened, recipe, spec, *rest):
+        seen.update(size=spec.size, pct=recipe.crop_pct, mode=recipe.crop_mode)
+        raise StopIteration
+
+    monkeypatch.setattr(evaluation, "eval_loader", record)
+    model = timm.create_model("test_resnet", num_classes=3)
+    model.pretrained_cfg |= {
+        "test_input_size": (3, 192, 192),
+        "test_crop_pct": 0.97,
+        "crop_mode": "squash",
+    }
+    with pytest.raises(StopIteration):
+        evaluate(model, run[0], **CPU)
+    assert seen == {"size": (3, 192, 192), "pct": 0.97, "mode": "squash"}
+
+
+def test_options_of_images_are_refused_for_tensors():
+    with pytest.raises(ValueError, match=r"crop_pct=0\.9 has no effect: the data are tensors"):
+        evaluate(vit(), tensor_data(), crop_pct=0.9, **CPU)
+
+
+def test_one_folder_of_classes_will_do(run):
+    folder, output, _ = run
+    assert evaluate(output, folder / "val", **CPU) == evaluate(output, folder, **CPU)
+
+
+def test_a_loaded_student_is_the_trained_one(run):
+    _, output, _ = run
+    loaded = load_student(output, "raw")
+    state = torch.load(output / "last.pth", weights_only=True)["student"]
+    assert all(torch.equal(value, state[name]) for name, value in loaded.model.state_dict().items())
+    assert loaded.spec.size == (3, 32, 32)
+
+
+def test_a_module_is_evaluated_as_it_is():
+    data = tensor_data()
+    assert evaluate(vit(), data, **CPU) == evaluate(vit(), data[1], **CPU)
+
+
+def test_a_modules_run_needs_the_module(tmp_path):
+    data, model = tensor_data(), vit()
+    options = {"epochs": 1, "warmup_epochs": 0, "batch_size": 16, "augment": "none"}
+    train(model, None, data, tmp_path, **options, quiet=True, **CPU)
+    with pytest.raises(ValueError, match="hand the module over"):
+        evaluate(tmp_path, data, **CPU)
+    measured = evaluate(vit(seed=4), data, checkpoint=tmp_path, weights="raw", **CPU)
+    assert measured["loss"] == pytest.approx(evaluate(model, data, **CPU)["loss"])
+
+
+def test_weights_that_are_not_there_are_refused(tmp_path):
+    options = {"epochs": 1, "warmup_epochs": 0, "batch_size": 16, "augment": "none"}
+    train(vit(), None, tensor_data(), tmp_path, **options, ema_decay=None, quiet=True, **CPU)
+    with pytest.raises(ValueError, match="no EMA weights"):
+        evaluate(vit(), tensor_data(), checkpoint=tmp_path, weights="ema", **CPU)
+
+
+def test_unknown_options_are_refused():
+    with pytest.raises(ValueError, match="unknown option 'crop'"):
+        evaluate(vit(), tensor_data(), crop=0.9, **CPU)
+
+
+def released(folder):
+    base = {"img_size": 32, "patch_size": 16, "embed_dim": 64, "num_heads": 1, "depth": 1}
+    student = create_student("deit_tiny_patch16_224", "widelast", width=64, num_classes=3, **base)
+    torch.save(student.state_dict(), folder / "released.pth")
+    return student, folder / "released.pth"
+
+
+def test_a_released_checkpoint_is_evaluated_as_the_module_would_be(run, tmp_path):
+    student, path = released(tmp_path)
+    # A file is evaluated as the paper does; the module still has its base's crop, which is timm's.
+    assert evaluate(path, run[0], **CPU) == evaluate(student, run[0], crop_pct=0.875, **CPU)
+    assert evaluate(path, run[0], img_size=64, **CPU)["count"] == 9
+
+
+def test_a_released_checkpoint_has_no_weights_to_choose_from(run, tmp_path):
+    with pytest.raises(ValueError, match="evaluate: weights='ema' chooses in a fastkd checkpoint"):
+        evaluate(released(tmp_path)[1], run[0], weights="ema", **CPU)
+
+
+def test_a_file_that_was_not_released_asks_for_the_models_name(run, tmp_path):
+    torch.save(timm.create_model("test_vit", num_classes=3).state_dict(), tmp_path / "vit.pth")
+    with pytest.raises(ValueError, match=r"evaluate: .*vit\.pth is no released checkpoint.*name"):
+        evaluate(tmp_path / "vit.pth", run[0], **CPU)
+
+
+def test_an_exported_folder_is_evaluated_as_its_run(run, tmp_path):
+    folder = export(run[1], output=tmp_path / "student", weights="raw").path
+    measured = evaluate(folder, run[0], **CPU)
+    assert measured == evaluate(run[1], run[0], weights="raw", **CPU) | {"weights": "as given"}
+    assert weights_to_choose("evaluate", folder) == ()
+
+
+def test_a_released_checkpoint_can_be_a_runs_teacher(tmp_path):
+    student, path = released(tmp_path)
+    spec = InputSpec((3, 32, 32), (0.5, 0.5, 0.5), (0.2, 0.2, 0.2))
+    teacher = resolve_teacher(str(path), Recipe(), spec)
+    assert torch.equal(teacher.model.head.weight, student.head.weight)
+    assert resolve_teacher(path, Recipe(teacher_img_size=64), spec).input_size == (64, 64)

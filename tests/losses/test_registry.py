@@ -1,0 +1,146 @@
+"""The catalogue of losses: every name can be built, computes, and says what it is."""
+
+import inspect
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from fastkd.losses import (
+    Distance,
+    FeatureTerm,
+    LogitTerm,
+    create_feature_loss,
+    create_logit_loss,
+)
+from fastkd.losses import registry as catalogue
+from fastkd.losses.build import check_options, options_of
+from fastkd.tokens import Tokens
+
+LOGIT = catalogue.names(catalogue.LOGIT_LOSSES)
+FEATURE = catalogue.names(catalogue.FEATURE_LOSSES)
+GRID = (3, 4)
+
+
+def tokens(seed: int, dim: int) -> Tokens:
+    generator = torch.Generator().manual_seed(seed)
+    return Tokens(torch.randn(4, 12, dim, generator=generator), GRID)
+
+
+def build(name: str, **options):
+    entry = catalogue.find_loss(name)
+    projector = "none" if entry.projects else "linear"
+    return create_feature_loss(
+        name,
+        ((0, 0), (1, 1)),
+        projector=projector,
+        student_dims={0: 6, 1: 6},
+        teacher_dims={0: 8, 1: 8},
+        **options,
+    )
+
+
+@pytest.mark.parametrize("name", LOGIT)
+def test_every_logit_loss_is_built_by_name_and_trains_the_student(name):
+    term = create_logit_loss(name, weight=0.5, tau=2.0)
+    assert isinstance(term, LogitTerm)
+    assert term.weight == 0.5
+    student = torch.randn(4, 5, requires_grad=True)
+    target = torch.tensor([0, 1, 2, 3]) if term.needs_target else None
+    term(student, torch.randn(4, 5), target).backward()
+    assert student.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("name", FEATURE)
+def test_every_feature_loss_is_built_by_name_and_trains_the_student(name):
+    torch.manual_seed(0)
+    term = build(name, weight=0.5)
+    assert isinstance(term, FeatureTerm)
+    assert term.weight == 0.5
+    students = {key: tokens(key, 6) for key in (0, 1)}
+    for one in students.values():
+        one.data.requires_grad_()
+    loss = term(students, {key: tokens(9 + key, 8) for key in (0, 1)})
+    assert loss.shape == ()
+    loss.backward()
+    assert all(one.data.grad.abs().sum() > 0 for one in students.values())
+    assert all(p.grad is not None for p in term.parameters())
+
+
+@pytest.mark.parametrize("name", FEATURE)
+def test_no_feature_loss_sends_a_gradient_to_the_teacher(name):
+    term = build(name)
+    teachers = {key: tokens(9 + key, 8) for key in (0, 1)}
+    students = {key: tokens(key, 6) for key in (0, 1)}
+    for one in (*teachers.values(), *students.values()):
+        one.data.requires_grad_()
+    term(students, teachers).backward()
+    assert all(one.data.grad is None for one in teachers.values())
+    assert all(one.data.grad is not None for one in students.values())
+
+
+@pytest.mark.parametrize("entry", (*catalogue.LOGIT_LOSSES, *catalogue.FEATURE_LOSSES))
+def test_every_loss_names_its_class_its_formula_and_its_source(entry):
+    cls = entry.load()
+    assert issubclass(cls, LogitTerm | Distance | FeatureTerm)
+    assert ":math:" in cls.__doc__ or ".. math::" in cls.__doc__
+    assert "arXiv" in cls.__doc__
+
+
+@pytest.mark.parametrize("entry", (*catalogue.LOGIT_LOSSES, *catalogue.FEATURE_LOSSES))
+def test_every_option_of_a_loss_has_a_default_and_is_documented(entry):
+    documented = inspect.cleandoc(entry.load().__doc__)
+    for name, default in options_of(entry).items():
+        assert default is not inspect.Parameter.empty, name
+        assert f"{name}:" in documented, name
+
+
+def test_the_catalogue_is_read_without_torch():
+    code = "import sys, fastkd.losses.registry, fastkd.config; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.strip() == "False", done.stderr
+
+
+def test_an_unknown_name_lists_what_there_is():
+    with pytest.raises(ValueError, match=r"logit_loss must be one of \('soft'.*got 'mse'"):
+        create_logit_loss("mse")
+    with pytest.raises(ValueError, match=r"feature_loss must be one of \('mse'.*got 'soft'"):
+        create_feature_loss("soft", ((0, 0),), student_dims={0: 6}, teacher_dims={0: 8})
+
+
+def test_an_unknown_loss_is_hinted_at():
+    with pytest.raises(ValueError, match="did you mean 'manifold'"):
+        catalogue.find_loss("manifol")
+
+
+@pytest.mark.parametrize(
+    ("loss", "options", "message"),
+    [
+        ("dkd", {"target_weight": "abc"}, "'dkd' takes a number for target_weight, got 'abc'"),
+        ("dkd", {"target_weight": True}, "takes a number for target_weight, got True"),
+        ("crd", {"gather": "maybe"}, "takes true or false for gather, got 'maybe'"),
+        ("crd", {"dim": 12.5}, "takes an integer for dim, got 12.5"),
+        ("vkd", {"normalize": 1}, "takes a word for normalize, got 1"),
+        ("smooth_l1", {"beta": "abc"}, "takes a number or none for beta, got 'abc'"),
+    ],
+)
+def test_a_value_of_another_type_is_refused(loss, options, message):
+    with pytest.raises(TypeError, match=message):
+        check_options(catalogue.find_loss(loss), options, "options")
+
+
+def test_what_may_be_none_may_be_none():
+    check_options(catalogue.find_loss("vkd"), {"beta": None, "pool": False}, "feature_options")
+
+
+def test_tau_is_no_option():
+    with pytest.raises(ValueError, match="tau is a field of its own"):
+        create_logit_loss("dkd", options={"tau": 4.0})
+
+
+def test_a_projector_before_a_loss_that_projects_itself_is_refused():
+    with pytest.raises(ValueError, match="'vitkd' brings widths together itself"):
+        create_feature_loss(
+            "vitkd", ((0, 0),), projector="pool", student_dims={0: 6}, teacher_dims={0: 8}
+        )

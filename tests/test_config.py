@@ -1,0 +1,433 @@
+"""Recipes: loading, overriding, what is refused and how it is said."""
+
+import functools
+import itertools
+import re
+
+import pytest
+import torch
+import yaml
+
+from fastkd.config import Recipe, fields_by_group, parse_pairs, parse_value
+from fastkd.inference.loading import build_student
+from fastkd.inference.preprocessing import Shape
+from fastkd.models import create_teacher
+from fastkd.training.task import build_task
+
+# Top-1 on ImageNet-1k in %, as published: arXiv 2012.12877, 2412.19055 and 2511.15572.
+PUBLISHED = {
+    "deit_tiny": 72.2,
+    "spectralkd_deit_tiny": 77.4,
+    "spectralkd_deit_small": 82.2,
+    "spectralkd_swin_tiny": 82.7,
+    "plain_supervised": 74.86,
+    "plain_spectral": 75.07,
+    "lift_supervised": 75.41,
+    "lift_mse": 76.61,
+    "lift_softkd": 77.23,
+    "lift_softkd_mse": 77.50,
+    "lift_softkd_spectral": 77.53,
+    "widelast_supervised": 75.54,
+    "widelast_mse": 77.15,
+    "widelast_spectral": None,
+    "widelast_softkd": 77.88,
+    "widelast_softkd_mse": 78.23,
+    "widelast_softkd_spectral": 78.16,
+    "uniform219_supervised": None,
+    "uniform219_spectral": None,
+}
+
+NO_TEACHER = {"teacher", "alpha", "feature_weight"}
+WIDENED = {"variant", "width", "projector", "decay_pos_embed"}
+
+# Where and how fast a run happens, what its author has not, and what follows from the model.
+LEFT_TO_THE_USER = {
+    *("data", "data_root", "labels", "train_samples", "max_unreadable", "workers"),
+    *("student_prefix", "teacher_prefix", "resample", "mean", "std"),
+    *("accumulation", "max_nonfinite", "compile", "channels_last"),
+}
+
+# Recipes and the fields that their names set apart.
+TWINS = [
+    ("lift_softkd_mse", "lift_mse", {"alpha"}),
+    ("lift_softkd_mse", "lift_softkd", {"feature_weight"}),
+    ("lift_softkd_mse", "lift_softkd_spectral", {"feature_loss"}),
+    ("lift_softkd_mse", "lift_supervised", NO_TEACHER),
+    ("widelast_softkd_mse", "widelast_mse", {"alpha"}),
+    ("widelast_softkd_mse", "widelast_softkd", {"feature_weight"}),
+    ("widelast_softkd_mse", "widelast_softkd_spectral", {"feature_loss"}),
+    ("widelast_softkd_spectral", "widelast_spectral", {"alpha"}),
+    ("widelast_softkd_mse", "widelast_supervised", NO_TEACHER),
+    ("lift_softkd_mse", "widelast_softkd_mse", {"variant", "projector"}),
+    ("lift_softkd_spectral", "widelast_softkd_spectral", {"variant", "projector"}),
+    ("plain_spectral", "plain_supervised", {"teacher", "feature_weight"}),
+    ("plain_spectral", "widelast_spectral", WIDENED),
+    ("uniform219_spectral", "uniform219_supervised", {"teacher", "feature_weight"}),
+    ("uniform219_spectral", "plain_spectral", WIDENED - {"projector"}),
+    ("spectralkd_deit_tiny", "spectralkd_deit_small", {"model", "projector", "epochs"}),
+    ("spectralkd_deit_tiny", "plain_spectral", {"alpha", "pairs", "epochs", "batch_size"}),
+]
+
+
+# What the recipes are made of. A digit that changes here changes what a published number is
+# compared with: PAPER is most recipes' value, DIFFERENT what a recipe has instead.
+PAPER = {
+    **{"model": "deit_tiny_patch16_224", "variant": "widelast", "width": 384},
+    **{"img_size": 224, "num_classes": 1000, "drop_path": 0.0},
+    **{"teacher": "cait_s24_224", "alpha": 0.9, "tau": 1.0, "logit_loss": "soft"},
+    **{"ce_weight": None, "logit_options": None, "feature_options": None},
+    **{"feature_loss": "spectral", "feature_weight": 0.2},
+    **{"pairs": ((11, 23),), "projector": "none"},
+    **{"augment": "cpu", "interpolation": "bicubic", "crop_pct": 0.875, "crop_mode": "center"},
+    **{"scale": (0.08, 1.0), "ratio": (3 / 4, 4 / 3), "hflip": 0.5, "color_jitter": 0.4},
+    **{"auto_augment": "rand-m9-mstd0.5-inc1", "reprob": 0.25, "repeated_aug": 3},
+    **{"mixup": 0.0, "cutmix": 0.0, "mixup_prob": 1.0, "mixup_switch_prob": 0.5},
+    **{"epochs": 300, "warmup_epochs": 5, "batch_size": 2048, "lr": 5e-4, "lr_scaling": True},
+    **{"min_lr": 1e-5, "warmup_lr": 1e-6, "weight_decay": 0.05, "decay_pos_embed": True},
+    **{"eps": 1e-8, "label_smoothing": 0.1, "clip_grad": None},
+    **{"ema_decay": 0.99996, "ema_warmup": False, "amp": "bf16", "seed": 0, "best": "raw"},
+}
+SUPERVISED = {"teacher": None, "alpha": 0.0, "feature_weight": 0.0}
+LIFT = {"variant": "lift", "projector": "lift"}
+PLAIN = {"variant": "plain", "width": None, "projector": "pool", "decay_pos_embed": False}
+UNIFORM = {"variant": "uniform", "width": 219, "projector": "pool"}
+MSE, LOGITS = {"feature_loss": "mse"}, {"feature_loss": "mse", "feature_weight": 0.0}
+EIGHT = ((0, 0), (1, 1), (6, 18), (7, 19), (8, 20), (9, 21), (10, 22), (11, 23))
+SPECTRALKD = PLAIN | {"pairs": EIGHT, "batch_size": 512}
+DIFFERENT = {
+    "deit_tiny": PLAIN
+    | SUPERVISED
+    | {"feature_loss": "mse", "pairs": ((-1, -1),), "projector": "none", "batch_size": 1024}
+    | {"drop_path": 0.1, "color_jitter": 0.3, "mixup": 0.8, "cutmix": 1.0},
+    "spectralkd_deit_tiny": SPECTRALKD | {"epochs": 400},
+    "spectralkd_deit_small": SPECTRALKD
+    | {"model": "deit_small_patch16_224", "projector": "none", "epochs": 500},
+    "spectralkd_swin_tiny": SPECTRALKD
+    | {"model": "swin_tiny_patch4_window7_224", "projector": "none", "epochs": 500}
+    | {"teacher": "swin_small_patch4_window7_224.ms_in1k", "feature_weight": 0.05}
+    | {"pairs": ((0, 0), (1, 1), (2, 2), (3, 3)), "warmup_epochs": 20},
+    "plain_supervised": PLAIN | SUPERVISED,
+    "plain_spectral": PLAIN | {"alpha": 0.0},
+    "lift_supervised": LIFT | MSE | SUPERVISED,
+    "lift_mse": LIFT | MSE | {"alpha": 0.0},
+    "lift_softkd": LIFT | LOGITS,
+    "lift_softkd_mse": LIFT | MSE,
+    "lift_softkd_spectral": LIFT,
+    "widelast_supervised": MSE | SUPERVISED,
+    "widelast_mse": MSE | {"alpha": 0.0},
+    "widelast_spectral": {"alpha": 0.0},
+    "widelast_softkd": LOGITS,
+    "widelast_softkd_mse": MSE,
+    "widelast_softkd_spectral": {},
+    "uniform219_supervised": UNIFORM | SUPERVISED,
+    "uniform219_spectral": UNIFORM | {"alpha": 0.0},
+}
+
+
+def header(name):
+    """The comments that a recipe begins with, one paragraph an item."""
+    lines = Recipe.path(name).read_text(encoding="utf-8").splitlines()
+    comments = itertools.takewhile(lambda line: line.startswith("#"), lines)
+    text = "\n".join(line.removeprefix("#").strip() for line in comments)
+    return [paragraph.replace("\n", " ") for paragraph in text.split("\n\n")]
+
+
+def test_the_shipped_recipes_are_those_whose_numbers_are_known():
+    assert Recipe.names() == sorted(PUBLISHED)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_every_recipe_begins_with_a_title_that_fits_a_line(name):
+    title = header(name)[0]
+    assert "arXiv" in title
+    assert title.endswith(".")
+    assert len(title) < 98
+
+
+@pytest.mark.parametrize(("name", "top1"), PUBLISHED.items())
+def test_every_recipe_says_the_published_number_or_that_there_is_none(name, top1):
+    aim = header(name)[1]
+    assert aim.startswith("Aims at: ")
+    number = re.match(r"Aims at: ([\d.]+) % ImageNet-1k top-1 \(published", aim)
+    if top1 is None:
+        assert number is None
+        assert "no published number" in aim
+    else:
+        assert number is not None
+        assert float(number[1]) == top1
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_every_recipe_names_the_rule_that_it_follows(name):
+    rule = header(name)[2]
+    assert rule.startswith("Selected by: the ")
+    assert f"(best: {Recipe.load(name).best})" in rule
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_quirk_that_is_set_is_told(name):
+    recipe, text = Recipe.load(name), " ".join(header(name))
+    assert ("(decay_pos_embed)" in text) == recipe.decay_pos_embed
+    assert ("(mixup: 0, cutmix: 0)" in text) == (not recipe.mixes)
+    assert ("alpha: 0 means" in text) == (recipe.teacher is not None and recipe.alpha == 0)
+    assert ("averaged" in text and "(projector: pool)" in text) == (
+        recipe.teacher is not None and recipe.projector == "pool"
+    )
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_every_recipe_sets_everything_that_decides_a_number(name):
+    """A default that changes later must not change a frozen recipe."""
+    given = yaml.safe_load(Recipe.path(name).read_text(encoding="utf-8"))
+    groups = fields_by_group()
+    fields = groups["student"] + groups["distillation"] + groups["data"] + groups["optimisation"]
+    assert {field.name for field in fields} - set(given) == LEFT_TO_THE_USER
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_every_value_of_a_recipe_is_the_published_one(name):
+    recipe = Recipe.load(name)
+    given = yaml.safe_load(Recipe.path(name).read_text(encoding="utf-8"))
+    assert {field: getattr(recipe, field) for field in given} == PAPER | DIFFERENT[name]
+
+
+@pytest.mark.parametrize(("name", "twin", "fields"), TWINS)
+def test_twins_differ_in_nothing_but_what_their_names_say(name, twin, fields):
+    assert set(Recipe.load(name).differences(Recipe.load(twin))) == fields
+
+
+@pytest.mark.parametrize("name", [name for name in PUBLISHED if name.endswith("_supervised")])
+def test_supervised_recipes_are_the_matched_runs_without_distillation(name):
+    recipe = Recipe.load(name)
+    assert (recipe.teacher, recipe.alpha, recipe.feature_weight) == (None, 0.0, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("name", "schedule"),
+    [
+        ("deit_tiny", (300, 5, 1024, 1e-3)),
+        ("spectralkd_deit_tiny", (400, 5, 512, 5e-4)),
+        ("spectralkd_deit_small", (500, 5, 512, 5e-4)),
+        ("spectralkd_swin_tiny", (500, 20, 512, 5e-4)),
+        ("lift_softkd_spectral", (300, 5, 2048, 2e-3)),
+        ("widelast_softkd_mse", (300, 5, 2048, 2e-3)),
+        ("uniform219_supervised", (300, 5, 2048, 2e-3)),
+    ],
+)
+def test_schedules_are_the_published_ones(name, schedule):
+    r = Recipe.load(name)
+    assert (r.epochs, r.warmup_epochs, r.batch_size, r.scaled_lr) == schedule
+
+
+@pytest.mark.parametrize(
+    ("name", "weights"),
+    [
+        ("lift_softkd_spectral", (0.9, 1.0, "spectral", 0.2)),
+        ("widelast_mse", (0.0, 1.0, "mse", 0.2)),
+        ("lift_softkd", (0.9, 1.0, "mse", 0.0)),
+        ("spectralkd_deit_small", (0.9, 1.0, "spectral", 0.2)),
+        ("spectralkd_swin_tiny", (0.9, 1.0, "spectral", 0.05)),
+    ],
+)
+def test_terms_have_the_published_weights(name, weights):
+    r = Recipe.load(name)
+    assert (r.alpha, r.tau, r.feature_loss, r.feature_weight) == weights
+
+
+@pytest.mark.parametrize("name", ["spectralkd_deit_tiny", "spectralkd_deit_small"])
+def test_spectralkd_pairs_eight_blocks(name):
+    pairs = dict(Recipe.load(name).pairs)
+    assert pairs == {0: 0, 1: 1, 6: 18, 7: 19, 8: 20, 9: 21, 10: 22, 11: 23}
+
+
+def test_spectralkd_pairs_the_four_stages_of_swin():
+    recipe = Recipe.load("spectralkd_swin_tiny")
+    assert recipe.pairs == ((0, 0), (1, 1), (2, 2), (3, 3))
+    assert recipe.teacher == "swin_small_patch4_window7_224.ms_in1k"
+
+
+def test_lift_and_widelast_pair_the_last_blocks():
+    names = [name for name in PUBLISHED if name.startswith(("lift", "widelast"))]
+    assert {Recipe.load(name).pairs for name in names} == {((11, 23),)}
+
+
+@pytest.fixture(scope="module")
+def untrained():
+    """Teachers by name at their own size, with random weights."""
+    return functools.cache(functools.partial(create_teacher, pretrained=False))
+
+
+@pytest.mark.parametrize("name", [n for n in PUBLISHED if Recipe.load(n).teacher is not None])
+def test_a_recipes_student_and_teacher_fit_each_other_as_they_are_published(name, untrained):
+    recipe = Recipe.load(name)
+    student = build_student(recipe, Shape(recipe.num_classes, 3, recipe.img_size))
+    task = build_task(student, untrained(recipe.teacher), recipe, torch.zeros(1, 3, 224, 224))
+    assert task.needs_logits == (recipe.alpha > 0)
+    assert task.needs_tokens == (recipe.feature_weight > 0)
+    assert len(list(task.parameters())) == len(list(student.parameters()))  # no projector is left
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [
+        ("plain_supervised", 5_717_416),
+        ("lift_supervised", 5_983_528),
+        ("widelast_supervised", 7_313_896),
+        ("uniform219_supervised", 7_372_759),
+    ],
+)
+def test_students_have_the_published_number_of_parameters(name, parameters):
+    recipe = Recipe.load(name)
+    student = build_student(recipe, Shape(recipe.num_classes, 3, recipe.img_size))
+    assert sum(p.numel() for p in student.parameters()) == parameters
+
+
+def test_saving_and_loading_gives_the_same_recipe(tmp_path):
+    recipe = Recipe(pairs=((0, 0), (-1, 23)), mean=(0.5,), std=(0.2,), clip_grad=1.0, lr=1e-5)
+    recipe.save(tmp_path / "r.yaml")
+    assert Recipe.load(tmp_path / "r.yaml") == recipe
+
+
+def test_a_run_folder_loads_as_its_recipe(tmp_path):
+    Recipe(epochs=7).save(tmp_path / "recipe.yaml")
+    assert Recipe.load(tmp_path).epochs == 7
+
+
+def test_exponents_without_a_point_are_numbers_in_yaml(tmp_path):
+    (tmp_path / "r.yaml").write_text("lr: 5e-4\nmin_lr: 1E-6\n")
+    recipe = Recipe.load(tmp_path / "r.yaml")
+    assert (recipe.lr, recipe.min_lr) == (5e-4, 1e-6)
+
+
+def test_yaml_may_write_pairs_as_lists_or_text(tmp_path):
+    for pairs in ([[0, 0], [11, 23]], "0:0,11:23"):
+        (tmp_path / "r.yaml").write_text(yaml.safe_dump({"pairs": pairs}))
+        assert Recipe.load(tmp_path / "r.yaml").pairs == ((0, 0), (11, 23))
+
+
+def test_an_unknown_field_is_an_error_with_a_suggestion():
+    with pytest.raises(ValueError, match=r"unknown recipe field 'feature_los'.*'feature_loss'"):
+        Recipe().override(feature_los="mse")
+
+
+def test_an_unknown_name_is_an_error_with_a_suggestion():
+    with pytest.raises(ValueError, match=r"no recipe 'lift_softkd_spectrl'.*lift_softkd_spectral"):
+        Recipe.load("lift_softkd_spectrl")
+
+
+def test_an_error_in_a_file_names_the_file(tmp_path):
+    (tmp_path / "r.yaml").write_text("epochs: many\n")
+    with pytest.raises(TypeError, match=r"r\.yaml: epochs: expected an integer, got 'many' \(str"):
+        Recipe.load(tmp_path / "r.yaml")
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "expected"),
+    [
+        ("epochs", 1.5, "an integer"),
+        ("epochs", True, "an integer"),
+        ("lr", "fast", "a number"),
+        ("labels", 1, "true or false"),
+        ("clip_grad", "1", "a number or none"),
+        ("pairs", [[1, 2, 3]], "pairs of blocks"),
+        ("logit_options", [("beta", 8)], "options such as beta=8"),
+        ("logit_options", {"beta": [8]}, "options such as beta=8"),
+        ("feature_options", "beta", "options such as beta=8"),
+        ("mean", "0.5", "a list of numbers or none"),
+        ("seed", None, "an integer"),
+    ],
+)
+def test_a_wrong_type_names_field_expected_and_got(field, value, expected):
+    with pytest.raises(TypeError, match=f"{field}: expected {expected}"):
+        Recipe(**{field: value})
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("feature_loss", "l2"),
+        ("alpha", 1.5),
+        ("alpha", -0.1),
+        ("ce_weight", -1.0),
+        ("ce_weight", float("inf")),
+        ("logit_loss", "kl"),
+        ("epochs", 0),
+        ("ema_decay", 1.0),
+        ("warmup_epochs", 300),
+        ("accumulation", 3),
+        ("pairs", []),
+        ("mean", [0.5]),
+        ("student_prefix", 1),
+    ],
+)
+def test_values_out_of_range_are_refused(field, value):
+    with pytest.raises(ValueError, match=r"\w+: expected"):
+        Recipe(**{field: value})
+
+
+def test_an_alpha_above_one_needs_a_cross_entropy_weight_of_its_own():
+    assert Recipe(alpha=2.0, ce_weight=1.0).alpha == 2.0
+
+
+@pytest.mark.parametrize(("hard", "loss"), [(True, "hard"), (False, "soft")])
+def test_recipes_that_say_hard_are_still_read(hard, loss):
+    assert Recipe.from_dict({"alpha": 0.5, "hard": hard}).logit_loss == loss
+
+
+def test_options_are_nobody_elses_dict():
+    options = {"beta": 0.5}
+    recipe = Recipe(feature_loss="smooth_l1", feature_options=options)
+    plain = recipe.to_dict()
+    options["beta"] = plain["feature_options"]["beta"] = 9.0
+    assert recipe.feature_options == {"beta": 0.5}
+
+
+@pytest.mark.parametrize(("alpha", "given", "weight"), [(0.9, None, 0.1), (0.9, 1.0, 1.0)])
+def test_the_cross_entropy_has_what_alpha_leaves_or_its_own_weight(alpha, given, weight):
+    assert Recipe(alpha=alpha, ce_weight=given).cross_entropy_weight == pytest.approx(weight)
+
+
+def test_options_of_losses_survive_a_file(tmp_path):
+    recipe = Recipe(logit_loss="dkd", logit_options={"beta": 0.5}, feature_options={"power": 1})
+    recipe.save(tmp_path / "recipe.yaml")
+    assert Recipe.load(tmp_path / "recipe.yaml") == recipe
+
+
+def test_overrides_leave_the_original_alone():
+    recipe = Recipe()
+    assert recipe.override(lr=1).lr == 1.0
+    assert recipe.lr == 5e-4
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "value"),
+    [
+        ("epochs", "3", 3),
+        ("lr", "1e-3", 1e-3),
+        ("labels", "true", True),
+        ("ema_decay", "none", None),
+        ("mean", "0.5,0.4,0.3", (0.5, 0.4, 0.3)),
+        ("pairs", "0:0,-1:23", ((0, 0), (-1, 23))),
+        ("teacher", "cait_s24_224", "cait_s24_224"),
+        ("feature_options", "beta=8,eps=1e-5", {"beta": 8, "eps": 1e-5}),
+        ("feature_options", "gather=true, loss=mse", {"gather": True, "loss": "mse"}),
+        ("feature_options", "beta=none", {"beta": None}),
+        ("feature_options", "none", None),
+    ],
+)
+def test_command_line_text_becomes_typed_values(name, text, value):
+    assert parse_value(name, text) == value
+
+
+def test_command_line_text_of_the_wrong_type_is_refused():
+    with pytest.raises(ValueError, match="epochs: expected an integer, got 'x'"):
+        parse_value("epochs", "x")
+
+
+def test_pairs_may_name_modules():
+    assert parse_pairs("stem.conv:3") == (("stem.conv", 3),)
+
+
+def test_differences_leave_out_where_and_how_fast():
+    other = Recipe(workers=1, data="elsewhere", lr=1.0)
+    assert Recipe().differences(other) == {"lr": (5e-4, 1.0)}

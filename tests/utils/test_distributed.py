@@ -1,0 +1,89 @@
+"""Several processes on one run: the same update, exact evaluation, one writer."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from fastkd.training import CheckpointError, Result, load_checkpoint, train
+from fastkd.utils.distributed import world
+from tests.harness.tiny import FAST, tensor_data, vit
+from tests.harness.torchrun import run_ranks
+
+OPTIONS = FAST | {"alpha": 0.5, "projector": "linear", "accumulation": 2, "log_interval": 1}
+MEASURED = (
+    *("loss", "ce", "soft_kd", "feature", "grad_norm"),
+    *("top1", "eval_loss", "ema_top1", "ema_loss"),
+)
+
+
+def train_on_rank(rank: int, output: str) -> None:
+    # 31 evaluation images: the ranks' shares differ by one. The main process' weights count.
+    student = vit(seed=rank)
+    result = train(student, vit(24, seed=1), tensor_data(70, 31), output, **OPTIONS)
+    result.save(f"{output}/rank{rank}.json")
+    normed = with_batch_norm()
+    train(normed, None, tensor_data(70, 31), f"{output}/normed", **FAST | {"epochs": 1})
+    torch.save(normed.state_dict(), f"{output}/normed{rank}.pth")
+    features_alone = FAST | {"labels": False, "alpha": 0.0, "pairs": [(0, 0)]}
+    taught = train(vit(), vit(seed=1), tensor_data(70, 31), **features_alone)
+    taught.save(f"{output}/features{rank}.json")
+    resume_from_folders_of_their_own(rank, Path(output))
+
+
+def resume_from_folders_of_their_own(rank: int, output: Path) -> None:
+    """Only the main process finds a checkpoint, as on nodes that share no file system."""
+    folder = output / f"node{rank}"
+    if rank == 0:
+        shutil.copytree(output / "normed", folder)
+    options = FAST | {"epochs": 1}
+    with pytest.raises(CheckpointError, match=r"after updates \[4, 0\].*file system"):
+        train(with_batch_norm(), None, tensor_data(70, 31), folder, **options)
+
+
+def with_batch_norm() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(1, 8, 3),
+        nn.BatchNorm2d(8),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(8, 6),
+    )
+
+
+def test_two_processes_run_the_same_training_as_one(tmp_path):
+    train(vit(), vit(24, seed=1), tensor_data(70, 31), tmp_path / "one", **OPTIONS)
+    (tmp_path / "two").mkdir()
+    run_ranks(train_on_rank, str(tmp_path / "two"))
+    one, two = (load_checkpoint(tmp_path / name) for name in ("one", "two"))
+    for ours, theirs in zip(one["history"], two["history"], strict=True):
+        for name in MEASURED:
+            assert theirs[name] == pytest.approx(ours[name], rel=1e-4), name
+    for name, value in one["student"].items():
+        torch.testing.assert_close(two["student"][name], value, atol=1e-4, rtol=1e-3)
+    for name, value in one["ema"].items():
+        torch.testing.assert_close(two["ema"][name], value, atol=1e-4, rtol=1e-3)
+    normed = [torch.load(tmp_path / "two" / f"normed{rank}.pth") for rank in range(2)]
+    assert torch.equal(normed[0]["1.running_mean"], normed[1]["1.running_mean"])
+    assert torch.equal(normed[0]["1.running_var"], normed[1]["1.running_var"])
+    ranks = [Result.load(tmp_path / "two" / f"rank{rank}.json") for rank in range(2)]
+    assert ranks[0].top1 == ranks[1].top1
+    assert ranks[0].images == 31
+    first, second = (Result.load(tmp_path / "two" / f"features{rank}.json") for rank in range(2))
+    assert first.eval_loss == second.eval_loss
+    assert first.history[-1]["feature"] < first.history[0]["feature"]
+
+
+def test_one_process_needs_no_process_group():
+    with world("cpu") as alone:
+        assert (alone.rank, alone.size, alone.is_main) == (0, 1, True)
+        assert not torch.distributed.is_initialized()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_cuda_where_there_is_none_is_an_error():
+    with pytest.raises(ValueError, match="no CUDA device"), world("cuda"):
+        pass
