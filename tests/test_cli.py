@@ -123,7 +123,7 @@ def test_a_teacher_that_cannot_be_downloaded_is_named_with_the_flags_that_help(
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("timm.create_model", fail)
-    monkeypatch.setattr("fastkd.training.setup.create_student", lambda *_, **__: vit(in_chans=3))
+    monkeypatch.setattr("fastkd.inference.loading.create_student", lambda *_, **__: vit(in_chans=3))
     teacher = ("--teacher", "resnet10t.c3_in1k", "--alpha", "0.5")
     status, _, err = run(capsys, *command, "--data", folder, *teacher, *TINY)
     assert status == 2

@@ -139,7 +139,7 @@ def test_interrupted_work_goes_on_to_the_same_bytes(source, tmp_path, monkeypatc
 def test_killed_work_goes_on_and_leaves_no_process_behind(source, tmp_path):
     folder = tmp_path / "shards"
     slow = (
-        "import sys, time; from fastkd.training import shards\n"
+        "import sys, time; from fastkd.data import shards\n"
         "from fastkd.data.sharding import writer as w; whole = w._write_sample\n"
         "def write(*a): time.sleep(0.05); whole(*a)\n"
         "w._write_sample = write\n"
