@@ -68,7 +68,7 @@ correctness() {
 speed() {
   limit=300
   part versions 10 versions
-  part library 15 library_loads
+  part library 15 prepared_library
   part lift_kd 55 benchmark lift_kd triton cuda
   part spectrum 25 benchmark spectrum cuda
   part feature_kd 30 benchmark feature_kd triton cuda
@@ -88,11 +88,16 @@ library() { # as it was prepared, or built here
   if [ -z "$dry" ]; then
     rm -f fastkd/_C*.so
     if [ "$(cat "$prepared/library_sources" 2> /dev/null)" = "$(hash_of csrc setup.py)" ]; then
-      cp "$prepared/_C.abi3.so" fastkd/ && library_loads && return
+      prepared_library && return
     fi
     rm -f fastkd/_C*.so
     build --inplace && cp fastkd/_C*.so "$output/_C.abi3.so"
   fi
+  library_loads
+}
+
+prepared_library() {
+  [ -n "$dry" ] || cp "$prepared/_C.abi3.so" fastkd/ || return
   library_loads
 }
 
@@ -101,7 +106,6 @@ library_loads() {
     "$python" -m fastkd env | grep "CUDA library"
     return
   fi
-  [ ! -e "$prepared/_C.abi3.so" ] || cp "$prepared/_C.abi3.so" fastkd/
   "$python" -c 'import sys, torch
 from fastkd.ops.extension import extension
 reason = extension().error or extension().why_not_on(torch.device("cuda", 0))
