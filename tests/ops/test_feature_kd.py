@@ -62,9 +62,7 @@ LAYOUTS = (
     *("tokens", "cls_sliced_off", "unaligned", "channels_sliced"),
     *("channels_first", "channels_last_map", "cropped"),
 )
-FEW_LAYOUTS = [
-    x if x in ("tokens", "channels_first") else pytest.param(x, marks=slow) for x in LAYOUTS
-]
+FEW_LAYOUTS = [x if x == "tokens" else pytest.param(x, marks=slow) for x in LAYOUTS]
 
 
 def loss_and_gradients(

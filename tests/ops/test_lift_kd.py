@@ -239,7 +239,7 @@ def test_bias_and_norm_are_optional(backend, parts, loss, pool, dtype):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("loss", ["spectral", "cosine"])
+@pytest.mark.parametrize("loss", ["spectral", pytest.param("cosine", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("pool", [False, True], ids=["one_pass", "pooled"])
 def test_every_layout(backend, layout, loss, pool):
     dtype = torch.bfloat16 if backend.name == "cuda" else torch.float32

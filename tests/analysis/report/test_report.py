@@ -7,7 +7,6 @@ import sys
 import numpy as np
 import pytest
 
-import fastkd.analysis
 from fastkd.analysis import codec
 from fastkd.analysis.report import Report
 from fastkd.analysis.results import Curve, ModelResult
@@ -293,7 +292,7 @@ def test_without_matplotlib_everything_but_the_figures_is_written(
 ):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     monkeypatch.delitem(sys.modules, "fastkd.analysis.report.plots", raising=False)
-    monkeypatch.delattr(fastkd.analysis, "plots", raising=False)
+    monkeypatch.delattr("fastkd.analysis.report.plots", raising=False)
 
     report.save(tmp_path)
 
