@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 from fastkd.config import Recipe
 from fastkd.data.batch import Fault
 from fastkd.data.datasets import DataPair
-from fastkd.data.samplers import EvalSampler, SampleKey, TrainBatchSampler
+from fastkd.data.samplers import EvalSampler, SampleKey, TrainBatchSampler, slice_size
 from fastkd.data.samples import (
     Collate,
     Sample,
@@ -237,31 +237,6 @@ def eval_samples(
         ValueError: no PIL image has as many channels as the model takes.
     """
     return SampleDataset(data.val, eval_sample_transform(recipe, spec, data), seed)
-
-
-def slice_size(recipe: Recipe, world_size: int) -> int:
-    """Images that one rank sees in one slice of an update.
-
-    Args:
-        recipe: its ``batch_size``, ``accumulation`` and mixing.
-        world_size: number of processes.
-
-    Returns:
-        batch_size / (world_size * accumulation).
-
-    Raises:
-        ValueError: that is no whole number, or an odd one with Mixup.
-    """
-    shares = world_size * recipe.accumulation
-    if recipe.batch_size % shares:
-        raise ValueError(
-            f"batch_size: {recipe.batch_size} images cannot be shared by {world_size} processes x "
-            f"{recipe.accumulation} slices"
-        )
-    size = recipe.batch_size // shares
-    if recipe.mixes and size % 2:
-        raise ValueError(f"batch_size: Mixup pairs images, but a slice holds {size}, an odd number")
-    return size
 
 
 def _loader(

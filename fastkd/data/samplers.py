@@ -11,6 +11,7 @@ from typing import NamedTuple
 import numpy as np
 from torch.utils.data import Sampler
 
+from fastkd.config import Recipe
 from fastkd.utils.random import derive_seed
 
 
@@ -174,3 +175,28 @@ class EvalSampler(Sampler[SampleKey]):
 
     def __len__(self) -> int:
         return len(self.indices)
+
+
+def slice_size(recipe: Recipe, world_size: int) -> int:
+    """Images that one rank sees in one slice of an update.
+
+    Args:
+        recipe: its ``batch_size``, ``accumulation`` and mixing.
+        world_size: number of processes.
+
+    Returns:
+        batch_size / (world_size * accumulation).
+
+    Raises:
+        ValueError: that is no whole number, or an odd one with Mixup.
+    """
+    shares = world_size * recipe.accumulation
+    if recipe.batch_size % shares:
+        raise ValueError(
+            f"batch_size: {recipe.batch_size} images cannot be shared by {world_size} processes x "
+            f"{recipe.accumulation} slices"
+        )
+    size = recipe.batch_size // shares
+    if recipe.mixes and size % 2:
+        raise ValueError(f"batch_size: Mixup pairs images, but a slice holds {size}, an odd number")
+    return size

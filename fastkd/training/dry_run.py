@@ -31,7 +31,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from fastkd.config import MODULE_PREFIX, Recipe
-from fastkd.data.loader import slice_size
+from fastkd.data.samplers import slice_size
 from fastkd.data.transforms import InputSpec
 from fastkd.models import TapOutput, Teacher, create_teacher
 from fastkd.training.task import DistillationTask, build_task

@@ -13,8 +13,7 @@ from torch import nn
 
 from fastkd.config import MODULE_PREFIX, Recipe, refuse_image_options
 from fastkd.data.datasets import DataPair, open_data
-from fastkd.data.loader import slice_size
-from fastkd.data.samplers import TrainBatchSampler
+from fastkd.data.samplers import TrainBatchSampler, slice_size
 from fastkd.data.transforms import InputSpec
 from fastkd.inference.loading import build_student
 from fastkd.inference.preprocessing import Shape, input_spec, parameter_count, student_shape
