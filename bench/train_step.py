@@ -30,9 +30,9 @@ from timm.data import create_dataset, create_loader
 from timm.utils import ModelEmaV2
 from torch import Tensor, nn
 
-from fastkd.data.batch import Batch
 from fastkd.data.datasets import open_data
 from fastkd.data.loader import train_loader
+from fastkd.data.samples import Batch
 from fastkd.data.transforms import InputSpec, keep_one_bit
 from fastkd.demo.jpegs import make_jpegs
 from fastkd.models import LiftVisionTransformer, Teacher, create_student, create_teacher

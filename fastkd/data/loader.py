@@ -15,11 +15,11 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from fastkd.config import Recipe
-from fastkd.data.batch import Fault
 from fastkd.data.datasets import DataPair
 from fastkd.data.samplers import EvalSampler, SampleKey, TrainBatchSampler, slice_size
 from fastkd.data.samples import (
     Collate,
+    Fault,
     Sample,
     SampleTransform,
     collate,

@@ -24,12 +24,13 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from fastkd.config import Recipe
-from fastkd.data.batch import Batch, Fault
 from fastkd.data.datasets import DataPair
 from fastkd.data.passed_over import tell_what_is_passed_over
 from fastkd.data.readers import StreamSource
 from fastkd.data.samplers import Schedule, slice_size
 from fastkd.data.samples import (
+    Batch,
+    Fault,
     Sample,
     SampleTransform,
     collate,

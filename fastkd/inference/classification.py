@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fastkd.data.batch import Batch
+from fastkd.data.samples import Batch
 from fastkd.utils.distributed import World, autocast
 
 

@@ -15,9 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastkd.config import refuse_image_options
-from fastkd.data.batch import Batch
 from fastkd.data.datasets import Data, open_data
 from fastkd.data.loader import eval_loader
+from fastkd.data.samples import Batch
 from fastkd.inference.loading import IMAGE_OPTIONS, open_model
 from fastkd.inference.preprocessing import Shape, class_count
 from fastkd.utils.distributed import World, autocast, world

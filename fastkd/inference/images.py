@@ -18,9 +18,15 @@ from timm.utils.misc import natural_key
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
-from fastkd.data.batch import Batch, Fault
 from fastkd.data.readers import PILLOW_ERRORS
-from fastkd.data.samples import Collate, Sample, SampleTransform, eval_sample_transform
+from fastkd.data.samples import (
+    Batch,
+    Collate,
+    Fault,
+    Sample,
+    SampleTransform,
+    eval_sample_transform,
+)
 from fastkd.data.workers import loader_options
 from fastkd.inference.preprocessing import Preprocessing, input_spec
 from fastkd.utils.distributed import ALONE, World

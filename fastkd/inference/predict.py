@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastkd.data.batch import Batch, Fault
+from fastkd.data.samples import Batch, Fault
 from fastkd.inference.class_names import class_descriptions
 from fastkd.inference.classification import Likeliest, likeliest
 from fastkd.inference.images import Images, find_images, image_loader

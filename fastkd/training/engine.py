@@ -20,7 +20,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parallel import DistributedDataParallel
 
 from fastkd.config import Recipe
-from fastkd.data.batch import Batch
+from fastkd.data.samples import Batch
 from fastkd.models import TapOutput, Teacher
 from fastkd.training.meter import Meter, Reading
 from fastkd.training.task import DistillationTask

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from fastkd.data.batch import Batch
+from fastkd.data.samples import Batch
 from fastkd.inference.evaluate import _check_whole
 from fastkd.training.engine import Engine
 from fastkd.training.meter import Reading, Throughput

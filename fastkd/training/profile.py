@@ -21,9 +21,9 @@ import torch
 from torch import Tensor, nn
 
 from fastkd.config import Recipe
-from fastkd.data.batch import Batch
 from fastkd.data.datasets import Data, open_data
 from fastkd.data.loader import train_loader
+from fastkd.data.samples import Batch
 from fastkd.inference.loading import build_student
 from fastkd.inference.preprocessing import class_count, input_spec, student_shape
 from fastkd.models import TapOutput, create_teacher

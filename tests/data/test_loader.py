@@ -14,11 +14,10 @@ from PIL import Image
 from torch.utils.data import Dataset, IterableDataset, TensorDataset
 
 from fastkd.config import Recipe
-from fastkd.data.batch import Fault
 from fastkd.data.datasets import DataPair, open_data
 from fastkd.data.loader import SampleDataset, eval_loader, train_loader
 from fastkd.data.samplers import slice_size
-from fastkd.data.samples import SampleTransform
+from fastkd.data.samples import Fault, SampleTransform
 from fastkd.data.transforms import (
     InputSpec,
     create_mixup,

@@ -11,7 +11,7 @@ from timm.utils import ModelEmaV3
 from torch import nn
 
 from fastkd.config import Recipe
-from fastkd.data.batch import Batch
+from fastkd.data.samples import Batch
 from fastkd.inference.evaluate import evaluate_model
 from fastkd.training.build import build_optimizer
 from fastkd.training.engine import Engine, NonFiniteError
