@@ -22,9 +22,8 @@ from fastkd.data.folders import VALIDATION_FOLDERS
 from fastkd.data.loader import SampleDataset, eval_samples
 from fastkd.data.readers import ReadableImages
 from fastkd.data.samplers import SampleKey
-from fastkd.data.samples import Collate, collate
+from fastkd.data.samples import Collate, collate, loader_options
 from fastkd.data.transforms import InputSpec
-from fastkd.data.workers import loader_options
 from fastkd.utils.random import derive_seed, preserved_rng, seed_cpu
 
 SHOWN_REASON = 200

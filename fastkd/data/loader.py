@@ -22,13 +22,14 @@ from fastkd.data.samples import (
     Fault,
     Sample,
     SampleTransform,
+    WorkerNotes,
     collate,
     eval_sample_transform,
     label_bound,
+    loader_options,
     train_sample_transform,
 )
 from fastkd.data.transforms import InputSpec
-from fastkd.data.workers import WorkerNotes, loader_options
 from fastkd.utils.distributed import ALONE, World
 from fastkd.utils.random import derive_seed, preserved_rng, seed_cpu
 

@@ -26,8 +26,8 @@ from fastkd.data.samples import (
     Sample,
     SampleTransform,
     eval_sample_transform,
+    loader_options,
 )
-from fastkd.data.workers import loader_options
 from fastkd.inference.preprocessing import Preprocessing, input_spec
 from fastkd.utils.distributed import ALONE, World
 from fastkd.utils.text import writable

@@ -29,8 +29,7 @@ from fastkd.config import Recipe, refuse_image_options
 from fastkd.data.datasets import Data, DataPair, open_data
 from fastkd.data.loader import eval_loader, train_loader
 from fastkd.data.samplers import Schedule
-from fastkd.data.samples import Batch, Fault
-from fastkd.data.workers import DEATHS, describe_worker_death
+from fastkd.data.samples import DEATHS, Batch, Fault, describe_worker_death
 from fastkd.inference.evaluate import evaluate_model
 from fastkd.inference.loading import build_student
 from fastkd.inference.preprocessing import (

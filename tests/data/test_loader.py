@@ -17,7 +17,7 @@ from fastkd.config import Recipe
 from fastkd.data.datasets import DataPair, open_data
 from fastkd.data.loader import SampleDataset, eval_loader, train_loader
 from fastkd.data.samplers import slice_size
-from fastkd.data.samples import Fault, SampleTransform
+from fastkd.data.samples import DEATHS, Fault, SampleTransform, WorkerNotes, describe_worker_death
 from fastkd.data.transforms import (
     InputSpec,
     create_mixup,
@@ -25,7 +25,6 @@ from fastkd.data.transforms import (
     operations_of,
     train_transform,
 )
-from fastkd.data.workers import DEATHS, WorkerNotes, describe_worker_death
 from fastkd.utils.distributed import World
 from tests.harness.tiny import image_folder, tensor_data
 
@@ -395,7 +394,7 @@ def test_a_death_that_is_seen_by_its_closed_socket_is_told_by_torch_a_moment_lat
     def interrupted(seconds: float) -> None:
         raise RuntimeError("DataLoader worker (pid 70) is killed by signal: Killed.")
 
-    monkeypatch.setattr("fastkd.data.workers.time.sleep", interrupted)
+    monkeypatch.setattr("fastkd.data.samples.time.sleep", interrupted)
     text = describe_worker_death([loader], seen)
     assert text == "data: loader process 70 died over file3.jpg (sample 3)"
 

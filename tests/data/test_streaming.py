@@ -18,10 +18,10 @@ from fastkd.checkpoint import CheckpointError
 from fastkd.config import Recipe
 from fastkd.data.datasets import open_data
 from fastkd.data.loader import eval_loader, train_loader
+from fastkd.data.samples import DEATHS, describe_worker_death
 from fastkd.data.shards import shard
 from fastkd.data.streaming import TrainStream
 from fastkd.data.transforms import InputSpec
-from fastkd.data.workers import DEATHS, describe_worker_death
 from fastkd.training import load_checkpoint, train
 from fastkd.utils.distributed import World
 from tests.harness.tiny import FAST, image_folder, vit
