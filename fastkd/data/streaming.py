@@ -15,17 +15,17 @@ process, or a number of shards that the processes share evenly, little or nothin
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import count, islice
 from typing import Any
 
 import torch
+from PIL import UnidentifiedImageError
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from fastkd.config import Recipe
 from fastkd.data.datasets import DataPair
-from fastkd.data.passed_over import tell_what_is_passed_over
 from fastkd.data.readers import StreamSource
 from fastkd.data.samplers import Schedule, slice_size
 from fastkd.data.samples import (
@@ -43,6 +43,8 @@ from fastkd.data.samples import (
 from fastkd.data.transforms import InputSpec
 from fastkd.utils.distributed import ALONE, World
 from fastkd.utils.random import derive_seed, preserved_rng, seed_cpu
+
+Tell = Callable[[str, str], None]  # (name, reason)
 
 logger = logging.getLogger("fastkd")
 NO_SAMPLE = -1  # what was passed over has no position
@@ -415,3 +417,64 @@ def _worker() -> tuple[int, int]:
 
 def _as_it_is(batch: Any) -> Any:
     return batch
+
+
+def tell_what_is_passed_over(reader: Any, tell: Tell) -> None:
+    """Let a reader tell of shards that it cannot fetch and samples that it cannot decode.
+
+    Args:
+        reader: timm's of WebDataset, about to be iterated.
+        tell: called with (``SHARD`` or ``SHARD:KEY``, reason) for each; the reader goes on when it
+            returns, and ends with what it raises.
+
+    Raises:
+        RuntimeError: timm's pipeline is another than the one known here.
+    """
+    reader._lazy_init()
+    handled = [stage for stage in reader.ds.pipeline if "handler" in getattr(stage, "kw", {})]
+    if len(handled) != 2:
+        raise RuntimeError("data: this timm reads WebDataset in stages that fastkd does not know")
+    fetching, decoding = handled
+    fetching.kw["handler"] = _Fetching(tell)
+    decoding.kw["handler"] = _reraise
+    decoding.args = (_Decoding(decoding.args[0], tell), *decoding.args[1:])
+
+
+class _Fetching:
+    """The handler of whatever goes wrong between an address and its samples."""
+
+    def __init__(self, tell: Tell) -> None:
+        self.tell = tell
+
+    def __call__(self, error: Exception) -> bool:
+        if isinstance(error, TypeError):  # a defect of the code, not of the data
+            raise error
+        # webdataset puts the address behind what the error says.
+        said = [part for part in error.args if isinstance(part, str)]
+        address = said.pop() if len(said) > 1 else "a shard"
+        self.tell(address, " ".join(said) or type(error).__name__)
+        return True
+
+
+class _Decoding:
+    """The decoder of samples; None, which the pipeline leaves out, for those that it cannot."""
+
+    def __init__(self, decode: Callable[[dict[str, Any]], Any], tell: Tell) -> None:
+        self.decode = decode
+        self.tell = tell
+
+    def __call__(self, sample: dict[str, Any]) -> Any:
+        try:
+            return self.decode(sample)
+        except TypeError:
+            raise
+        except Exception as error:  # whatever decoders raise
+            name = f"{sample.get('__url__')}:{sample.get('__key__')}"
+            # Pillow's own words name an address in memory.
+            unknown = isinstance(error, UnidentifiedImageError)
+            self.tell(name, "no image" if unknown else f"{type(error).__name__}: {error}")
+            return None
+
+
+def _reraise(error: Exception) -> bool:
+    raise error
