@@ -10,8 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from fastkd.data.gpu_augment.erasing import erase
-from fastkd.data.gpu_augment.operations import Operation, apply_operation
+from fastkd.data.gpu_augment.operations import Operation, apply_operation, erase
 
 LAYERED = ("operations", "arguments")  # parts of a plan that have an entry for every layer
 
