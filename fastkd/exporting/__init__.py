@@ -19,12 +19,13 @@ from fastkd.exporting.onnx import (
     write_onnx,
 )
 from fastkd.exporting.output import check_output
-from fastkd.exporting.safetensors_file import (
-    is_safetensors_export,
-    write_checked_safetensors,
-)
 from fastkd.exporting.student import Student, open_student
-from fastkd.exporting.timm import is_timm_export, write_timm_folder
+from fastkd.exporting.timm import (
+    is_safetensors_export,
+    is_timm_export,
+    write_checked_safetensors,
+    write_timm_folder,
+)
 from fastkd.models.hub import is_hub_name
 from fastkd.models.registered import default_cfgs
 

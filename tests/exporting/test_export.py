@@ -20,7 +20,8 @@ from torch import nn
 from fastkd.checkpoint import load_checkpoint, save_checkpoint
 from fastkd.cli import main
 from fastkd.data.transforms import InputSpec
-from fastkd.exporting import export, safetensors_file
+from fastkd.exporting import export
+from fastkd.exporting import timm as safetensors_file
 from fastkd.exporting.student import open_student
 from fastkd.models import create_student, load_released_checkpoint
 from fastkd.models.weights import better_weights
