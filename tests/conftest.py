@@ -13,7 +13,6 @@ import torch
 
 from fastkd.ops import backend as backends
 from tests.harness import gates, host, interpreter
-from tests.harness.tiny import FAST, tensor_data
 
 GPU = torch.cuda.is_available()
 REQUIRED = os.environ.get("FASTKD_REQUIRE", "").split(",")
@@ -123,12 +122,16 @@ def backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
 @pytest.fixture
 def data():
     """A training and an evaluation set of tiny images."""
+    from tests.harness.tiny import tensor_data  # imports timm, which tests of operators need not
+
     return tensor_data()
 
 
 @pytest.fixture
 def fast():
     """Recipe fields of a run that takes a moment."""
+    from tests.harness.tiny import FAST
+
     return dict(FAST)
 
 
