@@ -95,6 +95,19 @@ def test_a_kernel_without_a_record_fails(compiled):
         gates.check("another case", [LAUNCH], 90)
 
 
+def test_a_kernel_that_only_an_unknown_version_makes_passes_with_the_warning(compiled):
+    compiled(NEEDED, **{"3.6": [10, 0, 0, 16]})
+    with pytest.warns(gates.UnrecordedTritonWarning):
+        gates.check("another case", [LAUNCH], 90)
+
+
+def test_nothing_is_recorded_for_a_version_that_is_not_named(compiled, monkeypatch):
+    compiled(NEEDED, **{"3.6": [10, 0, 0, 16]})
+    monkeypatch.setattr(gates, "recording", True)
+    with pytest.raises(AssertionError, match=r"name 3\.8\.0 in RECORDED_WITH"):
+        gates.check("case", [LAUNCH], 90)
+
+
 @pytest.mark.parametrize(
     ("ptx", "width"),
     [

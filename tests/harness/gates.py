@@ -100,6 +100,8 @@ def check(case: str, launches: Sequence[KernelLaunch], arch: int) -> list[Compil
 
 def _compare(key: str, launch: KernelLaunch, kernel: Compiled, arch: int) -> None:
     record = _records().get(key)
+    if record is None and not is_recorded():
+        return  # another Triton may make two kernels of what was one
     assert record is not None, f"{key}: not recorded; see --record-compiled"
     assert tile_of(launch) == record["tile"], key
     by_version = record["triton"]
@@ -149,6 +151,7 @@ def tile_of(launch: KernelLaunch) -> str:
 
 
 def _record(key: str, launch: KernelLaunch, kernel: Compiled) -> None:
+    assert RECORDED_WITH.get(minor_version()) == version(), f"name {version()} in RECORDED_WITH"
     records = _records()
     record = records.setdefault(key, {"triton": {}})
     record["tile"] = tile_of(launch)
