@@ -10,16 +10,17 @@ import contextlib
 import csv
 import io
 import json
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from timm.data import ImageNetInfo, infer_imagenet_subset
 from torch import nn
 
 from fastkd.data.samples import Batch, Fault
-from fastkd.inference.class_names import class_descriptions
 from fastkd.inference.classification import Likeliest, likeliest
 from fastkd.inference.images import Images, find_images, image_loader
 from fastkd.inference.loading import IMAGE_OPTIONS, open_model
@@ -27,6 +28,10 @@ from fastkd.utils.distributed import World, world
 from fastkd.utils.io import write_text
 from fastkd.utils.progress import ImageProgress
 from fastkd.utils.text import writable
+
+_SYNSET = re.compile(r"n\d{8}")
+
+_WITH_EVERY_SYNSET = ("imagenet1k", "imagenet22k")  # the former has some that the latter has not
 
 FORMATS = (".csv", ".json")
 
@@ -282,3 +287,33 @@ def _prediction(file: Path, found: Likeliest, names: tuple[str, ...]) -> Predict
         writable(file),
         tuple(Guess(index, names[index], probability) for index, probability in guesses),
     )
+
+
+def class_descriptions(names: Iterable[str] | None, count: int) -> tuple[str, ...]:
+    """A name for every logit.
+
+    Args:
+        names: of the classes, as far as the model's run knew them. The numbers of WordNet by which
+            ImageNet's folders are called become timm's descriptions.
+        count: of the model's logits.
+
+    Returns:
+        ``count`` names: the given ones; else, where ``count`` is that of an ImageNet, timm's
+        descriptions for it; and numbers where there is none.
+    """
+    known = _imagenet(count) if names is None else _readable([writable(name) for name in names])
+    return tuple(known[:count] + [str(number) for number in range(len(known), count)])
+
+
+def _imagenet(count: int) -> list[str]:
+    subset = infer_imagenet_subset({"num_classes": count})
+    return [] if subset is None else ImageNetInfo(subset).label_descriptions()
+
+
+def _readable(names: list[str]) -> list[str]:
+    if not all(_SYNSET.fullmatch(name) for name in names):
+        return names
+    described: dict[str, str] = {}
+    for subset in _WITH_EVERY_SYNSET:
+        described |= ImageNetInfo(subset).label_descriptions(as_dict=True)
+    return [described.get(name, name) for name in names]

@@ -21,9 +21,8 @@ from fastkd.cli import predict as command
 from fastkd.data.datasets import open_data
 from fastkd.data.loader import eval_loader
 from fastkd.data.samples import SampleTransform
-from fastkd.inference.class_names import class_descriptions
 from fastkd.inference.images import image_loader
-from fastkd.inference.predict import predict
+from fastkd.inference.predict import class_descriptions, predict
 from fastkd.inference.preprocessing import Preprocessing
 from fastkd.models import create_student, hub
 from fastkd.training import evaluate, export, load_student
