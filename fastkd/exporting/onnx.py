@@ -14,8 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastkd.exporting.check import BATCHES, largest_difference
-from fastkd.exporting.student import Student
+from fastkd.exporting.student import BATCHES, Student, largest_difference
 from fastkd.models.weights import VERSION_KEY
 from fastkd.utils.io import replacing
 
