@@ -18,8 +18,7 @@ from fastkd.exporting.onnx import (
     require_packages,
     write_onnx,
 )
-from fastkd.exporting.output import check_output
-from fastkd.exporting.student import Student, open_student
+from fastkd.exporting.student import Student, check_output, open_student
 from fastkd.exporting.timm import (
     is_safetensors_export,
     is_timm_export,

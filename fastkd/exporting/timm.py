@@ -13,8 +13,7 @@ import timm
 from safetensors.torch import save
 from torch import nn
 
-from fastkd.exporting.output import replacing_file, replacing_folder
-from fastkd.exporting.student import Student, largest_difference
+from fastkd.exporting.student import Student, largest_difference, replacing_file, replacing_folder
 from fastkd.models.weights import FileKind, file_kind, short_misfit
 from fastkd.models.zoo import fixed_input_size
 from fastkd.utils.io import replacing, write_text
