@@ -34,8 +34,8 @@ from fastkd.config import MODULE_PREFIX, Recipe
 from fastkd.data.samplers import slice_size
 from fastkd.data.transforms import InputSpec
 from fastkd.models import TapOutput, Teacher, create_teacher
+from fastkd.training.build import resolve_teacher
 from fastkd.training.task import DistillationTask, build_task
-from fastkd.training.teachers import resolve_teacher
 from fastkd.utils.distributed import AMP_DTYPES, autocast
 
 # How a pass says that it depends on values, which shapes without storage do not have.

@@ -27,10 +27,9 @@ from fastkd.data.samples import Batch
 from fastkd.inference.loading import build_student
 from fastkd.inference.preprocessing import class_count, input_spec, student_shape
 from fastkd.models import TapOutput, create_teacher
-from fastkd.training.build import build_engine
+from fastkd.training.build import build_engine, resolve_teacher
 from fastkd.training.engine import Engine
 from fastkd.training.options import FromRecipe, chosen_teacher, resolve_recipe
-from fastkd.training.teachers import resolve_teacher
 from fastkd.utils.distributed import World, autocast, world
 from fastkd.utils.random import derive_seed, preserved_rng, seed_all
 

@@ -39,7 +39,7 @@ from fastkd.inference.preprocessing import (
     parameter_count,
     student_shape,
 )
-from fastkd.training.build import build_engine
+from fastkd.training.build import build_engine, resolve_teacher
 from fastkd.training.engine import NonFiniteError
 from fastkd.training.logging import RunLogger
 from fastkd.training.loop import evaluate_terms, train_one_epoch
@@ -47,7 +47,6 @@ from fastkd.training.options import FromRecipe, chosen_teacher, resolve_recipe
 from fastkd.training.result import RESULT, Result
 from fastkd.training.state import Identity, Progress, restore, run_state, student_state
 from fastkd.training.summary import effective_values
-from fastkd.training.teachers import resolve_teacher
 from fastkd.training.trackers import check_trackers, open_trackers
 from fastkd.utils.distributed import World, world
 from fastkd.utils.interrupt import StopRequest

@@ -9,7 +9,7 @@ from fastkd.inference import evaluate as evaluation
 from fastkd.inference.loading import weights_to_choose
 from fastkd.models import create_student
 from fastkd.training import Recipe, evaluate, export, load_student, train
-from fastkd.training.teachers import resolve_teacher
+from fastkd.training.build import resolve_teacher
 from tests.harness.tiny import FAST, image_folder, tensor_data, vit
 
 CPU = {"device": "cpu", "workers": 0}

@@ -14,7 +14,7 @@ from fastkd.data.transforms import InputSpec
 from fastkd.inference.loading import open_model, weights_to_choose
 from fastkd.models import create_student, create_teacher
 from fastkd.training import Recipe, evaluate, export, load_student
-from fastkd.training.teachers import resolve_teacher
+from fastkd.training.build import resolve_teacher
 from tests.harness.tiny import made_run, tensor_data
 
 CLASSES = ("blue", "green", "red")

@@ -19,7 +19,7 @@ from fastkd.training import (
     load_student,
     train,
 )
-from fastkd.training.teachers import resolve_teacher
+from fastkd.training.build import resolve_teacher
 from tests.harness.tiny import Interrupting, image_folder, vit
 
 SPEC = InputSpec((3, 32, 32), (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
