@@ -24,7 +24,7 @@ from fastkd.demo.data import CLASSES, SIDE, Digits, load_digits
 from fastkd.demo.progress import Progress
 from fastkd.models import LiftVisionTransformer, Taps, Teacher, create_student
 from fastkd.training import Recipe, Result, train
-from fastkd.training.result import RESULT
+from fastkd.training.logging import RESULT
 from fastkd.utils.io import write_text
 from fastkd.utils.random import preserved_rng
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from fastkd.inference.loading import load_student
     from fastkd.inference.predict import Guess, Prediction, Predictions, predict
     from fastkd.training.engine import NonFiniteError
-    from fastkd.training.result import Result
+    from fastkd.training.logging import Result
     from fastkd.training.task import DistillationTask, build_task
     from fastkd.training.trainer import train
 
@@ -32,7 +32,7 @@ _HOMES = {
     "Predictions": "fastkd.inference.predict",
     "predict": "fastkd.inference.predict",
     "Recipe": "fastkd.config",
-    "Result": "fastkd.training.result",
+    "Result": "fastkd.training.logging",
     "load_student": "fastkd.inference.loading",
     "shard": "fastkd.data.shards",
     "DistillationTask": "fastkd.training.task",

@@ -41,10 +41,9 @@ from fastkd.inference.preprocessing import (
 )
 from fastkd.training.build import build_engine, resolve_teacher
 from fastkd.training.engine import NonFiniteError
-from fastkd.training.logging import RunLogger, check_trackers, open_trackers
+from fastkd.training.logging import RESULT, Result, RunLogger, check_trackers, open_trackers
 from fastkd.training.loop import evaluate_terms, train_one_epoch
 from fastkd.training.options import FromRecipe, chosen_teacher, resolve_recipe
-from fastkd.training.result import RESULT, Result
 from fastkd.training.state import Identity, Progress, restore, run_state, student_state
 from fastkd.training.summary import effective_values
 from fastkd.utils.distributed import World, world

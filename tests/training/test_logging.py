@@ -3,8 +3,7 @@
 import io
 import json
 
-from fastkd.training.logging import RunLogger
-from fastkd.training.result import Result
+from fastkd.training.logging import Result, RunLogger
 
 RECORD = {"epoch": 0, "update": 5, "loss": 1.25, "images_per_second": 800.0, "data_wait": 3.0}
 
