@@ -22,7 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 from fastkd.config import Recipe
 from fastkd.data.samples import Batch
 from fastkd.models import TapOutput, Teacher
-from fastkd.training.meter import Meter, Reading
+from fastkd.training.logging import Meter, Reading
 from fastkd.training.task import DistillationTask
 from fastkd.utils.distributed import World, autocast
 from fastkd.utils.random import derive_seed, seed_all

@@ -15,7 +15,7 @@ import torch
 from fastkd.data.samples import Batch
 from fastkd.inference.evaluate import _check_whole
 from fastkd.training.engine import Engine
-from fastkd.training.meter import Reading, Throughput
+from fastkd.training.logging import Reading, Throughput
 from fastkd.utils.distributed import autocast
 from fastkd.utils.random import seeded
 
