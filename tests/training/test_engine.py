@@ -14,8 +14,7 @@ from fastkd.config import Recipe
 from fastkd.data.samples import Batch
 from fastkd.inference.evaluate import evaluate_model
 from fastkd.training.build import build_optimizer
-from fastkd.training.engine import Engine, NonFiniteError
-from fastkd.training.loop import train_one_epoch
+from fastkd.training.engine import Engine, NonFiniteError, train_one_epoch
 from fastkd.training.task import build_task
 from fastkd.utils.distributed import World
 from tests.harness.tiny import tensor_data, vit
