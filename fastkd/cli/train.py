@@ -138,7 +138,7 @@ def _run(options: argparse.Namespace) -> int:
 def _dry_run(recipe: Recipe, teacher: Any, given: dict[str, Any]) -> int:
     import yaml
 
-    from fastkd.training.summary import dry_run
+    from fastkd.training.dry_run import dry_run
 
     resolved, values = dry_run(recipe, teacher, given)
     lines = [f"{heading + ':':<16} {text}" for heading, text in values.items()]

@@ -40,11 +40,11 @@ from fastkd.inference.preprocessing import (
     student_shape,
 )
 from fastkd.training.build import build_engine, resolve_teacher
+from fastkd.training.dry_run import effective_values
 from fastkd.training.engine import NonFiniteError, evaluate_terms, train_one_epoch
 from fastkd.training.logging import RESULT, Result, RunLogger, check_trackers, open_trackers
 from fastkd.training.options import FromRecipe, chosen_teacher, resolve_recipe
 from fastkd.training.state import Identity, Progress, restore, run_state, student_state
-from fastkd.training.summary import effective_values
 from fastkd.utils.distributed import World, world
 from fastkd.utils.interrupt import StopRequest
 from fastkd.utils.io import remove_leftovers
