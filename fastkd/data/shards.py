@@ -15,8 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fastkd.data.conversion import Conversion, Converters
-from fastkd.data.sharding.journal import INFO, Journal, locked
-from fastkd.data.sharding.plan import Options, Plan
+from fastkd.data.sharding.journal import INFO, Journal, Options, Plan, locked
 from fastkd.data.sharding.progress import Progress
 from fastkd.data.sharding.writer import MB, Writer, verify
 from fastkd.utils.io import replacing, write_text

@@ -17,8 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from fastkd.data.conversion import EXTENSIONS, Converted, Converters
-from fastkd.data.sharding.journal import Journal, Shard
-from fastkd.data.sharding.plan import Options, Plan, Split
+from fastkd.data.sharding.journal import Journal, Options, Plan, Shard, Split
 from fastkd.data.sharding.progress import Progress, shown
 from fastkd.data.tars import list_members
 from fastkd.utils.io import replacing
