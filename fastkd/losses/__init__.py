@@ -12,9 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fastkd.losses.attention import AttentionTransfer
-    from fastkd.losses.base import FeatureTerm, LogitTerm
+    from fastkd.losses.base import Distance, FeatureTerm, LogitTerm, MapDistance
     from fastkd.losses.crd import CRD
-    from fastkd.losses.distance import Distance, MapDistance
     from fastkd.losses.distillation import DistillationLoss
     from fastkd.losses.factory import create_feature_loss, create_logit_loss
     from fastkd.losses.feature import FeatureKD

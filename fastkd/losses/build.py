@@ -12,8 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from fastkd.losses.base import FeatureTerm, LogitTerm
-from fastkd.losses.distance import MAP_DISTANCES, Distance, MapDistance
+from fastkd.losses.base import MAP_DISTANCES, Distance, FeatureTerm, LogitTerm, MapDistance
 from fastkd.losses.registry import Loss
 
 # What the caller wires, and options do not name.

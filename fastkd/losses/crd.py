@@ -14,7 +14,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastkd.losses.distance import Distance, Grid
+from fastkd.losses.base import Distance, Grid
 from fastkd.losses.forward_gradient import (
     check_chunk_bytes,
     chunk_limit,

@@ -1,7 +1,7 @@
 """Distillation of feature maps between pairs of blocks.
 
 Knows tokens, widths and projectors; which model the tokens come from is the caller's business, and
-what a pair's distance is, `fastkd.losses.distance` and its subclasses say.
+what a pair's distance is, `fastkd.losses.base` and its subclasses say.
 """
 
 from __future__ import annotations
@@ -14,9 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from fastkd.losses import registry
-from fastkd.losses.base import FeatureTerm, Key, Pairs, check_choice
+from fastkd.losses.base import FeatureTerm, Grid, Key, MapDistance, Pairs, check_choice
 from fastkd.losses.build import build_distance
-from fastkd.losses.distance import Grid, MapDistance
 from fastkd.losses.projectors import (
     PROJECTORS,
     build_projector,

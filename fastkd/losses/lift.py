@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastkd.losses.distance import MAP_DISTANCES
+from fastkd.losses.base import MAP_DISTANCES
 from fastkd.losses.projectors import has_hooks, init_linear
 from fastkd.ops import lift, lift_kd
 from fastkd.tokens import RESAMPLE_MODES, Tokens, match_grids

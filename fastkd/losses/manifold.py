@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastkd.losses.distance import Distance, Grid
+from fastkd.losses.base import Distance, Grid
 from fastkd.losses.forward_gradient import (
     before_direction,
     check_chunk_bytes,

@@ -105,28 +105,28 @@ LOGIT_LOSSES = (
 FEATURE_LOSSES = (
     Loss(
         "mse",
-        "fastkd.losses.distance:MapDistance",
+        "fastkd.losses.base:MapDistance",
         "mean squared difference of tokens; FitNets with projector linear",
         "arXiv 1412.6550",
         "0.2 (arXiv 2511.15572)",
     ),
     Loss(
         "spectral",
-        "fastkd.losses.distance:MapDistance",
+        "fastkd.losses.base:MapDistance",
         "mean squared difference of the maps' 2-d spectra (SpectralKD)",
         "arXiv 2412.19055",
         "0.2",
     ),
     Loss(
         "smooth_l1",
-        "fastkd.losses.distance:MapDistance",
+        "fastkd.losses.base:MapDistance",
         "Huber's distance of tokens",
         "arXiv 1504.08083",
         "1 in VkD, on pooled tokens",
     ),
     Loss(
         "cosine",
-        "fastkd.losses.distance:MapDistance",
+        "fastkd.losses.base:MapDistance",
         "1 - cosine of corresponding tokens",
         "-",
         "none published at this reduction",

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastkd.losses.distance import Distance, Grid
+from fastkd.losses.base import Distance, Grid
 from fastkd.losses.forward_gradient import (
     SHORTEST,
     before_direction,

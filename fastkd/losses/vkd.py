@@ -10,8 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastkd.losses.base import check_choice
-from fastkd.losses.distance import Distance, Grid, MapDistance
+from fastkd.losses.base import Distance, Grid, MapDistance, check_choice
 from fastkd.losses.softening import check_positive
 from fastkd.ops.precision import in_float64
 
