@@ -24,7 +24,7 @@ from fastkd.losses.forward_gradient import (
     wide_dtype,
     zero_gradient,
 )
-from fastkd.ops.precision import at_least_float32
+from fastkd.ops.checks import at_least_float32
 
 
 class CRD(Distance):

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from fastkd.losses.base import FeatureTerm, Key, LogitTerm
 from fastkd.losses.projectors import undecayed
 from fastkd.losses.softening import check_not_negative
-from fastkd.ops.precision import at_least_float32
+from fastkd.ops.checks import at_least_float32
 from fastkd.tokens import Tokens
 
 

@@ -15,9 +15,8 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from fastkd.ops.checks import refuse_forward_mode
+from fastkd.ops.checks import exact_float32, refuse_forward_mode
 from fastkd.ops.feature_kd.reference import ACCELERATOR_CHUNK_BYTES, CHUNK_BYTES
-from fastkd.ops.precision import exact_float32
 
 # A shorter vector has no direction: it is like no other, and gets no gradient.
 SHORTEST = 1e-12

@@ -21,7 +21,7 @@ from fastkd.losses.softening import (
     mean_of,
     soften,
 )
-from fastkd.ops.precision import at_least_float32
+from fastkd.ops.checks import at_least_float32
 
 __all__ = ["DIST", "DKD", "NKD", "HardKD", "SoftKD"]
 

@@ -15,7 +15,7 @@ from torch.nn.utils import parametrize
 
 from fastkd.losses.registry import PROJECTORS as CATALOGUE
 from fastkd.losses.registry import names
-from fastkd.ops.precision import at_least_float32, in_float64
+from fastkd.ops.checks import at_least_float32, in_float64
 
 PROJECTORS = names(CATALOGUE)
 JOINING = ("pool", "linear", "mlp", "orthogonal")  # any two widths

@@ -10,7 +10,7 @@ import math
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastkd.ops.precision import at_least_float32
+from fastkd.ops.checks import at_least_float32
 
 
 def soften(logits: Tensor, tau: float = 1.0) -> Tensor:

@@ -17,7 +17,7 @@ from fastkd.losses.base import FeatureTerm, Key, Pairs
 from fastkd.losses.projectors import fused_weights
 from fastkd.losses.softening import check_not_negative, mean_of
 from fastkd.ops import feature_kd, lift_kd
-from fastkd.ops.precision import at_least_float32
+from fastkd.ops.checks import at_least_float32
 from fastkd.tokens import Tokens
 
 Grid = tuple[int, int]

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fastkd.losses.base import Distance, Grid, MapDistance, check_choice
 from fastkd.losses.softening import check_positive
-from fastkd.ops.precision import in_float64
+from fastkd.ops.checks import in_float64
 
 NORMALIZATIONS = ("standardize", "whiten", "none")
 DISTANCES = ("smooth_l1", "mse")

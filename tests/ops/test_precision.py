@@ -5,7 +5,7 @@ import threading
 import pytest
 import torch
 
-from fastkd.ops.precision import exact_float32
+from fastkd.ops.checks import exact_float32
 
 WIDER = torch.backends
 PRODUCTS = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastkd.ops import backend as backends
 from fastkd.ops import threads
-from fastkd.ops.precision import exact_float32
+from fastkd.ops.checks import exact_float32
 from fastkd.ops.spectrum import (
     LEVELS,
     OPERATOR,

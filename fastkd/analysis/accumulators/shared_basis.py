@@ -18,7 +18,7 @@ from torch import Tensor
 from fastkd.analysis.accumulators.base import Accumulator, Rows, only
 from fastkd.analysis.accumulators.second_moment import SharedBasis
 from fastkd.analysis.results import Curve, Ranks, SharedView, Subspaces
-from fastkd.ops.precision import exact_float32
+from fastkd.ops.checks import exact_float32
 from fastkd.ops.spectrum import (
     LEVELS,
     energy_curve,

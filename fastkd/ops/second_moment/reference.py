@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from fastkd.ops.precision import exact_float32
+from fastkd.ops.checks import exact_float32
 
 WEIGHTS = ("none", "row_norm")
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastkd.ops.precision import exact_float32
+from fastkd.ops.checks import exact_float32
 from fastkd.ops.threads import over_shares
 
 # Bytes of converted tokens at a time: on a CPU small enough for the caches.
