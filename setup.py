@@ -19,7 +19,7 @@ ROOT = Path(__file__).parent
 STABLE_ABI_TARGET = "0x020b000000000000"  # torch 2.11: the oldest one a built library loads on
 CSRC = ROOT / "csrc"
 SOURCES = sorted(str(p.relative_to(ROOT)) for p in [*CSRC.glob("*.cu"), *CSRC.glob("*.cpp")])
-NOT_BUILT = ROOT / "fastkd" / "_not_built.txt"  # read by fastkd.ops.extension
+NOT_BUILT = ROOT / "fastkd" / "_not_built.txt"  # read by fastkd.ops.backend
 BUILD_COMMANDS = {"build", "build_ext", "build_py", "bdist_wheel", "editable_wheel", "develop"}
 
 

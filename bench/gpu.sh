@@ -107,7 +107,7 @@ library_loads() {
     return
   fi
   "$python" -c 'import sys, torch
-from fastkd.ops.extension import extension
+from fastkd.ops.backend import extension
 reason = extension().error or extension().why_not_on(torch.device("cuda", 0))
 print(reason or "the library loads and covers this GPU")
 sys.exit(reason is not None)'

@@ -6,18 +6,24 @@ Every operator has the backend ``"torch"``, which is always usable, and may have
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import importlib.util
+import json
 import logging
 import os
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
 
-from fastkd.ops.extension import extension
+LIBRARY_STEM = "_C"
+
+NOT_BUILT = "_not_built.txt"  # setup.py's reason
 
 logger = logging.getLogger("fastkd")
 
@@ -241,3 +247,80 @@ def backends(device: torch.device | str | None = None) -> dict[str, str | None]:
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     return {name: unavailable(name, torch.device(device)) for name in NAMES if name != "auto"}
+
+
+@dataclass(frozen=True)
+class Extension:
+    """The state of the compiled library.
+
+    Attributes:
+        path: the library file, or None where none was built.
+        error: why it is not usable, or None where it is loaded.
+        built: what it was built for: ``torch``, ``cuda`` (versions) and ``archs`` (a list).
+    """
+
+    path: Path | None
+    error: str | None
+    built: dict[str, str | list[str]] = field(default_factory=dict)
+
+    def why_not_on(self, device: torch.device) -> str | None:
+        """Why the library's kernels cannot run on a CUDA device; None where they can."""
+        if self.error is not None:
+            return self.error
+        capability = torch.cuda.get_device_capability(device)
+        archs = [str(arch) for arch in self.built.get("archs", [])]
+        if any(_covers(arch, capability) for arch in archs):
+            return None
+        found = f"{torch.cuda.get_device_name(device)} (sm_{capability[0]}{capability[1]})"
+        return f"the library was built for {', '.join(archs) or 'no GPU'}; found {found}"
+
+
+def _covers(arch: str, capability: tuple[int, int]) -> bool:
+    """Whether code for ``arch`` ("8.0", "9.0a", "10.0+PTX") runs on a device of ``capability``."""
+    found = re.fullmatch(r"(\d+)\.(\d)([af]?)(\+PTX)?", arch)
+    if found is None:
+        return False
+    major, minor = int(found[1]), int(found[2])
+    if found[3]:
+        return (major, minor) == capability
+    if found[4] and capability >= (major, minor):
+        return True
+    return capability[0] == major and capability[1] >= minor
+
+
+def library_path() -> Path | None:
+    """The compiled library beside the package, or None."""
+    found = sorted(Path(__file__).parents[1].glob(f"{LIBRARY_STEM}*.so"))
+    return found[0] if found else None
+
+
+def load_library(path: Path) -> Extension:
+    """Load one library and read what it was built for.
+
+    Args:
+        path: a shared library built from csrc.
+
+    Returns:
+        Its state; `Extension.error` names both what it was built for and what was found when
+        loading failed.
+    """
+    try:
+        raw = ctypes.CDLL(str(path))
+        raw.fastkd_build_info.restype = ctypes.c_char_p
+        built = json.loads(raw.fastkd_build_info())
+        torch.ops.load_library(str(path))
+    except (OSError, AttributeError, ValueError) as error:
+        found = f"torch {torch.__version__} (CUDA {torch.version.cuda})"
+        return Extension(path, f"{path.name} did not load into {found}: {error}")
+    return Extension(path, None, built)
+
+
+@functools.cache
+def extension() -> Extension:
+    """The compiled library, loaded at the first call."""
+    path = library_path()
+    if path is None:
+        reason = Path(__file__).parents[1] / NOT_BUILT
+        why = reason.read_text(encoding="utf-8").strip() if reason.exists() else "no install yet"
+        return Extension(None, f"the CUDA library was not built: {why}")
+    return load_library(path)

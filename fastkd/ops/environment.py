@@ -10,7 +10,7 @@ import sys
 import torch
 
 from fastkd.ops import backends
-from fastkd.ops.extension import extension
+from fastkd.ops.backend import extension
 
 PACKAGES = ("torchvision", "timm", "triton", "numpy")
 VARIABLES = ("FASTKD_BACKEND", "FASTKD_SELF_CHECK", "FASTKD_BUILD", "TORCH_CUDA_ARCH_LIST")

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastkd.ops.extension import Extension, _covers, extension, library_path, load_library
+from fastkd.ops.backend import Extension, _covers, extension, library_path, load_library
 from tests.conftest import skip_or_fail
 
 ROOT = Path(__file__).parents[2]
