@@ -21,11 +21,13 @@ from fastkd.ops.spectrum.measures import (
     effective_rank,
     energy_curve,
     levels_of,
+    overlap,
+    principal_angles,
     rank_at,
     singular_values_of,
     stable_rank,
+    subspace,
 )
-from fastkd.ops.spectrum.subspaces import overlap, principal_angles, subspace
 
 __all__ = [
     "LEVELS",
