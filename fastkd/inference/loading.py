@@ -20,9 +20,8 @@ from fastkd.config import MODULE_PREFIX, Recipe
 from fastkd.data.transforms import InputSpec
 from fastkd.inference.preprocessing import LoadedStudent, Preprocessing, Shape, change_input_size
 from fastkd.models import create_student
-from fastkd.models.exported import read_description
 from fastkd.models.hub import fetched
-from fastkd.models.pretrained import build_pretrained, fill
+from fastkd.models.pretrained import build_pretrained, fill, read_description
 from fastkd.models.registered import registered_name
 from fastkd.models.weights import FileKind, better_weights, file_kind, short_misfit
 from fastkd.models.zoo import LOCAL, build_timm_model
