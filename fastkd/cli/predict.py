@@ -100,7 +100,7 @@ def _print(text: str) -> None:
 
 
 def _report(predictions: Predictions, model: str, output: str | None) -> str:
-    from fastkd.utils.text import writable
+    from fastkd.utils.io import writable
 
     count = len(predictions.images)
     told = (

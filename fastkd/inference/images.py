@@ -30,7 +30,7 @@ from fastkd.data.samples import (
 )
 from fastkd.inference.preprocessing import Preprocessing, input_spec
 from fastkd.utils.distributed import ALONE, World
-from fastkd.utils.text import writable
+from fastkd.utils.io import writable
 
 Images = str | os.PathLike[str] | Iterable[str | os.PathLike[str]]
 

@@ -24,9 +24,8 @@ from fastkd.data.samples import Batch, Fault
 from fastkd.inference.images import Images, find_images, image_loader
 from fastkd.inference.loading import IMAGE_OPTIONS, open_model
 from fastkd.utils.distributed import World, autocast, world
-from fastkd.utils.io import write_text
+from fastkd.utils.io import writable, write_text
 from fastkd.utils.progress import ImageProgress
-from fastkd.utils.text import writable
 
 _SYNSET = re.compile(r"n\d{8}")
 

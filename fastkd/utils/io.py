@@ -98,3 +98,15 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
     """
     with replacing(path) as file:
         file.write(text.encode())
+
+
+def writable(name: str | os.PathLike[str]) -> str:
+    r"""A name as it can be printed and encoded, whatever bytes a file system has for it.
+
+    Args:
+        name: of a file, or made of one.
+
+    Returns:
+        The name; bytes of it that are no UTF-8 as ``\xff``.
+    """
+    return os.fsencode(name).decode("utf-8", "backslashreplace")
