@@ -31,8 +31,7 @@ from fastkd.ops.sep import CONVENTIONS
 from fastkd.ops.spectrum import LEVELS, MOST_LEVELS
 from fastkd.ops.spectrum.measures import levels_of
 from fastkd.ops.threads import each
-from fastkd.utils.distributed import World
-from fastkd.utils.interrupt import StopRequest
+from fastkd.utils.distributed import StopRequest, World
 
 SHARED = ("last", "all", "none")
 NO_PATTERN = "none"

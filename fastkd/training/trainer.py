@@ -45,8 +45,7 @@ from fastkd.training.engine import NonFiniteError, evaluate_terms, train_one_epo
 from fastkd.training.logging import RESULT, Result, RunLogger, check_trackers, open_trackers
 from fastkd.training.options import FromRecipe, chosen_teacher, resolve_recipe
 from fastkd.training.state import Identity, Progress, restore, run_state, student_state
-from fastkd.utils.distributed import World, world
-from fastkd.utils.interrupt import StopRequest
+from fastkd.utils.distributed import StopRequest, World, world
 from fastkd.utils.io import remove_leftovers
 from fastkd.utils.random import derive_seed, preserved_rng, seed_all
 
