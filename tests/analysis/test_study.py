@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from fastkd.analysis import InSharedBasis, codec, resume, study
+from fastkd.analysis import InSharedBasis, resume, study
+from fastkd.analysis import results as codec
 from fastkd.analysis.progress import AnalysisProgress
 from fastkd.analysis.results import ModelResult
 from fastkd.analysis.resume import Resume

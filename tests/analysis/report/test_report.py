@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import pytest
 
-from fastkd.analysis import codec
+from fastkd.analysis import results as codec
 from fastkd.analysis.report import Report
 from fastkd.analysis.results import Curve, ModelResult
 from tests.analysis import made_results as made
