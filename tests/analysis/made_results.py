@@ -2,7 +2,6 @@
 
 import numpy as np
 
-from fastkd.analysis.readings import bandwidths
 from fastkd.analysis.report import Report
 from fastkd.analysis.results import (
     Curve,
@@ -13,6 +12,7 @@ from fastkd.analysis.results import (
     SepTest,
     SharedView,
     Subspaces,
+    bandwidths,
     intervals,
 )
 from fastkd.ops.sep import LEVELS as BANDWIDTH_LEVELS

@@ -24,8 +24,8 @@ from typing import Any
 
 import numpy as np
 
-from fastkd.analysis import readings
 from fastkd.analysis import results as codec
+from fastkd.analysis import results as readings
 from fastkd.analysis.report import markdown
 from fastkd.analysis.report.tables import all_tables
 from fastkd.analysis.results import Distribution, LayerResult, ModelResult, Ranks, Subspaces

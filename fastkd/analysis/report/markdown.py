@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fastkd.analysis import readings
+from fastkd.analysis import results as readings
 from fastkd.analysis.results import ModelResult
 from fastkd.analysis.table import Table, escaped_markdown
 

@@ -21,7 +21,7 @@ from matplotlib.patheffects import withStroke
 from matplotlib.ticker import MaxNLocator, NullFormatter, StrMethodFormatter
 from matplotlib.transforms import ScaledTranslation
 
-from fastkd.analysis import readings
+from fastkd.analysis import results as readings
 from fastkd.analysis.results import (
     Distribution,
     LayerResult,

@@ -14,8 +14,7 @@ from typing import Any
 
 import yaml
 
-from fastkd.analysis.readings import UNTRAINED
-from fastkd.analysis.results import ModelResult
+from fastkd.analysis.results import UNTRAINED, ModelResult
 
 _PRETRAINED = "pretrained"
 

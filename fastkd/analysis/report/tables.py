@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from fastkd.analysis import readings
+from fastkd.analysis import results as readings
 from fastkd.analysis.report.published import Match, match, published
 from fastkd.analysis.results import (
     Distribution,

@@ -7,7 +7,7 @@ import io
 import numpy as np
 import pytest
 
-from fastkd.analysis import readings
+from fastkd.analysis import results as readings
 from fastkd.analysis.report import tables
 from fastkd.analysis.table import (
     BESIDE,
