@@ -19,8 +19,7 @@ from fastkd.analysis.arrays import ArraySource, is_array_folder
 from fastkd.analysis.images import ImageSelection, open_images
 from fastkd.analysis.progress import AnalysisProgress
 from fastkd.analysis.report import Report, check_comparable
-from fastkd.analysis.resume import Resume, difference, plain_json
-from fastkd.analysis.study import Settings, Study
+from fastkd.analysis.study import Resume, Settings, Study, difference, plain_json
 from fastkd.analysis.subjects import resolve
 from fastkd.analysis.tokens import LayerChoice, ModelSource, TokenSource
 from fastkd.checkpoint import LAST

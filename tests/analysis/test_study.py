@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 import torch
 
-from fastkd.analysis import InSharedBasis, resume, study
+from fastkd.analysis import InSharedBasis, study
 from fastkd.analysis import results as codec
+from fastkd.analysis import study as resume
 from fastkd.analysis.progress import AnalysisProgress
 from fastkd.analysis.results import ModelResult
-from fastkd.analysis.resume import Resume
-from fastkd.analysis.study import Settings, Study
+from fastkd.analysis.study import Resume, Settings, Study
 from fastkd.utils.distributed import World, world
 from tests.analysis.made_tokens import Interrupted, TensorSource, in_plane, normal, waves
 from tests.harness.torchrun import run_ranks
