@@ -20,8 +20,7 @@ from fastkd.analysis.images import ImageSelection, open_images
 from fastkd.analysis.progress import AnalysisProgress
 from fastkd.analysis.report import Report, check_comparable
 from fastkd.analysis.study import Resume, Settings, Study, difference, plain_json
-from fastkd.analysis.subjects import resolve
-from fastkd.analysis.tokens import LayerChoice, ModelSource, TokenSource
+from fastkd.analysis.tokens import LayerChoice, ModelSource, TokenSource, resolve
 from fastkd.checkpoint import LAST
 from fastkd.data.datasets import Data
 from fastkd.ops.environment import version

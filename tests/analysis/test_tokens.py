@@ -9,8 +9,7 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from fastkd.analysis.images import open_images
-from fastkd.analysis.subjects import resolve
-from fastkd.analysis.tokens import ModelSource, parse_layers, weights_hash
+from fastkd.analysis.tokens import ModelSource, parse_layers, resolve, weights_hash
 from fastkd.models import create_student
 from tests.analysis.test_images import broken_folder, folder_of
 

@@ -8,7 +8,7 @@ import timm
 import torch
 from torch import nn
 
-from fastkd.analysis.subjects import resolve
+from fastkd.analysis.tokens import resolve
 from fastkd.checkpoint import LAST, CheckpointError, load_checkpoint, save_checkpoint
 from fastkd.data.transforms import InputSpec
 from fastkd.inference.loading import open_model, weights_to_choose
