@@ -626,7 +626,7 @@ def test_on_a_cpu_it_takes_a_quarter_of_eagers_memory_however_many_tokens():
 
 def test_tuning_keeps_the_fastest_configuration_that_fits(monkeypatch):
     tiles = pytest.importorskip("fastkd.ops.lift_kd.tiles")
-    from fastkd.ops.lift_kd import tuning
+    from fastkd.ops.lift_kd import triton as tuning
 
     milliseconds = dict.fromkeys(tiles.CANDIDATES, 2.0)
     milliseconds |= {tiles.HALF: 3.0, tiles.CANDIDATES[3]: 1.0, tiles.FLOAT: float("inf")}

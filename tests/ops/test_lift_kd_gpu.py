@@ -145,7 +145,7 @@ def test_it_allocates_no_lifted_map(inputs, backend, pool):
 def test_tuning_chooses_among_configurations_that_are_all_right(inputs, backend, monkeypatch):
     if backend.name != "triton":
         pytest.skip("tunes Triton's configurations")
-    from fastkd.ops.lift_kd import tuning
+    from fastkd.ops.lift_kd import triton as tuning
 
     leaves, teacher = inputs
     expected = step(leaves, teacher, "mse", False, "triton")

@@ -7,7 +7,10 @@ gradient is known only in the backward, which computes the lifted tokens again: 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import logging
+import math
+import os
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,8 +25,17 @@ from fastkd.ops.launch import KernelLaunch
 from fastkd.ops.lift_kd import kernels
 from fastkd.ops.lift_kd.projection import Gradients, Projection
 from fastkd.ops.lift_kd.reference import COSINE_EPS, stats_shape
-from fastkd.ops.lift_kd.tiles import Cut, Tile, capability, default_tile
-from fastkd.ops.lift_kd.tuning import tuned
+from fastkd.ops.lift_kd.tiles import CANDIDATES, Cut, Tile, capability, default_tile
+
+logger = logging.getLogger("fastkd")
+
+ENVIRONMENT_AUTOTUNE = "FASTKD_AUTOTUNE"
+
+MAX_IMAGES = 256  # of the batch that is timed
+
+Run = Callable[[Tile, Tensor, Tensor], None]
+
+_best: dict[tuple[Any, ...], Tile] = {}
 
 BLOCK = 64  # channels per block where there is nothing to choose
 BAND_TOKENS = 2 * 132 * 64  # two tiles per SM of an H100; their slopes (13 MB) stay in its L2 cache
@@ -640,3 +652,65 @@ def _strides(name: str, x: Tensor) -> dict[str, int]:
         f"{name}_column": column,
         f"{name}_channel": channel,
     }
+
+
+def tuned(tokens: Tensor, projection: Projection, loss: str, default: Tile, run: Run) -> Tile:
+    """The fastest configuration for inputs like these; ``default`` unless tuning is asked for.
+
+    Args:
+        tokens: [B, H, W, Ds] on a GPU.
+        projection: to what the tokens are lifted, and how.
+        loss: one of feature_kd's.
+        default: what runs without tuning, and while a CUDA graph is captured.
+        run: runs forward and backward with a configuration, on tokens and teacher.
+
+    Returns:
+        The configuration.
+    """
+    if os.environ.get(ENVIRONMENT_AUTOTUNE) != "1" or tokens.device.type != "cuda":
+        return default
+    key = _shape_class(tokens, projection, loss)
+    if key not in _best:
+        if torch.cuda.is_current_stream_capturing():
+            return default
+        _best[key] = _search(tokens, projection, loss, default, run)
+    return _best[key]
+
+
+def _shape_class(tokens: Tensor, projection: Projection, loss: str) -> tuple[Any, ...]:
+    return (
+        torch.cuda.get_device_name(tokens.device),
+        tokens.dtype,
+        projection.compute,
+        *tokens.shape[1:],
+        projection.width,
+        projection.norm_weight is not None,
+        loss,
+    )
+
+
+def _search(tokens: Tensor, projection: Projection, loss: str, default: Tile, run: Run) -> Tile:
+    batch = min(len(tokens), MAX_IMAGES)
+    sample = torch.randn(batch, *tokens.shape[1:], device=tokens.device).to(tokens.dtype)
+    teacher = torch.randn(*sample.shape[:3], projection.width, device=tokens.device)
+    teacher = teacher.to(tokens.dtype)
+    # A candidate must also take every grid row that the default takes: what an operator refuses
+    # does not depend on tuning.
+    candidates = [tile for tile in CANDIDATES if tile.rows >= default.rows or loss != "spectral"]
+    times = {tile: _milliseconds(tile, sample, teacher, run) for tile in (default, *candidates)}
+    best = min(times, key=times.__getitem__)
+    shape = [*tokens.shape[1:], projection.width]
+    logger.info(
+        "lift_kd: tuned %s %s: %.3f ms with %s, %.3f ms by default",
+        shape, loss, times[best], best, times[default],
+    )  # fmt: skip
+    return best
+
+
+def _milliseconds(tile: Tile, sample: Tensor, teacher: Tensor, run: Run) -> float:
+    from triton.testing import do_bench
+
+    try:
+        return do_bench(lambda: run(tile, sample, teacher), return_mode="median")
+    except triton.runtime.errors.OutOfResources:
+        return math.inf
