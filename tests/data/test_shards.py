@@ -20,8 +20,7 @@ from fastkd.data.conversion import Conversion, Converters, convert
 from fastkd.data.datasets import open_data
 from fastkd.data.sharding import journal
 from fastkd.data.sharding.journal import locked
-from fastkd.data.sharding.writer import Writer
-from fastkd.data.shards import shard
+from fastkd.data.shards import Writer, shard
 from tests.harness.tiny import image_folder
 
 SMALL = {"samples_per_shard": 5, "workers": 1, "quiet": True}
