@@ -1,34 +1,35 @@
-"""Recipe: everything a run depends on, in one flat frozen record.
-
-Knows names, types and YAML; not what the values do. The same fields make the keyword overrides of
-`fastkd.train`, the keys of ``recipes/*.yaml`` and the flags of ``fastkd train``.
-"""
+"""The recipe of a run: a flat, frozen pydantic model made of the sections that functions read."""
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
-import math
 import os
-import re
-import types
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal, TypedDict
 
-import yaml
+from annotated_types import Ge, Gt, Le, Lt, MinLen
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    TypeAdapter,
+    ValidationError,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError, core_schema
+from typing_extensions import Unpack
 
 from fastkd.losses.registry import FEATURE_LOSSES, LOGIT_LOSSES, PROJECTORS, names
 from fastkd.utils.io import write_text
 
 IMAGE_FIELDS = ("interpolation", "crop_pct", "crop_mode")
-
-
-MODULE_PREFIX = "module:"
+MODULE_PREFIX = "module:"  # stands before the class name of a model that was given as a module
+NONE_WORDS = ("none", "null", "~")
 
 Key = int | str
 Pairs = tuple[tuple[Key, Key], ...]
@@ -44,170 +45,536 @@ OPERATIONAL_FIELDS = frozenset(
 )
 
 
-def _option(default: Any, group: str, help: str, choices: tuple[str, ...] | None = None) -> Any:
-    return dataclasses.field(
-        default=default, metadata={"group": group, "help": help, "choices": choices}
-    )
+class _Quoted(str):
+    """A scalar that YAML quotes: text, whatever it looks like."""
+
+
+def parse_pairs(text: str) -> Pairs:
+    """Read ``"0:0,1:1,11:23"``; what is no integer is a module's name.
+
+    Args:
+        text: pairs separated by commas, student and teacher by a colon.
+
+    Returns:
+        The pairs.
+
+    Raises:
+        ValueError: a pair without its colon.
+    """
+    return tuple(_pair([_key(end) for end in part.split(":")]) for part in text.split(","))
+
+
+def parse_options(text: str) -> Options:
+    """Read ``"beta=8,normalize=whiten"``; values are numbers, true, false, none or words.
+
+    Args:
+        text: assignments separated by commas.
+
+    Returns:
+        Values by name.
+
+    Raises:
+        ValueError: a part that is no assignment, or a name given twice.
+    """
+    options: Options = {}
+    for part in text.split(","):
+        name, equals, value = (piece.strip() for piece in part.partition("="))
+        if not (name and equals and value):
+            raise ValueError(f"an option is name=value, got {part!r}")
+        if name in options:
+            raise ValueError(f"{name} is given twice in {text!r}")
+        options[name] = _scalar(value)
+    return options
+
+
+def _key(text: str) -> Key:
+    """A block's number or a module's name."""
+    try:
+        return str(text) if isinstance(text, _Quoted) else int(text)
+    except ValueError:
+        return text.strip()
+
+
+def _scalar(text: str) -> int | float | bool | str | None:
+    """The value of a loss's option that a text stands for."""
+    if isinstance(text, _Quoted):
+        return str(text)
+    words = {"true": True, "false": False, **dict.fromkeys(NONE_WORDS)}
+    if text.lower() in words:
+        return words[text.lower()]
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
+
+
+def _pair(items: Any) -> tuple[Key, Key]:
+    keys = () if isinstance(items, str) else tuple(items)
+    if len(keys) != 2 or any(isinstance(k, bool) or not isinstance(k, int | str) for k in keys):
+        raise ValueError(f"a pair is student:teacher, got {items!r}")
+    return keys
+
+
+def _check_pairs(value: Any) -> Pairs:
+    try:
+        return parse_pairs(value) if isinstance(value, str) else tuple(map(_pair, value))
+    except (TypeError, ValueError):
+        raise PydanticCustomError("pairs_type", "no pairs") from None
+
+
+def _check_options(value: Any) -> Options:
+    """A copy: a caller's dictionary may change later."""
+    try:
+        options = parse_options(value) if isinstance(value, str) else dict(value)
+        kinds = bool | int | float | str | None
+        if not isinstance(value, str | Mapping) or not all(
+            isinstance(name, str) and isinstance(item, kinds) for name, item in options.items()
+        ):
+            raise TypeError
+    except (TypeError, ValueError):
+        raise PydanticCustomError("options_type", "no options") from None
+    if any(isinstance(item, float) and abs(item) == float("inf") for item in options.values()):
+        raise PydanticCustomError("finite_number", "not finite")
+    return options
+
+
+def _items(value: Any) -> Any:
+    if isinstance(value, str):
+        return tuple(part.strip() for part in value.split(","))
+    return tuple(value) if isinstance(value, list) else value
 
 
 @dataclass(frozen=True)
-class Recipe:
-    """A run's settings. Each field's metadata holds its one-line help, its group and its choices.
+class _Named:
+    """One of the names that a registry holds; no Literal, because they stand there alone."""
+
+    names: tuple[str, ...]
+
+    def __get_pydantic_core_schema__(self, *_: Any) -> core_schema.CoreSchema:
+        return core_schema.literal_schema(list(self.names))
+
+
+# Each type ends with the words that errors and the command line's help describe it by.
+Count = Annotated[int, Ge(1), "an integer of at least 1"]
+Whole = Annotated[int, Ge(0), "an integer of at least 0"]
+Finite = Annotated[float, "a finite number"]
+Positive = Annotated[float, Gt(0), "a finite number above 0"]
+NonNegative = Annotated[float, Ge(0), "a finite number of at least 0"]
+Share = Annotated[float, Ge(0), Le(1), "a number between 0 and 1"]
+PositiveShare = Annotated[float, Gt(0), Le(1), "a number in (0, 1]"]
+BelowOne = Annotated[float, Ge(0), Lt(1), "a number in [0, 1)"]
+Switch = Annotated[bool, "true or false"]
+Text = Annotated[str, Field(pattern=r"\S"), "a text that is not empty"]
+Channels = Annotated[tuple[float, ...], BeforeValidator(_items), MinLen(1), "a list of numbers"]
+Range = Annotated[
+    tuple[float, float], BeforeValidator(_items), "a lowest and a highest number above 0"
+]
+PairList = Annotated[
+    Pairs,
+    BeforeValidator(_check_pairs, json_schema_input_type=str | Pairs),
+    MinLen(1),
+    "pairs of blocks such as 11:23 or [[11, 23]]",
+]
+LossOptions = Annotated[
+    Options,
+    BeforeValidator(_check_options, json_schema_input_type=str | Options),
+    "options such as beta=8 or {beta: 8}",
+]
+
+
+class Section(BaseModel):
+    """Fields that belong together, checked one by one and against each other."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+    if not typing.TYPE_CHECKING:  # type checkers know the fields
+
+        def __init__(self, **values: Any) -> None:
+            try:
+                super().__init__(**values)
+            except ValidationError as error:
+                raise _explained(error, type(self), values) from None
+
+    @model_validator(mode="after")
+    def _check_together(self) -> Section:
+        misfits = [
+            f"{name}: expected {expected}, got {getattr(self, name)!r}"
+            for section in type(self).__mro__
+            if issubclass(section, Section) and "_misfits" in vars(section)
+            for name, expected in section._misfits(self)
+        ]
+        if misfits:
+            raise ValueError("\n".join(misfits))
+        return self
+
+    def _misfits(self) -> Iterator[tuple[str, str]]:
+        """(field, what is expected) for values that do not fit those of other fields."""
+        return iter(())
+
+
+class StudentConfig(Section):
+    """Which student is built."""
+
+    model: Text | None = Field(
+        default="deit_tiny_patch16_224", description="timm name of the student"
+    )
+    variant: Literal["plain", "lift", "widelast", "uniform"] = Field(
+        default="plain", description="student architecture"
+    )
+    width: Count | None = Field(
+        default=None,
+        description="of a variant; none: 384 for lift and widelast, uniform must be given one",
+    )
+    img_size: Count | None = Field(
+        default=None, description="input pixels a side; none: the student's own"
+    )
+    num_classes: Count | None = Field(default=None, description="classes; none: as the data say")
+    drop_path: Share = Field(default=0.0, description="stochastic depth rate at the last block")
+
+
+class TeacherConfig(Section):
+    """Which teacher is opened, and the size of its images."""
+
+    teacher: Text | None = Field(
+        default=None, description="timm name, run folder or fastkd checkpoint"
+    )
+    teacher_checkpoint: Text | None = Field(
+        default=None, description="local weights for a timm name"
+    )
+    teacher_img_size: Count | None = Field(
+        default=None, description="pixels a side that images are resized to for it; none: its own"
+    )
+
+
+class DistillConfig(Section):
+    """What the student is compared with the teacher by."""
+
+    alpha: NonNegative = Field(default=0.0, description="weight of the logit loss")
+    ce_weight: NonNegative | None = Field(
+        default=None, description="weight of the cross-entropy; none: 1 - alpha"
+    )
+    logit_loss: Annotated[str, _Named(names(LOGIT_LOSSES))] = Field(
+        default="soft", description="distance between logits"
+    )
+    tau: Positive = Field(default=1.0, description="temperature of logit losses that have one")
+    logit_options: LossOptions | None = Field(
+        default=None, description="of the logit loss, as name=value,... (see: fastkd losses NAME)"
+    )
+    feature_loss: Annotated[str, _Named(names(FEATURE_LOSSES))] = Field(
+        default="mse", description="distance between token maps"
+    )
+    feature_options: LossOptions | None = Field(
+        default=None, description="of the feature loss, as name=value,... (see: fastkd losses NAME)"
+    )
+    feature_weight: NonNegative = Field(
+        default=0.2, description="weight of the feature loss; 0: none"
+    )
+    pairs: PairList = Field(
+        default=((-1, -1),),
+        description="student:teacher blocks, as 0:0,1:1,11:23; from the end: --pairs=-1:-1; of a "
+        "CNN, stages as timm counts them, the stem included (ResNet: 0 is the stem, 4 is layer4)",
+    )
+    student_prefix: Whole = Field(
+        default=0, description="tokens that are no patches, in student layers paired by module name"
+    )
+    teacher_prefix: Whole = Field(
+        default=0, description="tokens that are no patches, in teacher layers paired by module name"
+    )
+    projector: Annotated[str, _Named(names(PROJECTORS))] = Field(
+        default="none", description="projector from student to teacher width"
+    )
+    resample: Literal["bilinear", "bicubic", "area", "nearest"] | None = Field(
+        default=None,
+        description="bring the teacher's grid to the student's; none: refuse other grids",
+    )
+
+    @property
+    def cross_entropy_weight(self) -> float:
+        """What the cross-entropy is multiplied with: ``ce_weight``, or 1 - alpha."""
+        return 1 - self.alpha if self.ce_weight is None else self.ce_weight
+
+    def _misfits(self) -> Iterator[tuple[str, str]]:
+        for side, name in enumerate(("student_prefix", "teacher_prefix")):
+            if getattr(self, name) and not all(isinstance(pair[side], str) for pair in self.pairs):
+                yield name, "0 where blocks are paired by number (their prefix is known)"
+
+
+class DataConfig(Section):
+    """Where images come from and how they are augmented."""
+
+    data: Text | None = Field(
+        default=None, description="folder with train/ and val/, or a timm data set name"
+    )
+    data_root: Text | None = Field(
+        default=None, description="where a timm data set name keeps its files"
+    )
+    labels: Switch = Field(
+        default=True,
+        description="false: train on the teacher alone, without cross-entropy; labels may be "
+        "missing",
+    )
+    train_samples: Count | None = Field(
+        default=None, description="images an epoch of streamed data; none: as the data say"
+    )
+    max_unreadable: Whole = Field(
+        default=20, description="unreadable training images that are replaced before the run stops"
+    )
+    augment: Literal["cpu", "gpu", "none", "dataset"] = Field(
+        default="cpu",
+        description="cpu: timm's random transforms; gpu: workers decode and crop, the device does "
+        "the rest; none: nothing random; dataset: the data set's own",
+    )
+    mean: Channels | None = Field(default=None, description="input mean; none: the student's own")
+    std: Channels | None = Field(default=None, description="input std; none: the student's own")
+    interpolation: Literal["bicubic", "bilinear", "random"] = Field(
+        default="bicubic", description="of training crops and evaluation"
+    )
+    crop_pct: PositiveShare = Field(
+        default=0.875, description="part of the resized image that evaluation crops"
+    )
+    crop_mode: Literal["center", "squash", "border"] = Field(
+        default="center", description="how evaluation crops, as in timm"
+    )
+    scale: Range = Field(default=(0.08, 1.0), description="area range of training crops")
+    ratio: Range = Field(default=(3 / 4, 4 / 3), description="aspect range of training crops")
+    hflip: Share = Field(default=0.5, description="probability of a horizontal flip")
+    color_jitter: NonNegative = Field(
+        default=0.3, description="used only where auto_augment is none"
+    )
+    auto_augment: Text | None = Field(
+        default="rand-m9-mstd0.5-inc1", description="timm's auto augment policy string"
+    )
+    reprob: Share = Field(
+        default=0.25, description="probability of random erasing, with pixel noise"
+    )
+    repeated_aug: Count = Field(
+        default=1, description="augmented copies of an image in a batch; DeiT: 3"
+    )
+    mixup: NonNegative = Field(default=0.0, description="Mixup alpha; 0: off")
+    cutmix: NonNegative = Field(default=0.0, description="CutMix alpha; 0: off")
+    mixup_prob: Share = Field(default=1.0, description="probability that a batch is mixed at all")
+    mixup_switch_prob: Share = Field(
+        default=0.5, description="probability of CutMix where both are on"
+    )
+    workers: Whole = Field(
+        default=8, description="loader processes per rank; 0: in the main process"
+    )
+
+    @property
+    def mixes(self) -> bool:
+        """Whether Mixup or CutMix is on."""
+        return self.mixup > 0 or self.cutmix > 0
+
+    def _misfits(self) -> Iterator[tuple[str, str]]:
+        for name, highest in (("scale", 1.0), ("ratio", float("inf"))):
+            low, high = getattr(self, name)
+            if not 0 < low <= high <= highest:
+                limit = "" if highest > 1 else ", which is at most 1"
+                yield name, f"a lowest number above 0 and a highest one{limit}"
+        if (self.mean is None) != (self.std is None):
+            yield "std", f"a value beside mean, {self.mean}" if self.mean else "none, as mean is"
+        elif self.mean and self.std and len({len(self.mean), len(self.std)} - {1}) > 1:
+            yield "std", f"{len(self.mean)} numbers, as mean has"
+        if self.std is not None and min(self.std) <= 0:
+            yield "std", "numbers above 0"
+
+
+class OptimConfig(Section):
+    """Length, batch, schedule and precision of the training."""
+
+    epochs: Count = Field(default=300, description="passes over the training data")
+    warmup_epochs: Whole = Field(default=5, description="epochs of linear warm-up, part of epochs")
+    batch_size: Count = Field(default=1024, description="images per update, over all ranks")
+    accumulation: Count = Field(
+        default=1, description="slices that an update's batch is computed in"
+    )
+    lr: Positive = Field(default=5e-4, description="learning rate, before lr_scaling")
+    lr_scaling: Switch = Field(default=True, description="multiply lr by batch_size / 512")
+    min_lr: NonNegative = Field(default=1e-5, description="where the cosine ends")
+    warmup_lr: NonNegative = Field(default=1e-6, description="where the warm-up starts")
+    weight_decay: NonNegative = Field(default=0.05, description="AdamW's; none on 1-d parameters")
+    decay_pos_embed: Switch = Field(
+        default=False,
+        description="decay embeddings too (the released code does, for its own students)",
+    )
+    adam_eps: Positive = Field(default=1e-8, description="AdamW's epsilon")
+    label_smoothing: BelowOne = Field(default=0.1, description="of the cross-entropy")
+    clip_grad: Positive | None = Field(
+        default=None, description="largest gradient norm; none: no limit"
+    )
+    ema_decay: BelowOne | None = Field(
+        default=0.99996, description="of averaged weights; none: off"
+    )
+    ema_warmup: Switch = Field(default=False, description="let the EMA's decay grow to ema_decay")
+    amp: Literal["none", "bf16", "fp16"] = Field(default="bf16", description="autocast type")
+    max_nonfinite: Count = Field(
+        default=10, description="updates in a row that may be skipped for an infinite or NaN loss"
+    )
+    compile: Literal["none", "default", "reduce-overhead", "max-autotune"] = Field(
+        default="none",
+        description="torch.compile of student, terms and teacher, by its mode; reduce-overhead: "
+        "CUDA graphs",
+    )
+    channels_last: Switch = Field(
+        default=False, description="channels-last memory format, faster for convolutions on a GPU"
+    )
+    seed: Annotated[int, Ge(0), Lt(2**63), "an integer in [0, 2^63)"] = Field(
+        default=0, description="of weights, order, augmentation and dropout"
+    )
+
+    @property
+    def scaled_lr(self) -> float:
+        """The peak learning rate: lr, times batch_size / 512 with lr_scaling."""
+        return self.lr * self.batch_size / 512 if self.lr_scaling else self.lr
+
+    def _misfits(self) -> Iterator[tuple[str, str]]:
+        if self.warmup_epochs and self.warmup_epochs >= self.epochs:
+            yield "warmup_epochs", f"fewer than epochs ({self.epochs})"
+        if self.batch_size % self.accumulation:
+            yield "batch_size", f"a multiple of accumulation ({self.accumulation})"
+        if self.compile in ("reduce-overhead", "max-autotune") and self.accumulation > 1:
+            yield "compile", "none or default with accumulation (CUDA graphs)"
+
+
+class EvalConfig(Section):
+    """When a run is evaluated, logged and saved."""
+
+    eval_interval: Count = Field(
+        default=1, description="epochs between evaluations; the last always is"
+    )
+    eval_batch_size: Count = Field(default=256, description="images per rank and step")
+    best: Literal["raw", "ema"] = Field(
+        default="raw", description="whose top-1 picks the best epoch"
+    )
+    log_interval: Count = Field(default=50, description="updates between lines of log.jsonl")
+    track: Literal["tensorboard", "wandb", "both"] | None = Field(
+        default=None, description="where else metrics go, if installed"
+    )
+    keep_checkpoints: Count = Field(
+        default=2, description="last checkpoints that are kept: last.pth, last-1.pth, ..."
+    )
+    checkpoint_interval: Whole = Field(
+        default=0, description="updates between checkpoints inside an epoch; 0: at its end only"
+    )
+
+
+# In the order of the fields of a recipe.
+SECTIONS: dict[str, type[Section]] = {
+    "student": StudentConfig,
+    "teacher": TeacherConfig,
+    "distill": DistillConfig,
+    "data": DataConfig,
+    "optim": OptimConfig,
+    "eval": EvalConfig,
+}
+
+
+class Overrides(TypedDict, total=False):
+    """Fields of a recipe as keyword arguments, for type checkers."""
+
+    model: str | None
+    variant: Literal["plain", "lift", "widelast", "uniform"]
+    width: int | None
+    img_size: int | None
+    num_classes: int | None
+    drop_path: float
+    teacher_checkpoint: str | None
+    teacher_img_size: int | None
+    alpha: float
+    ce_weight: float | None
+    logit_loss: str
+    tau: float
+    logit_options: Mapping[str, Any] | None
+    feature_loss: str
+    feature_options: Mapping[str, Any] | None
+    feature_weight: float
+    pairs: str | Iterable[tuple[int | str, int | str]]
+    student_prefix: int
+    teacher_prefix: int
+    projector: str
+    resample: Literal["bilinear", "bicubic", "area", "nearest"] | None
+    data_root: str | None
+    labels: bool
+    train_samples: int | None
+    max_unreadable: int
+    augment: Literal["cpu", "gpu", "none", "dataset"]
+    mean: tuple[float, ...] | list[float] | None
+    std: tuple[float, ...] | list[float] | None
+    interpolation: Literal["bicubic", "bilinear", "random"]
+    crop_pct: float
+    crop_mode: Literal["center", "squash", "border"]
+    scale: tuple[float, float] | list[float]
+    ratio: tuple[float, float] | list[float]
+    hflip: float
+    color_jitter: float
+    auto_augment: str | None
+    reprob: float
+    repeated_aug: int
+    mixup: float
+    cutmix: float
+    mixup_prob: float
+    mixup_switch_prob: float
+    workers: int
+    epochs: int
+    warmup_epochs: int
+    batch_size: int
+    accumulation: int
+    lr: float
+    lr_scaling: bool
+    min_lr: float
+    warmup_lr: float
+    weight_decay: float
+    decay_pos_embed: bool
+    adam_eps: float
+    label_smoothing: float
+    clip_grad: float | None
+    ema_decay: float | None
+    ema_warmup: bool
+    amp: Literal["none", "bf16", "fp16"]
+    max_nonfinite: int
+    compile: Literal["none", "default", "reduce-overhead", "max-autotune"]
+    channels_last: bool
+    seed: int
+    eval_interval: int
+    eval_batch_size: int
+    best: Literal["raw", "ema"]
+    log_interval: int
+    track: Literal["tensorboard", "wandb", "both"] | None
+    keep_checkpoints: int
+    checkpoint_interval: int
+
+
+class RecipeFields(Overrides, total=False):
+    """All fields: those that `fastkd.train` takes as arguments of their own, too."""
+
+    teacher: str | None
+    data: str | None
+
+
+class Recipe(
+    EvalConfig, OptimConfig, DataConfig, DistillConfig, TeacherConfig, StudentConfig
+):  # pydantic takes the fields of the last base first
+    """A run's settings, flat: it is each of its sections, so that a function can ask for one.
 
     Load one with `Recipe.load`, change it with `Recipe.override`, keep it with `Recipe.save`.
+
+    Raises:
+        ValueError: an unknown field, a value out of range, or values that do not fit each other;
+            one line for each.
+        TypeError: values of the wrong type, and nothing else.
     """
 
-    model: str | None = _option("deit_tiny_patch16_224", "student", "timm name of the student")
-    variant: str = _option(
-        "plain", "student", "student architecture", ("plain", "lift", "widelast", "uniform")
-    )
-    width: int | None = _option(
-        None, "student", "of a variant; none: 384 for lift and widelast, uniform must be given one"
-    )
-    img_size: int | None = _option(None, "student", "input pixels a side; none: the student's own")
-    num_classes: int | None = _option(None, "student", "classes; none: as the data say")
-    drop_path: float = _option(0.0, "student", "stochastic depth rate at the last block")
+    if typing.TYPE_CHECKING:
 
-    teacher: str | None = _option(None, "teacher", "timm name, run folder or fastkd checkpoint")
-    teacher_checkpoint: str | None = _option(None, "teacher", "local weights for a timm name")
-    teacher_img_size: int | None = _option(
-        None, "teacher", "pixels a side that images are resized to for it; none: its own"
-    )
-
-    alpha: float = _option(0.0, "distillation", "weight of the logit loss")
-    ce_weight: float | None = _option(
-        None, "distillation", "weight of the cross-entropy; none: 1 - alpha"
-    )
-    logit_loss: str = _option(
-        "soft", "distillation", "distance between logits", names(LOGIT_LOSSES)
-    )
-    tau: float = _option(1.0, "distillation", "temperature of logit losses that have one")
-    logit_options: Options | None = _option(
-        None, "distillation", "of the logit loss, as name=value,... (see: fastkd losses NAME)"
-    )
-    feature_loss: str = _option(
-        "mse", "distillation", "distance between token maps", names(FEATURE_LOSSES)
-    )
-    feature_options: Options | None = _option(
-        None, "distillation", "of the feature loss, as name=value,... (see: fastkd losses NAME)"
-    )
-    feature_weight: float = _option(0.2, "distillation", "weight of the feature loss; 0: none")
-    pairs: tuple[tuple[int | str, int | str], ...] = _option(
-        ((-1, -1),),
-        "distillation",
-        "student:teacher blocks, as 0:0,1:1,11:23; from the end: --pairs=-1:-1; of a CNN, stages "
-        "as timm counts them, the stem included (ResNet: 0 is the stem, 4 is layer4)",
-    )
-    student_prefix: int = _option(
-        0, "distillation", "tokens that are no patches, in student layers paired by module name"
-    )
-    teacher_prefix: int = _option(0, "distillation", "likewise, in the teacher's layers")
-    projector: str = _option("none", "distillation", "how widths meet", names(PROJECTORS))
-    resample: str | None = _option(
-        None,
-        "distillation",
-        "bring the teacher's grid to the student's; none: refuse other grids",
-        ("bilinear", "bicubic", "area", "nearest"),
-    )
-
-    data: str | None = _option(None, "data", "folder with train/ and val/, or a timm data set name")
-    data_root: str | None = _option(None, "data", "where a timm data set name keeps its files")
-    labels: bool = _option(
-        True,
-        "data",
-        "false: train on the teacher alone, without cross-entropy; labels may be missing",
-    )
-    train_samples: int | None = _option(
-        None, "data", "images an epoch of streamed data; none: as the data say"
-    )
-    max_unreadable: int = _option(
-        20, "data", "unreadable training images that are replaced before the run stops"
-    )
-    augment: str = _option(
-        "cpu",
-        "data",
-        "cpu: timm's random transforms; gpu: workers decode and crop, the device does the rest; "
-        "none: nothing random; dataset: the data set's own",
-        ("cpu", "gpu", "none", "dataset"),
-    )
-    mean: tuple[float, ...] | None = _option(None, "data", "input mean; none: the student's own")
-    std: tuple[float, ...] | None = _option(None, "data", "input std; none: the student's own")
-    interpolation: str = _option(
-        "bicubic", "data", "of training crops and evaluation", ("bicubic", "bilinear", "random")
-    )
-    crop_pct: float = _option(0.875, "data", "part of the resized image that evaluation crops")
-    crop_mode: str = _option(
-        "center", "data", "how evaluation crops, as in timm", ("center", "squash", "border")
-    )
-    scale: tuple[float, ...] = _option((0.08, 1.0), "data", "area range of training crops")
-    ratio: tuple[float, ...] = _option((3 / 4, 4 / 3), "data", "aspect range of training crops")
-    hflip: float = _option(0.5, "data", "probability of a horizontal flip")
-    color_jitter: float = _option(0.3, "data", "used only where auto_augment is none")
-    auto_augment: str | None = _option(
-        "rand-m9-mstd0.5-inc1", "data", "timm's auto augment policy string"
-    )
-    reprob: float = _option(0.25, "data", "probability of random erasing, with pixel noise")
-    repeated_aug: int = _option(1, "data", "augmented copies of an image in a batch; DeiT: 3")
-    mixup: float = _option(0.0, "data", "Mixup alpha; 0: off")
-    cutmix: float = _option(0.0, "data", "CutMix alpha; 0: off")
-    mixup_prob: float = _option(1.0, "data", "probability that a batch is mixed at all")
-    mixup_switch_prob: float = _option(0.5, "data", "probability of CutMix where both are on")
-    workers: int = _option(8, "data", "loader processes per rank; 0: in the main process")
-
-    epochs: int = _option(300, "optimisation", "passes over the training data")
-    warmup_epochs: int = _option(5, "optimisation", "epochs of linear warm-up, part of epochs")
-    batch_size: int = _option(1024, "optimisation", "images per update, over all ranks")
-    accumulation: int = _option(1, "optimisation", "slices that an update's batch is computed in")
-    lr: float = _option(5e-4, "optimisation", "learning rate, before lr_scaling")
-    lr_scaling: bool = _option(True, "optimisation", "multiply lr by batch_size / 512")
-    min_lr: float = _option(1e-5, "optimisation", "where the cosine ends")
-    warmup_lr: float = _option(1e-6, "optimisation", "where the warm-up starts")
-    weight_decay: float = _option(0.05, "optimisation", "AdamW's; none on 1-d parameters")
-    decay_pos_embed: bool = _option(
-        False, "optimisation", "decay embeddings too (the released code does, for its own students)"
-    )
-    eps: float = _option(1e-8, "optimisation", "AdamW's epsilon")
-    label_smoothing: float = _option(0.1, "optimisation", "of the cross-entropy")
-    clip_grad: float | None = _option(None, "optimisation", "largest gradient norm; none: no limit")
-    ema_decay: float | None = _option(0.99996, "optimisation", "of averaged weights; none: off")
-    ema_warmup: bool = _option(False, "optimisation", "let the EMA's decay grow to ema_decay")
-    amp: str = _option("bf16", "optimisation", "autocast type", ("none", "bf16", "fp16"))
-    max_nonfinite: int = _option(
-        10, "optimisation", "updates in a row that may be skipped for an infinite or NaN loss"
-    )
-    compile: str = _option(
-        "none",
-        "optimisation",
-        "torch.compile of student, terms and teacher, by its mode; reduce-overhead: CUDA graphs",
-        ("none", "default", "reduce-overhead", "max-autotune"),
-    )
-    channels_last: bool = _option(
-        False, "optimisation", "channels-last memory format, faster for convolutions on a GPU"
-    )
-    seed: int = _option(0, "optimisation", "of weights, order, augmentation and dropout")
-
-    eval_interval: int = _option(1, "evaluation", "epochs between evaluations; the last always is")
-    eval_batch_size: int = _option(256, "evaluation", "images per rank and step")
-    best: str = _option("raw", "evaluation", "whose top-1 picks the best epoch", ("raw", "ema"))
-    log_interval: int = _option(50, "evaluation", "updates between lines of log.jsonl")
-    track: str | None = _option(
-        None, "evaluation", "where else metrics go, if installed", ("tensorboard", "wandb", "both")
-    )
-    keep_checkpoints: int = _option(
-        2, "evaluation", "last checkpoints that are kept: last.pth, last-1.pth, ..."
-    )
-    checkpoint_interval: int = _option(
-        0, "evaluation", "updates between checkpoints inside an epoch; 0: at its end only"
-    )
-
-    def __post_init__(self) -> None:
-        for name, value in self.items():
-            object.__setattr__(self, name, _typed(name, value))
-        _check_ranges(self)
+        def __init__(self, **values: Unpack[RecipeFields]) -> None: ...
 
     @classmethod
     def load(cls, source: str | os.PathLike[str] | Recipe | None) -> Recipe:
         """Read a recipe by name, from a YAML file, or from a run's folder.
+
+        A scalar of the file means what the same text means on the command line.
 
         Args:
             source: a name that `names` lists, a path to a YAML file, a run folder, a recipe (given
@@ -217,38 +584,20 @@ class Recipe:
             The recipe.
 
         Raises:
-            ValueError: no such recipe, an unknown key, or a value of the wrong type.
+            ValueError: no such recipe, no YAML, an unknown key, one given twice, or a value that
+                is none of its field's.
         """
         if source is None:
             return cls()
         if isinstance(source, Recipe):
             return source
         path = cls.path(source)
-        content = yaml.load(path.read_text(encoding="utf-8"), Loader=_RecipeLoader)
-        if not isinstance(content, dict):
-            raise ValueError(f"Recipe.load: {path} must hold a mapping of fields to values")
         try:
-            return cls.from_dict(content)
+            given = _read_yaml(path)
+            values: Any = {name: _from_yaml(name, value) for name, value in given.items()}
+            return cls(**values)
         except (ValueError, TypeError) as error:
             raise type(error)(f"{path}: {error}") from None
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Recipe:
-        """Build a recipe from plain values, the defaults for what is not given.
-
-        Args:
-            values: by field name.
-
-        Returns:
-            The recipe.
-
-        Raises:
-            ValueError: an unknown field or a value out of range.
-            TypeError: a value of the wrong type.
-        """
-        values = _in_todays_words(values)
-        _check_names(values)
-        return cls(**values)
 
     @staticmethod
     def names() -> list[str]:
@@ -275,11 +624,11 @@ class Recipe:
             if candidate.is_file():
                 return candidate
         raise ValueError(
-            f"no recipe {str(source)!r}{_suggestion(str(source), Recipe.names())}; "
+            f"no recipe {str(source)!r}{suggestion(str(source), Recipe.names())}; "
             f"there are: {', '.join(Recipe.names())}; or give a YAML file"
         )
 
-    def override(self, **values: Any) -> Recipe:
+    def override(self, **values: Unpack[RecipeFields]) -> Recipe:
         """Change fields.
 
         Args:
@@ -292,8 +641,8 @@ class Recipe:
             ValueError: an unknown field or a value out of range.
             TypeError: a value of the wrong type.
         """
-        _check_names(values)
-        return dataclasses.replace(self, **values)
+        changed: Any = {**dict(self), **values}
+        return type(self)(**changed)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write every field as YAML, atomically.
@@ -301,17 +650,22 @@ class Recipe:
         Args:
             path: the file to write.
         """
-        text = yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
-        write_text(path, text)
+        import yaml
 
-    def items(self) -> Iterator[tuple[str, Any]]:
-        """Field names and values, in order."""
-        for field in dataclasses.fields(self):
-            yield field.name, getattr(self, field.name)
+        class Dumper(yaml.SafeDumper):
+            """Quotes texts inside of values that would be read as numbers or words."""
+
+        def represent(dumper: Dumper, text: str) -> Any:
+            style = None if _scalar(text) == text else "'"
+            return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
+
+        Dumper.add_representer(str, represent)
+        options: dict[str, Any] = {"sort_keys": False, "allow_unicode": True}
+        write_text(path, yaml.dump(self.to_dict(), Dumper=Dumper, **options))
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values (lists for tuples) that `from_dict` takes back."""
-        return {name: _plain(value) for name, value in self.items()}
+        """Plain values, lists for tuples; ``Recipe(**values)`` takes them back."""
+        return {name: _plain(value) for name, value in self}
 
     def differences(self, other: Recipe) -> dict[str, tuple[Any, Any]]:
         """Fields that change what a run computes and differ between two recipes.
@@ -324,36 +678,26 @@ class Recipe:
         """
         return {
             name: (value, getattr(other, name))
-            for name, value in self.items()
+            for name, value in self
             if name not in OPERATIONAL_FIELDS and value != getattr(other, name)
         }
 
-    @property
-    def scaled_lr(self) -> float:
-        """The peak learning rate: lr, times batch_size / 512 with lr_scaling."""
-        return self.lr * self.batch_size / 512 if self.lr_scaling else self.lr
+    @classmethod
+    def json_schema(cls) -> dict[str, Any]:
+        """The JSON schema of a recipe's YAML, flat, for editors."""
+        schema = cls.model_json_schema()
+        schema["description"] = "A recipe of fastkd: what `fastkd train --recipe FILE` reads."
+        return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
 
-    @property
-    def cross_entropy_weight(self) -> float:
-        """What the cross-entropy is multiplied with: ``ce_weight``, or 1 - alpha."""
-        return 1 - self.alpha if self.ce_weight is None else self.ce_weight
-
-    @property
-    def mixes(self) -> bool:
-        """Whether Mixup or CutMix is on."""
-        return self.mixup > 0 or self.cutmix > 0
-
-
-def _in_todays_words(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Fields of recipes that were written earlier: ``hard`` is one of several logit losses now."""
-    today = dict(values)
-    if today.pop("hard", False) is True:
-        today["logit_loss"] = "hard"
-    return today
+    def _misfits(self) -> Iterator[tuple[str, str]]:
+        if self.alpha > 1 and self.ce_weight is None and self.labels:
+            yield "alpha", "at most 1 where ce_weight is 1 - alpha"
+        if self.best == "ema" and self.ema_decay is None:
+            yield "best", "raw without ema_decay"
 
 
 def parse_value(name: str, text: str) -> Any:
-    """Read a field's value as it is written on the command line.
+    """Read a field's value as it is written on the command line or in YAML.
 
     Args:
         name: the field.
@@ -365,267 +709,145 @@ def parse_value(name: str, text: str) -> Any:
         The typed value.
 
     Raises:
-        ValueError: no such field, or the text is none of its type.
+        ValueError: no such field, or the text is none of its type or out of range.
     """
-    _check_names([name])
-    kinds = _kinds(name)
-    if type(None) in kinds and text.lower() in ("none", "null"):
+    return _from_text(name, text, text)
+
+
+def refuse(given: Mapping[str, Any], names: Iterable[str], reason: str) -> None:
+    """Raise a ValueError for the first of the names that was given although it has no effect."""
+    for name in names:
+        if name in given:
+            raise ValueError(f"{name}={given[name]!r} has no effect: {reason}")
+
+
+def refuse_image_options(given: Mapping[str, Any]) -> None:
+    """Refuse options that resize or crop, for data that are tensors already."""
+    refuse(given, IMAGE_FIELDS, "the data are tensors, which are neither resized nor cropped")
+
+
+def describe(name: str) -> str:
+    """What a field expects, in words.
+
+    Args:
+        name: of a field.
+    """
+    return _words(typing.get_type_hints(Recipe, include_extras=True)[name])
+
+
+def suggestion(word: str, known: Iterable[str]) -> str:
+    """``(did you mean ...?)`` where a known word is close.
+
+    Args:
+        word: unknown.
+        known: what there is.
+
+    Returns:
+        The hint after a space, or an empty text.
+    """
+    close = difflib.get_close_matches(word, list(known), n=1)
+    return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+def _from_text(name: str, value: Any, shown: Any) -> Any:
+    """A field's value from text, or from lists and mappings of texts."""
+    if name not in Recipe.model_fields:
+        raise ValueError(_unknown(name, Recipe))
+    hint = typing.get_type_hints(Recipe, include_extras=True)[name]
+    if type(None) in typing.get_args(hint) and (
+        value is None or (isinstance(value, str) and value.lower() in NONE_WORDS)
+    ):
         return None
-    for kind in kinds:
-        try:
-            return _parse_as(kind, text)
-        except ValueError:
-            continue
-    raise ValueError(f"{name}: expected {_describe(name)}, got {text!r}")
-
-
-def parse_pairs(text: str) -> Pairs:
-    """Read ``"0:0,1:1,11:23"``; what is no integer is a module's name.
-
-    Args:
-        text: pairs separated by commas, student and teacher by a colon.
-
-    Returns:
-        The pairs.
-
-    Raises:
-        ValueError: a pair without its colon.
-    """
-    return tuple(_pair(map(_number_or_name, part.split(":"))) for part in text.split(","))
-
-
-def parse_options(text: str) -> Options:
-    """Read ``"beta=8,normalize=whiten"``; values are numbers, true, false, none or words.
-
-    Args:
-        text: assignments separated by commas.
-
-    Returns:
-        Values by name.
-
-    Raises:
-        ValueError: a part that is no assignment.
-    """
-    options: Options = {}
-    for part in text.split(","):
-        name, equals, value = (piece.strip() for piece in part.partition("="))
-        if not (name and equals and value):
-            raise ValueError(f"an option is name=value, got {part!r}")
-        options[name] = None if value.lower() == "none" else yaml.load(value, _RecipeLoader)
-    return _checked_options(options)
-
-
-def fields_by_group() -> dict[str, list[dataclasses.Field[Any]]]:
-    """Recipe fields under the heading of their group, in order."""
-    groups: dict[str, list[dataclasses.Field[Any]]] = {}
-    for field in dataclasses.fields(Recipe):
-        groups.setdefault(field.metadata["group"], []).append(field)
-    return groups
-
-
-class _RecipeLoader(yaml.SafeLoader):
-    """Safe loading, and ``1e-5`` is a number, which YAML 1.1 reads as a string."""
-
-
-_RecipeLoader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
-)
-
-
-@lru_cache(maxsize=1)
-def _hints() -> dict[str, Any]:
-    return typing.get_type_hints(Recipe)
-
-
-def _kinds(name: str) -> tuple[Any, ...]:
-    hint = _hints()[name]
-    if hint != Pairs and typing.get_origin(hint) in (typing.Union, types.UnionType):
-        return typing.get_args(hint)
-    return (hint,)
-
-
-_WORDS = {
-    str: "a string",
-    int: "an integer",
-    float: "a number",
-    bool: "true or false",
-    type(None): "none",
-    tuple[float, ...]: "a list of numbers",
-    Pairs: "pairs of blocks such as 11:23 or [[11, 23]]",
-    Options: "options such as beta=8 or {beta: 8}",
-}
-
-
-def _describe(name: str) -> str:
-    choices = Recipe.__dataclass_fields__[name].metadata["choices"]
-    words = [f"one of {', '.join(choices)}"] if choices else []
-    words += [_WORDS[kind] for kind in _kinds(name) if not (choices and kind is str)]
-    return " or ".join(words)
-
-
-def _typed(name: str, value: Any) -> Any:
-    """The value as the field keeps it; TypeError names field, expected and got."""
-    for kind in _kinds(name):
-        try:
-            converted = _convert(kind, value)
-        except (TypeError, ValueError):
-            continue
-        choices = Recipe.__dataclass_fields__[name].metadata["choices"]
-        if choices and converted is not None and converted not in choices:
-            hint = _suggestion(converted, choices)
-            raise ValueError(f"{name}: expected {_describe(name)}, got {value!r}{hint}")
-        return converted
-    raise TypeError(f"{name}: expected {_describe(name)}, got {value!r} ({type(value).__name__})")
-
-
-def _convert(kind: Any, value: Any) -> Any:
-    if kind == Pairs:
-        if isinstance(value, str):
-            return parse_pairs(value)
-        return tuple(_pair(pair) for pair in value)
-    if kind == Options:
-        return parse_options(value) if isinstance(value, str) else _checked_options(value)
-    if kind == tuple[float, ...]:
-        if isinstance(value, str):
-            raise TypeError
-        return tuple(_convert(float, item) for item in value)
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-        raise TypeError
-    return value
-
-
-def _parse_as(kind: Any, text: str) -> Any:
-    if kind == Pairs:
-        return parse_pairs(text)
-    if kind == Options:
-        return parse_options(text)
-    if kind == tuple[float, ...]:
-        return tuple(float(part) for part in text.split(","))
-    if kind is bool:
-        words = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
-        if text.lower() not in words:
-            raise ValueError
-        return words[text.lower()]
-    if kind is type(None):
-        raise ValueError
-    return kind(text)
-
-
-def _pair(items: Any) -> tuple[Key, Key]:
-    keys = () if isinstance(items, str) else tuple(items)
-    if len(keys) != 2 or any(isinstance(k, bool) or not isinstance(k, int | str) for k in keys):
-        raise ValueError(f"a pair is student:teacher, got {items!r}")
-    return keys
-
-
-def _checked_options(options: Any) -> Options:
-    """A copy, none for none; names are words and values scalars."""
-    if not isinstance(options, Mapping):
-        raise TypeError
-    for name, value in options.items():
-        if not isinstance(name, str) or not isinstance(value, bool | int | float | str | None):
-            raise ValueError(f"an option is a name and a scalar, got {name!r}: {value!r}")
-    return dict(options)
-
-
-def _number_or_name(text: str) -> Key:
+    adapter: TypeAdapter[Any] = TypeAdapter(hint, config=ConfigDict(allow_inf_nan=False))
     try:
-        return int(text)
-    except ValueError:
-        return text.strip()
+        return adapter.validate_python(value, strict=False)
+    except ValidationError:
+        raise ValueError(_refusal(name, shown)) from None
+
+
+def _from_yaml(name: str, value: Any) -> Any:
+    texts = value
+    if isinstance(value, Mapping):
+        texts = {str(key): _scalar(item) for key, item in value.items() if isinstance(item, str)}
+        texts = texts if len(texts) == len(value) else value
+    elif name == "pairs" and isinstance(value, list):
+        texts = [[_key(end) for end in pair] if isinstance(pair, list) else pair for pair in value]
+    return _from_text(name, texts, value)
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    """The file's mapping with every scalar as its text."""
+    import yaml
+
+    class Loader(yaml.BaseLoader):
+        """Keeps texts, tells quoted ones apart, and refuses keys that are given twice."""
+
+        def construct_scalar(self, node: yaml.ScalarNode) -> Any:
+            text = super().construct_scalar(node)
+            if node.style in ("'", '"'):
+                return _Quoted(text)
+            return text if node.style or text else None
+
+        def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+            keys = [key.value for key, _ in node.value]
+            twice = next((key for key in keys if keys.count(key) > 1), None)
+            if twice is not None:
+                raise ValueError(
+                    f"{twice}: given twice (line {node.start_mark.line + 1} and after)"
+                )
+            return super().construct_mapping(node, deep)
+
+    try:
+        content = yaml.load(path.read_text(encoding="utf-8"), Loader=Loader)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"no YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(content, dict):
+        raise ValueError("must hold a mapping of fields to values")
+    return {str(name): value for name, value in content.items()}
+
+
+def _words(hint: Any) -> str:
+    if typing.get_origin(hint) is Annotated:
+        for word in hint.__metadata__:
+            if isinstance(word, str | _Named):
+                return word if isinstance(word, str) else f"one of {', '.join(word.names)}"
+    if typing.get_origin(hint) is Literal:
+        return f"one of {', '.join(typing.get_args(hint))}"
+    if hint is type(None):
+        return "none"
+    return " or ".join(_words(part) for part in typing.get_args(hint))
+
+
+def _explained(
+    error: ValidationError, model: type[Section], values: Mapping[str, Any]
+) -> Exception:
+    """One line for each fault: field, what is expected, what came."""
+    lines: dict[str, None] = {}  # each once: a list may have several faults
+    faults = error.errors(include_url=False)
+    for fault in faults:
+        if not fault["loc"]:  # of `_check_together`
+            lines[str(fault["ctx"]["error"])] = None
+            continue
+        name = str(fault["loc"][0])
+        unknown = fault["type"] == "extra_forbidden"
+        lines[_unknown(name, model) if unknown else _refusal(name, values[name])] = None
+    typed = all(fault["type"].endswith("_type") for fault in faults)
+    return (TypeError if typed else ValueError)("\n".join(lines))
+
+
+def _refusal(name: str, value: Any) -> str:
+    hint = ""
+    if isinstance(value, str) and "one of" in (expected := describe(name)):
+        hint = suggestion(value, expected.replace(",", " ").split())
+    shown = f"{value!r} ({type(value).__name__})" if not isinstance(value, str) else repr(value)
+    return f"{name}: expected {describe(name)}, got {shown}{hint}"
+
+
+def _unknown(name: str, model: type[Section]) -> str:
+    return f"unknown recipe field {name!r}{suggestion(name, model.model_fields)}"
 
 
 def _plain(value: Any) -> Any:
     if isinstance(value, dict):
         return dict(value)
     return [_plain(item) for item in value] if isinstance(value, tuple) else value
-
-
-def _check_names(names: typing.Iterable[str]) -> None:
-    known = list(Recipe.__dataclass_fields__)
-    for name in names:
-        if name not in known:
-            raise ValueError(f"unknown recipe field {name!r}{_suggestion(name, known)}")
-
-
-def _suggestion(word: str, known: typing.Iterable[str]) -> str:
-    close = difflib.get_close_matches(word, list(known), n=1)
-    return f" (did you mean {close[0]!r}?)" if close else ""
-
-
-def _check_ranges(recipe: Recipe) -> None:
-    """Refuse values that no run can use; each message names the field."""
-    for name in ("epochs", "batch_size", "accumulation", "repeated_aug", "eval_batch_size"):
-        _require(getattr(recipe, name) >= 1, name, "at least 1", recipe)
-    for name in ("eval_interval", "log_interval", "keep_checkpoints", "max_nonfinite"):
-        _require(getattr(recipe, name) >= 1, name, "at least 1", recipe)
-    for name in (
-        "workers",
-        "max_unreadable",
-        "checkpoint_interval",
-        "warmup_epochs",
-        "feature_weight",
-        "seed",
-    ):
-        _require(getattr(recipe, name) >= 0, name, "at least 0", recipe)
-    for side, name in enumerate(("student_prefix", "teacher_prefix")):
-        by_name = all(isinstance(pair[side], str) for pair in recipe.pairs)
-        expected = "0 where blocks are paired by number (their prefix is known)"
-        _require(getattr(recipe, name) == 0 or by_name, name, expected, recipe)
-    _require(0 <= recipe.alpha < math.inf, "alpha", "at least 0, and finite", recipe)
-    shared = recipe.alpha <= 1 or recipe.ce_weight is not None or not recipe.labels
-    _require(shared, "alpha", "at most 1 where ce_weight is 1 - alpha", recipe)
-    weighted = recipe.ce_weight is None or 0 <= recipe.ce_weight < math.inf
-    _require(weighted, "ce_weight", "none or at least 0, and finite", recipe)
-    for name in ("drop_path", "hflip", "reprob", "mixup_prob", "mixup_switch_prob"):
-        _require(0 <= getattr(recipe, name) <= 1, name, "between 0 and 1", recipe)
-    for name in ("lr", "eps", "tau"):
-        _require(getattr(recipe, name) > 0, name, "greater than 0", recipe)
-    for name in ("mixup", "cutmix", "weight_decay", "min_lr", "warmup_lr", "color_jitter"):
-        _require(getattr(recipe, name) >= 0, name, "at least 0", recipe)
-    _require(0 <= recipe.label_smoothing < 1, "label_smoothing", "in [0, 1)", recipe)
-    _require(0 < recipe.crop_pct <= 1, "crop_pct", "in (0, 1]", recipe)
-    _require(len(recipe.scale) == 2, "scale", "a lowest and a highest value", recipe)
-    _require(len(recipe.ratio) == 2, "ratio", "a lowest and a highest value", recipe)
-    shorter = recipe.warmup_epochs < recipe.epochs or recipe.warmup_epochs == 0
-    _require(shorter, "warmup_epochs", f"fewer than epochs ({recipe.epochs})", recipe)
-    positive = recipe.std is None or min(recipe.std) > 0
-    _require(positive, "std", "greater than 0", recipe)
-    both = (recipe.mean is None) == (recipe.std is None)
-    _require(both, "std", "mean and std together", recipe)
-    _require(len(recipe.pairs) > 0, "pairs", "at least one pair", recipe)
-    _require(recipe.clip_grad is None or recipe.clip_grad > 0, "clip_grad", "positive", recipe)
-    decay = recipe.ema_decay
-    _require(decay is None or 0 <= decay < 1, "ema_decay", "none or in [0, 1)", recipe)
-    _require(recipe.best == "raw" or decay is not None, "best", "raw without ema_decay", recipe)
-    counted = recipe.train_samples is None or recipe.train_samples >= 1
-    _require(counted, "train_samples", "none or at least 1", recipe)
-    graphs = recipe.compile in ("reduce-overhead", "max-autotune") and recipe.accumulation > 1
-    _require(not graphs, "compile", "none or default with accumulation (CUDA graphs)", recipe)
-    slices = recipe.batch_size % recipe.accumulation == 0
-    _require(slices, "batch_size", f"a multiple of accumulation ({recipe.accumulation})", recipe)
-
-
-def _require(condition: bool, name: str, expected: str, recipe: Recipe) -> None:
-    if not condition:
-        raise ValueError(f"{name}: expected {expected}, got {getattr(recipe, name)!r}")
-
-
-def refuse_image_options(overrides: Mapping[str, Any]) -> None:
-    """Refuse options of image files for data that are tensors already.
-
-    Args:
-        overrides: what the caller gave in so many words.
-
-    Raises:
-        ValueError: one of them is of images.
-    """
-    _refuse(overrides, IMAGE_FIELDS, "the data are tensors, which are neither resized nor cropped")
-
-
-def _refuse(overrides: Mapping[str, Any], names: tuple[str, ...], reason: str) -> None:
-    for name in names:
-        if name in overrides:
-            raise ValueError(f"{name}={overrides[name]!r} has no effect: {reason}")

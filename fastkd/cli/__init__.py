@@ -1,47 +1,46 @@
-"""The command line: flags become arguments of the public functions, their errors become one line.
-
-Parses and prints, nothing else; each command is a module with `add`. Whatever imports torch is
-imported inside a command's function, so that ``fastkd --help`` answers at once.
-"""
+"""The command line: flags become arguments of the public functions, their errors one line each."""
 
 from __future__ import annotations
 
 import argparse
 import difflib
+import importlib
 import os
 import sys
 from collections.abc import Iterable, Sequence
 from importlib import metadata
 from typing import Any, NoReturn
 
-from fastkd.cli import (
-    analyze,
-    bench_step,
-    demo,
-    evaluate,
-    export,
-    info,
-    losses,
-    predict,
-    recipes,
-    shard,
-    train,
-)
-
-# In the order of ``fastkd --help``.
-COMMANDS = (
-    train,
-    evaluate,
-    predict,
-    analyze,
-    export,
-    recipes,
-    losses,
-    shard,
-    bench_step,
-    info,
-    demo,
-)
+# By name, in the order of ``fastkd --help``: what adds its options, imported for that
+# command alone, and what it does.
+COMMANDS = {
+    "train": ("train:configure", "train a student, by a teacher or without one"),
+    "evaluate": (
+        "evaluate:configure",
+        "measure the accuracy of a timm model, a checkpoint or a run",
+    ),
+    "predict": (
+        "predict:configure",
+        "say what images show, with a run, a checkpoint or a timm model",
+    ),
+    "analyze": (
+        "analyze:configure",
+        "measure what the features of models look like: ranks, SEP, rotation",
+    ),
+    "export": ("export:configure", "write the student of a run for timm, safetensors or ONNX"),
+    "recipes": ("info:configure_recipes", "list the shipped recipes, or show one"),
+    "losses": ("info:configure_losses", "list losses and projectors, or explain one"),
+    "shard": (
+        "shard:configure",
+        "write a folder of images as WebDataset shards, smaller and in few files",
+    ),
+    "bench-step": (
+        "bench_step:configure",
+        "time loader, teacher, student and optimizer of a training step",
+    ),
+    "env": ("info:configure_env", "print what a bug report needs"),
+    "demo": ("", "distil digits on this machine, in minutes"),
+}
 
 # AssertionError: how timm's models refuse an image of another size.
 USER_ERRORS = (
@@ -61,14 +60,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     if arguments[:1] == ["demo"]:
-        # The demo has a parser of its own, and every argument after its name is the demo's.
-        return _guarded("demo", demo.run, arguments[1:])
-    parser, commands = _parsers()
+        return _guarded("demo", _demo, arguments[1:])
+    parser, commands = _parsers(arguments[0] if arguments else "")
     _check_command(parser, commands, arguments)
     options, unknown = parser.parse_known_args(arguments)
     if unknown:
         commands[options.command].refuse(unknown[0])
     return _guarded(options.command, options.run, options)
+
+
+def print_once(text: str) -> None:
+    """Print on the main process of torchrun alone."""
+    if os.environ.get("RANK", "0") == "0":
+        print(text)
+
+
+def _demo(arguments: Sequence[str]) -> int:
+    """Run the demo, which has a parser of its own for everything after its name."""
+    from fastkd.demo import main
+
+    return main(arguments)
 
 
 def _guarded(command: str, run: Any, argument: Any) -> int:
@@ -105,15 +116,18 @@ class _Parser(argparse.ArgumentParser):
         self.error(f"unknown argument {argument}{hint}")
 
 
-def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
-    """The parser, and those of the commands by name."""
+def _parsers(chosen: str) -> tuple[_Parser, dict[str, _Parser]]:
+    """The parser, and those of the commands by name; only the chosen one has its options."""
     parser = _Parser(
         "fastkd", allow_abbrev=False, description="Feature distillation of Vision Transformers."
     )
     parser.add_argument("--version", action="version", version=f"fastkd {_version()}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
-    for command in COMMANDS:
-        command.add(commands)
+    for name, (home, text) in COMMANDS.items():
+        command = commands.add_parser(name, allow_abbrev=False, help=text)
+        if name == chosen:
+            module, _, function = home.partition(":")
+            getattr(importlib.import_module(f"fastkd.cli.{module}"), function)(command)
     return parser, commands.choices
 
 

@@ -8,19 +8,16 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from fastkd.cli.ranks import print_once
+from fastkd.cli import print_once
 
 
-def add(commands: Any) -> None:
-    """Add the sub-parser of ``fastkd analyze``."""
-    parser = commands.add_parser(
-        "analyze",
-        allow_abbrev=False,
-        usage="fastkd analyze MODEL [MODEL ...] --data PATH [--output DIR] [options]",
-        help="measure what the features of models look like: ranks, SEP, rotation",
-        description="Measure the features of one or more models on images: per-image rank, "
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Add the options of ``fastkd analyze``."""
+    parser.usage = "fastkd analyze MODEL [MODEL ...] --data PATH [--output DIR] [options]"
+    parser.description = (
+        "Measure the features of one or more models on images: per-image rank, "
         "data-set rank, rotation and frequency pattern (SEP) of every layer, in one streamed run. "
-        "Under torchrun the images are shared.",
+        "Under torchrun the images are shared."
     )
     parser.add_argument(
         "model",

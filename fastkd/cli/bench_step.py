@@ -12,9 +12,9 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from fastkd.cli.ranks import print_once
+from fastkd.cli import print_once
 from fastkd.cli.train import add_recipe_fields, given_fields, naming_flags
 from fastkd.config import Recipe
 
@@ -25,17 +25,16 @@ MADE_IMAGES = 32  # drawn; the rest of the made data set are further names of th
 MOST_MADE = 50_000  # unless one update needs more
 
 
-def add(commands: Any) -> None:
-    """Add the sub-parser of ``fastkd bench-step``."""
-    parser = commands.add_parser(
-        "bench-step",
-        allow_abbrev=False,
-        usage="fastkd bench-step [--recipe NAME] [--data DIR] [--steps N] [--untrained] "
-        "[--any-recipe-field VALUE ...]",
-        help="time loader, teacher, student and optimiser of a training step",
-        description="Build what fastkd train would train with, and time the parts of its step. "
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Add the options of ``fastkd bench-step``."""
+    parser.usage = (
+        "fastkd bench-step [--recipe NAME] [--data DIR] [--steps N] [--untrained] "
+        "[--any-recipe-field VALUE ...]"
+    )
+    parser.description = (
+        "Build what fastkd train would train with, and time the parts of its step. "
         "Without --data, JPEGs of 500 x 375 pixels are made and read from memory's file cache. "
-        "Every field of the recipe is a flag.",
+        "Every field of the recipe is a flag."
     )
     parser.add_argument("--recipe", help="a shipped name (see: fastkd recipes) or a YAML file")
     parser.add_argument(
@@ -51,7 +50,7 @@ def add(commands: Any) -> None:
 
 
 def _run(options: argparse.Namespace) -> int:
-    from fastkd.training.options import FromRecipe
+    from fastkd.training.build import FromRecipe
     from fastkd.training.profile import bench_step
 
     given = given_fields(options)

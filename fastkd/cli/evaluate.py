@@ -5,19 +5,14 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from fastkd.cli.ranks import print_once
+from fastkd.cli import print_once
 from fastkd.config import Recipe, parse_value
 
 _IMAGE_OPTIONS = ("img_size", "crop_pct", "crop_mode", "interpolation", "mean", "std")
 
 
-def add(commands: Any) -> None:
-    """Add the sub-parser of ``fastkd evaluate``."""
-    parser = commands.add_parser(
-        "evaluate",
-        allow_abbrev=False,
-        help="measure the accuracy of a timm model, a checkpoint or a run",
-    )
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Add the options of ``fastkd evaluate``."""
     parser.add_argument(
         "model", help="timm name, checkpoint, timm folder, folder of a run, or hf_hub:..."
     )
@@ -49,7 +44,7 @@ def add_image_options(parser: argparse.ArgumentParser, *others: str) -> None:
             dest=name,
             default=argparse.SUPPRESS,
             metavar="VALUE",
-            help=Recipe.__dataclass_fields__[name].metadata["help"],
+            help=Recipe.model_fields[name].description,
         )
 
 

@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any
 
 
-def add(commands: Any) -> None:
-    """Add the sub-parser of ``fastkd export``."""
-    parser = commands.add_parser(
-        "export",
-        allow_abbrev=False,
-        help="write the student of a run for timm, safetensors or ONNX",
-        description="Write the student of a run, and nothing else of it. The written model is "
-        "compared with the student on random images before it takes its place.",
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Add the options of ``fastkd export``."""
+    parser.description = (
+        "Write the student of a run, and nothing else of it. The written model is "
+        "compared with the student on random images before it takes its place."
     )
     parser.add_argument(
         "source",

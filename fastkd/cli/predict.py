@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from fastkd.cli.evaluate import add_image_options, given_image_options
 
@@ -13,15 +13,12 @@ if TYPE_CHECKING:
     from fastkd.inference.predict import Guess, Prediction, Predictions
 
 
-def add(commands: Any) -> None:
-    """Add the sub-parser of ``fastkd predict``."""
-    parser = commands.add_parser(
-        "predict",
-        allow_abbrev=False,
-        help="say what images show, with a run, a checkpoint or a timm model",
-        description="Say what images show. They reach the model as in fastkd evaluate. What cannot "
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Add the options of ``fastkd predict``."""
+    parser.description = (
+        "Say what images show. They reach the model as in fastkd evaluate. What cannot "
         "be read, which greyscale of more than 8 bits counts as, is named and passed over, as is "
-        "what the model has no finite logits for; the exit status is then 1.",
+        "what the model has no finite logits for; the exit status is then 1."
     )
     parser.add_argument(
         "images",

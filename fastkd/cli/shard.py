@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any
 
 
-def add(commands: Any) -> None:
-    """Add the sub-parser of ``fastkd shard``."""
-    parser = commands.add_parser(
-        "shard",
-        allow_abbrev=False,
-        help="write a folder of images as WebDataset shards, smaller and in few files",
-        description="Write a folder of images as WebDataset shards, which fastkd, timm and "
-        "webdataset read. Stopped at any moment, the same command goes on.",
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Add the options of ``fastkd shard``."""
+    parser.description = (
+        "Write a folder of images as WebDataset shards, which fastkd, timm and "
+        "webdataset read. Stopped at any moment, the same command goes on."
     )
     parser.add_argument("source", help="folder with train/ and val/, or of classes' folders")
     parser.add_argument("destination", help="new folder for the shards")

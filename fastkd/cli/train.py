@@ -4,24 +4,22 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
-from fastkd.cli.ranks import print_once
-from fastkd.config import Recipe, fields_by_group, parse_value
+from fastkd.cli import print_once
+from fastkd.config import SECTIONS, Recipe, describe, parse_value
 
 
-def add(commands: Any) -> None:
-    """Add the sub-parser of ``fastkd train``."""
-    parser = commands.add_parser(
-        "train",
-        allow_abbrev=False,
-        usage="fastkd train [--recipe NAME] --data DIR --output DIR [--teacher NAME] "
-        "[--any-recipe-field VALUE ...]",
-        help="train a student, by a teacher or without one",
-        description="Train a student. Every field of the recipe is a flag; what is not given comes "
-        "from --recipe, or from the defaults shown. Under torchrun the batch is shared.",
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Add the options of ``fastkd train``."""
+    parser.usage = (
+        "fastkd train [--recipe NAME] --data DIR --output DIR [--teacher NAME] "
+        "[--any-recipe-field VALUE ...]"
+    )
+    parser.description = (
+        "Train a student. Every field of the recipe is a flag; what is not given comes "
+        "from --recipe, or from the defaults shown. Under torchrun the batch is shared."
     )
     parser.add_argument("--recipe", help="a shipped name (see: fastkd recipes) or a YAML file")
     parser.add_argument("--output", help="the run's folder; a run in it is continued")
@@ -43,10 +41,22 @@ def add_recipe_fields(parser: argparse.ArgumentParser) -> None:
     Args:
         parser: of a command that takes a recipe.
     """
-    for group, fields in fields_by_group().items():
-        section = parser.add_argument_group(group)
-        for field in fields:
-            _add_field(section, field)
+    for heading, section in SECTIONS.items():
+        group = parser.add_argument_group(heading)
+        for name, field in section.model_fields.items():
+            # A flag alone switches an option on; `--flag false` switches one of the recipe's off.
+            bare: Any = {"nargs": "?", "const": "true"} if isinstance(field.default, bool) else {}
+            expected = describe(name)
+            choices = f" ({expected.removeprefix('one of ')})" if "one of" in expected else ""
+            text = f"{field.description}{choices} [{_shown(field.default)}]"
+            group.add_argument(
+                "--" + name.replace("_", "-"),
+                dest=name,
+                default=argparse.SUPPRESS,
+                metavar="VALUE",
+                help=text.replace("%", "%%"),
+                **bare,
+            )
 
 
 def given_fields(options: argparse.Namespace) -> dict[str, Any]:
@@ -59,13 +69,18 @@ def given_fields(options: argparse.Namespace) -> dict[str, Any]:
         Typed values by name.
 
     Raises:
-        ValueError: a text that is no value of its field.
+        ValueError: texts that are no value of their fields.
     """
-    return {
-        field.name: parse_value(field.name, getattr(options, field.name))
-        for field in dataclasses.fields(Recipe)
-        if hasattr(options, field.name)
-    }
+    given, faults = {}, []
+    for name in Recipe.model_fields:
+        if hasattr(options, name):
+            try:
+                given[name] = parse_value(name, getattr(options, name))
+            except ValueError as error:
+                faults.append(str(error))
+    if faults:
+        raise ValueError("; ".join(faults))
+    return given
 
 
 @contextlib.contextmanager
@@ -86,21 +101,6 @@ def naming_flags(flags: str) -> Iterator[None]:
         raise DownloadError(f"{error}; on the command line {flags}") from error
 
 
-def _add_field(section: Any, field: dataclasses.Field[Any]) -> None:
-    choices = field.metadata["choices"]
-    text = field.metadata["help"] + (f" ({', '.join(choices)})" if choices else "")
-    # A flag alone switches an option on; `--flag false` switches one of the recipe's off.
-    bare = {"nargs": "?", "const": "true"} if isinstance(field.default, bool) else {}
-    section.add_argument(
-        "--" + field.name.replace("_", "-"),
-        dest=field.name,
-        default=argparse.SUPPRESS,
-        metavar="VALUE",
-        help=f"{text} [{_shown(field.default)}]".replace("%", "%%"),
-        **bare,
-    )
-
-
 def _shown(value: Any) -> str:
     if isinstance(value, tuple):
         pairs = all(isinstance(item, tuple) for item in value)
@@ -109,7 +109,7 @@ def _shown(value: Any) -> str:
 
 
 def _run(options: argparse.Namespace) -> int:
-    from fastkd.training.options import FromRecipe
+    from fastkd.training.build import FromRecipe
     from fastkd.training.trainer import train
 
     given = given_fields(options)

@@ -182,7 +182,7 @@ def train_loader(
         decode_once=recipe.augment == "gpu",
         notes=WorkerNotes(recipe.workers),
     )
-    stack = collate(data, spec, label_bound(data, recipe, recipe.labels))
+    stack = collate(data, spec, label_bound(data, recipe.num_classes, recipe.labels))
     return _loader(dataset, stack, recipe.workers, peers.device, batch_sampler=sampler)
 
 
@@ -212,7 +212,7 @@ def eval_loader(
     sampler = EvalSampler(len(data.val), peers.rank, peers.size)
     return _loader(
         dataset,
-        collate(data, spec, label_bound(data, recipe, data.labelled_val)),
+        collate(data, spec, label_bound(data, recipe.num_classes, data.labelled_val)),
         recipe.workers,
         peers.device,
         sampler=sampler,

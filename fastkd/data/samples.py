@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import default_collate, get_worker_info
 
-from fastkd.config import Recipe
+from fastkd.config import DataConfig
 from fastkd.data.datasets import DataPair
 from fastkd.data.gpu_augment import Planned, plan_transform
 from fastkd.data.readers import PILLOW_ERRORS, refuse_deep
@@ -168,11 +168,11 @@ class Collate:
         return label
 
 
-def train_sample_transform(recipe: Recipe, spec: InputSpec, data: DataPair) -> SampleTransform:
+def train_sample_transform(config: DataConfig, spec: InputSpec, data: DataPair) -> SampleTransform:
     """What happens to a training image before it is stacked.
 
     Args:
-        recipe: its ``augment`` and the options of the data group.
+        config: its ``augment`` and the options of the data group.
         spec: what the student takes in.
         data: whether it yields tensors.
 
@@ -184,24 +184,24 @@ def train_sample_transform(recipe: Recipe, spec: InputSpec, data: DataPair) -> S
             PIL image has, or for what the device does not do.
     """
     if data.yields_tensors:
-        if recipe.augment in ("cpu", "gpu"):
+        if config.augment in ("cpu", "gpu"):
             raise ValueError(
-                f"augment: {recipe.augment!r} transforms PIL images, but the data set yields "
+                f"augment: {config.augment!r} transforms PIL images, but the data set yields "
                 "tensors: set augment='none', or 'dataset' where the data set itself augments at "
                 "random"
             )
         return SampleTransform()
-    make = plan_transform if recipe.augment == "gpu" else train_transform
-    return SampleTransform(make(recipe, spec), _mode(spec))
+    make = plan_transform if config.augment == "gpu" else train_transform
+    return SampleTransform(make(config, spec), _mode(spec))
 
 
 def eval_sample_transform(
-    recipe: Recipe, spec: InputSpec, data: DataPair | None
+    config: DataConfig, spec: InputSpec, data: DataPair | None
 ) -> SampleTransform:
     """What happens to an evaluation image before it is stacked.
 
     Args:
-        recipe: evaluation options.
+        config: evaluation options.
         spec: what the model takes in.
         data: whether it yields tensors. None stands for image files.
 
@@ -213,7 +213,7 @@ def eval_sample_transform(
     """
     if data is not None and data.yields_tensors:
         return SampleTransform()
-    return SampleTransform(eval_transform(recipe, spec), _mode(spec))
+    return SampleTransform(eval_transform(config, spec), _mode(spec))
 
 
 def collate(data: DataPair, spec: InputSpec, classes: int | None = None) -> Collate:
@@ -232,18 +232,18 @@ def collate(data: DataPair, spec: InputSpec, classes: int | None = None) -> Coll
     return Collate(*statistics, classes)
 
 
-def label_bound(data: DataPair, recipe: Recipe, labelled: bool) -> int | None:
+def label_bound(data: DataPair, num_classes: int | None, labelled: bool) -> int | None:
     """What labels must lie below.
 
     Args:
         data: may say how many classes there are.
-        recipe: may say it, too.
+        num_classes: of the recipe, which come first.
         labelled: whether labels are looked at.
 
     Returns:
         For `collate`.
     """
-    return (recipe.num_classes or data.num_classes or ANY_CLASS) if labelled else None
+    return (num_classes or data.num_classes or ANY_CLASS) if labelled else None
 
 
 def _mode(spec: InputSpec) -> str:

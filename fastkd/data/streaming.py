@@ -328,7 +328,7 @@ def stream_train_loader(
     stream = TrainStream(
         data.train,
         train_sample_transform(recipe, spec, data),
-        collate(data, spec, label_bound(data, recipe, recipe.labels)),
+        collate(data, spec, label_bound(data, recipe.num_classes, recipe.labels)),
         num_samples=recipe.train_samples or len(data.train),
         batch_size=slice_size(recipe, peers.size),
         accumulation=recipe.accumulation,
@@ -365,7 +365,7 @@ def stream_eval_loader(
     stream = EvalStream(
         data.val,
         eval_sample_transform(recipe, spec, data),
-        collate(data, spec, label_bound(data, recipe, data.labelled_val)),
+        collate(data, spec, label_bound(data, recipe.num_classes, data.labelled_val)),
         batch_size=recipe.eval_batch_size,
         rank=peers.rank,
         world_size=peers.size,

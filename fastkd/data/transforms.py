@@ -1,7 +1,4 @@
-"""Image transforms of training and evaluation, and the mixing of batches: timm's, set by a recipe.
-
-Knows recipes and transforms; neither data sets nor loaders.
-"""
+"""Image transforms of training and evaluation, and the mixing of batches, all timm's."""
 
 from __future__ import annotations
 
@@ -13,7 +10,7 @@ from timm.data import Mixup, create_transform
 from timm.data.auto_augment import AugmentOp
 from torchvision.transforms import Compose
 
-from fastkd.config import Recipe
+from fastkd.config import DataConfig
 
 Transform = Callable[[Any], Any]
 
@@ -33,26 +30,26 @@ class InputSpec:
     std: tuple[float, ...] | None
 
 
-def train_transform(recipe: Recipe, spec: InputSpec) -> Transform:
+def train_transform(config: DataConfig, spec: InputSpec) -> Transform:
     """Timm's random training transform for PIL images, or evaluation's where nothing is random.
 
     Args:
-        recipe: its ``augment`` and the options of the data group.
+        config: its ``augment`` and the options of the data group.
         spec: size and statistics of the input; statistics must be there.
 
     Returns:
         PIL image -> normalised float32 tensor [C, H, W].
     """
-    if recipe.augment != "cpu":
-        return eval_transform(recipe, spec)
-    return Compose(train_stages(recipe, spec))
+    if config.augment != "cpu":
+        return eval_transform(config, spec)
+    return Compose(train_stages(config, spec))
 
 
-def train_stages(recipe: Recipe, spec: InputSpec) -> list[Any]:
+def train_stages(config: DataConfig, spec: InputSpec) -> list[Any]:
     """The steps of timm's random training transform, whatever ``augment`` is.
 
     Args:
-        recipe: the options of the data group.
+        config: the options of the data group.
         spec: size and statistics of the input; statistics must be there.
 
     Returns:
@@ -61,13 +58,13 @@ def train_stages(recipe: Recipe, spec: InputSpec) -> list[Any]:
     transform = create_transform(
         spec.size,
         is_training=True,
-        scale=recipe.scale,
-        ratio=recipe.ratio,
-        hflip=recipe.hflip,
-        color_jitter=recipe.color_jitter,
-        auto_augment=recipe.auto_augment,
-        interpolation=recipe.interpolation,
-        re_prob=recipe.reprob,
+        scale=config.scale,
+        ratio=config.ratio,
+        hflip=config.hflip,
+        color_jitter=config.color_jitter,
+        auto_augment=config.auto_augment,
+        interpolation=config.interpolation,
+        re_prob=config.reprob,
         re_mode="pixel",
         mean=spec.mean,
         std=spec.std,
@@ -76,23 +73,23 @@ def train_stages(recipe: Recipe, spec: InputSpec) -> list[Any]:
     return list(transform.transforms)
 
 
-def eval_transform(recipe: Recipe, spec: InputSpec) -> Transform:
+def eval_transform(config: DataConfig, spec: InputSpec) -> Transform:
     """Timm's evaluation transform: resize, centre crop, normalise.
 
     Args:
-        recipe: its ``interpolation``, ``crop_pct`` and ``crop_mode``.
+        config: its ``interpolation``, ``crop_pct`` and ``crop_mode``.
         spec: size and statistics of the input; statistics must be there.
 
     Returns:
         PIL image -> normalised float32 tensor [C, H, W].
     """
-    interpolation = "bilinear" if recipe.interpolation == "random" else recipe.interpolation
+    interpolation = "bilinear" if config.interpolation == "random" else config.interpolation
     return create_transform(
         spec.size,
         is_training=False,
         interpolation=interpolation,
-        crop_pct=recipe.crop_pct,
-        crop_mode=recipe.crop_mode,
+        crop_pct=config.crop_pct,
+        crop_mode=config.crop_mode,
         mean=spec.mean,
         std=spec.std,
     )
@@ -140,23 +137,24 @@ def operations_of(transform: Any) -> Iterator[AugmentOp]:
         yield from operations_of(child)
 
 
-def create_mixup(recipe: Recipe, num_classes: int) -> Mixup | None:
+def create_mixup(config: DataConfig, num_classes: int, label_smoothing: float) -> Mixup | None:
     """Timm's Mixup/CutMix of whole batches; draws from numpy's global generator.
 
     Args:
-        recipe: its mixing options and ``label_smoothing``.
+        config: its mixing options.
         num_classes: width of the soft targets.
+        label_smoothing: of the labels before they are mixed.
 
     Returns:
         The mixing function, or None where the recipe mixes nothing.
     """
-    if not recipe.mixes:
+    if not config.mixes:
         return None
     return Mixup(
-        mixup_alpha=recipe.mixup,
-        cutmix_alpha=recipe.cutmix,
-        prob=recipe.mixup_prob,
-        switch_prob=recipe.mixup_switch_prob,
-        label_smoothing=recipe.label_smoothing,
+        mixup_alpha=config.mixup,
+        cutmix_alpha=config.cutmix,
+        prob=config.mixup_prob,
+        switch_prob=config.mixup_switch_prob,
+        label_smoothing=label_smoothing,
         num_classes=num_classes,
     )

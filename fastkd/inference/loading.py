@@ -311,7 +311,7 @@ def build_student(recipe: Recipe, shape: Shape) -> nn.Module:
     }
     if shape.channels != 3:
         options["in_chans"] = shape.channels
-    create = functools.partial(create_student, recipe.model, recipe.variant, **options)  # type: ignore[arg-type]
+    create = functools.partial(create_student, recipe.model, recipe.variant, **options)
     try:
         return create(drop_path_rate=recipe.drop_path)  # 0, too: some models have another default
     except TypeError as error:
@@ -402,7 +402,7 @@ def recipe_of(checkpoint: str | Path, state: Mapping[str, Any]) -> Recipe:
         CheckpointError: it has a field or a value that this fastkd does not know.
     """
     try:
-        return Recipe.from_dict(state["recipe"])
+        return Recipe(**state["recipe"])
     except (ValueError, TypeError) as error:
         file = Path(checkpoint) / LAST if Path(checkpoint).is_dir() else checkpoint
         raise CheckpointError(

@@ -14,7 +14,7 @@ import torch
 from timm.data import resolve_data_config
 from torch import Tensor, nn
 
-from fastkd.config import Recipe, fields_by_group
+from fastkd.config import DistillConfig, Recipe
 from fastkd.losses import FeatureKD
 from fastkd.losses.base import FeatureTerm, Key, LogitTerm
 from fastkd.losses.projectors import check_widths, fused_weights
@@ -182,7 +182,7 @@ def refuse_arguments_of_timm(options: Collection[str]) -> None:
 
 
 def _options() -> list[str]:
-    return [field.name for field in fields_by_group()["distillation"]]
+    return list(DistillConfig.model_fields)
 
 
 def _refuse_beside_terms(recipe: Any, options: Mapping[str, Any], taken: Collection[str]) -> None:

@@ -1,10 +1,10 @@
-"""From a recipe, models and data to the engine that trains.
-
-Decides how the parts fit together; what they do is theirs.
-"""
+"""Resolve the arguments of `train`, and build the teacher, optimizer and engine of a run."""
 
 from __future__ import annotations
 
+import enum
+import logging
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +14,217 @@ from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3
 from torch import nn
 
-from fastkd.config import Recipe
+from fastkd.config import (
+    MODULE_PREFIX,
+    DistillConfig,
+    OptimConfig,
+    Recipe,
+    TeacherConfig,
+    refuse,
+)
 from fastkd.data.gpu_augment import device_augment
 from fastkd.data.transforms import InputSpec, create_mixup
 from fastkd.inference.loading import names_a_file, open_model
+from fastkd.losses.build import check_options, has_temperature
+from fastkd.losses.registry import find_loss
 from fastkd.models import Teacher, create_teacher
 from fastkd.models.teacher import as_teacher
 from fastkd.training.engine import Engine
 from fastkd.training.task import DistillationTask, build_task
 from fastkd.utils.distributed import World
 
+logger = logging.getLogger("fastkd")
+
 _TEACHER_BY_NAME = "teacher_checkpoint: holds weights for a teacher given by its timm name"
+
+
+STUDENT_FIELDS = ("variant", "width", "drop_path")
+TEACHER_FIELDS = ("teacher_checkpoint", "teacher_img_size")
+RANDOM_FIELDS = ("scale", "ratio", "hflip", "color_jitter", "auto_augment", "reprob")
+FEATURE_FIELDS = (
+    *("feature_loss", "feature_options", "pairs", "projector", "resample"),
+    *("student_prefix", "teacher_prefix"),
+)
+LOGIT_FIELDS = ("tau", "logit_loss", "logit_options")
+# Given as 0, they say what a run without a teacher does anyway.
+WEIGHT_FIELDS = ("alpha", "feature_weight")
+_DEFAULTS = dict(Recipe())  # asking for one asks for nothing
+
+
+class FromRecipe(enum.Enum):
+    """Default of an argument that stands for what the recipe says; None means none."""
+
+    TEACHER = "the recipe's teacher"
+
+    def __repr__(self) -> str:
+        return f"<{self.value}>"
+
+
+def chosen_teacher(recipe: TeacherConfig, teacher: Any) -> Any:
+    """The teacher of a run.
+
+    Args:
+        recipe: asked where the caller leaves the choice to it.
+        teacher: a name, a path, a module, None, or `FromRecipe.TEACHER`.
+
+    Returns:
+        The teacher, or None.
+
+    Raises:
+        ValueError: the recipe's teacher is a module that only its author has.
+    """
+    if teacher is not FromRecipe.TEACHER:
+        return teacher
+    if recipe.teacher is not None and recipe.teacher.startswith(MODULE_PREFIX):
+        raise ValueError(
+            f"teacher: the recipe's teacher is {recipe.teacher}: hand the module over, or None to "
+            f"train without one"
+        )
+    return recipe.teacher
+
+
+def resolve_recipe(recipe: Any, student: Any, teacher: Any, data: Any, overrides: Any) -> Recipe:
+    """The recipe of a run as it is saved: with overrides, and with what the caller hands over.
+
+    Args:
+        recipe: anything `Recipe.load` takes.
+        student: a timm name, a module, or None for the recipe's model.
+        teacher: a name, a path, a module, None for no distillation, or `FromRecipe.TEACHER`.
+        data: what `open_data` takes, or None for the recipe's data.
+        overrides: recipe fields.
+
+    Returns:
+        The resolved recipe; modules stand in it as ``module:ClassName``.
+
+    Raises:
+        ValueError: an override that could have no effect, an unknown one, or a learning rate that
+            would rise where it should fall.
+        TypeError: a value of the wrong type.
+    """
+    loaded = Recipe.load(recipe)
+    resolved = loaded.override(**overrides)
+    if resolved.variant != loaded.variant and "width" not in overrides:
+        resolved = resolved.override(width=None)  # it was the other variant's
+    for loss in ("logit", "feature"):  # so were the options of another loss
+        changed = getattr(resolved, f"{loss}_loss") != getattr(loaded, f"{loss}_loss")
+        if changed and f"{loss}_options" not in overrides:
+            gone: Any = {f"{loss}_options": None}
+            resolved = resolved.override(**gone)
+    teacher = chosen_teacher(loaded, teacher)
+    _check_effect(resolved, student, teacher, overrides)
+    if teacher is None:  # and the record says so, whatever terms the recipe asks for
+        none: Any = dict.fromkeys((*TEACHER_FIELDS, "ce_weight"))
+        resolved = resolved.override(alpha=0.0, feature_weight=0.0, **none)
+    if student is not None:
+        resolved = resolved.override(model=_name(student))
+    if isinstance(data, str | Path):
+        resolved = resolved.override(data=str(data))
+    if not resolved.labels:
+        _check_unlabelled(resolved, teacher, overrides)
+    _check_schedule(resolved)
+    _check_loss_options(resolved)
+    return resolved.override(teacher=None if teacher is None else _name(teacher))
+
+
+def _name(model: Any) -> str:
+    if isinstance(model, Teacher):
+        model = model.model
+    return f"{MODULE_PREFIX}{type(model).__name__}" if isinstance(model, nn.Module) else str(model)
+
+
+def _check_effect(
+    resolved: Recipe, student: Any, teacher: Any, overrides: Mapping[str, Any]
+) -> None:
+    """Refuse overrides without which the run would be another one; warn of others that do nothing.
+
+    Only what was asked for in so many words: a recipe may hold more than a run needs.
+    """
+    if isinstance(student, nn.Module):
+        refuse(overrides, STUDENT_FIELDS, "the student is given as a module")
+    elif resolved.variant == "plain" and overrides.get("width") is not None:
+        refuse(overrides, ("width",), "variant='plain' has no width to choose")
+    if teacher is None:
+        _refuse_terms(overrides)
+    elif resolved.alpha == 0 and resolved.feature_weight == 0:
+        raise ValueError("teacher: with alpha=0 and feature_weight=0 it teaches nothing")
+    changed = {name: value for name, value in overrides.items() if value != _DEFAULTS[name]}
+    if resolved.alpha == 0:
+        refuse(changed, LOGIT_FIELDS, "alpha is 0")
+    if resolved.feature_weight == 0:
+        refuse(changed, FEATURE_FIELDS, "feature_weight is 0")
+    if resolved.augment == "none":
+        refuse(overrides, ("repeated_aug",), "with augment='none' all copies would be equal")
+    for idle, names, reason in _idle(resolved):
+        if idle:
+            warn_idle(changed, names, reason)
+
+
+def _idle(recipe: Recipe) -> list[tuple[bool, tuple[str, ...], str]]:
+    """(condition, fields, reason): where the condition holds, the fields do nothing."""
+    no_temperature = not has_temperature(find_loss(recipe.logit_loss))
+    random = f"augment={recipe.augment!r} leaves timm's random transforms out"
+    return [
+        (recipe.augment in ("none", "dataset"), RANDOM_FIELDS, random),
+        (no_temperature, ("tau",), f"{recipe.logit_loss!r} has no temperature"),
+        (not recipe.mixes, ("mixup_prob", "mixup_switch_prob"), "Mixup and CutMix are off"),
+        (recipe.ema_decay is None, ("ema_warmup",), "there is no EMA"),
+        (recipe.warmup_epochs == 0, ("warmup_lr",), "there is no warm-up"),
+        (recipe.auto_augment is not None, ("color_jitter",), "auto_augment takes its place"),
+        (not recipe.labels, ("label_smoothing",), "with labels=False there is no cross-entropy"),
+    ]
+
+
+def warn_idle(given: Mapping[str, Any], names: Iterable[str], reason: str) -> None:
+    """Warn of each name that was given, although it has no effect."""
+    for name in names:
+        if name in given:
+            logger.warning("%s=%r has no effect: %s", name, given[name], reason)
+
+
+def _refuse_terms(overrides: Mapping[str, Any]) -> None:
+    for name in (*TEACHER_FIELDS, *DistillConfig.model_fields):
+        value = overrides.get(name)
+        if name in overrides and value is not None and not (name in WEIGHT_FIELDS and value == 0):
+            raise ValueError(f"{name}: needs a teacher, and there is none (got {value!r})")
+
+
+def _check_unlabelled(recipe: Recipe, teacher: Any, overrides: Mapping[str, Any]) -> None:
+    """What would have needed labels."""
+    if teacher is None:
+        raise ValueError(
+            "labels: without labels a student learns from a teacher, and there is none"
+        )
+    if recipe.mixes:
+        raise ValueError("labels: Mixup and CutMix mix labels; set mixup=0 and cutmix=0")
+    if overrides.get("ce_weight") is not None:
+        refuse(overrides, ("ce_weight",), "with labels=False there is no cross-entropy")
+    if recipe.alpha > 0 and find_loss(recipe.logit_loss).load().needs_target:
+        raise ValueError(f"labels: logit_loss={recipe.logit_loss!r} looks at them")
+
+
+def _check_loss_options(recipe: DistillConfig) -> None:
+    """Options of the losses that the run uses."""
+    if recipe.alpha > 0:
+        check_options(find_loss(recipe.logit_loss), recipe.logit_options, "logit_options")
+    if recipe.feature_weight > 0:
+        check_options(find_loss(recipe.feature_loss), recipe.feature_options, "feature_options")
+
+
+def _check_schedule(recipe: OptimConfig) -> None:
+    """A cosine that ends above its peak, or a warm-up from above it, runs the wrong way."""
+    peak = f"the learning rate {recipe.scaled_lr:g}"
+    if recipe.lr_scaling:
+        peak += f" (= lr {recipe.lr:g} x batch_size {recipe.batch_size} / 512)"
+    if recipe.scaled_lr <= recipe.min_lr:
+        raise ValueError(
+            f"min_lr: {recipe.min_lr:g} is not below {peak}, so the cosine would not fall: raise "
+            f"lr or batch_size, set lr_scaling=False, or lower min_lr"
+        )
+    if recipe.warmup_epochs > 0 and recipe.warmup_lr > recipe.scaled_lr:
+        raise ValueError(
+            f"warmup_lr: {recipe.warmup_lr:g} is above {peak}, so the warm-up would fall: lower "
+            f"warmup_lr, or raise lr"
+        )
 
 
 def build_engine(
@@ -58,7 +258,7 @@ def build_engine(
     if recipe.mixes:
         if num_classes is None:
             raise ValueError("num_classes: Mixup needs the number of classes, nobody says it")
-        mixup = create_mixup(recipe, num_classes)
+        mixup = create_mixup(recipe, num_classes, recipe.label_smoothing)
     # Before taps look at the student, so that the copy is of the bare model.
     ema = None
     if recipe.ema_decay is not None:
@@ -73,7 +273,7 @@ def build_engine(
         teacher if task.needs_logits or task.needs_tokens else None,
         optimizer,
         scheduler,
-        recipe=recipe,
+        config=recipe,
         world=world,
         ema=ema,
         augment=None if augment is None else augment.to(world.device),
@@ -82,13 +282,13 @@ def build_engine(
 
 
 def build_optimizer(
-    task: DistillationTask, recipe: Recipe, updates_per_epoch: int
+    task: DistillationTask, config: OptimConfig, updates_per_epoch: int
 ) -> tuple[torch.optim.Optimizer, Any]:
     """Timm's AdamW groups and cosine schedule with warm-up, stepped per update.
 
     Args:
         task: decides which parameters are not decayed.
-        recipe: the optimisation group.
+        config: learning rate, schedule, weight decay.
         updates_per_epoch: length of an epoch.
 
     Returns:
@@ -97,31 +297,31 @@ def build_optimizer(
     optimizer = create_optimizer_v2(
         task,
         opt="adamw",
-        lr=recipe.scaled_lr,
-        weight_decay=recipe.weight_decay,
-        eps=recipe.eps,
+        lr=config.scaled_lr,
+        weight_decay=config.weight_decay,
+        eps=config.adam_eps,
         fused=True,
     )
     scheduler, _ = create_scheduler_v2(
         optimizer,
         sched="cosine",
-        num_epochs=recipe.epochs,
-        warmup_epochs=recipe.warmup_epochs,
-        min_lr=recipe.min_lr,
-        warmup_lr=recipe.warmup_lr,
+        num_epochs=config.epochs,
+        warmup_epochs=config.warmup_epochs,
+        min_lr=config.min_lr,
+        warmup_lr=config.warmup_lr,
         step_on_epochs=False,
         updates_per_epoch=updates_per_epoch,
     )
     return optimizer, scheduler
 
 
-def resolve_teacher(teacher: Any, recipe: Recipe, spec: InputSpec) -> Teacher | None:
+def resolve_teacher(teacher: Any, config: TeacherConfig, spec: InputSpec) -> Teacher | None:
     """Load the teacher and tell it what the images are normalised with.
 
     Args:
         teacher: None, a `Teacher`, a module, or whatever `open_model` opens: a timm name or folder,
             a run's folder, a checkpoint, an exported student.
-        recipe: its ``teacher_checkpoint`` holds local weights for a timm name, its
+        config: its ``teacher_checkpoint`` holds local weights for a timm name, its
             ``teacher_img_size`` the size that images are resized to for the teacher.
         spec: the student's input.
 
@@ -134,13 +334,13 @@ def resolve_teacher(teacher: Any, recipe: Recipe, spec: InputSpec) -> Teacher | 
     """
     if teacher is None:
         return None
-    size = recipe.teacher_img_size
+    size = config.teacher_img_size
     if isinstance(teacher, nn.Module):
-        if recipe.teacher_checkpoint is not None:
+        if config.teacher_checkpoint is not None:
             raise ValueError(_TEACHER_BY_NAME)
         resolved = _given_teacher(teacher, size)
     else:
-        resolved = _opened_teacher(teacher, recipe.teacher_checkpoint, size)
+        resolved = _opened_teacher(teacher, config.teacher_checkpoint, size)
     resolved.set_input_stats(spec.mean, spec.std)
     return resolved
 

@@ -40,8 +40,7 @@ from fastkd.inference.preprocessing import Shape, input_spec, parameter_count, s
 from fastkd.losses.build import has_temperature
 from fastkd.losses.registry import find_loss
 from fastkd.models import TapOutput, Teacher, create_teacher
-from fastkd.training.build import resolve_teacher
-from fastkd.training.options import FromRecipe, resolve_recipe
+from fastkd.training.build import FromRecipe, resolve_recipe, resolve_teacher
 from fastkd.training.task import DistillationTask, build_task
 from fastkd.utils.distributed import AMP_DTYPES, autocast
 

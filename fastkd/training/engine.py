@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parallel import DistributedDataParallel
 
-from fastkd.config import Recipe
+from fastkd.config import OptimConfig
 from fastkd.data.samples import Batch
 from fastkd.inference.evaluate import _check_whole
 from fastkd.models import TapOutput, Teacher
@@ -86,7 +86,7 @@ class Engine:
         teacher: on the device; None where the terms need none.
         optimizer: over the task's parameters; fused, so that skipping needs no synchronisation.
         scheduler: timm's, stepped per update.
-        recipe: ``amp``, ``clip_grad``, ``compile``, ``channels_last``, ``ema_warmup``,
+        config: ``amp``, ``clip_grad``, ``compile``, ``channels_last``, ``ema_warmup``,
             ``max_nonfinite`` and ``seed`` are the engine's.
         world: this process among its peers.
         ema: average of the student's weights, or None.
@@ -101,7 +101,7 @@ class Engine:
         optimizer: torch.optim.Optimizer,
         scheduler: Any,
         *,
-        recipe: Recipe,
+        config: OptimConfig,
         world: World,
         ema: ModelEmaV3 | None = None,
         augment: Callable[[Tensor, dict[str, Tensor]], Tensor] | None = None,
@@ -111,13 +111,13 @@ class Engine:
         self.teacher = teacher
         self.optimizer = optimizer
         self.scheduler = scheduler
-        self.recipe = recipe
+        self.config = config
         self.world = world
         self.ema = ema
         self.augment = augment
         self.mixup = mixup
         self.scaler = torch.amp.GradScaler(
-            world.device.type, init_scale=FIRST_FP16_SCALE, enabled=recipe.amp == "fp16"
+            world.device.type, init_scale=FIRST_FP16_SCALE, enabled=config.amp == "fp16"
         )
         self.parameters = [p for p in task.parameters() if p.requires_grad]
         self.statistics = _running_statistics(task)
@@ -125,7 +125,7 @@ class Engine:
         self.meter = Meter((*task.terms.names, "grad_norm"), world.device)
         self.applying = False
         self._unread: list[_Done] = []
-        if recipe.channels_last:
+        if config.channels_last:
             for module in (task.student, teacher):
                 if module is not None:
                     module.to(memory_format=torch.channels_last)
@@ -134,11 +134,11 @@ class Engine:
 
     def _compile(self) -> None:
         """Compile in place: state dicts keep their names, and evaluation runs the bare student."""
-        if self.recipe.compile == "none":
+        if self.config.compile == "none":
             return
         for module in (self.task, self.teacher):
             if module is not None:
-                module.compile(mode=self.recipe.compile)
+                module.compile(mode=self.config.compile)
 
     @property
     def lr(self) -> float:
@@ -151,7 +151,7 @@ class Engine:
         Args:
             slices: on the host, all of one size.
         """
-        seed = derive_seed("update", self.recipe.seed, self.position.total, self.world.rank)
+        seed = derive_seed("update", self.config.seed, self.position.total, self.world.rank)
         seed_all(seed)
         self.optimizer.zero_grad(set_to_none=True)
         losses = torch.zeros_like(self.meter.sums[:-1])
@@ -192,7 +192,7 @@ class Engine:
             images = self.augment(images, batch.plan)  # which reads the plan on the host
         if self.mixup is not None:
             images, target = self.mixup(images, target)
-        if self.recipe.channels_last:
+        if self.config.channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
         return images, target
 
@@ -202,7 +202,7 @@ class Engine:
 
     def begin_pass(self) -> None:
         """Say that what compiled models gave before may be overwritten (CUDA graphs reuse it)."""
-        if self.recipe.compile != "none":
+        if self.config.compile != "none":
             torch.compiler.cudagraph_mark_step_begin()
 
     def backward(self, batch: Batch, share: float, synchronise: bool) -> Tensor:
@@ -211,7 +211,7 @@ class Engine:
         self.begin_pass()
         hold = not synchronise and isinstance(self.wrapped, DistributedDataParallel)
         with self.wrapped.no_sync() if hold else nullcontext():  # type: ignore[operator]
-            with autocast(self.world.device, self.recipe.amp):
+            with autocast(self.world.device, self.config.amp):
                 output = self.wrapped(images, target, self.teach(images))
             self.scaler.scale(output["loss"] * share).backward()
         terms = torch.stack([output[name].detach() for name in self.task.terms.names])
@@ -244,14 +244,14 @@ class Engine:
         self.position.total += 1
         self.scheduler.step_update(self.position.total)
         if self.ema is not None:
-            step = self.position.total if self.recipe.ema_warmup else None
+            step = self.position.total if self.config.ema_warmup else None
             self.ema.update(self.task.student, step=step)
         self.meter.add(torch.cat([losses, norm.reshape(1)]), applied)
         return applied
 
     def _gradient_norm(self) -> Tensor:
-        if self.recipe.clip_grad is not None:
-            return nn.utils.clip_grad_norm_(self.parameters, self.recipe.clip_grad)
+        if self.config.clip_grad is not None:
+            return nn.utils.clip_grad_norm_(self.parameters, self.config.clip_grad)
         gradients = [p.grad for p in self.parameters if p.grad is not None]
         return nn.utils.get_total_norm(gradients)
 
@@ -265,8 +265,8 @@ class Engine:
         *sums, skipped, _, longest = (self.world.sum(own) / self.world.size).tolist()
         named = dict(zip(self.meter.names, sums, strict=True))
         reading = Reading(named, self.meter.count - int(skipped), int(skipped), int(longest))
-        limit = self.recipe.max_nonfinite
-        if self.recipe.amp == "fp16":
+        limit = self.config.max_nonfinite
+        if self.config.amp == "fp16":
             limit += FP16_SETTLING
         if reading.longest_row > limit:
             raise self.non_finite(f"{reading.longest_row} updates in a row were skipped")
@@ -284,8 +284,8 @@ class Engine:
         return NonFiniteError(
             f"train: {what}, at or before update {self.position.total} in epoch "
             f"{self.position.epoch + 1}: the loss or its gradient was infinite or NaN (learning "
-            f"rate {self.lr:.3g}, amp {self.recipe.amp}). The weights are from before. Try a lower "
-            f"lr, clip_grad=1.0, or amp='none'; max_nonfinite is {self.recipe.max_nonfinite}"
+            f"rate {self.lr:.3g}, amp {self.config.amp}). The weights are from before. Try a lower "
+            f"lr, clip_grad=1.0, or amp='none'; max_nonfinite is {self.config.max_nonfinite}"
         )
 
     def skipped_updates(self) -> list[SkippedUpdate]:
@@ -357,7 +357,7 @@ def train_one_epoch(
             on_interval({**_where(engine, lr), **clock.interval()})
         after_update(slices)
     record = {**_where(engine, lr), **clock.epoch()}
-    if record["skipped_updates"] == engine.meter.count > 0 and engine.recipe.amp != "fp16":
+    if record["skipped_updates"] == engine.meter.count > 0 and engine.config.amp != "fp16":
         raise engine.non_finite("every update was skipped")
     return record
 
@@ -442,12 +442,12 @@ def evaluate_terms(engine: Engine, loader: Iterable[Batch]) -> dict[str, Any]:
     names = task.terms.names
     sums = torch.zeros(len(names) + 1, dtype=torch.float64, device=world.device)
     # Terms that draw (masks, patches) draw the same in every evaluation: epochs are compared by it.
-    with seeded(engine.recipe.seed, world.device):
+    with seeded(engine.config.seed, world.device):
         for batch in loader:
             images = batch.images.to(world.device, non_blocking=True)
             target = batch.labels.to(world.device, non_blocking=True)
             engine.begin_pass()
-            with autocast(world.device, engine.recipe.amp):
+            with autocast(world.device, engine.config.amp):
                 output = task(images, target, engine.teach(images))
             values = torch.stack([output[name].double() for name in names])
             images_seen = torch.full_like(values[:1], len(images))

@@ -27,9 +27,14 @@ from fastkd.data.samples import Batch
 from fastkd.inference.loading import build_student
 from fastkd.inference.preprocessing import class_count, input_spec, student_shape
 from fastkd.models import TapOutput, create_teacher
-from fastkd.training.build import build_engine, resolve_teacher
+from fastkd.training.build import (
+    FromRecipe,
+    build_engine,
+    chosen_teacher,
+    resolve_recipe,
+    resolve_teacher,
+)
 from fastkd.training.engine import Engine
-from fastkd.training.options import FromRecipe, chosen_teacher, resolve_recipe
 from fastkd.utils.distributed import World, autocast, world
 from fastkd.utils.random import derive_seed, preserved_rng, seed_all
 
@@ -236,13 +241,13 @@ def measure_step(
     if steps < 2:
         raise ValueError(f"measure_step: steps must be at least 2, got {steps}")
     engine.task.train()
-    updates = _endless_updates(loader, engine.recipe.accumulation)
+    updates = _endless_updates(loader, engine.config.accumulation)
     slices = next(updates)
     made_ahead = loader.num_workers * (loader.prefetch_factor or 0)
     fed_by_loader = partial(
         _Timing,
         group=max(1, loader.num_workers),
-        prepare=partial(_drop, updates, math.ceil(made_ahead / engine.recipe.accumulation)),
+        prepare=partial(_drop, updates, math.ceil(made_ahead / engine.config.accumulation)),
     )
     # What needs the loader comes first, while it is at work; the rest in the order of an update.
     timings = {
@@ -280,7 +285,7 @@ def _works(engine: Engine, slices: list[Batch]) -> dict[str, Callable[[], Any]]:
     def forward() -> None:
         for batch, output in zip(prepared, taught, strict=True):
             engine.begin_pass()
-            with autocast(engine.world.device, engine.recipe.amp):
+            with autocast(engine.world.device, engine.config.amp):
                 engine.task(batch.images, batch.labels, output)
 
     def backward() -> None:
@@ -318,7 +323,7 @@ def _student_alone(engine: Engine, taught: list[TapOutput | None]) -> Engine:
 
 def _teach(engine: Engine, images: Tensor) -> TapOutput | None:
     engine.begin_pass()
-    with autocast(engine.world.device, engine.recipe.amp):
+    with autocast(engine.world.device, engine.config.amp):
         return engine.teach(images)
 
 

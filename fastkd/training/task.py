@@ -12,7 +12,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from fastkd.config import Key, Pairs, Recipe
+from fastkd.config import DistillConfig, Key, Pairs, Recipe
 from fastkd.losses import (
     DistillationLoss,
     FeatureKD,
@@ -154,8 +154,14 @@ def build_task(
     """
     logit, feature, taps = None, None, None
     if teacher is not None:
-        logit = build_logit_term(recipe)
+        logit = build_logit_term(recipe, recipe.labels)
         taps, feature = build_feature_term(student, teacher, recipe, example)
+        if feature is not None and recipe.feature_loss == "crd" and recipe.repeated_aug > 1:
+            logger.warning(
+                "feature_loss='crd' takes the %d copies of an image in a batch for different "
+                "images and pushes them apart; repeated_aug=1 avoids that",
+                recipe.repeated_aug,
+            )
     terms = DistillationLoss(
         logit,
         feature,
@@ -191,11 +197,12 @@ def _freeze_unreached(task: DistillationTask, teacher: Teacher | None, example: 
         logger.info("%d parameters of the student get no gradient from features: frozen", count)
 
 
-def build_logit_term(recipe: Recipe) -> LogitTerm | None:
+def build_logit_term(config: DistillConfig, labels: bool = True) -> LogitTerm | None:
     """The logit loss of a recipe; None where its weight alpha is 0.
 
     Args:
-        recipe: alpha, logit_loss, tau, logit_options.
+        config: alpha, logit_loss, tau, logit_options.
+        labels: whether there is a cross-entropy beside it.
 
     Returns:
         The term.
@@ -203,28 +210,28 @@ def build_logit_term(recipe: Recipe) -> LogitTerm | None:
     Raises:
         ValueError: an option that the loss does not have, or refuses.
     """
-    if recipe.alpha == 0:
+    if config.alpha == 0:
         return None
-    if recipe.labels and recipe.cross_entropy_weight == 0 and find_loss(recipe.logit_loss).whole_ce:
+    if labels and config.cross_entropy_weight == 0 and find_loss(config.logit_loss).whole_ce:
         logger.warning(
             "alpha=1 leaves nothing of the cross-entropy, to which logit_loss=%r is added by its "
             "authors: set ce_weight=1",
-            recipe.logit_loss,
+            config.logit_loss,
         )
     return create_logit_loss(
-        recipe.logit_loss, weight=recipe.alpha, tau=recipe.tau, options=recipe.logit_options
+        config.logit_loss, weight=config.alpha, tau=config.tau, options=config.logit_options
     )
 
 
 def build_feature_term(
-    student: nn.Module, teacher: Teacher, recipe: Recipe, example: Tensor
+    student: nn.Module, teacher: Teacher, config: DistillConfig, example: Tensor
 ) -> tuple[Taps, FeatureTerm] | tuple[None, None]:
     """The feature loss of a recipe, and what it reads; None twice where its weight is 0.
 
     Args:
         student: whose layers are tapped.
         teacher: is made to tap what the term compares.
-        recipe: its feature fields, pairs and projector.
+        config: its feature fields, pairs and projector.
         example: as in `build_task`.
 
     Returns:
@@ -234,41 +241,35 @@ def build_feature_term(
         ValueError: blocks that do not exist, widths that do not meet, or options that the loss
             refuses.
     """
-    if recipe.feature_weight == 0:
+    if config.feature_weight == 0:
         return None, None
     # One layer at a time, because taps merge what resolves to the same layer (-1 and 11).
     pairs = tuple(
         (Taps(student, [s]).indices[0], Taps(teacher.model, [t]).indices[0])
-        for s, t in recipe.pairs
+        for s, t in config.pairs
     )
     student_keys, teacher_keys = _keys(pairs)
-    taps = Taps(student, student_keys, num_prefix=recipe.student_prefix)
-    teacher_taps = teacher.tap(teacher_keys, num_prefix=recipe.teacher_prefix)
-    if recipe.projector == "lift":
+    taps = Taps(student, student_keys, num_prefix=config.student_prefix)
+    teacher_taps = teacher.tap(teacher_keys, num_prefix=config.teacher_prefix)
+    if config.projector == "lift":
         student_dims = dict.fromkeys(student_keys, _lifted_width(student))
     else:
         if isinstance(student, LiftVisionTransformer):
             logger.warning(
                 "the student has lifted tokens, but projector=%r compares those of its last block, "
                 "before the lift; the paper's Lift takes projector='lift'",
-                recipe.projector,
+                config.projector,
             )
         student_dims = _dims(taps, example)
-    if recipe.feature_loss == "crd" and recipe.repeated_aug > 1:
-        logger.warning(
-            "feature_loss='crd' takes the %d copies of an image in a batch for different images "
-            "and pushes them apart; repeated_aug=1 avoids that",
-            recipe.repeated_aug,
-        )
     term = create_feature_loss(
-        recipe.feature_loss,
+        config.feature_loss,
         pairs,
-        weight=recipe.feature_weight,
-        projector=recipe.projector,
+        weight=config.feature_weight,
+        projector=config.projector,
         student_dims=student_dims,
         teacher_dims=_dims(teacher_taps, teacher.prepare(example)),
-        resample=recipe.resample,
-        options=recipe.feature_options,
+        resample=config.resample,
+        options=config.feature_options,
     )
     return taps, term
 

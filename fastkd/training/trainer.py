@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 import torch
 from torch import nn
 from torch.utils.data import IterableDataset
+from typing_extensions import Unpack
 
 from fastkd.checkpoint import (
     BEST,
@@ -25,7 +26,7 @@ from fastkd.checkpoint import (
     remove_checkpoints,
     save_checkpoint,
 )
-from fastkd.config import Recipe, refuse_image_options
+from fastkd.config import Overrides, Recipe, refuse_image_options
 from fastkd.data.datasets import Data, DataPair, open_data
 from fastkd.data.loader import eval_loader, train_loader
 from fastkd.data.samplers import Schedule
@@ -39,11 +40,17 @@ from fastkd.inference.preprocessing import (
     parameter_count,
     student_shape,
 )
-from fastkd.training.build import build_engine, resolve_teacher
+from fastkd.training.build import (
+    FromRecipe,
+    build_engine,
+    chosen_teacher,
+    resolve_recipe,
+    resolve_teacher,
+    warn_idle,
+)
 from fastkd.training.dry_run import effective_values
 from fastkd.training.engine import NonFiniteError, evaluate_terms, train_one_epoch
 from fastkd.training.logging import RESULT, Result, RunLogger, check_trackers, open_trackers
-from fastkd.training.options import FromRecipe, chosen_teacher, resolve_recipe
 from fastkd.training.state import Identity, Progress, restore, run_state, student_state
 from fastkd.utils.distributed import StopRequest, World, world
 from fastkd.utils.io import remove_leftovers
@@ -62,7 +69,7 @@ def train(
     resume: str = "auto",
     device: str | torch.device | None = None,
     quiet: bool = False,
-    **overrides: Any,
+    **overrides: Unpack[Overrides],
 ) -> Result:
     """Train a student, by a teacher or without one.
 
@@ -88,8 +95,8 @@ def train(
             afresh, a path continues from that checkpoint.
         device: ``"cpu"``, ``"cuda"``, ``"cuda:1"``; None takes CUDA where there is a device.
         quiet: show nothing.
-        **overrides: recipe fields by name; unknown ones, and those that could have no effect, are
-            errors.
+        **overrides: recipe fields by name. Unknown ones are errors, and so are those that have no
+            effect where the run would be another one than asked for; of others a warning tells.
 
     Returns:
         What was measured, and where the files are.
@@ -112,8 +119,9 @@ def train(
         raise ValueError("train: data is missing: a folder, a timm data set name or two data sets")
     folder = None if output is None else Path(output)
     check_trackers(resolved.track, folder)
-    if folder is None and overrides.get("checkpoint_interval"):
-        raise ValueError("checkpoint_interval: without an output no checkpoint is written")
+    if folder is None:
+        idle = ("checkpoint_interval", "keep_checkpoints")
+        warn_idle(overrides, idle, "without an output no checkpoint is written")
     with preserved_rng(), world(device) as peers:
         opened = open_data(source, resolved.data_root, labels=resolved.labels)
         if overrides.get("train_samples") is not None and not opened.streams:

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset, IterableDataset, TensorDataset
 
-from fastkd.config import Recipe
+from fastkd.config import DataConfig, Recipe
 from fastkd.data.datasets import DataPair, open_data
 from fastkd.data.loader import SampleDataset, eval_loader, train_loader
 from fastkd.data.samplers import slice_size
@@ -162,7 +162,7 @@ def test_the_strongest_randaugment_survives_many_images():
 
 
 def test_mixup_makes_soft_targets_that_sum_to_one():
-    mixup = create_mixup(Recipe(mixup=0.8, cutmix=1.0), 5)
+    mixup = create_mixup(DataConfig(mixup=0.8, cutmix=1.0), 5, 0.1)
     _, target = mixup(torch.randn(4, 3, 8, 8), torch.tensor([0, 1, 2, 3]))
     torch.testing.assert_close(target.sum(1), torch.ones(4))
 

@@ -30,7 +30,7 @@ def engine_for(student, ema_decay=None, **options):
     task = build_task(student, None, recipe, IMAGES[:1])
     optimizer, scheduler = build_optimizer(task, recipe, 10)
     ema = None if ema_decay is None else ModelEmaV3(student, decay=ema_decay)
-    return Engine(task, None, optimizer, scheduler, recipe=recipe, world=WORLD, ema=ema)
+    return Engine(task, None, optimizer, scheduler, config=recipe, world=WORLD, ema=ema)
 
 
 def batch(images=IMAGES, labels=LABELS):

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from fastkd.config import Recipe
+from fastkd.config import DataConfig
 from fastkd.data.gpu_augment.operations import Operation, apply_operation, erase
 from fastkd.data.gpu_augment.plan import Planned, plan_transform
 from fastkd.data.transforms import InputSpec
@@ -20,11 +20,11 @@ LAYERED = ("operations", "arguments")  # parts of a plan that have an entry for 
 __all__ = ["DeviceAugment", "Planned", "device_augment", "plan_transform"]
 
 
-def device_augment(recipe: Recipe, spec: InputSpec) -> DeviceAugment | None:
+def device_augment(config: DataConfig, spec: InputSpec) -> DeviceAugment | None:
     """What the device does to a batch of training images.
 
     Args:
-        recipe: its ``augment`` and the options of the data group.
+        config: its ``augment`` and the options of the data group.
         spec: size and statistics of the input.
 
     Returns:
@@ -34,11 +34,11 @@ def device_augment(recipe: Recipe, spec: InputSpec) -> DeviceAugment | None:
     Raises:
         ValueError: the device does not do what the recipe asks for.
     """
-    if recipe.augment != "gpu":
+    if config.augment != "gpu":
         return None
     if spec.mean is None or spec.std is None:
         raise ValueError("augment: 'gpu' normalises images, but the input has no mean and std")
-    return DeviceAugment(spec.mean, spec.std, plan_transform(recipe, spec).fill)
+    return DeviceAugment(spec.mean, spec.std, plan_transform(config, spec).fill)
 
 
 class DeviceAugment(nn.Module):

@@ -19,7 +19,7 @@ from timm.data.transforms import MaybeToTensor, RandomResizedCropAndInterpolatio
 from torch import Tensor
 from torchvision.transforms import ColorJitter, Normalize, RandomHorizontalFlip
 
-from fastkd.config import Recipe
+from fastkd.config import DataConfig
 from fastkd.data.gpu_augment.operations import ARGUMENTS, Operation
 from fastkd.data.gpu_augment.recorders import (
     Call,
@@ -108,11 +108,11 @@ class PlanTransform:
         }
 
 
-def plan_transform(recipe: Recipe, spec: InputSpec) -> PlanTransform:
+def plan_transform(config: DataConfig, spec: InputSpec) -> PlanTransform:
     """The loader's half of ``augment="gpu"``.
 
     Args:
-        recipe: the options of the data group.
+        config: the options of the data group.
         spec: size and statistics of the input; statistics must be there.
 
     Returns:
@@ -121,7 +121,7 @@ def plan_transform(recipe: Recipe, spec: InputSpec) -> PlanTransform:
     Raises:
         ValueError: the device does not do what the recipe asks for.
     """
-    return PlanTransform(train_stages(recipe, spec), spec.size)
+    return PlanTransform(train_stages(config, spec), spec.size)
 
 
 def _sorted_stages(

@@ -3,7 +3,7 @@
 import pytest
 
 from fastkd.config import Recipe
-from fastkd.training.options import FromRecipe, resolve_recipe
+from fastkd.training.build import FromRecipe, resolve_recipe
 from tests.harness.tiny import vit
 
 LIFT = "lift_softkd_spectral"
@@ -56,13 +56,10 @@ def test_weights_of_zero_need_no_teacher():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"augment": "none", "reprob": 0.1}, "reprob=0.1 has no effect: augment='none'"),
         ({"augment": "none", "repeated_aug": 3}, "all copies would be equal"),
-        ({"augment": "dataset", "auto_augment": None}, "auto_augment=None has no effect"),
         ({"width": 384}, "width=384 has no effect: variant='plain' has no width"),
         ({"student": vit(), "variant": "lift"}, "the student is given as a module"),
         ({"teacher": vit(), "tau": 4.0}, "tau=4.0 has no effect: alpha is 0"),
-        ({"teacher": vit(), "alpha": 0.5, "logit_loss": "hard", "tau": 2.0}, "no temperature"),
         ({"teacher": vit(), "alpha": 0.5, "feature_weight": 0.0, "projector": "pool"}, "is 0"),
         ({"teacher": vit(), "alpha": 0.0, "feature_weight": 0.0}, "it teaches nothing"),
         ({"teacher": vit(), "logit_loss": "dkd"}, "logit_loss='dkd' has no effect: alpha is 0"),
@@ -70,14 +67,35 @@ def test_weights_of_zero_need_no_teacher():
             {"teacher": vit(), "feature_weight": 0.0, "alpha": 0.5, "feature_options": {"beta": 1}},
             "feature_weight is 0",
         ),
+    ],
+)
+def test_options_without_which_the_run_is_another_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        resolve(**options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"augment": "none", "reprob": 0.1}, "reprob=0.1 has no effect: augment='none'"),
+        ({"augment": "dataset", "auto_augment": None}, "auto_augment=None has no effect"),
+        ({"teacher": vit(), "alpha": 0.5, "logit_loss": "hard", "tau": 2.0}, "no temperature"),
+        ({"teacher": vit(), "labels": False, "label_smoothing": 0.2}, "label_smoothing=0.2"),
         ({"mixup_prob": 0.3}, "mixup_prob=0.3 has no effect: Mixup and CutMix are off"),
         ({"ema_decay": None, "ema_warmup": True}, "there is no EMA"),
         ({"color_jitter": 0.4}, "auto_augment takes its place"),
+        ({"warmup_lr": 1e-7, "warmup_epochs": 0}, "there is no warm-up"),
     ],
 )
-def test_options_without_effect_are_refused(options, message):
-    with pytest.raises(ValueError, match=message):
-        resolve(**options)
+def test_other_options_without_effect_are_warned_of(options, message, caplog):
+    resolve(**options)
+    (warning,) = [record.getMessage() for record in caplog.records]
+    assert message in warning
+
+
+def test_what_a_recipe_holds_beside_its_need_is_no_reason_to_warn(caplog):
+    resolve(Recipe(mixup_prob=0.3, color_jitter=0.1))
+    assert not caplog.records
 
 
 @pytest.mark.parametrize(
@@ -139,6 +157,4 @@ def test_a_cosine_that_would_rise_is_refused_with_its_numbers():
 def test_a_warm_up_from_above_the_peak_is_refused():
     with pytest.raises(ValueError, match=r"warmup_lr: 0\.1 is above the learning rate 0\.001"):
         resolve(warmup_lr=0.1)
-    with pytest.raises(ValueError, match="has no effect: there is no warm-up"):
-        resolve(warmup_lr=0.1, warmup_epochs=0)
     assert resolve(Recipe(warmup_lr=0.1, warmup_epochs=0)).warmup_lr == 0.1
