@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -46,7 +46,7 @@ def analyze(
     untrained: bool = False,
     weights: str = "auto",
     levels: float | Sequence[float] = LEVELS,
-    sep: str = "full",
+    sep: Literal["full", "folded", "none"] = "full",
     permutations: int = 100,
     subspaces: int | Sequence[int] = SUBSPACES,
     shared: str = "last",

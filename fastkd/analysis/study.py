@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Final, Literal
 
 import numpy as np
 import torch
@@ -39,7 +39,7 @@ from fastkd.utils.io import replacing
 SAVE_EVERY_SECONDS = 60.0
 
 SHARED = ("last", "all", "none")
-NO_PATTERN = "none"
+NO_PATTERN: Final = "none"
 _GIGABYTE = 1e9
 _NAMED_IMAGES = 3  # unreadable ones that an error lists
 
@@ -62,7 +62,7 @@ class Settings:
     """
 
     levels: tuple[float, ...] = LEVELS
-    convention: str = "full"
+    convention: Literal["full", "folded", "none"] = "full"
     permutations: int = 100
     subspaces: tuple[int, ...] = SUBSPACES
     shared: str = "last"

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from fastkd.losses.base import MAP_DISTANCES
 from fastkd.losses.projectors import has_hooks, init_linear
 from fastkd.ops import lift, lift_kd
+from fastkd.ops.backend import Backend
+from fastkd.ops.feature_kd.reference import LossName
 from fastkd.tokens import RESAMPLE_MODES, Tokens, match_grids
 
 Grid = tuple[int, int]
@@ -63,7 +65,7 @@ class Lift(nn.Module):
         """
         return self.norm(self.proj(x))
 
-    def pooled(self, tokens: Tensor, *, backend: str = "auto") -> Tensor:
+    def pooled(self, tokens: Tensor, *, backend: Backend = "auto") -> Tensor:
         """The mean of the lifted tokens, [B, width].
 
         Args:
@@ -79,12 +81,12 @@ class Lift(nn.Module):
         self,
         tokens: Tensor,
         teacher_tokens: Tensor,
-        loss: str = "mse",
+        loss: LossName = "mse",
         *,
         grid: Grid | None = None,
         beta: float = 1.0,
         pool: bool = False,
-        backend: str = "auto",
+        backend: Backend = "auto",
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Distance of the lifted tokens to a frozen teacher's; with ``pool`` also their mean.
 
@@ -188,7 +190,7 @@ class LiftKD(nn.Module):
         self,
         student_dim: int,
         teacher_dim: int,
-        loss: str = "mse",
+        loss: LossName = "mse",
         weight: float = 0.2,
         *,
         bias: bool = False,
@@ -197,7 +199,7 @@ class LiftKD(nn.Module):
         beta: float = 1.0,
         pool: bool = False,
         resample: str | None = None,
-        backend: str = "auto",
+        backend: Backend = "auto",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:

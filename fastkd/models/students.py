@@ -19,6 +19,8 @@ from torch import Tensor, nn
 
 from fastkd.losses.lift import Lift
 from fastkd.losses.projectors import has_hooks
+from fastkd.ops.backend import Backend
+from fastkd.ops.feature_kd.reference import LossName
 
 # Pools that read patch tokens only; "" hands the tokens on. The class token is never read.
 _LIFT_POOLS = ("avg", "avgmax", "max", "")
@@ -141,11 +143,11 @@ class LiftVisionTransformer(_WideFinalTransformer):
         self,
         tokens: Tensor,
         teacher_tokens: Tensor,
-        loss: str = "mse",
+        loss: LossName = "mse",
         *,
         grid: tuple[int, int] | None = None,
         beta: float = 1.0,
-        backend: str = "auto",
+        backend: Backend = "auto",
     ) -> tuple[Tensor, Tensor]:
         """Logits, and the lifted tokens' distance to a teacher's, in one pass for training.
 

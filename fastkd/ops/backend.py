@@ -16,7 +16,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Literal, TypeVar, get_args
 
 import torch
 from torch import Tensor
@@ -27,7 +27,8 @@ NOT_BUILT = "_not_built.txt"  # setup.py's reason
 
 logger = logging.getLogger("fastkd")
 
-NAMES = ("auto", "cuda", "triton", "torch")
+Backend = Literal["auto", "cuda", "triton", "torch"]
+NAMES: tuple[Backend, ...] = get_args(Backend)
 ENVIRONMENT_CHOICE = "FASTKD_BACKEND"
 ENVIRONMENT_SELF_CHECK = "FASTKD_SELF_CHECK"
 ENVIRONMENT_UNPROVEN = "FASTKD_UNPROVEN"

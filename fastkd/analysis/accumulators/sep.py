@@ -29,7 +29,7 @@ from fastkd.ops.sep import (
     sep_power,
     white_noise_sep,
 )
-from fastkd.ops.sep.reference import check_convention
+from fastkd.ops.sep.reference import Convention, check_convention
 
 CONFIDENCE = 0.95
 RESAMPLES = 1000
@@ -52,7 +52,7 @@ class TokenPattern(TokenAccumulator):
         ValueError: another convention.
     """
 
-    def __init__(self, convention: str = "full", detailed: bool = False) -> None:
+    def __init__(self, convention: Convention = "full", detailed: bool = False) -> None:
         super().__init__()
         check_convention("TokenPattern", convention)
         self.convention = convention

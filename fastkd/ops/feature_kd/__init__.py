@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import importlib.util
 import math
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from fastkd.ops import checks
-from fastkd.ops.backend import Implementation, Operator
+from fastkd.ops.backend import Backend, Implementation, Operator
 from fastkd.ops.feature_kd import cuda, reference
-from fastkd.ops.feature_kd.reference import LOSSES
+from fastkd.ops.feature_kd.reference import LOSSES, LossName
 
 POOLS = ("none", "student", "teacher")
 
@@ -23,13 +24,13 @@ POOLS = ("none", "student", "teacher")
 def feature_kd(
     student: Tensor,
     teacher: Tensor,
-    loss: str = "mse",
+    loss: LossName = "mse",
     grid: tuple[int, int] | None = None,
-    pool: str = "none",
+    pool: Literal["none", "student", "teacher"] = "none",
     *,
     beta: float = 1.0,
     eps: float = 1e-8,
-    backend: str = "auto",
+    backend: Backend = "auto",
 ) -> Tensor:
     r"""Distance between student and teacher token maps, reduced to a scalar.
 

@@ -11,12 +11,14 @@ All maps here are [B, H, W, D] views, with any strides.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-LOSSES = ("mse", "spectral", "smooth_l1", "cosine")
+LossName = Literal["mse", "spectral", "smooth_l1", "cosine"]
+LOSSES: tuple[LossName, ...] = get_args(LossName)
 
 # Bytes of one temporary: on a CPU small enough for the caches, elsewhere big enough to fill a GPU.
 CHUNK_BYTES = 2 << 20

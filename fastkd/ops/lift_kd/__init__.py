@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastkd.ops import checks
-from fastkd.ops.backend import NAMES
-from fastkd.ops.feature_kd.reference import LOSSES
+from fastkd.ops.backend import NAMES, Backend
+from fastkd.ops.feature_kd.reference import LOSSES, LossName
 from fastkd.ops.lift_kd import op
 from fastkd.ops.lift_kd.op import OPERATOR
 
@@ -32,12 +32,12 @@ def lift_kd(
     norm_weight: Tensor | None = None,
     norm_bias: Tensor | None = None,
     eps: float = 1e-6,
-    loss: str = "mse",
+    loss: LossName = "mse",
     grid: tuple[int, int] | None = None,
     pool: Literal[False] = False,
     *,
     beta: float = 1.0,
-    backend: str = "auto",
+    backend: Backend = "auto",
 ) -> Tensor: ...
 
 
@@ -50,12 +50,12 @@ def lift_kd(
     norm_weight: Tensor | None = None,
     norm_bias: Tensor | None = None,
     eps: float = 1e-6,
-    loss: str = "mse",
+    loss: LossName = "mse",
     grid: tuple[int, int] | None = None,
     *,
     pool: Literal[True],
     beta: float = 1.0,
-    backend: str = "auto",
+    backend: Backend = "auto",
 ) -> tuple[Tensor, Tensor]: ...
 
 
@@ -68,12 +68,12 @@ def lift_kd(
     norm_weight: Tensor | None = None,
     norm_bias: Tensor | None = None,
     eps: float = 1e-6,
-    loss: str = "mse",
+    loss: LossName = "mse",
     grid: tuple[int, int] | None = None,
     pool: bool = False,
     *,
     beta: float = 1.0,
-    backend: str = "auto",
+    backend: Backend = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]: ...
 
 
@@ -85,12 +85,12 @@ def lift_kd(
     norm_weight: Tensor | None = None,
     norm_bias: Tensor | None = None,
     eps: float = 1e-6,
-    loss: str = "mse",
+    loss: LossName = "mse",
     grid: tuple[int, int] | None = None,
     pool: bool = False,
     *,
     beta: float = 1.0,
-    backend: str = "auto",
+    backend: Backend = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
     r"""Distance between lifted student tokens and a frozen teacher's, and the lifted tokens' mean.
 
@@ -172,7 +172,7 @@ def lift(
     eps: float = 1e-6,
     pool: bool = False,
     *,
-    backend: str = "auto",
+    backend: Backend = "auto",
 ) -> Tensor:
     """Lift tokens: Linear, then LayerNorm where there is a ``norm_weight``; or only their mean.
 

@@ -14,14 +14,14 @@ import torch
 from torch import Tensor
 
 from fastkd.ops import checks
-from fastkd.ops.backend import Implementation, Operator
+from fastkd.ops.backend import Backend, Implementation, Operator
 from fastkd.ops.second_moment import reference
-from fastkd.ops.second_moment.reference import WEIGHTS
+from fastkd.ops.second_moment.reference import WEIGHTS, Weight
 
 __all__ = ["check_tokens", "second_moment"]
 
 
-def second_moment(tokens: Tensor, weight: str = "none", *, backend: str = "auto") -> Tensor:
+def second_moment(tokens: Tensor, weight: Weight = "none", *, backend: Backend = "auto") -> Tensor:
     r"""Sum of the tokens' outer products, uncentred.
 
     - ``"none"``: sum_t x_t x_t^T.

@@ -8,13 +8,15 @@ only, with float32 products and float64 sums over chunks.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from fastkd.ops.checks import exact_float32
 
-WEIGHTS = ("none", "row_norm")
+Weight = Literal["none", "row_norm"]
+WEIGHTS: tuple[Weight, ...] = get_args(Weight)
 
 # Tokens whose products are summed in float32. On a CPU so many fit the caches. The tensor cores of
 # GPUs, which half precision runs on, round what they add up towards zero: 4096 squares on the

@@ -9,12 +9,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fastkd.ops.backend import Backend
 from fastkd.ops.second_moment import check_tokens, second_moment
 from fastkd.ops.second_moment.reference import as_images, row_chunks
 from fastkd.ops.sep.reference import (
     CONVENTIONS,
     LEVELS,
     TIE_TOLERANCE,
+    Convention,
     bandwidth,
     check_convention,
     permuted_moment,
@@ -45,7 +47,7 @@ ACCELERATOR_CHUNK_ROWS = 16384
 
 
 def sep(
-    tokens: Tensor, convention: str = "full", *, std: bool = False, backend: str = "auto"
+    tokens: Tensor, convention: Convention = "full", *, std: bool = False, backend: Backend = "auto"
 ) -> Tensor | tuple[Tensor, Tensor]:
     r"""Token spectral energy pattern, averaged over tokens (arXiv 2511.15572).
 
@@ -82,7 +84,7 @@ def sep(
     return (mean, _deviation(tokens, mean, convention)) if std else mean
 
 
-def _deviation(tokens: Tensor, mean: Tensor, convention: str) -> Tensor:
+def _deviation(tokens: Tensor, mean: Tensor, convention: Convention) -> Tensor:
     """Population standard deviation over the curves of tokens with energy."""
     rows = CHUNK_ROWS if tokens.device.type == "cpu" else ACCELERATOR_CHUNK_ROWS
     # Sums of deviations, not of curves: squares of nearly equal curves would cancel. What is left

@@ -8,6 +8,7 @@ the wrapped diagonals of the second moment. Everything here is plain PyTorch on 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -15,12 +16,13 @@ from torch import Tensor
 from fastkd.ops import checks
 from fastkd.ops.second_moment.reference import normalised
 
-CONVENTIONS = ("full", "folded")
+Convention = Literal["full", "folded"]
+CONVENTIONS: tuple[Convention, ...] = get_args(Convention)
 LEVELS = (0.5, 0.6, 0.7, 0.8, 0.9)
 TIE_TOLERANCE = 1e-6  # a curve that meets a level up to rounding (float32) has reached it
 
 
-def sep_from_moment(moment: Tensor, convention: str = "full") -> Tensor:
+def sep_from_moment(moment: Tensor, convention: Convention = "full") -> Tensor:
     """Mean SEP curve of the tokens of a row-normalised second moment; one FFT of length D.
 
     Allocates as much as ``moment``.
@@ -73,7 +75,7 @@ def sep_power(tokens: Tensor) -> Tensor:
     return (power / total.masked_fill(total == 0, 1.0)[:, None]).sum(dim=0, dtype=torch.float64)
 
 
-def sep_from_power(power: Tensor, dim: int, convention: str = "full") -> Tensor:
+def sep_from_power(power: Tensor, dim: int, convention: Convention = "full") -> Tensor:
     """Mean SEP curve of powers summed over tokens.
 
     Args:
@@ -99,7 +101,7 @@ def sep_from_power(power: Tensor, dim: int, convention: str = "full") -> Tensor:
     return curve / curve[..., -1:]
 
 
-def sep_curves(tokens: Tensor, convention: str = "full") -> Tensor:
+def sep_curves(tokens: Tensor, convention: Convention = "full") -> Tensor:
     """SEP curve of every token, by a real FFT per token; allocates about four times the tokens.
 
     Args:
@@ -179,7 +181,7 @@ def permuted_moment(moment: Tensor, permutation: Tensor) -> Tensor:
     return moment[permutation[:, :, None], permutation[:, None, :]]
 
 
-def white_noise_sep(dim: int, convention: str = "full") -> Tensor:
+def white_noise_sep(dim: int, convention: Convention = "full") -> Tensor:
     """Expected SEP curve of white noise, whose energy is spread evenly over the full bins.
 
     Args:
@@ -220,7 +222,7 @@ def _token_power(function: str, tokens: Tensor) -> Tensor:
     return spectrum.real.square() + spectrum.imag.square()
 
 
-def _bins(power: Tensor, channels: int, convention: str) -> Tensor:
+def _bins(power: Tensor, channels: int, convention: Convention) -> Tensor:
     """Energy per bin of a convention, of the power [..., D // 2 + 1] at the unique frequencies."""
     if convention == "folded":
         return power * _folds(channels, power)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fastkd.ops import checks
-from fastkd.ops.backend import Implementation, Operator
+from fastkd.ops.backend import Backend, Implementation, Operator
 from fastkd.ops.spectrum import cuda, reference
 from fastkd.ops.spectrum.measures import (
     LEVELS,
@@ -70,7 +70,7 @@ def gram(x: Tensor) -> Tensor:
     return product.view(*x.shape[:-2], *product.shape[1:])
 
 
-def spectrum(x: Tensor, *, backend: str = "auto") -> Tensor:
+def spectrum(x: Tensor, *, backend: Backend = "auto") -> Tensor:
     r"""Energies of every matrix: its squared singular values s_1^2 >= s_2^2 >= ...
 
     They are the eigenvalues of the smaller Gram matrix (`gram`). On a CPU it is made and solved in
@@ -102,7 +102,7 @@ def spectrum(x: Tensor, *, backend: str = "auto") -> Tensor:
 
 
 def spectral_ranks(
-    x: Tensor, q: float | Sequence[float] = LEVELS, *, backend: str = "auto"
+    x: Tensor, q: float | Sequence[float] = LEVELS, *, backend: Backend = "auto"
 ) -> tuple[Tensor, Tensor]:
     """Energies of every matrix with their rank@q, which the CUDA kernel finds in the same launch.
 
@@ -132,7 +132,7 @@ def spectral_ranks(
     return energies.view(*batch, energies.shape[-1]), ranks.view(*batch, len(levels))
 
 
-def singular_values(x: Tensor, *, backend: str = "auto") -> Tensor:
+def singular_values(x: Tensor, *, backend: Backend = "auto") -> Tensor:
     """Singular values of every matrix, as square roots of `spectrum`.
 
     A square root magnifies what rounding leaves: where energies are found in float32 (see

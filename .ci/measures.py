@@ -1,0 +1,123 @@
+#!/usr/bin/env python3
+"""Print the measures of the package's structure; exit with 1 where one is over its limit.
+
+Imports are followed wherever they stand, inside functions and under TYPE_CHECKING too.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+import sys
+from collections import Counter
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+FILES, LINES = 140, 31_500
+ROOM, OPS = 22, 25  # percent of the lines
+# What must not reach which package, in however many steps.
+APART = {"inference": "training", "exporting": "training", "analysis": "training"}
+# One module each: what only its home may contain.
+HOMES = {
+    "opening models": r"^def open_model\(",
+    "opening images": r"\bImage\.open\(",
+    "class mapping": r"^def map_classes\(",
+    "progress": r"^\s*(from tqdm\b|import tqdm\b)",
+}
+
+
+def main() -> int:
+    """Print every measure with its limit."""
+    texts = {path: path.read_text(encoding="utf-8") for path in (ROOT / "fastkd").rglob("*.py")}
+    modules = {name_of(path): path for path in texts}
+    imports = {name: imported(name, texts[path], modules) for name, path in modules.items()}
+    reached = {name: reach(name, imports) for name in modules}
+    lines = {path: text.count("\n") for path, text in texts.items()}
+    total = sum(lines.values())
+    rooms = Counter[str]()
+    for path, count in lines.items():
+        parts = path.relative_to(ROOT).parts
+        rooms[parts[1] if len(parts) > 2 else "(top)"] += count
+    faults = []
+
+    def measure(what: str, value: float, limit: float, shown: str = "") -> None:
+        over = value > limit
+        faults.extend([what] if over else [])
+        print(f"{what:<34} {shown or f'{value:,}':>8}   at most {limit:,}{'  OVER' if over else ''}")
+
+    measure("files", len(texts), FILES)
+    measure("lines", total, LINES)
+    for room, count in rooms.most_common():
+        share = 100 * count / total
+        measure(f"lines of {room}, %", share, OPS if room == "ops" else ROOM, f"{share:.1f}")
+    circles = sorted(name for name in modules if name in reached[name])
+    measure("modules in import circles", len(circles), 0)
+    print("".join(f"    {name}\n" for name in circles), end="")
+    for room, other in APART.items():
+        crossing = [
+            f"{name} -> {target}"
+            for name in modules
+            for target in reached[name]
+            if in_room(name, room) and in_room(target, other)
+        ]
+        measure(f"{room} reaching {other}", len(crossing), 0)
+        print("".join(f"    {line}\n" for line in crossing), end="")
+    for what, pattern in HOMES.items():
+        found = [name_of(p) for p, text in texts.items() if re.search(pattern, text, re.MULTILINE)]
+        measure(f"modules for {what}", len(found), 1)
+        print("".join(f"    {name}\n" for name in sorted(found)), end="")
+    print(f"longest module: {max(lines, key=lambda p: lines[p]).relative_to(ROOT)}", end=", ")
+    print(f"{max(lines.values())} lines; docstrings {docstring_share(texts, total):.0f} %")
+    return 1 if faults else 0
+
+
+def name_of(path: Path) -> str:
+    """The module in a file."""
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts).removesuffix(".__init__")
+
+
+def in_room(name: str, room: str) -> bool:
+    """Whether a module lies in a package of fastkd."""
+    return f"{name}.".startswith(f"fastkd.{room}.")
+
+
+def imported(me: str, text: str, modules: dict[str, Path]) -> set[str]:
+    """The modules of the package that a module imports, at its top or in a function."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            for alias in node.names:
+                full = f"{node.module}.{alias.name}"
+                found.add(full if full in modules else node.module)
+    # A package that names its own modules is their table of contents.
+    return {name for name in found & set(modules) if not name.startswith(f"{me}.")}
+
+
+def reach(start: str, imports: dict[str, set[str]]) -> set[str]:
+    """All modules that a module leads to; itself where it is in a circle."""
+    seen: set[str] = set()
+    todo = [start]
+    while todo:
+        for name in imports[todo.pop()] - seen:
+            seen.add(name)
+            todo.append(name)
+    return seen
+
+
+def docstring_share(texts: dict[Path, str], total: int) -> float:
+    """Percent of the lines that are docstrings."""
+    lines = 0
+    for text in texts.values():
+        for node in ast.walk(ast.parse(text)):
+            kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+            if isinstance(node, kinds) and ast.get_docstring(node):
+                first = node.body[0]
+                lines += (first.end_lineno or first.lineno) - first.lineno + 1
+    return 100 * lines / total
+
+
+if __name__ == "__main__":
+    sys.exit(main())
