@@ -43,7 +43,9 @@ def main() -> int:
     def measure(what: str, value: float, limit: float, shown: str = "") -> None:
         over = value > limit
         faults.extend([what] if over else [])
-        print(f"{what:<34} {shown or f'{value:,}':>8}   at most {limit:,}{'  OVER' if over else ''}")
+        print(
+            f"{what:<34} {shown or f'{value:,}':>8}   at most {limit:,}{'  OVER' if over else ''}"
+        )
 
     measure("files", len(texts), FILES)
     measure("lines", total, LINES)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from fastkd._registration import register_with_timm
 
 if TYPE_CHECKING:
+    __version__: str
     from fastkd import analysis, integrations, losses, models, ops, training
     from fastkd.analysis import Report, analyze
     from fastkd.models import create_student, create_teacher, load_released_checkpoint
@@ -67,14 +68,16 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    if name == "__version__":
-        return importlib.metadata.version("fastkd")
-    if name in _PACKAGES:
-        return importlib.import_module(f"fastkd.{name}")
-    if name not in _PUBLIC:
-        raise AttributeError(f"module 'fastkd' has no attribute {name!r}")
-    return getattr(importlib.import_module(_PUBLIC[name]), name)
+if not TYPE_CHECKING:  # a type checker that saw this would take every name for one of fastkd's
+
+    def __getattr__(name: str) -> Any:
+        if name == "__version__":
+            return importlib.metadata.version("fastkd")
+        if name in _PACKAGES:
+            return importlib.import_module(f"fastkd.{name}")
+        if name not in _PUBLIC:
+            raise AttributeError(f"module 'fastkd' has no attribute {name!r}")
+        return getattr(importlib.import_module(_PUBLIC[name]), name)
 
 
 def __dir__() -> list[str]:

@@ -16,7 +16,7 @@ from fastkd.models.weights import FASTKD_FORMAT as FORMAT
 from fastkd.models.weights import UnreadableError, read_file
 from fastkd.utils.io import earlier, replacing
 
-VERSION = 2
+VERSION = 1
 LAST = "last.pth"
 BEST = "best.pth"
 
@@ -114,7 +114,7 @@ def load_checkpoint(
 
     Raises:
         TornCheckpointError: torn, not fastkd's, or holding more than plain state.
-        CheckpointError: not there, or of a later version.
+        CheckpointError: not there, or of another version.
         PermissionError: this user may not read it.
     """
     path = Path(path)
@@ -128,9 +128,9 @@ def load_checkpoint(
         raise TornCheckpointError(f"checkpoint: {error}") from error
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise TornCheckpointError(f"checkpoint: {path} was not written by fastkd's trainer")
-    if state["version"] > VERSION:
+    if state["version"] != VERSION:
         raise CheckpointError(
-            f"checkpoint: {path} has version {state['version']}, this fastkd reads up to {VERSION}"
+            f"checkpoint: {path} has version {state['version']}, this fastkd reads {VERSION}"
         )
     return state
 

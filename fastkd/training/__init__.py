@@ -1,7 +1,4 @@
-"""The trainer: recipes, data, the loop, checkpoints and logs, behind `train` and `evaluate`.
-
-Names are imported at first use, so that reading a recipe does not import torch.
-"""
+"""The trainer behind `train`; names are imported at first use, so that a recipe needs no torch."""
 
 from __future__ import annotations
 
@@ -60,9 +57,11 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(_HOMES[name]), name)
-    globals()[name] = value
-    return value
+if not TYPE_CHECKING:
+
+    def __getattr__(name: str) -> Any:
+        if name not in _HOMES:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        value = getattr(importlib.import_module(_HOMES[name]), name)
+        globals()[name] = value
+        return value

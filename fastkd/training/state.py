@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastkd.checkpoint import LAST, VERSION, CheckpointError
+from fastkd.checkpoint import LAST, CheckpointError
 from fastkd.config import Recipe
 from fastkd.data.transforms import InputSpec
 from fastkd.inference.loading import recipe_of
@@ -153,8 +153,7 @@ def restore(
         progress: takes the history and the best.
 
     Raises:
-        CheckpointError: a student's checkpoint, or one of another run, of other data or of an
-            earlier fastkd.
+        CheckpointError: a student's checkpoint, or one of another run or of other data.
     """
     _check_same_run(path, state, identity)
     try:
@@ -173,7 +172,7 @@ def restore(
     for name, value in state["position"].items():
         setattr(engine.position, name, value)
     progress.history, progress.best = state["history"], state["best"]
-    progress.unreadable = state.get("unreadable", [])
+    progress.unreadable = state["unreadable"]
     set_rng_state(state["rng"], engine.world.device)
 
 
@@ -181,11 +180,6 @@ def _check_same_run(path: Path, state: dict[str, Any], identity: Identity) -> No
     if "optimizer" not in state:
         raise CheckpointError(
             f"resume: {path} holds a student alone, no run to continue (take {LAST})"
-        )
-    if state["version"] < VERSION:
-        raise CheckpointError(
-            f"resume: {path} was written by an earlier fastkd (version {state['version']}, now "
-            f"{VERSION}): its student can be evaluated, its run not continued"
         )
     if state["train_images"] != identity.train_images:
         raise CheckpointError(
@@ -198,7 +192,7 @@ def _check_same_run(path: Path, state: dict[str, Any], identity: Identity) -> No
             f"resume: {path} is of a run on classes of other names or in another order than these "
             f"data's: its labels mean something else"
         )
-    stream = state.get("stream")  # earlier runs had data by number alone
+    stream = state["stream"]
     if stream != identity.stream:
         raise CheckpointError(
             f"resume: {path} is of a stream shared by {stream} (processes, workers of "

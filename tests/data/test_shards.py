@@ -139,7 +139,7 @@ def test_killed_work_goes_on_and_leaves_no_process_behind(source, tmp_path):
     folder = tmp_path / "shards"
     slow = (
         "import sys, time; from fastkd.data import shards\n"
-        "from fastkd.data.sharding import writer as w; whole = w._write_sample\n"
+        "from fastkd.data import shards as w; whole = w._write_sample\n"
         "def write(*a): time.sleep(0.05); whole(*a)\n"
         "w._write_sample = write\n"
         "shards.shard(sys.argv[1], sys.argv[2], samples_per_shard=5, workers=1, quiet=True)"

@@ -178,39 +178,14 @@ def test_a_module_in_another_size_is_a_copy(run):
     assert load_student(run, model=module).model is module
 
 
-@pytest.fixture
-def earlier_run(tmp_path):
-    """As fastkd wrote it when there was one logit loss, and no weights by timm's name."""
+def test_a_recipe_that_is_not_known_names_the_file(tmp_path):
     run = made_run(tmp_path / "run")
-    as_written_earlier(run / LAST)
-    return run
-
-
-def as_written_earlier(path):
-    state = torch.load(path, weights_only=True)
-    for name in ("ce_weight", "logit_loss", "logit_options", "feature_options"):
-        del state["recipe"][name]
-    state["recipe"]["hard"] = False
-    for name in ("state_dict", "stream", "unreadable"):
-        state.pop(name, None)
-    torch.save(state, path)
-
-
-def test_an_earlier_run_is_opened_exported_and_teaches(earlier_run):
-    expected = load_checkpoint(earlier_run)["ema"]["head.weight"]
-    assert torch.equal(opened(earlier_run).network.head.weight, expected)
-    assert torch.equal(resolve_teacher(earlier_run, Recipe(), SPEC).model.head.weight, expected)
-    assert torch.equal(resolve(earlier_run).model.head.weight, expected)
-    assert export(earlier_run).difference == 0
-
-
-def test_a_recipe_that_is_not_known_names_the_file(earlier_run):
-    state = load_checkpoint(earlier_run)
+    state = load_checkpoint(run)
     state["recipe"]["warp_factor"] = 9
-    save_checkpoint(state, earlier_run / LAST)
+    save_checkpoint(state, run / LAST)
     for use in (load_student, export, opened):
         with pytest.raises(CheckpointError, match=r"last\.pth holds a recipe.*warp_factor"):
-            use(earlier_run)
+            use(run)
 
 
 def test_a_module_with_plain_weights_has_no_choice_of_them(tmp_path):

@@ -464,9 +464,9 @@ def test_a_released_checkpoint_may_be_on_the_hub(pictures, tmp_path, monkeypatch
 
 def run_command(*arguments):
     parser = argparse.ArgumentParser()
-    command.add(parser.add_subparsers())
+    command.configure(parser)
     fixed = ["--device", "cpu", "--workers", "0", "--quiet"]
-    options = parser.parse_args(["predict", *map(str, arguments), *fixed])
+    options = parser.parse_args([*map(str, arguments), *fixed])
     return options.run(options)
 
 

@@ -136,7 +136,7 @@ def test_a_full_step_is_no_faster_than_its_loader_after_a_slow_first_update(monk
 
     engine = SimpleNamespace(
         task=nn.Identity(),
-        recipe=Recipe(),
+        config=Recipe(),
         world=World(torch.device("cpu")),
         update=run_update,
     )

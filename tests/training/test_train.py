@@ -409,20 +409,6 @@ def test_a_best_checkpoint_that_is_not_there_is_not_named(data, fast, tmp_path):
     assert train(vit(), None, data, tmp_path / "second", **options).best is None
 
 
-def test_a_run_that_was_begun_with_an_earlier_fastkd_goes_on(data, fast, tmp_path):
-    whole = train(vit(), None, data, tmp_path / "whole", **fast, keep_checkpoints=2)
-    state = load_checkpoint(tmp_path / "whole" / "last-1.pth")
-    for name in ("ce_weight", "logit_loss", "logit_options", "feature_options"):
-        del state["recipe"][name]
-    state["recipe"]["hard"] = False
-    for name in ("state_dict", "stream", "unreadable"):
-        del state[name]
-    (tmp_path / "begun").mkdir()
-    torch.save(state, tmp_path / "begun" / "last.pth")
-    train(vit(seed=3), None, data, tmp_path / "begun", **fast, keep_checkpoints=2)
-    assert same(weights(tmp_path / "begun"), weights(whole.last))
-
-
 def test_a_kill_between_checkpoint_and_log_loses_no_epoch(data, fast, tmp_path):
     train(vit(), None, data, tmp_path, **fast)
     lines = (tmp_path / "log.jsonl").read_text().splitlines(keepends=True)

@@ -63,7 +63,7 @@ def test_labels_of_the_evaluation_set_are_counted_where_logits_are_taught(images
         ({"teacher": None}, "learns from a teacher, and there is none"),
         ({"feature_weight": 0.0}, "it teaches nothing"),
         ({"mixup": 0.8}, "mix labels"),
-        ({"label_smoothing": 0.2}, "no cross-entropy"),
+        ({"ce_weight": 0.5}, "no cross-entropy"),
     ],
 )
 def test_what_labels_would_be_needed_for_is_refused(images, fast, options, message):
