@@ -1,7 +1,4 @@
-"""Checkpoints: whole or not there at all, and refused where they are torn or somebody else's.
-
-Knows files and plain state; not what the states belong to.
-"""
+"""Save, load, verify and rotate checkpoint files; a torn file never takes a name that counts."""
 
 from __future__ import annotations
 

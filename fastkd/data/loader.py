@@ -1,9 +1,7 @@
-"""From data sets to batches of tensors.
+"""Dataloaders for training and evaluation.
 
-Knows samples, their order and loaders; neither where data lie nor models. Every sample's randomness
-is seeded by what the sample is, so that batches do not depend on the number of workers. What
-becomes of one sample is `fastkd.data.samples`'s; data that stream are
-`fastkd.data.streaming`'s.
+Every sample's random numbers are seeded by what the sample is, so that batches do not depend on the
+number of workers.
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""Which samples make up which step: exact, resumable, and the same for every number of ranks.
-
-Knows numbers of samples and ranks; neither images nor loaders.
-"""
+"""Which samples make up which step: exact, resumable, and the same for every number of ranks."""
 
 from __future__ import annotations
 

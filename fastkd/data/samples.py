@@ -1,7 +1,4 @@
-"""Samples: reading one, transforming it, and stacking many to a `Batch`.
-
-Knows images, labels and transforms; neither loaders nor the order of samples.
-"""
+"""Read a sample, transform it, and stack samples into a `Batch`."""
 
 from __future__ import annotations
 

@@ -1,15 +1,9 @@
-"""Batches from data that can only be read from their beginning, by timm's streaming readers.
-
-Knows readers, loader processes and positions; neither models nor where data lie. An epoch's length
-is fixed beforehand and the same on every rank. What a process reads depends on its place among the
-processes, and its samples are augmented by (seed, epoch, rank, process, position), so a run goes on
-exactly with as many ranks and loader processes as it began with; what was used of the epoch is
-read again and passed over.
+"""Batches of datasets that can only be read from their beginning, by timm's streaming readers.
 
 An epoch is as many samples as a pass over the data has, but not a pass: shards are dealt out anew
 to the processes at every epoch, and each draws as many samples as the others. One with fewer
-shards reads some of them again, one with more leaves some unread. With several shards for each
-process, or a number of shards that the processes share evenly, little or nothing of this is left.
+shards reads some of them again, one with more leaves some unread. A resumed run reads the used part
+of its epoch again, and continues exactly with as many ranks and workers as it began with.
 """
 
 from __future__ import annotations

@@ -1,8 +1,4 @@
-"""`export`: a trained student alone, in a form that other tools load.
-
-Knows which formats there are and where their files go. What a student is comes from `student`, how
-it is written from a module per format; teachers, projectors and optimisers reach none of them.
-"""
+"""Export a trained student for timm, as safetensors or as ONNX."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""A student as an ONNX file, checked by onnxruntime.
-
-The packages are imported here alone, and only when a file is written: fastkd does not need them.
-"""
+"""Write a student as an ONNX file and check it with onnxruntime; both are imported only then."""
 
 from __future__ import annotations
 

@@ -14,8 +14,12 @@ import torch
 
 from fastkd.ops.launch import KernelLaunch
 
-_slow = pytest.mark.slow
-ARCHS = (pytest.param(80, marks=_slow), 90, pytest.param(100, marks=_slow))  # to parametrize over
+_slow, _nightly = pytest.mark.slow, pytest.mark.nightly
+ARCHS = (
+    pytest.param(80, marks=_slow),
+    90,
+    pytest.param(100, marks=[_slow, _nightly]),
+)  # to parametrize over
 SHARED_BYTES = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # that a program can have
 _VECTOR_LOAD = re.compile(r"ld\.global[\w.:]*?(?:\.v(\d))?\.[bfsu](\d+)")
 _ASYNC_COPY = re.compile(r"cp\.async\.c[ag]\.shared\.global.*?, (0x[0-9a-f]+|\d+)")
