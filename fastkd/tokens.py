@@ -1,7 +1,4 @@
-"""Tokens: what a tap hands to a loss, and the one place where two token maps are made to match.
-
-Knows nothing of models or losses: only a tensor, its grid, and where it came from.
-"""
+"""`Tokens`, what a tap hands to a loss, and the matching of two token maps' grids."""
 
 from __future__ import annotations
 

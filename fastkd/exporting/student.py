@@ -1,7 +1,4 @@
-"""What is exported: a student's weights, the name it has in timm, and what it takes in.
-
-Knows checkpoints and names; not the formats that students are written in.
-"""
+"""The student to export: weights, timm name and input, and the check of what was written."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""A student as a folder in the layout of timm's models on the Hugging Face hub.
-
-Knows timm's configuration files; what is written is read back by timm before it counts.
-"""
+"""Write a student as a folder in the layout of timm's models on the Hugging Face hub."""
 
 from __future__ import annotations
 

@@ -1,8 +1,4 @@
-"""`evaluate`: accuracy of any model, checkpoint or module on any data.
-
-Knows options and data; how a name becomes a model is `fastkd.inference.loading`'s, the counting the
-loop's.
-"""
+"""`evaluate`: accuracy of any model, checkpoint or module on any data."""
 
 from __future__ import annotations
 

@@ -1,8 +1,4 @@
-"""Image files as batches, with those that cannot be read told and left out.
-
-Knows files and folders; neither models nor labels. What becomes of an image is what becomes of it
-in an evaluation.
-"""
+"""Image files as batches; files that cannot be read are reported and left out."""
 
 from __future__ import annotations
 

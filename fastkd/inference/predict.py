@@ -1,8 +1,4 @@
-"""`predict`: what a model takes pictures for.
-
-Knows what is said of an image and how it is written down; how a name becomes a model is
-`fastkd.inference.loading`'s, how a file becomes its input `fastkd.inference.images`'s.
-"""
+"""`predict`: classify image files, and write the predictions as text, CSV or JSON."""
 
 from __future__ import annotations
 

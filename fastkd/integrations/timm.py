@@ -1,9 +1,4 @@
-"""Distillation of token maps as a training task of timm's, for timm's own train loop.
-
-Translates between two interfaces: timm's `TrainingTask`, which its loop trains, averages, compiles,
-wraps and saves, and `fastkd.training.DistillationTask`, which runs student and terms. The loop is
-timm's; what a step computes is decided there, not here.
-"""
+"""Feature-map distillation as a `TrainingTask` for timm's own train loop."""
 
 from __future__ import annotations
 

@@ -1,8 +1,4 @@
-"""What `FeatureMapDistillationTask` compares: terms that a recipe describes, or that are ready.
-
-Knows how terms meet a student and a teacher; nothing of the criterion beside them, nor of timm's
-train loop.
-"""
+"""The terms of `FeatureMapDistillationTask`: described by a recipe, or ready modules."""
 
 from __future__ import annotations
 

@@ -1,8 +1,4 @@
-"""Which implementation of an operator runs: the choice, its reasons, and the self-check.
-
-Every operator has the backend ``"torch"``, which is always usable, and may have ``"triton"`` and
-``"cuda"``. Knows nothing of what an operator computes.
-"""
+"""The choice of the implementation of an operator, its reasons, and the self-check."""
 
 from __future__ import annotations
 

@@ -1,7 +1,6 @@
-"""The engine: one optimiser update after the other, and what each of them does.
+"""The engine: optimizer updates, an epoch of them, and the evaluation of terms.
 
-Knows how to compute; not where data come from, what is logged where, or when a checkpoint is due.
-Nothing here waits for an accelerator, but `Engine.read`.
+Only `Engine.read` waits for an accelerator.
 """
 
 from __future__ import annotations

@@ -1,8 +1,4 @@
-"""What a run tells: log.jsonl, epochs.csv, trackers and one progress bar.
-
-Gets numbers and writes them; knows neither models nor data. Only the main process has one that
-writes.
-"""
+"""What a run reports: log.jsonl, epochs.csv, trackers, result.json and the progress bar."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""What a checkpoint holds of a run, and how a run takes it up again.
-
-Knows the parts of a run and their states; not when a checkpoint is due, nor how files are written.
-"""
+"""What a checkpoint holds of a run, and how a run resumes from it."""
 
 from __future__ import annotations
 

@@ -1,8 +1,4 @@
-"""The task: student and terms in one module, the thing that DDP wraps and whose loss is minimised.
-
-Knows how a student's taps feed the terms. The frozen teacher stays outside, and so do devices,
-optimisers and data.
-"""
+"""`DistillationTask`: student and terms in one module that DDP wraps, without the teacher."""
 
 from __future__ import annotations
 

@@ -1,8 +1,4 @@
-"""`train`: the whole of a run, from a recipe to a result.
-
-Puts the parts together and decides when to evaluate, log and save; every part does its own work
-elsewhere.
-"""
+"""`train`: a run from a recipe to a result."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""One process or several: who am I, which device, and how sums meet.
-
-Reads torchrun's environment; knows nothing of what is trained.
-"""
+"""Ranks, devices and sums over the processes of torchrun; signals that ask a run to stop."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Random numbers that depend on where a run is, not on how it got there.
 
-Seeds derive from (seed, epoch, sample, copy) or (seed, update, rank): any worker count, and a run
-that was stopped anywhere, draw the same numbers.
+Seeds derive from (seed, epoch, sample, copy) or (seed, update, rank): any number of workers, and a
+run that was stopped anywhere, draw the same numbers.
 """
 
 from __future__ import annotations

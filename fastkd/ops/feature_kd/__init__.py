@@ -1,8 +1,4 @@
-"""feature_kd: the distance between two token maps, fused, as a function with a gradient.
-
-This file is what a user calls: checks, declaration to torch, autograd, choice of implementation.
-What is computed is defined in reference.py; triton.py and cuda.py compute the same faster.
-"""
+"""`feature_kd`: checks, declaration to torch, autograd and the choice of implementation."""
 
 from __future__ import annotations
 

@@ -1,9 +1,4 @@
-"""lift_kd: lift tokens, compare them with a teacher's and pool them, without writing them down.
-
-This file is what a user calls: checks, autocast, and the choice between the two forms. torch's view
-of the operators is in op.py, what they compute is defined in reference.py; triton.py and
-cuda.py compute the same faster.
-"""
+"""`lift_kd` and `lift`: checks, autocast, and the choice of one-pass or recompute form."""
 
 from __future__ import annotations
 

@@ -1,8 +1,4 @@
-"""second_moment: the sum over tokens of their outer products, as a data set's shared basis needs.
-
-This file is what a user calls: checks, declaration to torch, choice of implementation. What is
-computed is defined in reference.py; triton.py computes the same in one pass over the tokens.
-"""
+"""`second_moment`: the sum over tokens of their outer products."""
 
 from __future__ import annotations
 

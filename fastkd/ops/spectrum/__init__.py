@@ -1,9 +1,4 @@
-"""spectrum: energies of batches of token matrices, and what is read off them.
-
-This file is what a user calls to get energies: checks, declaration to torch, autograd, choice of
-implementation. What is computed is defined in reference.py; cuda.py computes eigenvalues and ranks
-in one launch. measures.py reads ranks off energies, subspaces.py compares directions.
-"""
+"""`spectrum`, `spectral_ranks` and `singular_values` of batches of token matrices."""
 
 from __future__ import annotations
 

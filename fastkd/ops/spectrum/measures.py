@@ -1,8 +1,4 @@
-r"""What is read off the energies of a spectrum: ranks, and how many dimensions are in effect used.
-
-Functions of energies e_1 >= e_2 >= ... [..., n], which `fastkd.ops.spectrum` gives; they know
-nothing of how those were found, and run on any device, in plain PyTorch, without waiting for it.
-"""
+"""Ranks, energy curves and subspaces, read off the energies or the tokens in plain PyTorch."""
 
 from __future__ import annotations
 
