@@ -31,14 +31,7 @@ def save_checkpoint(
 ) -> None:
     """Write a checkpoint atomically: a file of that name is always a whole one.
 
-    Args:
-        state: tensors, numbers, strings and containers of them.
-        path: the file; an older one survives any failure.
-        keep: checkpoints of this name to keep in all; earlier ones become ``last-1.pth``, ... None:
-            the older one is replaced.
-
-    Raises:
-        OSError: the file cannot be written (disk full); nothing is left behind.
+    Of the name, ``keep`` files stay: earlier ones become ``last-1.pth``, ``last-2.pth``, ....
     """
     try:
         with replacing(path, None if keep is None else keep - 1) as file:
@@ -50,19 +43,7 @@ def save_checkpoint(
 
 
 def load_latest(folder: Path, on_torn: Callable[[str], None]) -> tuple[dict[str, Any], Path] | None:
-    """Read a run's last checkpoint, or the latest before it that is whole.
-
-    Args:
-        folder: the run's.
-        on_torn: told in a sentence about every checkpoint that had to be passed over.
-
-    Returns:
-        The state and its file; None where there is no checkpoint at all.
-
-    Raises:
-        TornCheckpointError: there are checkpoints, and none of them is whole.
-        CheckpointError: of a later version.
-    """
+    """Read a run's last checkpoint, or the latest before it that is whole."""
     first_error: TornCheckpointError | None = None
     for path in _versions(folder / LAST):
         try:
@@ -78,11 +59,7 @@ def load_latest(folder: Path, on_torn: Callable[[str], None]) -> tuple[dict[str,
 
 
 def remove_checkpoints(folder: Path) -> None:
-    """Remove a run's checkpoints, so that nothing of it is taken for another's.
-
-    Args:
-        folder: the run's.
-    """
+    """Remove a run's checkpoints, so that nothing of it is taken for another's."""
     for path in [*_versions(folder / LAST), folder / BEST]:
         path.unlink(missing_ok=True)
 
@@ -133,13 +110,7 @@ def load_checkpoint(
 
 
 def move_best(resumed: Path | None, output: Path, best: dict[str, Any]) -> None:
-    """Let a run that continues in another folder find its best checkpoint there.
-
-    Args:
-        resumed: the checkpoint that it continues from; None for a new run.
-        output: the run's folder; a best checkpoint of another run there is removed.
-        best: what the run calls its best.
-    """
+    """Let a run that continues in another folder find its best checkpoint there."""
     target = output / BEST
     source = None if resumed is None else resumed.parent / BEST
     if source is not None and source.resolve() == target.resolve():
@@ -151,13 +122,5 @@ def move_best(resumed: Path | None, output: Path, best: dict[str, Any]) -> None:
 
 
 def is_best(path: Path, best: dict[str, Any]) -> bool:
-    """Whether a checkpoint is there and is the epoch that a run calls its best.
-
-    Args:
-        path: of the best checkpoint.
-        best: what the run calls its best.
-
-    Returns:
-        False for one of another epoch, which could not be replaced.
-    """
+    """Whether a checkpoint is there and is the epoch that a run calls its best."""
     return path.exists() and load_checkpoint(path).get("best") == best

@@ -50,14 +50,7 @@ USER_ERRORS = (
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command.
-
-    Args:
-        argv: arguments; None takes the process'.
-
-    Returns:
-        The exit status: 0, 2 for a user's error, 130 for an interrupt.
-    """
+    """Run a command."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     if arguments[:1] == ["demo"]:
         return _guarded("demo", _demo, arguments[1:])

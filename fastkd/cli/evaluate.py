@@ -32,12 +32,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def add_image_options(parser: argparse.ArgumentParser, *others: str) -> None:
-    """Add the options that say how a model sees its images.
-
-    Args:
-        parser: of a command that feeds images to a model.
-        *others: recipe fields that the command takes, too.
-    """
+    """Add the options that say how a model sees its images."""
     for name in (*_IMAGE_OPTIONS, *others):
         parser.add_argument(
             "--" + name.replace("_", "-"),
@@ -49,15 +44,7 @@ def add_image_options(parser: argparse.ArgumentParser, *others: str) -> None:
 
 
 def given_image_options(options: argparse.Namespace, *others: str) -> dict[str, Any]:
-    """What was given of the options of `add_image_options`, as Python values.
-
-    Args:
-        options: as parsed.
-        *others: as in `add_image_options`.
-
-    Returns:
-        Values by name.
-    """
+    """What was given of the options of `add_image_options`, as Python values."""
     names = (*_IMAGE_OPTIONS, *others)
     return {
         name: parse_value(name, getattr(options, name)) for name in names if hasattr(options, name)

@@ -36,11 +36,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def add_recipe_fields(parser: argparse.ArgumentParser) -> None:
-    """Make every field of the recipe a flag, under the heading of its group.
-
-    Args:
-        parser: of a command that takes a recipe.
-    """
+    """Make every field of the recipe a flag, under the heading of its group."""
     for heading, section in SECTIONS.items():
         group = parser.add_argument_group(heading)
         for name, field in section.model_fields.items():
@@ -60,17 +56,7 @@ def add_recipe_fields(parser: argparse.ArgumentParser) -> None:
 
 
 def given_fields(options: argparse.Namespace) -> dict[str, Any]:
-    """The recipe fields that were asked for.
-
-    Args:
-        options: parsed by a parser with `add_recipe_fields`.
-
-    Returns:
-        Typed values by name.
-
-    Raises:
-        ValueError: texts that are no value of their fields.
-    """
+    """The recipe fields that were asked for."""
     given, faults = {}, []
     for name in Recipe.model_fields:
         if hasattr(options, name):
@@ -85,14 +71,7 @@ def given_fields(options: argparse.Namespace) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def naming_flags(flags: str) -> Iterator[None]:
-    """Say by which flags a run gets on where a teacher's weights cannot be downloaded.
-
-    Args:
-        flags: appended to the error's text.
-
-    Raises:
-        DownloadError: from inside the block.
-    """
+    """Say by which flags a run gets on where a teacher's weights cannot be downloaded."""
     from fastkd.models.zoo import DownloadError
 
     try:

@@ -144,19 +144,6 @@ def train_loader(
     """Batches of one rank; its ``batch_sampler`` is a `TrainBatchSampler`.
 
     An image that cannot be read is replaced by another one and told in the batch's ``faults``.
-
-    Args:
-        data: the opened data.
-        recipe: augmentation, batch size, seed, workers.
-        spec: what the student takes in.
-        peers: whose share this process has; pinned memory is used for an accelerator.
-
-    Returns:
-        A loader of `Batch`.
-
-    Raises:
-        ValueError: the global batch cannot be shared out evenly, or ``augment`` asks for what the
-            data or the device cannot do.
     """
     if isinstance(data.train, IterableDataset):
         from fastkd.data.streaming import stream_train_loader
@@ -190,17 +177,7 @@ def eval_loader(
     spec: InputSpec,
     peers: World = ALONE,
 ) -> DataLoader[Any]:
-    """This rank's share of the evaluation set, no sample twice.
-
-    Args:
-        data: the opened data.
-        recipe: evaluation options and workers.
-        spec: what the student takes in.
-        peers: whose share this process has; pinned memory is used for an accelerator.
-
-    Returns:
-        A loader of `Batch`; an image that cannot be read is an error.
-    """
+    """This rank's share of the evaluation set, no sample twice."""
     if isinstance(data.val, IterableDataset):
         from fastkd.data.streaming import stream_eval_loader
 
@@ -221,20 +198,7 @@ def eval_loader(
 def eval_samples(
     data: DataPair, recipe: Recipe, spec: InputSpec, seed: int | None = None
 ) -> SampleDataset:
-    """The evaluation set as a model takes it in; float tensors are not normalised yet.
-
-    Args:
-        data: the opened data.
-        recipe: evaluation options.
-        spec: what the model takes in.
-        seed: of what a data set draws at random itself; None where nothing is random.
-
-    Returns:
-        A data set of (image [C, H, W], label), addressed by `SampleKey`.
-
-    Raises:
-        ValueError: no PIL image has as many channels as the model takes.
-    """
+    """The evaluation set as a model takes it in; float tensors are not normalised yet."""
     return SampleDataset(data.val, eval_sample_transform(recipe, spec, data), seed)
 
 

@@ -66,12 +66,7 @@ class Schedule:
             )
 
     def set_position(self, epoch: int, update: int = 0) -> None:
-        """Let the next iteration start at an update of an epoch.
-
-        Args:
-            epoch: from 0.
-            update: finished updates of that epoch.
-        """
+        """Let the next iteration start at an update of an epoch."""
         self.epoch = epoch
         self.update = update
 
@@ -124,14 +119,7 @@ class TrainBatchSampler(Schedule, Sampler[list[SampleKey]]):
         self.together = together
 
     def order(self, epoch: int) -> np.ndarray:
-        """The epoch's samples over all ranks.
-
-        Args:
-            epoch: from 0.
-
-        Returns:
-            [updates * samples per update, 2] int64: (index, copy) in the order of use.
-        """
+        """The epoch's samples over all ranks."""
         generator = np.random.default_rng(derive_seed("order", self.seed, epoch))
         used = self.updates_per_epoch * self.world_size * self.batch_size * self.accumulation
         indices = np.repeat(generator.permutation(self.num_samples), self.repeats)[:used]
@@ -175,18 +163,7 @@ class EvalSampler(Sampler[SampleKey]):
 
 
 def slice_size(recipe: Recipe, world_size: int) -> int:
-    """Images that one rank sees in one slice of an update.
-
-    Args:
-        recipe: its ``batch_size``, ``accumulation`` and mixing.
-        world_size: number of processes.
-
-    Returns:
-        batch_size / (world_size * accumulation).
-
-    Raises:
-        ValueError: that is no whole number, or an odd one with Mixup.
-    """
+    """Images that one rank sees in one slice of an update."""
     shares = world_size * recipe.accumulation
     if recipe.batch_size % shares:
         raise ValueError(

@@ -69,15 +69,6 @@ class SampleTransform:
         """Decode an image that its data set opened only, and bring it to the mode.
 
         Greyscale of more than 8 bits is refused: nothing in such a file says which value is white.
-
-        Args:
-            image: a PIL image, or a tensor, which is given back as it is.
-
-        Returns:
-            The image in memory.
-
-        Raises:
-            OSError: the file is cut short, no image, or greyscale of more than 8 bits.
         """
         if self.mode is None:
             return image
@@ -91,17 +82,7 @@ class SampleTransform:
     def __call__(
         self, image: Any, label: Any = None, sample: int = -1, faults: tuple[Fault, ...] = ()
     ) -> Sample:
-        """Transform a decoded image; random numbers come from the process' own generators.
-
-        Args:
-            image: as `decode` gave it.
-            label: a whole number, or None.
-            sample: its index in the data set.
-            faults: images that could not be read on the way to this one.
-
-        Returns:
-            The sample.
-        """
+        """Transform a decoded image; random numbers come from the process' own generators."""
         made = image if self.transform is None else self.transform(image)
         if isinstance(made, Planned):
             return Sample(made.image, label, sample, made.plan, faults)
@@ -129,17 +110,7 @@ class Collate:
             self.statistics = torch.tensor(mean).view(-1, 1, 1), torch.tensor(std).view(-1, 1, 1)
 
     def __call__(self, samples: Sequence[tuple[Any, ...]]) -> Batch:
-        """Stack samples.
-
-        Args:
-            samples: `Sample`s, or tuples of their first fields such as (image, label).
-
-        Returns:
-            The batch; a label that is missing is -1, a fault is told once.
-
-        Raises:
-            ValueError: a label that is missing or too large, where they are looked at.
-        """
+        """Stack samples."""
         parts = [Sample(*sample) for sample in samples]
         # default_collate: in a loader process it stacks into memory shared with the main process.
         images = default_collate([part.image for part in parts])
@@ -166,20 +137,7 @@ class Collate:
 
 
 def train_sample_transform(config: DataConfig, spec: InputSpec, data: DataPair) -> SampleTransform:
-    """What happens to a training image before it is stacked.
-
-    Args:
-        config: its ``augment`` and the options of the data group.
-        spec: what the student takes in.
-        data: whether it yields tensors.
-
-    Returns:
-        (image, label) -> `Sample`; draws from the process' own generators.
-
-    Raises:
-        ValueError: ``augment`` asks for PIL images where there are tensors, for channels that no
-            PIL image has, or for what the device does not do.
-    """
+    """What happens to a training image before it is stacked."""
     if data.yields_tensors:
         if config.augment in ("cpu", "gpu"):
             raise ValueError(
@@ -195,51 +153,20 @@ def train_sample_transform(config: DataConfig, spec: InputSpec, data: DataPair) 
 def eval_sample_transform(
     config: DataConfig, spec: InputSpec, data: DataPair | None
 ) -> SampleTransform:
-    """What happens to an evaluation image before it is stacked.
-
-    Args:
-        config: evaluation options.
-        spec: what the model takes in.
-        data: whether it yields tensors. None stands for image files.
-
-    Returns:
-        (image, label) -> `Sample`.
-
-    Raises:
-        ValueError: no PIL image has as many channels as the model takes.
-    """
+    """What happens to an evaluation image before it is stacked."""
     if data is not None and data.yields_tensors:
         return SampleTransform()
     return SampleTransform(eval_transform(config, spec), _mode(spec))
 
 
 def collate(data: DataPair, spec: InputSpec, classes: int | None = None) -> Collate:
-    """How a data set's samples are stacked: PIL images were normalised by their transform.
-
-    Args:
-        data: whether it yields tensors.
-        spec: statistics of the input.
-        classes: labels must lie below it, `ANY_CLASS` for as many as there are; None does not look
-            at them.
-
-    Returns:
-        Samples -> `Batch`.
-    """
+    """How a data set's samples are stacked: PIL images were normalised by their transform."""
     statistics = (spec.mean, spec.std) if data.yields_tensors else (None, None)
     return Collate(*statistics, classes)
 
 
 def label_bound(data: DataPair, num_classes: int | None, labelled: bool) -> int | None:
-    """What labels must lie below.
-
-    Args:
-        data: may say how many classes there are.
-        num_classes: of the recipe, which come first.
-        labelled: whether labels are looked at.
-
-    Returns:
-        For `collate`.
-    """
+    """What labels must lie below; None where nobody looks at them."""
     return (num_classes or data.num_classes or ANY_CLASS) if labelled else None
 
 
@@ -293,40 +220,20 @@ class WorkerNotes:
         self.rows = torch.full((workers, 2), -1, dtype=torch.int64).share_memory_()
 
     def note(self, sample: int) -> None:
-        """Say, in a loader process, which sample is next; does nothing in the main process.
-
-        Args:
-            sample: its index in the data set.
-        """
+        """Say, in a loader process, which sample is next; does nothing in the main process."""
         worker = get_worker_info()
         if worker is not None and worker.id < len(self.rows):
             self.rows[worker.id, SAMPLE] = sample
             self.rows[worker.id, PID] = os.getpid()
 
     def samples(self, pids: Sequence[int]) -> dict[int, int]:
-        """What processes were last working on.
-
-        Args:
-            pids: of loader processes, alive or dead.
-
-        Returns:
-            Sample by process id, for those that noted one.
-        """
+        """What processes were last working on."""
         noted = {int(pid): int(sample) for pid, sample in self.rows.tolist()}
         return {pid: noted[pid] for pid in pids if pid in noted}
 
 
 def describe_worker_death(loaders: Sequence[Any], error: BaseException) -> str | None:
-    """Name the file that a loader process died over.
-
-    Args:
-        loaders: one of them raised; their data sets have ``notes`` (`WorkerNotes`) and
-            ``name(sample)``.
-        error: what it raised, one of `DEATHS`.
-
-    Returns:
-        One sentence, or None where the error is another one or nothing was noted.
-    """
+    """Name the file that a loader process died over."""
     found = SHOWN_PIDS.search(str(_as_torch_tells(error)))
     if found is None:
         return None
@@ -361,15 +268,7 @@ def _as_torch_tells(error: BaseException) -> BaseException:
 
 
 def loader_options(workers: int, device: torch.device) -> dict[str, Any]:
-    """How every `DataLoader` here runs its workers; an iteration draws from no global generator.
-
-    Args:
-        workers: loader processes; they leave signals to the main process.
-        device: pinned memory is used for an accelerator.
-
-    Returns:
-        Keyword arguments of the loader.
-    """
+    """How every `DataLoader` here runs its workers; an iteration draws from no global generator."""
     return {
         "num_workers": workers,
         "multiprocessing_context": _LoaderContext() if workers > 0 else None,

@@ -110,11 +110,7 @@ class TrainStream(Schedule, IterableDataset[Any]):
         return self.seed, self.epoch, self.rank
 
     def name(self, sample: int) -> str:
-        """What a sample is called by its position in the epoch.
-
-        Args:
-            sample: as in `Batch.samples`.
-        """
+        """What a sample is called by its position in the epoch."""
         return f"position {sample} of an epoch of {self.source}"
 
     def __iter__(self) -> Iterator[Batch | None]:
@@ -221,11 +217,7 @@ class EvalStream(IterableDataset[Any]):
         return ()
 
     def name(self, sample: int) -> str:
-        """What a sample is called by its place among those of one loader process.
-
-        Args:
-            sample: as noted.
-        """
+        """What a sample is called by its place among those of one loader process."""
         return f"the sample behind {sample} others that the process read of {self.source}"
 
     def __iter__(self) -> Iterator[Batch]:
@@ -298,19 +290,6 @@ def stream_train_loader(
     Shards that cannot be fetched and images that cannot be read are passed over by timm's reader of
     WebDataset and told in the batches' ``faults``; the other readers raise. Warns on rank 0 where
     an epoch is far from a pass over the data.
-
-    Args:
-        data: whose ``train`` is a `StreamSource`.
-        recipe: augmentation, batch size, seed, workers, ``train_samples``.
-        spec: what the student takes in.
-        peers: whose share this process has; pinned memory is used for an accelerator.
-
-    Returns:
-        A loader of `Batch`.
-
-    Raises:
-        ValueError: nobody says how long an epoch is, it is shorter than one update, the global
-            batch cannot be shared out, or the recipe repeats samples.
     """
     if recipe.repeated_aug > 1:
         raise ValueError(
@@ -346,15 +325,6 @@ def stream_eval_loader(
 
     Ranks share out whole shards, or read everything and take what is theirs where there are fewer
     shards than ranks, or where timm's reader would fill up shares with samples of others.
-
-    Args:
-        data: whose ``val`` is a `StreamSource`.
-        recipe: evaluation options and workers.
-        spec: what the student takes in.
-        peers: whose share this process has; pinned memory is used for an accelerator.
-
-    Returns:
-        A loader of `Batch`; its ``expected`` is what the ranks' shares should come to.
     """
     stream = EvalStream(
         data.val,
@@ -414,16 +384,7 @@ def _as_it_is(batch: Any) -> Any:
 
 
 def tell_what_is_passed_over(reader: Any, tell: Tell) -> None:
-    """Let a reader tell of shards that it cannot fetch and samples that it cannot decode.
-
-    Args:
-        reader: timm's of WebDataset, about to be iterated.
-        tell: called with (``SHARD`` or ``SHARD:KEY``, reason) for each; the reader goes on when it
-            returns, and ends with what it raises.
-
-    Raises:
-        RuntimeError: timm's pipeline is another than the one known here.
-    """
+    """Let a reader tell of shards that it cannot fetch and samples that it cannot decode."""
     reader._lazy_init()
     handled = [stage for stage in reader.ds.pipeline if "handler" in getattr(stage, "kw", {})]
     if len(handled) != 2:

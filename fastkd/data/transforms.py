@@ -31,30 +31,14 @@ class InputSpec:
 
 
 def train_transform(config: DataConfig, spec: InputSpec) -> Transform:
-    """Timm's random training transform for PIL images, or evaluation's where nothing is random.
-
-    Args:
-        config: its ``augment`` and the options of the data group.
-        spec: size and statistics of the input; statistics must be there.
-
-    Returns:
-        PIL image -> normalised float32 tensor [C, H, W].
-    """
+    """Timm's random training transform for PIL images, or evaluation's where nothing is random."""
     if config.augment != "cpu":
         return eval_transform(config, spec)
     return Compose(train_stages(config, spec))
 
 
 def train_stages(config: DataConfig, spec: InputSpec) -> list[Any]:
-    """The steps of timm's random training transform, whatever ``augment`` is.
-
-    Args:
-        config: the options of the data group.
-        spec: size and statistics of the input; statistics must be there.
-
-    Returns:
-        timm's and torchvision's transforms in the order in which they are applied.
-    """
+    """The steps of timm's random training transform, whatever ``augment`` is."""
     transform = create_transform(
         spec.size,
         is_training=True,
@@ -74,15 +58,7 @@ def train_stages(config: DataConfig, spec: InputSpec) -> list[Any]:
 
 
 def eval_transform(config: DataConfig, spec: InputSpec) -> Transform:
-    """Timm's evaluation transform: resize, centre crop, normalise.
-
-    Args:
-        config: its ``interpolation``, ``crop_pct`` and ``crop_mode``.
-        spec: size and statistics of the input; statistics must be there.
-
-    Returns:
-        PIL image -> normalised float32 tensor [C, H, W].
-    """
+    """Timm's evaluation transform: resize, centre crop, normalise."""
     interpolation = "bilinear" if config.interpolation == "random" else config.interpolation
     return create_transform(
         spec.size,
@@ -100,9 +76,6 @@ def keep_one_bit(transform: Any) -> None:
 
     timm's policies may draw 0 bits (a black image), which Pillow >= 13 refuses with an error in the
     middle of an epoch. Only the given transform's operations are changed, not timm.
-
-    Args:
-        transform: a composed timm transform; changed in place.
     """
     for operation in operations_of(transform):
         if operation.name.startswith("Posterize"):
@@ -120,14 +93,7 @@ class _AtLeastOneBit:
 
 
 def operations_of(transform: Any) -> Iterator[AugmentOp]:
-    """All of timm's augmentation operations inside a transform.
-
-    Args:
-        transform: an operation, a composition, RandAugment, AutoAugment, AugMix or a list of them.
-
-    Yields:
-        The operations themselves.
-    """
+    """All of timm's augmentation operations inside a transform."""
     if isinstance(transform, AugmentOp):
         yield transform
     children = transform if isinstance(transform, list | tuple) else ()
@@ -138,16 +104,7 @@ def operations_of(transform: Any) -> Iterator[AugmentOp]:
 
 
 def create_mixup(config: DataConfig, num_classes: int, label_smoothing: float) -> Mixup | None:
-    """Timm's Mixup/CutMix of whole batches; draws from numpy's global generator.
-
-    Args:
-        config: its mixing options.
-        num_classes: width of the soft targets.
-        label_smoothing: of the labels before they are mixed.
-
-    Returns:
-        The mixing function, or None where the recipe mixes nothing.
-    """
+    """Timm's Mixup/CutMix of whole batches; draws from numpy's global generator."""
     if not config.mixes:
         return None
     return Mixup(

@@ -22,11 +22,7 @@ _PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 
 
 def require_packages() -> None:
-    """Refuse to begin without what torch's exporter and the check need.
-
-    Raises:
-        ImportError: naming what is missing and how to get it.
-    """
+    """Refuse to begin without what torch's exporter and the check need."""
     missing = [name for name in _PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
         raise ImportError(
@@ -36,20 +32,7 @@ def require_packages() -> None:
 
 
 def write_onnx(student: Student, path: Path, opset: int) -> float:
-    """Write the graph with weights and metadata in one file, atomically.
-
-    Args:
-        student: its module is run, on the CPU in float32.
-        path: the file; an older one survives any failure.
-        opset: version of ONNX's operators.
-
-    Returns:
-        The largest difference between the logits of the student and of onnxruntime.
-
-    Raises:
-        ValueError: the module cannot be exported, or not to this opset.
-        RuntimeError: onnxruntime computes something else.
-    """
+    """Write the graph with weights and metadata in one file, atomically."""
     model = student.required_model("onnx")
     graph = _graph(student, model, opset)
     for name, value in student.metadata().items():

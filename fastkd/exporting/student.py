@@ -59,17 +59,7 @@ class Student:
     handed_over: bool = False
 
     def required_model(self, format: str) -> nn.Module:
-        """The module, for a format that has to run it.
-
-        Args:
-            format: named in the error.
-
-        Returns:
-            `model`.
-
-        Raises:
-            ValueError: there is none.
-        """
+        """The module, for a format that has to run it."""
         if self.model is None:
             raise ValueError(
                 f"export: the run's student is {self.architecture}, which only its author can "
@@ -104,20 +94,7 @@ class Student:
 def open_student(
     run: str | Path, weights: str, img_size: int | None, model: nn.Module | None
 ) -> Student:
-    """Take the student out of a run, a checkpoint, or a released checkpoint of the paper.
-
-    Args:
-        run: as in `export`, as are the others.
-        weights: which of a run's weights.
-        img_size: input size to change to, or None.
-        model: the module that the run was given.
-
-    Returns:
-        The student.
-
-    Raises:
-        ValueError: the file cannot be used, or the options do not fit it.
-    """
+    """Take the student out of a run, a checkpoint, or a released checkpoint of the paper."""
     if weights not in ("auto", "raw", "ema"):
         raise ValueError(f"export: weights must be auto, raw or ema, got {weights!r}")
     run = fetched("export", run)
@@ -180,12 +157,7 @@ def _timm_name(model: nn.Module, recipe: Recipe) -> tuple[str, dict[str, Any]]:
 
 
 def _size_argument(model: nn.Module, built_for: Any = None) -> dict[str, Any]:
-    """The size that a model is made for, even where it takes others, too.
-
-    Args:
-        model: a patch embedding says it; for others, whether they are made for one at all.
-        built_for: what such a model was built with.
-    """
+    """The size that a model is made for, even where it takes others, too."""
     size = getattr(getattr(model, "patch_embed", None), "img_size", None)
     if size is None and "img_size" in inspect.signature(type(model)).parameters:
         size = built_for
@@ -292,19 +264,7 @@ def _version() -> str:
 def largest_difference(
     model: nn.Module, input_size: tuple[int, ...], compute: Callable[[Tensor], Tensor]
 ) -> float:
-    """How far another way of computing the logits is from the model's.
-
-    Args:
-        model: in eval mode, on the CPU.
-        input_size: (C, H, W).
-        compute: float32 images [B, C, H, W] to logits [B, classes].
-
-    Returns:
-        The largest absolute difference, on a random batch of each size in `BATCHES`.
-
-    Raises:
-        RuntimeError: it is more than rounding.
-    """
+    """How far another way of computing the logits is from the model's."""
     generator = torch.Generator().manual_seed(0)
     largest = 0.0
     for batch in BATCHES:
@@ -324,20 +284,7 @@ def largest_difference(
 def check_output(
     target: Path, default: str, overwrite: bool, is_export: Callable[[Path], bool]
 ) -> None:
-    """Refuse an output that would replace something which was not meant.
-
-    Args:
-        target: the output.
-        default: what it would be called by itself; a file has to end like it, a folder has no end.
-        overwrite: whether an earlier export may be replaced.
-        is_export: whether what is there was written by fastkd in this format.
-
-    Raises:
-        FileExistsError: something is there, and ``overwrite`` is not set, or it is no export of
-            this format.
-        FileNotFoundError: the folder that the output goes into is not there.
-        ValueError: the name of a new file ends otherwise.
-    """
+    """Refuse an output that would replace something which was not meant."""
     if not target.absolute().parent.is_dir():
         raise FileNotFoundError(f"export: there is no folder {str(target.parent)!r}")
     suffix = Path(default).suffix
@@ -365,12 +312,6 @@ def replacing_file(target: Path) -> Iterator[Path]:
 
     Unlike `fastkd.utils.io.replacing`, the new file can be read by its name before: it has
     the ending that readers go by.
-
-    Args:
-        target: the file; an older one survives any failure.
-
-    Yields:
-        Where to write, in a folder of its own beside ``target``.
     """
     folder = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     shutil.rmtree(folder, ignore_errors=True)  # of a process of this number, killed in here
@@ -388,12 +329,6 @@ def replacing_folder(target: Path) -> Iterator[Path]:
 
     Folders cannot be exchanged in one step: the older one is set aside as ``.NAME.old``, the new
     one is renamed, and the older one removed. A process that is killed in between leaves both.
-
-    Args:
-        target: the folder; an older one survives any failure.
-
-    Yields:
-        The new folder, empty, beside ``target``.
     """
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     aside = target.with_name(f".{target.name}.old")

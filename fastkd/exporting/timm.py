@@ -21,20 +21,7 @@ WEIGHTS = "model.safetensors"
 
 
 def write_timm_folder(student: Student, folder: Path) -> float:
-    """Write ``config.json`` and ``model.safetensors``, atomically.
-
-    Args:
-        student: its architecture must be in timm's registry.
-        folder: the folder; an older one survives any failure.
-
-    Returns:
-        The largest difference between the logits of the student and of timm's model from the
-        folder.
-
-    Raises:
-        ValueError: timm does not know the architecture, or does not build this student by it.
-        RuntimeError: timm's model computes something else.
-    """
+    """Write ``config.json`` and ``model.safetensors``, atomically."""
     model = student.required_model("timm")
     if not timm.is_model(student.architecture):
         raise ValueError(
@@ -95,12 +82,7 @@ def _takes_one_size(model: nn.Module, published: dict[str, Any]) -> bool:
 
 
 def write_safetensors(student: Student, path: Path) -> None:
-    """Write weights and metadata, atomically.
-
-    Args:
-        student: its weights, under the names that its module has for them.
-        path: the file; an older one survives any failure.
-    """
+    """Write weights and metadata, atomically."""
     # "format" is how Hugging Face's tools know whose tensors these are.
     content = save(student.state, {"format": "pt", **student.metadata()})
     with replacing(path) as file:
@@ -108,38 +90,14 @@ def write_safetensors(student: Student, path: Path) -> None:
 
 
 def write_checked_safetensors(student: Student, path: Path) -> float | None:
-    """Write the file, and let it take its place once timm computes from it what the student does.
-
-    Args:
-        student: with a model or without.
-        path: the file; an older one survives any failure.
-
-    Returns:
-        The largest difference of logits; None where timm knows no model that takes these weights
-        and computes what the student does, as of a module that only its author has.
-
-    Raises:
-        RuntimeError: timm's model computes something else.
-    """
+    """Write the file; it takes its place once timm computes from it what the student does."""
     with replacing_file(path) as temporary:
         write_safetensors(student, temporary)
         return difference_through_timm(student, temporary)
 
 
 def difference_through_timm(student: Student, path: Path) -> float | None:
-    """How far timm's model of the student's name is from it, with a file's weights.
-
-    Args:
-        student: with a model or without.
-        path: what `write_safetensors` wrote.
-
-    Returns:
-        As `write_checked_safetensors`.
-
-    Raises:
-        RuntimeError: timm's model computes something else, and the student is no module of its
-            author's, whose name in timm promises nothing.
-    """
+    """How far timm's model of the student's name is from it, with a file's weights."""
     loaded = _through_timm(student, path)
     if student.model is None or loaded is None:
         return None

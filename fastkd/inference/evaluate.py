@@ -82,20 +82,10 @@ def evaluate(
 def evaluate_model(
     model: nn.Module, loader: Iterable[Batch], world: World, amp: str = "none"
 ) -> dict[str, Any]:
-    """Accuracy and cross-entropy over the shares of all processes; synchronises once, at the end.
+    """Accuracy and cross-entropy over the shares of all processes; synchronizes once, at the end.
 
-    Args:
-        model: on the device; its training mode is put back afterwards.
-        loader: this process' share.
-        world: this process among its peers.
-        amp: as in training.
-
-    Returns:
-        ``top1`` and ``top5`` in % (``top5`` None below five classes), ``loss`` (plain
-        cross-entropy) and ``count``, the images of all processes.
-
-    Raises:
-        ValueError: a stream gave another number of images than it states.
+    ``top1`` and ``top5`` are in percent (``top5`` is None below five classes), ``loss`` is the
+    plain cross-entropy, ``count`` the number of images.
     """
     was_training = model.training
     model.eval()

@@ -35,19 +35,7 @@ _RECOGNISED_ONLY = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
 
 
 def find_images(images: Images) -> tuple[list[Path], list[Fault]]:
-    """The files that a user names, one by one or by folders.
-
-    Args:
-        images: files and folders; of a folder, all in it and below with an ending of a format that
-            Pillow reads, but hidden ones.
-
-    Returns:
-        The files, whether they can be read or not; and the folders that hold none.
-
-    Raises:
-        TypeError: what is given is no path.
-        ValueError: nothing was named.
-    """
+    """The files that a user names, one by one or by folders."""
     files: list[Path] = []
     faults = []
     for place in _places(images):
@@ -147,22 +135,7 @@ def image_loader(
     workers: int,
     peers: World = ALONE,
 ) -> DataLoader[Any]:
-    """Batches as `evaluate` feeds them to a model, and what could not be read.
-
-    Args:
-        files: any.
-        network: which is asked what it takes in.
-        preprocessing: how it sees its images.
-        batch_size: files per batch.
-        workers: loader processes, where there is more than one batch.
-        peers: whose share this process has; pinned memory is used for an accelerator.
-
-    Returns:
-        A loader of (`Batch` or None, faults); both count ``files`` from 0.
-
-    Raises:
-        ValueError: the model takes no images of that size or number of channels.
-    """
+    """Batches as `evaluate` feeds them to a model, and what could not be read."""
     recipe = preprocessing.recipe
     spec = input_spec(network, recipe, None, use_test_size=preprocessing.use_test_size)
     share = range(peers.rank, len(files), peers.size)

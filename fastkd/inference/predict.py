@@ -284,17 +284,7 @@ def _prediction(file: Path, found: Likeliest, names: tuple[str, ...]) -> Predict
 
 
 def class_descriptions(names: Iterable[str] | None, count: int) -> tuple[str, ...]:
-    """A name for every logit.
-
-    Args:
-        names: of the classes, as far as the model's run knew them. The numbers of WordNet by which
-            ImageNet's folders are called become timm's descriptions.
-        count: of the model's logits.
-
-    Returns:
-        ``count`` names: the given ones; else, where ``count`` is that of an ImageNet, timm's
-        descriptions for it; and numbers where there is none.
-    """
+    """A name for every logit."""
     known = _imagenet(count) if names is None else _readable([writable(name) for name in names])
     return tuple(known[:count] + [str(number) for number in range(len(known), count)])
 
@@ -331,21 +321,7 @@ class Likeliest(NamedTuple):
 def likeliest(
     network: nn.Module, batch: Batch, peers: World, amp: str, top: int
 ) -> tuple[list[Likeliest], int]:
-    """Classify a batch; synchronises once. Of [B, classes] logits, [B, k] numbers are kept.
-
-    Args:
-        network: on the device, in eval mode.
-        batch: on the host.
-        peers: whose device it is.
-        amp: as in `evaluate`.
-        top: k, where there are as many classes.
-
-    Returns:
-        One entry for every image, and how many classes there are.
-
-    Raises:
-        ValueError: the model does not give [B, classes], or its weights are not float32.
-    """
+    """Classify a batch; synchronises once. Of [B, classes] logits, [B, k] numbers are kept."""
     images = batch.images.to(peers.device, non_blocking=True)
     with autocast(peers.device, amp):
         logits = _logits(network, images)

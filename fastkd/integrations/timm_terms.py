@@ -71,19 +71,7 @@ class DescribedTerms:
         self.ce_weight = self._settings.ce_weight
 
     def build(self, student: nn.Module, teacher: Teacher, device: torch.device) -> BuiltTerms:
-        """Build both terms; the teacher taps from then on what they compare.
-
-        Args:
-            student: whose layers are tapped.
-            teacher: likewise.
-            device: of both models.
-
-        Returns:
-            The logit term, the feature term, the student's taps; None for what there is not.
-
-        Raises:
-            ValueError: blocks that do not exist, or widths that do not meet.
-        """
+        """Build both terms; the teacher taps from then on what they compare."""
         example = _example(student, device)
         taps, feature = build_feature_term(student, teacher, self._settings, example)
         return build_logit_term(self._settings), feature, taps
@@ -147,28 +135,14 @@ class ReadyTerms:
 
 
 def data_config(student: nn.Module) -> dict[str, Any]:
-    """What timm's loaders do to images for a model by themselves.
-
-    Args:
-        student: with a ``pretrained_cfg``, or without: then the loaders have defaults.
-
-    Returns:
-        ``"mean"``, ``"std"``, ``"input_size"`` and more.
-    """
+    """What timm's loaders do to images for a model by themselves."""
     cfg = getattr(student, "pretrained_cfg", None) or {}
     channels = {"in_chans": getattr(student, "in_chans", 3)}
     return dict(resolve_data_config(channels, pretrained_cfg=cfg))
 
 
 def refuse_arguments_of_timm(options: Collection[str]) -> None:
-    """Say what takes the place of an argument of timm's own tasks.
-
-    Args:
-        options: names.
-
-    Raises:
-        TypeError: one of them is such an argument.
-    """
+    """Say what takes the place of an argument of timm's own tasks."""
     for name in options:
         if name in OF_TIMMS_TASKS:
             raise TypeError(

@@ -61,18 +61,7 @@ class FromRecipe(enum.Enum):
 
 
 def chosen_teacher(recipe: TeacherConfig, teacher: Any) -> Any:
-    """The teacher of a run.
-
-    Args:
-        recipe: asked where the caller leaves the choice to it.
-        teacher: a name, a path, a module, None, or `FromRecipe.TEACHER`.
-
-    Returns:
-        The teacher, or None.
-
-    Raises:
-        ValueError: the recipe's teacher is a module that only its author has.
-    """
+    """The teacher of a run."""
     if teacher is not FromRecipe.TEACHER:
         return teacher
     if recipe.teacher is not None and recipe.teacher.startswith(MODULE_PREFIX):
@@ -84,23 +73,7 @@ def chosen_teacher(recipe: TeacherConfig, teacher: Any) -> Any:
 
 
 def resolve_recipe(recipe: Any, student: Any, teacher: Any, data: Any, overrides: Any) -> Recipe:
-    """The recipe of a run as it is saved: with overrides, and with what the caller hands over.
-
-    Args:
-        recipe: anything `Recipe.load` takes.
-        student: a timm name, a module, or None for the recipe's model.
-        teacher: a name, a path, a module, None for no distillation, or `FromRecipe.TEACHER`.
-        data: what `open_data` takes, or None for the recipe's data.
-        overrides: recipe fields.
-
-    Returns:
-        The resolved recipe; modules stand in it as ``module:ClassName``.
-
-    Raises:
-        ValueError: an override that could have no effect, an unknown one, or a learning rate that
-            would rise where it should fall.
-        TypeError: a value of the wrong type.
-    """
+    """The recipe of a run as it is saved: with overrides, and with what the caller hands over."""
     loaded = Recipe.load(recipe)
     resolved = loaded.override(**overrides)
     if resolved.variant != loaded.variant and "width" not in overrides:
@@ -237,23 +210,7 @@ def build_engine(
     num_classes: int | None,
     updates_per_epoch: int,
 ) -> Engine:
-    """Put task, optimiser, schedule, EMA and augmentation together.
-
-    Args:
-        student: on the world's device.
-        teacher: moved to the device; None trains on labels alone.
-        recipe: everything else.
-        spec: the student's input.
-        world: this process among its peers.
-        num_classes: needed by Mixup alone.
-        updates_per_epoch: length of an epoch.
-
-    Returns:
-        The engine, at the start of a run.
-
-    Raises:
-        ValueError: Mixup without a number of classes, or what `build_task` raises.
-    """
+    """Put task, optimiser, schedule, EMA and augmentation together."""
     mixup = None
     if recipe.mixes:
         if num_classes is None:
@@ -284,16 +241,7 @@ def build_engine(
 def build_optimizer(
     task: DistillationTask, config: OptimConfig, updates_per_epoch: int
 ) -> tuple[torch.optim.Optimizer, Any]:
-    """Timm's AdamW groups and cosine schedule with warm-up, stepped per update.
-
-    Args:
-        task: decides which parameters are not decayed.
-        config: learning rate, schedule, weight decay.
-        updates_per_epoch: length of an epoch.
-
-    Returns:
-        The optimiser and the scheduler.
-    """
+    """Timm's AdamW groups and cosine schedule with warm-up, stepped per update."""
     optimizer = create_optimizer_v2(
         task,
         opt="adamw",
@@ -316,22 +264,7 @@ def build_optimizer(
 
 
 def resolve_teacher(teacher: Any, config: TeacherConfig, spec: InputSpec) -> Teacher | None:
-    """Load the teacher and tell it what the images are normalised with.
-
-    Args:
-        teacher: None, a `Teacher`, a module, or whatever `open_model` opens: a timm name or folder,
-            a run's folder, a checkpoint, an exported student.
-        config: its ``teacher_checkpoint`` holds local weights for a timm name, its
-            ``teacher_img_size`` the size that images are resized to for the teacher.
-        spec: the student's input.
-
-    Returns:
-        The frozen teacher on the CPU, or None.
-
-    Raises:
-        ValueError: weights for a module, a size for a `Teacher` or for a model that is fixed to
-            another, or what `open_model` raises.
-    """
+    """Load the teacher and tell it what the images are normalised with."""
     if teacher is None:
         return None
     size = config.teacher_img_size

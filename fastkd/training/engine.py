@@ -145,11 +145,7 @@ class Engine:
         return self.optimizer.param_groups[0]["lr"]
 
     def update(self, slices: list[Batch]) -> None:
-        """One optimiser update from the slices of its batch; advances the position.
-
-        Args:
-            slices: on the host, all of one size.
-        """
+        """One optimiser update from the slices of its batch; advances the position."""
         seed = derive_seed("update", self.config.seed, self.position.total, self.world.rank)
         seed_all(seed)
         self.optimizer.zero_grad(set_to_none=True)
@@ -176,14 +172,7 @@ class Engine:
             raise
 
     def inputs(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """A batch as the student takes it: on the device, augmented, normalised and mixed.
-
-        Args:
-            batch: on the host.
-
-        Returns:
-            Images [B, C, H, W]; targets, [B] class indices or [B, classes] where mixed.
-        """
+        """A batch as the student takes it: on the device, augmented, normalised and mixed."""
         device = self.world.device
         images = batch.images.to(device, non_blocking=True)
         target = batch.labels.to(device, non_blocking=True)
@@ -217,16 +206,7 @@ class Engine:
         return terms.to(self.meter.sums.dtype) * share
 
     def apply(self, losses: Tensor, statistics: list[Tensor] | None = None) -> Tensor:
-        """Step optimiser, schedule and EMA on the gradients there are; `update` does all of it.
-
-        Args:
-            losses: [terms] float64 on the device, this process'.
-            statistics: running statistics to put back where the step is not taken.
-
-        Returns:
-            Bool scalar on the device, the same on every process: False where a loss or the norm of
-            the gradient is not finite.
-        """
+        """Step optimiser, schedule and EMA on the gradients there are; `update` does all of it."""
         self.scaler.unscale_(self.optimizer)
         norm = self._gradient_norm().detach().to(losses.dtype)
         broken = (~torch.cat([losses, norm.reshape(1)]).isfinite()).any().float()
@@ -255,11 +235,7 @@ class Engine:
         return nn.utils.get_total_norm(gradients)
 
     def read(self) -> Reading:
-        """The epoch's sums so far over all processes; synchronises, with them and with the host.
-
-        Raises:
-            NonFiniteError: more than ``max_nonfinite`` updates in a row were skipped.
-        """
+        """The epoch's sums so far over all processes; synchronises, with them and with the host."""
         own = torch.cat([self.meter.sums, self.meter.skips])
         *sums, skipped, _, longest = (self.world.sum(own) / self.world.size).tolist()
         named = dict(zip(self.meter.names, sums, strict=True))
@@ -272,14 +248,7 @@ class Engine:
         return reading
 
     def non_finite(self, what: str) -> NonFiniteError:
-        """The error that ends a run whose losses or gradients stay infinite or NaN.
-
-        Args:
-            what: happened, in a few words.
-
-        Returns:
-            The error, to raise.
-        """
+        """The error that ends a run whose losses or gradients stay infinite or NaN."""
         return NonFiniteError(
             f"train: {what}, at or before update {self.position.total} in epoch "
             f"{self.position.epoch + 1}: the loss or its gradient was infinite or NaN (learning "
@@ -324,23 +293,7 @@ def train_one_epoch(
     on_interval: Callable[[dict[str, Any]], None],
     after_update: Callable[[list[Batch]], None],
 ) -> dict[str, Any]:
-    """Run the rest of an epoch.
-
-    Args:
-        engine: trained; its position is advanced.
-        loader: slices, starting at the engine's position.
-        accumulation: slices per update.
-        log_interval: updates between two calls of ``on_interval``.
-        on_interval: takes the means of every term since the last call, or since the epoch was begun
-            or taken up.
-        after_update: called with an update's slices before the next; may raise to stop.
-
-    Returns:
-        The epoch's record: means of every term, learning rate, throughput, memory, skipped updates.
-
-    Raises:
-        NonFiniteError: too many updates in a row had no finite loss and gradient, or none at all.
-    """
+    """Run the rest of an epoch."""
     engine.task.train()
     lr = engine.lr
     # A host-side check costs nothing where the host computes, and stops at the very update.
@@ -422,19 +375,7 @@ def _updates(batches: Iterator[Batch], accumulation: int) -> Iterator[tuple[list
 
 @torch.no_grad()
 def evaluate_terms(engine: Engine, loader: Iterable[Batch]) -> dict[str, Any]:
-    """Every term of the task on an evaluation set; needs its labels only for a cross-entropy.
-
-    Args:
-        engine: its task runs in eval mode, which is put back afterwards.
-        loader: this process' share, normalised for the student.
-
-    Returns:
-        Means over images by the terms' names, ``"loss"`` first, and ``"count"``, the images of all
-        processes.
-
-    Raises:
-        ValueError: as `evaluate_model`.
-    """
+    """Every term of the task on an evaluation set; needs its labels only for a cross-entropy."""
     task, world = engine.task, engine.world
     was_training = task.training
     task.eval()

@@ -61,17 +61,7 @@ class Identity:
 def student_state(
     student: nn.Module, engine: Engine, identity: Identity, progress: Progress
 ) -> dict[str, Any]:
-    """What rebuilds the student, and where its weights come from.
-
-    Args:
-        student: the bare student.
-        engine: its EMA and position.
-        identity: of the run.
-        progress: of the run.
-
-    Returns:
-        Tensors and plain values.
-    """
+    """What rebuilds the student, and where its weights come from."""
     ema, spec = engine.ema, identity.spec
     state = {
         "student": student.state_dict(),
@@ -103,18 +93,7 @@ def run_state(
     progress: Progress,
     sums: list[float],
 ) -> dict[str, Any]:
-    """Everything that the rest of the run depends on.
-
-    Args:
-        student: the bare student.
-        engine: its state is taken.
-        identity: of the run.
-        progress: of the run.
-        sums: of the meter, over all processes.
-
-    Returns:
-        `student_state` and more.
-    """
+    """Everything that the rest of the run depends on."""
     device = engine.world.device
     return student_state(student, engine, identity, progress) | {
         "terms": engine.task.terms.state_dict(),
@@ -139,19 +118,7 @@ def restore(
     identity: Identity,
     progress: Progress,
 ) -> None:
-    """Put a run where a checkpoint left it.
-
-    Args:
-        path: the checkpoint, for messages.
-        state: what `run_state` gave.
-        student: changed in place, like the rest.
-        engine: its terms, optimiser, schedule, scaler, EMA, meter and position.
-        identity: what the checkpoint has to agree with.
-        progress: takes the history and the best.
-
-    Raises:
-        CheckpointError: a student's checkpoint, or one of another run or of other data.
-    """
+    """Put a run where a checkpoint left it."""
     _check_same_run(path, state, identity)
     try:
         student.load_state_dict(state["student"])

@@ -194,18 +194,7 @@ def _freeze_unreached(task: DistillationTask, teacher: Teacher | None, example: 
 
 
 def build_logit_term(config: DistillConfig, labels: bool = True) -> LogitTerm | None:
-    """The logit loss of a recipe; None where its weight alpha is 0.
-
-    Args:
-        config: alpha, logit_loss, tau, logit_options.
-        labels: whether there is a cross-entropy beside it.
-
-    Returns:
-        The term.
-
-    Raises:
-        ValueError: an option that the loss does not have, or refuses.
-    """
+    """The logit loss of a recipe; None where its weight alpha is 0."""
     if config.alpha == 0:
         return None
     if labels and config.cross_entropy_weight == 0 and find_loss(config.logit_loss).whole_ce:
@@ -222,21 +211,7 @@ def build_logit_term(config: DistillConfig, labels: bool = True) -> LogitTerm | 
 def build_feature_term(
     student: nn.Module, teacher: Teacher, config: DistillConfig, example: Tensor
 ) -> tuple[Taps, FeatureTerm] | tuple[None, None]:
-    """The feature loss of a recipe, and what it reads; None twice where its weight is 0.
-
-    Args:
-        student: whose layers are tapped.
-        teacher: is made to tap what the term compares.
-        config: its feature fields, pairs and projector.
-        example: as in `build_task`.
-
-    Returns:
-        The student's taps and the term; learnable projectors are on the CPU.
-
-    Raises:
-        ValueError: blocks that do not exist, widths that do not meet, or options that the loss
-            refuses.
-    """
+    """The feature loss of a recipe, and what it reads; None twice where its weight is 0."""
     if config.feature_weight == 0:
         return None, None
     # One layer at a time, because taps merge what resolves to the same layer (-1 and 11).

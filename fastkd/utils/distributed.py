@@ -44,14 +44,7 @@ class World:
         return self.rank == 0
 
     def sum(self, values: Tensor) -> Tensor:
-        """Sum over all processes; synchronises with them, on the device.
-
-        Args:
-            values: a tensor on ``device``; left as it is.
-
-        Returns:
-            The sums, on every process.
-        """
+        """Sum over all processes; synchronises with them, on the device."""
         if self.size == 1:
             return values
         total = values.clone()
@@ -59,14 +52,7 @@ class World:
         return total
 
     def maximum(self, value: int) -> Callable[[], int]:
-        """Begin to look for the largest value of all processes; waits for no device.
-
-        Args:
-            value: this process'.
-
-        Returns:
-            A function that waits for the others' values and gives the largest.
-        """
+        """Begin to look for the largest value of all processes; waits for no device."""
         if self.size == 1:
             return lambda: value
         largest = torch.tensor(value)
@@ -81,14 +67,7 @@ class World:
         return result
 
     def gather(self, value: Any) -> list[Any]:
-        """Collect a picklable value of every process; synchronises with them, not with devices.
-
-        Args:
-            value: this process'; tensors in it should be on the CPU.
-
-        Returns:
-            All of them in the order of ranks, on every process.
-        """
+        """Collect a picklable value of every process; synchronises with them, not with devices."""
         if self.size == 1:
             return [value]
         values: list[Any] = [None] * self.size
@@ -97,22 +76,14 @@ class World:
 
     @torch.no_grad()
     def share(self, module: nn.Module) -> None:
-        """Give every process the main one's parameters and buffers.
-
-        Args:
-            module: on ``device``; changed in place everywhere but on rank 0.
-        """
+        """Give every process the main one's parameters and buffers."""
         if self.size == 1:
             return
         for tensor in (*module.parameters(), *module.buffers()):
             dist.broadcast(tensor.data, 0)
 
     def average_norms(self, module: nn.Module) -> None:
-        """Average the running statistics of batch norms, of which every process has its own.
-
-        Args:
-            module: on ``device``; changed in place.
-        """
+        """Average the running statistics of batch norms, of which every process has its own."""
         if self.size > 1:
             distribute_bn(module, self.size, reduce=True)
 
@@ -127,18 +98,7 @@ ALONE = World(torch.device("cpu"))  # one process, without an accelerator
 
 @contextmanager
 def world(device: str | torch.device | None = None) -> Iterator[World]:
-    """Join torchrun's process group if there is one; leave it at the end.
-
-    Args:
-        device: ``"cpu"``, ``"cuda"``, ``"cuda:1"``; None takes CUDA if there is a device. Under
-            torchrun, ``"cuda"`` and None take the local rank's device.
-
-    Yields:
-        This process among its peers.
-
-    Raises:
-        ValueError: CUDA is asked for and not there.
-    """
+    """Join torchrun's process group if there is one; leave it at the end."""
     size = int(os.environ.get("WORLD_SIZE", "1"))
     chosen = _device(device, int(os.environ.get("LOCAL_RANK", "0")))
     if size == 1 and not (dist.is_available() and dist.is_initialized()):
@@ -175,18 +135,7 @@ def _device(device: str | torch.device | None, local_rank: int) -> torch.device:
 
 
 def autocast(device: torch.device, amp: str) -> AbstractContextManager[Any]:
-    """The autocast context of a recipe's ``amp``.
-
-    Args:
-        device: where it computes.
-        amp: ``"none"``, ``"bf16"`` or ``"fp16"``.
-
-    Returns:
-        A context manager.
-
-    Raises:
-        ValueError: another ``amp``.
-    """
+    """The autocast context of a recipe's ``amp``."""
     if amp == "none":
         return nullcontext()
     if amp not in AMP_DTYPES:
@@ -229,28 +178,14 @@ class StopRequest:
         self.received = number
 
     def poll(self, world: World) -> bool:
-        """Whether a process had been asked to stop when this was last called; waits for no device.
-
-        Args:
-            world: all of its processes must call, at the same point.
-
-        Returns:
-            The same answer on every process; of one process alone, whether it has been asked.
-        """
+        """Whether a process had been asked to stop at the last call; waits for no device."""
         if world.size == 1:
             return self.received is not None
         before, self._asked = self._asked, world.maximum(self.received or 0)
         return before is not None and self._note(before())
 
     def agree(self, world: World) -> bool:
-        """Whether a process has been asked to stop by now; waits for the other hosts.
-
-        Args:
-            world: all of its processes must call, at the same point.
-
-        Returns:
-            The same answer on every process.
-        """
+        """Whether a process has been asked to stop by now; waits for the other hosts."""
         return self._note(world.maximum(self.received or 0)())
 
     def _note(self, number: int) -> bool:

@@ -14,11 +14,7 @@ _TEMPORARY = re.compile(r"\..+\.\d+\.tmp")
 
 
 def remove_leftovers(folder: str | os.PathLike[str]) -> None:
-    """Remove what processes killed in the middle of `replacing` left in a folder.
-
-    Args:
-        folder: nobody else may be writing into it.
-    """
+    """Remove what processes killed in the middle of `replacing` left in a folder."""
     for path in Path(folder).iterdir():
         if not _TEMPORARY.fullmatch(path.name):
             continue
@@ -30,16 +26,7 @@ def remove_leftovers(folder: str | os.PathLike[str]) -> None:
 
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike[str], previous: int | None = None) -> Iterator[BinaryIO]:
-    """Open a file that takes the place of ``path`` when the block ends without an error.
-
-    Args:
-        path: the file; an older one survives any failure.
-        previous: how many of the files that were there before are kept, as ``name-1.suffix`` (the
-            latest of them), ``name-2.suffix``, ...; older ones go. None: other names are let alone.
-
-    Yields:
-        The new file, open for writing.
-    """
+    """Open a file that takes the place of ``path`` when the block ends without an error."""
     target = Path(path)
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
@@ -57,15 +44,7 @@ def replacing(path: str | os.PathLike[str], previous: int | None = None) -> Iter
 
 
 def earlier(path: str | os.PathLike[str], number: int) -> Path:
-    """Where `replacing` keeps an earlier version of a file.
-
-    Args:
-        path: the file.
-        number: how many versions ago; 0 is the file itself.
-
-    Returns:
-        The path, whether there is such a file or not.
-    """
+    """Where `replacing` keeps an earlier version of a file."""
     path = Path(path)
     return path if number == 0 else path.with_name(f"{path.stem}-{number}{path.suffix}")
 
@@ -90,23 +69,11 @@ def _shift(path: Path, previous: int) -> None:
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
-    """Write a small text file atomically.
-
-    Args:
-        path: the file.
-        text: its content, written as UTF-8 with its newlines as they are.
-    """
+    """Write a small text file atomically."""
     with replacing(path) as file:
         file.write(text.encode())
 
 
 def writable(name: str | os.PathLike[str]) -> str:
-    r"""A name as it can be printed and encoded, whatever bytes a file system has for it.
-
-    Args:
-        name: of a file, or made of one.
-
-    Returns:
-        The name; bytes of it that are no UTF-8 as ``\xff``.
-    """
+    r"""A name as it can be printed and encoded, whatever bytes a file system has for it."""
     return os.fsencode(name).decode("utf-8", "backslashreplace")

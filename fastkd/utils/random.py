@@ -27,15 +27,7 @@ PURPOSES = {
 
 
 def derive_seed(purpose: str, *parts: int) -> int:
-    """Hash a purpose and whole numbers >= 0 into a 32-bit seed.
-
-    Args:
-        purpose: a key of `PURPOSES`.
-        *parts: what the stream depends on, such as seed, epoch and index.
-
-    Returns:
-        The seed; the same for the same arguments on every machine.
-    """
+    """Hash a purpose and whole numbers >= 0 into a 32-bit seed."""
     return int(np.random.SeedSequence([PURPOSES[purpose], *parts]).generate_state(1)[0])
 
 
@@ -80,12 +72,7 @@ def rng_state(device: torch.device) -> dict[str, Any]:
 
 @contextmanager
 def seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """Draw from a seed inside the block, and give all generators back as they were.
-
-    Args:
-        seed: of python, numpy and torch.
-        device: whose generator is meant beside the CPU's.
-    """
+    """Draw from a seed inside the block, and give all generators back as they were."""
     state = rng_state(device)
     seed_all(seed)
     try:
