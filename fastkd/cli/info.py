@@ -16,6 +16,8 @@ from fastkd.losses.registry import (
     Loss,
     Projector,
     find_loss,
+    has_temperature,
+    options_of,
 )
 
 _AIM = re.compile(r"# Aims at: (\d[\d.]* %)")  # in a recipe's head; some have none to aim at
@@ -108,8 +110,6 @@ def _projector_row(projector: Projector) -> tuple[str, str, str]:
 
 
 def _explanation(loss: Loss) -> str:
-    from fastkd.losses.build import has_temperature, options_of
-
     cls = loss.load()
     lines = [f"{loss.name}: {loss.summary} ({loss.source})"]
     lines.append(f"as a module: fastkd.losses.{cls.__name__}")

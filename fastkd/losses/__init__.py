@@ -1,90 +1,53 @@
-"""Distillation losses as modules: logit losses, distances between token maps, terms over pairs.
-
-Terms hold options and learnable projectors; the arithmetic on token maps is `fastkd.ops`, where an
-operator computes it. `fastkd.losses.registry` names them all. Names are imported at first use, so
-that reading the registry does not import torch.
-"""
+"""Distillation losses: of logits, of token maps, and of relations between images or patches."""
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from fastkd.losses.attention import AttentionTransfer
-    from fastkd.losses.base import Distance, FeatureTerm, LogitTerm, MapDistance
-    from fastkd.losses.crd import CRD
-    from fastkd.losses.distillation import DistillationLoss
-    from fastkd.losses.factory import create_feature_loss, create_logit_loss
-    from fastkd.losses.feature import FeatureKD
-    from fastkd.losses.lift import Lift, LiftKD
-    from fastkd.losses.logit import DIST, DKD, NKD, HardKD, SoftKD
-    from fastkd.losses.manifold import ManifoldKD
-    from fastkd.losses.projectors import PROJECTORS, build_projector, pool_side, undecayed
-    from fastkd.losses.rkd import RKD
-    from fastkd.losses.vitkd import ViTKD
-    from fastkd.losses.vkd import VkD
+    from fastkd.losses.attention import AttentionTransfer as AttentionTransfer
+    from fastkd.losses.base import Distance as Distance
+    from fastkd.losses.base import FeatureTerm as FeatureTerm
+    from fastkd.losses.base import LogitTerm as LogitTerm
+    from fastkd.losses.base import MapDistance as MapDistance
+    from fastkd.losses.crd import CRD as CRD
+    from fastkd.losses.distillation import DistillationLoss as DistillationLoss
+    from fastkd.losses.feature import FeatureKD as FeatureKD
+    from fastkd.losses.lift import Lift as Lift
+    from fastkd.losses.lift import LiftKD as LiftKD
+    from fastkd.losses.logit import DIST as DIST
+    from fastkd.losses.logit import DKD as DKD
+    from fastkd.losses.logit import NKD as NKD
+    from fastkd.losses.logit import HardKD as HardKD
+    from fastkd.losses.logit import SoftKD as SoftKD
+    from fastkd.losses.manifold import ManifoldKD as ManifoldKD
+    from fastkd.losses.projectors import PROJECTORS as PROJECTORS
+    from fastkd.losses.projectors import build_projector as build_projector
+    from fastkd.losses.projectors import pool_side as pool_side
+    from fastkd.losses.projectors import undecayed as undecayed
+    from fastkd.losses.registry import create_feature_loss as create_feature_loss
+    from fastkd.losses.registry import create_logit_loss as create_logit_loss
+    from fastkd.losses.rkd import RKD as RKD
+    from fastkd.losses.vitkd import ViTKD as ViTKD
+    from fastkd.losses.vkd import VkD as VkD
+else:  # at first use: reading the registry must not import torch
+    import importlib
 
-_HOMES = {
-    "CRD": "crd",
-    "DIST": "logit",
-    "DKD": "logit",
-    "NKD": "logit",
-    "PROJECTORS": "projectors",
-    "RKD": "rkd",
-    "AttentionTransfer": "attention",
-    "Distance": "base",
-    "DistillationLoss": "distillation",
-    "FeatureKD": "feature",
-    "FeatureTerm": "base",
-    "HardKD": "logit",
-    "Lift": "lift",
-    "LiftKD": "lift",
-    "LogitTerm": "base",
-    "ManifoldKD": "manifold",
-    "MapDistance": "base",
-    "SoftKD": "logit",
-    "ViTKD": "vitkd",
-    "VkD": "vkd",
-    "build_projector": "projectors",
-    "create_feature_loss": "factory",
-    "create_logit_loss": "factory",
-    "pool_side": "projectors",
-    "undecayed": "projectors",
-}
+    from fastkd.losses.registry import FEATURE_LOSSES, LOGIT_LOSSES
 
-__all__ = [
-    "CRD",
-    "DIST",
-    "DKD",
-    "NKD",
-    "PROJECTORS",
-    "RKD",
-    "AttentionTransfer",
-    "Distance",
-    "DistillationLoss",
-    "FeatureKD",
-    "FeatureTerm",
-    "HardKD",
-    "Lift",
-    "LiftKD",
-    "LogitTerm",
-    "ManifoldKD",
-    "MapDistance",
-    "SoftKD",
-    "ViTKD",
-    "VkD",
-    "build_projector",
-    "create_feature_loss",
-    "create_logit_loss",
-    "pool_side",
-    "undecayed",
-]
+    _HOMES = {
+        **{loss.class_name: loss.module for loss in (*LOGIT_LOSSES, *FEATURE_LOSSES)},
+        **dict.fromkeys(("Distance", "FeatureTerm", "LogitTerm"), "base"),
+        "DistillationLoss": "distillation",
+        "FeatureKD": "feature",
+        **dict.fromkeys(("Lift", "LiftKD"), "lift"),
+        **dict.fromkeys(("PROJECTORS", "build_projector", "pool_side", "undecayed"), "projectors"),
+        **dict.fromkeys(("create_feature_loss", "create_logit_loss"), "registry"),
+    }
+    __all__ = sorted(_HOMES)
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
-    globals()[name] = value
-    return value
+    def __getattr__(name):
+        if name not in _HOMES:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        globals()[name] = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+        return globals()[name]

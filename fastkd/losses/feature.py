@@ -1,8 +1,4 @@
-"""Distillation of feature maps between pairs of blocks.
-
-Knows tokens, widths and projectors; which model the tokens come from is the caller's business, and
-what a pair's distance is, `fastkd.losses.base` and its subclasses say.
-"""
+"""Distillation of token maps between pairs of blocks: projectors, distances, and their mean."""
 
 from __future__ import annotations
 
@@ -15,7 +11,7 @@ from torch import Tensor, nn
 
 from fastkd.losses import registry
 from fastkd.losses.base import FeatureTerm, Grid, Key, MapDistance, Pairs, check_choice
-from fastkd.losses.build import build_distance
+from fastkd.losses.forward_gradient import wide_dtype
 from fastkd.losses.projectors import (
     PROJECTORS,
     build_projector,
@@ -26,6 +22,8 @@ from fastkd.losses.projectors import (
     pool_side,
 )
 from fastkd.ops import feature_kd, lift_kd
+from fastkd.ops.backend import Backend
+from fastkd.ops.feature_kd.reference import LOSSES
 from fastkd.tokens import Tokens
 
 _LEARNED = tuple(p.name for p in registry.PROJECTORS if p.learned and not p.stays)
@@ -36,33 +34,32 @@ class FeatureKD(FeatureTerm):
 
     .. math:: L = \frac{1}{|P|} \sum_{(i, j) \in P} d(\pi(F^s_i), F^t_j)
 
-    The distance d has a name (``fastkd losses`` lists them) or is a module; ``"mse"``,
-    ``"spectral"``, ``"smooth_l1"`` and ``"cosine"`` are fused into single passes
-    (`fastkd.ops.feature_kd`). The projector :math:`\pi` is one of
+    The distance d is a name (``fastkd losses`` lists them) or a module; ``"mse"``, ``"spectral"``,
+    ``"smooth_l1"`` and ``"cosine"`` are fused into single passes (`fastkd.ops.feature_kd`). The
+    projector :math:`\pi` is one of
 
-    - ``"none"``: tokens compared as they are; widths are equal, or the distance looks at neither;
+    - ``"none"``: tokens are compared as they are; widths must be equal, or not matter to d;
     - ``"pool"``: the wider side's channels are averaged down (what SpectralKD's code does);
     - ``"linear"``: a learned Linear per pair, student to teacher width (FitNets, arXiv 1412.6550),
       dropped at inference; before a fused distance the projected map is never written;
     - ``"mlp"``: Linear, GELU, Linear; dropped at inference;
     - ``"orthogonal"``: a Linear whose weight stays orthonormal (VkD, arXiv 2403.06213); dropped at
-      inference, fused as ``"linear"`` is;
-    - ``"lift"``: the student classifies from its own lifted tokens and those are compared
+      inference, fused like ``"linear"``;
+    - ``"lift"``: the student classifies from its own lifted tokens, and those are compared
       (arXiv 2511.15572); the caller puts them under the pair's student key. It stays at inference.
 
     Args:
-        loss: the distance d: a name, or a module called as ``loss(student, teacher, grid=(H, W))``
-            with [B, N, D] tokens (without ``grid`` where it takes none, as `torch.nn.MSELoss`),
-            which all pairs share.
+        loss: the distance d, shared by all pairs: a name, or a module called as
+            ``loss(student, teacher, grid=(H, W))`` with [B, N, D] tokens (without ``grid`` where
+            its forward has no such argument, like `torch.nn.MSELoss`).
         pairs: (student key, teacher key), resolved to the keys of the taps.
-        weight: what the caller multiplies the term with; kept here, not applied here.
+        weight: factor that `DistillationLoss` applies.
         projector: one of the six above.
         student_dims: channels per student key; needed by learned projectors and distances, and for
-            the check of widths.
-        teacher_dims: channels per teacher key; likewise.
-        resample: None refuses different grids; otherwise the mode that brings the teacher's map to
-            the student's grid (`fastkd.tokens.match_grids`).
-        backend: passed to the operators.
+            checking widths early.
+        teacher_dims: channels per teacher key; needed where ``student_dims`` are.
+        resample: see `FeatureTerm`.
+        backend: of the operators.
         **options: of the named distance, such as ``beta`` of ``"smooth_l1"``.
 
     Raises:
@@ -78,7 +75,7 @@ class FeatureKD(FeatureTerm):
         student_dims: Mapping[Key, int] | None = None,
         teacher_dims: Mapping[Key, int] | None = None,
         resample: str | None = None,
-        backend: str = "auto",
+        backend: Backend = "auto",
         **options: Any,
     ) -> None:
         super().__init__(pairs, weight, resample)
@@ -128,7 +125,7 @@ class FeatureKD(FeatureTerm):
         backend: str,
         options: dict[str, Any],
     ) -> list[nn.Module]:
-        """One distance for all pairs, or one for each where it learns something of their widths."""
+        """Build one distance for all pairs, or one per pair where widths matter to it."""
         if isinstance(loss, nn.Module):
             given = [*options, *(["backend"] if backend != "auto" else [])]
             if given:
@@ -136,25 +133,28 @@ class FeatureKD(FeatureTerm):
                     f"FeatureKD: {', '.join(given)}: options of a named loss, got a module"
                 )
             return [loss]
-        entry = _named_distance(loss)
-        if not entry.load().needs_widths:
-            return [build_distance(entry, options, backend=backend)]
+        entry = _find_distance(loss)
+        registry.check_options(entry, options, "FeatureKD")
+        distance = entry.load()
+        if loss in LOSSES:
+            options = {**options, "loss": loss, "backend": backend}
+        elif backend != "auto":
+            raise ValueError(f"FeatureKD: {loss!r} has one implementation, got {backend=}")
+        if not distance.needs_widths:
+            return [distance(**options)]
         if widths is None:
             raise ValueError(
                 f"FeatureKD: loss={loss!r} needs student_dims and teacher_dims, the channels per "
                 "key"
             )
-        return [
-            build_distance(entry, options, widths=self._compared_widths(*pair)) for pair in widths
-        ]
+        projected = [self._projected_widths(*pair) for pair in widths]
+        return [distance(student_dim=s, teacher_dim=t, **options) for s, t in projected]
 
-    def _compared_widths(self, student_dim: int, teacher_dim: int) -> tuple[int, int]:
-        """What the projector leaves of a pair's widths."""
-        if self.projector == "pool":
-            student_dim = teacher_dim = min(student_dim, teacher_dim)
-        elif self.projector != "none":
-            student_dim = teacher_dim
-        return student_dim, teacher_dim
+    def _projected_widths(self, student_dim: int, teacher_dim: int) -> tuple[int, int]:
+        if self.projector == "none":
+            return student_dim, teacher_dim
+        dim = min(student_dim, teacher_dim) if self.projector == "pool" else teacher_dim
+        return dim, dim
 
     def _build_projectors(self, widths: list[tuple[int, int]] | None) -> list[nn.Module]:
         if widths is None:
@@ -190,7 +190,6 @@ class FeatureKD(FeatureTerm):
     def _compare_projected(
         self, layer: nn.Module, distance: nn.Module, student: Tokens, teacher: Tokens
     ) -> Tensor:
-        """The distance of what the layer makes of the student, written only where it has to be."""
         weights, options = fused_weights(layer), _operator_options(distance)
         if weights is not None and options is not None:
             weight, bias = weights
@@ -198,13 +197,14 @@ class FeatureKD(FeatureTerm):
             return cast(Tensor, fused)
         tokens, targets, grid = student.data, teacher.data, student.grid
         if weights is not None and getattr(distance, "pools_first", False):
-            # A Linear commutes with the mean: one token an image is projected instead of all.
-            tokens, targets = (x.mean(1, keepdim=True, dtype=_wide(x)) for x in (tokens, targets))
+            # A Linear commutes with the mean: one token per image is projected instead of all.
+            tokens, targets = (
+                x.mean(1, keepdim=True, dtype=wide_dtype(x)) for x in (tokens, targets)
+            )
             grid = (1, 1)
         return self._call(distance, layer(_as_parameters(tokens, layer)), targets, grid)
 
     def _compare_pooled(self, distance: nn.Module, student: Tokens, teacher: Tokens) -> Tensor:
-        """The distance after the wider side's channels have been averaged down."""
         options = _operator_options(distance)
         if options is not None:
             side = pool_side(student.dim, teacher.dim)
@@ -218,38 +218,29 @@ class FeatureKD(FeatureTerm):
             return cast(Tensor, distance(student, teacher, grid=grid))
         return cast(Tensor, distance(student, teacher))
 
-    def extra_repr(self) -> str:
-        """Options, for ``print``."""
-        pairs = ",".join(f"{student}:{teacher}" for student, teacher in self.pairs)
-        return f"pairs={pairs}, weight={self.weight}, projector={self.projector}"
+
+def _find_distance(name: str) -> registry.Loss:
+    for entry in registry.FEATURE_LOSSES:
+        if entry.name == name and not entry.projects:
+            return entry
+    known = tuple(entry.name for entry in registry.FEATURE_LOSSES if not entry.projects)
+    raise ValueError(f"FeatureKD: loss must be one of {known} or a module, got {name!r}")
 
 
 def _operator_options(distance: nn.Module) -> dict[str, Any] | None:
-    """Keywords of the operators for a distance of theirs that nobody listens to; else None."""
+    """Get the operators' keywords, unless the distance has hooks, another class or forward."""
     replaced = has_hooks(distance) or "forward" in distance.__dict__
     return distance.options if type(distance) is MapDistance and not replaced else None
 
 
 def _takes_grid(distance: nn.Module) -> bool:
-    """Whether it is told the grid: a module of somebody's own, as `nn.MSELoss`, need not be."""
     parameters = inspect.signature(distance.forward).parameters.values()
     return any(p.name == "grid" or p.kind is p.VAR_KEYWORD for p in parameters)
 
 
-def _wide(tensor: Tensor) -> torch.dtype:
-    return torch.promote_types(tensor.dtype, torch.float32)
-
-
 def _as_parameters(tokens: Tensor, layer: nn.Module) -> Tensor:
-    """Tokens in the dtype of the layer's parameters; autocast brings them together itself."""
+    """Cast tokens to the dtype of the layer's parameters; autocast does so itself."""
     parameter = next(layer.parameters(), None)
     if parameter is None or torch.is_autocast_enabled(tokens.device.type):
         return tokens
     return tokens.to(parameter.dtype)
-
-
-def _named_distance(name: str) -> registry.Loss:
-    known = {entry.name: entry for entry in registry.FEATURE_LOSSES if not entry.projects}
-    if name not in known:
-        raise ValueError(f"FeatureKD: loss must be one of {tuple(known)} or a module, got {name!r}")
-    return known[name]

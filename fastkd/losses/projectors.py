@@ -13,11 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from fastkd.losses.registry import PROJECTORS as CATALOGUE
-from fastkd.losses.registry import names
 from fastkd.ops.checks import at_least_float32, in_float64
 
-PROJECTORS = names(CATALOGUE)
+PROJECTORS = ("none", "pool", "linear", "mlp", "orthogonal", "lift")  # as in the registry
 JOINING = ("pool", "linear", "mlp", "orthogonal")  # any two widths
 
 

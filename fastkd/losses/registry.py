@@ -1,220 +1,270 @@
-"""What losses and projectors there are, under the names that recipes and the command line use.
+"""Losses and projectors by the names that recipes and the command line use, and how to build them.
 
-Told without importing torch, so that ``fastkd losses`` and ``fastkd train --help`` answer at once;
-the classes themselves are imported when they are built.
+torch is imported where a loss is loaded, so that ``fastkd losses`` and ``fastkd train --help``
+answer at once.
 """
 
 from __future__ import annotations
 
 import difflib
 import importlib
-from collections.abc import Iterable
+import inspect
+import typing
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from fastkd.losses.base import FeatureTerm, Key, LogitTerm, Pairs
 
 
 @dataclass(frozen=True)
 class Loss:
-    """One loss of the catalogue.
+    """A loss: the class that computes it, and what its authors say of it."""
 
-    Attributes:
-        name: what a recipe calls it.
-        path: ``module:Class`` of what computes it.
-        summary: what it compares, in a line.
-        source: where it comes from.
-        weight: what its authors multiply it with, at this reduction and beside which
-            cross-entropy; scales differ by a factor of 10,000.
-        projects: whether it brings the widths together itself, so that no projector may.
-        whole_ce: whether its authors add it to the whole cross-entropy.
-    """
-
-    name: str
-    path: str
-    summary: str
+    name: str  # in recipes
+    module: str  # of fastkd.losses
+    class_name: str
     source: str
-    weight: str
-    projects: bool = False
-    whole_ce: bool = False
+    weight: str  # the authors', at this reduction; scales differ by a factor of 10,000
+    summary: str
+    whole_ce: bool = False  # the authors add it to the whole cross-entropy
 
     def load(self) -> Any:
         """Import the class."""
-        module, _, name = self.path.partition(":")
-        return getattr(importlib.import_module(module), name)
+        return _load(self.module, self.class_name)
+
+    @property
+    def projects(self) -> bool:
+        """Whether it brings the widths together itself, so that no projector may."""
+        from fastkd.losses.base import FeatureTerm
+
+        return issubclass(self.load(), FeatureTerm)
 
 
 @dataclass(frozen=True)
 class Projector:
-    """One way in which a student's channels meet a teacher's of another width.
+    """A map from the student's width to the teacher's."""
 
-    Attributes:
-        name: what a recipe calls it.
-        summary: what it does, in a line.
-        learned: whether it has parameters of its own.
-        stays: whether the student needs it at inference.
-        source: where it comes from.
-    """
-
-    name: str
+    name: str  # in recipes
     summary: str
-    learned: bool
-    stays: bool
     source: str
+    learned: bool = True  # it has parameters
+    stays: bool = False  # the student needs it at inference
 
 
+# fmt: off
 LOGIT_LOSSES = (
-    Loss(
-        "soft",
-        "fastkd.losses.logit:SoftKD",
-        "KL divergence of softened class probabilities, times tau^2",
-        "arXiv 1503.02531",
-        "alpha 0.9 (arXiv 2511.15572)",
-    ),
-    Loss(
-        "hard",
-        "fastkd.losses.logit:HardKD",
-        "cross-entropy against the teacher's arg max",
-        "arXiv 2012.12877 (DeiT)",
-        "alpha 0.5",
-    ),
-    Loss(
-        "dkd",
-        "fastkd.losses.logit:DKD",
-        "KL split into the target class and the others, each weighted",
-        "arXiv 2203.08679",
-        "alpha 1 with ce_weight 1",
-        whole_ce=True,
-    ),
-    Loss(
-        "nkd",
-        "fastkd.losses.logit:NKD",
-        "target class weighted by the teacher, others normalised",
-        "arXiv 2303.13005",
-        "alpha 1 with ce_weight 1",
-        whole_ce=True,
-    ),
-    Loss(
-        "dist",
-        "fastkd.losses.logit:DIST",
-        "Pearson correlation within an image and within a class",
-        "arXiv 2205.10536",
-        "alpha 1 with ce_weight 1",
-        whole_ce=True,
-    ),
+    Loss("soft", "logit", "SoftKD", "arXiv 1503.02531", "alpha 0.9 (arXiv 2511.15572)",
+         "KL divergence of softened class probabilities, times tau^2"),
+    Loss("hard", "logit", "HardKD", "arXiv 2012.12877 (DeiT)", "alpha 0.5",
+         "cross-entropy against the teacher's arg max"),
+    Loss("dkd", "logit", "DKD", "arXiv 2203.08679", "alpha 1 with ce_weight 1",
+         "KL split into the target class and the others, each weighted", whole_ce=True),
+    Loss("nkd", "logit", "NKD", "arXiv 2303.13005", "alpha 1 with ce_weight 1",
+         "target class weighted by the teacher, others normalized", whole_ce=True),
+    Loss("dist", "logit", "DIST", "arXiv 2205.10536", "alpha 1 with ce_weight 1",
+         "Pearson correlation within an image and within a class", whole_ce=True),
 )
 
 FEATURE_LOSSES = (
-    Loss(
-        "mse",
-        "fastkd.losses.base:MapDistance",
-        "mean squared difference of tokens; FitNets with projector linear",
-        "arXiv 1412.6550",
-        "0.2 (arXiv 2511.15572)",
-    ),
-    Loss(
-        "spectral",
-        "fastkd.losses.base:MapDistance",
-        "mean squared difference of the maps' 2-d spectra (SpectralKD)",
-        "arXiv 2412.19055",
-        "0.2",
-    ),
-    Loss(
-        "smooth_l1",
-        "fastkd.losses.base:MapDistance",
-        "Huber's distance of tokens",
-        "arXiv 1504.08083",
-        "1 in VkD, on pooled tokens",
-    ),
-    Loss(
-        "cosine",
-        "fastkd.losses.base:MapDistance",
-        "1 - cosine of corresponding tokens",
-        "-",
-        "none published at this reduction",
-    ),
-    Loss(
-        "attention",
-        "fastkd.losses.attention:AttentionTransfer",
-        "where an image's energy lies (attention transfer); any widths",
-        "arXiv 1612.03928",
-        "1000 for each pair (3000 for the mean of three)",
-    ),
-    Loss(
-        "rkd",
-        "fastkd.losses.rkd:RKD",
-        "distances and angles between the images of a batch; any widths",
-        "arXiv 1904.05068",
-        "1, as the parts have weights of their own",
-    ),
-    Loss(
-        "crd",
-        "fastkd.losses.crd:CRD",
-        "an image's own teacher embedding against those of the batch; any widths",
-        "arXiv 1910.10699, in-batch",
-        "0.8 for the original, which adds the two directions",
-    ),
-    Loss(
-        "manifold",
-        "fastkd.losses.manifold:ManifoldKD",
-        "similarities of patches: in an image, across images, at random; any widths",
-        "arXiv 2107.01378",
-        "1, as the parts have weights of their own",
-    ),
-    Loss(
-        "vkd",
-        "fastkd.losses.vkd:VkD",
-        "distance to the standardised or whitened teacher; with projector orthogonal",
-        "arXiv 2403.06213",
-        "1",
-    ),
-    Loss(
-        "vitkd",
-        "fastkd.losses.vitkd:ViTKD",
-        "mimic the first blocks, generate the last from masked tokens",
-        "arXiv 2209.02432",
-        "1 with ce_weight 1",
-        projects=True,
-        whole_ce=True,
-    ),
+    Loss("mse", "base", "MapDistance", "arXiv 1412.6550", "0.2 (arXiv 2511.15572)",
+         "mean squared difference of tokens; FitNets with projector linear"),
+    Loss("spectral", "base", "MapDistance", "arXiv 2412.19055", "0.2",
+         "mean squared difference of the maps' 2-d spectra (SpectralKD)"),
+    Loss("smooth_l1", "base", "MapDistance", "arXiv 1504.08083", "1 in VkD, on pooled tokens",
+         "Huber distance of tokens"),
+    Loss("cosine", "base", "MapDistance", "-", "none published at this reduction",
+         "1 - cosine of corresponding tokens"),
+    Loss("attention", "attention", "AttentionTransfer", "arXiv 1612.03928",
+         "1000 for each pair (3000 for the mean of three)",
+         "where an image's energy lies (attention transfer); any widths"),
+    Loss("rkd", "rkd", "RKD", "arXiv 1904.05068", "1, as the parts have weights of their own",
+         "distances and angles between the images of a batch; any widths"),
+    Loss("crd", "crd", "CRD", "arXiv 1910.10699, in-batch",
+         "0.8 for the original, which adds the two directions",
+         "an image's own teacher embedding against those of the batch; any widths"),
+    Loss("manifold", "manifold", "ManifoldKD", "arXiv 2107.01378",
+         "1, as the parts have weights of their own",
+         "similarities of patches: in an image, across images, at random; any widths"),
+    Loss("vkd", "vkd", "VkD", "arXiv 2403.06213", "1",
+         "distance to the standardized or whitened teacher; with projector orthogonal"),
+    Loss("vitkd", "vitkd", "ViTKD", "arXiv 2209.02432", "1 with ce_weight 1",
+         "mimic the first blocks, generate the last from masked tokens", whole_ce=True),
 )
 
 PROJECTORS = (
-    Projector("none", "widths must be equal, or not matter to the loss", False, False, "-"),
-    Projector("pool", "averages the wider side's channels", False, False, "SpectralKD's code"),
-    Projector("linear", "a Linear per pair", True, False, "arXiv 1412.6550 (FitNets)"),
-    Projector("mlp", "Linear, GELU, Linear per pair", True, False, "arXiv 2312.06709 (AM-RADIO)"),
-    Projector(
-        "orthogonal", "a Linear per pair with orthonormal columns", True, False, "arXiv 2403.06213"
-    ),
-    Projector(
-        "lift",
-        "the student classifies from its lifted tokens, which are compared",
-        True,
-        True,
-        "arXiv 2511.15572",
-    ),
+    Projector("none", "widths must be equal, or not matter to the loss", "-", learned=False),
+    Projector("pool", "averages the wider side's channels", "SpectralKD's code", learned=False),
+    Projector("linear", "a Linear per pair", "arXiv 1412.6550 (FitNets)"),
+    Projector("mlp", "Linear, GELU, Linear per pair", "arXiv 2312.06709 (AM-RADIO)"),
+    Projector("orthogonal", "a Linear per pair with orthonormal columns", "arXiv 2403.06213"),
+    Projector("lift", "the student classifies from its lifted tokens, which are compared",
+              "arXiv 2511.15572", stays=True),
 )
+# fmt: on
+
+_TYPE_NAMES = {bool: "true or false", int: "an integer", float: "a number", str: "a word"}
+
+
+def create_logit_loss(
+    name: str,
+    *,
+    weight: float = 1.0,
+    tau: float | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> LogitTerm:
+    """Build a logit loss by name.
+
+    Args:
+        name: of a logit loss (``fastkd losses`` lists them).
+        weight: factor that `DistillationLoss` applies.
+        tau: temperature, ignored by losses that have none; None is the loss's default.
+        options: other arguments of the loss.
+
+    Returns:
+        The loss.
+
+    Raises:
+        ValueError: an unknown name or option, or a value that the loss refuses.
+        TypeError: an option of the wrong type.
+    """
+    entry = _find("logit_loss", name, LOGIT_LOSSES)
+    check_options(entry, options, "logit_options")
+    arguments = dict(options or {})
+    if tau is not None and has_temperature(entry):
+        arguments["tau"] = tau
+    term: LogitTerm = entry.load()(weight=weight, **arguments)
+    return term
+
+
+def create_feature_loss(
+    name: str,
+    pairs: Pairs,
+    *,
+    weight: float = 0.2,
+    projector: str = "none",
+    student_dims: Mapping[Key, int],
+    teacher_dims: Mapping[Key, int],
+    resample: str | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> FeatureTerm:
+    """Build a feature loss over pairs of blocks by name.
+
+    Args:
+        name: of a feature loss (``fastkd losses`` lists them).
+        pairs: (student key, teacher key).
+        weight: factor that `DistillationLoss` applies.
+        projector: from student to teacher width; "none" for a loss that projects by itself.
+        student_dims: channels per student key.
+        teacher_dims: channels per teacher key.
+        resample: see `FeatureTerm`.
+        options: other arguments of the loss.
+
+    Returns:
+        The loss; its parameters are on the CPU.
+
+    Raises:
+        ValueError: an unknown name or option, or widths that the projector cannot bring together.
+        TypeError: an option of the wrong type.
+    """
+    entry = _find("feature_loss", name, FEATURE_LOSSES)
+    check_options(entry, options, "feature_options")
+    make: Callable[..., FeatureTerm]
+    if not entry.projects:
+        make = partial(_load("feature", "FeatureKD"), name, projector=projector)
+    elif projector == "none":
+        make = entry.load()
+    else:
+        raise ValueError(
+            f"projector: {name!r} brings widths together itself, got projector={projector!r}"
+        )
+    return make(
+        pairs=pairs,
+        weight=weight,
+        student_dims=student_dims,
+        teacher_dims=teacher_dims,
+        resample=resample,
+        **(options or {}),
+    )
 
 
 def names(entries: Iterable[Loss | Projector]) -> tuple[str, ...]:
-    """The entries' names, in order."""
+    """List the entries' names, in order."""
     return tuple(entry.name for entry in entries)
 
 
 def find_loss(name: str) -> Loss:
-    """Look a loss up.
-
-    Args:
-        name: of a logit or a feature loss.
-
-    Returns:
-        Its entry.
-
-    Raises:
-        ValueError: there is none; the error lists what there is.
-    """
+    """Look up a logit or feature loss, or raise with the names there are."""
     known = {loss.name: loss for loss in (*LOGIT_LOSSES, *FEATURE_LOSSES)}
     if name not in known:
         close = difflib.get_close_matches(name.lower(), list(known), n=1)
         hint = f" (did you mean {close[0]!r}?)" if close else ""
         raise ValueError(f"no loss {name!r}{hint}; there are: {', '.join(known)}")
     return known[name]
+
+
+def options_of(entry: Loss) -> dict[str, Any]:
+    """Get the defaults of what ``logit_options`` or ``feature_options`` may set of a loss."""
+    from fastkd.losses.base import Distance, FeatureTerm, LogitTerm, MapDistance
+
+    cls = entry.load()
+    if cls is MapDistance:  # one class for four losses, of which one has an option
+        return {"beta": 1.0} if entry.name == "smooth_l1" else {}
+    set_by_caller = {
+        LogitTerm: ("weight", "tau"),
+        Distance: ("student_dim", "teacher_dim"),
+        FeatureTerm: ("pairs", "weight", "student_dims", "teacher_dims", "resample"),
+    }
+    hidden = next(hidden for kind, hidden in set_by_caller.items() if issubclass(cls, kind))
+    parameters = inspect.signature(cls).parameters.values()
+    return {p.name: p.default for p in parameters if p.name not in hidden}
+
+
+def check_options(entry: Loss, options: Mapping[str, Any] | None, argument: str) -> None:
+    """Raise for options that a loss does not have, and for values of another type."""
+    known = options_of(entry)
+    hints = typing.get_type_hints(entry.load().__init__)
+    for name, value in (options or {}).items():
+        if name == "tau" and has_temperature(entry):
+            raise ValueError(f"{argument}: tau is a field of its own, not an option: tau={value}")
+        if name not in known:
+            what = f"it has {', '.join(known)}" if known else "it has none"
+            raise ValueError(f"{argument}: {entry.name!r} has no option {name!r}; {what}")
+        types = _types(hints[name])
+        if not any(_is_of(kind, value) for kind in types):
+            expected = " or ".join(_TYPE_NAMES.get(kind, "none") for kind in types)
+            raise TypeError(
+                f"{argument}: {entry.name!r} takes {expected} for {name}, got {value!r}"
+            )
+
+
+def has_temperature(entry: Loss) -> bool:
+    """Whether a logit loss has a temperature tau."""
+    return "tau" in inspect.signature(entry.load()).parameters
+
+
+def _load(module: str, class_name: str) -> Any:
+    # By name: the modules of the losses may import this one.
+    return getattr(importlib.import_module(f"fastkd.losses.{module}"), class_name)
+
+
+def _find(argument: str, name: str, entries: tuple[Loss, ...]) -> Loss:
+    for entry in entries:
+        if entry.name == name:
+            return entry
+    raise ValueError(f"{argument} must be one of {names(entries)}, got {name!r}")
+
+
+def _types(hint: Any) -> tuple[Any, ...]:
+    """Split a union into its types; a Literal counts as str, since the loss checks its words."""
+    if typing.get_origin(hint) is Literal:
+        return (str,)
+    return tuple(kind for part in typing.get_args(hint) for kind in _types(part)) or (hint,)
+
+
+def _is_of(kind: Any, value: Any) -> bool:
+    if isinstance(value, bool):  # which is an int, too
+        return kind is bool
+    return isinstance(value, int | float if kind is float else kind)

@@ -25,8 +25,7 @@ from fastkd.config import (
 from fastkd.data.gpu_augment import device_augment
 from fastkd.data.transforms import InputSpec, create_mixup
 from fastkd.inference.loading import names_a_file, open_model
-from fastkd.losses.build import check_options, has_temperature
-from fastkd.losses.registry import find_loss
+from fastkd.losses.registry import check_options, find_loss, has_temperature
 from fastkd.models import Teacher, create_teacher
 from fastkd.models.teacher import as_teacher
 from fastkd.training.engine import Engine

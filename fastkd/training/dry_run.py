@@ -37,8 +37,7 @@ from fastkd.data.samplers import TrainBatchSampler, slice_size
 from fastkd.data.transforms import InputSpec
 from fastkd.inference.loading import build_student
 from fastkd.inference.preprocessing import Shape, input_spec, parameter_count, student_shape
-from fastkd.losses.build import has_temperature
-from fastkd.losses.registry import find_loss
+from fastkd.losses.registry import find_loss, has_temperature
 from fastkd.models import TapOutput, Teacher, create_teacher
 from fastkd.training.build import FromRecipe, resolve_recipe, resolve_teacher
 from fastkd.training.task import DistillationTask, build_task

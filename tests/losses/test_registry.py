@@ -1,25 +1,31 @@
-"""The catalogue of losses: every name can be built, computes, and says what it is."""
+"""The registry of losses: every name builds a documented loss that trains the student."""
 
+import ast
 import inspect
 import subprocess
 import sys
+from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
 
+from fastkd import losses
 from fastkd.losses import (
     Distance,
     FeatureTerm,
     LogitTerm,
+    base,
     create_feature_loss,
     create_logit_loss,
+    registry,
 )
-from fastkd.losses import registry as catalogue
-from fastkd.losses.build import check_options, options_of
+from fastkd.losses.registry import Loss, check_options, find_loss, options_of
+from fastkd.ops.feature_kd import LOSSES
 from fastkd.tokens import Tokens
 
-LOGIT = catalogue.names(catalogue.LOGIT_LOSSES)
-FEATURE = catalogue.names(catalogue.FEATURE_LOSSES)
+LOGIT = registry.names(registry.LOGIT_LOSSES)
+FEATURE = registry.names(registry.FEATURE_LOSSES)
 GRID = (3, 4)
 
 
@@ -29,8 +35,7 @@ def tokens(seed: int, dim: int) -> Tokens:
 
 
 def build(name: str, **options):
-    entry = catalogue.find_loss(name)
-    projector = "none" if entry.projects else "linear"
+    projector = "none" if find_loss(name).projects else "linear"
     return create_feature_loss(
         name,
         ((0, 0), (1, 1)),
@@ -80,7 +85,7 @@ def test_no_feature_loss_sends_a_gradient_to_the_teacher(name):
     assert all(one.data.grad is not None for one in students.values())
 
 
-@pytest.mark.parametrize("entry", (*catalogue.LOGIT_LOSSES, *catalogue.FEATURE_LOSSES))
+@pytest.mark.parametrize("entry", (*registry.LOGIT_LOSSES, *registry.FEATURE_LOSSES))
 def test_every_loss_names_its_class_its_formula_and_its_source(entry):
     cls = entry.load()
     assert issubclass(cls, LogitTerm | Distance | FeatureTerm)
@@ -88,7 +93,7 @@ def test_every_loss_names_its_class_its_formula_and_its_source(entry):
     assert "arXiv" in cls.__doc__
 
 
-@pytest.mark.parametrize("entry", (*catalogue.LOGIT_LOSSES, *catalogue.FEATURE_LOSSES))
+@pytest.mark.parametrize("entry", (*registry.LOGIT_LOSSES, *registry.FEATURE_LOSSES))
 def test_every_option_of_a_loss_has_a_default_and_is_documented(entry):
     documented = inspect.cleandoc(entry.load().__doc__)
     for name, default in options_of(entry).items():
@@ -96,10 +101,57 @@ def test_every_option_of_a_loss_has_a_default_and_is_documented(entry):
         assert f"{name}:" in documented, name
 
 
-def test_the_catalogue_is_read_without_torch():
-    code = "import sys, fastkd.losses.registry, fastkd.config; print('torch' in sys.modules)"
+@pytest.mark.parametrize(
+    ("module", "absent"),
+    [
+        ("fastkd.losses.registry", ("torch", "timm", "pydantic")),
+        ("fastkd.config", ("torch", "timm")),
+    ],
+)
+def test_names_are_read_without_heavy_imports(module, absent):
+    code = f"import sys, {module}; print([name for name in {absent} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.stdout.strip() == "False", done.stderr
+    assert done.stdout.strip() == "[]", done.stderr
+
+
+def test_a_feature_loss_needs_its_module_and_an_entry(monkeypatch):
+    class Mine(base.Distance):
+        def __init__(self, scale: float = 2.0) -> None:
+            super().__init__()
+            self.scale = scale
+
+        def compare(self, student, teacher, grid):
+            return self.scale * (student - teacher).square().mean()
+
+    module = ModuleType("fastkd.losses.mine")
+    module.Mine = Mine
+    monkeypatch.setitem(sys.modules, "fastkd.losses.mine", module)
+    entry = Loss("mine", "mine", "Mine", "-", "1", "a test's")
+    monkeypatch.setattr(registry, "FEATURE_LOSSES", (*registry.FEATURE_LOSSES, entry))
+    term = build("mine", options={"scale": 3.0})
+    assert term.distances[0].scale == 3.0
+    assert options_of(find_loss("mine")) == {"scale": 2.0}
+
+
+def test_type_checkers_see_every_public_name():
+    tree = ast.parse(Path(losses.__file__).read_text(encoding="utf-8"))
+    imported = {
+        alias.asname: f"{node.module}.{alias.name}"
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+        if alias.asname
+    }
+    assert imported == {
+        name: f"fastkd.losses.{home}.{name}" for name, home in losses._HOMES.items()
+    }
+    assert sorted(imported) == losses.__all__
+    with pytest.raises(AttributeError, match="Typo"):
+        losses.Typo  # noqa: B018
+
+
+def test_the_operators_losses_are_entries():
+    assert {e.name for e in registry.FEATURE_LOSSES if e.load() is base.MapDistance} == set(LOSSES)
 
 
 def test_an_unknown_name_lists_what_there_is():
@@ -111,7 +163,7 @@ def test_an_unknown_name_lists_what_there_is():
 
 def test_an_unknown_loss_is_hinted_at():
     with pytest.raises(ValueError, match="did you mean 'manifold'"):
-        catalogue.find_loss("manifol")
+        find_loss("manifol")
 
 
 @pytest.mark.parametrize(
@@ -127,11 +179,11 @@ def test_an_unknown_loss_is_hinted_at():
 )
 def test_a_value_of_another_type_is_refused(loss, options, message):
     with pytest.raises(TypeError, match=message):
-        check_options(catalogue.find_loss(loss), options, "options")
+        check_options(find_loss(loss), options, "options")
 
 
 def test_what_may_be_none_may_be_none():
-    check_options(catalogue.find_loss("vkd"), {"beta": None, "pool": False}, "feature_options")
+    check_options(find_loss("vkd"), {"beta": None, "pool": False}, "feature_options")
 
 
 def test_tau_is_no_option():
