@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from typing import Literal, get_args
 
 import torch.nn.functional as F
 from einops import rearrange
@@ -11,7 +12,8 @@ from torch import Tensor
 
 __all__ = ["RESAMPLE_MODES", "Tokens", "match_grids"]
 
-RESAMPLE_MODES = ("bilinear", "bicubic", "area", "nearest")
+ResampleMode = Literal["bilinear", "bicubic", "area", "nearest"]
+RESAMPLE_MODES: tuple[str, ...] = get_args(ResampleMode)
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,7 @@ class Tokens:
         """Number of channels D."""
         return self.data.shape[-1]
 
-    def resample(self, grid: tuple[int, int], mode: str = "bilinear") -> Tokens:
+    def resample(self, grid: tuple[int, int], mode: ResampleMode = "bilinear") -> Tokens:
         """Interpolate the tokens to another grid; allocates a new [B, H * W, D] tensor.
 
         Args:
@@ -74,7 +76,7 @@ class Tokens:
 
 
 def match_grids(
-    student: Tokens, teacher: Tokens, resample: str | None = None
+    student: Tokens, teacher: Tokens, resample: ResampleMode | None = None
 ) -> tuple[Tokens, Tokens]:
     """Bring a pair of token maps to one grid, or say clearly why it cannot be done.
 

@@ -14,10 +14,12 @@ import torch
 
 import fastkd
 from fastkd import Recipe, feature_kd
+from fastkd.losses import DistillationLoss, FeatureKD, SoftKD, VkD
 
 x = torch.zeros(2, 4, 8)
 loss = feature_kd(x, x, "spectral", grid=(2, 2), backend="torch")
 result = fastkd.train("vit_tiny_patch16_224", None, "data", "out", epochs=4, pairs=((11, 23),))
+terms = DistillationLoss(SoftKD(2.0), FeatureKD(VkD("whiten"), resample="area"))
 recipe = Recipe(lr=1e-3).override(epochs=3, data="x")
 print(result.top1, recipe.scaled_lr, fastkd.__version__, loss)
 """
@@ -37,6 +39,9 @@ fastkd.Recipe(epocs=4)
 fastkd.Recipe().override(best="rawr")
 fastkd.nothing
 fastkd.losses.nothing
+fastkd.losses.VkD(normalize="whitn")
+fastkd.losses.FeatureKD("mse", backend="tritom", resample="linear")
+fastkd.losses.LiftKD(192, 384, "msee")
 fastkd.training.nothing
 """
 FAULTY = [number for number, line in enumerate(BAD.splitlines(), 1) if line.startswith("fastkd.")]

@@ -1,11 +1,9 @@
-"""What a term is: something with a name and a weight that compares a student with its teacher.
-
-Logit terms compare [B, classes]; feature terms compare token maps of pairs of blocks. Neither knows
-models, nor how terms are summed.
-"""
+"""Base classes of logit losses, feature losses and distances, and the checks that they share."""
 
 from __future__ import annotations
 
+import inspect
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar, TypeVar
@@ -16,48 +14,75 @@ from torch import Tensor, nn
 
 from fastkd.losses.projectors import undecayed
 from fastkd.ops import feature_kd
-from fastkd.tokens import RESAMPLE_MODES, Tokens, match_grids
+from fastkd.ops.backend import Backend
+from fastkd.ops.feature_kd.reference import LOSSES, LossName
+from fastkd.tokens import RESAMPLE_MODES, ResampleMode, Tokens, match_grids
 
 Grid = tuple[int, int]
-
-MAP_DISTANCES = ("mse", "spectral", "smooth_l1", "cosine")
-
 Key = int | str
 Pairs = Sequence[tuple[Key, Key]]
 Value = TypeVar("Value")
 
 
-class LogitTerm(nn.Module):
-    """A distance between two batches of logits.
+def print_options(self: nn.Module) -> str:
+    """Format the numbers, flags and words that the constructor took; for ``extra_repr``."""
+    names = inspect.signature(type(self)).parameters
+    options = {name: getattr(self, name, None) for name in names}
+    return ", ".join(
+        f"{name}={value}"
+        for name, value in options.items()
+        if isinstance(value, bool | int | float | str)
+    )
 
-    Subclasses implement ``forward(student, teacher, target=None)``: [B, classes] twice, of which
-    the student's receives the gradient, and the labels where `needs_target` says so.
+
+class LogitTerm(nn.Module):
+    """Base of losses between two batches of logits.
 
     Attributes:
-        name: its key among the losses of a step.
-        needs_target: whether it looks at the labels.
-        weight: what the caller multiplies the term with; kept here, not applied here.
+        name: key of the loss in what `DistillationLoss` returns.
+        needs_target: whether the loss needs labels.
+        weight: factor that `DistillationLoss` applies.
     """
 
     name: str
     needs_target: ClassVar[bool] = False
     weight: float
+    extra_repr = print_options
+
+    def forward(self, student: Tensor, teacher: Tensor, target: Tensor | None = None) -> Tensor:
+        """Compare two batches of logits.
+
+        Args:
+            student: [B, classes]; receives the gradient.
+            teacher: [B, classes]; receives none.
+            target: ignored without `needs_target`. [B] class indices in [0, classes), without
+                any to be ignored (such as -100); or [B, classes] soft targets (Mixup, CutMix,
+                one-hot), of which the largest is the target class.
+
+        Returns:
+            Scalar, unweighted, in float32 or float64. An empty batch gives 0.
+
+        Raises:
+            ValueError: shapes differ, there are too few classes, or a target is missing or boolean.
+            RuntimeError: a class index is out of range (on CUDA, a failed device-side assertion).
+        """
+        raise NotImplementedError
 
 
 class FeatureTerm(nn.Module):
-    """A distance between token maps of pairs of blocks.
+    """Base of losses between the token maps of pairs of blocks.
 
-    Subclasses implement ``forward(student, teacher)``: tokens by key, of which the student's
-    receive the gradient and the teacher's, which are frozen, none.
+    Subclasses implement ``forward(student, teacher)``, which takes `Tokens` by key and returns a
+    scalar. The student's receive the gradient; the teacher's are frozen.
 
     Args:
         pairs: (student key, teacher key), resolved to the keys of the taps.
-        weight: what the caller multiplies the term with; kept here, not applied here.
-        resample: None refuses different grids; otherwise the mode that brings the teacher's map to
-            the student's grid (`fastkd.tokens.match_grids`).
+        weight: factor that `DistillationLoss` applies.
+        resample: None refuses different grids; otherwise the mode in which the teacher's map is
+            resampled to the student's grid (`fastkd.tokens.match_grids`).
 
     Attributes:
-        name: its key among the losses of a step.
+        name: key of the loss in what `DistillationLoss` returns.
         lifts: whether the student's key stands for its lifted tokens.
 
     Raises:
@@ -67,7 +92,7 @@ class FeatureTerm(nn.Module):
     name = "feature"
     lifts = False
 
-    def __init__(self, pairs: Pairs, weight: float, resample: str | None = None) -> None:
+    def __init__(self, pairs: Pairs, weight: float, resample: ResampleMode | None = None) -> None:
         super().__init__()
         if resample is not None:
             check_choice(self, "resample", resample, RESAMPLE_MODES)
@@ -77,20 +102,20 @@ class FeatureTerm(nn.Module):
             )
         self.pairs = tuple((student, teacher) for student, teacher in pairs)
         self.weight = weight
-        self.resample = resample
+        self.resample: ResampleMode | None = resample
 
     def matched(
         self, student: Mapping[Key, Tokens], teacher: Mapping[Key, Tokens], index: int = 0
     ) -> tuple[Tokens, Tokens]:
-        """Both sides of a pair, on one grid; the teacher's detached.
+        """Get both sides of a pair on one grid, the teacher's detached.
 
         Args:
             student: tokens by key.
             teacher: tokens by key; resampled where the grids differ.
-            index: which pair.
+            index: of the pair.
 
         Returns:
-            The student's tokens, the teacher's.
+            The student's tokens and the teacher's.
 
         Raises:
             ValueError: a key is missing, or grids differ without ``resample``.
@@ -103,15 +128,10 @@ class FeatureTerm(nn.Module):
             self.resample,
         )
 
-    @torch.jit.ignore
-    def no_weight_decay(self) -> set[str]:
-        """Parameters that timm's optimiser factory must not decay, beside the 1-d ones."""
-        return undecayed(self)
-
     def widths(
         self, student_dims: Mapping[Key, int], teacher_dims: Mapping[Key, int]
     ) -> list[tuple[int, int]]:
-        """Channels of both sides of every pair.
+        """Get the channels of both sides of every pair.
 
         Args:
             student_dims: channels per student key.
@@ -131,53 +151,37 @@ class FeatureTerm(nn.Module):
             for student, teacher in self.pairs
         ]
 
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set[str]:
+        """List the parameters of more than one dimension that timm must not decay."""
+        return undecayed(self)
 
-def look_up(term: nn.Module, argument: str, mapping: Mapping[Key, Value], key: Key) -> Value:
-    """The value under a key, or one error that says what is there."""
-    if key not in mapping:
-        raise ValueError(
-            f"{type(term).__name__}: {argument} has no key {key!r}, only {list(mapping)}"
-        )
-    return mapping[key]
-
-
-def check_choice(term: nn.Module, argument: str, value: str, choices: Sequence[str]) -> None:
-    """Refuse a value that is none of the choices."""
-    if value not in choices:
-        raise ValueError(
-            f"{type(term).__name__}: {argument} must be one of {tuple(choices)}, got {value!r}"
-        )
-
-
-def check_logits(term: nn.Module, student: Tensor, teacher: Tensor) -> None:
-    """Refuse logits that are not [B, classes] twice."""
-    if student.ndim != 2 or student.shape != teacher.shape:
-        raise ValueError(
-            f"{type(term).__name__}: teacher logits must be [B, classes] = {list(student.shape)} "
-            f"like the student's, got {list(teacher.shape)} (a teacher of another data set? "
-            "alpha=0 distils features only)"
-        )
+    def extra_repr(self) -> str:
+        """Format the options, for ``print``."""
+        pairs = ",".join(f"{student}:{teacher}" for student, teacher in self.pairs)
+        return f"pairs={pairs}, {print_options(self)}"
 
 
 class Distance(nn.Module):
-    """Base of distances: checks what comes in, and hands tokens to `compare`.
+    """Base of distances between token maps: checks the inputs and brings maps to tokens.
 
-    The teacher is frozen: it gets no gradient. Autocast is off inside, so that sums keep their
-    digits; `compare` gets the inputs' own dtypes and widens what it sums.
+    Subclasses implement `compare`. The teacher gets no gradient. Autocast is off inside:
+    `compare` gets the inputs' own dtypes and sums in float32 or wider.
 
     Attributes:
-        equal_widths: whether both sides need as many channels.
+        equal_widths: whether both sides need the same number of channels.
         needs_widths: whether the constructor takes ``student_dim`` and ``teacher_dim``.
-        takes_embeddings: whether one vector an image, [B, D], is taken too, as one token.
+        takes_embeddings: whether one vector per image, [B, D], is taken too, as one token.
     """
 
     equal_widths: ClassVar[bool] = True
     needs_widths: ClassVar[bool] = False
     takes_embeddings: ClassVar[bool] = False
+    extra_repr = print_options
 
     @property
     def pools_first(self) -> bool:
-        """Whether nothing of an image but its mean token counts."""
+        """Whether only the mean token of an image counts."""
         return False
 
     def forward(self, student: Tensor, teacher: Tensor, *, grid: Grid | None = None) -> Tensor:
@@ -187,7 +191,7 @@ class Distance(nn.Module):
             student: [B, N, Ds] tokens or [B, Ds, H, W] maps; any float dtype. Receives the
                 gradient.
             teacher: [B, N, Dt] tokens or [B, Dt, H, W] maps; receives none.
-            grid: (H, W) with H * W = N, for tokens, where the distance looks at places.
+            grid: (H, W) with H * W = N, for tokens where positions matter.
 
         Returns:
             Scalar, float32 (float64 for float64 inputs).
@@ -206,7 +210,7 @@ class Distance(nn.Module):
             return self.compare(student, teacher.detach(), grid)
 
     def compare(self, student: Tensor, teacher: Tensor, grid: Grid | None) -> Tensor:
-        """The distance itself; subclasses implement it.
+        """Compute the distance; implemented by subclasses.
 
         Args:
             student: [B, N, Ds] tokens.
@@ -244,14 +248,6 @@ class Distance(nn.Module):
             )
 
 
-def _hint(student: Tensor, teacher: Tensor, channels: int, equal_widths: bool) -> str:
-    if student.ndim == 3 and abs(student.shape[1] - teacher.shape[1]) in (1, 2):
-        return " (a CLS token left in?)"
-    if equal_widths and student.shape[channels] != teacher.shape[channels]:
-        return " (widths differ: FeatureKD's projector brings them together)"
-    return ""
-
-
 class MapDistance(Distance):
     r"""`fastkd.ops.feature_kd` as a module: the fused distances between corresponding tokens.
 
@@ -267,33 +263,26 @@ class MapDistance(Distance):
 
     Args:
         loss: ``"mse"``, ``"spectral"``, ``"smooth_l1"`` or ``"cosine"``.
-        beta: the threshold of ``"smooth_l1"``; other distances have none.
-        backend: passed to the operator.
+        beta: threshold of ``"smooth_l1"``, 1 by default; refused for the others.
+        backend: of the operator.
 
     Raises:
         ValueError: an unknown loss, or a ``beta`` for one that has none.
     """
 
-    def __init__(self, loss: str = "mse", beta: float | None = None, backend: str = "auto") -> None:
+    def __init__(
+        self, loss: LossName = "mse", beta: float | None = None, backend: Backend = "auto"
+    ) -> None:
         super().__init__()
-        check_choice(self, "loss", loss, MAP_DISTANCES)
+        check_choice(self, "loss", loss, LOSSES)
         if beta is not None and loss != "smooth_l1":
             raise ValueError(f"MapDistance: beta is of smooth_l1, got beta={beta} with {loss!r}")
-        self.loss = loss
+        self.loss: LossName = loss
         self.beta = 1.0 if beta is None else beta
-        self.backend = backend
+        self.backend: Backend = backend
 
     def forward(self, student: Tensor, teacher: Tensor, *, grid: Grid | None = None) -> Tensor:
-        """Compare two batches of token maps; arguments and errors as in `feature_kd`.
-
-        Args:
-            student: [B, N, Ds] tokens or [B, Ds, H, W] maps. Receives the gradient.
-            teacher: likewise; receives none.
-            grid: (H, W) of tokens, for ``"spectral"``.
-
-        Returns:
-            Scalar, float32 (float64 for float64 inputs).
-        """
+        """As `Distance.forward`; the operator checks its inputs itself."""
         return feature_kd(student, teacher.detach(), grid=grid, **self.options)
 
     @property
@@ -301,6 +290,44 @@ class MapDistance(Distance):
         """What defines the distance, as the operators' keywords."""
         return {"loss": self.loss, "beta": self.beta, "backend": self.backend}
 
-    def extra_repr(self) -> str:
-        """Options, for ``print``."""
-        return self.loss + (f", beta={self.beta}" if self.loss == "smooth_l1" else "")
+
+def look_up(term: nn.Module, argument: str, mapping: Mapping[Key, Value], key: Key) -> Value:
+    """Get the value of a key, or raise with the keys there are."""
+    if key not in mapping:
+        raise ValueError(
+            f"{type(term).__name__}: {argument} has no key {key!r}, only {list(mapping)}"
+        )
+    return mapping[key]
+
+
+def mean_of(total: Tensor, images: int) -> Tensor:
+    """Divide a sum over images by their number; 0 where there is no image."""
+    return total / max(1, images)
+
+
+def check_choice(term: nn.Module, argument: str, value: str, choices: Sequence[str]) -> None:
+    """Raise unless the value is one of the choices."""
+    if value not in choices:
+        raise ValueError(
+            f"{type(term).__name__}: {argument} must be one of {tuple(choices)}, got {value!r}"
+        )
+
+
+def check_positive(term: nn.Module, option: str, value: float) -> None:
+    """Raise unless the value is positive and finite."""
+    if not 0 < value < math.inf:
+        raise ValueError(f"{type(term).__name__}: {option} must be positive, got {value}")
+
+
+def check_not_negative(term: nn.Module, option: str, value: float) -> None:
+    """Raise for a value that is negative, infinite or NaN."""
+    if not 0 <= value < math.inf:
+        raise ValueError(f"{type(term).__name__}: {option} must be finite and >= 0, got {value}")
+
+
+def _hint(student: Tensor, teacher: Tensor, channels: int, equal_widths: bool) -> str:
+    if student.ndim == 3 and abs(student.shape[1] - teacher.shape[1]) in (1, 2):
+        return " (a CLS token left in?)"
+    if equal_widths and student.shape[channels] != teacher.shape[channels]:
+        return " (widths differ: FeatureKD's projector brings them together)"
+    return ""

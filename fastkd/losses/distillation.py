@@ -1,7 +1,4 @@
-"""The sum that is minimised, and its parts by name.
-
-Knows logits and tokens; not the models they come from, nor how they are optimised.
-"""
+"""The weighted sum of cross-entropy, logit distillation and feature distillation."""
 
 from __future__ import annotations
 
@@ -11,9 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastkd.losses.base import FeatureTerm, Key, LogitTerm
+from fastkd.losses.base import FeatureTerm, Key, LogitTerm, check_not_negative
 from fastkd.losses.projectors import undecayed
-from fastkd.losses.softening import check_not_negative
 from fastkd.ops.checks import at_least_float32
 from fastkd.tokens import Tokens
 
@@ -23,24 +19,23 @@ class DistillationLoss(nn.Module):
 
     .. math:: L = (1 - \alpha) \, CE + \alpha \, KD + w \, L_{feature}
 
-    Source: arXiv 2511.15572. CE is smoothed for class indices; soft targets (Mixup) are taken as
-    they come, smoothed by who mixed them. :math:`\alpha = 0` is what the paper's scripts call
-    "feature only": CE + w feature. Papers that leave the cross-entropy whole (DKD, NKD, DIST)
-    set its weight: :math:`L = c \, CE + \alpha \, KD + w \, L_{feature}`. Without labels the first
-    term is left out: :math:`L = \alpha \, KD + w \, L_{feature}`. An empty batch costs 0.
+    Source: arXiv 2511.15572. Label smoothing applies to class indices; soft targets (Mixup) are
+    used as they are. :math:`\alpha = 0` is the "feature only" of the paper's scripts. For losses
+    that are added to the whole cross-entropy (DKD, NKD, DIST), set its weight c:
+    :math:`L = c \, CE + \alpha \, KD + w \, L_{feature}`. An empty batch gives 0.
 
     Args:
         logit: a logit loss, such as `SoftKD`, whose ``weight`` is :math:`\alpha`; None is
             :math:`\alpha = 0`.
-        feature: `FeatureKD` or another feature term, whose ``weight`` is w; None leaves it out.
+        feature: `FeatureKD` or another feature loss, whose ``weight`` is w; None leaves it out.
         label_smoothing: for targets given as class indices.
-        cross_entropy: False leaves the cross-entropy out; targets are looked at by a logit loss
-            that needs them alone.
+        cross_entropy: False leaves the cross-entropy out (training without labels); then only a
+            logit loss that needs targets reads them.
         ce_weight: c, the weight of the cross-entropy; None is :math:`1 - \alpha`.
 
     Raises:
         ValueError: a weight that is negative, infinite or NaN, :math:`\alpha` above 1 without
-            ``ce_weight``, ``ce_weight`` without ``cross_entropy``, or no term at all.
+            ``ce_weight``, ``ce_weight`` without ``cross_entropy``, or no loss at all.
     """
 
     def __init__(
@@ -76,7 +71,7 @@ class DistillationLoss(nn.Module):
 
     @property
     def ce_weight(self) -> float:
-        """What the cross-entropy is multiplied with."""
+        """Weight of the cross-entropy."""
         if self._ce_weight is not None:
             return self._ce_weight
         return 1 - (0.0 if self.logit is None else self.logit.weight)
@@ -95,20 +90,20 @@ class DistillationLoss(nn.Module):
         student_tokens: Mapping[Key, Tokens] | None = None,
         teacher_tokens: Mapping[Key, Tokens] | None = None,
     ) -> dict[str, Tensor]:
-        """Compute the total and every term.
+        """Compute the total and every part.
 
         Args:
             logits: [B, classes], the student's.
             target: [B] class indices, or [B, classes] soft targets; anything without cross-entropy.
-            teacher_logits: [B, classes]; needed with a logit term.
-            student_tokens: by tap key; needed with a feature term.
-            teacher_tokens: by tap key; needed with a feature term.
+            teacher_logits: [B, classes]; needed with a logit loss.
+            student_tokens: by tap key; needed with a feature loss.
+            teacher_tokens: by tap key; needed with a feature loss.
 
         Returns:
-            Scalars: ``"loss"`` (the total), and each term of `names` unweighted.
+            Scalars: ``"loss"`` (the total), and each part of `names` unweighted.
 
         Raises:
-            ValueError: a term is there but not what it compares.
+            ValueError: what a part compares is missing.
         """
         distance = None
         if self.feature is not None:
@@ -124,19 +119,16 @@ class DistillationLoss(nn.Module):
         teacher_logits: Tensor | None = None,
         distance: Tensor | None = None,
     ) -> dict[str, Tensor]:
-        """The total and every term, where the feature term has been computed on the way.
+        """As `forward`, with a feature loss that the caller has computed.
 
         Args:
             logits: [B, classes], the student's.
             target: [B] class indices, or [B, classes] soft targets; anything without cross-entropy.
-            teacher_logits: [B, classes]; needed with a logit term.
-            distance: scalar, the unweighted feature term; needed with one.
-
-        Returns:
-            As `forward`.
+            teacher_logits: [B, classes]; needed with a logit loss.
+            distance: scalar, the unweighted feature loss; needed with one.
 
         Raises:
-            ValueError: a term is there but not what it needs.
+            ValueError: what a part needs is missing.
         """
         parts, weighted = {}, []
         if self.cross_entropy:
@@ -160,11 +152,7 @@ class DistillationLoss(nn.Module):
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
-        """Parameters that timm's optimiser factory must not decay, beside the 1-d ones.
-
-        Returns:
-            Names, as ``named_parameters()`` has them: `fastkd.losses.projectors.undecayed`.
-        """
+        """List the parameters of more than one dimension that timm must not decay."""
         return undecayed(self)
 
     def _cross_entropy(self, logits: Tensor, target: Tensor) -> Tensor:

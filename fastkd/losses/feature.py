@@ -24,7 +24,7 @@ from fastkd.losses.projectors import (
 from fastkd.ops import feature_kd, lift_kd
 from fastkd.ops.backend import Backend
 from fastkd.ops.feature_kd.reference import LOSSES
-from fastkd.tokens import Tokens
+from fastkd.tokens import ResampleMode, Tokens
 
 _LEARNED = tuple(p.name for p in registry.PROJECTORS if p.learned and not p.stays)
 
@@ -74,7 +74,7 @@ class FeatureKD(FeatureTerm):
         projector: str = "none",
         student_dims: Mapping[Key, int] | None = None,
         teacher_dims: Mapping[Key, int] | None = None,
-        resample: str | None = None,
+        resample: ResampleMode | None = None,
         backend: Backend = "auto",
         **options: Any,
     ) -> None:

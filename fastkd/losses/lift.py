@@ -1,8 +1,4 @@
-"""The lifting projector, and its distance to a teacher as a term for anybody's loop.
-
-Knows layers, widths and tokens; which models they belong to is the caller's business, and what is
-computed without writing the lifted tokens is `fastkd.ops.lift_kd` and `fastkd.ops.lift`.
-"""
+"""The lifting projector (Linear, LayerNorm), and feature distillation through it."""
 
 from __future__ import annotations
 
@@ -11,30 +7,27 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastkd.losses.base import MAP_DISTANCES
+from fastkd.losses.base import Grid, check_choice, print_options
 from fastkd.losses.projectors import has_hooks, init_linear
 from fastkd.ops import lift, lift_kd
 from fastkd.ops.backend import Backend
-from fastkd.ops.feature_kd.reference import LossName
-from fastkd.tokens import RESAMPLE_MODES, Tokens, match_grids
-
-Grid = tuple[int, int]
+from fastkd.ops.feature_kd.reference import LOSSES, LossName
+from fastkd.tokens import RESAMPLE_MODES, ResampleMode, Tokens, match_grids
 
 
 class Lift(nn.Module):
     """Lift tokens to the teacher's width: Linear, then LayerNorm (arXiv 2511.15572, "Lift").
 
-    Called, it gives the lifted tokens; `pooled` and `compare` give what is made of them, and never
-    write them.
+    Calling it gives the lifted tokens; `pooled` and `compare` never write them.
 
     Args:
         dim: channels of the incoming tokens.
         width: channels of the lifted tokens.
-        eps: of the LayerNorm; timm's 1e-6.
-        device: where the parameters are made.
-        dtype: their dtype.
-        bias: give the Linear a bias; the paper's has none.
-        norm: have the LayerNorm.
+        eps: of the LayerNorm; 1e-6 as in timm.
+        device: of the parameters.
+        dtype: of the parameters.
+        bias: whether the Linear has a bias; the paper's has none.
+        norm: whether there is a LayerNorm.
     """
 
     def __init__(
@@ -66,7 +59,7 @@ class Lift(nn.Module):
         return self.norm(self.proj(x))
 
     def pooled(self, tokens: Tensor, *, backend: Backend = "auto") -> Tensor:
-        """The mean of the lifted tokens, [B, width].
+        """Compute the mean of the lifted tokens.
 
         Args:
             tokens: [B, N, dim] or [B, dim, H, W], any strides.
@@ -88,19 +81,19 @@ class Lift(nn.Module):
         pool: bool = False,
         backend: Backend = "auto",
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """Distance of the lifted tokens to a frozen teacher's; with ``pool`` also their mean.
+        """Compute the distance of the lifted tokens to a frozen teacher's (`fastkd.ops.lift_kd`).
 
         Args:
             tokens: [B, N, dim] or [B, dim, H, W], any strides.
-            teacher_tokens: [B, N, width] or [B, width, H, W], likewise; gets no gradient.
-            loss: of `fastkd.ops.lift_kd`, as are the others.
+            teacher_tokens: [B, N, width] or [B, width, H, W], any strides; gets no gradient.
+            loss: see `LiftKD`.
             grid: (H, W) of [B, N, D] tokens.
             beta: of ``"smooth_l1"``.
-            pool: return the pair of distance and `pooled`.
-            backend: which implementation runs.
+            pool: also return the mean of the lifted tokens.
+            backend: of the operator.
 
         Returns:
-            A scalar; with ``pool`` it and [B, width].
+            A scalar; with ``pool`` the pair of it and [B, width].
 
         Raises:
             ValueError: shapes, grid or options do not fit.
@@ -119,8 +112,8 @@ class Lift(nn.Module):
     def is_fusible(self) -> bool:
         """Whether `pooled` and `compare` compute what the layers would.
 
-        Not where someone has exchanged a layer (adapters, quantisation, parametrisations) or hooks
-        on to one (feature extractors, FSDP): then only calling the layers does what was meant.
+        They do not where a layer has been replaced (adapters, quantization, parametrizations) or
+        has hooks (feature extractors, FSDP): then the layers must be called.
         """
         as_built = type(self) is Lift and type(self.proj) is nn.Linear
         normed = type(self.norm) is nn.LayerNorm and self.norm.elementwise_affine
@@ -131,10 +124,10 @@ class Lift(nn.Module):
         )
 
     def operands(self) -> dict[str, Any]:
-        """The layers' parameters and epsilon, by the names that the operators give them.
+        """Get the layers' parameters and epsilon as the operators' keywords.
 
         Raises:
-            ValueError: the layers do more than their parameters say; see `is_fusible`.
+            ValueError: the layers are not fusible; see `is_fusible`.
         """
         if not self.is_fusible():
             raise ValueError(
@@ -152,11 +145,11 @@ class Lift(nn.Module):
 
 
 class LiftKD(nn.Module):
-    r"""Feature distillation through a lifting projector, which the term holds.
+    r"""Feature distillation through a lifting projector that is part of the loss.
 
     .. math:: L = d(LayerNorm(W F^s + b), F^t)
 
-    with d as `FeatureKD` has it. The lifted tokens [B, N, Dt] are never written: this is
+    with the distance d of `MapDistance`. The lifted tokens [B, N, Dt] are never written: this is
     `fastkd.ops.lift_kd`. With ``pool`` it also gives their mean, which the student of
     arXiv 2511.15572 classifies; at inference, `lift` does.
 
@@ -164,18 +157,16 @@ class LiftKD(nn.Module):
         student_dim: channels of the student's tokens, Ds.
         teacher_dim: channels of the teacher's tokens, Dt.
         loss: the distance d: ``"mse"``, ``"spectral"``, ``"smooth_l1"`` or ``"cosine"``.
-        weight: what the caller multiplies the loss with; kept here, not applied here. The Linear's
-            is ``projector.proj.weight``.
-        bias: give the Linear a bias; the paper's has none.
-        norm: have the LayerNorm.
+        weight: factor for the caller to apply (the Linear's weight is ``projector.proj.weight``).
+        bias: whether the Linear has a bias; the paper's has none.
+        norm: whether there is a LayerNorm.
         eps: of the LayerNorm.
-        beta: the threshold of ``"smooth_l1"``.
-        pool: return the mean of the lifted tokens, too.
-        resample: for `Tokens`, whose grids are known: None refuses different ones; otherwise the
-            mode that brings the teacher's to the student's (`fastkd.tokens.match_grids`).
-        backend: of `fastkd.ops.lift_kd`.
-        device: where the parameters are made.
-        dtype: their dtype.
+        beta: threshold of ``"smooth_l1"``.
+        pool: also return the mean of the lifted tokens.
+        resample: for `Tokens`, see `FeatureTerm`.
+        backend: of the operator.
+        device: of the parameters.
+        dtype: of the parameters.
 
     Attributes:
         projector: the `Lift`, of Linear ``proj`` and LayerNorm ``norm``.
@@ -185,6 +176,7 @@ class LiftKD(nn.Module):
     """
 
     name = "feature"
+    extra_repr = print_options
 
     def __init__(
         self,
@@ -198,26 +190,23 @@ class LiftKD(nn.Module):
         eps: float = 1e-6,
         beta: float = 1.0,
         pool: bool = False,
-        resample: str | None = None,
+        resample: ResampleMode | None = None,
         backend: Backend = "auto",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if loss not in MAP_DISTANCES:
-            raise ValueError(f"LiftKD: loss must be one of {MAP_DISTANCES}, got {loss!r}")
-        if resample is not None and resample not in RESAMPLE_MODES:
-            raise ValueError(
-                f"LiftKD: resample must be None or one of {RESAMPLE_MODES}, got {resample!r}"
-            )
+        check_choice(self, "loss", loss, LOSSES)
+        if resample is not None:
+            check_choice(self, "resample", resample, RESAMPLE_MODES)
         self.projector = Lift(student_dim, teacher_dim, eps, device, dtype, bias=bias, norm=norm)
         init_linear(self.projector.proj)
-        self.loss = loss
+        self.loss: LossName = loss
         self.weight = weight
         self.beta = beta
         self.pool = pool
-        self.resample = resample
-        self.backend = backend
+        self.resample: ResampleMode | None = resample
+        self.backend: Backend = backend
 
     def forward(
         self,
@@ -233,7 +222,7 @@ class LiftKD(nn.Module):
             grid: (H, W) of [B, N, D] tensors, for ``"spectral"``; square if omitted.
 
         Returns:
-            The scalar distance, unweighted; with ``pool`` the pair of it and [B, Dt].
+            Scalar, unweighted; with ``pool`` the pair of it and [B, Dt].
 
         Raises:
             TypeError: one side is `Tokens` and the other is not.
@@ -254,11 +243,11 @@ class LiftKD(nn.Module):
         )
 
     def lift(self, tokens: Tensor | Tokens, pool: bool = True) -> Tensor:
-        """What to classify where there is no teacher.
+        """Lift the student's tokens without a teacher, as at inference.
 
         Args:
-            tokens: the student's, [B, N, Ds], [B, Ds, H, W] or `Tokens`.
-            pool: False gives the lifted tokens themselves.
+            tokens: [B, N, Ds], [B, Ds, H, W] or `Tokens`.
+            pool: return the mean of the lifted tokens.
 
         Returns:
             [B, Dt]; without ``pool`` [B, N, Dt], or [B, Dt, H, W] for a map.
@@ -293,10 +282,3 @@ class LiftKD(nn.Module):
                 f"LiftKD: {argument} must be [B, N, {dim}] or [B, {dim}, H, W], got "
                 f"{list(tokens.shape)}"
             )
-
-    def extra_repr(self) -> str:
-        """Options, for ``print``."""
-        return (
-            f"{self.loss}, weight={self.weight}, beta={self.beta}, pool={self.pool}, "
-            f"resample={self.resample}, backend={self.backend}"
-        )

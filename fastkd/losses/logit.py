@@ -1,8 +1,7 @@
-"""Distillation of logits: soft, hard, correlated (DIST), and the decoupled two from next door.
+"""Losses between logits: soft, hard, correlated (DIST) and decoupled (DKD, NKD) distillation.
 
-Knows nothing of tokens. The reduction is part of each definition, because the field's codes differ
-in it: DeiT's own trainer divides the summed KL by the number of elements, this one by the batch.
-An empty batch costs 0, as it does in distances of tokens.
+The reduction is part of each definition, because published codes differ in it: DeiT's own trainer
+divides the summed KL by the number of elements, `SoftKD` by the number of images.
 """
 
 from __future__ import annotations
@@ -11,19 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastkd.losses.base import LogitTerm, check_logits
-from fastkd.losses.softening import (
-    check_classes,
-    check_not_negative,
-    check_positive,
-    frozen,
-    mean_kl,
-    mean_of,
-    soften,
-)
+from fastkd.losses.base import LogitTerm, check_not_negative, check_positive, mean_of
 from fastkd.ops.checks import at_least_float32
-
-__all__ = ["DIST", "DKD", "NKD", "HardKD", "SoftKD"]
 
 
 class SoftKD(LogitTerm):
@@ -34,7 +22,7 @@ class SoftKD(LogitTerm):
 
     Args:
         tau: temperature, > 0.
-        weight: what the caller multiplies the term with; kept here, not applied here.
+        weight: factor that `DistillationLoss` applies.
 
     Raises:
         ValueError: ``tau`` is not positive.
@@ -49,25 +37,9 @@ class SoftKD(LogitTerm):
         self.weight = weight
 
     def forward(self, student: Tensor, teacher: Tensor, target: Tensor | None = None) -> Tensor:
-        """Compare two batches of logits.
-
-        Args:
-            student: [B, classes]; receives the gradient.
-            teacher: [B, classes]; receives none.
-            target: not looked at.
-
-        Returns:
-            Scalar, unweighted.
-
-        Raises:
-            ValueError: the shapes differ.
-        """
-        check_logits(self, student, teacher)
-        return self.tau**2 * mean_kl(soften(student, self.tau), frozen(teacher, self.tau))
-
-    def extra_repr(self) -> str:
-        """Options, for ``print``."""
-        return f"tau={self.tau}, weight={self.weight}"
+        """Compare logits; see `LogitTerm.forward`."""
+        _check_logits(self, student, teacher)
+        return self.tau**2 * _mean_kl(_soften(student, self.tau), _frozen(teacher, self.tau))
 
 
 class HardKD(LogitTerm):
@@ -78,7 +50,7 @@ class HardKD(LogitTerm):
     Source: Touvron et al. 2021 (DeiT, arXiv 2012.12877), eq. 3, without a distillation token.
 
     Args:
-        weight: what the caller multiplies the term with; kept here, not applied here.
+        weight: factor that `DistillationLoss` applies.
     """
 
     name = "hard_kd"
@@ -88,27 +60,11 @@ class HardKD(LogitTerm):
         self.weight = weight
 
     def forward(self, student: Tensor, teacher: Tensor, target: Tensor | None = None) -> Tensor:
-        """Compare two batches of logits.
-
-        Args:
-            student: [B, classes]; receives the gradient.
-            teacher: [B, classes]; receives none.
-            target: not looked at.
-
-        Returns:
-            Scalar, unweighted.
-
-        Raises:
-            ValueError: the shapes differ.
-        """
-        check_logits(self, student, teacher)
+        """Compare logits; see `LogitTerm.forward`."""
+        _check_logits(self, student, teacher)
         choice = teacher.argmax(dim=-1)
         total = F.cross_entropy(at_least_float32(student), choice, reduction="sum")
         return mean_of(total, len(student))
-
-    def extra_repr(self) -> str:
-        """Options, for ``print``."""
-        return f"weight={self.weight}"
 
 
 class DIST(LogitTerm):
@@ -118,23 +74,23 @@ class DIST(LogitTerm):
                   + a \, \Big(1 - \frac{1}{C} \sum_c \rho(P^s_{:c}, P^t_{:c})\Big) \Big]
 
     with P = softmax(logits / tau), [B, C], e ``inter`` (between the classes of an image) and a
-    ``intra`` (between the images of a class). With x and y centred, rho = <x, y> / (|x| |y| + eps).
+    ``intra`` (between the images of a class). For centered x and y, rho = <x, y> / (|x| |y| + eps).
 
-    Source: Huang et al. 2022 (arXiv 2205.10536). Their eps, 1e-8, is no mere guard and is kept: a
-    class that hardly occurs in the batch has products of norms of that order, and its share of the
-    gradient fades. Their ImageNet code knows no tau, which is 1; tau^2 is the paper's for others.
+    Source: Huang et al. 2022 (arXiv 2205.10536). Their eps of 1e-8 has an effect and is kept: a
+    class that hardly occurs in the batch has products of norms of that order, so its share of the
+    gradient fades. Their ImageNet code has no tau, which is tau 1; tau^2 is the paper's.
 
-    Where there is no spread there is no correlation: such a vector counts as rho = 0, as in their
-    code. A batch of one has no spread at all, and ``intra`` is left out (their code adds a constant
-    1). Correlation is blind to scale, so a student whose probabilities hardly differ (logits near
-    zero) gets large gradients; of two classes it sees the order only.
+    A vector without spread counts as rho = 0, as in their code. A batch of one image has no spread,
+    and ``intra`` is left out (their code adds a constant 1). Correlation ignores scale: a student
+    whose probabilities hardly differ (logits near zero) gets large gradients, and of two classes
+    only the order counts.
 
     Args:
         tau: temperature, > 0.
         inter: weight of the correlation between an image's classes, >= 0.
         intra: weight of the correlation between a class's images, >= 0.
         eps: added to the product of norms, > 0.
-        weight: what the caller multiplies the term with; kept here, not applied here.
+        weight: factor that `DistillationLoss` applies.
 
     Raises:
         ValueError: ``tau`` or ``eps`` is not positive, or a weight is negative.
@@ -162,67 +118,39 @@ class DIST(LogitTerm):
         self.weight = weight
 
     def forward(self, student: Tensor, teacher: Tensor, target: Tensor | None = None) -> Tensor:
-        """Compare two batches of logits.
-
-        Args:
-            student: [B, classes], two classes or more; receives the gradient.
-            teacher: [B, classes]; receives none.
-            target: not looked at.
-
-        Returns:
-            Scalar, unweighted.
-
-        Raises:
-            ValueError: the shapes differ, or there is one class only.
-        """
-        check_logits(self, student, teacher)
-        check_classes(self, student)
-        of_student = soften(student, self.tau).softmax(dim=-1)
-        of_teacher = frozen(teacher, self.tau).softmax(dim=-1)
+        """Compare logits of two classes or more; see `LogitTerm.forward`."""
+        _check_logits(self, student, teacher, min_classes=2)
+        of_student = _soften(student, self.tau).softmax(dim=-1)
+        of_teacher = _frozen(teacher, self.tau).softmax(dim=-1)
         between = (1 - _pearson(of_student, of_teacher, 1, self.eps)).sum()
         loss = self.inter * mean_of(between, len(student))
         if len(student) > 1:
             loss = loss + self.intra * (1 - _pearson(of_student, of_teacher, 0, self.eps).mean())
         return self.tau**2 * loss
 
-    def extra_repr(self) -> str:
-        """Options, for ``print``."""
-        return (
-            f"tau={self.tau}, inter={self.inter}, intra={self.intra}, eps={self.eps}, "
-            f"weight={self.weight}"
-        )
-
-
-def _pearson(x: Tensor, y: Tensor, dim: int, eps: float) -> Tensor:
-    """Correlations along a dimension; 0 where one side has no spread."""
-    x, y = x - x.mean(dim, keepdim=True), y - y.mean(dim, keepdim=True)
-    norms = torch.linalg.vector_norm(x, dim=dim) * torch.linalg.vector_norm(y, dim=dim)
-    return (x * y).sum(dim) / (norms + eps)
-
 
 class DKD(LogitTerm):
-    r"""Decoupled distillation: the KL taken apart into the target class and the others.
+    r"""Decoupled distillation: the KL split into the target class and the others.
 
     .. math:: L = \tau^2 \, \frac{1}{B} \sum_i [a \, KL(b_t \| b_s) + o \, KL(q_t \| q_s)]
 
     with b = (p[y], 1 - p[y]), the softened probability of the target class y against all others
     together, and q the softmax over the others alone; a is ``target_weight`` and o
     ``other_weight``. Sums run over classes, the mean over images. `SoftKD` is the case a = 1 with
-    o = 1 - p_t[y], of each image: what a confident teacher would hide, o brings out.
+    o = 1 - p_t[y] for each image, which is small where the teacher is confident.
 
     Source: Zhao et al. 2022 (arXiv 2203.08679), who call the weights alpha and beta. On CIFAR-100
     they take tau 4 and (1, 8), on ImageNet tau 1 and (1, 0.5) for ResNet-34 to 18, (1, 2) for
-    ResNet-50 to MobileNet. The defaults here are the first of ImageNet's, since ImageNet and tau 1
-    are what this package's recipes are for. Two things differ from their code: all is computed from
-    logarithms, so that no probability of zero is divided by or taken the logarithm of, and the term
-    is not ramped up over the first epochs. They add it to the whole cross-entropy
+    ResNet-50 to MobileNet. The defaults are the first of ImageNet's. Two things differ from their
+    code: everything is computed from logarithms, so that a probability of zero does no harm, and
+    the loss is not ramped up over the first epochs. They add it to the whole cross-entropy
     (`DistillationLoss` with ``ce_weight=1``).
 
     Args:
         tau: temperature, > 0.
         target_weight: of the target class against the rest, >= 0.
-        other_weight: of the classes that are not the target, among each other, >= 0.
-        weight: what the caller multiplies the term with; kept here, not applied here.
+        other_weight: of the other classes among each other, >= 0.
+        weight: factor that `DistillationLoss` applies.
 
     Raises:
         ValueError: ``tau`` is not positive, or a weight is negative.
@@ -248,58 +176,36 @@ class DKD(LogitTerm):
         self.weight = weight
 
     def forward(self, student: Tensor, teacher: Tensor, target: Tensor | None = None) -> Tensor:
-        """Compare two batches of logits.
-
-        Args:
-            student: [B, classes], two classes or more; receives the gradient.
-            teacher: [B, classes]; receives none.
-            target: [B] class indices in [0, classes), none of them (-100, say) to be ignored; or
-                [B, classes] soft targets (Mixup, CutMix, one-hot), of which the largest is the
-                target class.
-
-        Returns:
-            Scalar, unweighted.
-
-        Raises:
-            ValueError: the shapes differ, there is one class only, no target, or a boolean one.
-            RuntimeError: a class index out of range, told by a failed assertion on CUDA.
-        """
+        """Compare logits of two classes or more; see `LogitTerm.forward`."""
         label = _label(self, student, teacher, target)
-        student_target, student_others = _split(soften(student, self.tau), label)
-        teacher_target, teacher_others = _split(frozen(teacher, self.tau), label)
-        of_target = mean_kl(
+        student_target, student_others = _split(_soften(student, self.tau), label)
+        teacher_target, teacher_others = _split(_frozen(teacher, self.tau), label)
+        of_target = _mean_kl(
             _against_rest(student_target, student_others),
             _against_rest(teacher_target, teacher_others),
         )
-        of_others = mean_kl(student_others, teacher_others)
+        of_others = _mean_kl(student_others, teacher_others)
         return self.tau**2 * (self.target_weight * of_target + self.other_weight * of_others)
-
-    def extra_repr(self) -> str:
-        """Options, for ``print``."""
-        return (
-            f"tau={self.tau}, target_weight={self.target_weight}, "
-            f"other_weight={self.other_weight}, weight={self.weight}"
-        )
 
 
 class NKD(LogitTerm):
-    r"""Normalised distillation: the target class as the teacher weighs it, and the others' shares.
+    r"""Normalized distillation: the target class as the teacher weighs it, and the others' shares.
 
     .. math:: L = -\frac{1}{B} \sum_i \Big[ p_t[y] \log p_s[y]
                   + \gamma \tau^2 \sum_{c \ne y} q_t[c] \log q_s[c] \Big]
 
     with p the class probabilities, at temperature 1 whatever tau is, and q the softmax of
     logits / tau over the classes that are not the target y. Sums run over classes, the mean over
-    images. Two cross-entropies: between equal logits it is the teacher's entropies, not zero.
+    images. Both parts are cross-entropies: between equal logits they are entropies, not zero.
 
-    Source: Yang et al. 2023 (arXiv 2303.13005), as their code has it: there, too, tau softens the
-    others only. On ImageNet they take tau 1 and gamma 1.5 for ResNet-34 to 18, 1 for DeiT-Tiny,
-    and add the term to the whole cross-entropy (`DistillationLoss` with ``ce_weight=1``).
+    Source: Yang et al. 2023 (arXiv 2303.13005), following their code, where tau softens the others
+    only. On ImageNet they take tau 1 and gamma 1.5 for ResNet-34 to 18, 1 for DeiT-Tiny, and add
+    the loss to the whole cross-entropy (`DistillationLoss` with ``ce_weight=1``).
 
     Args:
         tau: temperature of the others, > 0.
         gamma: weight of the others, >= 0.
-        weight: what the caller multiplies the term with; kept here, not applied here.
+        weight: factor that `DistillationLoss` applies.
 
     Raises:
         ValueError: ``tau`` is not positive, or ``gamma`` is negative.
@@ -317,39 +223,41 @@ class NKD(LogitTerm):
         self.weight = weight
 
     def forward(self, student: Tensor, teacher: Tensor, target: Tensor | None = None) -> Tensor:
-        """Compare two batches of logits.
-
-        Args:
-            student: [B, classes], two classes or more; receives the gradient.
-            teacher: [B, classes]; receives none.
-            target: [B] class indices in [0, classes), none of them (-100, say) to be ignored; or
-                [B, classes] soft targets (Mixup, CutMix, one-hot), of which the largest is the
-                target class.
-
-        Returns:
-            Scalar, unweighted.
-
-        Raises:
-            ValueError: the shapes differ, there is one class only, no target, or a boolean one.
-            RuntimeError: a class index out of range, told by a failed assertion on CUDA.
-        """
+        """Compare logits of two classes or more; see `LogitTerm.forward`."""
         label = _label(self, student, teacher, target)
-        log_student, _ = _split(F.log_softmax(soften(student), dim=-1), label)
-        log_teacher, _ = _split(F.log_softmax(frozen(teacher), dim=-1), label)
+        log_student, _ = _split(F.log_softmax(_soften(student), dim=-1), label)
+        log_teacher, _ = _split(F.log_softmax(_frozen(teacher), dim=-1), label)
         of_target = -(log_teacher.exp() * log_student).sum()
-        _, student_others = _split(soften(student, self.tau), label)
-        _, teacher_others = _split(frozen(teacher, self.tau), label)
+        _, student_others = _split(_soften(student, self.tau), label)
+        _, teacher_others = _split(_frozen(teacher, self.tau), label)
         shares = teacher_others.softmax(dim=-1)
         of_others = F.cross_entropy(student_others, shares, reduction="sum")
         return mean_of(of_target + self.gamma * self.tau**2 * of_others, len(student))
 
-    def extra_repr(self) -> str:
-        """Options, for ``print``."""
-        return f"tau={self.tau}, gamma={self.gamma}, weight={self.weight}"
+
+def _soften(logits: Tensor, tau: float = 1.0) -> Tensor:
+    return at_least_float32(logits) / tau
+
+
+def _frozen(logits: Tensor, tau: float = 1.0) -> Tensor:
+    return _soften(logits.detach(), tau)
+
+
+def _mean_kl(student: Tensor, teacher: Tensor) -> Tensor:
+    """KL(teacher || student) of the softmax of logits: the mean over images."""
+    log_student, log_teacher = F.log_softmax(student, dim=-1), F.log_softmax(teacher, dim=-1)
+    kl = F.kl_div(log_student, log_teacher, reduction="sum", log_target=True)
+    return mean_of(kl, len(student))
+
+
+def _pearson(x: Tensor, y: Tensor, dim: int, eps: float) -> Tensor:
+    x, y = x - x.mean(dim, keepdim=True), y - y.mean(dim, keepdim=True)
+    norms = torch.linalg.vector_norm(x, dim=dim) * torch.linalg.vector_norm(y, dim=dim)
+    return (x * y).sum(dim) / (norms + eps)
 
 
 def _split(logits: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
-    """The target class's logits [B, 1], and those of the others [B, classes - 1] in their order."""
+    """Take the target class's logits [B, 1] and, in their order, the others' [B, classes - 1]."""
     label = label.unsqueeze(1)
     places = torch.arange(logits.shape[1] - 1, device=logits.device)
     return logits.gather(1, label), logits.gather(1, places + (places >= label))
@@ -361,9 +269,8 @@ def _against_rest(target: Tensor, others: Tensor) -> Tensor:
 
 
 def _label(term: LogitTerm, student: Tensor, teacher: Tensor, target: Tensor | None) -> Tensor:
-    """Class indices [B], once everything that came with them has been checked."""
-    check_logits(term, student, teacher)
-    check_classes(term, student)
+    """Check all inputs and get the class indices [B]."""
+    _check_logits(term, student, teacher, min_classes=2)
     name, (batch, classes) = type(term).__name__, student.shape
     if target is None:
         raise ValueError(f"{name}: target must be given (the labels of the batch), got None")
@@ -376,3 +283,20 @@ def _label(term: LogitTerm, student: Tensor, teacher: Tensor, target: Tensor | N
             f"got {list(target.shape)} of {target.dtype}"
         )
     return target.long()
+
+
+def _check_logits(
+    term: LogitTerm, student: Tensor, teacher: Tensor, *, min_classes: int = 1
+) -> None:
+    name = type(term).__name__
+    if student.ndim != 2 or student.shape != teacher.shape:
+        raise ValueError(
+            f"{name}: teacher logits must be [B, classes] = {list(student.shape)} like the "
+            f"student's, got {list(teacher.shape)} (a teacher of another data set? alpha=0 distils "
+            "features only)"
+        )
+    if student.shape[1] < min_classes:
+        raise ValueError(
+            f"{name}: logits must have two classes at least, got {list(student.shape)} (the "
+            "softmax of one class is 1, whatever its logit)"
+        )

@@ -16,7 +16,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
-    from fastkd.losses.base import FeatureTerm, Key, LogitTerm, Pairs
+    from fastkd.losses.base import FeatureTerm, Key, LogitTerm, Pairs, ResampleMode
 
 
 @dataclass(frozen=True)
@@ -147,7 +147,7 @@ def create_feature_loss(
     projector: str = "none",
     student_dims: Mapping[Key, int],
     teacher_dims: Mapping[Key, int],
-    resample: str | None = None,
+    resample: ResampleMode | None = None,
     options: Mapping[str, Any] | None = None,
 ) -> FeatureTerm:
     """Build a feature loss over pairs of blocks by name.

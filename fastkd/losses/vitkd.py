@@ -1,26 +1,20 @@
-"""ViTKD: mimic the teacher's first blocks, generate its last one from partly hidden tokens.
-
-Knows tokens, widths and its own layers; which models the tokens come from is the caller's business.
-"""
+"""ViTKD: mimic the teacher's first blocks, generate its last one from masked tokens."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import replace
 
 import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from fastkd.losses.base import FeatureTerm, Key, Pairs
+from fastkd.losses.base import FeatureTerm, Grid, Key, Pairs, check_not_negative, mean_of
 from fastkd.losses.projectors import fused_weights
-from fastkd.losses.softening import check_not_negative, mean_of
 from fastkd.ops import feature_kd, lift_kd
 from fastkd.ops.checks import at_least_float32
-from fastkd.tokens import Tokens
+from fastkd.tokens import ResampleMode, Tokens
 
-Grid = tuple[int, int]
 MASK_RATIO = 0.5
 MIMIC_WEIGHT = 3e-5
 
@@ -32,46 +26,45 @@ class ViTKD(FeatureTerm):
                   + \frac{g}{\lambda B} \| M \odot (G(F^s_{last}) - F^t_{last}) \|^2
 
     with m ``mimic_weight``, g ``generate_weight`` and lambda ``mask_ratio``. Squares are summed
-    over pairs, tokens and channels and averaged over images only: that is why the weights are so
-    small. A is a Linear to the teacher's width, the identity where the widths are equal. G aligns
-    widths likewise, replaces a share lambda of each image's tokens, drawn anew at each call, by one
-    learned token, and runs Conv 3x3, ReLU, Conv 3x3 over the grid; M keeps the replaced tokens
-    only. A single pair is generated, and nothing is mimicked.
+    over pairs, tokens and channels and averaged over images only, hence the small weights. A is a
+    Linear to the teacher's width, the identity where the widths are equal. G aligns widths in the
+    same way, replaces a share lambda of each image's tokens by one learned token, at random in each
+    call, and runs Conv 3x3, ReLU, Conv 3x3 over the grid; M keeps the replaced tokens only. A
+    single pair is generated, and nothing is mimicked.
 
-    Source: Yang et al. 2022 (arXiv 2209.02432), with the generator and the defaults of their code;
-    those are for the term at weight 1 beside the whole cross-entropy. It pairs blocks 0 and 1 of
-    both models, and the last blocks after the final norm: taps named "blocks.0", "blocks.1" and
-    "norm" give the same, while numbered taps give the last block before that norm, whose scale may
-    ask for another ``generate_weight``. Here grids need not be square, any number of blocks may be
-    mimicked, and pairs may differ in widths and grids.
+    Source: Yang et al. 2022 (arXiv 2209.02432), with the generator and the defaults of their code,
+    which are for weight 1 beside the whole cross-entropy. They pair blocks 0 and 1 of both models,
+    and the last blocks after the final norm: taps named "blocks.0", "blocks.1" and "norm" give the
+    same, while numbered taps give the last block before that norm, whose scale may need another
+    ``generate_weight``. Here grids need not be square, any number of blocks may be mimicked, and
+    pairs may differ in widths and grids.
 
     All parameters are dropped at inference: about 18 Dt^2 in the convolutions, Ds Dt in each
-    Linear. They keep torch's own initialisation, as in the authors' code; the mask token starts at
-    zero. The mask comes from the global generator of the tokens' device, without waiting for that
-    device, and in evaluation as in training: repeated values differ. Of the mimicked pairs no
-    projected map is written (`fastkd.ops.lift_kd`); G runs in autocast's dtype where it is on.
+    Linear. They have torch's default initialization, as in the authors' code; the mask token starts
+    at zero. The mask is drawn from the global generator of the tokens' device without synchronizing
+    with it, in evaluation too, so repeated values differ. Projected maps of the mimicked pairs are
+    not written (`fastkd.ops.lift_kd`); G runs in autocast's dtype where it is on.
 
-    Tensors instead of taps, [B, 196, Ds] and [B, 196, Dt] in dicts by block::
+    With tensors [B, 196, Ds] and [B, 196, Dt] in dicts by block, without taps::
 
         term = ViTKD([(0, 0), (11, 11)], 1.0, {0: 192, 11: 192}, {0: 384, 11: 384})
         loss = term(*({k: Tokens(x, (14, 14)) for k, x in maps.items()} for maps in (s, t)))
 
     Args:
         pairs: (student key, teacher key); the last one is generated, the others are mimicked.
-        weight: what the caller multiplies the term with; kept here, not applied here.
+        weight: factor that `DistillationLoss` applies.
         student_dims: channels per student key.
         teacher_dims: channels per teacher key.
-        resample: None refuses different grids; otherwise the mode that brings the teacher's map to
-            the student's grid (`fastkd.tokens.match_grids`).
-        mask_ratio: the share of tokens that are hidden, in (0, 1), rounded up to whole tokens; 0.5
-            if omitted. Refused where nothing is generated.
-        mimic_weight: of the first part, >= 0; 0 leaves it and its parameters out. 3e-5 if omitted.
+        resample: see `FeatureTerm`.
+        mask_ratio: share of tokens that are masked, in (0, 1), rounded up to whole tokens; 0.5 by
+            default. Refused where nothing is generated.
+        mimic_weight: of the first part, >= 0, 3e-5 by default; 0 removes it and its parameters.
             Refused with a single pair.
-        generate_weight: of the second part, >= 0; 0 leaves it and its parameters out.
+        generate_weight: of the second part, >= 0; 0 removes it and its parameters.
 
     Raises:
-        ValueError: no pairs, an option out of range or of a part that is left out, a key without
-            channels, or nothing to do.
+        ValueError: no pairs, an option out of range or of a removed part, a key without channels,
+            or nothing to do.
     """
 
     def __init__(
@@ -80,7 +73,7 @@ class ViTKD(FeatureTerm):
         weight: float,
         student_dims: Mapping[Key, int],
         teacher_dims: Mapping[Key, int],
-        resample: str | None = None,
+        resample: ResampleMode | None = None,
         *,
         mask_ratio: float | None = None,
         mimic_weight: float | None = None,
@@ -106,14 +99,14 @@ class ViTKD(FeatureTerm):
 
         Args:
             student: tokens by key; receive the gradient.
-            teacher: tokens by key; frozen, they get none.
+            teacher: tokens by key; frozen, they receive none.
 
         Returns:
             Scalar float32 (float64 for float64 tokens and parameters), unweighted.
 
         Raises:
             ValueError: a key is missing, grids differ without ``resample``, or tokens do not have
-                the channels that the term was built for.
+                the channels given to the constructor.
         """
         parts = [
             self.mimic_weight * _squared_distance(aligner, *self._pair(student, teacher, index))
@@ -149,35 +142,26 @@ class ViTKD(FeatureTerm):
         return ratio
 
     def _generate(self, generator: nn.Module, student: Tokens, teacher: Tokens) -> Tensor:
-        hidden = _random_mask(student.data, self.mask_ratio)
-        made = generator(student.data, hidden, student.grid)
+        mask = _random_mask(student.data, self.mask_ratio)
+        made = generator(student.data, mask, student.grid)
         difference = at_least_float32(made) - at_least_float32(teacher.data)
         squares = difference.square().sum(dim=-1)
-        return mean_of((squares * hidden).sum() / self.mask_ratio, len(hidden))
+        return mean_of((squares * mask).sum() / self.mask_ratio, len(mask))
 
     def _pair(
         self, student: Mapping[Key, Tokens], teacher: Mapping[Key, Tokens], index: int
     ) -> tuple[Tokens, Tokens]:
-        """Both sides of a pair on one grid, the teacher's detached, their channels checked."""
         mine, frozen = self.matched(student, teacher, index)
         if (mine.dim, frozen.dim) != self._dims[index]:
             raise ValueError(
                 f"ViTKD: pair {index} must have {self._dims[index]} channels (student's, "
                 f"teacher's), got {(mine.dim, frozen.dim)} from {mine.source} and {frozen.source}"
             )
-        return mine, replace(frozen, data=frozen.data.detach())
-
-    def extra_repr(self) -> str:
-        """Options, for ``print``."""
-        pairs = ",".join(f"{student}:{teacher}" for student, teacher in self.pairs)
-        return (
-            f"pairs={pairs}, weight={self.weight}, mask_ratio={self.mask_ratio}, "
-            f"mimic_weight={self.mimic_weight}, generate_weight={self.generate_weight}"
-        )
+        return mine, frozen
 
 
 class _Generator(nn.Module):
-    """Make the teacher's map from a student's of which some tokens are hidden."""
+    """Make the teacher's map from a student's of which some tokens are masked."""
 
     def __init__(self, student_dim: int, teacher_dim: int) -> None:
         super().__init__()
@@ -189,11 +173,11 @@ class _Generator(nn.Module):
             nn.Conv2d(teacher_dim, teacher_dim, kernel_size=3, padding=1),
         )
 
-    def forward(self, tokens: Tensor, hidden: Tensor, grid: Grid) -> Tensor:
-        """From tokens [B, N, Ds] and which are hidden [B, N], on their grid, to [B, N, Dt]."""
-        # Half-precision tokens meet float32 parameters outside autocast, too.
+    def forward(self, tokens: Tensor, mask: Tensor, grid: Grid) -> Tensor:
+        """Map tokens [B, N, Ds] and a mask [B, N] to [B, N, Dt]."""
+        # Outside autocast, half-precision tokens meet float32 parameters.
         aligned = self.aligner(tokens.to(self.mask_token.dtype))
-        shown = torch.where(hidden.unsqueeze(-1), self.mask_token.to(aligned.dtype), aligned)
+        shown = torch.where(mask.unsqueeze(-1), self.mask_token.to(aligned.dtype), aligned)
         maps = self.convolutions(rearrange(shown, "b (h w) d -> b d h w", h=grid[0], w=grid[1]))
         return rearrange(maps, "b d h w -> b (h w) d")
 
@@ -203,7 +187,7 @@ def _aligner(student_dim: int, teacher_dim: int) -> nn.Module:
 
 
 def _squared_distance(aligner: nn.Module, student: Tokens, teacher: Tokens) -> Tensor:
-    """|A student - teacher|^2, summed over tokens and channels, averaged over images."""
+    """|A student - teacher|^2: sum over tokens and channels, mean over images."""
     weights = fused_weights(aligner)
     if weights is None:
         mean = feature_kd(aligner(student.data), teacher.data, grid=student.grid)
@@ -214,9 +198,9 @@ def _squared_distance(aligner: nn.Module, student: Tokens, teacher: Tokens) -> T
 
 
 def _random_mask(tokens: Tensor, ratio: float) -> Tensor:
-    """[B, N], True for the hidden ones: equally many of each image, any of them equally likely."""
+    """[B, N], True for the same number of random tokens in each image."""
     batch, count = tokens.shape[:2]
-    # 1e-6, because in floating point 1 - 0.9 falls short of 0.1: of ten tokens, none would be left.
+    # 1e-6, because in floating point 1 - 0.9 is below 0.1: of ten tokens, none would be left.
     shown = math.floor(count * (1 - ratio) + 1e-6)
     order = torch.rand(batch, count, device=tokens.device).argsort(dim=1)
     return order.argsort(dim=1) >= shown

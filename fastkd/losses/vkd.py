@@ -1,50 +1,48 @@
-"""VkD's distance: the student, as it is, to the normalised teacher.
-
-Knows tensors only. Made to follow `fastkd.losses.projectors.orthogonal_projector`, which changes
-neither lengths nor angles, so that the teacher's scale has to be taken out here.
-"""
+"""VkD's distance to the normalized teacher, and the whitening of tokens."""
 
 from __future__ import annotations
+
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastkd.losses.base import Distance, Grid, MapDistance, check_choice
-from fastkd.losses.softening import check_positive
-from fastkd.ops.checks import in_float64
+from fastkd.losses.base import Distance, Grid, MapDistance, check_choice, check_positive
+from fastkd.losses.forward_gradient import wide_dtype
+from fastkd.ops.checks import at_least_float32, in_float64
 
-NORMALIZATIONS = ("standardize", "whiten", "none")
-DISTANCES = ("smooth_l1", "mse")
+Normalization = Literal["standardize", "whiten", "none"]
+VectorLoss = Literal["smooth_l1", "mse"]
 WHITENING_EPS = 1e-6
 
 
 class VkD(Distance):
-    r"""Distance to the normalised teacher (VkD, arXiv 2403.06213).
+    r"""Distance to the normalized teacher (VkD, arXiv 2403.06213).
 
     .. math:: L = \frac{1}{B D} \sum_{b,d} \mathrm{huber}_\beta (s_{bd} - \nu(t)_{bd})
 
     with s and t the tokens' mean per image (``pool=False``: each of the B N tokens), and the mean
-    over all elements. The normalisation :math:`\nu` is of the teacher only, and one of
+    over all elements. The normalization :math:`\nu` is of the teacher only, and one of
 
     - ``"standardize"``: each vector over its channels, a LayerNorm without weights (eps 1e-5); the
       authors' choice for classification;
-    - ``"whiten"``: `whiten`, decorrelated channels; the paper's choice for generative tasks;
+    - ``"whiten"``: decorrelated channels (`fastkd.losses.vkd.whiten`), over one process's slice of
+      the batch; the paper's choice for generative tasks;
     - ``"none"``.
 
-    The defaults are what the authors' code runs for DeiT, where the term has weight 1: pooled,
-    standardised, smooth L1. That code leaves out the whitening, and its detector differs: there
-    each channel is standardised over the tokens of the batch, on both sides.
-
-    Statistics of ``"whiten"`` are of one process's slice of the batch.
+    Made for the projector ``"orthogonal"``, which keeps lengths and angles, so that the teacher's
+    scale has to be removed here. The defaults are what the authors' code runs for DeiT, where the
+    loss has weight 1: pooled, standardized, smooth L1. That code has no whitening, and its detector
+    differs: there each channel is standardized over the tokens of the batch, on both sides.
 
     Args:
         normalize: one of the three.
         distance: ``"smooth_l1"`` or ``"mse"``.
-        beta: the threshold of ``"smooth_l1"``, 1 if omitted.
-        pool: average the tokens of an image first. ``"whiten"`` is better off without: it wants
-            more vectors than channels.
-        eps: of `whiten`, 1e-6 if omitted.
+        beta: threshold of ``"smooth_l1"``, 1 by default.
+        pool: average the tokens of an image first. ``"whiten"`` needs more vectors than channels,
+            so it is better with False.
+        eps: of the whitening, 1e-6 by default.
 
     Raises:
         ValueError: an unknown or misplaced option, or an ``eps`` that is not positive.
@@ -54,96 +52,71 @@ class VkD(Distance):
 
     def __init__(
         self,
-        normalize: str = "standardize",
-        distance: str = "smooth_l1",
+        normalize: Normalization = "standardize",
+        distance: VectorLoss = "smooth_l1",
         beta: float | None = None,
         pool: bool = True,
         eps: float | None = None,
     ) -> None:
         super().__init__()
-        check_choice(self, "normalize", normalize, NORMALIZATIONS)
-        check_choice(self, "distance", distance, DISTANCES)
+        check_choice(self, "normalize", normalize, get_args(Normalization))
+        check_choice(self, "distance", distance, get_args(VectorLoss))
         if eps is not None and normalize != "whiten":
             raise ValueError(f"VkD: eps is of 'whiten', got eps={eps} with {normalize!r}")
         if eps is not None:
             check_positive(self, "eps", eps)
-        self.normalize = normalize
+        self.normalize: Normalization = normalize
         self.distance = MapDistance(distance, beta)
         self.pool = pool
         self.eps = WHITENING_EPS if eps is None else eps
 
     @property
     def pools_first(self) -> bool:
-        """Whether nothing of an image but its mean token counts.
-
-        The mean commutes with affine maps: a Linear projector may follow it, at a share of the
-        work and without the projected map.
-        """
+        """Whether only the mean token of an image counts."""
         return self.pool
 
     def compare(self, student: Tensor, teacher: Tensor, grid: Grid | None) -> Tensor:
-        """The distance itself, of [B, N, D] tokens."""
+        """Compute the distance of [B, N, D] tokens."""
         if self.pool:
-            student, teacher = _mean_token(student), _mean_token(teacher)
-        return self.distance(student, self._normalized(teacher))
-
-    def _normalized(self, teacher: Tensor) -> Tensor:
+            student, teacher = (
+                x.mean(1, keepdim=True, dtype=wide_dtype(x)) for x in (student, teacher)
+            )
         if self.normalize == "standardize":
-            # Statistics of half precision tokens, kept in float32.
-            wide = teacher.to(torch.promote_types(teacher.dtype, torch.float32))
-            return F.layer_norm(wide, wide.shape[-1:])
-        return whiten(teacher, self.eps) if self.normalize == "whiten" else teacher
-
-    def extra_repr(self) -> str:
-        """Options, for ``print``."""
-        eps = f", eps={self.eps}" if self.normalize == "whiten" else ""
-        return f"normalize={self.normalize}, pool={self.pool}{eps}"
+            teacher = F.layer_norm(at_least_float32(teacher), teacher.shape[-1:])
+        elif self.normalize == "whiten":
+            teacher = whiten(teacher, self.eps)
+        return self.distance(student, teacher)
 
 
 def whiten(tokens: Tensor, eps: float = WHITENING_EPS) -> Tensor:
-    r"""Tokens whose channels have mean 0, variance 1 and no correlation, over all tokens given.
+    r"""Give tokens [..., D] channels of mean 0 and variance 1 without correlation, over all tokens.
 
     .. math:: y = L^{-1} (x - \mu), \quad L L^T = \Sigma + \varepsilon \, \bar\lambda I
 
     with :math:`\Sigma` the covariance (divided by the number of tokens) and :math:`\bar\lambda` the
-    mean of its eigenvalues. Directions in which the tokens vary by less than about eps of that fade
-    to nothing rather than being blown up: those of too few tokens, and all of equal tokens, give 0.
+    mean of its eigenvalues. Directions in which tokens vary by less than about eps of that fade to
+    zero: those of too few tokens, and all of equal tokens. Below an eps of 1e-10 rounding can make
+    the factorization fail, and all is NaN. Returns float32 (float64 for float64 tokens).
 
-    L is Cholesky's factor, as in the whitening that VkD's authors point to (arXiv 2007.06346).
-    Against ZCA's inverse root, which is a rotation away and so no different to a projector that is
-    learned, it needs no eigenvectors: nothing waits for the device, and NaN give NaN, no exception.
+    L is the Cholesky factor, as in the whitening that VkD's authors cite (arXiv 2007.06346). ZCA's
+    inverse root differs from it by a rotation, which a learned projector absorbs, and would need
+    eigenvectors. The Cholesky factor does not synchronize with the device.
 
-    In float64 throughout, which autocast leaves alone: about 1.5 n D^2 multiplications, which GPUs
-    made for graphics are slow at, and three copies of the tokens at 8 bytes a value. A device
-    without float64 (``"mps"``) waits for the CPU, which does it.
-
-    Args:
-        tokens: [..., D], any float dtype; the n vectors of length D count alike.
-        eps: the least variance that is taken for real, as a share of the mean variance. Below
-            1e-10 rounding can defeat the factorisation; then everything is NaN.
-
-    Returns:
-        [..., D], float32 (float64 for float64 tokens). Gradients pass through.
+    Computes in float64: about 1.5 n D^2 multiplications, slow on consumer GPUs, and three float64
+    copies of the tokens. Devices without float64 (``"mps"``) compute on the CPU.
     """
     vectors = in_float64(tokens).flatten(0, -2)
-    # Less the first, equal tokens are zeros and not what rounding leaves of their mean.
+    # Subtracting the first token makes equal tokens exactly zero, without a rounded mean.
     vectors = vectors - vectors[:1]
     centered = vectors - vectors.mean(0)
     factor = _factor(centered.mT @ centered / len(centered), eps)
     whitened = torch.linalg.solve_triangular(factor, centered.mT, upper=False).mT
-    wide = torch.promote_types(tokens.dtype, torch.float32)
-    return whitened.reshape(tokens.shape).to(wide).to(tokens.device)
+    return whitened.reshape(tokens.shape).to(wide_dtype(tokens)).to(tokens.device)
 
 
 def _factor(covariance: Tensor, eps: float) -> Tensor:
-    """Cholesky's factor of a [D, D] covariance with a floor; NaN where there is none."""
+    """Cholesky factor of a [D, D] covariance with a floor; NaN where it fails."""
     floor = eps * covariance.diagonal().mean() + torch.finfo(covariance.dtype).tiny
     identity = torch.eye(len(covariance), dtype=covariance.dtype, device=covariance.device)
     factor, info = torch.linalg.cholesky_ex(covariance + floor * identity)
     return torch.where(info == 0, factor, torch.nan)
-
-
-def _mean_token(tokens: Tensor) -> Tensor:
-    """[B, N, D] to [B, 1, D], summed in float32 or wider."""
-    dtype = torch.promote_types(tokens.dtype, torch.float32)
-    return tokens.mean(1, keepdim=True, dtype=dtype)
