@@ -1,7 +1,4 @@
-"""Contrastive distillation: an image's student embedding finds its own teacher among the batch's.
-
-One embedding an image. Knows torch.distributed only to let the batches of several processes be one.
-"""
+"""Contrastive distillation between the images of a batch, or of the batches of all processes."""
 
 from __future__ import annotations
 
@@ -30,50 +27,46 @@ from fastkd.ops.checks import at_least_float32
 class CRD(Distance):
     r"""Symmetric InfoNCE between student and teacher embeddings of the same images.
 
-    With :math:`z_i` the mean of image i's tokens (or its embedding), through a learned linear layer
-    of its side, at unit length, and temperature :math:`\tau`,
+    With :math:`z_i` the mean of image i's tokens (or its embedding) after a learned linear layer
+    per side, scaled to unit length, and temperature :math:`\tau`,
 
     .. math:: L = \frac{1}{2 B} \sum_i \left[
               -\log \frac{e^{z^s_i \cdot z^t_i / \tau}}{\sum_j e^{z^s_i \cdot z^t_j / \tau}}
               -\log \frac{e^{z^t_i \cdot z^s_i / \tau}}{\sum_j e^{z^t_i \cdot z^s_j / \tau}} \right]
 
-    log B where nothing is known, and 0 for a batch of one. Idea, heads and temperature (its code's)
-    are of arXiv 1910.10699, and so is taking both sides as anchors. What differs: CRD draws 16384
-    negatives of other classes from a memory bank of the whole training set and tells them from the
-    positive one by one (NCE, with an estimated normaliser), and adds the directions; here the
-    negatives are the batch's other images, of whatever class, told apart by one softmax (InfoNCE),
-    and the directions are averaged. No bank means no images' indices, no stale embeddings, and
-    weights that are not comparable with CRD's; and large batches matter: see ``gather``. Copies of
-    one image in a batch (repeated augmentation) are negatives of each other, and pushed apart.
+    which is log B for random embeddings and 0 for a batch of one. Idea, heads, temperature (of the
+    code) and taking both sides as anchors are from arXiv 1910.10699. CRD draws 16384 negatives of
+    other classes from a memory bank of the whole training set, contrasts each with the positive
+    (NCE, with an estimated normalizer), and adds the directions; here the negatives are the batch's
+    other images, of any class, in one softmax (InfoNCE), and the directions are averaged. So no
+    image indices are needed and no embeddings are stale, but weights are not comparable with CRD's,
+    and large batches matter: see ``gather``. Copies of one image in a batch (repeated augmentation)
+    are negatives of each other, and pushed apart.
 
-    The teacher's tokens are frozen, its head learns. Both heads are for training only. They compute
-    in the dtype of their parameters, whatever that of the tokens.
+    Both heads are trained, and dropped at inference; the teacher's tokens are frozen. The heads
+    compute in the dtype of their parameters.
 
-    The B x B logits exist for a few rows at a time, with their gradient, in the forward: beyond
-    [B, dim] tensors there are temporaries of ``chunk_bytes`` together, or of one row, 2 B numbers,
-    where that is larger. Second derivatives are refused.
-
-    Without ``gather`` the negatives are the images that one process sees at once: with several
-    processes or accumulation, its slice of the batch.
+    The B x B logits are computed a few rows at a time, with their gradient, in the forward: it
+    allocates [B, dim] tensors, and temporaries of ``chunk_bytes`` in total or, if larger, of one
+    row, 2 B numbers. Second derivatives are refused.
 
     Args:
         student_dim: the student's channels.
-        teacher_dim: the teacher's.
-        dim: of the embeddings.
-        temperature: :math:`\tau`; smaller ones look at the hardest negatives.
+        teacher_dim: the teacher's channels.
+        dim: channels of the embeddings.
+        temperature: :math:`\tau`; the smaller, the more the hardest negatives count.
         gather: while training (in train mode, with gradients), take negatives from all processes of
-            torch.distributed's default group. All must call the loss equally often, with equally
-            many images, as batches of one size do (``drop_last=True``): CPU tensors are checked,
-            but with NCCL, where looking would wait for the GPU at every step, other processes hang
-            or fail (``TORCH_DISTRIBUTED_DEBUG=DETAIL`` says why). Value and, averaged over
-            processes as DDP does, gradients are those of one process with all the images; the
-            value is this process' share, whose mean over processes is the whole. Evaluation, whose
-            shares may differ in size, takes each process' own images, and is easier for it. Without
-            a process group, one process' images are all there are, and nothing changes.
-        chunk_bytes: limit of the temporaries; None takes 2 MiB on a CPU, 64 MiB elsewhere.
+            torch.distributed's default group, not only from this process's micro-batch. All
+            must call the loss equally often with equally many images (``drop_last=True``). CPU
+            tensors are checked; with NCCL, where a check would synchronize in every step, other
+            processes hang or fail (``TORCH_DISTRIBUTED_DEBUG=DETAIL`` helps). The mean of the
+            values over processes, and the gradients averaged as DDP does, are those of one process
+            with all images. Evaluation, whose shares may differ in size, uses each process's own
+            images, and so does a run without a process group.
+        chunk_bytes: limit of the temporaries; by default 2 MiB on a CPU, 64 MiB elsewhere.
 
     Raises:
-        ValueError: a width or the temperature is not positive, or no byte to work with.
+        ValueError: a width, the temperature or ``chunk_bytes`` is not positive.
     """
 
     equal_widths = False
@@ -110,7 +103,7 @@ class CRD(Distance):
         self.chunk_bytes = chunk_bytes
 
     def compare(self, student: Tensor, teacher: Tensor, grid: Grid | None) -> Tensor:
-        """The loss, of [B, N, Ds] and [B, N, Dt] tokens."""
+        """Compute the loss of [B, N, Ds] and [B, N, Dt] tokens."""
         self._check_widths(student, teacher)
         sides = _embedding(student, self.student_head), _embedding(teacher, self.teacher_head)
         limit = chunk_limit(student.device, self.chunk_bytes)
@@ -135,17 +128,13 @@ class CRD(Distance):
                 )
 
     def _gathers(self) -> bool:
-        # A loss that nobody has put into eval mode is still no training without gradients.
+        # Evaluation may forget to put the loss into eval mode, but has no gradients.
         training = self.training and torch.is_grad_enabled()
         return self.gather and training and _processes() > 1
 
-    def extra_repr(self) -> str:
-        """Options, for ``print``."""
-        return f"temperature={self.temperature}, gather={self.gather}"
-
 
 def _embedding(tokens: Tensor, head: nn.Module) -> Tensor:
-    """[B, N, D] tokens -> [B, dim] unit vectors."""
+    """Map [B, N, D] tokens to [B, dim] unit vectors."""
     pooled = tokens.mean(dim=1, dtype=wide_dtype(tokens))
     parameter = next(head.parameters(), pooled)
     return F.normalize(at_least_float32(head(pooled.to(parameter.dtype))), dim=1)
@@ -156,11 +145,8 @@ def _processes() -> int:
 
 
 def _check_shares(student: Tensor) -> None:
-    """Refuse processes with different numbers of images, where a look costs no synchronisation.
-
-    All processes exchange their sizes, whatever their own has been before: had one of them reason
-    to ask and another none, they would wait for each other.
-    """
+    """Raise if processes have different numbers of images; only where that does not synchronize."""
+    # All processes exchange sizes in every call: if only some did, they would wait for each other.
     if student.device.type != "cpu" or torch.compiler.is_compiling():
         return
     sizes = torch.empty(_processes(), dtype=torch.long)
@@ -172,13 +158,13 @@ def _check_shares(student: Tensor) -> None:
         )
 
 
-# Operators, not a torch.autograd.Function: where one has collectives in it, torch.compile of torch
-# 2.11 lets the gradient end, silently.
+# Operators, not a torch.autograd.Function: around collectives in one, torch.compile of torch 2.11
+# silently drops the gradient.
 @torch.library.custom_op("fastkd::gather_rows", mutates_args=())
 def _gather_rows(own: Tensor, processes: int) -> Tensor:
-    """[B, D] of every process, [processes * B, D] in the order of ranks."""
+    """Gather [B, D] of every process to [processes * B, D] in the order of ranks."""
     rows = own.new_empty(processes * len(own), *own.shape[1:])
-    dist.all_gather_into_tensor(rows, own.contiguous())  # NCCL takes no other strides
+    dist.all_gather_into_tensor(rows, own.contiguous())  # NCCL needs it
     return rows
 
 
@@ -189,7 +175,7 @@ def _(own: Tensor, processes: int) -> Tensor:
 
 @torch.library.custom_op("fastkd::sum_own_rows", mutates_args=())
 def _sum_own_rows(rows: Tensor, processes: int) -> Tensor:
-    """This process' part of [processes * B, D], [B, D], added up over all processes."""
+    """Sum [processes * B, D] over all processes and take this process's part, [B, D]."""
     own = rows.new_empty(len(rows) // processes, *rows.shape[1:])
     dist.reduce_scatter_tensor(own, rows.contiguous())
     return own
@@ -205,7 +191,7 @@ def _keep_processes(ctx: Any, inputs: tuple[Tensor, int], output: Tensor) -> Non
 
 
 def _add_up(ctx: Any, upstream: Tensor) -> tuple[Tensor, None]:
-    # Everyone's loss depends on everyone's rows: ours have what all have to say of them.
+    # The loss of every process depends on the rows of this one.
     return _sum_own_rows(upstream, ctx.processes), None
 
 
@@ -233,25 +219,17 @@ def _info_nce(
     limit: int,
     needs_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean over A anchors of -log softmax(anchor . candidates / temperature) at the anchor's own.
+    """Mean over anchors [A, D] of -log softmax(anchor . candidates / temperature) at its positive.
 
-    Args:
-        anchors: [A, D].
-        candidates: [C, D]; that of anchor i lies at ``first`` + i.
-        first: see there.
-        temperature: divides the logits.
-        limit: bytes of temporaries.
-        needs_gradient: whether to make gradients.
-
-    Returns:
-        The loss, the anchors' gradient, the candidates'.
+    Anchor i's positive is row ``first`` + i of the candidates [C, D]. Returns the loss and the
+    gradients of anchors and candidates.
     """
     dtype = wide_dtype(anchors, candidates)
     scale = 1 / max(1, len(anchors))
     total = anchors.new_zeros((), dtype=dtype)
     anchors_gradient = empty_gradient(anchors, dtype, needs_gradient)
     candidates_gradient = zero_gradient(candidates, dtype, needs_gradient)
-    # A row of logits, and what logsumexp makes of it on the way.
+    # Two numbers per logit: logsumexp has a temporary of the same size.
     for rows in slices(len(anchors), 2 * len(candidates) * dtype.itemsize, limit):
         value, slope = _cross_entropy(
             (anchors[rows] @ candidates.mT).div_(temperature), first + rows.start, needs_gradient
@@ -261,16 +239,16 @@ def _info_nce(
             slope.mul_(scale / temperature)
             anchors_gradient[rows] = slope @ candidates
             candidates_gradient.addmm_(slope.mT, anchors[rows])
-        del slope  # or it is there beside the next rows' logits
+        del slope  # free it before the next rows' logits are allocated
     return total * scale, anchors_gradient, candidates_gradient
 
 
 def _cross_entropy(logits: Tensor, first: int, needs_slope: bool) -> tuple[Tensor, Tensor | None]:
-    """Sum over rows of -log softmax at column ``first`` + row, and its slope, in ``logits``."""
+    """Sum over rows of -log softmax at column ``first`` + row, and its slope, in place."""
     log_sum = logits.logsumexp(dim=1)
     value = (log_sum - logits.diagonal(first)).sum()
     if not needs_slope:
         return value, None
     probabilities = logits.sub_(log_sum.unsqueeze(1)).exp_()
-    probabilities.diagonal(first).sub_(1)  # less the one-hot target: the slope
+    probabilities.diagonal(first).sub_(1)  # minus the one-hot target
     return value, probabilities

@@ -1,8 +1,7 @@
-"""Scalar losses that make their gradient in the forward, a chunk at a time.
+"""Scalar losses that compute their gradient in the forward, a chunk at a time.
 
-What a relation compares is large (a matrix per image, a cube per batch), what it leaves is not: a
-number, and a gradient of the inputs' size. Both come from the same entries, so that none has to be
-kept for the backward, which only scales the gradient. Knows nothing of what is compared.
+Relations are large (a matrix per image, a cube per batch), but the value and the gradient of the
+inputs are not. Computed together, nothing large is kept for the backward, which only scales.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from torch.utils.flop_counter import register_flop_formula
 from fastkd.ops.checks import exact_float32, refuse_forward_mode
 from fastkd.ops.feature_kd.reference import ACCELERATOR_CHUNK_BYTES, CHUNK_BYTES
 
-# A shorter vector has no direction: it is like no other, and gets no gradient.
+# A shorter vector has no direction: its similarities are 0, and it gets no gradient.
 SHORTEST = 1e-12
 
 Body = Callable[..., tuple[Tensor, ...]]
@@ -28,44 +27,28 @@ Flops = Callable[..., int]
 def gradient_in_forward(
     name: str, of: int = 1, flops: Flops | None = None
 ) -> Callable[[Body], Callable[..., Tensor]]:
-    """Declare a loss with hand-written gradients to torch, as the operator ``fastkd::name``.
+    """Register a loss with hand-written gradients as the operator ``fastkd::name``.
 
-    The decorated function gets the tensors that have a gradient first, what else it needs, and last
-    ``needs_gradient: bool``; it returns the scalar and one gradient for each of those tensors, in
-    `wide_dtype` (`empty_gradient` where none is needed). It runs without autocast, and with float32
-    products in float32: relations are differences of nearly equal products, of which TensorFloat-32
-    would leave the rounding.
+    The decorated function takes the ``of`` tensors that get a gradient, then its other arguments,
+    then ``needs_gradient: bool``. It returns the scalar and one gradient per such tensor, in
+    `wide_dtype` (an `empty_gradient` where none is needed). It runs without autocast, and without
+    TensorFloat-32, whose rounding would outweigh differences of nearly equal products. ``flops``
+    counts the matrix products for `torch.utils.flop_counter`, from the arguments with shapes in
+    place of tensors.
 
-    The backward multiplies the gradients by what arrives: in place, or where the graph is kept
-    (``retain_graph=True``) into tensors of their own, as a compiler does, too. A gradient of
-    another dtype than its input is cast after that.
-
-    Args:
-        name: of the operator, and of the function in messages.
-        of: how many of the first arguments have a gradient.
-        flops: of the matrix products of a call, for `torch.utils.flop_counter`: takes the
-            function's arguments, with shapes in place of tensors. None where there are none.
-
-    Returns:
-        A decorator; what it returns is called without ``needs_gradient`` and gives the scalar. Its
-        gradient cannot be differentiated again, nor forward, nor by `torch.func`: all are refused.
+    The result is called without ``needs_gradient`` and returns the scalar. The backward scales the
+    gradients in place, or into new tensors with ``retain_graph=True``. Second derivatives, forward
+    mode and `torch.func` are refused.
     """
 
     def declare(function: Body) -> Callable[..., Tensor]:
-        return _Declaration(name, function, of, flops).caller()
+        return _Registration(name, function, of, flops).caller()
 
     return declare
 
 
-class _Declaration:
-    """What torch is told of one operator, in the order of a call.
-
-    Args:
-        name: of the operator.
-        function: its body.
-        of: how many of the first arguments have a gradient.
-        flops: see `gradient_in_forward`.
-    """
+class _Registration:
+    """One operator: its methods are what torch calls."""
 
     def __init__(self, name: str, function: Body, of: int, flops: Flops | None) -> None:
         self.name = name
@@ -75,8 +58,8 @@ class _Declaration:
         self.operator = torch.library.custom_op(
             f"fastkd::{name}", self.run, mutates_args=(), schema=schema
         )
-        self.operator.register_fake(self.outline)
-        self.operator.register_autograd(self.scale, setup_context=self.keep)
+        self.operator.register_fake(self.fake)
+        self.operator.register_autograd(self.backward, setup_context=self.setup_context)
         if flops is not None:
             count = flops
             register_flop_formula(getattr(torch.ops.fastkd, name))(
@@ -84,7 +67,7 @@ class _Declaration:
             )
 
     def caller(self) -> Callable[..., Tensor]:
-        """What the loss calls: checks, and says whether anybody wants gradients."""
+        """Wrap the operator: check the inputs, find out whether gradients are needed."""
         name, of, operator = self.name, self.of, self.operator
 
         @functools.wraps(self.function)
@@ -99,18 +82,18 @@ class _Declaration:
         return call
 
     def run(self, *arguments: Any) -> tuple[Tensor, ...]:
-        """The body; that of a custom operator runs with the caller's autocast."""
+        """Run the body. A custom operator would run with the caller's autocast."""
         with torch.autocast(arguments[0].device.type, enabled=False), exact_float32():
             return self.function(*arguments)
 
-    def outline(self, *arguments: Any) -> tuple[Tensor, ...]:
-        """Shapes and dtypes of what `run` returns."""
+    def fake(self, *arguments: Any) -> tuple[Tensor, ...]:
+        """Give the shapes and dtypes that `run` returns."""
         *inputs, needs_gradient = arguments
         dtype = wide_dtype(*(x for x in inputs if isinstance(x, Tensor)))
         value = inputs[0].new_empty((), dtype=dtype)
         return value, *(empty_gradient(x, dtype, needs_gradient) for x in inputs[: self.of])
 
-    def keep(self, ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    def setup_context(self, ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         """Keep the gradients, and nothing else, for the backward."""
         ctx.dtypes = [x.dtype for x in inputs[: self.of]]
         ctx.others = len(inputs) - self.of
@@ -118,9 +101,12 @@ class _Declaration:
         ctx.set_materialize_grads(False)  # zeros of the gradients' sizes otherwise
         ctx.save_for_backward(*output[1:])
 
-    def scale(self, ctx: Any, upstream: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-        """The backward."""
-        _refuse_second_derivatives(self.name)
+    def backward(self, ctx: Any, upstream: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+        """Scale the gradients."""
+        if torch.is_grad_enabled():  # in a backward, this is create_graph=True
+            raise RuntimeError(
+                f"{self.name}: its gradient cannot be differentiated again (create_graph=True)"
+            )
         gradients = [
             _scaled(gradient, upstream, dtype) if needed and upstream is not None else None
             for gradient, dtype, needed in zip(
@@ -131,10 +117,8 @@ class _Declaration:
 
 
 def _scaled(gradient: Tensor, upstream: Tensor, dtype: torch.dtype) -> Tensor:
-    """The product in ``dtype``; ``gradient`` is used up where nobody can ask for it again.
-
-    Scaled before the cast: float16's loss scaling arrives here, and must come in time.
-    """
+    """Multiply, in place if the graph is freed, then cast."""
+    # Not cast first: the scale of float16's loss scaling is part of ``upstream``.
     if _graph_is_freed() and _is_plain(gradient) and _is_plain(upstream):
         return gradient.mul_(upstream).to(dtype)
     return (gradient * upstream).to(dtype)
@@ -146,15 +130,8 @@ def _graph_is_freed() -> bool:
 
 
 def _is_plain(x: Tensor) -> bool:
-    """Neither what a compiler traces with, nor a batch that stands for one tensor."""
+    """Whether it is neither a tracing compiler's tensor nor a wrapper of `torch.func`."""
     return type(x) is Tensor and not torch._C._functorch.is_functorch_wrapped_tensor(x)
-
-
-def _refuse_second_derivatives(name: str) -> None:
-    if torch.is_grad_enabled():  # in a backward, this is create_graph=True
-        raise RuntimeError(
-            f"{name}: its gradient cannot be differentiated again (create_graph=True)"
-        )
 
 
 def _refuse_transforms(name: str, x: Tensor) -> None:
@@ -168,67 +145,50 @@ def _refuse_transforms(name: str, x: Tensor) -> None:
 
 
 def wide_dtype(*tensors: Tensor) -> torch.dtype:
-    """float64 where one of the tensors is, else float32."""
+    """float64 if one of the tensors is, else float32."""
     return torch.float64 if any(x.dtype == torch.float64 for x in tensors) else torch.float32
 
 
 def empty_gradient(x: Tensor, dtype: torch.dtype, needed: bool) -> Tensor:
-    """Contiguous memory for the gradient of ``x``; as many dimensions of none where not needed."""
+    """Allocate a contiguous gradient of ``x``, of size 0 in each dimension if not needed."""
     return x.new_empty(x.shape if needed else (0,) * x.ndim, dtype=dtype)
 
 
 def zero_gradient(x: Tensor, dtype: torch.dtype, needed: bool) -> Tensor:
-    """`empty_gradient`, to be added to."""
+    """Allocate a gradient of zeros; see `empty_gradient`."""
     return empty_gradient(x, dtype, needed).zero_()
 
 
 def chunk_limit(device: torch.device, chunk_bytes: int | None) -> int:
-    """Bytes that a chunk's temporaries may take: the caller's choice, or the device's default."""
+    """Get the limit of a chunk's temporaries in bytes: the caller's or the device's default."""
     if chunk_bytes is not None:
         return chunk_bytes
     return CHUNK_BYTES if device.type == "cpu" else ACCELERATOR_CHUNK_BYTES
 
 
 def check_chunk_bytes(owner: str, chunk_bytes: int | None) -> None:
-    """Refuse a size that is none."""
+    """Raise unless the size is positive or None."""
     if chunk_bytes is not None and chunk_bytes < 1:
         raise ValueError(f"{owner}: chunk_bytes must be positive or None, got {chunk_bytes}")
 
 
 def slices(length: int, bytes_each: int, limit: int) -> Iterator[slice]:
-    """Cut ``length`` things of ``bytes_each`` into runs that fit ``limit``, or of one thing."""
+    """Cut ``length`` items of ``bytes_each`` into slices that fit ``limit``, or of one item."""
     step = max(1, limit // max(1, bytes_each))
     for first in range(0, length, step):
         yield slice(first, min(first + step, length))
 
 
 def directions(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Unit vectors along the last dimension, and what they were scaled by.
-
-    Args:
-        x: [..., D]; of a float dtype.
-        dtype: to compute in.
-
-    Returns:
-        [..., D] contiguous, zeros where a vector is shorter than `SHORTEST`, and [..., 1].
-    """
+    """Get unit vectors of [..., D], zero where shorter than `SHORTEST`, and the scale [..., 1]."""
     x = x.to(dtype)
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
     inverse = norm.reciprocal().masked_fill_(norm < SHORTEST, 0)
-    # Tokens come transposed, too; a product would keep their strides, and batches of them be slow.
+    # Contiguous: tokens may come transposed, and a batched product of their strides would be slow.
     return torch.mul(x, inverse, out=x.new_empty(x.shape)), inverse
 
 
 def before_direction(slope: Tensor, unit: Tensor, inverse: Tensor) -> Tensor:
-    """Turn a gradient of `directions` into that of its input, in place.
-
-    Args:
-        slope: [..., D], the gradient of the unit vectors; overwritten.
-        unit: [..., D], the vectors.
-        inverse: [..., 1], what they were scaled by.
-
-    Returns:
-        ``slope``.
-    """
+    """Turn ``slope``, the gradient of unit vectors, into that of `directions`' input, in place."""
     along = torch.linalg.vecdot(slope, unit).unsqueeze(-1)
     return slope.addcmul_(unit, along, value=-1).mul_(inverse)

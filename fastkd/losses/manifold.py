@@ -1,8 +1,4 @@
-"""Fine-grained manifold distillation: how alike patches are, to the student as to the teacher.
-
-Three relations, one primitive: ``S S^T - T T^T`` over groups of unit vectors, whose matrices exist
-for a chunk only. Knows [B, N, D] tokens; grids have been matched before.
-"""
+"""Fine-grained manifold distillation: compare the cosine similarities between patches."""
 
 from __future__ import annotations
 
@@ -29,7 +25,7 @@ from fastkd.losses.forward_gradient import (
 class ManifoldKD(Distance):
     r"""Squared differences of the cosine similarities between patches.
 
-    With the tokens of both sides normalised to unit length, :math:`R(X) = X X^T`, and
+    With the tokens of both sides normalized to unit length, :math:`R(X) = X X^T`, and
     :math:`\overline{\,\cdot\,}` the mean over a matrix' elements and over the groups,
 
     .. math:: L = \alpha \, \overline{(R(S_b) - R(T_b))^2}
@@ -40,37 +36,31 @@ class ManifoldKD(Distance):
     - random: the K x K similarities of K different patches drawn from all B N.
 
     Source: arXiv 2107.01378. The paper writes squared Frobenius norms; its code takes the mean over
-    the matrices' elements, as here, and the default weights and K are those of its ImageNet runs.
-    The code draws patches on the CPU; here they come from the global generator of the tokens'
-    device, the same for both sides, and nothing waits for a GPU: a run that restores its generators
-    draws them again. In eval mode they are evenly spaced over all patches instead: one evaluation
-    can be compared with the next, and leaves the generator to the training.
+    the matrices' elements, as here. The default weights and K are those of its ImageNet runs.
+    Patches are drawn from the global generator of the tokens' device without synchronizing with it,
+    the same for both sides. In eval mode they are evenly spaced instead, so evaluations are
+    comparable and leave the generator alone.
 
-    No matrix outlives its chunk: the gradient, 4 (S S^T - T T^T) S, is made in the forward. Beyond
-    the inputs there are one float32 gradient, [B, N, Ds], which the backward scales in place (with
-    ``retain_graph=True`` into a second) and for half precision casts; and temporaries of at most
-    ``chunk_bytes`` each (or one group's vectors, or one row of its matrix, where those are larger).
-    With autograd there would be B N^2 + N B^2 + K^2 entries, several times. Second derivatives are
-    refused.
+    The matrices exist for a chunk only: the gradient, 4 (S S^T - T T^T) S, is computed in the
+    forward. It allocates one float32 gradient, [B, N, Ds], which the backward scales in place (with
+    ``retain_graph=True`` into a second) and casts for half precision, and temporaries of at most
+    ``chunk_bytes`` each or, if larger, one group's vectors or one row of its matrix. Autograd would
+    keep B N^2 + N B^2 + K^2 entries several times. Second derivatives are refused.
 
-    Products are taken in float32 proper: the nearer the student comes to its teacher, the
-    smaller the difference of two similarities near 1, and TensorFloat-32's rounding would stay. A
-    token of zeros has no direction: its similarities are 0, and it gets no gradient.
-
-    The relations are those of the images that one process sees at once: with several processes or
-    accumulation, of its slice of the batch.
+    Products are in float32 without TensorFloat-32, whose rounding would outweigh the difference of
+    two similarities near 1. A token of zeros has similarities of 0 and gets no gradient. Relations
+    are within one process's micro-batch.
 
     Args:
         intra: weight of the similarities within an image; 0 skips them.
-        inter: weight of those between images at a place; 0 skips them. One image is like itself
-            on both sides.
+        inter: weight of those between images at a place; 0 skips them. It needs two images or more.
         random: weight of those between random patches; 0 skips them, and draws none.
         patches: K; all patches where there are fewer.
-        chunk_bytes: limit of a temporary; None takes 2 MiB on a CPU, 64 MiB elsewhere.
+        chunk_bytes: limit of a temporary; by default 2 MiB on a CPU, 64 MiB elsewhere.
 
     Raises:
-        ValueError: weights that are negative, not finite or all zero, or no patch or byte to work
-            with.
+        ValueError: weights that are negative, not finite or all zero, or ``patches`` or
+            ``chunk_bytes`` is not positive.
     """
 
     equal_widths = False
@@ -100,7 +90,7 @@ class ManifoldKD(Distance):
         self.chunk_bytes = chunk_bytes
 
     def compare(self, student: Tensor, teacher: Tensor, grid: Grid | None) -> Tensor:
-        """The weighted sum of the three, of [B, N, Ds] and [B, N, Dt] tokens."""
+        """Compute the weighted sum of the three, of [B, N, Ds] and [B, N, Dt] tokens."""
         limit = chunk_limit(student.device, self.chunk_bytes)
         drawn = self.draw(student) if self.random else None
         return _manifold_kd(
@@ -121,11 +111,6 @@ class ManifoldKD(Distance):
             return torch.randperm(count, device=tokens.device)[: self.patches]
         drawn = min(self.patches, count)
         return torch.arange(drawn, device=tokens.device) * count // max(1, drawn)
-
-    def extra_repr(self) -> str:
-        """Options, for ``print``."""
-        weights = f"intra={self.intra}, inter={self.inter}, random={self.random}"
-        return f"{weights}, patches={self.patches}"
 
 
 def _flops(
@@ -166,7 +151,7 @@ def _manifold_kd(
         places, taught, own = (x.transpose(0, 1) for x in (student, teacher, gradient))
         total += _relations(places, taught, own, inter, limit, needs_gradient)
     if drawn is not None:
-        # By two indices: flattening would copy all tokens of which some have been sliced off.
+        # By two indices: flattening would copy tokens that are a slice of a larger tensor.
         image, place = drawn // student.shape[1], drawn % student.shape[1]
         chosen, taught = (x[image, place].unsqueeze(0) for x in (student, teacher))
         own = zero_gradient(chosen, dtype, needs_gradient)
@@ -184,18 +169,10 @@ def _relations(
     limit: int,
     needs_gradient: bool,
 ) -> Tensor:
-    """Weighted mean over G groups and M x M elements of (S S^T - T T^T)^2, of unit vectors.
+    """Weighted mean over groups and M x M elements of (S S^T - T T^T)^2, of unit vectors.
 
-    Args:
-        student: [G, M, Ds], any strides.
-        teacher: [G, M, Dt].
-        gradient: [G, M, Ds], to which the student's gradient is added.
-        weight: factor of the value and the gradient.
-        limit: bytes of temporaries.
-        needs_gradient: False leaves ``gradient`` alone.
-
-    Returns:
-        Scalar, in `wide_dtype`.
+    ``student`` is [G, M, Ds], ``teacher`` [G, M, Dt], both of any strides; the student's gradient
+    is added to ``gradient``.
     """
     dtype = wide_dtype(student, teacher)
     groups, members, width = student.shape
@@ -215,10 +192,10 @@ def _relations(
 
 
 def _add_rows(s: Tensor, t: Tensor, rows: slice, slope: Tensor, needs_slope: bool) -> Tensor:
-    """Squared sum of some rows of S S^T - T T^T; its slope by these rows' vectors to ``slope``."""
+    """Sum of squares of some rows of S S^T - T T^T; writes these rows' gradient to ``slope``."""
     difference = torch.bmm(s[:, rows], s.mT).baddbmm_(t[:, rows], t.mT, alpha=-1)
     if needs_slope:
-        # 2 for the square, 2 for symmetry: a row is all that its vector needs.
+        # 2 for the square, 2 for symmetry, so a vector needs its own row only.
         slope[:, rows].baddbmm_(difference, s, beta=0, alpha=4)
     flat = difference.view(-1)
     return torch.dot(flat, flat)

@@ -1,8 +1,4 @@
-"""How a student's channels meet a teacher's of another width.
-
-Knows channel counts only: which models they belong to, and what the tokens are compared by, is the
-caller's business.
-"""
+"""Projectors from the student's width to the teacher's."""
 
 from __future__ import annotations
 
@@ -16,26 +12,32 @@ from torch.nn.utils import parametrize
 from fastkd.ops.checks import at_least_float32, in_float64
 
 PROJECTORS = ("none", "pool", "linear", "mlp", "orthogonal", "lift")  # as in the registry
-JOINING = ("pool", "linear", "mlp", "orthogonal")  # any two widths
 
 
 def build_projector(
     name: str, student_dim: int, teacher_dim: int, *, hidden: int | None = None
 ) -> nn.Module | None:
-    """Make the layers that bring a student's tokens to the teacher's width.
+    """Build the layers that map a student's tokens to the teacher's width.
+
+    ``"linear"`` is FitNets' (arXiv 1412.6550). ``"mlp"``, Linear, GELU, Linear, is AM-RADIO's head
+    (arXiv 2312.06709) without its LayerNorm. ``"orthogonal"`` is VkD's (arXiv 2403.06213): a Linear
+    without bias whose weight has orthonormal columns, or rows if the teacher is narrower, at every
+    step. Its parameter is ``parametrizations.weight.original``; see `undecayed`. Save its state
+    dict: torch cannot pickle parametrized modules.
 
     Args:
         name: one of `PROJECTORS`.
         student_dim: the student's channels.
         teacher_dim: the teacher's channels.
-        hidden: channels between the two layers of ``"mlp"``; the teacher's if omitted.
+        hidden: channels between the two layers of ``"mlp"``; the teacher's by default.
 
     Returns:
         The layers, [..., student_dim] -> [..., teacher_dim], for ``"linear"``, ``"mlp"`` and
         ``"orthogonal"``; None where nothing is learned, or the student itself has the layers.
+        Weights are from N(0, 0.02) truncated, as in ViTs, or random orthonormal.
 
     Raises:
-        ValueError: an unknown name, or ``hidden`` for a projector that has none.
+        ValueError: an unknown name, or ``hidden`` for another projector than ``"mlp"``.
     """
     if name not in PROJECTORS:
         raise ValueError(f"build_projector: name must be one of {PROJECTORS}, got {name!r}")
@@ -51,59 +53,23 @@ def build_projector(
 
 
 def linear_projector(student_dim: int, teacher_dim: int) -> nn.Linear:
-    """FitNets' projector for tokens: Linear(student_dim -> teacher_dim), used in training only.
-
-    Args:
-        student_dim: the student's channels.
-        teacher_dim: the teacher's channels.
-
-    Returns:
-        A linear layer with bias; weights from N(0, 0.02) truncated, as in ViTs.
-    """
+    """Build a Linear with bias, initialized as in ViTs."""
     projector = nn.Linear(student_dim, teacher_dim)
     init_linear(projector)
     return projector
 
 
 def mlp_projector(student_dim: int, teacher_dim: int, hidden: int | None = None) -> nn.Sequential:
-    """Linear, GELU, Linear, each token by itself, used in training only.
-
-    The heads of AM-RADIO (arXiv 2312.06709) without their LayerNorm. (The projectors of
-    arXiv 2210.15274 are three layers side by side, each Linear and ReLU, averaged.)
-
-    Args:
-        student_dim: the student's channels.
-        teacher_dim: the teacher's channels.
-        hidden: channels in between; ``teacher_dim`` if omitted.
-
-    Returns:
-        The three, with biases; weights from N(0, 0.02) truncated, as in ViTs.
-    """
+    """Build Linear, GELU, Linear with biases, initialized as in ViTs."""
     hidden = teacher_dim if hidden is None else hidden
     layers = linear_projector(student_dim, hidden), linear_projector(hidden, teacher_dim)
     return nn.Sequential(layers[0], nn.GELU(), layers[1])
 
 
 def orthogonal_projector(student_dim: int, teacher_dim: int) -> nn.Linear:
-    """VkD's projector (arXiv 2403.06213): a Linear that turns tokens without stretching them.
-
-    Without bias; the weight has orthonormal columns where the teacher is at least as wide, and
-    orthonormal rows where it is narrower. It is so at every step, not by a penalty; `Orthonormal`
-    says how, and what it costs. Whoever reads ``weight`` computes it, once a read.
-
-    The parameter is ``parametrizations.weight.original``, of the weight's shape. Weight decay would
-    pull the weight towards the rectangular identity: `undecayed` names what to leave out of it.
-    Save the state dict: torch cannot pickle parametrised modules whole.
-
-    Args:
-        student_dim: the student's channels.
-        teacher_dim: the teacher's channels.
-
-    Returns:
-        The layer; it starts at a random orthonormal weight.
-    """
+    """Build a Linear without bias whose weight is orthonormal, computed at each read of it."""
     layer = nn.Linear(student_dim, teacher_dim, bias=False)
-    # Turns by angles of all sizes: at a smaller scale the weight would start at the identity,
+    # Rotations by angles of all sizes: at a smaller scale the weight would start at the identity,
     # at a larger one near reflections, where the map is flat.
     nn.init.normal_(layer.weight, std=max(student_dim, teacher_dim) ** -0.5)
     parametrize.register_parametrization(layer, "weight", Orthonormal())
@@ -113,23 +79,22 @@ def orthogonal_projector(student_dim: int, teacher_dim: int) -> nn.Linear:
 class Orthonormal(nn.Module):
     r"""Cayley's map from any matrix to one with orthonormal columns, or rows if it is wide.
 
-    With a tall parameter's square top U and the rest V, S = U - U^T and
+    With the square top U of a tall parameter and the rest V, S = U - U^T and
 
     .. math:: Y = 2 (I + V^T V - S)^{-1}, \quad Q = \begin{pmatrix} Y - I \\ V Y \end{pmatrix}
 
     is the left part of Cayley's map of the skew-symmetric matrix that has S and V in its first
-    columns and nothing else below. One system of the narrower width is solved; the matrix to invert
-    has no singular value below 1, so that nothing can fail and nobody has to look: no wait for the
-    device. All weights are reached but those with Q_top + I singular; square ones are rotations.
+    columns and zeros below. One system of the narrower width is solved; its matrix has no singular
+    value below 1, so it cannot fail, and no check synchronizes with the device. All weights are
+    reached but those with Q_top + I singular; square ones are rotations.
 
-    Computed in float64, which autocast leaves alone: in float32 the user's TensorFloat-32 would
-    cost the orthonormality three digits. A device without float64 (``"mps"``) waits for the CPU,
-    which does it.
+    Computed in float64: in float32, TensorFloat-32 would cost three digits of orthonormality.
+    Devices without float64 (``"mps"``) compute on the CPU.
 
-    `torch.nn.utils.parametrizations.orthogonal` maps to the same set. Its exponential and its
-    Cayley map solve for all Dt columns to keep Ds of them; its Householder map, the default for a
-    weight that is not square, reads signs off parameters of -1 cut to integers: one step of weight
-    decay makes them, and the weight, zero.
+    `torch.nn.utils.parametrizations.orthogonal` maps to the same set. Its exponential and Cayley
+    maps solve for all Dt columns to keep Ds of them. Its Householder map, the default for a weight
+    that is not square, truncates parameters of -1 to integers for signs: after one step of weight
+    decay they, and the weight, are zero.
     """
 
     def forward(self, parameter: Tensor) -> Tensor:
@@ -141,7 +106,7 @@ class Orthonormal(nn.Module):
 
 
 def _cayley(free: Tensor) -> Tensor:
-    """A tall [n, k] to orthonormal columns."""
+    """Map a tall [n, k] to orthonormal columns."""
     top, rest = free.tensor_split([free.shape[1]])
     identity = torch.eye(free.shape[1], dtype=free.dtype, device=free.device)
     system = identity + rest.mT @ rest - (top - top.mT)
@@ -150,11 +115,10 @@ def _cayley(free: Tensor) -> Tensor:
 
 
 def undecayed(module: nn.Module) -> set[str]:
-    """Parameters of orthogonal projectors, which weight decay would turn towards the identity.
+    """List the parameters of orthogonal projectors, which weight decay would pull to the identity.
 
-    What to keep out of it in a loop of one's own; the student's biases, norms and embeddings are
-    the loop's business. timm's `create_optimizer_v2` asks a module's ``no_weight_decay()`` instead,
-    which `DistillationLoss` has, and calls this::
+    For your own loop, in addition to the student's biases, norms and embeddings. timm's
+    `create_optimizer_v2` calls a module's ``no_weight_decay()``, which `DistillationLoss` has::
 
         losses = DistillationLoss(feature=FeatureKD(projector="orthogonal", ...))
         module = nn.ModuleDict({"student": student, "losses": losses})
@@ -169,10 +133,10 @@ def undecayed(module: nn.Module) -> set[str]:
         )
 
     Args:
-        module: what to look through; wrappers such as `DistributedDataParallel` are part of names.
+        module: any module; wrappers such as `DistributedDataParallel` are part of the names.
 
     Returns:
-        Names, as ``module.named_parameters()`` has them; none if there is no such projector.
+        Names, as in ``module.named_parameters()``; none if there is no such projector.
     """
     return {
         f"{name}.original"
@@ -183,15 +147,9 @@ def undecayed(module: nn.Module) -> set[str]:
 
 
 def fused_weights(layer: nn.Module) -> tuple[Tensor, Tensor | None] | None:
-    """What an operator needs in order to compute a Linear itself.
+    """Get weight and bias of a plain Linear, parametrized or not, that an operator may compute.
 
-    Args:
-        layer: any module.
-
-    Returns:
-        Weight and bias, if the layer is a Linear, its tensors parametrised or not. None where only
-        calling it does what was meant: another module, a subclass, one that somebody listens to, or
-        whose forward somebody has replaced.
+    None for other modules, subclasses, and a layer that has hooks or whose forward is replaced.
     """
     if parametrize.type_before_parametrizations(layer) is not nn.Linear:
         return None
@@ -202,21 +160,12 @@ def fused_weights(layer: nn.Module) -> tuple[Tensor, Tensor | None] | None:
 
 
 def pool_channels(tokens: Tensor, dim: int) -> Tensor:
-    """Average neighbouring channels, as `fastkd.ops.feature_kd` does with ``pool``.
-
-    Args:
-        tokens: [B, N, D].
-        dim: how many channels to leave; the windows are those of adaptive average pooling, and
-            overlap where ``dim`` does not divide D.
-
-    Returns:
-        [B, N, dim], float32 (float64 for float64 tokens).
-    """
+    """Average neighboring channels of [B, N, D] to [B, N, dim], like ``pool`` of `feature_kd`."""
     return F.adaptive_avg_pool1d(at_least_float32(tokens), dim)
 
 
 def pool_side(student_dim: int, teacher_dim: int) -> Literal["none", "student", "teacher"]:
-    """Say whose channels are averaged down: the wider side's, as the SpectralKD code does.
+    """Choose the side whose channels are averaged: the wider one, as in SpectralKD's code.
 
     Args:
         student_dim: the student's channels.
@@ -238,19 +187,11 @@ def check_widths(
     *,
     equal_widths: bool = True,
 ) -> None:
-    """Refuse a pair whose widths the projector cannot bring together.
+    """Raise for widths that must be equal and that the projector does not change.
 
-    Args:
-        projector: one of `PROJECTORS`.
-        pair: (student key, teacher key), for the message.
-        student_dim: the student's channels at this pair; for ``"lift"``, the lifted width.
-        teacher_dim: the teacher's channels at this pair.
-        equal_widths: whether the distance needs as many channels on both sides.
-
-    Raises:
-        ValueError: ``"none"`` or ``"lift"`` with different widths, which the distance needs equal.
+    For ``"lift"``, ``student_dim`` is the lifted width.
     """
-    if projector in JOINING or student_dim == teacher_dim or not equal_widths:
+    if projector not in ("none", "lift") or student_dim == teacher_dim or not equal_widths:
         return
     where = f"pair {pair[0]}:{pair[1]}: student has {student_dim} channels, teacher {teacher_dim}"
     if projector == "lift":
@@ -266,11 +207,7 @@ def check_widths(
 
 
 def init_linear(layer: nn.Linear) -> None:
-    """Initialise a projector in place as ViTs do: truncated N(0, 0.02), bias zero.
-
-    Args:
-        layer: with or without bias.
-    """
+    """Initialize a layer as in ViTs: truncated N(0, 0.02), bias zero."""
     nn.init.trunc_normal_(layer.weight, std=0.02)
     if layer.bias is not None:
         nn.init.zeros_(layer.bias)

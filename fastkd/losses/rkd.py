@@ -1,8 +1,4 @@
-"""Relational distillation: how far images lie from each other, and at which angles.
-
-One embedding an image; of the B^2 distances and B^3 angles of a batch, those at a few images exist
-at a time.
-"""
+"""Relational distillation: compare the distances and angles between the images of a batch."""
 
 from __future__ import annotations
 
@@ -40,34 +36,31 @@ class RKD(Distance):
         \cos_{ijk} = \left\langle \frac{x_j - x_i}{\|x_j - x_i\|},
                      \frac{x_k - x_i}{\|x_k - x_i\|} \right\rangle
 
-    where :math:`\mu` is the mean of the batch's distances that are not zero. Source: arXiv
-    1904.05068; the weights are those in use for classification. As in its code, the sums run over
-    all indices, equal ones included (whose terms are mostly 0), and each side has its own mean.
-    The code takes distances from a Gram matrix and keeps those of equal images at 1e-6; here they
-    come from differences, are 0, count as zero, and have no gradient. So do angles of which a leg
-    has no length. One image alone has no relations: 0, with a gradient of zeros.
+    where :math:`\mu` is the mean of the batch's nonzero distances. Source: arXiv 1904.05068, with
+    the weights commonly used for classification. As in its code, the sums run over all indices,
+    equal ones included (whose terms are mostly 0), and each side has its own mean. The code takes
+    distances from a Gram matrix and clamps those of equal images to 1e-6; here they come from
+    differences, are 0 and have no gradient, like angles with a leg of length 0. A single image
+    gives 0, with a gradient of zeros.
 
-    Codes differ in what an embedding is: the authors' script for classification brings those of
-    both sides to unit length first (``normalize=True``); RepDistiller, whose weights for
-    classification are the same, takes them as they are. Where lengths differ between images, so
-    does the loss, by a lot.
+    Codes differ in the embedding: the authors' classification script normalizes both sides to unit
+    length first (``normalize=True``); RepDistiller, with the same weights, does not. The loss
+    differs a lot between the two where lengths differ between images.
 
-    Both parts are made for a few images i at a time, with their gradient, in the forward: beyond
-    [B, D] tensors there are temporaries of ``chunk_bytes`` together, or of one image, B (2 B +
-    3 Ds + 2 Dt) numbers, where those are larger. Second derivatives are refused. Products are taken
-    in float32 proper, for differences of angles.
-
-    The relations are those of the images that one process sees at once: with several processes or
-    accumulation, of its slice of the batch.
+    Both parts are computed for a few images i at a time, with their gradient, in the forward: it
+    allocates [B, D] tensors, and temporaries of ``chunk_bytes`` in total or, if larger, of one
+    image, B (2 B + 3 Ds + 2 Dt) numbers. Products are in float32 without TensorFloat-32. Second
+    derivatives are refused. Relations are within one process's micro-batch.
 
     Args:
         distance_weight: :math:`w_d`; 0 skips distances.
         angle_weight: :math:`w_a`; 0 skips angles.
-        normalize: bring embeddings to unit length first.
-        chunk_bytes: limit of the temporaries; None takes 2 MiB on a CPU, 64 MiB elsewhere.
+        normalize: scale embeddings to unit length first.
+        chunk_bytes: limit of the temporaries; by default 2 MiB on a CPU, 64 MiB elsewhere.
 
     Raises:
-        ValueError: weights that are negative, not finite or both zero, or no byte to work with.
+        ValueError: weights that are negative, not finite or both zero, or ``chunk_bytes`` is not
+            positive.
     """
 
     equal_widths = False
@@ -95,7 +88,7 @@ class RKD(Distance):
         self.chunk_bytes = chunk_bytes
 
     def compare(self, student: Tensor, teacher: Tensor, grid: Grid | None) -> Tensor:
-        """The weighted sum of both, of [B, N, Ds] and [B, N, Dt] tokens."""
+        """Compute the weighted sum of both, of [B, N, Ds] and [B, N, Dt] tokens."""
         dtype = wide_dtype(student, teacher)
         student, teacher = (x.mean(dim=1, dtype=dtype) for x in (student, teacher))
         if self.normalize:
@@ -107,11 +100,6 @@ class RKD(Distance):
         if self.angle_weight:
             parts.append(self.angle_weight * _rkd_angles(student, teacher, limit))
         return torch.stack(parts).sum()
-
-    def extra_repr(self) -> str:
-        """Options, for ``print``."""
-        weights = f"distance_weight={self.distance_weight}, angle_weight={self.angle_weight}"
-        return f"{weights}, normalize={self.normalize}"
 
 
 def _distance_flops(
@@ -125,11 +113,9 @@ def _distance_flops(
 def _rkd_distances(
     student: Tensor, teacher: Tensor, limit: int, needs_gradient: bool
 ) -> tuple[Tensor, Tensor]:
-    """Mean smooth L1 between the relative distances of all pairs, and the student's gradient.
-
-    With the slopes c of smooth L1 and distances d of sum T and mean m, the gradient by a distance
-    is (c - (sum of c d) / T) / m: what its length pulls, less what all pull by way of the mean.
-    """
+    """Mean smooth L1 between the relative distances of all pairs, and the student's gradient."""
+    # With the slopes c of smooth L1 and distances d of sum T and mean m, the gradient of a distance
+    # is (c - (sum of c d) / T) / m; the second part comes through the mean.
     images, width = student.shape
     scale = 1 / max(1, images) ** 2
     whole, mean = _sum_and_mean(student, limit)
@@ -143,7 +129,7 @@ def _rkd_distances(
         total += value
         if needs_gradient:
             along += torch.dot(slope.view(-1), lengths.view(-1))
-            # A pair comes from both its ends: a row is all that its vertex needs.
+            # Each pair occurs in the rows of both ends, so a vertex needs its own row only.
             inverse = lengths.reciprocal().masked_fill_(lengths < SHORTEST, 0)
             pulls = torch.stack((slope * inverse, inverse), dim=1)
             pulled = pulls @ (student - student[vertices, None])
@@ -153,7 +139,7 @@ def _rkd_distances(
 
 
 def _sum_and_mean(x: Tensor, limit: int) -> tuple[Tensor, Tensor]:
-    """Of the distances between [B, D] embeddings that are not zero; 1 where all are."""
+    """Sum and mean of the nonzero distances between [B, D] embeddings; 1 where all are zero."""
     total, count = (x.new_zeros(()) for _ in range(2))
     for vertices in slices(len(x), 2 * len(x) * x.itemsize, limit):
         lengths = _lengths(x, vertices)
@@ -165,7 +151,7 @@ def _sum_and_mean(x: Tensor, limit: int) -> tuple[Tensor, Tensor]:
 
 def _lengths(x: Tensor, vertices: slice) -> Tensor:
     """[c, B] distances from c vertices to all images."""
-    # Not by a matrix product, which leaves close images a distance made of rounding.
+    # Not by a matrix product, in which the distance of close images would be rounding error.
     return torch.cdist(x[vertices], x, compute_mode="donot_use_mm_for_euclid_dist")
 
 
@@ -191,11 +177,12 @@ def _rkd_angles(
         value, slope = _smooth_l1(_cosine_differences(legs, teacher, vertices))
         total += value
         if needs_gradient:
-            # Twice, for a cosine has two legs. What pulls a leg pulls its end, and the vertex back.
+            # Twice, because a cosine has two legs. A leg's gradient goes to its end, and with the
+            # opposite sign to the vertex.
             pull = before_direction(slope @ legs, legs, inverse).mul_(2 * scale)
             gradient += pull.sum(dim=0)
             gradient[vertices] -= pull.sum(dim=1)
-        del slope  # or it is there beside the next images'
+        del slope  # free it before the next images' is allocated
     return total * scale, gradient
 
 
