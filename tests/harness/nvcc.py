@@ -11,9 +11,12 @@ import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
+import pytest
+
 from tests.harness.host import CSRC
 
-ARCHS = ("80", "90a", "100")
+_nightly = pytest.mark.nightly
+ARCHS = (pytest.param("80", marks=_nightly), "90a", pytest.param("100", marks=_nightly))
 GATED = ("13.0",)  # versions whose registers and spills the gates hold for
 
 

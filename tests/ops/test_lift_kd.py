@@ -855,7 +855,11 @@ def passes_self_check(name: str, device: str, dtypes, loss: str, compute, normed
 @pytest.mark.slow
 @pytest.mark.parametrize("normed", [True, False], ids=["norm", "linear"])
 @pytest.mark.parametrize("loss", LOSSES)
-@pytest.mark.parametrize("compute", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "compute",
+    [pytest.param(d, marks=[] if d is torch.bfloat16 else pytest.mark.nightly) for d in DTYPES],
+    ids=str,
+)
 def test_every_backend_passes_its_self_check(backend, compute, loss, normed):
     if backend.name == "cuda" and compute == torch.float32:
         pytest.skip("half precision only")

@@ -128,8 +128,18 @@ def terms(recipe: Recipe) -> set[str]:
     return named
 
 
+# One of each kind of student and loss in every run of the slow tests, the others in the nightly ones.
+EVERY_TIME = ("deit_tiny", "lift_mse", "widelast_softkd_spectral", "spectralkd_swin_tiny")
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", Recipe.names())
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[] if name in EVERY_TIME else pytest.mark.nightly)
+        for name in Recipe.names()
+    ],
+)
 def test_a_recipe_runs_and_its_student_learns(name, jpegs, request):
     recipe = Recipe.load(name)
     teacher = None
