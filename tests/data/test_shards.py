@@ -15,12 +15,9 @@ import pytest
 from PIL import ExifTags, Image
 
 from fastkd.cli import main
-from fastkd.data import conversion
-from fastkd.data.conversion import Conversion, Converters, convert
+from fastkd.data import shards
 from fastkd.data.datasets import open_data
-from fastkd.data.sharding import journal
-from fastkd.data.sharding.journal import locked
-from fastkd.data.shards import Writer, shard
+from fastkd.data.shards import Conversion, Converters, Writer, convert, locked, shard
 from tests.harness.tiny import image_folder
 
 SMALL = {"samples_per_shard": 5, "workers": 1, "quiet": True}
@@ -253,7 +250,7 @@ def test_a_source_that_goes_away_stops_the_work_which_then_goes_on(source, tmp_p
     with monkeypatch.context() as patch:
         before_shard(patch, 1, lambda: images.rename(tmp_path / "unmounted"))
         # One process and chunks of one: the images of the first shard are read, the last are not.
-        patch.setattr(conversion, "CHUNK", 1)
+        patch.setattr(shards, "CHUNK", 1)
         with pytest.raises(OSError, match=r"cannot read .*\.jpg: No such file .*the same command"):
             shard(images, tmp_path / "shards", **SMALL)
     (tmp_path / "unmounted").rename(images)
@@ -330,7 +327,7 @@ def test_work_killed_in_its_first_write_goes_on(source, tmp_path):
 
 
 def test_two_runs_on_one_folder_are_refused(source, tmp_path, monkeypatch):
-    monkeypatch.setattr(journal, "LOCK_SECONDS", 0.0)
+    monkeypatch.setattr(shards, "LOCK_SECONDS", 0.0)
     folder = tmp_path / "shards"
     with locked(folder), pytest.raises(RuntimeError, match="another process is writing shards to"):
         shard(source, folder, **SMALL)
@@ -420,7 +417,7 @@ def _die(*_):
 
 
 def test_the_death_of_a_process_is_told(tmp_path, monkeypatch):
-    monkeypatch.setattr(conversion, "convert", _die)
+    monkeypatch.setattr(shards, "convert", _die)
     with Converters(Conversion(None, 90), 1) as pool, pytest.raises(RuntimeError, match="died"):
         list(pool.convert([(0, "a.jpg")]))
 
