@@ -1,7 +1,4 @@
-"""From what a user calls data to data sets: folders, archives, named sets, pairs of the user's own.
-
-Knows where samples lie and what they look like; neither transforms nor batches.
-"""
+"""Open the ``data`` argument: folders, archives, timm's named datasets, or pairs of datasets."""
 
 from __future__ import annotations
 
@@ -17,11 +14,12 @@ from timm.data import create_dataset
 from torch import Tensor
 from torch.utils.data import IterableDataset
 
+from fastkd.data.classes import is_missing
 from fastkd.data.folders import SHARD_LISTS, SPLITS, open_folder, open_tar
-from fastkd.data.readers import ReadableImages, StreamSource, is_missing
+from fastkd.data.readers import ReadableImages, StreamSource
 from fastkd.utils.random import preserved_rng
 
-# Of timm's data set names: the package that reads each, and how pip calls it.
+# By the scheme of timm's dataset names: the module that reads it, and its packages for pip.
 SCHEMES = {
     "hfds": ("datasets", "datasets"),
     "hfids": ("datasets", "datasets"),
@@ -30,31 +28,19 @@ SCHEMES = {
     "torch": ("torchvision", "torchvision"),
 }
 
-STREAMED = ("wds", "hfids", "tfds")  # wds: at an address; on this machine it is read by number
-
-PROBED = 8  # samples that are tried, to see what a data set yields
+PROBED = 8  # samples that are tried, to see what a dataset yields
 Data = str | Path | Sequence[Any]
 
 
 @dataclass(frozen=True)
 class DataPair:
-    """A training and an evaluation set of (image, label).
+    """A training and an evaluation set of (image, label), map-style or `StreamSource`s."""
 
-    Attributes:
-        train: map-style, or a `StreamSource`; None where only evaluation is asked for.
-        val: the evaluation set, likewise.
-        num_classes: None where the data do not say.
-        yields_tensors: whether images are float tensors [C, H, W] instead of PIL images.
-        image_size: (C, H, W) of the first image that can be read, where it is a tensor.
-        labelled_val: whether the evaluation set has labels.
-        streams: whether the sets are `StreamSource`s.
-    """
-
-    train: Any
+    train: Any  # None where only evaluation is asked for
     val: Any
-    num_classes: int | None
-    yields_tensors: bool
-    image_size: tuple[int, int, int] | None
+    num_classes: int | None  # None: unknown
+    yields_tensors: bool  # float tensors [C, H, W] instead of PIL images
+    image_size: tuple[int, int, int] | None  # (C, H, W) of the first image, if it is a tensor
     labelled_val: bool = True
     streams: bool = False
 
@@ -62,39 +48,34 @@ class DataPair:
 def open_data(
     data: Data, root: str | None = None, *, need_train: bool = True, labels: bool = True
 ) -> DataPair:
-    """Open a folder, archives, a timm data set name, or a pair of data sets.
+    """Open the training and the evaluation set that ``data`` means.
 
-    Beside tars an index of their samples is kept (``.fastkd-*.npz``), so that they are listed once;
-    where nothing can be written, they are listed at every opening. What is hidden (``.name``) and
-    empty folders are no part of the data.
+    Samples of tars are listed once: an index (``.fastkd-*.npz``) is kept beside them if possible.
+    Hidden files (``.name``) and empty folders are ignored. Datasets opened by name or path have
+    ``filename(index)``, and raise an OSError with it for a sample that they cannot read.
 
     Args:
         data: one of
 
             - a folder with ``train`` and ``val`` (or ``validation``, ``valid``): folders of images,
-              one in each class's folder; folders of tars; or ``train.tar`` and ``val.tar``;
+              one per class; folders of tars; or ``train.tar`` and ``val.tar``;
             - a folder of WebDataset shards: with an ``_info.json`` (as ``fastkd shard`` and timm
               write), or named by their split (``train-0000.tar``, ``val-0000.tar``);
             - ``wds/FOLDER`` of the same, or streamed: ``wds/https://...``, ``wds/pipe:cat ...``;
-            - a timm data set name with its scheme (``hfds/...``, ``torch/cifar100``; ``hfids/...``
-              and ``tfds/...`` are streamed), which is evaluated on its split validation, val,
-              valid or test, the first of these that it has;
-            - (train, val) map-style data sets yielding (PIL image or float tensor, label).
-        root: where a named data set keeps its files.
-        need_train: False opens the evaluation set alone; then ``data`` may also be one data set,
-            one tar, or a folder that holds the classes' folders itself.
-        labels: False: images may lie outside classes' folders, and samples may have no ``.cls``
-            and no column of labels; where there are none, labels are -1. (What streams always has
-            labels, for timm's readers want them.)
-
-    Returns:
-        Both sets and what they say of themselves. A map-style set that is not the user's own has
-        ``filename(index)``, and raises an OSError with that name for a sample it cannot read.
+            - a timm dataset name with its scheme (``hfds/...``, ``torch/cifar100``; ``hfids/...``
+              and ``tfds/...`` are streamed); it is evaluated on the first of its splits validation,
+              val, valid and test;
+            - (train, val) map-style datasets yielding (PIL image or float tensor, label).
+        root: the folder of a named dataset.
+        need_train: False opens the evaluation set alone; then ``data`` may also be one dataset, one
+            tar, or a folder of class folders.
+        labels: False allows samples without labels, which become -1: images outside class folders,
+            shards without ``.cls``, hubs without a label column. Streams always need labels.
 
     Raises:
-        ValueError: nothing there, no labels where they are needed, labels that no class has,
-            samples of another form, unfinished shards, or tars beside images.
-        OSError: an archive that is torn, or no tar.
+        ValueError: data or labels are missing, a label is out of range, samples are of another
+            form, shards are unfinished, or tars lie beside images.
+        OSError: an archive is truncated, or no tar.
         ImportError: the package that reads the data is missing.
     """
     if isinstance(data, str | Path):
@@ -130,7 +111,7 @@ def _open_named(data: str, root: str | None, need_train: bool, labels: bool) -> 
         raise ValueError(f"data: {data!r} is neither a folder nor a tar")
     if scheme not in SCHEMES:
         names = ", ".join(f"{name}/" for name in SCHEMES)
-        raise ValueError(f"data: no folder {data!r}; names of data sets begin with {names}")
+        raise ValueError(f"data: no folder {data!r}; names of datasets begin with {names}")
     folder = _local_shards(rest, root) if scheme == "wds" else None
     if folder is not None:
         return open_folder(folder, need_train, labels)
@@ -140,7 +121,7 @@ def _open_named(data: str, root: str | None, need_train: bool, labels: bool) -> 
 
 
 def _local_shards(name: str, root: str | None) -> Path | None:
-    """The folder that ``wds/NAME`` means; None where it is an address."""
+    """Find the folder of ``wds/NAME``; None where it is an address."""
     if any("://" in place or place.startswith("pipe:") for place in (name, root or "")):
         return None
     folders = [Path(root) / name, Path(root)] if root else [Path(name)]
@@ -156,7 +137,7 @@ def _open_given(data: Any, need_train: bool) -> tuple[Any, Any]:
     if not need_train and hasattr(data, "__getitem__") and hasattr(data, "__len__"):
         return None, data
     raise ValueError(
-        f"data: expected a folder, a timm data set name or (train, val) data sets, got "
+        f"data: expected a folder, a timm dataset name or (train, val) datasets, got "
         f"{type(data).__name__}"
     )
 
@@ -167,15 +148,14 @@ def _check_usable(dataset: Any) -> None:
     if isinstance(dataset, IterableDataset):
         raise ValueError(
             f"data: {type(dataset).__name__} streams its samples; exact resume and sharding need a "
-            f"data set with __getitem__ and __len__"
+            f"dataset with __getitem__ and __len__"
         )
     if len(dataset) == 0:
         raise ValueError(f"data: {type(dataset).__name__} is empty")
 
 
 def _look(dataset: Any, which: str, labels: bool) -> tuple[Any, bool]:
-    """An image of a set of the user's own, None of another; and whether the set has labels."""
-    # What reads image files is known to yield PIL images, even where the first is broken.
+    """Return (image or None, whether there are labels); only a user's own set has to be tried."""
     if isinstance(dataset, ReadableImages):
         return None, dataset.labelled
     if isinstance(dataset, StreamSource):
@@ -191,7 +171,7 @@ def _look(dataset: Any, which: str, labels: bool) -> tuple[Any, bool]:
 
 
 def _probe(dataset: Any) -> tuple[Any, Any]:
-    """The first sample that can be read, without leaving a trace in the random generators."""
+    """Return the first sample that can be read, and leave the random generators as they were."""
     with preserved_rng():
         sample = _first_readable(dataset)
     if not isinstance(sample, tuple | list) or len(sample) != 2:
@@ -206,7 +186,7 @@ def _probe(dataset: Any) -> tuple[Any, Any]:
 
 
 def _first_readable(dataset: Any) -> Any:
-    """One broken file says nothing of the data set; a few in a row, that it is not there."""
+    # One broken file is no reason to stop; with several in a row the dataset is not there.
     for index in range(min(len(dataset), PROBED) - 1):
         with contextlib.suppress(OSError):
             return dataset[index]
@@ -226,21 +206,7 @@ def _num_classes(dataset: Any) -> int | None:
 
 
 def open_hub(name: str, root: str | None, part: str, labels: bool) -> Any:
-    """Open one part of a data set.
-
-    Args:
-        name: timm's, whose scheme is one of `SCHEMES`.
-        root: where it keeps its files, or its address.
-        part: ``"train"`` or ``"validation"``.
-        labels: whether samples must have them.
-
-    Returns:
-        A map-style set, or a `StreamSource`.
-
-    Raises:
-        ValueError: it has no such part, no images, or no labels where they are needed.
-        ImportError: the package that reads it is missing.
-    """
+    """Open the part ``"train"`` or ``"validation"`` of a dataset with a scheme of `SCHEMES`."""
     scheme = name.partition("/")[0]
     module, package = SCHEMES[scheme]
     if importlib.util.find_spec(module) is None:
@@ -255,7 +221,7 @@ def open_hub(name: str, root: str | None, part: str, labels: bool) -> Any:
 
 
 def _open_listed(name: str, root: str | None, part: str, labels: bool) -> ReadableImages:
-    """A set of Hugging Face's hub, whose samples are there by number."""
+    """Open a set of Hugging Face's hub whose samples have indexes."""
     split, reader = _first_split(name, part, lambda split: create_dataset(name, root, split).reader)
     reader = _reader_of_images(reader, name, root, split)
     columns = list(reader.dataset.features)
@@ -268,13 +234,13 @@ def _open_listed(name: str, root: str | None, part: str, labels: bool) -> Readab
         reason = f"no column {reader.label_key!r}, but {columns}"
     if labels:
         raise ValueError(f"data: {name} has {reason}; a recipe with labels=false needs none")
-    reader.label_key = reader.image_key  # any column that is there; its values are not used
+    reader.label_key = reader.image_key  # any column that exists; its values are not used
     return ReadableImages(reader, f"{name}/{split}", labelled=False)
 
 
 def _reader_of_images(reader: Any, name: str, root: str | None, split: str) -> Any:
-    """The reader of a hub's set; another one, where images are in a column that it did not take."""
-    # A column that is not there, timm has made of nothing.
+    """Return a hub set's reader, or one of its image column where this one took another."""
+    # timm adds a column of nulls where the one it expects is missing.
     if reader.dataset.data.column(reader.image_key).null_count < len(reader):
         return reader
     kinds = {column: type(kind).__name__ for column, kind in reader.dataset.features.items()}
@@ -283,12 +249,12 @@ def _reader_of_images(reader: Any, name: str, root: str | None, split: str) -> A
 
 
 def _open_hub_stream(name: str, root: str | None, part: str) -> StreamSource:
-    """A set of Hugging Face's hub, read from its beginning."""
+    """Open a set of Hugging Face's hub as a stream."""
 
     def opens(split: str) -> Any:
-        # It may not say how long it is, which timm's reader would not have.
+        # timm's reader needs a length, which the set may not state.
         reader = StreamSource(name, root, split).reader(training=False, num_samples=1)
-        # What timm's reader does later, and where a split that is not there is found.
+        # timm does this later; it fails for a split that is missing.
         return reader, reader.builder.as_streaming_dataset(split=split)
 
     split, (reader, stream) = _first_split(name, part, opens)
@@ -305,7 +271,7 @@ def _open_hub_stream(name: str, root: str | None, part: str) -> StreamSource:
 
 
 def _columns(stream: Any) -> dict[str, str]:
-    """Kinds of a stream's columns by name; of its first row, where it does not say them."""
+    """Return the types of a stream's columns by name, from its first row if not stated."""
     if stream.features is not None:
         return {column: type(kind).__name__ for column, kind in stream.features.items()}
     first: dict[str, Any] = next(iter(stream), {})
@@ -323,7 +289,7 @@ def _image_column(name: str, kinds: dict[str, str]) -> str:
 
 
 def _open_stream(name: str, root: str | None, part: str) -> StreamSource:
-    """WebDataset shards at an address, or a set of TensorFlow's."""
+    """Open WebDataset shards at an address, or a set of TensorFlow Datasets."""
     if name.startswith("wds/") and root is None:
         root = name.removeprefix("wds/")
     split, reader = _first_split(
@@ -336,7 +302,7 @@ def _open_stream(name: str, root: str | None, part: str) -> StreamSource:
 
 
 def _first_split(name: str, part: str, opens: Callable[[str], Any]) -> tuple[str, Any]:
-    """The first of a part's names that a set has: (name, what was opened)."""
+    """Open a part under the first of its names that a set has: (name, what was opened)."""
     errors = []
     for split in SPLITS[part]:
         try:

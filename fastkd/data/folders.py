@@ -1,7 +1,6 @@
-"""Folders of images, tars and WebDataset shards on this machine, and which split is where.
+"""Open local folders of images, tars and WebDataset shards, and find their splits.
 
-Knows how people lay out files; neither hubs nor what images are for. A layout is decided first,
-from names alone; then its splits are opened.
+The layout is decided first, from names alone; then the splits are opened.
 """
 
 from __future__ import annotations
@@ -15,53 +14,31 @@ from typing import Any, NamedTuple
 
 from timm.data import create_dataset
 from timm.data.readers.img_extensions import get_img_extensions
-from timm.utils.misc import natural_key
 
+from fastkd.data.classes import UNLABELLED, map_classes, number_classes
 from fastkd.data.readers import ReadableImages
-from fastkd.data.tars import UNLABELLED, TarImages, holds_samples
+from fastkd.data.tars import TarImages, holds_samples
 
 VALIDATION_FOLDERS = ("val", "validation", "valid")
 SPLITS = {"train": ("train", "training"), "validation": ("validation", "val", "valid", "test")}
 SHARD_LISTS = ("_info.json", "info.json")  # beside WebDataset shards, as timm reads them
 UNFINISHED = ".fastkd-shard.json"  # beside shards that are still being written
-# How a part's images are kept: files; one tar; tars that stand for folders; WebDataset shards.
+# How a split's images are kept: files; one tar; tars that stand for folders; WebDataset shards.
 IMAGES, TAR, TARS, SHARDS = "images", "tar", "tars", "shards"
 
 
 class _Part(NamedTuple):
-    """Where the images of one split are, and in which form.
+    """Where the images of one split are, and in which form."""
 
-    Attributes:
-        place: the folder or archive.
-        form: `IMAGES`, `TAR`, `TARS` or `SHARDS`.
-        tars: the archives, in order.
-        classes: how many a list of shards names; 0 where none does.
-        target: the field of shards' ``.json`` that holds labels; None: they are in ``.cls``.
-    """
-
-    place: Path
-    form: str
+    place: Path  # folder or archive
+    form: str  # IMAGES, TAR, TARS or SHARDS
     tars: tuple[Path, ...] = ()
-    classes: int = 0
-    target: str | None = None
+    classes: int = 0  # named by a list of shards; 0: unknown
+    target: str | None = None  # field of the shards' .json that holds labels; None: .cls does
 
 
 def open_folder(folder: Path, need_train: bool, labels: bool) -> tuple[Any, Any]:
-    """Open the splits of a folder, whichever way it is laid out.
-
-    Args:
-        folder: as `open_data` describes it.
-        need_train: False opens the evaluation set alone.
-        labels: whether images must have them.
-
-    Returns:
-        (train, val); train is None where it is not needed.
-
-    Raises:
-        ValueError: a split or labels are missing, evaluation has classes that training lacks,
-            shards are unfinished or their list is malformed, or tars lie beside images.
-        OSError: an archive that is torn, or no tar.
-    """
+    """Open a folder's (train, val); train is None where it is not needed."""
     train, val = _layout(folder, need_train)
     if train is None or (not need_train and train.form == SHARDS):
         return None, _open(val, labels)
@@ -72,20 +49,7 @@ def open_folder(folder: Path, need_train: bool, labels: bool) -> tuple[Any, Any]
 
 
 def open_tar(path: Path, need_train: bool, labels: bool) -> tuple[Any, Any]:
-    """Open one tar as the evaluation set.
-
-    Args:
-        path: of the archive.
-        need_train: refused, for there is but one set.
-        labels: whether images must have them.
-
-    Returns:
-        (None, val).
-
-    Raises:
-        ValueError: training is asked for, or labels are missing.
-        OSError: an archive that is torn, or no tar.
-    """
+    """Open one tar as the evaluation set: (None, val)."""
     if need_train:
         raise ValueError(
             f"data: {path} is one tar; give the folder that holds train.tar and val.tar"
@@ -94,7 +58,7 @@ def open_tar(path: Path, need_train: bool, labels: bool) -> tuple[Any, Any]:
 
 
 def _layout(folder: Path, need_train: bool) -> tuple[_Part | None, _Part]:
-    """Where a folder's splits are: (train, val); the former may be None where it is not needed."""
+    """Find a folder's splits: (train, val); train may be None where it is not needed."""
     _refuse_unfinished(folder)
     listed = _listed_splits(folder)
     if listed is not None:
@@ -118,15 +82,14 @@ def _refuse_unfinished(folder: Path) -> None:
 
 
 def _place(folder: Path, names: Sequence[str]) -> Path | None:
-    """A split's folder or tar, whichever of its names it has."""
-    folders = [folder / name for name in names]
-    tars = [folder / f"{name}.tar" for name in names]
-    found = [path for path in folders if path.is_dir()] + [path for path in tars if path.is_file()]
-    return found[0] if found else None
+    """Find a split's folder or else its tar, under any of its names."""
+    folders = (path for name in names if (path := folder / name).is_dir())
+    tars = (path for name in names if (path := folder / f"{name}.tar").is_file())
+    return next(folders, None) or next(tars, None)
 
 
 def _part(place: Path) -> _Part:
-    """The form of one split's folder or tar."""
+    """Find out how a split's folder or tar keeps images."""
     if place.is_file():
         return _archive(place)
     _refuse_unfinished(place)
@@ -141,11 +104,7 @@ def _archive(path: Path) -> _Part:
 
 
 def _tars(folder: Path) -> tuple[Path, ...]:
-    """The archives of a folder.
-
-    Raises:
-        ValueError: image files are there, too: nobody can say which of them are meant.
-    """
+    """List a folder's archives; raise if it has images, too, for either may be meant."""
     tars = tuple(sorted(path for path in folder.glob("*.tar") if not _is_hidden(path.name)))
     image = _first_image(folder) if tars else None
     if image is not None:
@@ -171,11 +130,7 @@ def _is_hidden(name: str) -> bool:
 
 
 def _listed_splits(folder: Path) -> dict[str, _Part] | None:
-    """The splits of an ``_info.json``, if one is there and lists shards.
-
-    Raises:
-        ValueError: it has not the form that ``fastkd shard`` and timm write.
-    """
+    """Read the splits that an ``_info.json`` lists; None without such a list."""
     path = next((folder / name for name in SHARD_LISTS if (folder / name).is_file()), None)
     if path is None:
         return None
@@ -204,19 +159,19 @@ def _listed_split(path: Path, name: str, split: Any, classes: int) -> _Part:
 
 
 def _named_splits(folder: Path, tars: Sequence[Path]) -> dict[str, _Part]:
-    """Shards by the split that their names tell."""
+    """Group shards by the split in their names."""
     words = {word for words in SPLITS.values() for word in words}
     splits: dict[str, list[Path]] = {}
     for path in tars:
-        told = [word for word in re.split(r"[^a-z]+", path.name.lower()) if word in words]
-        if told:
-            splits.setdefault(told[0], []).append(path)
-    found = splits or {"(unnamed)": list(tars)}
-    return {name: _Part(folder, SHARDS, tuple(paths)) for name, paths in found.items()}
+        found = [word for word in re.split(r"[^a-z]+", path.name.lower()) if word in words]
+        if found:
+            splits.setdefault(found[0], []).append(path)
+    splits = splits or {"(unnamed)": list(tars)}
+    return {name: _Part(folder, SHARDS, tuple(paths)) for name, paths in splits.items()}
 
 
 def _chosen(folder: Path, splits: dict[str, _Part], need_train: bool) -> tuple[_Part | None, _Part]:
-    """Which splits are training's and evaluation's."""
+    """Choose the splits for training and evaluation."""
     train, val = (
         next((splits[name] for name in SPLITS[part] if name in splits), None) for part in SPLITS
     )
@@ -235,13 +190,7 @@ def _chosen(folder: Path, splits: dict[str, _Part], need_train: bool) -> tuple[_
 
 
 def _open(part: _Part, labels: bool, like: ReadableImages | None = None) -> ReadableImages:
-    """Open one split.
-
-    Args:
-        part: where it is.
-        labels: whether images must have them.
-        like: the labelled set whose classes it shares.
-    """
+    """Open one split; with ``like``, a labelled set, by that one's class numbers."""
     if part.form == IMAGES:
         return _open_images(part.place, labels, like)
     return _open_tars(part, labels, like)
@@ -258,12 +207,15 @@ def _open_images(folder: Path, labels: bool, like: ReadableImages | None = None)
             )
         return ReadableImages(reader, labelled=False)
     if like is not None and like.reader.class_to_idx:
-        _renumber(reader, folder, like.reader.class_to_idx)
+        training = like.reader.class_to_idx
+        numbers = map_classes(reader.class_to_idx, training, folder)
+        reader.samples = [(path, numbers[own]) for path, own in reader.samples]
+        reader.class_to_idx = training
     return ReadableImages(reader)
 
 
 def _image_folder(folder: Path) -> Any:
-    """A reader of timm's for a folder, without what is hidden in it."""
+    """Open timm's reader of a folder, without hidden files and folders."""
     try:
         reader = create_dataset("", root=str(folder), search_split=False).reader
     except RuntimeError as error:
@@ -274,22 +226,11 @@ def _image_folder(folder: Path) -> Any:
         raise ValueError(f"data: {folder} has hidden images only")
     if len(seen) < len(reader.samples):
         used = {number for _, number in seen}
-        names = [name for name, number in reader.class_to_idx.items() if number in used]
-        numbers = {name: number for number, name in enumerate(sorted(names, key=natural_key))}
-        renumbered = {old: numbers.get(name) for name, old in reader.class_to_idx.items()}
-        reader.samples = [(path, renumbered[old]) for path, old in seen]
-        reader.class_to_idx = numbers
+        classes = {name: number for name, number in reader.class_to_idx.items() if number in used}
+        reader.class_to_idx = number_classes(classes)
+        numbers = map_classes(classes, reader.class_to_idx, folder)
+        reader.samples = [(path, numbers[old]) for path, old in seen]
     return reader
-
-
-def _renumber(reader: Any, folder: Path, classes: dict[str, int]) -> None:
-    """Give a reader of an image folder the numbers that another one gives its classes."""
-    strangers = sorted(set(reader.class_to_idx) - set(classes))
-    if strangers:
-        raise ValueError(f"data: {folder} has classes that the training set lacks: {strangers[:5]}")
-    numbers = {own: classes[name] for name, own in reader.class_to_idx.items()}
-    reader.samples = [(path, numbers[own]) for path, own in reader.samples]
-    reader.class_to_idx = classes
 
 
 def _open_tars(part: _Part, labels: bool, like: ReadableImages | None) -> ReadableImages:
@@ -305,20 +246,17 @@ def _open_tars(part: _Part, labels: bool, like: ReadableImages | None) -> Readab
     if part.form == SHARDS and dataset.labelled and len(reader):
         _check_labels(reader, part.classes, "its list of shards")
         if like is not None:
-            _check_labels(reader, _class_count(like), "the training set")
+            training = like.num_classes or len(like.reader.class_to_idx)
+            _check_labels(reader, training, "the training set")
         dataset.num_classes = part.classes or 1 + int(reader.targets.max())
     return dataset
 
 
 def _check_labels(reader: TarImages, classes: int, whose: str) -> None:
-    """Refuse labels that no class has; 0 classes: nobody says how many there are."""
+    """Raise if a label is beyond the number of classes, where that is known (not 0)."""
     highest = int(reader.targets.argmax())
     if classes and reader.targets[highest] >= classes:
         raise ValueError(
             f"data: {reader.filename(highest, absolute=True)} has the label "
             f"{reader.targets[highest]}, but {whose} has {classes} classes (0 to {classes - 1})"
         )
-
-
-def _class_count(dataset: ReadableImages) -> int:
-    return dataset.num_classes or len(dataset.reader.class_to_idx)

@@ -1,8 +1,6 @@
-"""Images in tar files, in any order: headers are listed once, samples are read by their place.
+"""Random access to images in plain tars (labels are folders), tars of tars and WebDataset shards.
 
-Knows archives and the two ways in which labels are kept in them; neither where a data set's
-archives lie nor what images are for. Reads plain tars (labels are folders), tars of tars, and
-WebDataset shards (labels are ``.cls`` files) with the standard library alone.
+The headers are read once, and what they list is kept beside the archives.
 """
 
 from __future__ import annotations
@@ -24,51 +22,37 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 from timm.data.readers.img_extensions import get_img_extensions
-from timm.utils.misc import natural_key
 
+from fastkd.data.classes import UNLABELLED, map_classes, number_classes
 from fastkd.utils.bar import Bar
 from fastkd.utils.io import replacing
 
-UNLABELLED = -1
 _VERSION = 2  # of the listing kept beside the archives
 _PEEKED = 64  # headers that tell a shard from another tar
-_SLOW = 3.0  # seconds of listing after which a person wants to see that it goes on
+_SLOW = 3.0  # seconds of listing after which its progress is shown
 _SHARD_IMAGES = (".jpg", ".jpeg", ".png", ".webp")  # as timm's reader of shards
 _KEY = re.compile(r"((?:.*/)?[^./][^./]*)(\.[^/]*)")  # WebDataset: up to the name's first dot
 
 
 class Member(NamedTuple):
-    """A file in an archive.
+    """A file in an archive."""
 
-    Attributes:
-        name: its path there; of a tar in a tar, behind the inner archive's.
-        offset: bytes before its content.
-        size: bytes of its content.
-    """
-
-    name: str
-    offset: int
+    name: str  # its path; in a tar of a tar, that of the inner archive comes first
+    offset: int  # of its content
     size: int
 
 
 def list_members(path: str | os.PathLike[str]) -> list[Member]:
-    """Read the headers of a tar and of the tars in it.
+    """List the regular files of an uncompressed tar and of the tars in it, in order.
 
-    Args:
-        path: an uncompressed archive.
-
-    Returns:
-        Its regular files in order.
-
-    Raises:
-        OSError: it cannot be read, ends too early, or is no uncompressed tar.
+    Raise an OSError if it cannot be read, is truncated, or is no uncompressed tar.
     """
     with open(path, "rb") as file:
         return list(_members(file, os.fspath(path)))
 
 
 def _members(file: BinaryIO, path: str, start: int = 0, prefix: str = "") -> Iterator[Member]:
-    """Of the archive that starts at a byte of an open file."""
+    """List the archive that starts at a byte of an open file."""
     file.seek(start)
     try:
         with tarfile.open(fileobj=file, mode="r:") as archive:
@@ -85,7 +69,7 @@ def _members(file: BinaryIO, path: str, start: int = 0, prefix: str = "") -> Ite
 
 
 def _files(archive: tarfile.TarFile, path: str) -> Iterator[Member]:
-    """The files of one archive; a hard link is the file that it names, which lies before it."""
+    """List one archive's files; a hard link stands for the file that it names."""
     found: dict[str, Member] = {}
     for info in archive:
         if info.isreg():
@@ -101,7 +85,7 @@ def _files(archive: tarfile.TarFile, path: str) -> Iterator[Member]:
 
 
 def _check_end(file: BinaryIO, path: str, end: int, inner: bool) -> None:
-    """Zeros end a tar; without them some of it is missing, and what follows would go unseen."""
+    """Raise if the end-of-archive blocks are missing (truncated) or data follow (joined tars)."""
     file.seek(end)
     block = file.read(tarfile.BLOCKSIZE)
     if len(block) < tarfile.BLOCKSIZE or any(block):
@@ -111,27 +95,16 @@ def _check_end(file: BinaryIO, path: str, end: int, inner: bool) -> None:
 
 
 class Listing(NamedTuple):
-    """Samples of one archive.
+    """Samples of one archive."""
 
-    Attributes:
-        members: one image each.
-        labels: of each: a class's name, a number, or None.
-    """
-
-    members: list[Member]
-    labels: list[str | int | None]
+    members: list[Member]  # one image each
+    labels: list[str | int | None]  # a class name, a number, or None
 
 
 def list_classes(path: Path, in_folder: bool) -> Listing:
-    """Images of a plain tar, labelled by the folder they lie in.
+    """List the images of a plain tar, labelled by their folders; None without a folder.
 
-    Args:
-        path: the archive.
-        in_folder: whether its own name stands for a folder: then an image that lies in none inside
-            it belongs to the class named by the archive.
-
-    Returns:
-        Images and names of classes; None for images that lie in no folder.
+    With ``in_folder`` the archive stands for a folder: images in none inside it have its name.
     """
     extensions = get_img_extensions(as_set=True)
     above = f"{path.stem}/" if in_folder else ""
@@ -140,17 +113,9 @@ def list_classes(path: Path, in_folder: bool) -> Listing:
 
 
 def list_shard(path: Path, target: str | None = None) -> Listing:
-    """Samples of a WebDataset shard: files that follow each other and share their key.
+    """List the images of a WebDataset shard with their labels; None without one, or below zero.
 
-    Args:
-        path: the shard.
-        target: the field of a sample's ``.json`` that holds its label; None takes ``.cls``.
-
-    Returns:
-        Images and numbers; None for samples without a label, or with one below zero.
-
-    Raises:
-        OSError: a label that is no whole number.
+    Labels are in the field ``target`` of the samples' ``.json``, or in ``.cls`` without a target.
     """
     images: dict[str, Member] = {}
     labels: dict[str, int | None] = {}
@@ -162,22 +127,16 @@ def list_shard(path: Path, target: str | None = None) -> Listing:
             if extension.lower() in _SHARD_IMAGES:
                 images.setdefault(key, member)
             elif extension.lower() == kind:
-                labels[key] = _label(_read(file, member), target, f"{path}:{member.name}")
+                file.seek(member.offset)
+                labels[key] = _label(file.read(member.size), target, f"{path}:{member.name}")
     return Listing(list(images.values()), [labels.get(key) for key in images])
 
 
 def holds_samples(path: str | os.PathLike[str]) -> bool:
-    """Whether an archive is a WebDataset shard.
+    """Return whether an archive is a WebDataset shard, by its first headers.
 
-    Args:
-        path: the archive, of which the first headers are read.
-
-    Returns:
-        Whether there are labels (``.cls``), or images with descriptions (``.json``) beside them in
-        no folder: a plain tar may hold descriptions of anything, too.
-
-    Raises:
-        OSError: it cannot be read, or is no uncompressed tar.
+    It has labels (``.cls``), or images with descriptions (``.json``) beside them and in no folder:
+    a plain tar may hold descriptions of anything, too.
     """
     try:
         with tarfile.open(path, "r:") as archive:
@@ -191,11 +150,6 @@ def holds_samples(path: str | os.PathLike[str]) -> bool:
     return any("/" not in key.removeprefix("./") for key in images & described)
 
 
-def _read(file: BinaryIO, member: Member) -> bytes:
-    file.seek(member.offset)
-    return file.read(member.size)
-
-
 def _label(content: bytes, target: str | None, name: str) -> int | None:
     try:
         label = int(content) if target is None else int(json.loads(content)[target])
@@ -206,25 +160,15 @@ def _label(content: bytes, target: str | None, name: str) -> int | None:
 
 @dataclass(frozen=True)
 class _Table:
-    """What is known of all samples of some archives; arrays, which loader processes share.
+    """All samples of some archives, in arrays, which loader processes share; each is [samples]."""
 
-    Attributes:
-        tar: [samples] which archive.
-        offset: [samples] of the image in it.
-        size: [samples] bytes of the image.
-        label: [samples] a class's number, `UNLABELLED` without one.
-        names: the members' names, one behind the other; UTF-8, or whatever bytes they are.
-        name_end: [samples] where each name ends.
-        classes: the names of the classes in the order of their numbers; empty if they have none.
-    """
-
-    tar: np.ndarray
-    offset: np.ndarray
-    size: np.ndarray
-    label: np.ndarray
-    names: np.ndarray
-    name_end: np.ndarray
-    classes: list[str]
+    tar: np.ndarray  # index of the archive
+    offset: np.ndarray  # of the image in it
+    size: np.ndarray  # bytes of the image
+    label: np.ndarray  # class number, or `UNLABELLED`
+    names: np.ndarray  # [bytes] the members' names, joined; UTF-8, or whatever bytes they are
+    name_end: np.ndarray  # where each name ends
+    classes: list[str]  # names by number; empty if classes have none
 
     def name(self, index: int) -> str:
         start = self.name_end[index - 1] if index else 0
@@ -232,7 +176,7 @@ class _Table:
 
 
 class TarImages:
-    """A reader of the images in tars as timm's readers are: by index, fit for any sampler.
+    """A reader of images in tars, by index, like timm's readers.
 
     Holds no file open, so that it may be copied to any number of loader processes.
 
@@ -240,16 +184,8 @@ class TarImages:
         tars: the archives.
         layout: ``"shards"``: WebDataset's; ``"tar"``: folders are classes; ``"tars"``: the archives
             themselves stand for folders.
-        class_to_idx: numbers of the classes by name; None numbers them in natural order.
+        class_to_idx: the training set's class numbers; None numbers classes in natural order.
         target: the field of a shard's ``.json`` files that holds labels; None takes ``.cls``.
-
-    Raises:
-        OSError: an archive cannot be read, is torn, or holds a label that is no number.
-        ValueError: an archive has a class that ``class_to_idx`` lacks.
-
-    Attributes:
-        class_to_idx: numbers of the classes by name; empty where classes have none.
-        targets: [samples] labels, -1 without one.
     """
 
     def __init__(
@@ -264,32 +200,18 @@ class TarImages:
         found = [path.stat() for path in self.tars]
         self.states = [_state(status) for status in found]
         self._table = _listed(self.tars, found, layout, target)
-        self.targets = self._table.label
+        self.targets = self._table.label  # [samples]
         self.class_to_idx = {name: number for number, name in enumerate(self._table.classes)}
         if class_to_idx is not None and layout != "shards":
-            self._renumber(class_to_idx)
-
-    def _renumber(self, class_to_idx: dict[str, int]) -> None:
-        strangers = [name for name in self._table.classes if name not in class_to_idx]
-        if strangers:
-            raise ValueError(
-                f"data: {self.tars[0].parent} has classes that the training set lacks: "
-                f"{strangers[:5]}"
-            )
-        # The last entry is what -1 picks.
-        numbers = [*(class_to_idx[name] for name in self._table.classes), UNLABELLED]
-        self.targets = np.asarray(numbers)[self._table.label]
-        self.class_to_idx = class_to_idx
+            numbers = map_classes(self.class_to_idx, class_to_idx, self.tars[0].parent)
+            # The last entry is what -1 picks.
+            self.targets = np.array([*numbers.values(), UNLABELLED])[self._table.label]
+            self.class_to_idx = class_to_idx
 
     def __len__(self) -> int:
         return len(self.targets)
 
     def __getitem__(self, index: int) -> tuple[BinaryIO, int | None]:
-        """An image's content, and its label.
-
-        Raises:
-            OSError: the archive cannot be read, or is not what was listed.
-        """
         tar = int(self._table.tar[index])
         with open(self.tars[tar], "rb", buffering=0) as file:
             if _state(os.fstat(file.fileno())) != self.states[tar]:
@@ -300,13 +222,7 @@ class TarImages:
         return io.BytesIO(content), None if label == UNLABELLED else label
 
     def filename(self, index: int, basename: bool = False, absolute: bool = False) -> str:
-        """An image's archive and its name there, as ``train-0000.tar:key.jpg``.
-
-        Args:
-            index: of the sample.
-            basename: the name alone, without archive and folders.
-            absolute: with the archive's whole path.
-        """
+        """Return an image's archive and its name there, as ``train-0000.tar:key.jpg``."""
         name = self._table.name(index)
         if basename:
             return name.rsplit("/", 1)[-1]
@@ -315,17 +231,16 @@ class TarImages:
 
 
 def _state(status: os.stat_result) -> tuple[int, int]:
-    """What changes with an archive: its size and when it was written."""
     return status.st_size, status.st_mtime_ns
 
 
 def _listed(
     tars: list[Path], found: list[os.stat_result], layout: str, target: str | None
 ) -> _Table:
-    """The table kept beside the archives, if it is of these; else made, and kept if possible."""
+    """Load the table beside the archives, if it is of these; else make it, and keep it there."""
     of = {
         "version": _VERSION,
-        # ctime: whoever copies or unpacks archives may set the time at which they were written.
+        # ctime, since copying or unpacking archives may set their mtime.
         "tars": [
             [path.name, *_state(status), status.st_ctime_ns]
             for path, status in zip(tars, found, strict=True)
@@ -352,24 +267,18 @@ def _make(tars: list[Path], layout: str, target: str | None) -> _Table:
     ]
     members = [member for listing in listings for member in listing.members]
     labels = [label for listing in listings for label in listing.labels]
-    classes = sorted({label for label in labels if isinstance(label, str)}, key=natural_key)
-    numbers: dict[str | int | None, int] = {name: number for number, name in enumerate(classes)}
+    classes = number_classes({label for label in labels if isinstance(label, str)})
+    numbers: dict[Any, int] = {None: UNLABELLED, **classes}
     names = [member.name.encode(errors="surrogateescape") for member in members]
     return _Table(
         tar=np.repeat(np.arange(len(tars)), [len(listing.members) for listing in listings]),
         offset=np.array([member.offset for member in members], np.int64),
         size=np.array([member.size for member in members], np.int64),
-        label=np.array([_number(label, numbers) for label in labels], np.int64),
+        label=np.array([numbers.get(label, label) for label in labels], np.int64),
         names=np.frombuffer(b"".join(names), np.uint8),
         name_end=np.cumsum([len(name) for name in names], dtype=np.int64),
-        classes=classes,
+        classes=list(classes),
     )
-
-
-def _number(label: str | int | None, numbers: dict[str | int | None, int]) -> int:
-    if label is None:
-        return UNLABELLED
-    return label if isinstance(label, int) else numbers[label]
 
 
 _ARRAYS = ("tar", "offset", "size", "label", "names", "name_end")
@@ -383,7 +292,7 @@ def _save(path: Path, of: dict[str, Any], table: _Table) -> None:
 
 
 def _load(path: Path, of: dict[str, Any]) -> _Table | None:
-    """The table in a file; None where there is none, it is broken, or it is of other archives."""
+    """Load a table; None where there is none, it is broken, or it is of other archives."""
     try:
         with np.load(path, allow_pickle=False) as kept:
             header = json.loads(kept["header"].tobytes())
@@ -391,6 +300,6 @@ def _load(path: Path, of: dict[str, Any]) -> _Table | None:
                 return None
             arrays = {name: kept[name] for name in _ARRAYS}
             return _Table(**arrays, classes=header["classes"])
-    # RuntimeError: of a kind of archive that Python does not read.
+    # RuntimeError: compressed by a method that Python does not know.
     except (OSError, ValueError, KeyError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error):
         return None

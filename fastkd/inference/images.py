@@ -14,7 +14,7 @@ from timm.utils.misc import natural_key
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
-from fastkd.data.readers import PILLOW_ERRORS
+from fastkd.data.readers import PILLOW_ERRORS, open_image
 from fastkd.data.samples import (
     Batch,
     Collate,
@@ -108,7 +108,7 @@ class ImageFiles(Dataset[Any]):
         with warnings.catch_warnings(), open(path, "rb") as file:
             # Large pictures and odd palettes: Pillow reads them, and whoever named them meant them.
             warnings.filterwarnings("ignore", module=r"PIL\.")
-            return self.transform.decode(Image.open(file))
+            return self.transform.decode(open_image(file))
 
 
 def _reason(error: Exception) -> str:

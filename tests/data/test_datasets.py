@@ -512,9 +512,7 @@ def test_tensors_are_labelled():
 @pytest.mark.parametrize("name", ["nowhere", "some/where/else", "./nowhere", "/no/where", "a.tar"])
 @pytest.mark.parametrize("need_train", [True, False])
 def test_what_is_not_there_is_refused_plainly(name, need_train):
-    with pytest.raises(
-        ValueError, match=f"no folder '{name}'; names of data sets begin with hfds/"
-    ):
+    with pytest.raises(ValueError, match=f"no folder '{name}'; names of datasets begin with hfds/"):
         open_data(name, need_train=need_train)
 
 
