@@ -1,4 +1,8 @@
-"""Write a folder of images as WebDataset shards, in worker processes, and resume that."""
+"""Write a folder of images as WebDataset shards, in worker processes, and resume that.
+
+Images are written in an order that the seed fixes. A journal beside the shards lists those that are
+finished, so that interrupted work continues after the last of them and ends with the same bytes.
+"""
 
 from __future__ import annotations
 
@@ -26,43 +30,40 @@ import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
 
 from fastkd.data.datasets import open_data
-from fastkd.data.folders import UNFINISHED, VALIDATION_FOLDERS
-from fastkd.data.readers import PILLOW_ERRORS, ReadableImages, refuse_deep
+from fastkd.data.folders import SHARD_LISTS, UNFINISHED, VALIDATION_FOLDERS
+from fastkd.data.readers import PILLOW_ERRORS, ReadableImages, open_image, refuse_deep
 from fastkd.data.sharding.progress import Progress, shown
 from fastkd.data.tars import TarImages, list_members
 from fastkd.utils.io import remove_leftovers, replacing, write_text
 from fastkd.utils.random import derive_seed
 
 MB = 10**6
-
-_Lost = list[tuple[int, str]]  # (number, reason) of images that cannot be read
-
+INFO = SHARD_LISTS[0]
 UNREADABLE = "unreadable.txt"
 SHARD_MB = 64  # small enough that a stream has several shards for each loader process
 QUALITY = 90
 SHORT_SIDE = 256
 FEW_UNREADABLE = 20  # images that may be broken in any source
 UNREADABLE_SHARE = 0.01  # of a large source
-INFO = "_info.json"
-LOCK_SECONDS = 3.0  # processes that convert hold the lock a moment longer than one that was killed
+LOCK_SECONDS = 3.0  # workers of a killed process hold its lock a moment longer
 CHUNK = 16  # images that a process converts at a time
-# What readers of shards decode, by Pillow's name of the format. MPO: a JPEG and more behind it.
+# By Pillow's name of the format; MPO is a JPEG followed by other images.
 EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
 
 
 @dataclass(frozen=True)
 class ShardReport:
-    """What was written.
+    """What `shard` wrote.
 
     Attributes:
-        folder: the shards'.
+        folder: of the shards.
         samples: images in shards, by split.
         shards: number of shards, by split.
         classes: number of classes; 0 without labels.
         size: bytes of all shards.
         unreadable: (file, reason) of images that are in no shard.
-        seconds: of this run.
-        converted: images of this run.
+        seconds: duration of this run.
+        converted: images that this run converted.
     """
 
     folder: Path
@@ -75,7 +76,7 @@ class ShardReport:
     converted: int
 
     def summary(self) -> str:
-        """What a person wants to know, in one line."""
+        """Summarize the report in one line."""
         parts = ", ".join(
             f"{split} {self.samples[split]:,} in {count:,}" for split, count in self.shards.items()
         )
@@ -104,29 +105,28 @@ def shard(
 ) -> ShardReport:
     """Write a folder's images as WebDataset shards, which `open_data` and timm read.
 
-    A shard holds ``KEY.jpg`` (or png, webp), ``KEY.cls`` (the class's number, where images have
-    one) and ``KEY.json`` (the file it came from); KEY is the image's number in the sorted source.
-    ``_info.json`` lists shards, their lengths and the classes' names. Images larger than
-    ``short_side`` are resized (bicubic) and stored as JPEG, gray or RGB; their orientation tag is
-    kept, so that they look as before to whoever obeys it, and to whoever does not. All others are
-    copied byte for byte. Every image is decoded once; those that cannot be are listed in
-    ``unreadable.txt``. At the end the shards' headers are read again and counted.
+    A shard holds ``KEY.jpg`` (or png, webp), ``KEY.cls`` (the class number, where images have one)
+    and ``KEY.json`` (the original file name); KEY is the image's number in the sorted source.
+    ``_info.json`` lists shards, their lengths and the class names. Images larger than
+    ``short_side`` are resized (bicubic) and stored as JPEG, gray or RGB, with their orientation
+    tag. All others are copied byte for byte. Every image is decoded once; those that cannot be are
+    listed in ``unreadable.txt``. At the end the shards are verified from their headers.
 
-    Started again after an interruption, with the same source and options, it goes on behind the
-    last whole shard; the bytes are those of work that was never interrupted.
+    After an interruption the same call continues after the last finished shard; the bytes are those
+    of an uninterrupted run.
 
     Args:
-        source: a folder with ``train`` and ``val`` (or ``validation``), or one that holds folders
-            of classes, or images alone.
-        destination: a folder that is empty or not there, or of the same work interrupted.
-        short_side: pixels that the shorter side has at most; None copies every image.
-        quality: of the JPEGs, 1 to 95.
-        shard_size: in MB (10^6 bytes), a shard is closed when it has as many.
-        samples_per_shard: instead of ``shard_size``.
-        max_unreadable: broken images that are left out before the work stops; None: 1 % of all,
-            at least 20.
-        workers: processes that convert; None: one for each core.
-        seed: of the order, so that every shard has images of many classes.
+        source: a folder with ``train`` and ``val`` (or ``validation``), or of class folders, or of
+            images alone.
+        destination: a new or empty folder, or one of the same work interrupted.
+        short_side: maximum length of the shorter side in pixels; None copies every image.
+        quality: JPEG quality, 1 to 95.
+        shard_size: size in MB (10^6 bytes) at which a shard is closed.
+        samples_per_shard: images per shard, instead of ``shard_size``.
+        max_unreadable: broken images that are skipped before the work stops; None: 1 % of all, at
+            least 20.
+        workers: number of processes that convert; None: one per core.
+        seed: of the order, which puts images of many classes into every shard.
         quiet: show no progress.
 
     Returns:
@@ -135,28 +135,30 @@ def shard(
     Raises:
         ValueError: an option out of range, no images in ``source``, none that can be read in one
             of its splits, or a ``destination`` with other content or of other options.
-        RuntimeError: the shards do not hold what they should, a process died, or another one is
-            writing there.
-        OSError: a disk, the source's or the destination's (the same call goes on), or more than
-            ``max_unreadable`` images are broken.
+        RuntimeError: verification failed, a worker died, or another process is writing there.
+        OSError: the source or the destination cannot be read or written (the same call continues),
+            or more than ``max_unreadable`` images are broken.
     """
     size = shard_size if samples_per_shard is None else None
     options = Options(short_side, quality, size, samples_per_shard, seed)
     if max_unreadable is not None and max_unreadable < 0:
         raise ValueError(f"shard: max_unreadable must be at least 0, got {max_unreadable}")
-    converters = Converters(Conversion(short_side, quality), workers)
+    converters = Converters(options, workers)
     begun = time.monotonic()
     plan = Plan.of(Path(source), options, quiet)
     if max_unreadable is None:
         max_unreadable = max(FEW_UNREADABLE, int(UNREADABLE_SHARE * plan.images))
     folder = Path(destination)
     with locked(folder):
-        journal = Journal.opened(folder, plan)
+        journal = Journal.open(folder, plan)
         converted = plan.images - journal.images
         if not journal.finished:
-            _write(plan, journal, converters, max_unreadable, quiet)
-        verify(folder, plan, journal, quiet)
-        _finish(folder, plan, journal)
+            with Progress(plan.images, journal.images, quiet) as progress, converters as pool:
+                writer = Writer(plan, journal, pool, progress, max_unreadable)
+                for split in plan.splits:
+                    writer.write(split)
+        _verify(plan, journal, quiet)
+        _finish(plan, journal)
     return ShardReport(
         folder,
         samples={name: sum(s.samples for s in done) for name, done in journal.shards.items()},
@@ -169,174 +171,12 @@ def shard(
     )
 
 
-def _write(
-    plan: Plan, journal: Journal, converters: Converters, max_unreadable: int, quiet: bool
-) -> None:
-    with Progress(plan.images, journal.images, quiet) as progress, converters as pool:
-        writer = Writer(plan, journal, pool, progress, max_unreadable)
-        for split in plan.splits:
-            writer.write(split)
-
-
-def _finish(folder: Path, plan: Plan, journal: Journal) -> None:
-    """Write what readers want to know, and take the journal away."""
-    splits = {
-        name: {
-            "name": name,
-            "num_samples": sum(shard.samples for shard in shards),
-            "filenames": [shard.name for shard in shards],
-            "shard_lengths": [shard.samples for shard in shards],
-        }
-        for name, shards in journal.shards.items()
-    }
-    _write_unreadable(folder / UNREADABLE, journal.unreadable(plan))
-    info = {"splits": splits, "classes": plan.classes, "fastkd": journal.content()}
-    write_text(folder / INFO, json.dumps(info, indent=1))
-    journal.close()
-
-
-def _write_unreadable(path: Path, unreadable: list[tuple[str, str]]) -> None:
-    if not unreadable:
-        path.unlink(missing_ok=True)  # of an earlier run, when they could not be read
-        return
-    lines = "".join(f"{name}\t{reason}\n" for name, reason in unreadable)
-    with replacing(path) as file:
-        file.write(lines.encode(errors="surrogateescape"))
-
-
-@dataclass
-class Writer:
-    """Writes what a plan has and a journal has not.
-
-    Attributes:
-        plan: what is to be written.
-        journal: takes note of every finished shard.
-        pool: converts images.
-        progress: told of every image.
-        max_unreadable: images that may be left out.
-    """
-
-    plan: Plan
-    journal: Journal
-    pool: Converters
-    progress: Progress
-    max_unreadable: int
-
-    def __post_init__(self) -> None:
-        self.unreadable = len(self.journal.unreadable(self.plan))
-
-    def write(self, split: Split) -> None:
-        """Write the shards of a split that are not there yet.
-
-        Args:
-            split: of the plan.
-
-        Raises:
-            OSError: the source or the destination cannot be read or written, or more images than
-                ``max_unreadable`` are broken.
-            ValueError: none of the split's images can be read.
-        """
-        images = self._converted(split)
-        while self.journal.done(split.name) < len(split.files):
-            lost, first = _first_readable(images)
-            if first is not None:
-                shard = self._write_shard(split, lost, chain([first], images))
-                self.journal.add(split.name, shard)
-            elif self.journal.shards[split.name]:
-                self.journal.extend(split.name, lost)
-            else:
-                number, reason = lost[0]
-                raise ValueError(
-                    f"shard: source: none of the {len(lost)} images of {split.name} can be read, "
-                    f"such as {split.files[number]}: {reason}"
-                )
-
-    def _converted(self, split: Split) -> Iterator[Converted]:
-        """The split's images from the first that is not done with, counted."""
-        start = self.journal.done(split.name)
-        root = os.fspath(self.plan.root)
-        files = ((int(n), os.path.join(root, split.files[n])) for n in split.order[start:])
-        for image in self.pool.convert(files):
-            self.progress.advance(image.reason is not None)
-            if image.reason is not None:
-                self._count_unreadable(split.files[image.number], image.reason)
-            yield image
-
-    def _count_unreadable(self, file: str, reason: str) -> None:
-        self.unreadable += 1
-        if self.unreadable > self.max_unreadable:
-            raise OSError(
-                f"shard: source: {self.unreadable} of {self.plan.images} images cannot be read, "
-                f"more than max_unreadable ({self.max_unreadable}); the last is {file}: {reason}"
-            )
-
-    def _write_shard(self, split: Split, lost: _Lost, images: Iterator[Converted]) -> Shard:
-        """Write one shard, as long as the options say or until no image is left."""
-        name = f"{split.name}-{len(self.journal.shards[split.name]):06d}.tar"
-        samples, lost = 0, list(lost)
-        with replacing(self.journal.folder / name) as file:
-            with tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as archive:
-                for image in images:
-                    if image.reason is not None:
-                        lost.append((image.number, image.reason))
-                        continue
-                    _write_sample(archive, split, image)
-                    samples += 1
-                    if _is_full(self.plan.options, samples, archive.offset):
-                        break
-            size = file.tell()
-        start = self.journal.done(split.name)
-        return Shard(name, start, start + samples + len(lost), samples, size, lost)
-
-
-def _first_readable(images: Iterator[Converted]) -> tuple[_Lost, Converted | None]:
-    """The next image that can be read, and those before it: no shard is begun without one."""
-    lost: _Lost = []
-    for image in images:
-        if image.reason is None:
-            return lost, image
-        lost.append((image.number, image.reason))
-    return lost, None
-
-
-def _is_full(options: Options, samples: int, size: int) -> bool:
-    if options.samples_per_shard is not None:
-        return samples >= options.samples_per_shard
-    return options.shard_size is not None and size >= options.shard_size * MB
-
-
-def _write_sample(archive: tarfile.TarFile, split: Split, image: Converted) -> None:
-    key = f"{image.number:08d}"
-    _write_member(archive, f"{key}.{image.extension}", image.content)
-    if split.labels is not None:
-        _write_member(archive, f"{key}.cls", str(split.labels[image.number]).encode())
-    source = json.dumps({"filename": split.files[image.number]})
-    _write_member(archive, f"{key}.json", source.encode())
-
-
-def _write_member(archive: tarfile.TarFile, name: str, content: bytes) -> None:
-    info = tarfile.TarInfo(name)  # of no time and no owner: the same bytes whenever it is written
-    info.size = len(content)
-    archive.addfile(info, io.BytesIO(content))
-
-
-def verify(folder: Path, plan: Plan, journal: Journal, quiet: bool) -> None:
-    """Read the shards' headers: every image of the source is in one shard, or is unreadable.
-
-    Args:
-        folder: the shards'.
-        plan: what should be in them.
-        journal: which shards there are.
-        quiet: show no progress.
-
-    Raises:
-        RuntimeError: an image is missing, or there twice.
-    """
+def _verify(plan: Plan, journal: Journal, quiet: bool) -> None:
+    """Check from the headers that every image is in exactly one shard, or listed as unreadable."""
     for split in plan.splits:
         seen = np.zeros(len(split.files), np.int64)
-        shards = journal.shards[split.name]
-        for shard in shown(shards, f"verifying {split.name}", "shard", quiet):
-            for member in list_members(folder / shard.name):
+        for shard in shown(journal.shards[split.name], f"verifying {split.name}", "shard", quiet):
+            for member in list_members(journal.folder / shard.name):
                 key, _, extension = member.name.partition(".")
                 if extension in EXTENSIONS.values():
                     seen[int(key)] += 1
@@ -346,28 +186,44 @@ def verify(folder: Path, plan: Plan, journal: Journal, quiet: bool) -> None:
         if len(wrong):
             first = wrong[0]
             raise RuntimeError(
-                f"shard: {folder} is not what it should be: {len(wrong)} images of {split.name} "
-                f"are not in exactly one shard; {split.files[first]} is in {seen[first]}"
+                f"shard: {journal.folder} is not what it should be: {len(wrong)} images of "
+                f"{split.name} are not in exactly one shard; {split.files[first]} is in "
+                f"{seen[first]}"
             )
+
+
+def _finish(plan: Plan, journal: Journal) -> None:
+    """Write ``_info.json`` and ``unreadable.txt``, and remove the journal."""
+    splits = {
+        name: {
+            "name": name,
+            "num_samples": sum(shard.samples for shard in shards),
+            "filenames": [shard.name for shard in shards],
+            "shard_lengths": [shard.samples for shard in shards],
+        }
+        for name, shards in journal.shards.items()
+    }
+    lines = "".join(f"{name}\t{reason}\n" for name, reason in journal.unreadable(plan))
+    if lines:
+        with replacing(journal.folder / UNREADABLE) as file:
+            file.write(lines.encode(errors="surrogateescape"))
+    else:  # there may be one of an earlier run, in which images could not be read
+        (journal.folder / UNREADABLE).unlink(missing_ok=True)
+    info = {"splits": splits, "classes": plan.classes, "fastkd": journal.content()}
+    write_text(journal.folder / INFO, json.dumps(info, indent=1))
+    (journal.folder / UNFINISHED).unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Keep other processes of the same kind out of a folder, where its file system can.
-
-    Args:
-        folder: made if it is not there.
-
-    Raises:
-        RuntimeError: another process is in it.
-    """
+    """Create a folder and lock it against other runs, where its file system has locks."""
     folder.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         _lock(descriptor, folder)
         yield
     finally:
-        with contextlib.suppress(OSError):  # for forked processes, too, which closing is not
+        with contextlib.suppress(OSError):  # forked processes would keep what is only closed
             fcntl.flock(descriptor, fcntl.LOCK_UN)
         os.close(descriptor)
 
@@ -387,188 +243,15 @@ def _lock(descriptor: int, folder: Path) -> None:
             return None
 
 
-class Shard(NamedTuple):
-    """One finished shard.
-
-    Attributes:
-        name: its file's.
-        start: first place of its images in the split's order.
-        stop: the place behind the last.
-        samples: images in it.
-        size: bytes.
-        unreadable: (number, reason) of images between its places that are not in it.
-    """
-
-    name: str
-    start: int
-    stop: int
-    samples: int
-    size: int
-    unreadable: list[tuple[int, str]]
-
-
-@dataclass
-class Journal:
-    """What is done of a plan.
-
-    Attributes:
-        folder: the shards'.
-        identity: of the plan.
-        shards: those that are whole, by split.
-        finished: whether all are, and ``_info.json`` says so.
-    """
-
-    folder: Path
-    identity: dict[str, Any]
-    shards: dict[str, list[Shard]] = field(default_factory=dict)
-    finished: bool = False
-
-    @classmethod
-    def opened(cls, folder: Path, plan: Plan) -> Journal:
-        """The journal of a folder; a new one where the folder is empty.
-
-        Args:
-            folder: is there; nobody else writes into it.
-            plan: what is to be in it.
-
-        Raises:
-            ValueError: the folder holds something else.
-        """
-        journal = cls(folder, plan.identity(), {split.name: [] for split in plan.splits})
-        kept = _kept(folder)
-        if kept is None:
-            if not all(_is_first_write(path) for path in folder.iterdir()):
-                raise ValueError(
-                    f"shard: destination: {folder} holds something else than shards; name a new "
-                    f"folder"
-                )
-            remove_leftovers(folder)
-            journal.write()
-            return journal
-        _refuse_another(folder, kept["identity"], journal.identity)
-        remove_leftovers(folder)
-        for name, shards in kept["shards"].items():
-            journal.shards[name] = _whole(folder, [Shard(*shard) for shard in shards])
-        complete = all(journal.done(split.name) == len(split.files) for split in plan.splits)
-        journal.finished = complete and (folder / INFO).exists()
-        return journal
-
-    @property
-    def images(self) -> int:
-        """Images that are done with, of all splits."""
-        return sum(self.done(name) for name in self.shards)
-
-    def done(self, split: str) -> int:
-        """Places of a split's order that are done with.
-
-        Args:
-            split: its name.
-        """
-        return self.shards[split][-1].stop if self.shards[split] else 0
-
-    def add(self, split: str, shard: Shard) -> None:
-        """Take note of a shard that is in its place.
-
-        Args:
-            split: its name.
-            shard: the next of it.
-        """
-        self.shards[split].append(shard)
-        self.write()
-
-    def extend(self, split: str, unreadable: list[tuple[int, str]]) -> None:
-        """Take note of images behind the last shard, none of which can be read.
-
-        Args:
-            split: its name; it has a shard.
-            unreadable: (number, reason) of each.
-        """
-        last = self.shards[split][-1]
-        self.shards[split][-1] = last._replace(
-            stop=last.stop + len(unreadable), unreadable=[*last.unreadable, *unreadable]
-        )
-        self.write()
-
-    def write(self) -> None:
-        """Bring the file up to date."""
-        write_text(self.folder / UNFINISHED, json.dumps(self.content()))
-
-    def close(self) -> None:
-        """Take the file away: all shards are whole."""
-        (self.folder / UNFINISHED).unlink(missing_ok=True)
-
-    def content(self) -> dict[str, Any]:
-        """What the file holds; afterwards, a part of ``_info.json``."""
-        return {"identity": self.identity, "shards": self.shards}
-
-    def unreadable(self, plan: Plan) -> list[tuple[str, str]]:
-        """(file, reason) of all images that could not be read, in the order of the source.
-
-        Args:
-            plan: of which this is the journal.
-        """
-        return [
-            (split.files[number], reason)
-            for split in plan.splits
-            for number, reason in sorted(
-                (number, reason)
-                for shard in self.shards[split.name]
-                for number, reason in shard.unreadable
-            )
-        ]
-
-
-def _kept(folder: Path) -> Any:
-    for name, inner in ((UNFINISHED, None), (INFO, "fastkd")):
-        try:
-            content = json.loads((folder / name).read_text())
-            kept = content if inner is None else content[inner]
-            return kept if {"identity", "shards"} <= set(kept) else None
-        except FileNotFoundError:
-            continue
-        except (ValueError, KeyError, TypeError):
-            return None
-    return None
-
-
-def _is_first_write(path: Path) -> bool:
-    """Whether a file is what a process killed in writing the first journal has left."""
-    return path.name.startswith(f".{UNFINISHED}.") and path.suffix == ".tmp"
-
-
-def _refuse_another(folder: Path, kept: dict[str, Any], asked: dict[str, Any]) -> None:
-    different = [name for name in asked if kept.get(name) != asked[name]]
-    if not different:
-        return
-    told = ", ".join(
-        "other images" if name == "source" else f"{name} {kept.get(name)}, not {asked[name]}"
-        for name in different
-    )
-    raise ValueError(f"shard: destination: {folder} has shards of another run: {told}")
-
-
-def _whole(folder: Path, shards: list[Shard]) -> list[Shard]:
-    """Those before the first that is not there as it was written."""
-    for number, shard in enumerate(shards):
-        path = folder / shard.name
-        if not path.is_file() or path.stat().st_size != shard.size:
-            return shards[:number]
-    return shards
-
-
 @dataclass(frozen=True)
 class Options:
-    """What decides the bytes of the shards; as `fastkd.data.shards.shard` describes it.
+    """The arguments of `shard` that decide the bytes of the shards."""
 
-    Raises:
-        ValueError: a value out of range.
-    """
-
-    short_side: int | None
-    quality: int
-    shard_size: float | None
-    samples_per_shard: int | None
-    seed: int
+    short_side: int | None = SHORT_SIDE
+    quality: int = QUALITY
+    shard_size: float | None = SHARD_MB
+    samples_per_shard: int | None = None
+    seed: int = 0
 
     def __post_init__(self) -> None:
         for name, least in (("short_side", 1), ("samples_per_shard", 1), ("seed", 0)):
@@ -582,51 +265,27 @@ class Options:
 
 
 class Split(NamedTuple):
-    """Images of one split.
+    """The images of one split and the order in which they are written."""
 
-    Attributes:
-        name: ``"train"`` or ``"validation"``.
-        files: sorted; an image's number in this list is its key.
-        labels: of each; None without.
-        order: in which they are written.
-    """
-
-    name: str
-    files: list[str]
+    name: str  # "train" or "validation"
+    files: list[str]  # sorted, relative to the source; an image's index is its key
     labels: list[int] | None
     order: np.ndarray
 
 
 @dataclass(frozen=True)
 class Plan:
-    """All that is decided before the first image is converted.
-
-    Attributes:
-        root: the source.
-        splits: of the source.
-        classes: their names by number; empty without labels.
-        options: of the shards.
-        fingerprint: a hash of the files' names and sizes, and of their labels.
-    """
+    """All that is decided before the first image is converted."""
 
     root: Path
     splits: list[Split]
-    classes: list[str]
+    classes: list[str]  # names by number; empty without labels
     options: Options
-    fingerprint: str
+    fingerprint: str  # a hash of file names, their sizes and labels
 
     @classmethod
     def of(cls, source: Path, options: Options, quiet: bool) -> Plan:
-        """Look at a source.
-
-        Args:
-            source: folder of images.
-            options: of the shards.
-            quiet: show no progress.
-
-        Raises:
-            ValueError: no such folder, or no images in it.
-        """
+        """List a source's images and fix their order."""
         if not source.is_dir():
             raise ValueError(f"shard: source: no folder {str(source)!r}")
         sets = _image_sets(source)
@@ -634,21 +293,23 @@ class Plan:
             _split(source, name, dataset, derive_seed("order", options.seed, number))
             for number, (name, dataset) in enumerate(sets.items())
         ]
-        fingerprint = _fingerprint(source, splits, quiet)
-        return cls(source, splits, _classes(sets), options, fingerprint)
+        labelled = next((dataset for dataset in sets.values() if dataset.labelled), None)
+        numbers = {} if labelled is None else labelled.reader.class_to_idx
+        classes = sorted(numbers, key=numbers.__getitem__)
+        return cls(source, splits, classes, options, _fingerprint(source, splits, quiet))
 
     @property
     def images(self) -> int:
-        """Images of all splits."""
+        """Number of images in all splits."""
         return sum(len(split.files) for split in self.splits)
 
     def identity(self) -> dict[str, Any]:
-        """Tells whether shards are of the same source and options."""
+        """Return what must not differ when interrupted work is continued."""
         return {"version": 1, "source": self.fingerprint, **asdict(self.options)}
 
 
 def _image_sets(source: Path) -> dict[str, ReadableImages]:
-    """The splits of a folder, by name; a folder that has none is one."""
+    """Open the splits of a folder, by name; a folder without splits is one."""
     in_parts = (source / "train").is_dir()
     pair = open_data(source, need_train=in_parts, labels=False)
     val_only = any((source / name).is_dir() for name in VALIDATION_FOLDERS)
@@ -670,14 +331,6 @@ def _split(source: Path, name: str, dataset: ReadableImages, seed: int) -> Split
     )
 
 
-def _classes(sets: dict[str, ReadableImages]) -> list[str]:
-    for dataset in sets.values():
-        if dataset.labelled:
-            numbers = dataset.reader.class_to_idx
-            return sorted(numbers, key=numbers.__getitem__)
-    return []
-
-
 def _fingerprint(source: Path, splits: Sequence[Split], quiet: bool) -> str:
     digest = hashlib.sha256()
     for split in splits:
@@ -685,34 +338,232 @@ def _fingerprint(source: Path, splits: Sequence[Split], quiet: bool) -> str:
         files = shown(split.files, f"listing {split.name}", "file", quiet)
         for name, label in zip(files, labels, strict=True):
             size = (source / name).stat().st_size
-            # Names of files are any bytes, which Python keeps as surrogates.
+            # File names are any bytes, which Python keeps as surrogates.
             line = f"{split.name}\0{name}\0{size}\0{label}\n"
             digest.update(line.encode(errors="surrogateescape"))
     return digest.hexdigest()
 
 
-@dataclass(frozen=True)
-class Conversion:
-    """What becomes of an image.
+class Shard(NamedTuple):
+    """One finished shard."""
 
-    Attributes:
-        short_side: pixels that the shorter side has at most; None copies every image.
-        quality: of the JPEGs, 1 to 95.
-    """
+    name: str  # of the file
+    start: int  # its images are order[start:stop] of the split
+    stop: int
+    samples: int
+    size: int  # bytes
+    unreadable: list[tuple[int, str]]  # (number, reason) of those images that are not in it
 
-    short_side: int | None
-    quality: int
+
+@dataclass
+class Journal:
+    """The finished shards of a plan, kept in a file beside them."""
+
+    folder: Path
+    identity: dict[str, Any]  # of the plan
+    shards: dict[str, list[Shard]] = field(default_factory=dict)  # by split
+    finished: bool = False  # all shards are there, and _info.json too
+
+    @classmethod
+    def open(cls, folder: Path, plan: Plan) -> Journal:
+        """Read a folder's journal, or begin one where the folder is empty."""
+        journal = cls(folder, plan.identity(), {split.name: [] for split in plan.splits})
+        kept = _read_journal(folder)
+        if kept is None:
+            # Left by a process that was killed in its first `write`.
+            first_write = f".{UNFINISHED}.*.tmp"
+            if not all(path.match(first_write) for path in folder.iterdir()):
+                raise ValueError(
+                    f"shard: destination: {folder} holds something else than shards; name a new "
+                    f"folder"
+                )
+            remove_leftovers(folder)
+            journal.write()
+            return journal
+        _check_identity(folder, kept["identity"], journal.identity)
+        remove_leftovers(folder)
+        for name, shards in kept["shards"].items():
+            journal.shards[name] = _intact(folder, [Shard(*shard) for shard in shards])
+        complete = all(journal.done(split.name) == len(split.files) for split in plan.splits)
+        journal.finished = complete and (folder / INFO).exists()
+        return journal
+
+    @property
+    def images(self) -> int:
+        """Number of images that are done with, in all splits."""
+        return sum(self.done(name) for name in self.shards)
+
+    def done(self, split: str) -> int:
+        """Return how many images of a split's order are done with."""
+        return self.shards[split][-1].stop if self.shards[split] else 0
+
+    def add(self, split: str, shard: Shard) -> None:
+        """Record the next shard of a split."""
+        self.shards[split].append(shard)
+        self.write()
+
+    def extend(self, split: str, unreadable: list[tuple[int, str]]) -> None:
+        """Record unreadable images that no readable one follows with the split's last shard."""
+        last = self.shards[split][-1]
+        self.shards[split][-1] = last._replace(
+            stop=last.stop + len(unreadable), unreadable=[*last.unreadable, *unreadable]
+        )
+        self.write()
+
+    def write(self) -> None:
+        """Update the file."""
+        write_text(self.folder / UNFINISHED, json.dumps(self.content()))
+
+    def content(self) -> dict[str, Any]:
+        """Return the file's content, which becomes a part of ``_info.json``."""
+        return {"identity": self.identity, "shards": self.shards}
+
+    def unreadable(self, plan: Plan) -> list[tuple[str, str]]:
+        """List (file, reason) of all unreadable images in the order of the source."""
+        return [
+            (split.files[number], reason)
+            for split in plan.splits
+            for number, reason in sorted(
+                (number, reason)
+                for shard in self.shards[split.name]
+                for number, reason in shard.unreadable
+            )
+        ]
+
+
+def _read_journal(folder: Path) -> Any:
+    """Return the content of a journal, of finished work from ``_info.json``; None without."""
+    for name, key in ((UNFINISHED, None), (INFO, "fastkd")):
+        try:
+            content = json.loads((folder / name).read_text())
+            kept = content if key is None else content[key]
+            return kept if {"identity", "shards"} <= set(kept) else None
+        except FileNotFoundError:
+            continue
+        except (ValueError, KeyError, TypeError):
+            return None
+    return None
+
+
+def _check_identity(folder: Path, kept: dict[str, Any], asked: dict[str, Any]) -> None:
+    different = ", ".join(
+        "other images" if name == "source" else f"{name} {kept.get(name)}, not {value}"
+        for name, value in asked.items()
+        if kept.get(name) != value
+    )
+    if different:
+        raise ValueError(f"shard: destination: {folder} has shards of another run: {different}")
+
+
+def _intact(folder: Path, shards: list[Shard]) -> list[Shard]:
+    """Return the shards before the first that is missing or of another size."""
+    for number, shard in enumerate(shards):
+        path = folder / shard.name
+        if not path.is_file() or path.stat().st_size != shard.size:
+            return shards[:number]
+    return shards
+
+
+@dataclass
+class Writer:
+    """Writes the shards of a plan that its journal lacks."""
+
+    plan: Plan
+    journal: Journal
+    pool: Converters
+    progress: Progress
+    max_unreadable: int
+
+    def __post_init__(self) -> None:
+        self.unreadable = len(self.journal.unreadable(self.plan))
+
+    def write(self, split: Split) -> None:
+        """Write the missing shards of a split."""
+        images = self._converted(split)
+        while self.journal.done(split.name) < len(split.files):
+            lost, first = _first_readable(images)
+            if first is not None:
+                shard = self._write_shard(split, lost, chain([first], images))
+                self.journal.add(split.name, shard)
+            elif self.journal.shards[split.name]:
+                self.journal.extend(split.name, lost)
+            else:
+                number, reason = lost[0]
+                raise ValueError(
+                    f"shard: source: none of the {len(lost)} images of {split.name} can be read, "
+                    f"such as {split.files[number]}: {reason}"
+                )
+
+    def _converted(self, split: Split) -> Iterator[Converted]:
+        """Convert and count the images of a split that are not done with."""
+        start = self.journal.done(split.name)
+        root = os.fspath(self.plan.root)
+        files = ((int(n), os.path.join(root, split.files[n])) for n in split.order[start:])
+        for image in self.pool.convert(files):
+            self.progress.advance(image.reason is not None)
+            if image.reason is not None:
+                self.unreadable += 1
+                if self.unreadable > self.max_unreadable:
+                    raise OSError(
+                        f"shard: source: {self.unreadable} of {self.plan.images} images cannot be "
+                        f"read, more than max_unreadable ({self.max_unreadable}); the last is "
+                        f"{split.files[image.number]}: {image.reason}"
+                    )
+            yield image
+
+    def _write_shard(
+        self, split: Split, lost: list[tuple[int, str]], images: Iterator[Converted]
+    ) -> Shard:
+        """Write images to one shard until it is full."""
+        name = f"{split.name}-{len(self.journal.shards[split.name]):06d}.tar"
+        samples, lost = 0, list(lost)
+        with replacing(self.journal.folder / name) as file:
+            with tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as archive:
+                for image in images:
+                    if image.reason is not None:
+                        lost.append((image.number, image.reason))
+                        continue
+                    _write_sample(archive, split, image)
+                    samples += 1
+                    if _is_full(self.plan.options, samples, archive.offset):
+                        break
+            size = file.tell()
+        start = self.journal.done(split.name)
+        return Shard(name, start, start + samples + len(lost), samples, size, lost)
+
+
+def _first_readable(
+    images: Iterator[Converted],
+) -> tuple[list[tuple[int, str]], Converted | None]:
+    """Return the next readable image and the unreadable ones before it: no shard is left empty."""
+    lost: list[tuple[int, str]] = []
+    for image in images:
+        if image.reason is None:
+            return lost, image
+        lost.append((image.number, image.reason))
+    return lost, None
+
+
+def _is_full(options: Options, samples: int, size: int) -> bool:
+    if options.samples_per_shard is not None:
+        return samples >= options.samples_per_shard
+    return options.shard_size is not None and size >= options.shard_size * MB
+
+
+def _write_sample(archive: tarfile.TarFile, split: Split, image: Converted) -> None:
+    source = json.dumps({"filename": split.files[image.number]})
+    members = {image.extension: image.content}
+    if split.labels is not None:
+        members["cls"] = str(split.labels[image.number]).encode()
+    for extension, content in (members | {"json": source.encode()}).items():
+        # Without time and owner, the bytes are the same in every run.
+        info = tarfile.TarInfo(f"{image.number:08d}.{extension}")
+        info.size = len(content)
+        archive.addfile(info, io.BytesIO(content))
 
 
 class Converted(NamedTuple):
-    """One image, ready to be written.
-
-    Attributes:
-        number: as it was given.
-        content: the encoded image; empty where it could not be read.
-        extension: of a file with this content.
-        reason: why it could not be read; None where it could.
-    """
+    """One image as it is stored, or the reason why it cannot be read."""
 
     number: int
     content: bytes
@@ -720,80 +571,62 @@ class Converted(NamedTuple):
     reason: str | None = None
 
 
-def convert(number: int, path: str, conversion: Conversion) -> Converted:
-    """Read one image file, and shrink it if it is too large.
+def convert(number: int, path: str, options: Options) -> Converted:
+    """Read one image file and shrink it if it is too large.
 
-    Args:
-        number: given back.
-        path: of the file.
-        conversion: what becomes of it.
-
-    Returns:
-        The file's own bytes where it is small enough and of a format that readers of shards know;
-        else a JPEG, gray or RGB, with the orientation tag of the original.
-
-    Raises:
-        OSError: the file cannot be fetched, which says nothing of the image.
+    The content is the file's own where it is small enough and of a format in `EXTENSIONS`, else a
+    JPEG. Raise an OSError if the file cannot be fetched, which says nothing about the image.
     """
-    content = _fetched(path)
     try:
-        with Image.open(io.BytesIO(content)) as image:
-            image.load()  # what is cut short is found here, copied or not
-            refuse_deep(image)
-            extension = EXTENSIONS.get(image.format or "")
-            fits = conversion.short_side is None or min(image.size) <= conversion.short_side
-            if fits and extension is not None:
-                return Converted(number, content, extension)
-            return Converted(number, _encoded(image, conversion), "jpg")
-    except UnidentifiedImageError:
-        return Converted(number, b"", "", "no image")
-    # Pillow's, for broken files, and for too many pixels to be meant.
-    except PILLOW_ERRORS as error:
-        return Converted(number, b"", "", " ".join(str(error).split()) or type(error).__name__)
-
-
-def _fetched(path: str) -> bytes:
-    try:
-        return Path(path).read_bytes()
+        content = Path(path).read_bytes()
     except OSError as error:
         reason = error.strerror or error
         raise OSError(
             f"shard: source: cannot read {path}: {reason}; the same command goes on"
         ) from error
+    try:
+        with open_image(content) as image:
+            image.load()  # truncated files are found here, copied or not
+            refuse_deep(image)
+            extension = EXTENSIONS.get(image.format or "")
+            fits = options.short_side is None or min(image.size) <= options.short_side
+            if fits and extension is not None:
+                return Converted(number, content, extension)
+            return Converted(number, _encode(image, options), "jpg")
+    except UnidentifiedImageError:
+        return Converted(number, b"", "", "no image")
+    except PILLOW_ERRORS as error:
+        return Converted(number, b"", "", " ".join(str(error).split()) or type(error).__name__)
 
 
-def _encoded(image: Image.Image, conversion: Conversion) -> bytes:
-    orientation = image.getexif().get(ExifTags.Base.Orientation)
-    # As a trainer does: alpha and palettes mean in shards what they mean in the source.
-    shown = image if image.mode in ("L", "RGB") else image.convert("RGB")
-    short = min(shown.size)
-    if conversion.short_side is not None and short > conversion.short_side:
-        width, height = (round(side * conversion.short_side / short) for side in shown.size)
-        shown = shown.resize((width, height), Image.Resampling.BICUBIC)
+def _encode(image: Image.Image, options: Options) -> bytes:
+    """Encode an image as JPEG, gray or RGB, with its orientation tag and no other."""
     exif = Image.Exif()
+    orientation = image.getexif().get(ExifTags.Base.Orientation)
     if orientation is not None:
         exif[ExifTags.Base.Orientation] = orientation
+    # As the loaders do, so that alpha and palettes give the same image from shards.
+    image = image if image.mode in ("L", "RGB") else image.convert("RGB")
+    short = min(image.size)
+    if options.short_side is not None and short > options.short_side:
+        width, height = (round(side * options.short_side / short) for side in image.size)
+        image = image.resize((width, height), Image.Resampling.BICUBIC)
     buffer = io.BytesIO()
-    shown.save(buffer, "JPEG", quality=conversion.quality, exif=exif)
+    image.save(buffer, "JPEG", quality=options.quality, exif=exif)
     return buffer.getvalue()
 
 
 class Converters:
-    """Processes that convert images; results come in the order that was asked for.
+    """A pool of processes that convert images; results come in the order of the input."""
 
-    Args:
-        conversion: what becomes of an image.
-        workers: how many processes; None: one for each core.
-
-    Raises:
-        ValueError: fewer than one process.
-    """
-
-    def __init__(self, conversion: Conversion, workers: int | None = None) -> None:
+    def __init__(self, options: Options, workers: int | None = None) -> None:
         if workers is not None and workers < 1:
             raise ValueError(f"shard: workers must be at least 1, got {workers}")
-        self.conversion = conversion
-        self.workers = workers or _cores()
+        self.options = options
+        if hasattr(os, "sched_getaffinity"):  # the cores that this process may run on
+            self.workers = workers or len(os.sched_getaffinity(0))
+        else:
+            self.workers = workers or os.cpu_count() or 1
 
     def __enter__(self) -> Converters:
         # Forked, so that scripts need no guard around their main part and nothing is imported anew.
@@ -811,38 +644,20 @@ class Converters:
         self._pool.shutdown(cancel_futures=True)
 
     def convert(self, images: Iterable[tuple[int, str]]) -> Iterator[Converted]:
-        """Convert images.
-
-        Args:
-            images: (number, path of the file).
-
-        Yields:
-            One `Converted` for each, in order.
-
-        Raises:
-            OSError: a file cannot be fetched.
-            RuntimeError: a process died.
-        """
+        """Convert images given as (number, path)."""
         images = iter(images)
         # As many as keep every process busy, and no more: results wait in memory.
         pending: deque[Future[list[Converted]]] = deque()
         while chunk := list(islice(images, CHUNK)):
-            pending.append(self._pool.submit(_convert_all, chunk, self.conversion))
+            pending.append(self._pool.submit(_convert_all, chunk, self.options))
             if len(pending) > 2 * self.workers:
                 yield from _result(pending.popleft())
         while pending:
             yield from _result(pending.popleft())
 
 
-def _cores() -> int:
-    """Those that this process may run on, where the system tells."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
-def _convert_all(images: list[tuple[int, str]], conversion: Conversion) -> list[Converted]:
-    return [convert(number, path, conversion) for number, path in images]
+def _convert_all(images: list[tuple[int, str]], options: Options) -> list[Converted]:
+    return [convert(number, path, options) for number, path in images]
 
 
 def _result(future: Future[list[Converted]]) -> list[Converted]:

@@ -17,7 +17,7 @@ from PIL import ExifTags, Image
 from fastkd.cli import main
 from fastkd.data import shards
 from fastkd.data.datasets import open_data
-from fastkd.data.shards import Conversion, Converters, Writer, convert, locked, shard
+from fastkd.data.shards import Converters, Options, Writer, convert, locked, shard
 from tests.harness.tiny import image_folder
 
 SMALL = {"samples_per_shard": 5, "workers": 1, "quiet": True}
@@ -350,7 +350,7 @@ def test_names_that_are_no_text_are_kept(tmp_path):
 
 def test_processes_are_counted_where_the_system_does_not_tell_which_are_ours(monkeypatch):
     monkeypatch.delattr(os, "sched_getaffinity", raising=False)
-    assert Converters(Conversion(None, 90)).workers == (os.cpu_count() or 1)
+    assert Converters(Options(None, 90)).workers == (os.cpu_count() or 1)
 
 
 def test_a_folder_of_classes_is_one_split(source, tmp_path):
@@ -375,7 +375,7 @@ def test_images_of_every_mode_are_resized_as_a_trainer_sees_them(tmp_path, mode)
     image = image.convert(mode)
     path = tmp_path / ("a.jpg" if mode == "CMYK" else "a.png")
     image.save(path, quality=95)
-    made = convert(0, str(path), Conversion(24, 95))
+    made = convert(0, str(path), Options(24, 95))
     assert made.reason is None and made.extension == "jpg"
     (tmp_path / "made.jpg").write_bytes(made.content)
     with Image.open(tmp_path / "made.jpg") as result, Image.open(path) as original:
@@ -387,7 +387,7 @@ def test_images_of_every_mode_are_resized_as_a_trainer_sees_them(tmp_path, mode)
 
 def test_deep_greyscale_is_no_white_jpeg(tmp_path):
     Image.new("I;16", (64, 48), 30000).save(tmp_path / "a.png")
-    made = convert(0, str(tmp_path / "a.png"), Conversion(24, 95))
+    made = convert(0, str(tmp_path / "a.png"), Options(24, 95))
     assert "more than 8 bits" in made.reason
 
 
@@ -395,7 +395,7 @@ def test_the_orientation_tag_is_kept_and_nothing_else(tmp_path):
     exif = Image.Exif()
     exif[ExifTags.Base.Orientation], exif[ExifTags.Base.Make] = 6, "a camera"
     Image.new("RGB", (60, 40)).save(tmp_path / "a.jpg", exif=exif)
-    made = convert(0, str(tmp_path / "a.jpg"), Conversion(20, 90))
+    made = convert(0, str(tmp_path / "a.jpg"), Options(20, 90))
     (tmp_path / "made.jpg").write_bytes(made.content)
     with Image.open(tmp_path / "made.jpg") as result:
         assert result.size == (30, 20)
@@ -404,12 +404,12 @@ def test_the_orientation_tag_is_kept_and_nothing_else(tmp_path):
 
 def test_a_png_that_is_called_jpg_is_stored_as_png(tmp_path):
     Image.new("RGB", (9, 9)).save(tmp_path / "a.jpg", "PNG")
-    assert convert(0, str(tmp_path / "a.jpg"), Conversion(None, 90)).extension == "png"
+    assert convert(0, str(tmp_path / "a.jpg"), Options(None, 90)).extension == "png"
 
 
 def test_a_format_that_readers_of_shards_do_not_know_is_stored_as_jpeg(tmp_path):
     Image.new("RGB", (9, 9)).save(tmp_path / "a.jpg", "BMP")
-    assert convert(0, str(tmp_path / "a.jpg"), Conversion(None, 90)).extension == "jpg"
+    assert convert(0, str(tmp_path / "a.jpg"), Options(None, 90)).extension == "jpg"
 
 
 def _die(*_):
@@ -418,7 +418,7 @@ def _die(*_):
 
 def test_the_death_of_a_process_is_told(tmp_path, monkeypatch):
     monkeypatch.setattr(shards, "convert", _die)
-    with Converters(Conversion(None, 90), 1) as pool, pytest.raises(RuntimeError, match="died"):
+    with Converters(Options(None, 90), 1) as pool, pytest.raises(RuntimeError, match="died"):
         list(pool.convert([(0, "a.jpg")]))
 
 
