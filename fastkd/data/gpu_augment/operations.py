@@ -1,9 +1,8 @@
-"""The pixel operations of timm's policies on batches: Pillow's results, every image its own factor.
+"""The pixel operations of timm's policies on batches of uint8 images, with a factor per image.
 
-Knows uint8 images and arguments per image; neither policies nor random numbers. Operations on
-single pixels give Pillow's values bit for bit, rounding to uint8 included. Affine ones compute in
-float32 where Pillow has double: bicubic, fewer than one pixel in a hundred differs by a grey level;
-bilinear, one in twenty where the shift is a simple fraction.
+Pointwise operations match Pillow bit for bit, rounding to uint8 included. Affine ones compute in
+float32 where Pillow has double: with bicubic interpolation, fewer than one pixel in a hundred
+differs by a gray level; with bilinear, one in twenty where the shift is a simple fraction.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ LEVELS = 256
 
 
 class Operation(IntEnum):
-    """What happens to an image, as a plan numbers it."""
+    """Operations by their number in a plan."""
 
     NOTHING = 0
     AUTO_CONTRAST = 1
@@ -46,18 +45,12 @@ class Operation(IntEnum):
 def apply_operation(
     operation: Operation, images: Tensor, arguments: Tensor, fill: Tensor
 ) -> Tensor:
-    """Do one operation to all images of a batch.
+    """Apply one operation (not ``NOTHING``) to images [G, 3, H, W] uint8.
 
-    Args:
-        operation: which, but for ``NOTHING``.
-        images: [G, 3, H, W] uint8.
-        arguments: [G, 6] float32; of an affine operation (a, b, c, d, e, f): the pixel whose centre
-            is (x, y) comes from (a x + b y + c, d x + e y + f); of others the bits that are kept,
-            the threshold, what is added, or the factor, in the first place.
-        fill: [3] uint8, the colour of what an affine operation brings in from outside.
-
-    Returns:
-        [G, 3, H, W] uint8.
+    ``arguments`` are [G, 6] float32. For an affine operation they are (a, b, c, d, e, f): the pixel
+    whose center is (x, y) comes from (a x + b y + c, d x + e y + f), and from outside it is
+    ``fill``, [3] uint8. For others the first is the number of bits kept, the threshold, what is
+    added, or the factor.
     """
     if operation in _TAPS:
         return _affine(images, arguments, fill, *_TAPS[operation])
@@ -67,7 +60,7 @@ def apply_operation(
 def _auto_contrast(images: Tensor, _: Tensor) -> Tensor:
     pixels = images.flatten(2)
     low, high = pixels.amin(2, keepdim=True), pixels.amax(2, keepdim=True)
-    # Where Pillow's doubles fall just below a whole number decides a grey level.
+    # In double, since values just below a whole number decide a gray level, as in Pillow.
     low, high = low.double(), high.double()
     levels = torch.arange(LEVELS, device=images.device, dtype=torch.float64)
     scale = levels[-1] / (high - low).clamp(min=1)  # a number here would be times the reciprocal
@@ -82,7 +75,7 @@ def _equalize(images: Tensor, _: Tensor) -> Tensor:
     step = (histogram.sum(2, keepdim=True) - histogram.gather(2, brightest.long())) // 255
     below = histogram.cumsum(2) - histogram
     equalized = (step // 2 + below) // step.clamp(min=1)
-    # One level alone, or nearly: Pillow leaves the channel as it is.
+    # With (nearly) a single level, Pillow leaves the channel as it is.
     return _look_up(torch.where(step > 0, equalized.clamp(max=255), levels), images)
 
 
@@ -131,23 +124,21 @@ def _sharpness(images: Tensor, factor: Tensor) -> Tensor:
 
 
 def _luma(images: Tensor) -> Tensor:
-    """Pillow's grey levels, ITU-R 601-2 in 16 bits: [G, 1, H, W] int32."""
+    """Return Pillow's gray levels, ITU-R 601-2 in 16 bits: [G, 1, H, W] int32."""
     red, green, blue = images.int().unbind(1)
     return ((19595 * red + 38470 * green + 7471 * blue + 0x8000) >> 16).unsqueeze(1)
 
 
 def _blend(degenerate: Tensor, images: Tensor, factor: Tensor) -> Tensor:
-    """From a degenerate image (factor 0) through the image (1) and beyond it, cut to whole levels.
-
-    The product has its own rounding, as in Pillow: no fused multiply-add.
-    """
+    """Interpolate from a degenerate image (factor 0) to the image (1) and beyond."""
     start = degenerate.to(torch.float32)
+    # Rounded by itself, as in Pillow: no fused multiply-add.
     change = factor * (images - start)
     return (start + change).clamp_(0, 255).to(torch.uint8)
 
 
 def _histogram(images: Tensor) -> Tensor:
-    """How often each level occurs: [G, 3, 256] int32; waits for nothing."""
+    """Count each level: [G, 3, 256] int32, without synchronization."""
     pixels = images.flatten(2).long()
     counts = torch.zeros(*images.shape[:2], LEVELS, dtype=torch.int32, device=images.device)
     ones = torch.ones((), dtype=torch.int32, device=images.device).expand(pixels.shape)
@@ -155,7 +146,7 @@ def _histogram(images: Tensor) -> Tensor:
 
 
 def _look_up(tables: Tensor, images: Tensor) -> Tensor:
-    """Map levels by tables [G, 3, 256], whose fractions are cut off."""
+    """Map levels by tables [G, 3, 256], whose fractions are truncated."""
     pixels = images.flatten(2).long()
     return tables.to(torch.uint8).gather(2, pixels).view_as(images)
 
@@ -168,7 +159,7 @@ def _affine(
     first: int,
     taps: int,
 ) -> Tensor:
-    """Pillow's affine transform: pixels whose centre comes from outside get the fill colour."""
+    """Pillow's affine transform: pixels whose center comes from outside are filled."""
     height, width = images.shape[2:]
     x, y = _sources(matrices, height, width)
     inside = (x >= 0) & (x < width) & (y >= 0) & (y < height)
@@ -185,7 +176,7 @@ def _affine(
 
 
 def _sources(matrices: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
-    """Where each pixel's centre comes from: x and y, [G, H * W] float32."""
+    """Return the source of each pixel's center: x and y, [G, H * W] float32."""
     x = torch.arange(width, device=matrices.device) + 0.5
     y = (torch.arange(height, device=matrices.device) + 0.5).unsqueeze(1)
     a, b, c, d, e, f = matrices.view(-1, ARGUMENTS, 1, 1).unbind(1)
@@ -193,7 +184,7 @@ def _sources(matrices: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]
 
 
 def _pick(pixels: Tensor, index: Tensor) -> Tensor:
-    """Pixels [G, 3, H * W] at places [G, H * W], as float32."""
+    """Gather pixels [G, 3, H * W] at places [G, H * W], as float32."""
     picked = pixels.gather(2, index.unsqueeze(1).expand(-1, pixels.shape[1], -1))
     return picked.to(torch.float32)
 
@@ -204,7 +195,7 @@ def _linear(values: list[Tensor], place: Tensor) -> Tensor:
 
 
 def _cubic(values: list[Tensor], place: Tensor) -> Tensor:
-    """Pillow's cubic with a = -1, by Horner's rule: constant values come out exactly."""
+    """Pillow's cubic with a = -1, by Horner's rule, which keeps constant values exactly."""
     before, first, second, after = values
     linear = second - before
     quadratic = 2 * (before - first) + second - after
@@ -233,15 +224,10 @@ _POINTWISE: dict[Operation, Callable[[Tensor, Tensor], Tensor]] = {
 
 
 def erase(images: Tensor, boxes: Tensor, seeds: Tensor) -> Tensor:
-    """Fill a box of every image with normal noise.
+    """Fill a box of every image [E, C, H, W] with normal noise.
 
-    Args:
-        images: [E, C, H, W] float32.
-        boxes: [E, 4] int64: top, left, height, width.
-        seeds: [E] int64, in [0, 2 ** 32).
-
-    Returns:
-        [E, C, H, W] float32. Allocates some int64 tensors of that size.
+    ``boxes`` are [E, 4] int64 (top, left, height, width), ``seeds`` [E] int64 in [0, 2 ** 32).
+    Allocates some int64 tensors of the images' size.
     """
     height, width = images.shape[2:]
     top, left, box_height, box_width = boxes.view(-1, 4, 1, 1).unbind(1)
@@ -253,17 +239,12 @@ def erase(images: Tensor, boxes: Tensor, seeds: Tensor) -> Tensor:
 
 
 def normals(seeds: Tensor, count: int) -> Tensor:
-    """Standard normal numbers by Box and Muller.
+    """Draw standard normal numbers [E, count] float32 by Box and Muller, for seeds [E].
 
-    Args:
-        seeds: [E] int64, in [0, 2 ** 32).
-        count: how many for each seed, below 2 ** 32.
-
-    Returns:
-        [E, count] float32; the same for a seed on every machine, but for the device's last bits.
+    The same for a seed on every machine, but for the device's last bits.
     """
     pairs = -(-count // 2)
-    # Hashed twice: places alone would give neighbouring seeds the same numbers in another order.
+    # Hashed twice: places alone would give neighboring seeds the same numbers in another order.
     places = _hash(torch.arange(2 * pairs, device=seeds.device))
     uniform = _uniform(_hash(places ^ seeds.unsqueeze(1)))
     radius = (-2 * uniform[:, :pairs].log()).sqrt()
@@ -272,7 +253,7 @@ def normals(seeds: Tensor, count: int) -> Tensor:
 
 
 def _uniform(bits: Tensor) -> Tensor:
-    """32 random bits to float32 in (0, 1): the upper 24, which float32 holds, and a half."""
+    """Turn 32 random bits into float32 in (0, 1): the upper 24, which float32 holds, and a half."""
     return ((bits >> 8) + 0.5) * 2.0**-24
 
 

@@ -1,8 +1,8 @@
-"""What a loader process does for the device: crop, and draw every random number.
+"""The loader's half of ``augment="gpu"``: crop, and draw what the device applies afterwards.
 
-Knows timm's training transform, whose own objects draw the numbers: an image that the device
-augments gets the crop, flip, operations and erased box that timm would give it under the same seed.
-Does not know how the device carries them out.
+timm's own transforms draw the numbers, in their order, so an image gets the crop, flip, operations
+and erased box that timm would give it under the same seed. In place of images they work on
+recorders, which keep the calls and touch no pixel.
 """
 
 from __future__ import annotations
@@ -29,103 +29,72 @@ from fastkd.data.transforms import InputSpec, keep_one_bit, operations_of, train
 
 NO_FILL = (0, 0, 0)
 Call = tuple[Operation, tuple[float, ...]]
+Size = tuple[int, int, int]  # (channels, height, width)
 
 
 class Planned(NamedTuple):
-    """A cropped image, and what the device is to do to it.
+    """A cropped image, and what the device is to do to it."""
 
-    Attributes:
-        image: [3, H, W] uint8.
-        plan: ``flip`` [] bool; ``operations`` [K] int64, numbers of `Operation`; ``arguments``
-            [K, 6] float32; ``erase`` [4] int64: top, left, height and width, 0 where nothing is
-            erased; ``noise`` [] int64, the seed of the erased box's noise.
-    """
-
-    image: Tensor
+    image: Tensor  # [3, H, W] uint8
+    # "flip" [] bool; "operations" [K] int64, numbers of Operation; "arguments" [K, 6] float32;
+    # "erase" [4] int64: top, left, height, width, 0 where nothing is erased; "noise" [] int64, the
+    # seed of the erased box's noise
     plan: dict[str, Tensor]
+
+
+def plan_transform(config: DataConfig, spec: InputSpec) -> PlanTransform:
+    """Create the loader's half of ``augment="gpu"``; ``spec`` must have mean and std."""
+    return PlanTransform(train_stages(config, spec), spec.size)
 
 
 class PlanTransform:
     """PIL image -> `Planned`, drawing what timm's training transform draws, in its order.
 
-    Args:
-        stages: the steps of timm's transform; the operations in them are changed in place.
-        size: (channels, height, width) of the crop.
-
-    Raises:
-        ValueError: the device does not do one of the steps, or the images are not of 3 channels.
+    The operations in timm's ``stages`` are changed in place.
     """
 
-    def __init__(self, stages: list[Any], size: tuple[int, int, int]) -> None:
+    def __init__(self, stages: list[Any], size: Size) -> None:
         if size[0] != 3:
             raise ValueError(f"augment: 'gpu' augments images of 3 channels, got {size[0]}")
         self.size = size
-        self.crop, self.flip, self.policies, self.erasing = _sorted_stages(stages)
+        self.crop, self.flip, self.policies, self.erasing = _sort_stages(stages)
         operations = list(operations_of(self.policies))
         for operation in operations:
             operation.aug_fn = CallRecorder(operation, size)
         keep_one_bit(self.policies)
-        self.layers = max(1, sum(map(_longest, self.policies)))
+        self.layers = max(1, sum(map(_max_operations, self.policies)))
         self.fill = operations[0].kwargs["fillcolor"] if operations else NO_FILL
 
     def __call__(self, image: Any) -> Planned:
-        """Crop, and draw the rest.
-
-        Args:
-            image: a decoded RGB image.
-
-        Returns:
-            The crop and its plan; draws from python's, numpy's and torch's generators.
-        """
+        """Crop an RGB image, and draw the rest from python's, numpy's and torch's generators."""
         pixels = np.asarray(self.crop(image))
         flip = self.flip is not None and bool(torch.rand(1) < self.flip.p)
         calls: list[Call] = []
         for policy in self.policies:
             calls = policy(calls)
+        operations = torch.full((self.layers,), Operation.NOTHING, dtype=torch.int64)
+        arguments = torch.zeros(self.layers, ARGUMENTS)
+        for layer, (operation, values) in enumerate(calls):
+            operations[layer] = operation
+            arguments[layer, : len(values)] = torch.tensor(values)
         erased = ErasedBox(self.size)
         if self.erasing is not None:
             self.erasing(erased)
         plan = {
             "flip": torch.tensor(flip),
-            **self._padded(calls),
+            "operations": operations,
+            "arguments": arguments,
             "erase": torch.tensor(erased.box),
-            # The last draw: those above are timm's, number for number.
+            # Drawn last: the numbers above are timm's, one for one.
             "noise": torch.tensor(random.getrandbits(32)),
         }
         return Planned(torch.from_numpy(pixels.transpose(2, 0, 1).copy()), plan)
 
-    def _padded(self, calls: list[Call]) -> dict[str, Tensor]:
-        operations = np.full(self.layers, Operation.NOTHING, dtype=np.int64)
-        arguments = np.zeros((self.layers, ARGUMENTS), dtype=np.float32)
-        for layer, (operation, values) in enumerate(calls):
-            operations[layer] = operation
-            arguments[layer, : len(values)] = values
-        return {
-            "operations": torch.from_numpy(operations),
-            "arguments": torch.from_numpy(arguments),
-        }
 
-
-def plan_transform(config: DataConfig, spec: InputSpec) -> PlanTransform:
-    """The loader's half of ``augment="gpu"``.
-
-    Args:
-        config: the options of the data group.
-        spec: size and statistics of the input; statistics must be there.
-
-    Returns:
-        PIL image -> `Planned`.
-
-    Raises:
-        ValueError: the device does not do what the recipe asks for.
-    """
-    return PlanTransform(train_stages(config, spec), spec.size)
-
-
-def _sorted_stages(
+def _sort_stages(
     stages: list[Any],
 ) -> tuple[Any, RandomHorizontalFlip | None, list[Any], RandomErasing | None]:
-    """Crop, flip, policies, erasing; the device turns to float and normalises by itself."""
+    """Return crop, flip, policies and erasing; conversion and normalization are the device's."""
     crop, flip, erasing = None, None, None
     policies: list[Any] = []
     for stage in stages:
@@ -139,14 +108,13 @@ def _sorted_stages(
             policies.append(JitterRecorder(stage))
         elif isinstance(stage, RandomErasing):
             erasing = copy.copy(stage)
-            erasing.per_pixel = False  # its boxes alone: the device makes the noise
+            erasing.per_pixel = False  # boxes alone: the device makes the noise
         elif not isinstance(stage, MaybeToTensor | Normalize):
-            raise not_done(type(stage).__name__)
+            raise _unsupported(type(stage).__name__)
     return crop, flip, policies, erasing
 
 
-def _longest(policy: Any) -> int:
-    """How many operations a policy does to an image at most."""
+def _max_operations(policy: Any) -> int:
     if isinstance(policy, RandAugment):
         return policy.num_layers
     if isinstance(policy, AutoAugment):
@@ -154,50 +122,30 @@ def _longest(policy: Any) -> int:
     return len(JitterRecorder.operations)
 
 
-def not_done(name: str) -> ValueError:
-    """The error for what the device does not do.
-
-    Args:
-        name: timm's or torchvision's.
-
-    Returns:
-        The error, to be raised.
-    """
+def _unsupported(name: str) -> ValueError:
     return ValueError(
         f"augment: 'gpu' does not do {name}: take augment='cpu', or a policy (auto_augment) without"
     )
 
 
 class CallRecorder:
-    """In the place of an operation's pixel function: appends the call to a list, its "image".
+    """Stands in for an operation's pixel function: appends the call to a list, its "image"."""
 
-    Args:
-        operation: whose function it stands for.
-        size: (channels, height, width) of the image.
-
-    Raises:
-        ValueError: the device does not do it.
-    """
-
-    def __init__(self, operation: AugmentOp, size: tuple[int, int, int]) -> None:
+    def __init__(self, operation: AugmentOp, size: Size) -> None:
         # By name: the operation's own function may be wrapped by one that keeps a bit.
         function = auto_augment.NAME_TO_OP[operation.name]
         if function not in _TRANSLATIONS:
-            raise not_done(operation.name)
+            raise _unsupported(operation.name)
         self.translate = _TRANSLATIONS[function]
         self.size = size
 
     def __call__(self, calls: list[Call], *arguments: float, resample: Any, **_: Any) -> list[Call]:
-        """As timm calls it; a filter of several is drawn here, as in timm's functions."""
+        """Append the call that timm makes."""
         return [*calls, self.translate(self.size, resample, *arguments)]
 
 
 class JitterRecorder:
-    """In the place of torchvision's colour jitter: appends what it draws, as calls.
-
-    Args:
-        jitter: without a range of hues, as timm makes it of one number.
-    """
+    """Stands in for torchvision's color jitter (without hue): appends what it draws, as calls."""
 
     operations = (Operation.BRIGHTNESS, Operation.CONTRAST, Operation.COLOR)
 
@@ -216,23 +164,16 @@ class JitterRecorder:
 
 
 class ErasedBox:
-    """In the place of the tensor that timm's random erasing writes to: keeps where.
-
-    Args:
-        size: (channels, height, width) of the image.
-
-    Attributes:
-        box: top, left, height, width; zeros where nothing was written.
-    """
+    """Stands in for the tensor that timm's random erasing writes to: keeps where."""
 
     dtype = torch.float32
 
-    def __init__(self, size: tuple[int, int, int]) -> None:
+    def __init__(self, size: Size) -> None:
         self._size = size
-        self.box = (0, 0, 0, 0)
+        self.box = (0, 0, 0, 0)  # top, left, height, width
 
-    def size(self) -> tuple[int, int, int]:
-        """As a tensor's."""
+    def size(self) -> Size:
+        """Return the shape, like a tensor."""
         return self._size
 
     def __setitem__(self, place: tuple[slice, slice, slice], pixels: Tensor) -> None:
@@ -252,8 +193,8 @@ def _single(operation: Operation) -> Callable[..., Call]:
 
 
 def _affine(matrix: Callable[..., tuple[float, ...]]) -> Callable[..., Call]:
-    def translate(size: tuple[int, int, int], resample: Any, value: float) -> Call:
-        if isinstance(resample, list | tuple):
+    def translate(size: Size, resample: Any, value: float) -> Call:
+        if isinstance(resample, list | tuple):  # drawn here, as in timm's functions
             resample = random.choice(resample)
         bicubic = resample == Image.Resampling.BICUBIC
         operation = Operation.AFFINE_BICUBIC if bicubic else Operation.AFFINE_BILINEAR
@@ -263,13 +204,13 @@ def _affine(matrix: Callable[..., tuple[float, ...]]) -> Callable[..., Call]:
 
 
 def _rotation(width: int, height: int, degrees: float) -> tuple[float, ...]:
-    """Counterclockwise about the centre, as Pillow: from a pixel to where it comes from."""
+    """Return the matrix that maps a pixel to its source, counterclockwise about the center."""
     cos, sin = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
     x, y = width / 2, height / 2
     return cos, -sin, x - cos * x + sin * y, sin, cos, y - sin * x - cos * y
 
 
-# What timm's functions do, by the function: (size, resample, *arguments) -> Call.
+# timm's functions as calls: (size, resample, *arguments) -> Call.
 _TRANSLATIONS: dict[Any, Callable[..., Call]] = {
     auto_augment.auto_contrast: _single(Operation.AUTO_CONTRAST),
     auto_augment.equalize: _single(Operation.EQUALIZE),
