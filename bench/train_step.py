@@ -38,7 +38,6 @@ from fastkd.demo.jpegs import make_jpegs
 from fastkd.models import LiftVisionTransformer, Teacher, create_student, create_teacher
 from fastkd.training import Recipe
 from fastkd.training.build import build_engine
-from fastkd.training.dry_run import estimate
 from fastkd.utils.distributed import World
 
 RECIPE = "lift_softkd_spectral"
@@ -439,8 +438,8 @@ class Size:
     teacher_depth: int = 24
 
 
-def steps(size: Size, amp: str, device: str, modes: tuple[str, ...]) -> tuple[dict[str, Step], Any]:
-    """The same step by everybody, from the same weights; and what ours is expected to cost.
+def steps(size: Size, amp: str, device: str, modes: tuple[str, ...]) -> dict[str, Step]:
+    """The same step by everybody, from the same weights.
 
     Args:
         size: of models and batch.
@@ -467,7 +466,6 @@ def steps(size: Size, amp: str, device: str, modes: tuple[str, ...]) -> tuple[di
         TEACHER, pretrained=False, img_size=size.image, depth=size.teacher_depth
     )
     spec = InputSpec((3, size.image, size.image), MEAN, STD)
-    cost = estimate(student, teacher, recipe, spec, size.batch)
 
     def copies() -> tuple[HookedLift, nn.Module]:
         lift = HookedLift(student, base_model(size)).to(device).train()
@@ -480,7 +478,7 @@ def steps(size: Size, amp: str, device: str, modes: tuple[str, ...]) -> tuple[di
         name = f"plain PyTorch, {'eager' if mode == 'none' else f'compiled ({mode})'}"
         made[name] = plain_step(PlainLift(lift), guide, recipe, device, mode)
     made["fastkd"] = our_step(student, teacher, recipe, spec, device)
-    return made, cost
+    return made
 
 
 def base_model(size: Size) -> nn.Module:
@@ -530,10 +528,9 @@ def step_case(
     """``repeat`` steps in a row; the first updates of each provider must give the same losses."""
     images = torch.randn(size.batch, 3, size.image, size.image, device=device)
     labels = torch.randint(CLASSES, (size.batch,), device=device)
-    made, cost = steps(size, amp, device, modes)
+    made = steps(size, amp, device, modes)
     if ours_first:
         made = dict(reversed(made.items()))
-    print(f"expected of an eager step: {cost.memory.activations / 1e6:,.1f} MB of activations")
     losses: dict[str, list[float]] = {}
 
     def run(name: str, step: Step) -> Callable[[], None]:

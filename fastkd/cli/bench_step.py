@@ -114,6 +114,8 @@ def _table(breakdown: Breakdown) -> str:
             f"{part.images_per_second:>12,.0f}{100 * part.share:>11.0f} %"
         )
     rows.append(f"an update has {breakdown.images} images; parts overlap")
+    if breakdown.peak_memory is not None:
+        rows.append(f"a full step holds at most {breakdown.peak_memory / 2**30:.2f} GiB on the GPU")
     return "\n".join([*rows, breakdown.sentence()])
 
 

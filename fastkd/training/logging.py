@@ -65,10 +65,6 @@ class RunLogger:
         """Make the files say what a checkpoint says: no more, and no epoch less.
 
         A kill between two writes, or a run continued in a new folder, leaves them different.
-
-        Args:
-            updates: finished updates of the run.
-            history: its finished epochs.
         """
         if self.output is None:
             return
@@ -79,11 +75,7 @@ class RunLogger:
             (self.output / EPOCHS).unlink(missing_ok=True)
 
     def start(self, updates: int) -> None:
-        """Open the log, the bar and the trackers.
-
-        Args:
-            updates: finished updates of the run.
-        """
+        """Open the log, the bar and the trackers."""
         if self.output is not None:
             self._log = open(self.output / LOG, "a", encoding="utf-8")  # noqa: SIM115
         if self._open_trackers is not None:
@@ -98,11 +90,7 @@ class RunLogger:
             )
 
     def message(self, text: str) -> None:
-        """Show a line of text.
-
-        Args:
-            text: the line.
-        """
+        """Show a line of text."""
         if self._bar is not None:
             self._bar.write(text, file=self.stream)
         elif self.shows:
@@ -114,11 +102,7 @@ class RunLogger:
             self._bar.update()
 
     def interval(self, record: dict[str, Any]) -> None:
-        """Log the means since the last line.
-
-        Args:
-            record: with ``epoch``, ``update``, ``loss``, ``images_per_second``, ``data_wait``.
-        """
+        """Log the means since the last line."""
         self._write_line({"kind": "interval", **record})
         self._track("train", record)
         if self._bar is not None:
@@ -128,13 +112,7 @@ class RunLogger:
             )
 
     def epoch(self, record: dict[str, Any], history: list[dict[str, Any]], epochs: int) -> None:
-        """Log an epoch, rewrite the table of epochs, and say how it went.
-
-        Args:
-            record: the epoch's, the last of ``history``.
-            history: all epochs so far.
-            epochs: of the whole run.
-        """
+        """Log an epoch, rewrite the table of epochs, and say how it went."""
         self._write_line({"kind": "epoch", **record})
         self._track("epoch", record)
         if self.output is not None:
@@ -144,13 +122,7 @@ class RunLogger:
             self.message(_epoch_line(record, epochs))
 
     def event(self, kind: str, record: dict[str, Any], text: str) -> None:
-        """Log and show something that should not happen, and that the run survived.
-
-        Args:
-            kind: what happened, in a word.
-            record: for log.jsonl, with ``epoch`` and ``update``.
-            text: for people.
-        """
+        """Log and show something that should not happen, and that the run survived."""
         self._write_line({"kind": kind, **record})
         self.message(text)
 
@@ -246,15 +218,7 @@ class Tracker(Protocol):
 
 
 def check_trackers(track: str | None, output: Path | None) -> None:
-    """Refuse a tracker that could not run, before the run begins.
-
-    Args:
-        track: a recipe's ``track``.
-        output: the run's folder.
-
-    Raises:
-        ValueError: a tracker's package is not installed, or it has no folder to write to.
-    """
+    """Refuse a tracker that could not run, before the run begins."""
     for name in NAMES.get(track or "", ()):
         if output is None:
             raise ValueError(f"track: {name} keeps its files in the run's folder: give an output")
@@ -270,18 +234,7 @@ def check_trackers(track: str | None, output: Path | None) -> None:
 def open_trackers(
     track: str | None, output: Path, config: dict[str, Any], updates: int
 ) -> list[Tracker]:
-    """Start or continue the trackers of a run.
-
-    Args:
-        track: a recipe's ``track``.
-        output: the run's folder.
-        config: the recipe's plain values.
-        updates: finished updates; what an interrupted run logged after them is dropped where the
-            tracker can.
-
-    Returns:
-        The trackers, in no order that matters.
-    """
+    """Start or continue the trackers of a run."""
     kinds: dict[str, Callable[[Path, dict[str, Any], int], Tracker]] = {
         "tensorboard": _TensorBoard,
         "wandb": _WandB,
@@ -434,12 +387,7 @@ class Meter:
         self.skips = torch.zeros(3, dtype=torch.float64, device=device)
 
     def add(self, values: Tensor, applied: Tensor) -> None:
-        """Count an update; one that was skipped adds nothing to the sums. Does not synchronise.
-
-        Args:
-            values: [len(names)], on the device.
-            applied: bool scalar on the device, whether the update was applied.
-        """
+        """Count an update; one that was skipped adds nothing to the sums. Does not synchronise."""
         self.sums += torch.where(applied, values.to(self.sums.dtype), 0)
         skipped = (~applied).to(self.skips.dtype)
         total, row, longest = self.skips.unbind()

@@ -1,8 +1,4 @@
-"""Where the time of a training step goes: loader, teacher, student, optimiser, and all together.
-
-Times the trainer's own engine and loader, built as the trainer builds them, so that what is
-measured is what a run does. Knows engines, loaders and clocks; nothing of tables.
-"""
+"""Time and memory of a training step and its parts, measured on the trainer's engine and loader."""
 
 from __future__ import annotations
 
@@ -96,11 +92,13 @@ class Breakdown:
         images: of an update, over all processes.
         limit: `LOADER`, or the largest of the update's pieces: `INPUT`, `TEACHER`, `STUDENT` or
             `OPTIMISER`.
+        peak_memory: the most bytes that tensors held on the GPU in a full step; None on a CPU.
     """
 
     parts: dict[str, Part]
     images: int
     limit: str
+    peak_memory: int | None = None
 
     def sentence(self) -> str:
         """What limits, for people to read, or that the figures are too unsteady to say."""
@@ -141,26 +139,7 @@ def bench_step(
     on_part: Callable[[str], None] | None = None,
     **overrides: Any,
 ) -> Breakdown:
-    """Time the step that `fastkd.train` would do with the same arguments.
-
-    Args:
-        recipe: as for `fastkd.train`, as are ``data``, ``teacher`` and ``device``.
-        data: likewise.
-        teacher: likewise.
-        untrained: build a teacher that is a timm name without its weights, which change no time
-            and need a download; a local run's is used as it is.
-        steps: updates that are timed, of each part.
-        device: likewise.
-        on_part: told the name of every part before it is timed.
-        **overrides: recipe fields by name.
-
-    Returns:
-        The breakdown, on every process of torchrun.
-
-    Raises:
-        ValueError: what would stop the run at its start, fewer than 2 steps, or ``untrained``
-            without a teacher or with a module.
-    """
+    """Time the step that `fastkd.train` would do with the same arguments."""
     loaded = Recipe.load(recipe)
     guide = chosen_teacher(loaded, teacher)
     if untrained:
@@ -224,19 +203,6 @@ def measure_step(
     workers is timed in groups of as many batches as there are workers, because that is how they
     arrive, and after those batches have been dropped that workers made ahead during the warm-up,
     in which models may be compiled. Call it on every process.
-
-    Args:
-        engine: as the trainer builds it.
-        loader: likewise, of `Batch`.
-        steps: updates that are timed, of each part.
-        warmup: updates before them that are not.
-        on_part: told the name of every part before it is timed.
-
-    Returns:
-        The breakdown.
-
-    Raises:
-        ValueError: fewer than 2 steps, of which there are no quartiles.
     """
     if steps < 2:
         raise ValueError(f"measure_step: steps must be at least 2, got {steps}")
@@ -255,12 +221,18 @@ def measure_step(
         FULL: fed_by_loader(lambda: engine.update(next(updates))),
     }
     timings |= {name: _Timing(work) for name, work in _works(engine, slices).items()}
-    seconds = {}
+    device = engine.world.device
+    seconds, peak = {}, None
     for name, timing in timings.items():
         if on_part is not None:
             on_part(name)
-        seconds[name] = timing.run(engine.world.device, steps, warmup)
-    return _breakdown(seconds, engine.world.size * sum(len(batch.images) for batch in slices))
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+        seconds[name] = timing.run(device, steps, warmup)
+        if device.type == "cuda" and name == FULL:
+            peak = torch.cuda.max_memory_allocated(device)
+    images = engine.world.size * sum(len(batch.images) for batch in slices)
+    return _breakdown(seconds, images, peak)
 
 
 def _endless_updates(loader: Any, accumulation: int) -> Iterator[list[Batch]]:
@@ -307,12 +279,7 @@ def _works(engine: Engine, slices: list[Batch]) -> dict[str, Callable[[], Any]]:
 
 
 def _student_alone(engine: Engine, taught: list[TapOutput | None]) -> Engine:
-    """The same engine, but for batches that are prepared and a teacher that has answered.
-
-    Args:
-        engine: shares its models, gradients and optimiser.
-        taught: the teacher's answers, in the order of the slices.
-    """
+    """The same engine, but for batches that are prepared and a teacher that has answered."""
     alone = copy.copy(engine)
     alone.augment = alone.mixup = None
     if engine.teacher is not None:
@@ -380,7 +347,7 @@ class _Clock:
         return [earlier.elapsed_time(later) / 1e3 for earlier, later in pairs]
 
 
-def _breakdown(seconds: dict[str, list[float]], images: int) -> Breakdown:
+def _breakdown(seconds: dict[str, list[float]], images: int, peak: int | None = None) -> Breakdown:
     full = statistics.median(seconds[FULL])
     parts = {}
     for name in (name for name in PARTS if name in seconds):
@@ -389,4 +356,4 @@ def _breakdown(seconds: dict[str, list[float]], images: int) -> Breakdown:
     pieces = [name for name in _PIECES if name in parts]
     largest = max(pieces, key=lambda name: parts[name].seconds)
     limit = LOADER if parts[LOADER].seconds > parts[UPDATE].seconds else largest
-    return Breakdown(parts, images, limit)
+    return Breakdown(parts, images, limit, peak)

@@ -128,7 +128,7 @@ def terms(recipe: Recipe) -> set[str]:
     return named
 
 
-# One of each kind of student and loss in every run of the slow tests, the others in the nightly ones.
+# One of each kind of student and loss; the others are nightly.
 EVERY_TIME = ("deit_tiny", "lift_mse", "widelast_softkd_spectral", "spectralkd_swin_tiny")
 
 
