@@ -17,7 +17,6 @@ from torch import nn
 from fastkd.analysis.accumulators.shared_basis import SUBSPACES
 from fastkd.analysis.arrays import ArraySource, is_array_folder
 from fastkd.analysis.images import ImageSelection, open_images
-from fastkd.analysis.progress import AnalysisProgress
 from fastkd.analysis.report import Report, check_comparable
 from fastkd.analysis.study import Resume, Settings, Study, difference, plain_json
 from fastkd.analysis.tokens import LayerChoice, ModelSource, TokenSource, resolve
@@ -28,6 +27,7 @@ from fastkd.ops.sep import LEVELS as BANDWIDTH_LEVELS
 from fastkd.ops.spectrum import LEVELS
 from fastkd.utils.distributed import World, world
 from fastkd.utils.io import remove_leftovers, write_text
+from fastkd.utils.progress import Progress
 
 RESUME_FOLDER = "resume"
 REPORT = "report.json"
@@ -175,7 +175,7 @@ def analyze(
                 "analyze", [described, *(report.settings for report in saved.values())]
             )
         folder = None if output is None else Path(output)
-        progress = AnalysisProgress(shows=peers.is_main and not quiet)
+        progress = Progress(shows=peers.is_main and not quiet)
         run = _Run(feed, settings, described, peers, progress, folder, resume)
         own = [
             _options_of(subject, len(subjects) > 1, checkpoint, untrained, weights, img_size)
@@ -272,7 +272,7 @@ class _Run:
         settings: Settings,
         described: dict[str, Any],
         peers: World,
-        progress: AnalysisProgress,
+        progress: Progress,
         folder: Path | None,
         resume: bool,
     ) -> None:
@@ -288,7 +288,7 @@ class _Run:
             if folder.is_dir():
                 remove_leftovers(folder)
             if self.resume and not (folder / RESUME_FOLDER).exists():
-                progress.say(f"nothing to resume in {folder}: measuring from the start")
+                progress.write(f"nothing to resume in {folder}: measuring from the start")
         peers.barrier()
 
     def _refuse_to_forget(self, folder: Path) -> None:
@@ -306,7 +306,7 @@ class _Run:
         fingerprint = plain_json(study.fingerprint)
         done = self._kept_report(number, fingerprint)
         if done is not None:
-            self.progress.say(f"{source.name}: kept from before")
+            self.progress.write(f"{source.name}: kept from before")
             return done
         try:
             result = study.run()

@@ -26,7 +26,6 @@ from fastkd.analysis.accumulators.image_spectra import ImageSpectra
 from fastkd.analysis.accumulators.second_moment import SecondMoment
 from fastkd.analysis.accumulators.sep import TokenPattern
 from fastkd.analysis.accumulators.shared_basis import SUBSPACES, InSharedBasis
-from fastkd.analysis.progress import AnalysisProgress
 from fastkd.analysis.results import LayerResult, ModelResult
 from fastkd.analysis.tokens import Batch, TokenSource
 from fastkd.ops.sep import CONVENTIONS
@@ -35,10 +34,12 @@ from fastkd.ops.spectrum.measures import levels_of
 from fastkd.ops.threads import each
 from fastkd.utils.distributed import StopRequest, World
 from fastkd.utils.io import replacing
+from fastkd.utils.progress import Progress
 
 SAVE_EVERY_SECONDS = 60.0
 
 SHARED = ("last", "all", "none")
+_PASSES = {"first": "spectra", "second": "shared basis"}
 NO_PATTERN: Final = "none"
 _GIGABYTE = 1e9
 _NAMED_IMAGES = 3  # unreadable ones that an error lists
@@ -110,7 +111,7 @@ class Study:
         settings: Settings,
         world: World,
         resume: Resume,
-        progress: AnalysisProgress,
+        progress: Progress,
     ) -> None:
         self.source = source
         self.settings = settings
@@ -190,7 +191,9 @@ class Study:
 
     def _update_from_kept(self, second: dict[int, InSharedBasis], stop: StopRequest) -> None:
         assert self._kept is not None
-        self.progress.start(self.source.name, "second", sum(len(p) for p, _ in self._kept), 0)
+        self.progress.start(
+            f"{self.source.name}: {_PASSES['second']}", sum(len(p) for p, _ in self._kept)
+        )
         for places, tokens in self._kept:
             if stop.received is not None:
                 break
@@ -207,7 +210,7 @@ class Study:
             return
         if self.resume.folder is not None:
             self.progress.close()
-            self.progress.say("stopped; the same command with --resume goes on from here")
+            self.progress.write("stopped; the same command with --resume goes on from here")
         if not asked_here:
             raise SystemExit("analyze: another process was asked to stop")
         stop.raise_as_exception()
@@ -223,12 +226,17 @@ class Study:
             begin = state["next"]
         if begin > self.share[0]:
             self._kept = None  # tokens of images seen before the interruption are gone
-        self.progress.start(self.source.name, name, end - self.share[0], begin - self.share[0])
+        self.progress.start(
+            f"{self.source.name}: {_PASSES[name]}",
+            end - self.share[0],
+            begin - self.share[0],
+            len(self.skipped),
+        )
         for batch in self._batches(begin, end):
             with self._timed("analysis"), torch.no_grad():
                 self._update(batch, measures, keep=name == "first")
             begin = self._after(batch)
-            self.progress.advance(len(batch.places) + len(batch.skipped), len(self.skipped))
+            self.progress.advance(len(batch.places) + len(batch.skipped), len(batch.skipped))
             if stop.received is not None or self._too_many_unreadable():
                 break
             self.resume.save_now_and_then(name, partial(self._state, begin, measures))

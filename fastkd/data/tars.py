@@ -24,12 +24,11 @@ import numpy as np
 from timm.data.readers.img_extensions import get_img_extensions
 
 from fastkd.data.classes import UNLABELLED, map_classes, number_classes
-from fastkd.utils.bar import Bar
 from fastkd.utils.io import replacing
+from fastkd.utils.progress import track
 
 _VERSION = 2  # of the listing kept beside the archives
 _PEEKED = 64  # headers that tell a shard from another tar
-_SLOW = 3.0  # seconds of listing after which its progress is shown
 _SHARD_IMAGES = (".jpg", ".jpeg", ".png", ".webp")  # as timm's reader of shards
 _KEY = re.compile(r"((?:.*/)?[^./][^./]*)(\.[^/]*)")  # WebDataset: up to the name's first dot
 
@@ -260,10 +259,9 @@ def _listed(
 
 
 def _make(tars: list[Path], layout: str, target: str | None) -> _Table:
-    shown = Bar(tars, desc="listing", unit="tar", leave=False, delay=_SLOW, disable=None)
     listings = [
         list_shard(path, target) if layout == "shards" else list_classes(path, layout == "tars")
-        for path in shown
+        for path in track(tars, "listing", "tar")
     ]
     members = [member for listing in listings for member in listing.members]
     labels = [label for listing in listings for label in listing.labels]

@@ -61,11 +61,15 @@ def run_demo(settings: Settings, seeds: int, output: Path) -> None:
     """
     from fastkd.demo import plots, report
     from fastkd.demo.experiment import run_experiment
-    from fastkd.demo.progress import Progress
+    from fastkd.utils.progress import Progress
 
     started = time.monotonic()
-    with Progress() as progress:
-        findings = run_experiment(settings, seeds, output, progress)
+    with Progress(unit="run", lines=False) as progress:
+        try:
+            findings = run_experiment(settings, seeds, output, progress)
+        except (KeyboardInterrupt, SystemExit):
+            progress.write("stopped; the same command continues from here")
+            raise
     plots.save_accuracy(findings, output / report.ACCURACY)
     plots.save_ranks(findings, output / report.RANKS)
     report.save(findings, output / report.RESULTS)

@@ -21,11 +21,11 @@ from torch import Tensor, nn
 
 from fastkd.analysis import ImageSpectra, InSharedBasis, Ranks, SecondMoment
 from fastkd.demo.data import CLASSES, SIDE, Digits, load_digits
-from fastkd.demo.progress import Progress
 from fastkd.models import LiftVisionTransformer, Taps, Teacher, create_student
 from fastkd.training import Recipe, Result, train
 from fastkd.training.logging import RESULT
 from fastkd.utils.io import write_text
+from fastkd.utils.progress import Progress
 from fastkd.utils.random import preserved_rng
 
 SETTINGS = "settings.json"
@@ -258,7 +258,7 @@ class _Experiment:
 
     def run(self) -> Findings:
         """Run or fetch everything."""
-        self.progress.start(1 + self.seeds * len(CONTENDERS))
+        self.progress.start("", 1 + self.seeds * len(CONTENDERS))
         teacher, taught = self._train_teacher()
         self._measure("teacher", teacher.model)
         results: dict[str, list[Result]] = {contender.key: [] for contender in CONTENDERS}
@@ -311,12 +311,15 @@ class _Experiment:
     def _timed(self, name: str, folder_name: str, run: Callable[[Path], Result]) -> Result:
         folder = self.output / RUNS / folder_name
         finished_before = (folder / RESULT).exists()
-        self.progress.begin(name)
+        self.progress.note("", label=name)
         started = time.monotonic()
         result = run(folder)
         self.kept += finished_before
-        seconds = None if finished_before else time.monotonic() - started
-        self.progress.finish(name, _top1(result), seconds)
+        self.progress.advance()
+        took = "kept from before" if finished_before else f"{time.monotonic() - started:.0f} s"
+        done, total = self.progress.done, self.progress.total
+        number = f"[{done:>{len(str(total))}}/{total}]"
+        self.progress.write(f"{number} {name}: {_top1(result):.1f} % ({took})")
         return result
 
     def _measure(self, name: str, model: nn.Module) -> None:

@@ -21,8 +21,9 @@ from fastkd.inference.images import Images, find_images, image_loader
 from fastkd.inference.loading import IMAGE_OPTIONS, open_model
 from fastkd.utils.distributed import World, autocast, world
 from fastkd.utils.io import writable, write_text
-from fastkd.utils.progress import ImageProgress
+from fastkd.utils.progress import Progress
 
+BAR_AFTER = 2.0  # seconds: what is done sooner needs no bar
 _SYNSET = re.compile(r"n\d{8}")
 
 _WITH_EVERY_SYNSET = ("imagenet1k", "imagenet22k")  # the former has some that the latter has not
@@ -169,7 +170,9 @@ def predict(
         shows = peers.is_main and not quiet
         share = range(peers.rank, len(files), peers.size)
         with (
-            ImageProgress("predict", len(share), shows) as progress,
+            Progress(
+                "predict", len(share), lost="passed over", delay=BAR_AFTER, shows=shows
+            ) as progress,
             _evaluating(opened.network.to(peers.device)) as network,
         ):
             shares = peers.gather(_classified(network, loader, files, peers, amp, top, progress))
@@ -244,7 +247,7 @@ def _classified(
     peers: World,
     amp: str,
     top: int,
-    progress: ImageProgress,
+    progress: Progress,
 ) -> _Share:
     share = _Share()
     for batch, faults in loader:

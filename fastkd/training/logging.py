@@ -17,8 +17,8 @@ from typing import Any, Protocol, TextIO
 import torch
 from torch import Tensor
 
-from fastkd.utils.bar import Bar
 from fastkd.utils.io import write_text
+from fastkd.utils.progress import Progress
 
 RESULT = "result.json"
 
@@ -56,8 +56,10 @@ class RunLogger:
         self.stream = stream or sys.stderr
         self.total_updates = total_updates
         self.shows = enabled and not quiet
+        self.progress = Progress(
+            unit="update", lines=False, leave=True, shows=self.shows, stream=self.stream
+        )
         self._log: TextIO | None = None
-        self._bar: Bar | None = None
         self._open_trackers = open_trackers if enabled else None
         self._trackers: Sequence[Tracker] = ()
 
@@ -80,36 +82,24 @@ class RunLogger:
             self._log = open(self.output / LOG, "a", encoding="utf-8")  # noqa: SIM115
         if self._open_trackers is not None:
             self._trackers = self._open_trackers(updates)
-        if self.shows and self.stream.isatty():
-            self._bar = Bar(
-                total=self.total_updates,
-                initial=updates,
-                file=self.stream,
-                unit="update",
-                dynamic_ncols=True,
-            )
+        self.progress.start("", self.total_updates, updates)
 
     def message(self, text: str) -> None:
         """Show a line of text."""
-        if self._bar is not None:
-            self._bar.write(text, file=self.stream)
-        elif self.shows:
-            print(text, file=self.stream, flush=True)
+        self.progress.write(text)
 
     def advance(self) -> None:
         """Count one update on the bar."""
-        if self._bar is not None:
-            self._bar.update()
+        self.progress.advance()
 
     def interval(self, record: dict[str, Any]) -> None:
         """Log the means since the last line."""
         self._write_line({"kind": "interval", **record})
         self._track("train", record)
-        if self._bar is not None:
-            self._bar.set_postfix_str(
-                f"epoch {record['epoch']}, loss {record['loss']:.4g}, "
-                f"{record['images_per_second']:.0f} images/s, data wait {record['data_wait']:.0f}%"
-            )
+        self.progress.note(
+            f"epoch {record['epoch']}, loss {record['loss']:.4g}, "
+            f"{record['images_per_second']:.0f} images/s, data wait {record['data_wait']:.0f}%"
+        )
 
     def epoch(self, record: dict[str, Any], history: list[dict[str, Any]], epochs: int) -> None:
         """Log an epoch, rewrite the table of epochs, and say how it went."""
@@ -118,7 +108,7 @@ class RunLogger:
         if self.output is not None:
             with self._surviving(EPOCHS):
                 _write_csv(self.output / EPOCHS, history)
-        if self._bar is None or "eval_loss" in record:
+        if not self.progress.has_bar or "eval_loss" in record:
             self.message(_epoch_line(record, epochs))
 
     def event(self, kind: str, record: dict[str, Any], text: str) -> None:
@@ -134,9 +124,7 @@ class RunLogger:
         if self._log is not None:
             self._log.close()
             self._log = None
-        if self._bar is not None:
-            self._bar.close()
-            self._bar = None
+        self.progress.close()
 
     def _track(self, group: str, record: dict[str, Any]) -> None:
         numbers = {f"{group}/{n}": v for n, v in record.items() if isinstance(v, int | float)}

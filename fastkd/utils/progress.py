@@ -1,64 +1,131 @@
-"""What a person sees while images are gone through: a bar on a terminal, plain lines elsewhere."""
+"""Progress of long work: a bar on a terminal, a line now and then elsewhere."""
 
 from __future__ import annotations
 
 import sys
 import time
-from typing import TextIO
+from collections.abc import Iterator
+from typing import TextIO, TypeVar
 
-from fastkd.utils.bar import Bar
+from tqdm import tqdm
 
 LINE_EVERY_SECONDS = 10.0
-BAR_AFTER = 2.0  # seconds: what is done sooner needs no bar
+SLOW_SECONDS = 3.0  # `track` shows nothing of what is done sooner
+
+_Item = TypeVar("_Item")
 
 
-class ImageProgress:
-    """Counts images.
+class _Bar(tqdm):  # type: ignore[type-arg] # generic to type checkers alone
+    monitor_interval = 0  # no monitor thread, of which many short runs would see one come and stay
+
+
+class Progress:
+    """Counts items of long work, and shows how many are done and how long the rest takes.
 
     Args:
         label: what is done with them.
-        total: images of this process.
+        total: items of this process; 0 shows nothing until `start` says how many there are.
+        initial: items that were done before.
+        unit: what an item is called.
+        lost: what is said of items that came to nothing.
+        lines: print a line every 10 seconds where there is no terminal.
+        delay: seconds before a bar appears.
+        leave: keep the finished bar on the terminal.
         shows: False shows nothing: quiet runs, and processes other than the main one.
         stream: where it goes; standard error by default.
     """
 
     def __init__(
-        self, label: str, total: int, shows: bool = True, stream: TextIO | None = None
+        self,
+        label: str = "",
+        total: int = 0,
+        *,
+        initial: int = 0,
+        unit: str = "image",
+        lost: str = "unreadable",
+        lines: bool = True,
+        delay: float = 0.0,
+        leave: bool = False,
+        shows: bool = True,
+        stream: TextIO | None = None,
     ) -> None:
-        self.label = label
-        self.total = total
-        self.shows = shows
+        self.unit, self.lost, self.lines = unit, lost, lines
+        self.delay, self.leave, self.shows = delay, leave, shows
         self.stream = stream or sys.stderr
-        self._done = self._passed_over = 0
-        self._line_at = time.monotonic()
-        self._bar: Bar | None = None
+        self._bar: _Bar | None = None
+        if total:
+            self.start(label, total, initial)
 
-    def __enter__(self) -> ImageProgress:
-        if self.shows and self.stream.isatty():
-            self._bar = Bar(
-                total=self.total, desc=self.label, unit="image", file=self.stream, delay=BAR_AFTER,
-                leave=False, dynamic_ncols=True,
-            )  # fmt: skip
+    @property
+    def has_bar(self) -> bool:
+        """Whether a bar is on the terminal."""
+        return self._bar is not None
+
+    def __enter__(self) -> Progress:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def start(self, label: str, total: int, initial: int = 0, lost: int = 0) -> None:
+        """Begin to count anew, ``lost`` of the ``initial`` items having come to nothing."""
+        self.close()
+        self.label, self.total, self.done, self.lost_items = label, total, initial, lost
+        self._initial = initial
+        self._begun = self._line_at = time.monotonic()
+        if self.shows and self.stream.isatty():
+            self._bar = _Bar(
+                total=total, initial=initial, desc=label or None, unit=self.unit,
+                file=self.stream, delay=self.delay, leave=self.leave, dynamic_ncols=True,
+            )  # fmt: skip
+
+    def advance(self, items: int = 1, lost: int = 0) -> None:
+        """Count items, ``lost`` of which came to nothing."""
+        self.done += items
+        self.lost_items += lost
+        if self._bar is not None:
+            if lost:
+                self._bar.set_postfix_str(f"{self.lost_items:,} {self.lost}", refresh=False)
+            self._bar.update(items)
+        elif self.lines and time.monotonic() - self._line_at >= LINE_EVERY_SECONDS:
+            self._line_at = time.monotonic()
+            self.write(self._line())
+
+    def note(self, text: str, *, label: str | None = None) -> None:
+        """Show a text behind the bar, and another label before it; no line elsewhere."""
+        if self._bar is not None:
+            if label is not None:
+                self._bar.set_description_str(label)
+            self._bar.set_postfix_str(text)
+
+    def write(self, line: str) -> None:
+        """Print a line above the bar."""
+        if self._bar is not None:
+            self._bar.write(line, file=self.stream)
+        elif self.shows:
+            print(line, file=self.stream, flush=True)
+
+    def close(self) -> None:
+        """Take the bar away."""
         if self._bar is not None:
             self._bar.close()
+            self._bar = None
 
-    def advance(self, images: int, passed_over: int = 0) -> None:
-        """Count images.
+    def _line(self) -> str:
+        line = f"{self.label}: {self.done:,} of {self.total:,} {self.unit}s"
+        if self.lost_items:
+            line += f", {self.lost_items:,} {self.lost}"
+        fresh, seconds = self.done - self._initial, time.monotonic() - self._begun
+        if fresh and self.total > self.done:
+            left = seconds / fresh * (self.total - self.done)
+            line += f", about {tqdm.format_interval(left)} left"
+        return line
 
-        Args:
-            images: how many more.
-            passed_over: how many of them to no effect.
-        """
-        self._done += images
-        self._passed_over += passed_over
-        lost = f"{self._passed_over:,} passed over" if self._passed_over else ""
-        if self._bar is not None:
-            self._bar.set_postfix_str(lost, refresh=False)
-            self._bar.update(images)
-        elif self.shows and time.monotonic() - self._line_at >= LINE_EVERY_SECONDS:
-            self._line_at = time.monotonic()
-            line = f"{self.label}: {self._done:,} of {self.total:,} images"
-            print(f"{line}, {lost}" if lost else line, file=self.stream, flush=True)
+
+def track(items: list[_Item], label: str, unit: str, shows: bool = True) -> Iterator[_Item]:
+    """Yield the items, with a bar on a terminal if they take long."""
+    progress = Progress(label, len(items), unit=unit, lines=False, delay=SLOW_SECONDS, shows=shows)
+    with progress:
+        for item in items:
+            yield item
+            progress.advance()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import signal
 
 import numpy as np
@@ -12,10 +11,10 @@ import torch
 from fastkd.analysis import InSharedBasis, study
 from fastkd.analysis import results as codec
 from fastkd.analysis import study as resume
-from fastkd.analysis.progress import AnalysisProgress
 from fastkd.analysis.results import ModelResult
 from fastkd.analysis.study import Resume, Settings, Study
 from fastkd.utils.distributed import World, world
+from fastkd.utils.progress import Progress
 from tests.analysis.made_tokens import Interrupted, TensorSource, in_plane, normal, waves
 from tests.harness.torchrun import run_ranks
 
@@ -25,9 +24,7 @@ QUICK = {"permutations": 5, "subspaces": (1, 4)}
 
 def measure(source, folder=None, go_on=False, peers=ALONE, **settings) -> ModelResult:
     state = Resume(folder, "00", peers.rank, peers.size, go_on)
-    return Study(
-        source, Settings(**QUICK | settings), peers, state, AnalysisProgress(shows=False)
-    ).run()
+    return Study(source, Settings(**QUICK | settings), peers, state, Progress(shows=False)).run()
 
 
 def layers(images=13):
@@ -247,15 +244,6 @@ def test_images_that_are_not_finite_in_any_layer_are_counted():
 def test_settings_that_mean_nothing_are_refused(settings, message):
     with pytest.raises(ValueError, match=message):
         Settings(**settings)
-
-
-def test_progress_is_plain_lines_where_there_is_no_terminal(monkeypatch):
-    monkeypatch.setattr("fastkd.analysis.progress.LINE_EVERY_SECONDS", 0.0)
-    stream = io.StringIO()
-    progress = AnalysisProgress(stream=stream)
-    progress.start("vit", "first", 10, 2)
-    progress.advance(4, 1)
-    assert stream.getvalue() == "vit: spectra: 6 of 10 images, 1 unreadable\n"
 
 
 def measure_on_rank(rank: int, output: str) -> None:
