@@ -13,6 +13,7 @@ import itertools
 import math
 import os
 import statistics
+import sys
 import tempfile
 import time
 from argparse import Namespace
@@ -34,11 +35,13 @@ from fastkd.data.datasets import open_data
 from fastkd.data.loader import train_loader
 from fastkd.data.samples import Batch
 from fastkd.data.transforms import InputSpec, keep_one_bit
-from fastkd.demo.jpegs import make_jpegs
 from fastkd.models import LiftVisionTransformer, Teacher, create_student, create_teacher
 from fastkd.training import Recipe
 from fastkd.training.build import build_engine
 from fastkd.utils.distributed import World
+
+sys.path.append(str(Path(__file__).parents[1] / "examples"))
+from make_jpegs import make_jpegs
 
 RECIPE = "lift_softkd_spectral"
 STUDENT, TEACHER, CLASSES = "deit_tiny_patch16_224", "cait_s24_224", 1000

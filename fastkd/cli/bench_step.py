@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from fastkd.training.profile import Breakdown
 
 MADE_IMAGES = 32  # drawn; the rest of the made data set are further names of the same files
+MADE_SIZE = (500, 375)
+NOISE = 16.0  # of 255 levels: about 90 kB a file
 MOST_MADE = 50_000  # unless one update needs more
 
 
@@ -89,12 +91,27 @@ def _data(given: str | None, recipe: Recipe) -> Iterator[str]:
     if given is not None:
         yield given
         return
-    from fastkd.demo.jpegs import make_jpegs
-
     with tempfile.TemporaryDirectory() as folder:
-        root = make_jpegs(Path(folder) / "jpegs", classes=2, train=MADE_IMAGES // 2, val=1)
+        root = Path(folder)
+        _draw(root / "val", 2)
+        _draw(root / "train", MADE_IMAGES)
         _multiply(root / "train", max(recipe.batch_size, min(MOST_MADE, 50 * recipe.batch_size)))
         yield str(root)
+
+
+def _draw(folder: Path, count: int) -> None:
+    """Write JPEGs of two classes: blurred colors under noise, as large as ImageNet's."""
+    import numpy as np
+    from PIL import Image
+
+    rng = np.random.default_rng(0)
+    for number in range(count):
+        path = folder / f"class{number % 2}" / f"{number:05}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        colors = Image.fromarray(rng.integers(0, 256, (9, 12, 3), np.uint8))
+        smooth = np.asarray(colors.resize(MADE_SIZE, Image.Resampling.BICUBIC), np.float32)
+        noisy = (smooth + rng.normal(0, NOISE, smooth.shape)).clip(0, 255).astype(np.uint8)
+        Image.fromarray(noisy).save(path, quality=90)
 
 
 def _multiply(folder: Path, count: int) -> None:

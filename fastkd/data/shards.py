@@ -32,9 +32,9 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 from fastkd.data.datasets import open_data
 from fastkd.data.folders import SHARD_LISTS, UNFINISHED, VALIDATION_FOLDERS
 from fastkd.data.readers import PILLOW_ERRORS, ReadableImages, open_image, refuse_deep
-from fastkd.data.sharding.progress import Progress, shown
 from fastkd.data.tars import TarImages, list_members
 from fastkd.utils.io import remove_leftovers, replacing, write_text
+from fastkd.utils.progress import Progress, track
 from fastkd.utils.random import derive_seed
 
 MB = 10**6
@@ -153,10 +153,17 @@ def shard(
         journal = Journal.open(folder, plan)
         converted = plan.images - journal.images
         if not journal.finished:
-            with Progress(plan.images, journal.images, quiet) as progress, converters as pool:
+            progress = Progress("shard", plan.images, initial=journal.images, shows=not quiet)
+            if journal.images:
+                progress.write(f"continues after {journal.images:,} images")
+            with progress, converters as pool:
                 writer = Writer(plan, journal, pool, progress, max_unreadable)
-                for split in plan.splits:
-                    writer.write(split)
+                try:
+                    for split in plan.splits:
+                        writer.write(split)
+                except BaseException:
+                    progress.write(f"stopped at image {progress.done:,}; the same call continues")
+                    raise
         _verify(plan, journal, quiet)
         _finish(plan, journal)
     return ShardReport(
@@ -175,7 +182,9 @@ def _verify(plan: Plan, journal: Journal, quiet: bool) -> None:
     """Check from the headers that every image is in exactly one shard, or listed as unreadable."""
     for split in plan.splits:
         seen = np.zeros(len(split.files), np.int64)
-        for shard in shown(journal.shards[split.name], f"verifying {split.name}", "shard", quiet):
+        for shard in track(
+            journal.shards[split.name], f"verifying {split.name}", "shard", not quiet
+        ):
             for member in list_members(journal.folder / shard.name):
                 key, _, extension = member.name.partition(".")
                 if extension in EXTENSIONS.values():
@@ -335,7 +344,7 @@ def _fingerprint(source: Path, splits: Sequence[Split], quiet: bool) -> str:
     digest = hashlib.sha256()
     for split in splits:
         labels: Sequence[int | None] = split.labels or [None] * len(split.files)
-        files = shown(split.files, f"listing {split.name}", "file", quiet)
+        files = track(split.files, f"listing {split.name}", "file", not quiet)
         for name, label in zip(files, labels, strict=True):
             size = (source / name).stat().st_size
             # File names are any bytes, which Python keeps as surrogates.
@@ -500,7 +509,7 @@ class Writer:
         root = os.fspath(self.plan.root)
         files = ((int(n), os.path.join(root, split.files[n])) for n in split.order[start:])
         for image in self.pool.convert(files):
-            self.progress.advance(image.reason is not None)
+            self.progress.advance(lost=int(image.reason is not None))
             if image.reason is not None:
                 self.unreadable += 1
                 if self.unreadable > self.max_unreadable:

@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 import torch
+from make_jpegs import make_jpegs
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models.cait import Cait
 from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
-from fastkd.demo.jpegs import make_jpegs
 from fastkd.training import Recipe, train
 
 CLASSES = 3

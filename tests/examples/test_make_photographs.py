@@ -1,10 +1,9 @@
 """The folder of photographs that stands in for a data set."""
 
+import make_photographs as photographs
 import numpy as np
 import pytest
 from PIL import Image
-
-from fastkd.demo import photographs
 
 
 @pytest.fixture

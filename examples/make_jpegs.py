@@ -1,11 +1,10 @@
 """An ImageNet-like folder of made JPEGs, for trying a trainer where there is no ImageNet.
 
-    python -m fastkd.demo.jpegs FOLDER
+    python examples/make_jpegs.py FOLDER
 
-A class is a shape, a texture and two colours, its own and its background's; place, size, angle and
+A class is a shape, a texture and two colors, its own and its background's; place, size, angle and
 light vary from image to image. Texture and sensor noise make a file of 500 x 375 pixels about as
-large as one of ImageNet, so that reading and decoding cost what they cost there. Knows nothing of
-models: numpy draws, Pillow writes.
+large as one of ImageNet, so that reading and decoding cost what they cost there.
 """
 
 from __future__ import annotations
@@ -200,9 +199,7 @@ def _check_empty(root: Path) -> None:
 
 def main() -> None:
     """Parse the arguments and write the images."""
-    parser = argparse.ArgumentParser(
-        prog="python -m fastkd.demo.jpegs", description=(__doc__ or "").splitlines()[0]
-    )
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("folder", type=Path)
     parser.add_argument("--classes", type=int, default=8, help="(default: 8)")
     parser.add_argument("--train", type=int, default=20, help="images of each class (default: 20)")

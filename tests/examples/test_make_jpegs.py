@@ -2,9 +2,8 @@
 
 import numpy as np
 import pytest
+from make_jpegs import Look, make_jpegs
 from PIL import Image
-
-from fastkd.demo.jpegs import Look, make_jpegs
 
 
 def files(root):

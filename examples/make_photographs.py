@@ -1,6 +1,6 @@
 """Real images without a download: crops of photographs that scikit-learn and scikit-image carry.
 
-    python -m fastkd.demo.photographs FOLDER
+    python examples/make_photographs.py FOLDER
 
 writes a folder of images, one class a photograph, for `fastkd analyze --data FOLDER`. Far too few
 scenes to say anything about a model; enough to see what the tool does on natural images.
@@ -77,9 +77,7 @@ def _random_square(pixels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 def main() -> None:
     """Parse the arguments and write the crops."""
-    parser = argparse.ArgumentParser(
-        prog="python -m fastkd.demo.photographs", description=(__doc__ or "").splitlines()[0]
-    )
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("folder", type=Path)
     parser.add_argument("--crops", type=int, default=12, help="of each photograph (default: 12)")
     parser.add_argument("--seed", type=int, default=0)
