@@ -153,6 +153,19 @@ def test_uint8_goes_in_and_normalised_float32_comes_out():
     assert (done.dtype, done.shape) == (torch.float32, images.shape)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_arguments_are_float32_whatever_the_default_dtype(dtype):
+    _, expected = planned(RECIPE, range(16))
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        _, plan = planned(RECIPE, range(16))
+    finally:
+        torch.set_default_dtype(default)
+    assert plan["arguments"].dtype == torch.float32
+    assert torch.equal(plan["arguments"], expected["arguments"])
+
+
 def test_a_result_does_not_depend_on_the_rest_of_the_batch():
     images, plan = planned(RECIPE.override(reprob=0.5), range(24))
     whole = augmented(RECIPE, images, plan)

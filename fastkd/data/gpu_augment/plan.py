@@ -72,18 +72,18 @@ class PlanTransform:
         calls: list[Call] = []
         for policy in self.policies:
             calls = policy(calls)
-        operations = torch.full((self.layers,), Operation.NOTHING, dtype=torch.int64)
-        arguments = torch.zeros(self.layers, ARGUMENTS)
+        operations = np.full(self.layers, Operation.NOTHING, np.int64)
+        arguments = np.zeros((self.layers, ARGUMENTS), np.float32)  # whatever torch's default dtype
         for layer, (operation, values) in enumerate(calls):
             operations[layer] = operation
-            arguments[layer, : len(values)] = torch.tensor(values)
+            arguments[layer, : len(values)] = values
         erased = ErasedBox(self.size)
         if self.erasing is not None:
             self.erasing(erased)
         plan = {
             "flip": torch.tensor(flip),
-            "operations": operations,
-            "arguments": arguments,
+            "operations": torch.from_numpy(operations),
+            "arguments": torch.from_numpy(arguments),
             "erase": torch.tensor(erased.box),
             # Drawn last: the numbers above are timm's, one for one.
             "noise": torch.tensor(random.getrandbits(32)),
