@@ -85,7 +85,7 @@ def analyze(
             a label.
         data: an image folder (class folders or not, ``val`` is taken), a timm data set name
             (``"hfds/..."``, ``"torch/..."``), a map-style data set, or a folder of saved token
-            arrays (.npy, [L, N, D] an image). Not needed where every model is a saved report.
+            arrays (.npy, [L, N, D] an image; .npz). Not needed where every model is a saved report.
         output: folder for report.md, report.json, arrays.npz, tables and figures, and, until it is
             done, for what ``resume`` goes on from. A report's files in it are replaced. None: no
             files.

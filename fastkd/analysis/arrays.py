@@ -1,18 +1,13 @@
-"""Tokens that were saved earlier: folders of .npy files, one an image, as a source of batches.
-
-Reads what numpy writes, the object arrays of stages too, and never unpickles anything but arrays.
-Knows files and shapes; neither models nor measurements.
-"""
+"""Folders of saved tokens, a .npy or .npz file for each image, as a source of batches."""
 
 from __future__ import annotations
 
 import hashlib
 import os
-import pickle
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,12 +24,8 @@ from fastkd.analysis.tokens import (
     parse_layers,
 )
 
-SUFFIX = ".npy"
+SUFFIXES = (".npy", ".npz")
 Shape = tuple[int, int]
-
-# Where numpy 1 and numpy 2 say that pickled arrays are put together.
-_NUMPY_MODULES = ("numpy.core.multiarray", "numpy._core.multiarray")
-_FLOATS = ("f2", "f4", "f8")
 
 
 class ArrayError(ValueError):
@@ -42,41 +33,35 @@ class ArrayError(ValueError):
 
 
 def is_array_folder(data: Any) -> bool:
-    """Whether data are a folder of saved tokens.
-
-    Raises:
-        ValueError: there are both .npy files and images in it, so that either may be meant.
-    """
+    """Whether data are a folder of saved tokens; a ValueError if it holds images as well."""
     if not isinstance(data, str | Path) or not Path(data).is_dir():
         return False
     images = get_img_extensions(as_set=True)
     found: set[str] = set()
     for _, _, files in os.walk(data, followlinks=True):
         found |= {Path(file).suffix.lower() for file in files}
-        if SUFFIX in found and found & images:
+        if found & set(SUFFIXES) and found & images:
             raise ValueError(
-                f"data: {data} holds both images and {SUFFIX} files; give a folder of one kind"
+                f"data: {data} holds both images and saved tokens (.npy, .npz); give a folder of "
+                f"one kind"
             )
-    return SUFFIX in found
+    return bool(found & set(SUFFIXES))
 
 
 def read_tokens(path: str | Path) -> list[np.ndarray]:
-    """Read the layers of one saved image.
+    """Read the layers of one saved image, float16, float32 or float64 of any byte order.
 
-    What a file may hold, in float16, float32 or float64 of any byte order:
+    - .npy: [N, D] is one layer; [L, N, D], [L, 1, N, D] or [L, H, W, D] are layers of one shape.
+    - .npz: one array for each layer, in the order in which they were saved (``np.savez(path,
+      *layers)``), with a shape each: [N, D], [1, N, D], [H, W, D] or [1, H, W, D].
 
-    - [N, D]: one layer; [L, N, D]: layers of one shape;
-    - [L, 1, N, D] or [L, H, W, D]: likewise, with a batch of one or a grid;
-    - an object array of L layers with a shape each: [N, D], [1, N, D], [H, W, D] or [1, H, W, D].
-
-    Pickled object arrays are put together from plain bytes by this module; a pickle that asks for
-    anything but float arrays is refused before it gets it.
+    Nothing is unpickled: object arrays are refused.
 
     Args:
-        path: a .npy file.
+        path: a .npy or .npz file.
 
     Returns:
-        Per layer [N, D] in the native byte order. Layers of plain arrays are mapped into memory,
+        Per layer [N, D] in the native byte order. Those of a .npy file are mapped into memory,
         read when they are used.
 
     Raises:
@@ -84,23 +69,29 @@ def read_tokens(path: str | Path) -> list[np.ndarray]:
         OSError: it cannot be read.
     """
     try:
-        content = _read_npy(path)
-    except OSError:
+        if Path(path).suffix.lower() == ".npz":
+            with np.load(path, allow_pickle=False) as saved:
+                return [_as_tokens(saved[name]) for name in saved.files]
+        content = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (ArrayError, OSError):
         raise
-    except Exception as error:  # a hostile or broken pickle may fail in any way
+    except Exception as error:  # broken bytes may fail in any way
         reason = " ".join(str(error).split()) or type(error).__name__
+        if "Object arrays" in reason or "Python objects" in reason:  # of .npz, of .npy
+            raise ArrayError(
+                "holds an object array, which is not loaded for safety; expected [N, D] or "
+                "[L, N, D] of floats, or an .npz with an array for each layer"
+            ) from error
         raise ArrayError(f"cannot be read as saved tokens: {reason[:160]}") from error
-    if isinstance(content, list):
-        return [_as_tokens(layer) for layer in content]
-    if content.ndim == 2:
-        return [_as_tokens(content)]
     if content.ndim in (3, 4):
         return [_as_tokens(layer) for layer in content]
-    raise ArrayError(f"holds {list(content.shape)}, expected [N, D] or [L, N, D]")
+    if content.ndim != 2:
+        raise ArrayError(f"holds {list(content.shape)}, expected [N, D] or [L, N, D]")
+    return [_as_tokens(content)]
 
 
 class ArraySource:
-    """Tokens of a folder of .npy files, one an image, at any depth.
+    """Tokens of a folder of .npy or .npz files, one for each image, at any depth.
 
     The first readable file in the order of names says how many layers there are and of which shape;
     a file with others is skipped and reported, because ranks of images with different numbers of
@@ -143,7 +134,7 @@ class ArraySource:
         self._device = torch.device(device)
         files = _files(self._folder)
         if not files:
-            raise ValueError(f"data: {folder} holds no {SUFFIX} file")
+            raise ValueError(f"data: {folder} holds no .npy or .npz file")
         self._shapes = _first_shapes(files)
         self._numbers = _chosen(parse_layers(layers), len(self._shapes))
         self.layers = [Layer(f"layer.{i}", i, self._shapes[i][1]) for i in self._numbers]
@@ -206,7 +197,7 @@ class ArraySource:
 
 def _files(folder: Path) -> list[Path]:
     found = (Path(root, f) for root, _, files in os.walk(folder, followlinks=True) for f in files)
-    return sorted(file for file in found if file.suffix.lower() == SUFFIX)
+    return sorted(file for file in found if file.suffix.lower() in SUFFIXES)
 
 
 def _first_shapes(files: list[Path]) -> list[Shape]:
@@ -217,7 +208,7 @@ def _first_shapes(files: list[Path]) -> list[Shape]:
         except (ArrayError, OSError) as error:
             first_error = first_error or error
     raise ValueError(
-        f"data: none of {len(files)} {SUFFIX} files can be read as tokens; {files[0].name} "
+        f"data: none of {len(files)} .npy and .npz files can be read as tokens; {files[0].name} "
         f"{first_error}"
     ) from first_error
 
@@ -247,10 +238,8 @@ def _chosen(layers: str | list[int | str], count: int) -> list[int]:
     return sorted({names[str(layer)] for layer in layers})
 
 
-def _as_tokens(layer: Any) -> np.ndarray:
+def _as_tokens(layer: np.ndarray) -> np.ndarray:
     """[N, D] of a layer: a batch of one and a grid are flattened."""
-    if not isinstance(layer, np.ndarray):
-        raise ArrayError(f"holds a {type(layer).__name__} where a layer's array is expected")
     if layer.dtype.kind != "f" or layer.dtype.itemsize > 8:
         raise ArrayError(f"holds {layer.dtype}, expected float16, float32 or float64")
     if layer.ndim not in (2, 3) and not (layer.ndim == 4 and layer.shape[0] == 1):
@@ -261,93 +250,3 @@ def _as_tokens(layer: Any) -> np.ndarray:
         raise ArrayError(f"holds a layer of {list(layer.shape)}, without a token")
     tokens = layer.reshape(-1, layer.shape[-1])
     return tokens if layer.dtype.isnative else tokens.astype(layer.dtype.newbyteorder("="))
-
-
-def _read_npy(path: str | Path) -> Any:
-    """A float array, or the list of what an object array holds."""
-    with open(path, "rb") as file:
-        if _holds_objects(file):
-            return _ArrayUnpickler(file).load_content()
-    return np.load(path, mmap_mode="r", allow_pickle=False)
-
-
-def _holds_objects(file: BinaryIO) -> bool:
-    """Read the header; the file is left where its data start."""
-    version = np.lib.format.read_magic(file)
-    read_header = {
-        (1, 0): np.lib.format.read_array_header_1_0,
-        (2, 0): np.lib.format.read_array_header_2_0,
-    }.get(version)
-    if read_header is None:
-        raise ArrayError(f"version {version} of the .npy format is not known")
-    _, _, dtype = read_header(file)
-    return bool(dtype.hasobject)
-
-
-class _ArrayUnpickler(pickle.Unpickler):
-    """Unpickles object arrays of float arrays, with nothing of numpy's own that could be misled.
-
-    Numpy rebuilds an array from a dtype and bytes that a hostile file may choose so that memory is
-    corrupted. Here both names lead to records, and arrays are made from these after checks.
-    """
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) == ("numpy", "dtype"):
-            return _PickledDtype
-        if (module, name) == ("numpy", "ndarray"):
-            return _PickledArray
-        if module in _NUMPY_MODULES and name == "_reconstruct":
-            return _PickledArray
-        raise pickle.UnpicklingError(
-            f"it has pickled {module}.{name}, which is no array of floats and is not loaded for "
-            "safety"
-        )
-
-    def load_content(self) -> Any:
-        content = self.load()
-        if not isinstance(content, _PickledArray):
-            raise ArrayError(f"it has pickled a {type(content).__name__}")
-        return content.content()
-
-
-class _PickledDtype:
-    """What numpy pickles of a dtype: its code, and its byte order as state."""
-
-    def __init__(self, code: str, *_: Any) -> None:
-        self.code = code
-        self.order = "="
-
-    def __setstate__(self, state: Any) -> None:
-        self.order = state[1]
-
-    @property
-    def is_object(self) -> bool:
-        return self.code in ("O", "O4", "O8")
-
-    def numpy(self) -> np.dtype:
-        if self.code not in _FLOATS or self.order not in ("<", ">", "=", "|"):
-            raise ArrayError(f"it has pickled an array of type {self.code!r}, expected floats")
-        return np.dtype(self.order.replace("|", "=") + self.code)
-
-
-class _PickledArray:
-    """What numpy pickles of an array: (version, shape, dtype, column-major, bytes or list)."""
-
-    def __init__(self, *_: Any) -> None:
-        """The arguments of ``_reconstruct`` say nothing that the state does not."""
-        self.state: Any = None
-
-    def __setstate__(self, state: Any) -> None:
-        self.state = state
-
-    def content(self) -> Any:
-        """A float array, or of an object array a list of them; floats if it holds only those."""
-        _, shape, dtype, column_major, data = self.state
-        if not dtype.is_object:
-            order: Any = "F" if column_major else "C"
-            return np.frombuffer(data, dtype.numpy()).reshape(shape, order=order)
-        if all(isinstance(item, float) for item in data):  # equal shapes, which numpy took apart
-            return np.array(data, dtype=np.float64).reshape(shape)  # lists are row-major always
-        if len(shape) > 1:
-            raise ArrayError(f"it has pickled objects in the shape {list(shape)}, expected [L]")
-        return [item.content() if isinstance(item, _PickledArray) else item for item in data]

@@ -105,22 +105,7 @@ class ImageSelection:
         workers: int,
         device: torch.device,
     ) -> Iterator[ReadImages]:
-        """Read images as a model takes them in, each place in exactly one batch.
-
-        Args:
-            recipe: how images are resized and cropped.
-            spec: size and statistics of the input.
-            places: in the selection, ascending.
-            batch_size: places per batch, whether they can be read or not.
-            workers: loader processes; 0 reads in this one.
-            device: where the images will go; pinned memory is used for an accelerator.
-
-        Yields:
-            Batches on the CPU, in order.
-
-        Raises:
-            ValueError: no PIL image has as many channels as the model takes.
-        """
+        """Read images as a model takes them in, each place in exactly one batch."""
         yield from DataLoader(
             _Selected(eval_samples(self.data, recipe, spec, self.seed), self.indices, spec.size),
             sampler=places,
@@ -137,21 +122,6 @@ def open_images(
 
     No class gives a second image before all have given one. Labels are taken from lists that
     readers and data sets have; no image is decoded for its label.
-
-    Args:
-        data: an image folder, with folders for classes or without, or with ``val`` (or
-            ``validation``) in it; a timm data set name (``"hfds/..."``, ``"torch/cifar100"``); a
-            map-style data set yielding (PIL image or float tensor, label); or a pair (train, val)
-            of these, of which the second is taken.
-        root: where a named data set keeps its files.
-        images: how many; None, or more than there are: all.
-        seed: of the choice and its order.
-
-    Returns:
-        The selection; the same for the same data and seed on every machine.
-
-    Raises:
-        ValueError: no data there, no image, or fewer than one asked for.
     """
     if images is not None and images < 1:
         raise ValueError(f"open_images: images must be at least 1, or None for all, got {images}")
@@ -164,17 +134,7 @@ def open_images(
 def balanced_subset(
     labels: Sequence[Any] | None, count: int, images: int | None, seed: int
 ) -> np.ndarray:
-    """Choose samples evenly from all classes, in random order.
-
-    Args:
-        labels: of all samples; None takes them for one class.
-        count: number of samples.
-        images: how many to choose; None or more than ``count``: all.
-        seed: of the choice and its order.
-
-    Returns:
-        [chosen] int64, distinct indices below ``count``.
-    """
+    """Choose samples evenly from all classes, in random order."""
     generator = np.random.default_rng(seed)
     order = generator.permutation(count)
     if labels is not None:
@@ -185,14 +145,7 @@ def balanced_subset(
 
 
 def known_labels(dataset: Any) -> list[Any] | None:
-    """Labels of a data set's samples, as far as they are known without decoding images.
-
-    Args:
-        dataset: a map-style data set.
-
-    Returns:
-        One plain value a sample; None where there is no list of them, or they are no classes.
-    """
+    """Labels of a data set's samples, as far as they are known without decoding images."""
     if isinstance(dataset, Subset):
         inner = known_labels(dataset.dataset)
         return None if inner is None else [inner[index] for index in dataset.indices]

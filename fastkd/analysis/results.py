@@ -295,35 +295,14 @@ class ModelResult:
 
 
 def intervals(samples: np.ndarray, confidence: float) -> np.ndarray:
-    """Central intervals of bootstrap samples.
-
-    Args:
-        samples: [resamples, ...].
-        confidence: in (0, 1).
-
-    Returns:
-        [..., 2] float64: lower and upper end.
-    """
+    """Central intervals of bootstrap samples."""
     tail = 100 * (1 - confidence) / 2
     lower, upper = np.percentile(samples, (tail, 100 - tail), axis=0)
     return np.stack([lower, upper], axis=-1)
 
 
 def encode(value: Any, arrays: dict[str, np.ndarray], path: str) -> Any:
-    """Turn a record into what JSON can say.
-
-    Args:
-        value: dataclasses, lists, tuples, dicts with string keys, numbers, strings, arrays, None.
-        arrays: receives every array under its path, such as ``"models.0.layers.3.ranks.values"``.
-        path: where the value stands; the prefix of its arrays' names.
-
-    Returns:
-        dicts, lists, strings, finite numbers, booleans and None; ``{"array": path}`` for an array,
-        ``"nan"``, ``"inf"`` or ``"-inf"`` for a float that is not finite.
-
-    Raises:
-        TypeError: a value of another type.
-    """
+    """Turn a record into what JSON can say."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         named = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
         return encode(named, arrays, path)
@@ -348,21 +327,7 @@ def encode(value: Any, arrays: dict[str, np.ndarray], path: str) -> Any:
 
 
 def decode(kind: Any, value: Any, arrays: typing.Mapping[str, np.ndarray], path: str) -> Any:
-    """Undo `encode`.
-
-    Args:
-        kind: the annotation to build: a dataclass, ``list[T]``, ``tuple[T, ...]``,
-            ``dict[str, T]``, ``T | None``, ``np.ndarray``, a plain type, or ``Any``.
-        value: what `encode` gave.
-        arrays: by name.
-        path: where the value stands, for the errors.
-
-    Returns:
-        The record.
-
-    Raises:
-        ValueError: the value is none of that kind, or its array is missing.
-    """
+    """Undo `encode`."""
     if kind is Any:
         return value
     if kind is np.ndarray:
@@ -456,13 +421,6 @@ def excess_overlap(overlap: np.ndarray | float, random: float) -> np.ndarray | f
     """Overlap beyond that of random subspaces: 0 for random ones, 1 for equal ones.
 
     (o - k/D) / (1 - k/D), which compares models of different widths.
-
-    Args:
-        overlap: ||V_i^T V_j||_F^2 / k.
-        random: k / D, its expectation for random subspaces.
-
-    Returns:
-        As ``overlap``; NaN for k = D, where every subspace is the whole space.
     """
     if random >= 1:
         return overlap * float("nan")
@@ -470,15 +428,7 @@ def excess_overlap(overlap: np.ndarray | float, random: float) -> np.ndarray | f
 
 
 def bandwidths(curve: np.ndarray, levels: Iterable[float]) -> np.ndarray:
-    """First bin at which a cumulated curve reaches each level, as a part of the bins.
-
-    Args:
-        curve: [F], non-decreasing, in [0, 1].
-        levels: parts of the energy.
-
-    Returns:
-        [levels] float64 in (0, 1], see `fastkd.ops.sep.bandwidth`.
-    """
+    """First bin at which a cumulated curve reaches each level, as a part of the bins."""
     return bandwidth(torch.tensor(curve), list(levels)).numpy()
 
 

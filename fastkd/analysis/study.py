@@ -128,14 +128,7 @@ class Study:
         self._kept_bytes = 0
 
     def run(self) -> ModelResult:
-        """Measure everything.
-
-        Returns:
-            The result, the same on every process.
-
-        Raises:
-            RuntimeError: more images are unreadable than allowed, or none is left.
-        """
+        """Measure everything."""
         self.resume.open(self.fingerprint)
         with StopRequest() as stop:
             first = self._pass("first", [self._first_measures(i) for i in self._layers()], stop)
@@ -449,14 +442,7 @@ class Resume:
         self._saved = time.monotonic()
 
     def open(self, fingerprint: dict[str, Any]) -> None:
-        """Say what the passes depend on, before the first of them.
-
-        Args:
-            fingerprint: plain values; a state that was saved with other ones is refused.
-
-        Raises:
-            ValueError: the interrupted analysis ran on another number of processes.
-        """
+        """Say what the passes depend on, before the first of them."""
         self._fingerprint = plain_json(fingerprint)
         if self.folder is None or not self.wanted:
             return
@@ -469,17 +455,7 @@ class Resume:
             )
 
     def state(self, phase: str) -> dict[str, Any] | None:
-        """What was saved of a pass.
-
-        Args:
-            phase: the pass.
-
-        Returns:
-            The state; None where there is nothing to go on from.
-
-        Raises:
-            ValueError: it belongs to another analysis, or the file is damaged.
-        """
+        """What was saved of a pass."""
         if self.folder is None or not self.wanted or not self._path(phase).exists():
             return None
         path = self._path(phase)
@@ -499,12 +475,7 @@ class Resume:
         return state
 
     def save(self, phase: str, state: dict[str, Any]) -> None:
-        """Keep the state of a pass.
-
-        Args:
-            phase: the pass.
-            state: tensors, numbers, strings, and containers of them.
-        """
+        """Keep the state of a pass."""
         if self.folder is None:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -528,15 +499,7 @@ def plain_json(fingerprint: dict[str, Any]) -> str:
 
 
 def difference(before: str, now: str) -> str:
-    """The first thing in which two fingerprints differ, in words.
-
-    Args:
-        before: `plain_json` of one.
-        now: of the other.
-
-    Returns:
-        ``"its seed is 0, not 1"``.
-    """
+    """The first thing in which two fingerprints differ, in words."""
     old, new = _flat(json.loads(before)), _flat(json.loads(now))
     names = [name for name in {**old, **new} if old.get(name) != new.get(name)]
     name = names[0]

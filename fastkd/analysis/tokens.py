@@ -109,15 +109,7 @@ class TokenSource(Protocol):
         ...
 
     def batches(self, start: int = 0, stop: int | None = None) -> Iterator[Batch]:
-        """Tokens of the images at places start..stop-1, in order.
-
-        Args:
-            start: first place.
-            stop: behind the last one; None: ``images``.
-
-        Yields:
-            Batches; which places share one depends on ``start``, ``stop`` and the batch size alone.
-        """
+        """Tokens of the images at places start..stop-1, in order."""
         ...
 
 
@@ -238,18 +230,7 @@ class ModelSource:
 
 
 def parse_layers(layers: LayerChoice) -> str | list[int | str]:
-    """Bring a choice of layers to one form.
-
-    Args:
-        layers: ``"all"``, ``"last"``, ``"0,5,final"``, or a sequence of numbers and names.
-
-    Returns:
-        One of the two words, or numbers and names; never empty.
-
-    Raises:
-        ValueError: nothing is chosen.
-        TypeError: an item is neither a number nor a name.
-    """
+    """Bring a choice of layers to one form."""
     if layers in ("all", "last"):
         return str(layers)
     items = layers.split(",") if isinstance(layers, str) else layers
@@ -266,11 +247,7 @@ def parse_layers(layers: LayerChoice) -> str | list[int | str]:
 
 
 def checked_places(start: int, stop: int | None, images: int) -> range:
-    """The places that `TokenSource.batches` is asked for.
-
-    Raises:
-        ValueError: they are not 0 <= start <= stop <= images.
-    """
+    """The places that `TokenSource.batches` is asked for."""
     stop = images if stop is None else stop
     if not 0 <= start <= stop <= images:
         raise ValueError(f"batches: expected 0 <= start <= stop <= {images}, got {start}..{stop}")
@@ -278,11 +255,7 @@ def checked_places(start: int, stop: int | None, images: int) -> range:
 
 
 def check_batch_size(batch_size: int) -> None:
-    """Refuse batches of nothing.
-
-    Raises:
-        ValueError: ``batch_size`` is below 1.
-    """
+    """Refuse batches of nothing."""
     if batch_size < 1:
         raise ValueError(f"batch_size: expected at least 1, got {batch_size}")
 
@@ -416,11 +389,7 @@ class Subject:
     input_size: tuple[int, int] | None = None
 
     def input_spec(self, data: DataPair) -> InputSpec:
-        """Size and statistics of the model's input for these data.
-
-        Raises:
-            ValueError: the model takes no images of that size or number of channels.
-        """
+        """Size and statistics of the model's input for these data."""
         spec = self.preprocessing.input_spec(self.model, data)
         if self.input_size is None or data.image_size is not None:
             return spec
@@ -436,28 +405,7 @@ def resolve(
     img_size: int | None = None,
     num_classes: int | None = None,
 ) -> Subject:
-    """Make a model of what a user calls one.
-
-    Args:
-        subject: a `Teacher`, or whatever `fastkd.evaluate` takes: a timm name or folder, a folder
-            or checkpoint of a fastkd run, an exported student, a released Lift or WideLast
-            checkpoint (`load_released_checkpoint`), any module. A file may be on the hub:
-            ``hf_hub:OWNER/NAME/FILE``.
-        checkpoint: weights for a timm name or a module (which takes them in place), likewise.
-        untrained: give a timm name random weights, the same each time, instead of published ones.
-        weights: ``"raw"``, ``"ema"`` or ``"auto"`` of a run, as in `fastkd.evaluate`.
-        img_size: pixels a side of the input; models from a name or a file are built for it.
-        num_classes: of a timm name's head, which nothing measures; None: as published.
-
-    Returns:
-        The model and how it sees its images.
-
-    Raises:
-        ValueError: no such model, options that do not apply to it, or weights that do not fit.
-        FileNotFoundError: there is no such file.
-        RuntimeError: published weights cannot be downloaded; names the ways out.
-        TypeError: ``subject`` is neither a name, a path nor a module.
-    """
+    """Make a model of what a user calls one."""
     if weights not in ("auto", "raw", "ema"):
         raise ValueError(f"{_CALLER}: weights must be auto, raw or ema, got {weights!r}")
     if untrained and checkpoint is not None:

@@ -28,7 +28,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     data = parser.add_argument_group("data")
     data.add_argument(
-        "--data", help="image folder, timm data set name, or folder of saved tokens (.npy)"
+        "--data", help="image folder, timm data set name, or folder of saved tokens (.npy, .npz)"
     )
     data.add_argument("--data-root", help="where a named data set keeps its files")
     data.add_argument(

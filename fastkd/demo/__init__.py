@@ -23,19 +23,7 @@ _EXTRAS = {"sklearn": "scikit-learn", "matplotlib": "matplotlib"}
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run the demo, or what is missing of it.
-
-    Args:
-        argv: arguments after ``fastkd demo``.
-
-    Returns:
-        The exit status.
-
-    Raises:
-        ImportError: scikit-learn or matplotlib is missing.
-        ValueError: the output folder holds a demo with other settings.
-        KeyboardInterrupt: stopped; the same command continues.
-    """
+    """Run the demo, or what is missing of it."""
     options = _parse(argv)
     require_extras()
     from fastkd.demo.experiment import FULL, QUICK
@@ -49,16 +37,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def run_demo(settings: Settings, seeds: int, output: Path) -> None:
-    """Train, measure, plot and report; finished runs in ``output`` are kept as they are.
-
-    Args:
-        settings: sizes and lengths.
-        seeds: runs of every student.
-        output: the folder; made if needed.
-
-    Raises:
-        ValueError: the folder holds a demo with other settings.
-    """
+    """Train, measure, plot and report; finished runs in ``output`` are kept as they are."""
     from fastkd.demo import plots, report
     from fastkd.demo.experiment import run_experiment
     from fastkd.utils.progress import Progress
@@ -77,11 +56,7 @@ def run_demo(settings: Settings, seeds: int, output: Path) -> None:
 
 
 def require_extras() -> None:
-    """Refuse to begin without the packages of the ``demo`` extra.
-
-    Raises:
-        ImportError: naming what is missing and how to get it.
-    """
+    """Refuse to begin without the packages of the ``demo`` extra."""
     missing = [name for module, name in _EXTRAS.items() if not _imports(module)]
     if missing:
         raise ImportError(f'{" and ".join(missing)} not found: pip install "fastkd[demo]"')

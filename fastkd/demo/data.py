@@ -43,17 +43,7 @@ class Digits:
 
 
 def load_digits(copies: int) -> Digits:
-    """Split and normalise the digits; the same split and copies on every call.
-
-    Args:
-        copies: augmented copies of every training image.
-
-    Returns:
-        The data sets.
-
-    Raises:
-        ImportError: scikit-learn is missing.
-    """
+    """Split and normalise the digits; the same split and copies on every call."""
     from sklearn.datasets import load_digits as sklearn_digits
     from sklearn.model_selection import train_test_split
 
@@ -76,15 +66,7 @@ def load_digits(copies: int) -> Digits:
 
 
 def shaken(images: Tensor, copies: int) -> Tensor:
-    """Copies of images under small random rotations, scalings and shifts, seeded.
-
-    Args:
-        images: [B, 1, H, W], 0 where there is no ink.
-        copies: how many of each.
-
-    Returns:
-        [copies * B, 1, H, W], all images of a copy together.
-    """
+    """Copies of images under small random rotations, scalings and shifts, seeded."""
     images = images.repeat(copies, 1, 1, 1)
     generator = torch.Generator().manual_seed(_AUGMENTATION_SEED)
 

@@ -173,14 +173,7 @@ class Findings:
         return 1 + self.seeds * len(self.scores)
 
     def gains(self, scores: Scores) -> list[float] | None:
-        """Points over the twin without distillation, by seed; None for such a twin.
-
-        Args:
-            scores: one of ``self.scores``.
-
-        Returns:
-            The differences; both students of a seed see the same batches.
-        """
+        """Points over the twin without distillation, by seed; None for such a twin."""
         for other in self.scores:
             if other.contender.key == scores.contender.twin:
                 return [a - b for a, b in zip(scores.top1, other.top1, strict=True)]
@@ -188,35 +181,14 @@ class Findings:
 
 
 def run_experiment(settings: Settings, seeds: int, output: Path, progress: Progress) -> Findings:
-    """Train what has not been trained yet, and measure.
-
-    Args:
-        settings: sizes and lengths.
-        seeds: runs of every student.
-        output: where the runs are kept.
-        progress: told of every run.
-
-    Returns:
-        The findings.
-
-    Raises:
-        ValueError: ``output`` holds a demo with other settings.
-    """
+    """Train what has not been trained yet, and measure."""
     claim(output, settings)
     with _one_thread():
         return _Experiment(settings, seeds, output, progress).run()
 
 
 def claim(output: Path, settings: Settings) -> None:
-    """Mark a folder as that of one demo, so that runs of different settings never meet.
-
-    Args:
-        output: the folder; made if needed.
-        settings: the demo's.
-
-    Raises:
-        ValueError: the folder belongs to other settings.
-    """
+    """Mark a folder as that of one demo, so that runs of different settings never meet."""
     wanted = dataclasses.asdict(settings)
     path = output / SETTINGS
     if not path.exists():
@@ -336,29 +308,13 @@ def _top1(result: Result) -> float:
 
 
 def build_teacher(settings: Settings) -> nn.Module:
-    """The teacher, untrained: a timm ViT that pools its patch tokens.
-
-    Args:
-        settings: its width and depth.
-
-    Returns:
-        The model.
-    """
+    """The teacher, untrained: a timm ViT that pools its patch tokens."""
     width, depth = settings.teacher_width, settings.teacher_depth
     return _vit(0, "plain", None, embed_dim=width, depth=depth, global_pool="avg")
 
 
 def build_student(settings: Settings, variant: str, seed: int) -> nn.Module:
-    """A student, untrained, half as wide as the teacher but for what its variant widens.
-
-    Args:
-        settings: widths and depth.
-        variant: of `fastkd.create_student`.
-        seed: of its weights.
-
-    Returns:
-        The model.
-    """
+    """A student, untrained, half as wide as the teacher but for what its variant widens."""
     return _vit(
         seed,
         variant,
@@ -401,30 +357,13 @@ _COMMON: dict[str, Any] = {
 
 
 def teacher_recipe(settings: Settings) -> Recipe:
-    """How the teacher is trained.
-
-    Args:
-        settings: its length.
-
-    Returns:
-        The recipe.
-    """
+    """How the teacher is trained."""
     epochs = settings.teacher_epochs
     return Recipe(epochs=epochs, eval_interval=epochs, lr=5e-3, **_COMMON)
 
 
 def student_recipe(settings: Settings, contender: Contender, seed: int) -> Recipe:
-    """How a student is trained: 0.1 CE + 0.9 soft KD + w feature, or CE alone without a teacher.
-
-    Args:
-        settings: its length and its feature loss.
-        contender: its projector.
-        seed: of the order of images.
-
-    Returns:
-        The recipe. It is measured once, after the last epoch: no epoch is picked on the held-out
-        images.
-    """
+    """How a student is trained: 0.1 CE + 0.9 soft KD + w feature, or CE alone without a teacher."""
     epochs = settings.student_epochs
     return Recipe(
         epochs=epochs,
@@ -442,17 +381,7 @@ def student_recipe(settings: Settings, contender: Contender, seed: int) -> Recip
 
 
 def measure_ranks(name: str, model: nn.Module, digits: Digits, device: str) -> FeatureRanks:
-    """Per-image and data-set ranks of a model's distilled features over the held-out images.
-
-    Args:
-        name: of the model.
-        model: a teacher or a student; left in eval mode.
-        digits: the data.
-        device: where it runs.
-
-    Returns:
-        The ranks.
-    """
+    """Per-image and data-set ranks of a model's distilled features over the held-out images."""
     tokens, feature = distilled_tokens(model, digits.held_out.tensors[0].to(device))
     image, moment = ImageSpectra(), SecondMoment()
     image.update(tokens)
@@ -465,15 +394,7 @@ def measure_ranks(name: str, model: nn.Module, digits: Digits, device: str) -> F
 
 @torch.no_grad()
 def distilled_tokens(model: nn.Module, images: Tensor) -> tuple[Tensor, str]:
-    """The features that take part in distillation.
-
-    Args:
-        model: a teacher or a student.
-        images: [B, 1, 8, 8], normalised.
-
-    Returns:
-        Tokens [B, N, D] (of the last block, or a Lift student's lifted ones) and what they are.
-    """
+    """The features that take part in distillation."""
     model.eval().to(images.device)
     output = Taps(model, [-1])(images)
     if isinstance(model, LiftVisionTransformer) and output.final is not None:
@@ -483,14 +404,7 @@ def distilled_tokens(model: nn.Module, images: Tensor) -> tuple[Tensor, str]:
 
 
 def mean_and_spread(values: list[float]) -> tuple[float, float | None]:
-    """Mean and sample standard deviation.
-
-    Args:
-        values: at least one.
-
-    Returns:
-        Both; no deviation for a single value.
-    """
+    """Mean and sample standard deviation."""
     mean = math.fsum(values) / len(values)
     if len(values) == 1:
         return mean, None

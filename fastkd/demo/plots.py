@@ -20,12 +20,7 @@ _RANK_LEVELS = (0.95, 0.99)
 
 
 def save_accuracy(findings: Findings, path: Path) -> None:
-    """Draw a dot per seed, the mean with its spread, and the teacher.
-
-    Args:
-        findings: what was measured.
-        path: the PNG.
-    """
+    """Draw a dot per seed, the mean with its spread, and the teacher."""
     figure = Figure(figsize=(9, 4.6), layout="constrained")
     axes = figure.subplots()
     for row, scores in enumerate(findings.scores):
@@ -74,12 +69,7 @@ def _draw_student(axes: Axes, row: int, scores: Scores) -> None:
 
 
 def save_ranks(findings: Findings, path: Path) -> None:
-    """Draw how many dimensions the teacher's images need, each alone and all together.
-
-    Args:
-        findings: what was measured.
-        path: the PNG.
-    """
+    """Draw how many dimensions the teacher's images need, each alone and all together."""
     teacher = findings.ranks[0]
     figure = Figure(figsize=(10, 4.2), layout="constrained")
     panels = figure.subplots(1, len(_RANK_LEVELS), sharex=True, sharey=True)

@@ -29,16 +29,7 @@ RANKS = "ranks.png"
 
 
 def text(findings: Findings, output: Path, seconds: float) -> str:
-    """Everything that is printed at the end.
-
-    Args:
-        findings: what was measured.
-        output: where the files are.
-        seconds: that this call took.
-
-    Returns:
-        Lines of text.
-    """
+    """Everything that is printed at the end."""
     kept = f", {findings.kept} of them kept from before" if findings.kept else ""
     sections = [
         accuracy_table(findings),
@@ -51,14 +42,7 @@ def text(findings: Findings, output: Path, seconds: float) -> str:
 
 
 def accuracy_table(findings: Findings) -> str:
-    """One line a student.
-
-    Args:
-        findings: what was measured.
-
-    Returns:
-        The table under its title.
-    """
+    """One line a student."""
     seeds = f"{findings.seeds} seed" + ("s" if findings.seeds > 1 else "")
     rows: list[tuple[str, ...]] = [
         ("student", "distillation", "parameters", f"top-1 %, {seeds}", "gain over its twin")
@@ -90,15 +74,7 @@ def _accuracy_row(findings: Findings, scores: Scores) -> tuple[str, ...]:
 
 
 def distillation(findings: Findings, scores: Scores) -> str:
-    """How a student was distilled, in a few words.
-
-    Args:
-        findings: what was measured.
-        scores: the student's.
-
-    Returns:
-        The words.
-    """
+    """How a student was distilled, in a few words."""
     loss = findings.settings.feature_loss
     return {
         None: "none",
@@ -109,14 +85,7 @@ def distillation(findings: Findings, scores: Scores) -> str:
 
 
 def rank_table(findings: Findings) -> str:
-    """Two lines a model: its images one by one, and in the basis they share.
-
-    Args:
-        findings: what was measured.
-
-    Returns:
-        The table under its title.
-    """
+    """Two lines a model: its images one by one, and in the basis they share."""
     rows = [("features", "N", "D", "basis", *(f"{100 * level:.0f} %" for level in LEVELS))]
     for ranks in findings.ranks:
         name = f"{ranks.name}, {ranks.feature}"
@@ -136,14 +105,7 @@ def _rank_cells(ranks: Ranks) -> list[str]:
 
 
 def caveats(findings: Findings) -> str:
-    """What this toy can and cannot show.
-
-    Args:
-        findings: what was measured.
-
-    Returns:
-        Two wrapped paragraphs.
-    """
+    """What this toy can and cannot show."""
     total = findings.train_images + findings.held_out_images
     shows = (
         "What this shows: the trainer, the losses and the three kinds of student at work on real "
@@ -172,24 +134,12 @@ def _noise(findings: Findings) -> str:
 
 
 def save(findings: Findings, path: Path) -> None:
-    """Write everything as JSON.
-
-    Args:
-        findings: what was measured.
-        path: the file.
-    """
+    """Write everything as JSON."""
     write_text(path, json.dumps(as_dict(findings), indent=2, ensure_ascii=False) + "\n")
 
 
 def as_dict(findings: Findings) -> dict[str, Any]:
-    """Everything that was measured, as plain values; the same for the same runs.
-
-    Args:
-        findings: what was measured.
-
-    Returns:
-        A mapping for JSON.
-    """
+    """Everything that was measured, as plain values; the same for the same runs."""
     return {
         "settings": dataclasses.asdict(findings.settings),
         "seeds": list(range(findings.seeds)),

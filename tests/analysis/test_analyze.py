@@ -98,7 +98,7 @@ def test_a_folder_of_images_and_tokens_is_refused(photographs, tmp_path):
     for path in photographs.glob("cat/*.png"):
         (tmp_path / path.name).write_bytes(path.read_bytes())
     np.save(tmp_path / "stray.npy", np.ones((2, 3)))
-    with pytest.raises(ValueError, match=r"both images and \.npy files"):
+    with pytest.raises(ValueError, match=r"both images and saved tokens"):
         analyze(VIT, tmp_path, **SMALL, **QUICK)
 
 

@@ -32,12 +32,7 @@ class Rows:
         self._columns: dict[str, list[Tensor]] = {}
 
     def add(self, places: Tensor, **columns: Tensor) -> None:
-        """Add images.
-
-        Args:
-            places: [B] int64.
-            **columns: [B, ...] each; the same names every time.
-        """
+        """Add images."""
         self._places.append(places)
         for name, values in columns.items():
             self._columns.setdefault(name, []).append(values)
@@ -92,14 +87,7 @@ class Accumulator:
         self._seen = 0
 
     def merge(self, other: Accumulator) -> None:
-        """Add what another accumulator of the same kind has seen.
-
-        Args:
-            other: of the same class and options.
-
-        Raises:
-            ValueError: it is not.
-        """
+        """Add what another accumulator of the same kind has seen."""
         if type(other) is not type(self) or self.options() != other.options():
             raise ValueError(
                 f"{type(self).__name__}.merge: other must be a {type(self).__name__} with "
@@ -126,11 +114,7 @@ class Accumulator:
         }
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Become what `state` was taken from.
-
-        Args:
-            state: of an accumulator of the same class and options.
-        """
+        """Become what `state` was taken from."""
         self.sums = dict(state["sums"])
         self.rows = Rows.of(state["rows"])
         self.channels = state["channels"]
@@ -194,17 +178,6 @@ def finite_images(caller: str, tokens: Tensor) -> tuple[Tensor, Tensor]:
 
     Those with a NaN, an infinity, or a norm beyond `LARGEST_NORM`, whose energy float32 could not
     hold and which would spoil the sums of all others.
-
-    Args:
-        caller: named in errors.
-        tokens: [B, N, D].
-
-    Returns:
-        The tokens, detached; and which images are finite, [B] bool. Nothing waits for a GPU.
-
-    Raises:
-        ValueError: another shape.
-        TypeError: tokens are not floating-point.
     """
     checks.check_tensor(caller, "tokens", tokens)
     if tokens.ndim != 3 or 0 in tokens.shape[1:]:
@@ -226,16 +199,7 @@ def only(images: Tensor, tokens: Tensor) -> Tensor:
 
 
 def mean_and_std(total: Tensor, squares: Tensor, count: Tensor) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and population standard deviation from float64 sums.
-
-    Args:
-        total: sum of values, any shape.
-        squares: sum of their squares.
-        count: how many there were.
-
-    Returns:
-        Both as numpy arrays; NaN where nothing was seen.
-    """
+    """Mean and population standard deviation from float64 sums."""
     mean = total / count
     return mean.cpu().numpy(), (squares / count - mean.square()).clamp_min(0).sqrt().cpu().numpy()
 
