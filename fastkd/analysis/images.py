@@ -1,7 +1,4 @@
-"""Which images an analysis looks at, and reading them without being stopped by a broken one.
-
-Opens data as the trainer does. Knows images and labels; neither models nor measurements.
-"""
+"""Select and read the images of an analysis; unreadable ones are reported and left out."""
 
 from __future__ import annotations
 

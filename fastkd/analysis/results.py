@@ -1,8 +1,4 @@
-"""What an analysis found: plain records of numbers and arrays, one per model and layer.
-
-The one form in which results travel from the accumulators to tables, figures and files. Knows how
-to read a distribution off per-image values; nothing of how anything was measured or is shown.
-"""
+"""Results of an analysis as plain records, one for each model and layer, and their file format."""
 
 from __future__ import annotations
 

@@ -1,9 +1,8 @@
-"""One model measured on one selection of images: two streamed passes, merged over processes.
+"""Measure one model on one selection of images: two streamed passes, merged over processes.
 
 The first pass takes spectra, second moments and frequency patterns of every layer; the second one
-looks at the images again in the basis that the first one found. What is kept between batches is
-accumulators, and the tokens of the second pass where they fit into the memory given for them.
-Knows token sources and accumulators; neither models nor files of results.
+looks at the images again in the basis that the first one found. What is kept between batches are
+accumulators, and the tokens for the second pass where they fit into the memory given for them.
 """
 
 from __future__ import annotations

@@ -1,8 +1,4 @@
-"""A table, written three ways: Markdown and LaTeX for readers, CSV for programs.
-
-Cells are plain values with their column's meaning; rounding is for readers alone. Knows nothing of
-what is tabulated.
-"""
+"""A table as Markdown, LaTeX and CSV; only the first two round."""
 
 from __future__ import annotations
 

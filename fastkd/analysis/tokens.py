@@ -1,7 +1,4 @@
-"""Where tokens come from: the protocol that the analysis loop reads, and a model as such a source.
-
-Knows models, layers and batches; nothing of what is measured on the tokens.
-"""
+"""The protocol of token sources, and models as such sources."""
 
 from __future__ import annotations
 

@@ -1,8 +1,4 @@
-"""The demo's images: scikit-learn's digits, split once and for all, and shaken for the teacher.
-
-1,797 real handwritten digits of 8 x 8 pixels that a package ships, so that nothing is downloaded.
-Knows nothing of models or training.
-"""
+"""The demo's images: scikit-learn's 1,797 digits of 8 x 8 pixels, split and augmented."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """The demo's experiment: a teacher, six kinds of students, several seeds, and ranks of features.
 
-Everything is trained by `fastkd.train`, each run in a folder of its own, so an interrupted demo
-continues where it stopped. Knows what is run and measured; not how it is shown.
+Everything is trained by `fastkd.train`, each run in a folder of its own, so that an interrupted
+demo continues where it stopped.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
-"""Operators: fused functions of tensors. They know nothing of models.
+"""Operators: fused functions of tensors, a folder each.
 
-Each lives in a folder of its own: the function a user calls and its declaration to torch
-(``__init__.py``), the specification in plain PyTorch (``reference.py``), and its kernels
-(``triton.py``; ``cuda.py`` with csrc).
+``__init__.py`` is the function and its declaration to torch, ``reference.py`` the specification in
+plain PyTorch, ``triton.py`` and ``cuda.py`` (with csrc) the kernels.
 """
 
 from fastkd.ops.backend import backends

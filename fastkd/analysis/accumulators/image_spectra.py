@@ -1,8 +1,7 @@
-r"""Per-image spectra: how many dimensions each image needs in the basis that suits it best.
+"""Per-image spectra: how many dimensions each image needs in the basis that suits it best.
 
-The first of the two views of arXiv 2511.15572: for an image's tokens X [N, D], neither centred nor
-normalised, rank@q is the smallest k whose k largest squared singular values hold a part q of their
-sum. Knows tensors only: which model or layer they come from is the caller's business.
+For an image's tokens X [N, D], neither centered nor normalized, rank@q is the smallest k whose k
+largest squared singular values hold a part q of their sum (arXiv 2511.15572).
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 For each token the energies of its DFT along the channels, cumulated in frequency order over their
 total; averaged over tokens (arXiv 2511.15572). White noise gives nearly the same straight line, and
 the full order of a real signal is symmetric, so a pattern means something only beside `white_noise`
-and `permutation_test`. Knows tensors only.
+and `permutation_test`.
 """
 
 from __future__ import annotations

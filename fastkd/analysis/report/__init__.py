@@ -1,8 +1,7 @@
-"""A report: results with what they were measured on, and the folder that holds them.
+"""`Report`: results with what they were measured on, and the folder that holds them.
 
 ``report.json`` and ``arrays.npz`` are the results, complete; ``report.md``, ``tables/`` and
-``figures/`` are made of them for readers and can be made again. Knows nothing of how anything was
-measured.
+``figures/`` are made from them and can be made again.
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
-"""The paper's numbers as data, and which of them a model that was analysed may stand beside.
+"""The paper's numbers, and which of them a measured model can be compared with.
 
 A match is never better than what is known about the weights, so every match carries its caveats.
-Knows timm's names as text; loads no model.
 """
 
 from __future__ import annotations

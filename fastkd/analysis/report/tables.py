@@ -1,7 +1,4 @@
-"""The tables of a report: which numbers stand in them, and what each of them means.
-
-Knows records and the paper's numbers; nothing of how a table is written, or where.
-"""
+"""The tables of a report and the meaning of their columns."""
 
 from __future__ import annotations
 

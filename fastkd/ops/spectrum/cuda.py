@@ -1,7 +1,7 @@
 """spectrum through the compiled library: schema of its raw operator, and its outputs.
 
 The kernel and the binding are csrc/spectrum.cu and csrc/spectrum_binding.cpp, which register an
-implementation for what is declared here. Knows nothing of tokens: it gets Gram matrices.
+implementation for what is declared here.
 """
 
 from __future__ import annotations
