@@ -19,8 +19,8 @@ from fastkd.data.transforms import InputSpec
 from fastkd.inference.loading import OpenedModel, names_a_file, open_model
 from fastkd.inference.preprocessing import Preprocessing, parameter_count
 from fastkd.models import LiftVisionTransformer, Taps, Teacher
+from fastkd.models.pretrained import build_timm_model, check_name
 from fastkd.models.taps import TapKey, model_name
-from fastkd.models.zoo import build_timm_model, check_name
 from fastkd.utils.distributed import AMP_DTYPES, autocast
 from fastkd.utils.random import preserved_rng, seed_cpu
 

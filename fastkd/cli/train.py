@@ -72,7 +72,7 @@ def given_fields(options: argparse.Namespace) -> dict[str, Any]:
 @contextlib.contextmanager
 def naming_flags(flags: str) -> Iterator[None]:
     """Say by which flags a run gets on where a teacher's weights cannot be downloaded."""
-    from fastkd.models.zoo import DownloadError
+    from fastkd.models.pretrained import DownloadError
 
     try:
         yield

@@ -21,8 +21,8 @@ from fastkd.exporting.timm import (
     write_checked_safetensors,
     write_timm_folder,
 )
+from fastkd.models.factory import default_cfgs
 from fastkd.models.hub import is_hub_name
-from fastkd.models.registered import default_cfgs
 
 __all__ = ["FORMATS", "OPSET", "Exported", "export"]
 

@@ -23,8 +23,8 @@ from fastkd.config import MODULE_PREFIX, Recipe
 from fastkd.data.transforms import InputSpec
 from fastkd.inference.loading import input_of, load_student, recipe_of, taken_weights
 from fastkd.inference.preprocessing import change_input_size
+from fastkd.models.factory import registered_name
 from fastkd.models.hub import fetched
-from fastkd.models.registered import registered_name
 from fastkd.models.released import read_released
 from fastkd.models.weights import VERSION_KEY, FileKind, file_kind
 

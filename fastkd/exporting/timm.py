@@ -11,8 +11,8 @@ from safetensors.torch import save
 from torch import nn
 
 from fastkd.exporting.student import Student, largest_difference, replacing_file, replacing_folder
+from fastkd.models.pretrained import fixed_input_size
 from fastkd.models.weights import FileKind, file_kind, short_misfit
-from fastkd.models.zoo import fixed_input_size
 from fastkd.utils.io import replacing, write_text
 from fastkd.utils.random import preserved_rng
 

@@ -20,11 +20,16 @@ from fastkd.config import MODULE_PREFIX, Recipe
 from fastkd.data.transforms import InputSpec
 from fastkd.inference.preprocessing import LoadedStudent, Preprocessing, Shape, change_input_size
 from fastkd.models import create_student
+from fastkd.models.factory import registered_name
 from fastkd.models.hub import fetched
-from fastkd.models.pretrained import build_pretrained, fill, read_description
-from fastkd.models.registered import registered_name
+from fastkd.models.pretrained import (
+    LOCAL,
+    build_pretrained,
+    build_timm_model,
+    fill,
+    read_description,
+)
 from fastkd.models.weights import FileKind, better_weights, file_kind, short_misfit
-from fastkd.models.zoo import LOCAL, build_timm_model
 
 # Recipe fields that say how a model sees its images.
 IMAGE_OPTIONS = ("img_size", "crop_pct", "crop_mode", "interpolation", "mean", "std")

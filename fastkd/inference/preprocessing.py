@@ -12,7 +12,7 @@ from torch import nn
 from fastkd.config import Recipe
 from fastkd.data.datasets import DataPair
 from fastkd.data.transforms import InputSpec
-from fastkd.models.zoo import fixed_input_size
+from fastkd.models.pretrained import fixed_input_size
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from fastkd.losses import FeatureKD
 from fastkd.losses.base import FeatureTerm, Key, LogitTerm
 from fastkd.losses.projectors import check_widths, fused_weights
 from fastkd.models import LiftVisionTransformer, Taps, Teacher
-from fastkd.models.zoo import fixed_input_size
+from fastkd.models.pretrained import fixed_input_size
 from fastkd.training.task import build_feature_term, build_logit_term
 
 BuiltTerms = tuple[LogitTerm | None, FeatureTerm | None, Taps | None]

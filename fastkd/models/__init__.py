@@ -4,7 +4,6 @@ Importing this registers the DeiT-Tiny students in timm. Built from timm's and t
 knows nothing of training, and of losses the lifting projector alone.
 """
 
-import fastkd.models.registered  # noqa: F401 -- puts the students into timm's registry
 from fastkd.losses.lift import Lift
 from fastkd.models.factory import create_student
 from fastkd.models.released import load_released_checkpoint

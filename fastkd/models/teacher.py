@@ -14,9 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastkd.models.pretrained import build_pretrained, fill
+from fastkd.models.pretrained import build_pretrained, fill, fixed_input_size
 from fastkd.models.taps import TapKey, TapOutput, Taps, model_name
-from fastkd.models.zoo import fixed_input_size
 
 Statistics = Sequence[float]
 

@@ -12,7 +12,7 @@ from huggingface_hub import constants, errors
 
 from fastkd.models import create_student, create_teacher, hub, load_released_checkpoint
 from fastkd.models.hub import DownloadError, fetched, is_hub_name, no_waiting_offline
-from fastkd.models.zoo import build_timm_model
+from fastkd.models.pretrained import build_timm_model
 
 FILE = "hf_hub:owner/name/models/Lift/pytorch_model.pth"
 
