@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
+import sys
 from typing import TYPE_CHECKING, Any
-
-from fastkd._registration import register_with_timm
 
 if TYPE_CHECKING:
     __version__: str
     from fastkd import analysis, integrations, losses, models, ops, training
     from fastkd.analysis import Report, analyze
-    from fastkd.models import create_student, create_teacher, load_released_checkpoint
+    from fastkd.inference.loading import create_teacher
+    from fastkd.models import create_student, load_released_checkpoint
     from fastkd.ops import backends, feature_kd, lift, lift_kd
     from fastkd.training import Recipe, Result, evaluate, export, predict, shard, train
 
@@ -32,7 +32,7 @@ _PUBLIC = {
     "Recipe": "fastkd.training",
     "Result": "fastkd.training",
     "create_student": "fastkd.models",
-    "create_teacher": "fastkd.models",
+    "create_teacher": "fastkd.inference.loading",
     "load_released_checkpoint": "fastkd.models",
     "feature_kd": "fastkd.ops",
     "lift": "fastkd.ops",
@@ -84,4 +84,5 @@ def __dir__() -> list[str]:
     return sorted([*globals(), *_PUBLIC, *_PACKAGES])
 
 
-register_with_timm()
+if "timm" in sys.modules:  # registers the students there; else `import fastkd.models` does so
+    importlib.import_module("fastkd.models")

@@ -9,6 +9,7 @@ import pytest
 import torch
 import yaml
 
+from fastkd import create_teacher
 from fastkd.config import (
     SECTIONS,
     Recipe,
@@ -20,7 +21,6 @@ from fastkd.config import (
 )
 from fastkd.inference.loading import build_student
 from fastkd.inference.preprocessing import Shape
-from fastkd.models import create_teacher
 from fastkd.training.task import build_task
 
 # Top-1 on ImageNet-1k in %, as published: arXiv 2012.12877, 2412.19055 and 2511.15572.

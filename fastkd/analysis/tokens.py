@@ -16,10 +16,9 @@ from torch import Tensor, nn
 from fastkd.analysis.images import ImageSelection
 from fastkd.data.datasets import DataPair
 from fastkd.data.transforms import InputSpec
-from fastkd.inference.loading import OpenedModel, names_a_file, open_model
+from fastkd.inference.loading import Model, names_a_file, open_model
 from fastkd.inference.preprocessing import Preprocessing, parameter_count
 from fastkd.models import LiftVisionTransformer, Taps, Teacher
-from fastkd.models.pretrained import build_timm_model, check_name
 from fastkd.models.taps import TapKey, model_name
 from fastkd.utils.distributed import AMP_DTYPES, autocast
 from fastkd.utils.random import preserved_rng, seed_cpu
@@ -402,7 +401,10 @@ def resolve(
     img_size: int | None = None,
     num_classes: int | None = None,
 ) -> Subject:
-    """Make a model of what a user calls one."""
+    """Open a `Teacher`, or whatever `open_model` opens, to look at its tokens.
+
+    ``untrained`` gives a timm name random weights, the same each time.
+    """
     if weights not in ("auto", "raw", "ema"):
         raise ValueError(f"{_CALLER}: weights must be auto, raw or ema, got {weights!r}")
     if untrained and checkpoint is not None:
@@ -419,13 +421,24 @@ def resolve(
     _refuse_without_effect(kind, given, checkpoint)
     if isinstance(subject, Teacher):
         return _from_teacher(subject)
-    if kind == "a timm name" and checkpoint is None:
-        return _from_name(str(subject), untrained, img_size, num_classes)
-    resized = {} if img_size is None else {"img_size": img_size}
-    opened = open_model(_CALLER, subject, checkpoint, weights, resized, num_classes)
+    with preserved_rng():
+        seed_cpu(UNTRAINED_SEED)
+        opened = open_model(
+            subject,
+            checkpoint=checkpoint,
+            weights=weights,
+            img_size=img_size,
+            num_classes=num_classes,
+            pretrained=not untrained,
+            caller=_CALLER,
+            alternative=_WAYS_OUT,
+        )
     name = model_name(subject) if isinstance(subject, nn.Module) else str(subject)
-    architecture = model_name(opened.network)
-    return Subject(name, _weights_of(opened), architecture, opened.network, opened.preprocessing)
+    architecture, found = model_name(opened.network), _weights_of(opened)
+    if kind == "a timm name" and checkpoint is None:
+        found = "untrained" if untrained else "pretrained"
+        architecture = (None if untrained else _published_name(opened.network)) or architecture
+    return Subject(name, found, architecture, opened.network, opened.preprocessing)
 
 
 def _kind(subject: Any) -> str:
@@ -439,7 +452,7 @@ def _kind(subject: Any) -> str:
     return "a checkpoint" if names_a_file(_CALLER, subject) else "a timm name"
 
 
-def _weights_of(opened: OpenedModel) -> str:
+def _weights_of(opened: Model) -> str:
     """Where weights come from, in a few words."""
     if opened.file is None:
         return opened.weights
@@ -459,21 +472,6 @@ def _refuse_without_effect(kind: str, given: set[str], checkpoint: str | Path | 
         )
 
 
-def _from_name(
-    name: str, untrained: bool, img_size: int | None, num_classes: int | None
-) -> Subject:
-    check_name(_CALLER, name)
-    options: dict[str, Any] = {"img_size": img_size, "num_classes": num_classes}
-    if untrained:
-        with preserved_rng():
-            seed_cpu(UNTRAINED_SEED)
-            model = build_timm_model(_CALLER, name, **options)
-        return _as_timm_feeds_it(name, "untrained", model, img_size)
-    model = build_timm_model(_CALLER, name, pretrained=True, alternative=_WAYS_OUT, **options)
-    subject = _as_timm_feeds_it(name, "pretrained", model, img_size)
-    return replace(subject, architecture=_published_name(model) or subject.architecture)
-
-
 def _published_name(model: Any) -> str | None:
     """``architecture.tag``: which of several published sets of weights timm has loaded."""
     config = getattr(model, "pretrained_cfg", None) or {}
@@ -488,10 +486,3 @@ def _from_teacher(teacher: Teacher) -> Subject:
     return Subject(
         teacher.name, "as given", teacher.name, teacher.model, preprocessing, teacher.input_size
     )
-
-
-def _as_timm_feeds_it(name: str, weights: str, model: nn.Module, img_size: int | None) -> Subject:
-    preprocessing = Preprocessing.of_model(model)
-    if img_size is not None:
-        preprocessing = preprocessing.override(img_size=img_size)
-    return Subject(name, weights, model_name(model), model, preprocessing)

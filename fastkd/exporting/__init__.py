@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from fastkd.checkpoint import LAST
 from fastkd.exporting.onnx import (
     OPSET,
     is_onnx_export,
@@ -21,8 +22,10 @@ from fastkd.exporting.timm import (
     write_checked_safetensors,
     write_timm_folder,
 )
+from fastkd.inference.loading import Source
 from fastkd.models.factory import default_cfgs
 from fastkd.models.hub import is_hub_name
+from fastkd.models.pretrained import LOCAL
 
 __all__ = ["FORMATS", "OPSET", "Exported", "export"]
 
@@ -89,13 +92,13 @@ class Exported:
 
 
 def export(
-    run: str | Path,
+    run: Source,
     format: str = "timm",
     output: str | Path | None = None,
     *,
     weights: str = "auto",
     img_size: int | None = None,
-    model: nn.Module | None = None,
+    model: Source | None = None,
     opset: int | None = None,
     overwrite: bool = False,
 ) -> Exported:
@@ -107,8 +110,8 @@ def export(
     timm         a folder with ``config.json`` and ``model.safetensors``, as on the Hugging Face
                  hub: ``timm.create_model("local-dir:FOLDER", pretrained=True)`` builds the student,
                  with its input size, statistics, classes and, where the run knows them, their
-                 names. Students of the paper (`lift`, `widelast`, `uniform`) need ``import fastkd``
-                 before; plain ones do not.
+                 names. Students of the paper (`lift`, `widelast`, `uniform`) need
+                 ``import fastkd.models`` before; plain ones do not.
     safetensors  one file of weights, with architecture, input and version as its metadata; for
                  ``timm.create_model(NAME, checkpoint_path=FILE, ...)`` as `Exported.load` says.
     onnx         one file: normalised ``images`` [batch, C, H, W] to ``logits`` [batch, classes],
@@ -121,19 +124,20 @@ def export(
     was.
 
     Args:
-        run: folder of a run (its ``last.pth``), one of its checkpoints, or a checkpoint that the
-            authors of arXiv 2511.15572 released; of the latter two also a name on the hub,
-            ``hf_hub:OWNER/NAME/FILE``.
+        run: folder of a run (its ``last.pth``), one of its checkpoints, or any other model that
+            `fastkd.evaluate` takes: a checkpoint that the authors of arXiv 2511.15572 released, an
+            earlier export, a timm name (pretrained), ``local-dir:``, ``hf_hub:``, or a module.
         format: one of `FORMATS`.
         output: the file, ending in ``.safetensors`` or ``.onnx``, or the folder; None puts
-            ``student-timm``, ``student.safetensors`` or ``student.onnx`` beside the checkpoint, or
-            here if that is on the hub.
+            ``student-timm``, ``student.safetensors`` or ``student.onnx`` into the run's folder or
+            beside the file; of a name, of the hub or a module, here.
         weights: ``"raw"``, ``"ema"``, or ``"auto"``: the EMA where the run measured it to be the
             better one. A released checkpoint has one kind of weights: ``"auto"``.
         img_size: input pixels a side to change to (position embeddings are resampled); None keeps
             what the student was trained on.
-        model: the module that a run was given in place of a name; it takes the weights (a copy of
-            it does with ``img_size``). Without it such a run exports to safetensors alone.
+        model: the module that a run was given in place of a name, which takes the weights (a copy
+            of it does with ``img_size``), or a timm name that builds it. Without it such a run
+            exports to safetensors alone.
         opset: of ONNX, from `OPSET`, the default, on.
         overwrite: replace an earlier export of the same format, which is known by its metadata.
 
@@ -176,11 +180,14 @@ def export(
     )
 
 
-def _default_output(run: str | Path, format: str) -> Path:
-    if is_hub_name(str(run)):
-        return Path(_NAMES[format])  # not into the hub's cache
-    run = Path(run)
-    return (run if run.is_dir() else run.parent) / _NAMES[format]
+def _default_output(run: Source, format: str) -> Path:
+    here = Path(_NAMES[format])
+    if isinstance(run, nn.Module) or is_hub_name(run):  # not into the hub's cache
+        return here
+    path = Path(str(run).removeprefix(LOCAL))
+    if path.is_dir():
+        return (path if (path / LAST).exists() else path.parent) / here
+    return path.parent / here
 
 
 def _write(student: Student, format: str, target: Path, opset: int) -> float | None:
@@ -195,7 +202,7 @@ def _write(student: Student, format: str, target: Path, opset: int) -> float | N
 def _loading_line(student: Student, format: str, target: Path) -> str | None:
     if format == "onnx":
         return None
-    packages = "fastkd, timm" if student.architecture in default_cfgs else "timm"
+    packages = "fastkd.models, timm" if student.architecture in default_cfgs else "timm"
     call = f"import {packages}; timm.create_model"
     if format == "timm":
         folder = f"local-dir:{target}"

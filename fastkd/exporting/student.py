@@ -1,31 +1,36 @@
-"""The student to export: weights, timm name and input, and the check of what was written."""
+"""What is exported: a student's weights, the name it has in timm, and what it takes in."""
 
 from __future__ import annotations
 
 import contextlib
+import copy
 import inspect
 import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from timm.data import resolve_data_config
 from torch import Tensor, nn
 
-from fastkd.checkpoint import CheckpointError, load_checkpoint
+from fastkd.checkpoint import LAST, load_checkpoint
 from fastkd.config import MODULE_PREFIX, Recipe
 from fastkd.data.transforms import InputSpec
-from fastkd.inference.loading import input_of, load_student, recipe_of, taken_weights
+from fastkd.inference.loading import (
+    Model,
+    Source,
+    input_of,
+    open_model,
+    recipe_of,
+    taken_weights,
+)
 from fastkd.inference.preprocessing import change_input_size
-from fastkd.models.factory import registered_name
+from fastkd.models.factory import rebuilt_by, registered_name
 from fastkd.models.hub import fetched
-from fastkd.models.released import read_released
 from fastkd.models.weights import VERSION_KEY, FileKind, file_kind
 
 BATCHES = (2, 5)  # of two sizes, neither of them 1: a size that was built in would show
@@ -42,7 +47,7 @@ class Student:
         model_args: what `timm.create_model` needs beside the name.
         num_classes: of its head.
         label_names: of the classes, in order; None where the run does not know them.
-        weights: ``"raw"``, ``"ema"`` or ``"released"``.
+        weights: ``"raw"``, ``"ema"``, ``"released"`` or ``"as given"``.
         data_config: what it takes in, under timm's names: ``input_size`` (C, H, W), ``mean``,
             ``std``, ``interpolation``, ``crop_pct``, ``crop_mode``.
         handed_over: whether the model is its author's, and timm's of that name perhaps another.
@@ -92,72 +97,73 @@ class Student:
 
 
 def open_student(
-    run: str | Path, weights: str, img_size: int | None, model: nn.Module | None
+    source: Source, weights: str, img_size: int | None, model: Source | None
 ) -> Student:
-    """Take the student out of a run, a checkpoint, or a released checkpoint of the paper."""
+    """Take the student out of whatever `open_model` opens; arguments as in `export`."""
     if weights not in ("auto", "raw", "ema"):
         raise ValueError(f"export: weights must be auto, raw or ema, got {weights!r}")
-    run = fetched("export", run)
-    kind = file_kind(run)
-    if kind is FileKind.EXPORT:
-        raise CheckpointError(
-            f"checkpoint: {run} is an exported student itself: give its run, the folder or a "
-            "checkpoint"
-        )
-    if kind is FileKind.WEIGHTS:
-        return _released(run, weights, img_size, model)
-    state = load_checkpoint(run)
-    if model is None and _is_module(state["recipe"]["model"]):
-        return _weights_alone(run, state, weights, img_size)
-    return _of_run(run, state, weights, img_size, model)
+    path = None if isinstance(source, nn.Module) else Path(fetched("export", source))
+    kind = None if path is None else file_kind(path)
+    if model is not None and (path is None or kind is FileKind.WEIGHTS):
+        raise ValueError(f"export: model has no effect: {source} is a model itself")
+    if path is not None and model is None and (kind is FileKind.RUN or (path / LAST).is_file()):
+        state = load_checkpoint(path)
+        if (state["recipe"]["model"] or "").startswith(MODULE_PREFIX):
+            return _weights_alone(path, state, weights, img_size)
+    checkpoint = None if model is None else path
+    opening: Any = source if model is None else model
+    if isinstance(opening, nn.Module) and (img_size is not None or model is None):
+        opening = copy.deepcopy(opening)  # the caller's keeps its size and mode
+    opened = open_model(
+        opening, checkpoint=checkpoint, weights=weights, img_size=img_size, caller="export"
+    )
+    released = kind is FileKind.WEIGHTS
+    return _student(opened, img_size, released, handed_over=isinstance(opening, nn.Module))
 
 
-def _is_module(name: str | None) -> bool:
-    return name is not None and name.startswith(MODULE_PREFIX)
-
-
-def _of_run(
-    run: str | Path,
-    state: Mapping[str, Any],
-    weights: str,
-    img_size: int | None,
-    model: nn.Module | None,
-) -> Student:
-    loaded = load_student(run, weights, model, img_size=img_size)
+def _student(opened: Model, img_size: int | None, released: bool, handed_over: bool) -> Student:
+    network = opened.network.eval()
+    recipe, spec = opened.preprocessing.recipe, opened.trained_on
     if img_size is not None:
-        _build_for(loaded.model, (img_size, img_size))
-    architecture, arguments = _timm_name(loaded.model, loaded.recipe)
+        _change_size(network, (img_size, img_size))
+    if spec is None:
+        spec = opened.preprocessing.input_spec(network, None)
+    elif img_size is not None:
+        spec = replace(spec, size=(spec.size[0], img_size, img_size))
+    name, arguments = opened.name, dict(opened.arguments)
+    if handed_over and (fields := rebuilt_by(network)) is not None:
+        name, known = registered_name(fields["model"], fields["variant"], fields["width"])
+        arguments |= known
+    size = _size_argument(network, arguments.pop("img_size", None))
+    if not released:  # `timm_arguments` adds them
+        arguments = {k: v for k, v in arguments.items() if k not in ("num_classes", "in_chans")}
+    classes, count = opened.classes, opened.num_classes
     return Student(
-        state=_plain(loaded.model.state_dict()),
-        model=loaded.model,
-        architecture=architecture,
-        model_args=arguments | _size_argument(loaded.model, state["img_size"]),
-        num_classes=state["num_classes"] or getattr(loaded.model, "num_classes", None),
-        label_names=_label_names(state),
-        weights=loaded.weights,
-        data_config=_data_config(loaded.spec, loaded.recipe),
-        handed_over=model is not None,
+        state=_plain(network.state_dict()),
+        model=network,
+        architecture=name,
+        model_args=arguments | size,
+        num_classes=count,
+        label_names=classes if classes is not None and len(classes) == count else None,
+        weights="released" if released else opened.weights,
+        data_config=_data_config(spec, recipe),
+        handed_over=handed_over,
     )
 
 
-def _build_for(model: nn.Module, size: tuple[int, int]) -> None:
-    """Resample position embeddings once where a model that takes any size does so in every pass."""
+def _change_size(model: nn.Module, size: tuple[int, int]) -> None:
+    """Build a model in another size, also where it resamples position embeddings in every pass."""
+    change_input_size(model, size)
     own = getattr(getattr(model, "patch_embed", None), "img_size", None)
     if own not in (None, size) and hasattr(model, "set_input_size"):
         model.set_input_size(img_size=size)  # type: ignore[operator]
 
 
-def _timm_name(model: nn.Module, recipe: Recipe) -> tuple[str, dict[str, Any]]:
-    """A run's student in timm; of a module, timm's own record, if timm made it."""
-    published = getattr(model, "pretrained_cfg", None) or {}
-    architecture = str(published.get("architecture", recipe.model))
-    if recipe.variant == "plain" or _is_module(recipe.model):
-        return architecture, {}
-    return registered_name(str(recipe.model), recipe.variant, recipe.width)
+def _size_argument(model: nn.Module, built_for: Any) -> dict[str, Any]:
+    """The size that a model is made for, even where it takes others, too.
 
-
-def _size_argument(model: nn.Module, built_for: Any = None) -> dict[str, Any]:
-    """The size that a model is made for, even where it takes others, too."""
+    A patch embedding knows it; of other models, ``built_for`` says it, if they are made for one.
+    """
     size = getattr(getattr(model, "patch_embed", None), "img_size", None)
     if size is None and "img_size" in inspect.signature(type(model)).parameters:
         size = built_for
@@ -165,7 +171,7 @@ def _size_argument(model: nn.Module, built_for: Any = None) -> dict[str, Any]:
 
 
 def _weights_alone(
-    run: str | Path, state: Mapping[str, Any], weights: str, img_size: int | None
+    run: Path, state: Mapping[str, Any], weights: str, img_size: int | None
 ) -> Student:
     """Of a module that is not here, what needs no module."""
     if img_size is not None:
@@ -174,55 +180,16 @@ def _weights_alone(
             f"{state['recipe']['model']}, can only be built by its author (model=, from Python)"
         )
     taken, recipe = taken_weights(run, state, weights), recipe_of(run, state)
+    names, count = state.get("classes"), state["num_classes"]
     return Student(
         state=_plain(state["student" if taken == "raw" else "ema"]),
         model=None,
         architecture=str(recipe.model),
         model_args={},
-        num_classes=state["num_classes"],
-        label_names=_label_names(state),
+        num_classes=count,
+        label_names=tuple(names) if names and len(names) == count else None,
         weights=taken,
         data_config=_data_config(input_of(state), recipe),
-    )
-
-
-def _released(
-    path: str | Path, weights: str, img_size: int | None, model: nn.Module | None
-) -> Student:
-    try:
-        released = read_released(path)
-    except (ValueError, SafetensorError) as error:
-        raise CheckpointError(
-            f"checkpoint: {path} was not written by fastkd's trainer; nor is it a released one: "
-            f"{error}"
-        ) from error
-    if weights != "auto":
-        raise ValueError(
-            f"export: weights={weights!r}: {path} is a released checkpoint, without EMA weights to "
-            "choose from"
-        )
-    if model is not None:
-        raise ValueError(
-            f"export: model has no effect: {path} is a released checkpoint, whose student is known"
-        )
-    student = released.model.eval()
-    config = resolve_data_config({}, model=student)
-    if img_size is not None:
-        change_input_size(student, (img_size, img_size))
-    names = ("mean", "std", "interpolation", "crop_pct", "crop_mode")
-    height, width = student.patch_embed.img_size  # type: ignore[union-attr,misc]
-    return Student(
-        state=_plain(student.state_dict()),
-        model=student,
-        architecture=released.architecture,
-        model_args=released.arguments | _size_argument(student),
-        num_classes=released.arguments["num_classes"],
-        label_names=None,
-        weights="released",
-        data_config={
-            "input_size": (released.arguments["in_chans"], height, width),
-            **{name: config[name] for name in names},
-        },
     )
 
 
@@ -232,12 +199,6 @@ def _plain(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
         for name, tensor in state.items()
     }
-
-
-def _label_names(state: Mapping[str, Any]) -> tuple[str, ...] | None:
-    """Classes that the data named; a head that is wider has logits without a name."""
-    names = state.get("classes")
-    return tuple(names) if names and len(names) == state["num_classes"] else None
 
 
 def _data_config(spec: InputSpec, recipe: Recipe) -> dict[str, Any]:

@@ -68,8 +68,15 @@ def evaluate(
     if opened.yields_tensors:
         refuse_image_options(options)
     with world(device) as peers:
-        subject = open_model("evaluate", model, checkpoint, weights, options)
-        network, preprocessing = subject.network, subject.preprocessing
+        subject = open_model(
+            model,
+            checkpoint=checkpoint,
+            weights=weights,
+            img_size=options.get("img_size"),
+            caller="evaluate",
+        )
+        of_images = {name: options[name] for name in IMAGE_OPTIONS if name in options}
+        network, preprocessing = subject.network, subject.preprocessing.override(**of_images)
         spec = preprocessing.input_spec(network, opened)
         class_count(network, Shape(opened.num_classes, spec.size[0], None))
         recipe = preprocessing.recipe.override(eval_batch_size=batch_size, workers=workers)

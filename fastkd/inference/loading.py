@@ -1,14 +1,11 @@
-"""What MODEL means to `evaluate`, `predict`, `analyze` and as a teacher, made one thing.
-
-Knows where models come from and how each sees its images; not what is then done with them.
-"""
+"""Load a model from a timm name, the hub, a run, a checkpoint, an export or an nn.Module."""
 
 from __future__ import annotations
 
 import copy
 import functools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,31 +16,53 @@ from fastkd.checkpoint import LAST, CheckpointError, load_checkpoint
 from fastkd.config import MODULE_PREFIX, Recipe
 from fastkd.data.transforms import InputSpec
 from fastkd.inference.preprocessing import LoadedStudent, Preprocessing, Shape, change_input_size
-from fastkd.models import create_student
+from fastkd.models import Teacher, create_student
 from fastkd.models.factory import registered_name
-from fastkd.models.hub import fetched
+from fastkd.models.hub import fetched, hub_name, is_hub_name
 from fastkd.models.pretrained import (
     LOCAL,
-    build_pretrained,
+    build_exported,
+    build_from_checkpoint,
     build_timm_model,
+    check_head,
+    check_published_head,
     fill,
+    fixed_input_size,
+    input_channels,
+    is_export,
     read_description,
 )
-from fastkd.models.weights import FileKind, better_weights, file_kind, short_misfit
+from fastkd.models.released import read_released
+from fastkd.models.taps import model_name
+from fastkd.models.weights import (
+    FileKind,
+    UnreadableError,
+    better_weights,
+    file_kind,
+    read_file,
+    short_misfit,
+)
 
 # Recipe fields that say how a model sees its images.
 IMAGE_OPTIONS = ("img_size", "crop_pct", "crop_mode", "interpolation", "mean", "std")
 
+Source = str | Path | nn.Module
+Size = int | tuple[int, int]
+Statistics = Sequence[float]
+
 
 @dataclass(frozen=True)
-class OpenedModel:
+class Model:
     """A model to feed images.
 
     Attributes:
         network: on the CPU, or where a module was.
-        preprocessing: how its images are resized, cropped and normalised.
+        preprocessing: how its images are resized, cropped and normalized.
+        name: by which timm builds it, or ``module:ClassName``.
+        arguments: that `timm.create_model` needs beside the name, as far as the source has them.
         weights: ``"raw"`` or ``"ema"`` of a run, else ``"as given"``.
-        classes: names of its classes by label, where its run had them.
+        classes: names of its classes by label, where the source has them.
+        num_classes: of its head; None where neither source nor module says it.
         trained_on: size and statistics of its images, where a run or an exported student says them;
             None leaves them to timm's configuration.
         file: its weights came from, the file or timm's folder; None for published ones and modules.
@@ -51,92 +70,108 @@ class OpenedModel:
 
     network: nn.Module
     preprocessing: Preprocessing
+    name: str
+    arguments: dict[str, Any] = field(default_factory=dict)
     weights: str = "as given"
     classes: tuple[str, ...] | None = None
+    num_classes: int | None = None
     trained_on: InputSpec | None = None
     file: Path | None = None
 
 
 def open_model(
-    caller: str,
-    model: str | Path | nn.Module,
-    checkpoint: str | Path | None,
-    weights: str,
-    options: Mapping[str, Any],
+    source: Source,
+    *,
+    checkpoint: str | Path | None = None,
+    weights: str = "auto",
+    img_size: Size | None = None,
     num_classes: int | None = None,
-) -> OpenedModel:
-    """Make a model of what a user calls one.
+    pretrained: bool = True,
+    caller: str = "open_model",
+    alternative: str = "give local weights with checkpoint=PATH",
+    **timm_kwargs: Any,
+) -> Model:
+    """Open whatever a user calls a model; every function that takes one opens it here.
 
     Args:
-        caller: the public function that asks, named in errors.
-        model: a timm name (``hf_hub:...`` and ``local-dir:...`` too), a timm folder as `export`
-            writes it, a run's folder, a checkpoint of a run, a student exported as safetensors, a
-            checkpoint that the authors of arXiv 2511.15572 released (files also as
-            ``hf_hub:OWNER/NAME/FILE``), or a module.
+        source: a timm name; ``hf_hub:OWNER/NAME`` or ``local-dir:FOLDER`` in timm's layout; a run's
+            folder or checkpoint; a student that `export` wrote, the folder or the safetensors file;
+            a checkpoint that the authors of arXiv 2511.15572 released; or a module, which is not
+            copied. A file may be ``hf_hub:OWNER/NAME/FILE``.
         checkpoint: weights for a timm name or, in place, for a module: any of these files. Of a run
             or an exported student, what it was fed and its classes come with them.
-        weights: ``"raw"``, ``"ema"`` or ``"auto"`` of a run's checkpoint.
-        options: by the names of `IMAGE_OPTIONS`; others are let alone.
-        num_classes: of the head of a timm name with a checkpoint; None takes the weights'.
-
-    Returns:
-        The model, and how it sees its images with these options.
+        weights: ``"raw"``, ``"ema"`` or ``"auto"`` of a run; auto takes those that the run measured
+            to be better.
+        img_size: pixels a side, or (H, W), to build a model for; position embeddings are resampled.
+            Of a module, only its preprocessing changes.
+        num_classes: of the head; None takes that of the weights, 0 leaves it out.
+        pretrained: load published weights of a name; False leaves them random.
+        caller: the public function that asks, named in errors.
+        alternative: what to do without published weights, for errors about them.
+        **timm_kwargs: of the timm model, where a name is built.
 
     Raises:
-        ValueError: options that do not fit the model, or a checkpoint that cannot be used.
+        ValueError: an unknown name, weights that do not exist or do not fit, a head that the
+            weights do not have, or an option that has no effect on the source.
         FileNotFoundError: there is no such file.
         RuntimeError: weights cannot be downloaded.
+        TypeError: no source, or options of timm for a module.
     """
-    changes = {name: options[name] for name in IMAGE_OPTIONS if name in options}
-    size = changes.get("img_size")
-    file = None if checkpoint is None else Path(fetched(caller, checkpoint))
-    if isinstance(model, nn.Module):
-        opened = _of_module(caller, model, file, weights)
+    options = {name: value for name, value in timm_kwargs.items() if value is not None}
+    if isinstance(source, nn.Module):
+        refuse_for_modules(caller, {"num_classes": num_classes, **options})
+        file = None if checkpoint is None else _existing(caller, checkpoint)
+        opened = _of_module(caller, source, file, weights)
+    elif isinstance(source, str | Path):
+        opener = _Opener(caller, str(source), weights, img_size, num_classes, alternative, options)
+        opened = opener.open(checkpoint, pretrained)
     else:
-        source = _source(caller, model)
-        opened = _of_name(caller, str(model), source, file, weights, size, num_classes)
-    return replace(opened, preprocessing=opened.preprocessing.override(**changes))
+        raise TypeError(
+            f"{caller}: a model must be a timm name, a file or an nn.Module, got "
+            f"{type(source).__name__}"
+        )
+    if isinstance(img_size, int):
+        opened = replace(opened, preprocessing=opened.preprocessing.override(img_size=img_size))
+    return opened
 
 
-def names_a_file(caller: str, model: str | Path) -> bool:
-    """Whether what a user calls a model is a file or a folder with weights, not a timm name.
+def refuse_for_modules(caller: str, options: Mapping[str, Any]) -> None:
+    """Refuse options that are not None where the model is built already."""
+    given = [name for name, value in options.items() if value is not None]
+    if given:
+        raise TypeError(
+            f"{caller}: {', '.join(given)} apply where a model is built from a timm name, got a "
+            "module"
+        )
 
-    Args:
-        caller: as in `open_model`, as is the other.
-        model: no module.
 
-    Raises:
-        CheckpointError: it is a folder without weights that this fastkd knows.
-        RuntimeError: it cannot be downloaded.
-    """
-    return _is_there(caller, _source(caller, model))
+def names_a_file(caller: str, source: str | Path) -> bool:
+    """Whether a source is a file or a folder with weights, not a timm name; downloads nothing."""
+    match = hub_name(source)
+    if match is not None:
+        return match["file"] is not None
+    return _is_there(caller, _local_path(source))
+
+
+def starts_from_weights(caller: str, source: str | Path) -> bool:
+    """Whether a student given by this source has weights to start from; a timm name has none."""
+    return is_hub_name(source) or str(source).startswith(LOCAL) or names_a_file(caller, source)
 
 
 def weights_to_choose(
-    caller: str, model: str | Path, checkpoint: str | Path | None = None
+    caller: str, source: str | Path, checkpoint: str | Path | None = None
 ) -> tuple[str, ...]:
-    """Which weights there are of what a user calls a model.
-
-    Args:
-        caller: as in `open_model`, as are the others.
-        model: no module.
-        checkpoint: weights for a timm name.
-
-    Returns:
-        ``("raw",)`` or ``("raw", "ema")`` of a run; none where there is no choice.
-
-    Raises:
-        CheckpointError: a run's file cannot be used.
-        RuntimeError: it cannot be downloaded.
-    """
-    source = _source(caller, model if checkpoint is None else checkpoint)
-    return weights_in(source) if _is_there(caller, source) and _is_run(source) else ()
+    """Return ``("raw",)`` or ``("raw", "ema")`` of a run, nothing where there is no choice."""
+    path = _local_path(fetched(caller, source if checkpoint is None else checkpoint))
+    if not (_is_there(caller, path) and _is_run(path)):
+        return ()
+    return ("raw",) if load_checkpoint(path)["ema"] is None else ("raw", "ema")
 
 
-def _source(caller: str, model: str | Path) -> Path:
-    """Where a model lies, if it is a file or a folder; else a path that is not there."""
-    folder = Path(str(model).removeprefix(LOCAL))
-    return folder if folder.is_dir() else Path(fetched(caller, model))
+def _local_path(source: str | Path) -> Path:
+    """Where a source lies, if it is a file or a folder; else a path that is not there."""
+    folder = Path(str(source).removeprefix(LOCAL))
+    return folder if folder.is_dir() else Path(source)
 
 
 def _is_there(caller: str, path: Path) -> bool:
@@ -154,7 +189,7 @@ def _is_there(caller: str, path: Path) -> bool:
 
 
 def _is_run(path: Path) -> bool:
-    """Whether what is there is a run's, or should be: who then loads it says what is wrong."""
+    """Whether a path is a run's, or unreadable: then `load_checkpoint` tells what is wrong."""
     if path.is_dir():
         return not _is_timm_folder(path)
     return file_kind(path) in (FileKind.RUN, FileKind.UNREADABLE)
@@ -164,13 +199,22 @@ def _is_timm_folder(path: Path) -> bool:
     return (path / "config.json").is_file() and not (path / LAST).exists()
 
 
-def _of_module(caller: str, module: nn.Module, file: Path | None, weights: str) -> OpenedModel:
-    if file is None:
-        _refuse_choice(caller, weights)
-        return _as_timm_feeds_it(module)
-    if not file.is_file() or _is_run(file):
+def _existing(caller: str, checkpoint: str | Path) -> Path:
+    """The file of a checkpoint: itself, a run's ``last.pth``, or the weights in timm's folder."""
+    path = _local_path(fetched(caller, checkpoint))
+    if path.is_dir() and _is_there(caller, path):
+        path = path / ("model.safetensors" if _is_timm_folder(path) else LAST)
+    if not path.is_file():
+        raise FileNotFoundError(f"{caller}: there is no checkpoint {str(checkpoint)!r}")
+    return path
+
+
+def _of_module(caller: str, module: nn.Module, file: Path | None, weights: str) -> Model:
+    if file is not None and _is_run(file):
         return _of_run(load_student(file, weights, module), file)
     _refuse_choice(caller, weights)
+    if file is None:
+        return _as_timm_feeds_it(module)
     fill(caller, module, file)
     described = read_description(file)
     if described is None:
@@ -178,79 +222,191 @@ def _of_module(caller: str, module: nn.Module, file: Path | None, weights: str) 
     return _as_its_file_says(module, described.config, file)
 
 
-def _of_name(
-    caller: str,
-    name: str,
-    source: Path,
-    file: Path | None,
-    weights: str,
-    img_size: int | None,
-    num_classes: int | None,
-) -> OpenedModel:
-    """A timm name, or a file or folder."""
-    there = _is_there(caller, source)
-    if there and file is not None:
-        raise ValueError(f"{caller}: {name} is a checkpoint itself; checkpoint= has no effect")
-    if there and _is_run(source):
-        return _of_run(load_student(source, weights, img_size=img_size), source)
-    if file is not None and _is_there(caller, file) and _is_run(file):
-        return _of_named_run(caller, name, file, weights, img_size)
-    _refuse_choice(caller, weights)
-    given: str | Path = source if there else name
-    if there and source.is_dir():
-        given = f"{LOCAL}{source}"
-    network: Any = build_pretrained(caller, given, file, img_size=img_size, num_classes=num_classes)
-    held_in = source if there else file
-    if held_in is not None and _is_export(held_in):
-        return _as_its_file_says(network, network.pretrained_cfg, held_in, img_size)
-    return _as_timm_feeds_it(network, held_in)
+@dataclass(frozen=True)
+class _Opener:
+    """A name, a file or a folder, and the options to open it with."""
 
+    caller: str
+    name: str
+    weights: str
+    img_size: Size | None
+    num_classes: int | None
+    alternative: str
+    timm_kwargs: Mapping[str, Any]
 
-def _is_export(path: Path) -> bool:
-    file = path / "model.safetensors" if path.is_dir() else path
-    return file_kind(file) is FileKind.EXPORT
+    def open(self, checkpoint: str | Path | None, pretrained: bool) -> Model:
+        path = _local_path(fetched(self.caller, self.name))
+        if _is_there(self.caller, path):
+            if checkpoint is not None:
+                raise ValueError(
+                    f"{self.caller}: checkpoint has no effect: {self.name} is a checkpoint itself"
+                )
+            if path.is_dir() and _is_timm_folder(path):
+                return self._of_timm_folder(path, pretrained)
+            if not pretrained:
+                raise ValueError(
+                    f"{self.caller}: pretrained=False has no effect: {self.name} holds weights"
+                )
+            return self._of_file(path)
+        file = None if checkpoint is None else _existing(self.caller, checkpoint)
+        if file is None:
+            return self._of_timm_name(pretrained)
+        return self._of_checkpoint(file)
 
+    def _of_file(self, path: Path) -> Model:
+        """A run, an exported student or a released checkpoint, which say all themselves."""
+        if _is_run(path):
+            return self._finished(_of_run(load_student(path, self.weights), path))
+        _refuse_choice(self.caller, self.weights)
+        if is_export(path):
+            return self._of_exported_file(path)
+        try:
+            released = read_released(path)
+        except UnreadableError as error:
+            raise UnreadableError(f"{self.caller}: {error}") from error
+        except ValueError as error:
+            raise ValueError(
+                f"{self.caller}: {path} is no released checkpoint and was not written by fastkd "
+                f"({error}); for weights of a timm model give the model's name, and the file with "
+                "checkpoint="
+            ) from error
+        opened = _as_timm_feeds_it(released.model, path)
+        arguments = dict(released.arguments)
+        return self._finished(replace(opened, name=released.architecture, arguments=arguments))
 
-def _of_named_run(
-    caller: str, name: str, checkpoint: Path, weights: str, img_size: int | None
-) -> OpenedModel:
-    """A run says all itself; a name helps where its student was given as a module."""
-    state = load_checkpoint(checkpoint)
-    recipe = recipe_of(checkpoint, state)
-    network = None
-    if recipe.model is None or recipe.model.startswith(MODULE_PREFIX):
+    def _of_exported_file(self, path: Path) -> Model:
+        described = read_description(path)
+        network = build_exported(self.caller, path, described)
+        assert described is not None
+        opened = _as_its_file_says(network, described.config, path)
+        return self._finished(
+            replace(opened, name=described.architecture, arguments=dict(described.arguments))
+        )
+
+    def _of_timm_folder(self, path: Path, pretrained: bool) -> Model:
+        _refuse_choice(self.caller, self.weights)
+        network = self._build(f"{LOCAL}{path}", pretrained)
+        opened = _as_timm_feeds_it(network, path)
+        if is_export(path) and pretrained:
+            opened = _as_its_file_says(network, network.pretrained_cfg, path, self.img_size)
+            described = read_description(path / "model.safetensors")
+            if described is not None:
+                opened = replace(opened, arguments=dict(described.arguments))
+        return opened
+
+    def _of_timm_name(self, pretrained: bool) -> Model:
+        _refuse_choice(self.caller, self.weights)
+        if pretrained:
+            overlay = self.timm_kwargs.get("pretrained_cfg_overlay")
+            check_published_head(self.caller, self.name, self.num_classes, overlay)
+        return _as_timm_feeds_it(self._build(self.name, pretrained))
+
+    def _build(self, name: str, pretrained: bool) -> Any:
+        network: Any = build_timm_model(
+            self.caller,
+            name,
+            pretrained=pretrained,
+            alternative=self.alternative,
+            img_size=self.img_size,
+            num_classes=self.num_classes,
+            **self.timm_kwargs,
+        )
+        if pretrained and ":" in name:
+            found = network.pretrained_cfg.get("num_classes", network.num_classes)
+            check_head(self.caller, name, found, self.num_classes)
+        return network
+
+    def _of_checkpoint(self, file: Path) -> Model:
+        """Weights of a file for a timm name."""
+        if _is_run(file) and (opened := self._of_named_run(file)) is not None:
+            return opened
+        if not is_export(file):
+            _refuse_choice(self.caller, self.weights)
+            options = {**self.timm_kwargs, "num_classes": self.num_classes}
+            network = build_from_checkpoint(
+                self.caller, self.name, file, img_size=self.img_size, **options
+            )
+            return _as_timm_feeds_it(network, file)
+        described = read_description(file)
+        if described is not None and self.name.partition(".")[0] != described.architecture:
+            raise ValueError(
+                f"{self.caller}: {file} holds a student of {described.architecture}, not of "
+                f"{self.name}: give it alone"
+            )
+        return self._of_file(file)
+
+    def _of_named_run(self, file: Path) -> Model | None:
+        """A run says all itself; the name helps where its student was given as a module."""
+        if file_kind(file) is FileKind.RUN and "recipe" not in read_file(file, "meta"):
+            return None  # only a part of a run's checkpoint, whose weights are read as any others
+        state = load_checkpoint(file)
+        recipe = recipe_of(file, state)
+        if recipe.model is not None and not recipe.model.startswith(MODULE_PREFIX):
+            registered, _ = registered_name(recipe.model, recipe.variant, recipe.width)
+            names = {name.partition(".")[0] for name in (recipe.model, registered)}
+            if self.name.partition(".")[0] not in names:
+                raise ValueError(
+                    f"{self.caller}: {file} is of a run of {recipe.model}, not of {self.name}: "
+                    "give it alone"
+                )
+            return self._of_file(file)
         options: dict[str, Any] = {key: state[key] for key in ("num_classes", "img_size")}
         if (channels := input_of(state).size[0]) != 3:
             options["in_chans"] = channels
-        network = build_timm_model(caller, name, **options)
-    elif name.partition(".")[0] not in _names_of(recipe):
-        raise ValueError(
-            f"{caller}: {checkpoint} is of a run of {recipe.model}, not of {name}: give it alone"
-        )
-    return _of_run(load_student(checkpoint, weights, network, img_size=img_size), checkpoint)
+        network = build_timm_model(self.caller, self.name, **options | dict(self.timm_kwargs))
+        opened = _of_run(load_student(file, self.weights, network), file)
+        return self._finished(opened, refuse_options=False)
+
+    def _finished(self, opened: Model, refuse_options: bool = True) -> Model:
+        """A model that its file builds: without its head, or in another size, if asked for."""
+        network: Any = opened.network
+        given = dict(self.timm_kwargs)
+        if given.get("in_chans") == input_channels(network):
+            del given["in_chans"]
+        if given and refuse_options:
+            raise ValueError(
+                f"{self.caller}: {next(iter(given))} has no effect: {self.name} says all itself"
+            )
+        if self.num_classes is not None and opened.num_classes is not None:
+            check_head(self.caller, self.name, opened.num_classes, self.num_classes)
+        if self.num_classes == 0:
+            network.reset_classifier(0)
+            opened = replace(opened, num_classes=0, classes=None)
+        if self.img_size is None:
+            return opened
+        size = _pair(self.img_size)
+        assert size is not None
+        if opened.trained_on is not None:
+            channels = opened.trained_on.size[0]
+            opened = replace(opened, trained_on=replace(opened.trained_on, size=(channels, *size)))
+        change_input_size(network, size)
+        return opened
 
 
-def _names_of(recipe: Recipe) -> set[str]:
-    """What a run's student may be called: by its recipe, or by timm's registry."""
-    base = str(recipe.model)
-    registered, _ = registered_name(base, recipe.variant, recipe.width)
-    return {name.partition(".")[0] for name in (base, registered)}
-
-
-def _of_run(student: LoadedStudent, file: Path) -> OpenedModel:
-    return OpenedModel(
-        student.model,
-        Preprocessing.of_run(student),
-        student.weights,
-        student.classes,
-        student.spec,
-        file / LAST if file.is_dir() else file,
+def _of_run(student: LoadedStudent, file: Path) -> Model:
+    recipe = student.recipe
+    opened = _as_timm_feeds_it(student.model, file / LAST if file.is_dir() else file)
+    name: str = opened.name
+    arguments: dict[str, Any] = {}
+    if recipe.model is not None and not recipe.model.startswith(MODULE_PREFIX):
+        name, arguments = registered_name(recipe.model, recipe.variant, recipe.width)
+    if student.img_size is not None:
+        arguments = arguments | {"img_size": student.img_size}
+    return replace(
+        opened,
+        preprocessing=Preprocessing.of_run(student),
+        name=name,
+        arguments=arguments,
+        weights=student.weights,
+        classes=student.classes,
+        num_classes=student.num_classes or opened.num_classes,
+        trained_on=student.spec,
     )
 
 
 def _as_its_file_says(
-    network: nn.Module, config: Mapping[str, Any], file: Path, img_size: int | None = None
-) -> OpenedModel:
+    network: nn.Module, config: Mapping[str, Any], file: Path, img_size: Size | None = None
+) -> Model:
     """An exported student: timm's configuration of it is its own, not its architecture's."""
     channels, height, width = config["input_size"]
     mean, std = tuple(config["mean"]), tuple(config["std"])
@@ -258,24 +414,34 @@ def _as_its_file_says(
     recipe = Recipe(mean=mean, std=std, **{name: config[name] for name in names if name in config})
     if height == width:
         recipe = recipe.override(img_size=height)
-    size = (height, width) if img_size is None else (img_size, img_size)
-    return OpenedModel(
-        network,
-        Preprocessing(recipe),
+    size = _pair(img_size) or (height, width)
+    return replace(
+        _as_timm_feeds_it(network, file),
+        preprocessing=Preprocessing(recipe),
         classes=_class_names(config),
         trained_on=InputSpec((channels, *size), mean, std),
+    )
+
+
+def _as_timm_feeds_it(network: nn.Module, file: Path | None = None) -> Model:
+    config = getattr(network, "pretrained_cfg", None) or {}
+    return Model(
+        network,
+        Preprocessing.of_model(network),
+        name=str(config.get("architecture") or f"{MODULE_PREFIX}{type(network).__name__}"),
+        classes=_class_names(config),
+        num_classes=_num_classes(network),
         file=file,
     )
 
 
-def _as_timm_feeds_it(network: nn.Module, file: Path | None = None) -> OpenedModel:
-    config = getattr(network, "pretrained_cfg", None) or {}
-    preprocessing = Preprocessing.of_model(network)
-    return OpenedModel(network, preprocessing, classes=_class_names(config), file=file)
+def _num_classes(network: nn.Module) -> int | None:
+    found = getattr(network, "num_classes", None)
+    return found if isinstance(found, int) else None
 
 
 def _class_names(config: Mapping[str, Any]) -> tuple[str, ...] | None:
-    """What an exported or published model's configuration calls its classes, for a reader."""
+    """Class names for a reader, of an exported or published model's configuration."""
     names: Sequence[str] = config.get("label_names") or ()
     descriptions = config.get("label_descriptions") or {}
     if not isinstance(descriptions, Mapping):
@@ -285,7 +451,125 @@ def _class_names(config: Mapping[str, Any]) -> tuple[str, ...] | None:
 
 def _refuse_choice(caller: str, weights: str) -> None:
     if weights != "auto":
-        raise ValueError(f"{caller}: weights={weights!r} chooses in a fastkd checkpoint")
+        raise ValueError(
+            f"{caller}: weights={weights!r} chooses in a fastkd checkpoint, got a model "
+            "without EMA weights to choose from"
+        )
+
+
+def create_teacher(
+    source: Source,
+    *,
+    checkpoint: str | Path | None = None,
+    weights: str = "auto",
+    pretrained: bool = True,
+    num_classes: int | None = None,
+    mean: Statistics | None = None,
+    std: Statistics | None = None,
+    input_size: Size | None = None,
+    **timm_kwargs: Any,
+) -> Teacher:
+    """Open a model and freeze it as a teacher that is fed what it was trained on.
+
+    Args:
+        source: a timm name; ``hf_hub:OWNER/NAME`` or ``local-dir:FOLDER`` in timm's layout; a run's
+            folder or checkpoint; a student that `fastkd.export` wrote, the folder or the
+            safetensors file; a Lift or WideLast checkpoint as the authors of arXiv 2511.15572
+            released them; or a module, which is frozen in place. A file may be
+            ``hf_hub:OWNER/NAME/FILE``.
+        checkpoint: weights for a name or a module: a path or ``hf_hub:OWNER/NAME/FILE`` (.pth,
+            .safetensors; a state dict or a training checkpoint that holds one), read without
+            unpickling code. For timm names, the formats that timm converts (original DINOv2, Swin
+            ...) load too, and position embeddings are resampled.
+        weights: ``"raw"``, ``"ema"`` or ``"auto"`` of a fastkd run; auto takes those that the run
+            measured to be better.
+        pretrained: without ``checkpoint``, load timm's published weights for a name; for a module
+            there is nothing to load. False leaves a name's weights random, which is for tests.
+        num_classes: of the head; None takes the checkpoint's or timm's own; 0 leaves the head out,
+            for features alone.
+        mean: per channel, what the teacher's images are normalized with; None takes what a run or
+            an exported student was fed, else timm's ``pretrained_cfg``, if the model has one.
+        std: per channel, given together with ``mean``.
+        input_size: what images are resized to, (H, W) or a side; None takes the size that a run or
+            an exported student was fed, or that the model is fixed to, if it is. To run a timm
+            model at another size than its own, pass ``img_size``.
+        **timm_kwargs: of the timm model. With ``img_size``, images are resized to it, also for
+            models that are not built for a size; it is the only one for a file that says itself
+            what it holds.
+
+    Returns:
+        The teacher, on the CPU unless ``device`` is among ``timm_kwargs``.
+
+    Raises:
+        ValueError: an unknown name, weights that do not exist or do not fit, or a head that the
+            weights do not have.
+        FileNotFoundError: there is no file ``checkpoint``, or none that ``source`` is the path of.
+        RuntimeError: the pretrained weights cannot be downloaded.
+        TypeError: ``source`` is neither, or options of timm are given for a module.
+    """
+    if isinstance(source, nn.Module):
+        refuse_for_modules("create_teacher", {"num_classes": num_classes, **timm_kwargs})
+    opened = open_model(
+        source,
+        checkpoint=checkpoint,
+        weights=weights,
+        num_classes=num_classes,
+        pretrained=pretrained,
+        caller="create_teacher",
+        **timm_kwargs,
+    )
+    img_size = timm_kwargs.get("img_size")
+    return as_teacher(opened, mean=mean, std=std, input_size=input_size, built_for=img_size)
+
+
+def as_teacher(
+    opened: Model,
+    *,
+    mean: Statistics | None = None,
+    std: Statistics | None = None,
+    input_size: Size | None = None,
+    built_for: Size | None = None,
+) -> Teacher:
+    """Freeze an open model; ``built_for`` is the size that it was asked to be built for."""
+    model, fed = opened.network, opened.trained_on
+    if mean is None and std is None:
+        # A run on tensors was fed them as they came: its statistics are None, not timm's.
+        mean, std = _own_statistics(model) if fed is None else (fed.mean, fed.std)
+    if built_for is None and fed is not None:
+        built_for = fed.size[-2:]
+    wanted, fixed = _pair(input_size), _fixed_size(model, built_for)
+    if wanted is not None and fixed is not None and wanted != fixed:
+        raise ValueError(
+            f"create_teacher: {model_name(model)} is fixed to images of {fixed}, got "
+            f"input_size={input_size}; build it for another size with img_size={input_size}"
+        )
+    return Teacher(model, mean=mean, std=std, input_size=wanted or fixed or _pair(built_for))
+
+
+def _own_statistics(model: nn.Module) -> tuple[Statistics | None, Statistics | None]:
+    """Timm's statistics, unless the model was built for another number of channels."""
+    cfg = getattr(model, "pretrained_cfg", None) or {}
+    mean, std = cfg.get("mean"), cfg.get("std")
+    channels = getattr(model, "in_chans", None)
+    if mean is None or std is None or (channels is not None and channels != len(mean)):
+        return None, None
+    return mean, std
+
+
+def _fixed_size(model: nn.Module, built_for: Size | None) -> tuple[int, int] | None:
+    """The one input size a timm model runs at, or None where it runs at any."""
+    if hasattr(getattr(model, "patch_embed", None), "strict_img_size"):
+        return fixed_input_size(model)
+    cfg = getattr(model, "pretrained_cfg", None) or {}
+    if not cfg.get("fixed_input_size"):
+        return None
+    return _pair(built_for) or _pair(tuple(cfg["input_size"][-2:]))
+
+
+def _pair(size: Size | None) -> tuple[int, int] | None:
+    if size is None:
+        return None
+    return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
 
 
 def build_student(recipe: Recipe, shape: Shape) -> nn.Module:
@@ -305,10 +589,7 @@ def build_student(recipe: Recipe, shape: Shape) -> nn.Module:
     if recipe.model is None or recipe.model.startswith(MODULE_PREFIX):
         raise ValueError(f"student: the recipe's model is {recipe.model}: hand the module over")
     if shape.num_classes is None:
-        raise ValueError(
-            "num_classes: nobody says how many classes there are: give num_classes, or data that "
-            "have classes"
-        )
+        raise ValueError("num_classes is required: the dataset does not define classes")
     options: dict[str, Any] = {
         "width": recipe.width,
         "num_classes": shape.num_classes,
@@ -369,7 +650,15 @@ def load_student(
         spec = replace(spec, size=(spec.size[0], img_size, img_size))
         change_input_size(model, (img_size, img_size))
     classes = state.get("classes")
-    return LoadedStudent(model.eval(), spec, recipe, taken, tuple(classes) if classes else None)
+    return LoadedStudent(
+        model.eval(),
+        spec,
+        recipe,
+        taken,
+        tuple(classes) if classes else None,
+        state["num_classes"],
+        state["img_size"],
+    )
 
 
 def taken_weights(checkpoint: str | Path, state: Mapping[str, Any], weights: str) -> str:
@@ -426,18 +715,3 @@ def input_of(state: Mapping[str, Any]) -> InputSpec:
     """
     size, mean, std = (state["input"][name] for name in ("size", "mean", "std"))
     return InputSpec(tuple(size), mean and tuple(mean), std and tuple(std))
-
-
-def weights_in(checkpoint: str | Path) -> tuple[str, ...]:
-    """Which weights a checkpoint holds.
-
-    Args:
-        checkpoint: as in `load_student`.
-
-    Returns:
-        ``("raw",)`` or ``("raw", "ema")``.
-
-    Raises:
-        CheckpointError: the file cannot be used.
-    """
-    return ("raw",) if load_checkpoint(checkpoint)["ema"] is None else ("raw", "ema")

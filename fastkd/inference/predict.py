@@ -157,12 +157,18 @@ def predict(
     _check_output(output)
     files, empty_folders = find_images(images)
     with world(device) as peers:
-        opened = open_model("predict", model, checkpoint, weights, options)
+        opened = open_model(
+            model,
+            checkpoint=checkpoint,
+            weights=weights,
+            img_size=options.get("img_size"),
+            caller="predict",
+        )
         _check_classifies(opened.network)
         loader = image_loader(
             files,
             opened.network,
-            opened.preprocessing,
+            opened.preprocessing.override(**options),
             batch_size=batch_size,
             workers=workers,
             peers=peers,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,7 +11,7 @@ from torch import nn
 from fastkd.config import Recipe
 from fastkd.data.datasets import DataPair
 from fastkd.data.transforms import InputSpec
-from fastkd.models.pretrained import fixed_input_size
+from fastkd.models.pretrained import fixed_input_size, input_channels
 
 
 @dataclass(frozen=True)
@@ -125,7 +124,7 @@ def input_spec(
         size = recipe.img_size
         height, width = _own_size(student, use_test_size) if size is None else (size, size)
         spec = InputSpec(
-            (_channels(student), height, width),
+            (input_channels(student), height, width),
             recipe.mean or tuple(config["mean"]),
             recipe.std or tuple(config["std"]),
         )
@@ -141,20 +140,6 @@ def _own_size(student: nn.Module, use_test_size: bool) -> tuple[int, int]:
         built = published["test_input_size"][-2:]
     height, width = built or resolve_data_config({}, model=student)["input_size"][-2:]
     return height, width
-
-
-def _channels(student: nn.Module) -> int:
-    """Channels of the images that a student takes; timm's models say it in one of three ways."""
-    config = getattr(student, "pretrained_cfg", None) or {}
-    own = getattr(student, "in_chans", None)
-    if isinstance(own, int):
-        return own
-    for stem in (config.get("first_conv"), "patch_embed.proj"):
-        if isinstance(stem, str) and stem:
-            with contextlib.suppress(AttributeError):
-                layer: Any = student.get_submodule(stem)
-                return int(layer.in_channels)
-    return 3
 
 
 def _check_input(student: nn.Module, spec: InputSpec) -> None:
@@ -183,6 +168,8 @@ class LoadedStudent:
         recipe: its run's.
         weights: ``"raw"`` or ``"ema"``.
         classes: names of the classes by label, where the run's data had them.
+        num_classes: of the head, where the run knew them.
+        img_size: that the student was built for; None for its own.
     """
 
     model: nn.Module
@@ -190,6 +177,8 @@ class LoadedStudent:
     recipe: Recipe
     weights: str
     classes: tuple[str, ...] | None = None
+    num_classes: int | None = None
+    img_size: int | tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -221,7 +210,7 @@ class Preprocessing:
         """Change fields of the recipe; ValueError and TypeError as `Recipe.override`."""
         return replace(self, recipe=self.recipe.override(**options))
 
-    def input_spec(self, model: nn.Module, data: DataPair) -> InputSpec:
+    def input_spec(self, model: nn.Module, data: DataPair | None) -> InputSpec:
         """Size and statistics of the model's input for these data, as `input_spec`."""
         return input_spec(model, self.recipe, data, use_test_size=self.use_test_size)
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from fastkd.config import Recipe
+from fastkd.inference.loading import Source, create_teacher
 from fastkd.integrations.timm_terms import (
     DescribedTerms,
     ReadyTerms,
@@ -23,7 +24,7 @@ from fastkd.integrations.timm_terms import (
 )
 from fastkd.losses import DistillationLoss
 from fastkd.losses.base import FeatureTerm, LogitTerm
-from fastkd.models import TapOutput, Teacher, create_teacher
+from fastkd.models import TapOutput, Teacher
 from fastkd.training.task import DistillationTask
 
 try:
@@ -68,8 +69,8 @@ class FeatureMapDistillationTask(TrainingTask):
 
     Args:
         student_model: any timm model, or a module whose layers are paired by name.
-        teacher_model: a name or file that `fastkd.create_teacher` takes, a module, timm's
-            `DistillationTeacher`, or fastkd's `Teacher`. It is frozen, stays in eval mode, and is
+        teacher_model: any source that `fastkd.create_teacher` takes, timm's `DistillationTeacher`,
+            or fastkd's `Teacher`. It is frozen, stays in eval mode, and is
             fed images in its own statistics and size. A named one has the student's channels, and
             weights; where logits are compared, with a head of the student's classes.
         criterion: the task loss on (logits, target). Made by timm's `create_classification_loss`
@@ -77,8 +78,7 @@ class FeatureMapDistillationTask(TrainingTask):
         criterion_kwargs: its arguments when ``criterion`` is None.
         teacher_pretrained_path: weights where ``teacher_model`` is a name, as `create_teacher`'s
             ``checkpoint``.
-        teacher_pretrained_cfg_overlay: overrides of the name's ``pretrained_cfg``; with them, timm
-            builds and loads the teacher.
+        teacher_pretrained_cfg_overlay: overrides of the name's ``pretrained_cfg``.
         task_loss_weight: of the criterion; None: the recipe's ``ce_weight``, or where it has none
             :math:`1 - \alpha`, as in `fastkd.train`.
         logit: a ready logit term, such as `SoftKD(tau, alpha)`.
@@ -110,7 +110,7 @@ class FeatureMapDistillationTask(TrainingTask):
     def __init__(
         self,
         student_model: nn.Module,
-        teacher_model: str | nn.Module,
+        teacher_model: Source,
         criterion: nn.Module | Callable[..., Tensor] | None = None,
         criterion_kwargs: dict[str, Any] | None = None,
         teacher_pretrained_path: str | None = None,
@@ -335,7 +335,7 @@ def _criterion_weight(given: float | None, logit: LogitTerm | None) -> float:
 
 
 def _resolve_teacher(
-    model: str | nn.Module,
+    model: Source,
     student: nn.Module,
     *,
     pretrained_path: str | None,
@@ -345,45 +345,20 @@ def _resolve_teacher(
 ) -> Teacher:
     if isinstance(model, Teacher):
         return model
-    if isinstance(model, str) and overlay:
-        return _overlaid_teacher(model, student, pretrained_path, overlay, compares_logits, dtype)
-    if isinstance(model, str):
-        channels = getattr(student, "in_chans", 3)
-        options: dict[str, Any] = {} if channels == 3 else {"in_chans": channels}
-        classes = getattr(student, "num_classes", None) if compares_logits else None
-        named = create_teacher(model, checkpoint=pretrained_path, num_classes=classes, **options)
-        return named.to(dtype=dtype)
     if isinstance(model, DistillationTeacher):
         mean, std = (x.flatten().tolist() for x in (model.mean_kd, model.std_kd))
         return create_teacher(unwrap_model(model.model), mean=mean, std=std)
-    return create_teacher(unwrap_model(model))
-
-
-def _overlaid_teacher(
-    name: str,
-    student: nn.Module,
-    pretrained_path: str | None,
-    overlay: dict[str, Any],
-    compares_logits: bool,
-    dtype: torch.dtype,
-) -> Teacher:
-    """Timm's own loader, which alone knows what an overlay may say."""
-    model: Any = DistillationTeacher(
-        name,
-        getattr(student, "num_classes", None),
-        getattr(student, "in_chans", 3),
-        pretrained_path=pretrained_path,
-        pretrained_cfg_overlay=overlay,
-        dtype=dtype,
-    ).model
-    found = model.pretrained_cfg["num_classes"]
-    if compares_logits and found != model.num_classes:  # timm drops the head without a word
-        raise ValueError(
-            f"FeatureMapDistillationTask: the weights of teacher {name!r} have a head of {found} "
-            f"classes and the student has {model.num_classes}, so that the teacher's would be "
-            "random; alpha=0 distils features alone"
-        )
-    return create_teacher(model)
+    if isinstance(model, nn.Module):
+        return create_teacher(unwrap_model(model))
+    channels = getattr(student, "in_chans", 3)
+    teacher = create_teacher(
+        model,
+        checkpoint=pretrained_path,
+        num_classes=getattr(student, "num_classes", None) if compares_logits else None,
+        in_chans=None if channels == 3 else channels,
+        pretrained_cfg_overlay=overlay or None,
+    )
+    return teacher.to(dtype=dtype)
 
 
 def _say_input_statistics(teacher: Teacher, student: nn.Module) -> None:

@@ -1,7 +1,6 @@
 """Students, teachers, and the taps that read their features.
 
-Importing this registers the DeiT-Tiny students in timm. Built from timm's and torch's own pieces;
-knows nothing of training, and of losses the lifting projector alone.
+Importing this registers the students in timm: `timm.create_model("deit_tiny_lift_patch16_224")`.
 """
 
 from fastkd.losses.lift import Lift
@@ -13,7 +12,7 @@ from fastkd.models.students import (
     WideLastVisionTransformer,
 )
 from fastkd.models.taps import TapOutput, Taps
-from fastkd.models.teacher import Teacher, create_teacher
+from fastkd.models.teacher import Teacher
 
 __all__ = [
     "Lift",
@@ -24,6 +23,5 @@ __all__ = [
     "WideLastBlock",
     "WideLastVisionTransformer",
     "create_student",
-    "create_teacher",
     "load_released_checkpoint",
 ]

@@ -6,16 +6,25 @@ Knows which variant fits which base and what a base has to be built with; not ho
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator
 from functools import partial
 from typing import Any, Literal, get_args
 
+import timm
 import torch
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.layers import DropPath
+from timm.models import (
+    build_model_with_cfg,
+    generate_default_cfgs,
+    get_pretrained_cfg,
+    register_model,
+)
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 from torch import nn
 
-from fastkd.models.pretrained import build_timm_model
+from fastkd.losses.projectors import has_hooks
+from fastkd.models.pretrained import build_timm_model, input_channels
 from fastkd.models.students import (
     BlockRecorder,
     LiftVisionTransformer,
@@ -24,9 +33,11 @@ from fastkd.models.students import (
     check_wide_block_type,
     widened,
 )
+from fastkd.utils.random import preserved_rng
 
 Variant = Literal["plain", "lift", "widelast", "uniform"]
 
+_BASE = "deit_tiny_patch16_224"
 _TEACHER_WIDTH = 384  # of CaiT-S24, the paper's teacher
 
 
@@ -95,17 +106,7 @@ def create_student(
 
 
 def default_width(variant: str) -> int:
-    """Channels of the final features where nobody says.
-
-    Args:
-        variant: any but ``"plain"``, which has no width to choose.
-
-    Returns:
-        The paper's teacher's.
-
-    Raises:
-        ValueError: the variant's width depends on its base.
-    """
+    """Channels of the final features by default: the paper's teacher's."""
     if variant == "uniform":
         raise ValueError(
             "create_student: variant 'uniform' needs width=: 219 makes deit_tiny_patch16_224 as "
@@ -179,49 +180,46 @@ def _renamed(student: Any, variant: str) -> nn.Module:
 
     By these a checkpoint would be reloaded as the base, with weights that do not fit.
     """
-    architecture = str(student.pretrained_cfg["architecture"])
+    cfg = student.pretrained_cfg
+    architecture = str(cfg["architecture"])
     for source in ("url", "file", "state_dict", "hf_hub_id", "hf_hub_filename", "tag"):
-        student.pretrained_cfg.pop(source, None)
-    student.pretrained_cfg |= {"architecture": variant_name(architecture, variant)}
+        cfg.pop(source, None)
+    cfg |= {
+        "architecture": variant_name(architecture, variant),
+        **_paper_cfg(architecture, variant),
+    }
     return student
 
 
 def variant_name(architecture: str, variant: str) -> str:
-    """What a variant of a timm architecture is called.
-
-    Args:
-        architecture: of the base, without a tag.
-        variant: with its width where that is a part of the name.
-
-    Returns:
-        ``deit_tiny_lift_patch16_224`` for ``deit_tiny_patch16_224`` and ``lift``.
-    """
+    """``deit_tiny_lift_patch16_224`` for ``deit_tiny_patch16_224`` and ``lift``."""
     stem, patch, rest = architecture.partition("_patch")
     return f"{stem}_{variant}{patch}{rest}"
 
 
-def _deit_cfg() -> dict[str, Any]:
-    """What timm says of deit_tiny_patch16_224, without its weights, which are not these models'."""
-    return {
-        "num_classes": 1000,
-        "input_size": (3, 224, 224),
-        "crop_pct": 0.875,  # as the paper and DeiT evaluate; timm says 0.9
-        "interpolation": "bicubic",
-        "fixed_input_size": True,
-        "mean": IMAGENET_DEFAULT_MEAN,
-        "std": IMAGENET_DEFAULT_STD,
-        "first_conv": "patch_embed.proj",
-        "classifier": "head",
-        "license": "apache-2.0",
-    }
+def _student_cfg(base: str, variant: str) -> dict[str, Any] | None:
+    """What timm's registry says of a student: as of its base, without the base's weights."""
+    published = get_pretrained_cfg(base)
+    if published is None:  # a base on the hub or in a folder
+        return None
+    cfg: dict[str, Any] = published.to_dict(remove_source=True)
+    for key in ("architecture", "tag"):
+        cfg.pop(key, None)
+    return cfg | {"num_classes": 1000} | _paper_cfg(base, variant)
+
+
+def _paper_cfg(base: str, variant: str) -> dict[str, Any]:
+    """The paper and DeiT evaluate at this crop; timm says 0.9."""
+    of_the_paper = base.partition(".")[0] == _BASE and variant != "plain"
+    return {"crop_pct": 0.875} if of_the_paper else {}
 
 
 default_cfgs = generate_default_cfgs(
     {
-        "deit_tiny_lift_patch16_224": _deit_cfg(),
-        "deit_tiny_widelast_patch16_224": _deit_cfg(),
-        "deit_tiny_uniform219_patch16_224": _deit_cfg(),
-        "fastkd_student": _deit_cfg(),
+        "deit_tiny_lift_patch16_224": _student_cfg(_BASE, "lift"),
+        "deit_tiny_widelast_patch16_224": _student_cfg(_BASE, "widelast"),
+        "deit_tiny_uniform219_patch16_224": _student_cfg(_BASE, "uniform"),
+        "fastkd_student": _student_cfg(_BASE, "plain"),
     }
 )
 
@@ -272,35 +270,32 @@ def deit_tiny_uniform219_patch16_224(pretrained: bool = False, **kwargs: Any) ->
 def fastkd_student(
     pretrained: bool = False,
     *,
-    base: str,
+    base: str = _BASE,
     variant: Variant = "plain",
     width: int | None = None,
+    pretrained_cfg: Any = None,
     **kwargs: Any,
 ) -> nn.Module:
-    """The student that `create_student` makes of another ``base``.
+    """The student that `create_student` makes of any ``base``, fed as the base is.
 
     Exported students are called so whose base has no entry of its own here.
     """
+    if pretrained_cfg is None or isinstance(pretrained_cfg, str):  # a tag, and there are none
+        cfg = _student_cfg(base, variant)
+        pretrained_cfg = None if cfg is None else cfg | {"architecture": "fastkd_student"}
     return build_model_with_cfg(
         partial(create_student, base, variant, width=width),
         "fastkd_student",
         pretrained,
+        pretrained_cfg=pretrained_cfg,
         pretrained_filter_fn=checkpoint_filter_fn,
+        feature_cfg={"out_indices": kwargs.pop("out_indices", 3), "feature_cls": "getter"},
         **kwargs,
     )
 
 
 def registered_name(name: str, variant: str, width: int | None) -> tuple[str, dict[str, Any]]:
-    """By what `timm.create_model` builds a student of `create_student`, fastkd being imported.
-
-    Args:
-        name: of the base, as in `create_student`.
-        variant: of the student.
-        width: of its final features; None as in `create_student`.
-
-    Returns:
-        A name in timm's registry, and the arguments that it needs.
-    """
+    """Name and arguments by which `timm.create_model` builds a student of `create_student`."""
     if variant == "plain":
         return name, {}
     width = default_width(variant) if width is None else width
@@ -309,3 +304,77 @@ def registered_name(name: str, variant: str, width: int | None) -> tuple[str, di
     if registered in default_cfgs:
         return registered, {} if own_width else {"width": width}
     return fastkd_student.__name__, {"base": name, "variant": variant, "width": width}
+
+
+def rebuilt_by(network: nn.Module) -> dict[str, Any] | None:
+    """Recipe fields by which `create_student` builds this very module; None if there are none.
+
+    The fields are ``model``, ``variant``, ``width`` and ``drop_path``. Weights must have the same
+    names and shapes, and logits of one image must agree: a pooling or an activation leaves no trace
+    in the weights. Runs the network once in eval mode, and a copy.
+    """
+    if any(has_hooks(module) for module in network.modules()):
+        return None  # which a rebuilt module would lack
+    size = getattr(getattr(network, "patch_embed", None), "img_size", None)
+    options: dict[str, Any] = {
+        "num_classes": getattr(network, "num_classes", None),
+        "img_size": None if size is None else tuple(size),
+        "in_chans": input_channels(network),
+    }
+    for name, variant, width in _candidates(network):
+        create = partial(create_student, name, variant, width=width, **options)
+        try:
+            with torch.device("meta"):
+                outline = create()
+            if type(outline) is type(network) and _shapes(outline) == _shapes(network):
+                with preserved_rng():
+                    rebuilt = create()
+                if _compute_the_same(network, rebuilt):
+                    rates = [m.drop_prob for m in network.modules() if isinstance(m, DropPath)]
+                    fields = {"model": name, "variant": variant, "width": width}
+                    return fields | {"drop_path": round(max(rates, default=0.0), 6)}
+        except (ValueError, TypeError, RuntimeError, AssertionError):
+            continue
+    return None
+
+
+def _candidates(network: nn.Module) -> Iterator[tuple[str, Variant, int | None]]:
+    """Bases, variants and widths that a network of timm may have been built by."""
+    architecture = (getattr(network, "pretrained_cfg", None) or {}).get("architecture", "")
+    width = getattr(network, "num_features", None)
+    made_of: Any = getattr(network, "_model_args", {})  # timm's record of its arguments
+    if architecture == fastkd_student.__name__:
+        made_of = {"base": _BASE, "variant": "plain", "width": None, **made_of}
+        yield made_of["base"], made_of["variant"], made_of["width"]
+        return
+    named = re.search(r"_(lift|widelast|uniform)\d*(?=_patch|$)", architecture)
+    if named is not None:
+        base = architecture[: named.start()] + architecture[named.end() :]
+        if timm.is_model(base):
+            yield base, named[1], width  # type: ignore[misc]
+    if timm.is_model(architecture):
+        yield architecture, "plain", None
+
+
+def _shapes(network: nn.Module) -> dict[str, torch.Size]:
+    return {name: tensor.shape for name, tensor in network.state_dict().items()}
+
+
+@torch.no_grad()
+def _compute_the_same(network: nn.Module, rebuilt: nn.Module) -> bool:
+    weight = next(network.parameters())
+    rebuilt.to(weight.device, weight.dtype).load_state_dict(network.state_dict())
+    size = getattr(getattr(network, "patch_embed", None), "img_size", None)
+    cfg: Any = getattr(network, "pretrained_cfg", {})
+    height, width = size or cfg["input_size"][-2:]
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(1, input_channels(network), height, width, generator=generator)
+    images = images.to(weight.device, weight.dtype)
+    modes = [(module, module.training) for module in network.modules()]
+    try:
+        logits, found = network.eval()(images), rebuilt.eval()(images)
+    finally:
+        for module, training in modes:
+            module.training = training
+    # Of the same layers and weights, so that hardly a rounding differs.
+    return bool((logits - found).abs().max() <= 1e-5 * logits.abs().max().clamp(min=1))

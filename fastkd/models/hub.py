@@ -1,9 +1,4 @@
-"""Files on the Hugging Face hub, and finding out at once where the hub cannot be reached.
-
-timm downloads models that lie there in its own layout (``hf_hub:OWNER/NAME``). Here are single
-files of any layout, ``hf_hub:OWNER/NAME/PATH/IN/IT.pth``, and the errors of both. Knows names and
-downloads; nothing of models.
-"""
+"""Download files from the Hugging Face hub within a time limit, and explain its errors."""
 
 from __future__ import annotations
 
@@ -11,11 +6,18 @@ import contextlib
 import errno
 import re
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 from urllib.error import HTTPError
 
-from huggingface_hub import HfApi, constants, get_session, hf_hub_download
+from huggingface_hub import (
+    HfApi,
+    constants,
+    get_session,
+    hf_hub_download,
+    try_to_load_from_cache,
+)
 from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
@@ -25,7 +27,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-ANSWER_SECONDS = 5.0  # in which the hub says something, if it is there
+ANSWER_SECONDS = 3.0  # in which the hub answers a request, if it is there
 SHOWN_FILES = 5
 
 _HUB_NAME = re.compile(
@@ -40,30 +42,19 @@ _STORAGE_FAULTS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.
 
 
 class DownloadError(RuntimeError):
-    """Published weights are neither on this machine nor to be had from the network."""
+    """Published weights are neither cached nor can be downloaded."""
 
 
 def fetched(caller: str, source: str | Path) -> str | Path:
-    """The file on this machine that a file's name on the hub stands for.
+    """Download the file of a name ``hf_hub:OWNER/NAME[@REVISION]/FILE``; return others as is.
 
-    Args:
-        caller: the public function that asks, named in errors.
-        source: ``hf_hub:OWNER/NAME/FILE``, or ``hf_hub:OWNER/NAME@REVISION/FILE``; anything else,
-            a whole model's ``hf_hub:OWNER/NAME`` too, is given back as it is.
-
-    Returns:
-        The file in the hub's own cache, downloaded if it is not there; or ``source``.
-
-    Raises:
-        ValueError: there is no such repository, revision or file.
-        DownloadError: the file is not cached, and the hub cannot be reached.
+    A missing repository, revision or file is a ValueError, anything else a DownloadError.
     """
-    match = _HUB_NAME.fullmatch(str(source))
+    match = hub_name(source)
     if match is None or match["file"] is None:
         return source
     try:
-        with no_waiting_offline():
-            return Path(hf_hub_download(match["repo"], match["file"], revision=match["revision"]))
+        return download(match["repo"], match["file"], revision=match["revision"], offline=offline())
     except Exception as error:
         told = explained(caller, str(source), error)
         if told is None:
@@ -71,30 +62,53 @@ def fetched(caller: str, source: str | Path) -> str | Path:
         raise told from error
 
 
-def is_hub_name(name: str) -> bool:
-    """Whether a name is one of the hub's, of a model or of a file.
+def hub_name(name: str | Path) -> re.Match[str] | None:
+    """Match a name on the hub, with the groups repo, revision and file (None for a whole model)."""
+    return _HUB_NAME.fullmatch(str(name))
 
-    Args:
-        name: what a user gave.
+
+def is_hub_name(name: str | Path) -> bool:
+    """Whether a name is one of the hub's, of a model or of a file."""
+    return hub_name(name) is not None
+
+
+def offline() -> bool:
+    """Whether to look into the cache alone: asked for by HF_HUB_OFFLINE, or the hub is silent.
+
+    By itself the client asks six times, with 23 seconds of waiting in between; this is one request.
     """
-    return _HUB_NAME.fullmatch(name) is not None
+    return constants.HF_HUB_OFFLINE or not _hub_answers()
 
 
-@contextlib.contextmanager
-def no_waiting_offline() -> Iterator[None]:
-    """Let the hub's client look into its cache alone while the hub does not answer.
+def download(
+    repo: str,
+    *files: str,
+    offline: bool,
+    revision: str | None = None,
+    cache_dir: str | Path | None = None,
+) -> Path:
+    """Return the first of some files that the repository has, from the cache alone if offline."""
+    if offline:
+        # Not by local_files_only=True: the client may send a request of its own before it looks.
+        return _cached(repo, files, revision, cache_dir)
+    options: dict[str, Any] = {"revision": revision, "cache_dir": cache_dir}
+    options["etag_timeout"] = ANSWER_SECONDS
+    *preferred, last = files
+    for file in preferred:
+        with contextlib.suppress(EntryNotFoundError):
+            return Path(hf_hub_download(repo, file, **options))
+    return Path(hf_hub_download(repo, last, **options))
 
-    By itself it asks six times with 23 seconds of waiting in between, and timm does so for several
-    files. Here one request decides; ``HF_HUB_OFFLINE=1`` saves that one, too.
-    """
-    if constants.HF_HUB_OFFLINE or _hub_answers():
-        yield
-        return
-    constants.HF_HUB_OFFLINE = True
-    try:
-        yield
-    finally:
-        constants.HF_HUB_OFFLINE = False
+
+def _cached(
+    repo: str, files: Iterable[str], revision: str | None, cache_dir: str | Path | None
+) -> Path:
+    for file in files:
+        found = try_to_load_from_cache(repo, file, cache_dir=cache_dir, revision=revision)
+        if isinstance(found, str):
+            return Path(found)
+    reason = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "no answer"
+    raise LocalEntryNotFoundError(f"{constants.ENDPOINT}: {reason}")
 
 
 def _hub_answers() -> bool:
@@ -106,26 +120,13 @@ def _hub_answers() -> bool:
 
 
 def is_download_failure(error: Exception) -> bool:
-    """Whether an error comes from a download.
-
-    Args:
-        error: what timm or the hub's client raised.
-    """
+    """Whether an error comes from a download."""
     return isinstance(error, OSError) or _package(error) in _DOWNLOAD_PACKAGES
 
 
 def explained(caller: str, name: str, error: Exception) -> Exception | None:
-    """What a user can do about an error of the hub's.
-
-    Args:
-        caller: the public function that asked.
-        name: what the user called the model or the file.
-        error: what was raised.
-
-    Returns:
-        The error to raise in its place; None where this one is not the hub's.
-    """
-    match = _HUB_NAME.fullmatch(name)
+    """Translate an error of the hub's client; None for one that is not the hub's."""
+    match = hub_name(name)
     if match is None:
         return None
     repo = match["repo"]
@@ -148,16 +149,7 @@ def explained(caller: str, name: str, error: Exception) -> Exception | None:
 
 
 def not_downloaded(caller: str, what: str, error: Exception) -> DownloadError:
-    """What kept weights from coming: this machine's storage, the hub, or the way to it.
-
-    Args:
-        caller: the public function that asked.
-        what: the weights, as a user calls them.
-        error: for which `is_download_failure` holds.
-
-    Returns:
-        The error to raise in its place.
-    """
+    """Say what kept weights from coming: this machine's storage, the hub, or the network."""
     causes = _causes(error)
     root = causes[-1]
     lines = str(root).strip().splitlines()
@@ -173,7 +165,6 @@ def not_downloaded(caller: str, what: str, error: Exception) -> DownloadError:
 
 
 def _causes(error: BaseException) -> list[BaseException]:
-    """An error and what it came from: the hub's client and timm wrap what went wrong."""
     causes = [error]
     while (cause := causes[-1].__cause__) is not None:
         causes.append(cause)

@@ -1,8 +1,4 @@
-"""A model with its weights: of a timm name, of a file, or of a module that takes a file's.
-
-What `create_teacher`, `evaluate` and `predict` call a model that is no run's. Knows files, names
-and heads; nothing of what the model is for. What does not fit is an error, never a random layer.
-"""
+"""Models of timm with weights: published ones, a checkpoint's, or those of an exported student."""
 
 from __future__ import annotations
 
@@ -15,23 +11,24 @@ from pathlib import Path
 from typing import Any
 
 import timm
-from timm.models import get_pretrained_cfg
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+from timm.models import get_pretrained_cfg, resolve_pretrained_cfg
 from torch import Tensor, nn
 
 from fastkd.models.hub import (
     DownloadError,
+    download,
     explained,
-    fetched,
+    hub_name,
     is_download_failure,
     is_hub_name,
-    no_waiting_offline,
     not_downloaded,
+    offline,
 )
-from fastkd.models.released import in_our_names, load_released_checkpoint
+from fastkd.models.released import in_our_names
 from fastkd.models.students import LiftVisionTransformer
 from fastkd.models.taps import model_name
 from fastkd.models.weights import (
-    FASTKD_FORMAT,
     VERSION_KEY,
     FileKind,
     UnreadableError,
@@ -43,45 +40,34 @@ from fastkd.models.weights import (
     short_misfit,
 )
 
+LOCAL = "local-dir:"  # before a folder that timm builds a model from
+
 # Metadata is text: these are JSON in it.
 _JSON = ("model_args", "num_classes", "label_names", "input_size", "mean", "std", "crop_pct")
-
 _CONFIG = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode", "label_names")
-
-Size = int | tuple[int, int]
-
-LOCAL = "local-dir:"  # before a folder that timm builds a model from
+_WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")  # of a model on the hub
 
 
 def build_timm_model(
     caller: str, name: str, *, pretrained: bool = False, alternative: str = "", **kwargs: Any
 ) -> nn.Module:
-    """`timm.create_model`, with errors that say what is missing and what can be done.
+    """Call `timm.create_model`, with errors that say what is missing and what can be done.
 
-    Args:
-        caller: the public function that asks, named in errors.
-        name: a timm model name, with or without a pretrained tag.
-        pretrained: load timm's weights; the only thing here that touches the network.
-        alternative: what a user can do without these weights, appended to errors about them.
-        **kwargs: passed on to `timm.create_model`; ``img_size`` only to models that have one (most
-            CNNs run at any size and do not).
-
-    Returns:
-        The model.
-
-    Raises:
-        ValueError: timm does not know ``name``, or publishes no weights for it; or the hub has no
-            such model.
-        FileNotFoundError: ``name`` is a path, or a ``local-dir:`` with one, that is not there.
-        DownloadError: the weights could not be downloaded.
+    ``alternative`` is what a user can do without pretrained weights, appended to errors about them.
+    ``img_size`` is handed on only to models that have one (most CNNs run at any size and do not).
+    An unknown name or weights that were never published are a ValueError, a missing folder a
+    FileNotFoundError, and weights that cannot be downloaded a DownloadError.
     """
     check_name(caller, name)
     if pretrained and not _has_weights(name, kwargs):
         raise ValueError(f"{caller}: timm publishes no weights for {name!r}{_or_else(alternative)}")
-    downloads = _downloads(name, pretrained, kwargs)
+    given = kwargs.get("pretrained_cfg_overlay") or {}
+    local = name.startswith(LOCAL) or "state_dict" in given or "file" in given
+    downloads = is_hub_name(name) or (pretrained and not local)
     try:
-        with no_waiting_offline() if downloads else contextlib.nullcontext():
-            return _create(name, pretrained, kwargs)
+        if is_hub_name(name):
+            return _create_from_hub(caller, name, pretrained, kwargs)
+        return _create_published(name, kwargs) if downloads else _create(name, pretrained, kwargs)
     except Exception as error:
         told = explained(caller, name, error)
         if told is not None:
@@ -93,7 +79,7 @@ def build_timm_model(
         raise
 
 
-def _create(name: str, pretrained: bool, kwargs: dict[str, Any]) -> nn.Module:
+def _create(name: str, pretrained: bool, kwargs: dict[str, Any]) -> Any:
     try:
         return timm.create_model(name, pretrained=pretrained, **kwargs)
     except TypeError as error:
@@ -103,15 +89,92 @@ def _create(name: str, pretrained: bool, kwargs: dict[str, Any]) -> nn.Module:
     return timm.create_model(name, pretrained=pretrained, **kwargs | {"img_size": None})
 
 
+# timm downloads without a time limit. So that a silent hub holds nobody up, files come through
+# `download`, and timm finds them on this machine.
+
+
+def _create_published(name: str, kwargs: dict[str, Any]) -> nn.Module:
+    """A model of timm's registry with its published weights."""
+    architecture, _, tag = name.partition(".")
+    overlay = kwargs.get("pretrained_cfg_overlay") or {}
+    published = resolve_pretrained_cfg(architecture, kwargs.get("pretrained_cfg") or tag, overlay)
+    if not published.hf_hub_id:  # a few old models have a URL alone
+        return _create(name, True, kwargs)
+    repo, _, revision = published.hf_hub_id.partition("@")
+    file = published.hf_hub_filename
+    custom = published.custom_load == "hf" and file is not None
+    path = download(
+        repo,
+        *([file] if custom else _weight_files(file)),
+        offline=offline(),
+        revision=revision or None,
+        cache_dir=kwargs.get("cache_dir"),
+    )
+    here = {"file": str(path), "custom_load": True} if custom else _read_by_timm(path)
+    model = _create(name, True, kwargs | {"pretrained_cfg_overlay": {**overlay, **here}})
+    _forget(model, here, published.to_dict())
+    return model
+
+
+def _create_from_hub(caller: str, name: str, pretrained: bool, kwargs: dict[str, Any]) -> nn.Module:
+    """A model that lies on the hub in timm's layout."""
+    match = hub_name(name)
+    assert match is not None
+    repo, revision = match["repo"], match["revision"]
+    where: dict[str, Any] = {
+        "offline": offline(),
+        "revision": revision,
+        "cache_dir": kwargs.get("cache_dir"),
+    }
+    config = download(repo, "config.json", **where)
+    here: dict[str, Any] = {}
+    if pretrained:
+        described = json.loads(config.read_text(encoding="utf-8"))
+        files = _weight_files(described.get("pretrained_cfg", described).get("hf_hub_filename"))
+        try:
+            here = {"source": "", **_read_by_timm(download(repo, *files, **where))}
+        except EntryNotFoundError as error:
+            if isinstance(error, LocalEntryNotFoundError):
+                raise
+            raise ValueError(
+                f"{caller}: {repo} has none of the files {', '.join(files)}"
+            ) from error
+    overlay = {**(kwargs.get("pretrained_cfg_overlay") or {}), **here}
+    model = _create(
+        f"{LOCAL}{config.parent}", pretrained, kwargs | {"pretrained_cfg_overlay": overlay}
+    )
+    _forget(model, here, {})
+    model.pretrained_cfg.pop("file", None)
+    model.pretrained_cfg |= {"source": "hf-hub", "hf_hub_id": name.partition(":")[2]}
+    return model
+
+
+def _weight_files(named: str | None) -> tuple[str, ...]:
+    """Names of a weights file on the hub, safetensors first, as timm prefers them."""
+    if named is None:
+        return _WEIGHT_FILES
+    safe = named.replace("open_clip_pytorch_model", "open_clip_model")
+    return tuple(dict.fromkeys((str(Path(safe).with_suffix(".safetensors")), named)))
+
+
+def _read_by_timm(path: Path) -> dict[str, Any]:
+    """Entries of ``pretrained_cfg`` by which timm loads a file of this machine."""
+    # A safetensors file is not handed over as tensors, of which timm would make a second copy.
+    if path.suffix == ".safetensors":
+        return {"file": str(path), "custom_load": False}
+    return {"state_dict": read_file(path), "custom_load": False}
+
+
+def _forget(model: Any, here: Mapping[str, Any], published: Mapping[str, Any]) -> None:
+    """Take out of ``pretrained_cfg`` where the weights lay on this machine."""
+    for key in here:
+        model.pretrained_cfg.pop(key, None)
+        if key in published:
+            model.pretrained_cfg[key] = published[key]
+
+
 def fixed_input_size(model: nn.Module) -> tuple[int, int] | None:
-    """The one input size that a model's patch embedding takes.
-
-    Args:
-        model: any.
-
-    Returns:
-        (H, W); None where it takes any size, or there is no such patch embedding.
-    """
+    """The one input size (H, W) that a model's patch embedding takes; None where it takes any."""
     patch_embed = getattr(model, "patch_embed", None)
     size = getattr(patch_embed, "img_size", None)
     if size is None or not getattr(patch_embed, "strict_img_size", False):
@@ -119,14 +182,24 @@ def fixed_input_size(model: nn.Module) -> tuple[int, int] | None:
     return int(size[0]), int(size[1])
 
 
+def input_channels(model: nn.Module) -> int:
+    """Channels of the images that a model takes; timm's models say it in one of three ways."""
+    own = getattr(model, "in_chans", None)
+    if isinstance(own, int):
+        return own
+    config = getattr(model, "pretrained_cfg", None) or {}
+    for stem in (config.get("first_conv"), "patch_embed.proj"):
+        if isinstance(stem, str) and stem:
+            with contextlib.suppress(AttributeError):
+                layer: Any = model.get_submodule(stem)
+                return int(layer.in_channels)
+    return 3
+
+
 def check_name(caller: str, name: str) -> None:
     """Refuse a name that is not in timm's registry, suggesting the nearest ones.
 
     Names with a source (``hf-hub:...``, ``local-dir:...``) are left to timm.
-
-    Raises:
-        ValueError: timm does not know ``name``, or it is the path of a file.
-        FileNotFoundError: it is the path of a file that is not there.
     """
     if looks_like_a_path(name):
         if Path(name).exists():
@@ -147,97 +220,46 @@ def check_name(caller: str, name: str) -> None:
     )
 
 
-def _has_weights(name: str, kwargs: dict[str, Any]) -> bool:
+def _has_weights(name: str, kwargs: Mapping[str, Any]) -> bool:
     if ":" in name or kwargs.get("pretrained_cfg") or kwargs.get("pretrained_cfg_overlay"):
         return True  # the caller says where the weights are; timm checks that
     cfg = get_pretrained_cfg(name, allow_unregistered=True)
     return cfg is not None and cfg.has_weights
 
 
-def _downloads(name: str, pretrained: bool, kwargs: Mapping[str, Any]) -> bool:
-    """Whether building a model may touch the network."""
-    given = kwargs.get("pretrained_cfg_overlay") or {}
-    if name.startswith(LOCAL) or "state_dict" in given or "file" in given:
-        return False
-    return pretrained or is_hub_name(name)
-
-
 def _or_else(alternative: str) -> str:
     return f"; {alternative}" if alternative else ""
 
 
-def build_pretrained(
-    caller: str,
-    source: str | Path,
-    checkpoint: str | Path | None = None,
-    *,
-    pretrained: bool = True,
-    num_classes: int | None = None,
-    **timm_kwargs: Any,
+def build_from_checkpoint(
+    caller: str, name: str, file: Path, *, num_classes: int | None = None, **kwargs: Any
 ) -> nn.Module:
-    """Build a model with weights that somebody trained.
+    """A timm model with the weights of a file, strictly, in any layout that timm converts.
 
-    Args:
-        caller: the public function that asks, named in errors.
-        source: a timm name; or, as a path or ``hf_hub:OWNER/NAME/FILE``, a checkpoint that the
-            authors of arXiv 2511.15572 released, or a student that fastkd exported as safetensors.
-        checkpoint: weights for a timm name, likewise. What they were fed with, fastkd's own files
-            say: it goes into the model's ``pretrained_cfg``.
-        pretrained: without ``checkpoint``, load timm's published weights; False leaves them random.
-        num_classes: of the head; None takes that of the weights; 0 leaves it out.
-        **timm_kwargs: of the timm model; ``img_size`` alone for a released or exported file.
-
-    Returns:
-        The model.
-
-    Raises:
-        ValueError: an unknown name, weights that do not exist or do not fit, or a head that the
-            weights do not have.
-        FileNotFoundError: there is no such file.
-        DownloadError: the weights cannot be downloaded.
+    ``num_classes=None`` takes the head of the weights, 0 leaves it out.
     """
-    file = None if checkpoint is None else _existing(caller, checkpoint)
-    named = fetched(caller, source)
-    kind = file_kind(named)
-    if kind in (FileKind.WEIGHTS, FileKind.EXPORT):
-        if file is not None:
-            raise ValueError(f"{caller}: checkpoint has no effect: {source} has weights itself")
-        build = _build_released if kind is FileKind.WEIGHTS else _build_exported
-        return build(caller, named, num_classes, **timm_kwargs)
-    if kind is FileKind.UNREADABLE and looks_like_a_path(str(named)):
-        _read(caller, named)  # which says why
-    options = timm_kwargs | {"num_classes": num_classes}
-    if file is not None:
-        return _build_from_file(caller, str(source), file, options)
-    if pretrained:
-        _check_published_head(caller, str(source), num_classes)
-    return build_timm_model(
-        caller,
-        str(source),
-        pretrained=pretrained,
-        alternative="give local weights with checkpoint=PATH",
-        **options,
-    )
+    check_name(caller, name)
+    state = _held(caller, file)
+    found = _classes_in(state, name)
+    check_head(caller, file, found, num_classes)
+    overlay = {"state_dict": state, "num_classes": found, "custom_load": False}
+    overlay = {**(kwargs.pop("pretrained_cfg_overlay", None) or {}), **overlay}
+    options = kwargs | {"num_classes": found, "pretrained_cfg_overlay": overlay}
+    try:
+        model: Any = build_timm_model(caller, name, pretrained=True, **options)
+    except DownloadError:  # of what a model on the hub is, whose weights are here
+        raise
+    except (RuntimeError, KeyError) as error:
+        raise _misfit(caller, file, name, error) from error
+    model.pretrained_cfg.pop("state_dict", None)  # the file's tensors, which nobody needs again
+    if num_classes == 0:
+        model.reset_classifier(0)  # after a strict load: timm loads loosely where heads differ
+    return model
 
 
-def fill(caller: str, module: nn.Module, checkpoint: str | Path) -> nn.Module:
-    """Load a file's weights into a module, strictly.
-
-    Args:
-        caller: the public function that asks, named in errors.
-        module: changed in place.
-        checkpoint: a path or ``hf_hub:OWNER/NAME/FILE``.
-
-    Returns:
-        The module.
-
-    Raises:
-        ValueError: the weights do not fit, or cannot be read.
-        FileNotFoundError: there is no such file.
-        DownloadError: it cannot be downloaded.
-    """
-    file = _existing(caller, checkpoint)
-    state: Mapping[str, Tensor] = _held(caller, _read(caller, file), file)
+def fill(caller: str, module: nn.Module, file: Path) -> nn.Module:
+    """Load a file's weights into a module, strictly and in place."""
+    state: Mapping[str, Tensor] = _held(caller, file)
     if isinstance(module, LiftVisionTransformer):
         state = in_our_names(state)
     try:
@@ -247,139 +269,29 @@ def fill(caller: str, module: nn.Module, checkpoint: str | Path) -> nn.Module:
     return module
 
 
-def _existing(caller: str, checkpoint: str | Path) -> str | Path:
-    file = fetched(caller, checkpoint)
-    if not Path(file).is_file():
-        raise FileNotFoundError(f"{caller}: there is no checkpoint {str(checkpoint)!r}")
-    return file
-
-
-def _build_released(
-    caller: str,
-    file: str | Path,
-    num_classes: int | None,
-    img_size: Size | None = None,
-    **others: Any,
-) -> nn.Module:
-    _refuse_others(caller, file, others)
+def _held(caller: str, file: Path) -> dict[str, Tensor]:
     try:
-        model: Any = load_released_checkpoint(file)
-    except UnreadableError:
-        raise
-    except ValueError as error:
-        raise ValueError(
-            f"{caller}: {file} is no released checkpoint ({error}); for weights of a timm model "
-            "give the model's name, and the file with checkpoint="
-        ) from error
-    return _adapted(caller, file, model, num_classes, img_size)
-
-
-def _build_exported(
-    caller: str,
-    file: str | Path,
-    num_classes: int | None,
-    img_size: Size | None = None,
-    **others: Any,
-) -> nn.Module:
-    _refuse_others(caller, file, others)
-    described = read_description(file)
-    if described is None or not timm.is_model(described.architecture):
-        kind = "another fastkd's" if described is None else described.architecture
-        raise ValueError(
-            f"{caller}: {file} holds a student that timm cannot build, {kind}: hand its module "
-            "over, and the file with checkpoint="
-        )
-    model: Any = build_timm_model(
-        caller,
-        described.architecture,
-        pretrained_cfg_overlay=described.config,
-        **described.arguments,
-    )
-    return _adapted(caller, file, fill(caller, model, file), num_classes, img_size)
-
-
-def _refuse_others(caller: str, file: str | Path, options: Mapping[str, Any]) -> None:
-    given = [name for name, value in options.items() if value is not None]
-    if given:
-        raise ValueError(f"{caller}: {given[0]} has no effect: {file} says all itself")
-
-
-def _adapted(
-    caller: str, file: str | Path, model: Any, num_classes: int | None, img_size: Size | None
-) -> nn.Module:
-    """A file's whole model, without its head or in another size, if that is asked for."""
-    if num_classes not in (None, 0, model.num_classes):
-        raise _random_head(caller, file, model.num_classes, num_classes)
-    if num_classes == 0:
-        model.reset_classifier(0)
-    if img_size is not None and hasattr(model, "set_input_size"):
-        model.set_input_size(img_size=img_size)
-    return model
-
-
-def _build_from_file(
-    caller: str, name: str, checkpoint: str | Path, kwargs: dict[str, Any]
-) -> nn.Module:
-    """Through timm's own loader, which converts the layouts that it knows, and strictly."""
-    check_name(caller, name)
-    if file_kind(checkpoint) is FileKind.EXPORT:
-        _check_architecture(caller, name, checkpoint)
-        return _build_exported(caller, checkpoint, **kwargs)
-    content = _read(caller, checkpoint)
-    state = _held(caller, content, checkpoint)
-    found = _classes_in(state, name)
-    wanted = kwargs["num_classes"]
-    if wanted not in (None, 0, found):
-        raise _random_head(caller, checkpoint, found, wanted)
-    overlay = {"state_dict": state, "num_classes": found, "custom_load": False}
-    overlay |= run_statistics(content)
-    options = kwargs | {"num_classes": found, "pretrained_cfg_overlay": overlay}
-    try:
-        model: Any = build_timm_model(caller, name, pretrained=True, **options)
-    except DownloadError:  # of what a model on the hub is, whose weights are here
-        raise
-    except (RuntimeError, KeyError) as error:
-        raise _misfit(caller, checkpoint, name, error) from error
-    model.pretrained_cfg.pop("state_dict", None)  # the file's tensors, which nobody needs again
-    if wanted == 0:
-        model.reset_classifier(0)  # after a strict load: timm loads loosely where heads differ
-    return model
-
-
-def _check_architecture(caller: str, name: str, file: str | Path) -> None:
-    described = read_description(file)
-    if described is not None and name.partition(".")[0] != described.architecture:
-        raise ValueError(
-            f"{caller}: {file} holds a student of {described.architecture}, not of {name}: give it "
-            "alone"
-        )
-
-
-def _read(caller: str, file: str | Path) -> Any:
-    try:
-        return read_file(file)
-    except UnreadableError as error:
-        raise UnreadableError(f"{caller}: {error}") from error
-
-
-def _held(caller: str, content: Any, file: str | Path) -> dict[str, Tensor]:
-    try:
-        return held_weights(content, file)
+        return held_weights(read_file(file), file)
     except UnreadableError as error:
         raise UnreadableError(f"{caller}: {error}") from error
 
 
 def _classes_in(state: Mapping[str, Tensor], name: str) -> int:
     """Classes of the head in a checkpoint; 0 for a backbone."""
-    heads = _cfg_of(name).get("classifier") or ()
+    cfg = None if ":" in name else get_pretrained_cfg(name)
+    heads = getattr(cfg, "classifier", None) or ()
     for head in ((heads,) if isinstance(heads, str) else tuple(heads)) + ("head", "fc"):
         if f"{head}.weight" in state:
             return int(state[f"{head}.weight"].shape[0])
     return 0
 
 
-def _check_published_head(caller: str, name: str, num_classes: int | None) -> None:
-    published = _cfg_of(name).get("num_classes")
+def check_published_head(
+    caller: str, name: str, num_classes: int | None, overlay: Mapping[str, Any] | None = None
+) -> None:
+    """Refuse a number of classes that the published weights of a timm name do not have."""
+    cfg = None if ":" in name else get_pretrained_cfg(name)
+    published = (overlay or {}).get("num_classes", getattr(cfg, "num_classes", None))
     if published is not None and num_classes not in (None, 0, published):
         raise ValueError(
             f"{caller}: the published weights of {name!r} have {published} classes, got "
@@ -388,19 +300,16 @@ def _check_published_head(caller: str, name: str, num_classes: int | None) -> No
         )
 
 
-def _random_head(caller: str, file: str | Path, found: int, wanted: int | None) -> ValueError:
-    return ValueError(
-        f"{caller}: {str(file)!r} has a head of {found} classes, got num_classes={wanted}, whose "
-        "head would be random; use 0 for features alone"
-    )
+def check_head(caller: str, source: str | Path, found: int, wanted: int | None) -> None:
+    """Refuse a number of classes that the weights of a source do not have."""
+    if wanted not in (None, 0, found):
+        raise ValueError(
+            f"{caller}: {str(source)!r} has a head of {found} classes, got num_classes={wanted}, "
+            "whose head would be random; use 0 for features alone"
+        )
 
 
-def _cfg_of(name: str) -> Mapping[str, Any]:
-    cfg = None if ":" in name else get_pretrained_cfg(name)
-    return {} if cfg is None else cfg.to_dict()
-
-
-def _misfit(caller: str, checkpoint: str | Path, name: str, error: Exception) -> ValueError:
+def _misfit(caller: str, checkpoint: Path, name: str, error: Exception) -> ValueError:
     return ValueError(f"{caller}: {str(checkpoint)!r} does not fit {name!r}: {short_misfit(error)}")
 
 
@@ -420,14 +329,7 @@ class Description:
 
 
 def read_description(path: str | Path) -> Description | None:
-    """Read an exported file's metadata.
-
-    Args:
-        path: of a .safetensors file.
-
-    Returns:
-        The description; None of a file that `fastkd export` did not write.
-    """
+    """Read the metadata of an exported .safetensors file; None of one that fastkd did not write."""
     said = metadata(path)
     if VERSION_KEY not in said:
         return None
@@ -444,24 +346,26 @@ def read_description(path: str | Path) -> Description | None:
     return Description(values["architecture"], arguments, config)
 
 
-def run_statistics(content: Any) -> dict[str, Any]:
-    """What the images of a fastkd run were normalised with, for timm's ``pretrained_cfg``.
+def build_exported(caller: str, file: Path, described: Description | None) -> nn.Module:
+    """The student in a file that fastkd exported as safetensors."""
+    if described is None or not timm.is_model(described.architecture):
+        kind = "another fastkd's" if described is None else described.architecture
+        raise ValueError(
+            f"{caller}: {file} holds a student that timm cannot build, {kind}: hand its module "
+            "over, and the file with checkpoint="
+        )
+    model = build_timm_model(
+        caller,
+        described.architecture,
+        pretrained_cfg_overlay=described.config,
+        **described.arguments,
+    )
+    return fill(caller, model, file)
 
-    Args:
-        content: of a file of weights.
 
-    Returns:
-        ``mean`` and ``std``; empty for what is no checkpoint of a run. Images that were fed as they
-        came were normalised with 0 and 1.
-    """
-    if not isinstance(content, Mapping) or content.get("format") != FASTKD_FORMAT:
-        return {}
-    fed = content.get("input")
-    if fed is None:
-        return {}
-    channels = fed["size"][0]
-    mean, std = fed["mean"] or (0.0,) * channels, fed["std"] or (1.0,) * channels
-    return {"mean": tuple(mean), "std": tuple(std)}
+def is_export(path: Path) -> bool:
+    """Whether a file, or a folder for timm, is a student that fastkd exported."""
+    return file_kind(path / "model.safetensors" if path.is_dir() else path) is FileKind.EXPORT
 
 
 def _as_tuple(value: Any) -> Any:

@@ -1,20 +1,13 @@
-"""Teachers: frozen models that are fed what they were trained on, whatever the student sees.
-
-Knows how to renormalise and resize images for a teacher; nothing of students or of losses. Where
-its weights come from is `fastkd.models.pretrained`'s.
-"""
+"""Teachers: frozen models whose images are renormalized and resized from the student's."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastkd.models.pretrained import build_pretrained, fill, fixed_input_size
 from fastkd.models.taps import TapKey, TapOutput, Taps, model_name
 
 Statistics = Sequence[float]
@@ -155,108 +148,6 @@ class Teacher(nn.Module):
         return super().train(False)
 
 
-def create_teacher(
-    name_or_module: str | Path | nn.Module,
-    *,
-    checkpoint: str | Path | None = None,
-    pretrained: bool = True,
-    num_classes: int | None = None,
-    mean: Statistics | None = None,
-    std: Statistics | None = None,
-    input_size: int | tuple[int, int] | None = None,
-    **timm_kwargs: Any,
-) -> Teacher:
-    """A frozen teacher from a timm name (its weights or a checkpoint), a released file or a module.
-
-    Args:
-        name_or_module: a timm model name; a Lift or WideLast checkpoint as the authors of arXiv
-            2511.15572 released them, or a student that fastkd exported as safetensors, a path or
-            ``hf_hub:OWNER/NAME/FILE``; or a module, which is frozen in place.
-        checkpoint: weights for a name or a module: a path or ``hf_hub:OWNER/NAME/FILE`` (.pth,
-            .safetensors; a state dict or a training checkpoint that holds one), read without
-            unpickling code; of a fastkd run's checkpoint, the student's raw or EMA weights,
-            whichever its run measured to be better. For timm names, the formats that timm converts
-            (original DINOv2, Swin ...) load too, and position embeddings are resampled.
-        pretrained: without ``checkpoint``, load timm's published weights for a name; for a module
-            there is nothing to load. False leaves a name's weights random, which is for tests.
-        num_classes: of the head; None takes the checkpoint's or timm's own; 0 leaves the head out,
-            for features alone.
-        mean: of the teacher's images; None takes timm's ``pretrained_cfg``, if the model has one.
-        std: likewise.
-        input_size: what images are resized to; None takes the size that the model is fixed to, if
-            it is. To run a timm model at another size than its own, pass ``img_size``.
-        **timm_kwargs: of the timm model. With ``img_size``, images are resized to it, also for
-            models that are not built for a size; it is the only one for a released or exported
-            file.
-
-    Returns:
-        The teacher, on the CPU unless ``device`` is among ``timm_kwargs``.
-
-    Raises:
-        ValueError: an unknown name, weights that do not exist or do not fit, or a head that the
-            weights do not have.
-        FileNotFoundError: there is no file ``checkpoint``, or none that ``name_or_module`` is
-            the path of.
-        RuntimeError: the pretrained weights cannot be downloaded.
-        TypeError: ``name_or_module`` is neither, or options of timm are given for a module.
-    """
-    options = {"num_classes": num_classes} | timm_kwargs
-    model: nn.Module
-    if isinstance(name_or_module, str | Path):
-        model = build_pretrained(
-            "create_teacher", name_or_module, checkpoint, pretrained=pretrained, **options
-        )
-    elif isinstance(name_or_module, nn.Module):
-        _refuse_for_modules({name: value for name, value in options.items() if value is not None})
-        model = name_or_module
-        if checkpoint is not None:
-            fill("create_teacher", model, checkpoint)
-    else:
-        raise TypeError(
-            "create_teacher: name_or_module must be a timm name, a file or an nn.Module, got "
-            f"{type(name_or_module).__name__}"
-        )
-    built_for = timm_kwargs.get("img_size")
-    return as_teacher(model, mean=mean, std=std, input_size=input_size, built_for=built_for)
-
-
-def as_teacher(
-    model: nn.Module,
-    *,
-    mean: Statistics | None = None,
-    std: Statistics | None = None,
-    input_size: int | tuple[int, int] | None = None,
-    built_for: int | tuple[int, int] | None = None,
-) -> Teacher:
-    """A module as a teacher that is fed what it was published for.
-
-    Args:
-        model: frozen in place.
-        mean: as in `create_teacher`, as are ``std`` and ``input_size``.
-        std: likewise.
-        input_size: likewise.
-        built_for: the size that a model from a name was built for, to which images are resized.
-
-    Returns:
-        The teacher.
-
-    Raises:
-        ValueError: the model is fixed to another size, or the statistics do not fit together.
-    """
-    if mean is None and std is None:
-        mean, std = _own_statistics(model)
-    size = _input_size(model, input_size, built_for)
-    return Teacher(model, mean=mean, std=std, input_size=size)
-
-
-def _refuse_for_modules(options: Mapping[str, Any]) -> None:
-    if options:
-        raise TypeError(
-            f"create_teacher: {', '.join(options)} apply where a model is built from a timm name, "
-            "got a module"
-        )
-
-
 def _checked_statistics(
     caller: str, mean: Statistics | None, std: Statistics | None
 ) -> tuple[tuple[float, ...] | None, tuple[float, ...] | None]:
@@ -268,40 +159,6 @@ def _checked_statistics(
             f"and {std}"
         )
     return tuple(map(float, mean)), tuple(map(float, std))
-
-
-def _own_statistics(model: nn.Module) -> tuple[Statistics | None, Statistics | None]:
-    """Timm's statistics, unless the model was built for another number of channels."""
-    cfg = getattr(model, "pretrained_cfg", None) or {}
-    mean, std = cfg.get("mean"), cfg.get("std")
-    channels = getattr(model, "in_chans", None)
-    if mean is None or std is None or (channels is not None and channels != len(mean)):
-        return None, None
-    return mean, std
-
-
-def _input_size(
-    model: nn.Module, asked: int | tuple[int, int] | None, built_for: int | tuple[int, int] | None
-) -> tuple[int, int] | None:
-    wanted, fixed = _pair(asked), _fixed_size(model, built_for)
-    if wanted is not None and fixed is not None and wanted != fixed:
-        raise ValueError(
-            f"create_teacher: {model_name(model)} is fixed to images of {fixed}, got "
-            f"input_size={asked}; build it for another size with img_size={asked}"
-        )
-    return wanted or fixed or _pair(built_for)
-
-
-def _fixed_size(
-    model: nn.Module, built_for: int | tuple[int, int] | None
-) -> tuple[int, int] | None:
-    """The one input size a timm model runs at, or None where it runs at any."""
-    if hasattr(getattr(model, "patch_embed", None), "strict_img_size"):
-        return fixed_input_size(model)
-    cfg = getattr(model, "pretrained_cfg", None) or {}
-    if not cfg.get("fixed_input_size"):
-        return None
-    return _pair(built_for) or _pair(tuple(cfg["input_size"][-2:]))
 
 
 def _pair(size: int | tuple[int, int] | None) -> tuple[int, int] | None:

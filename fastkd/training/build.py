@@ -24,10 +24,10 @@ from fastkd.config import (
 )
 from fastkd.data.gpu_augment import device_augment
 from fastkd.data.transforms import InputSpec, create_mixup
-from fastkd.inference.loading import names_a_file, open_model
+from fastkd.inference.loading import as_teacher, create_teacher, names_a_file, open_model
 from fastkd.losses.registry import check_options, find_loss, has_temperature
-from fastkd.models import Teacher, create_teacher
-from fastkd.models.teacher import as_teacher
+from fastkd.models import Teacher
+from fastkd.models.factory import rebuilt_by
 from fastkd.training.engine import Engine
 from fastkd.training.task import DistillationTask, build_task
 from fastkd.utils.distributed import World
@@ -88,7 +88,8 @@ def resolve_recipe(recipe: Any, student: Any, teacher: Any, data: Any, overrides
         none: Any = dict.fromkeys((*TEACHER_FIELDS, "ce_weight"))
         resolved = resolved.override(alpha=0.0, feature_weight=0.0, **none)
     if student is not None:
-        resolved = resolved.override(model=_name(student))
+        rebuilt = rebuilt_by(student) if isinstance(student, nn.Module) else None
+        resolved = resolved.override(**(rebuilt or {"model": _name(student)}))
     if isinstance(data, str | Path):
         resolved = resolved.override(data=str(data))
     if not resolved.labels:
@@ -263,37 +264,25 @@ def build_optimizer(
 
 
 def resolve_teacher(teacher: Any, config: TeacherConfig, spec: InputSpec) -> Teacher | None:
-    """Load the teacher and tell it what the images are normalised with."""
+    """Open the teacher, frozen and on the CPU, and tell it what the images are normalized with.
+
+    ``teacher`` is None, a `Teacher`, or whatever `open_model` opens; ``spec`` is the student's
+    input.
+    """
     if teacher is None:
         return None
-    size = config.teacher_img_size
-    if isinstance(teacher, nn.Module):
-        if config.teacher_checkpoint is not None:
-            raise ValueError(_TEACHER_BY_NAME)
-        resolved = _given_teacher(teacher, size)
+    size, checkpoint = config.teacher_img_size, config.teacher_checkpoint
+    is_module = isinstance(teacher, nn.Module)
+    if checkpoint is not None and (is_module or names_a_file("train", teacher)):
+        raise ValueError(_TEACHER_BY_NAME)
+    if isinstance(teacher, Teacher):
+        if size is not None:
+            raise ValueError("teacher_img_size: a Teacher has an input_size of its own")
+        resolved = teacher
+    elif is_module:
+        resolved = create_teacher(teacher, input_size=size)
     else:
-        resolved = _opened_teacher(teacher, config.teacher_checkpoint, size)
+        opened = open_model(teacher, checkpoint=checkpoint, img_size=size, caller="train")
+        resolved = as_teacher(opened, built_for=size)
     resolved.set_input_stats(spec.mean, spec.std)
     return resolved
-
-
-def _given_teacher(teacher: nn.Module, size: int | None) -> Teacher:
-    if not isinstance(teacher, Teacher):
-        return create_teacher(teacher, input_size=size)
-    if size is not None:
-        raise ValueError("teacher_img_size: a Teacher has an input_size of its own")
-    return teacher
-
-
-def _opened_teacher(teacher: str | Path, checkpoint: str | None, size: int | None) -> Teacher:
-    """What `evaluate` would open, fed what it was trained on."""
-    if checkpoint is not None and names_a_file("train", teacher):
-        raise ValueError(_TEACHER_BY_NAME)
-    options = {} if size is None else {"img_size": size}
-    opened = open_model("train", teacher, checkpoint, "auto", options)
-    if opened.trained_on is None:
-        return as_teacher(opened.network, built_for=size)
-    # Without statistics it would take those of timm's configuration, but a run on tensors was fed
-    # them as they came.
-    fed = opened.trained_on
-    return Teacher(opened.network, mean=fed.mean, std=fed.std, input_size=fed.size[-2:])

@@ -11,7 +11,6 @@ import itertools
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -29,10 +28,10 @@ from fastkd.config import MODULE_PREFIX, Recipe, TeacherConfig, refuse_image_opt
 from fastkd.data.datasets import DataPair, open_data
 from fastkd.data.samplers import TrainBatchSampler, slice_size
 from fastkd.data.transforms import InputSpec
-from fastkd.inference.loading import build_student
+from fastkd.inference.loading import build_student, create_teacher, names_a_file
 from fastkd.inference.preprocessing import Shape, input_spec, parameter_count, student_shape
 from fastkd.losses.registry import find_loss, has_temperature
-from fastkd.models import Teacher, create_teacher
+from fastkd.models import Teacher
 from fastkd.training.build import FromRecipe, resolve_recipe, resolve_teacher
 from fastkd.training.task import DistillationTask, build_task
 from fastkd.utils.distributed import autocast
@@ -210,7 +209,7 @@ def sketch_teacher(config: TeacherConfig, spec: InputSpec) -> Teacher | None:
     name = config.teacher
     if name is None or name.startswith(MODULE_PREFIX):
         return None
-    if Path(name).exists():
+    if names_a_file("train", name):
         return resolve_teacher(name, config, spec)
     with torch.device("meta"):
         teacher = create_teacher(name, pretrained=False, img_size=config.teacher_img_size)

@@ -20,9 +20,9 @@ from fastkd.config import Recipe
 from fastkd.data.datasets import Data, open_data
 from fastkd.data.loader import train_loader
 from fastkd.data.samples import Batch
-from fastkd.inference.loading import build_student
+from fastkd.inference.loading import build_student, create_teacher
 from fastkd.inference.preprocessing import class_count, input_spec, student_shape
-from fastkd.models import TapOutput, create_teacher
+from fastkd.models import TapOutput
 from fastkd.training.build import (
     FromRecipe,
     build_engine,

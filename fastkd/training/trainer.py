@@ -28,7 +28,7 @@ from fastkd.data.loader import eval_loader, train_loader
 from fastkd.data.samplers import Schedule
 from fastkd.data.samples import DEATHS, Batch, Fault, describe_worker_death
 from fastkd.inference.evaluate import evaluate_model
-from fastkd.inference.loading import build_student
+from fastkd.inference.loading import build_student, open_model, starts_from_weights
 from fastkd.inference.preprocessing import (
     class_count,
     class_names,
@@ -56,7 +56,7 @@ RECIPE = "recipe.yaml"
 
 
 def train(
-    student: str | nn.Module | None = None,
+    student: str | Path | nn.Module | None = None,
     teacher: str | Path | nn.Module | FromRecipe | None = FromRecipe.TEACHER,
     data: Data | None = None,
     output: str | Path | None = None,
@@ -73,10 +73,11 @@ def train(
     random numbers are left as they were.
 
     Args:
-        student: a timm name (its variant comes from the recipe), a module, which is trained in
-            place, or None for the recipe's model.
-        teacher: a timm name (pretrained, or with ``teacher_checkpoint=``), a folder or checkpoint
-            of a fastkd run, or a module. Left out, it is the recipe's. None trains on the labels
+        student: a timm name, which starts from random weights (its variant comes from the recipe);
+            a source with weights to start from (a run, a checkpoint, an export, ``local-dir:``,
+            ``hf_hub:``); a module, which is trained in place; or None for the recipe's model.
+        teacher: a timm name (pretrained, or with ``teacher_checkpoint=``), or any other source that
+            `fastkd.create_teacher` takes. Left out, it is the recipe's. None trains on the labels
             alone: the matched run without distillation, whatever the recipe's terms.
         data: a folder with ``train`` and ``val`` (or ``validation``), a timm data set name with its
             scheme, or (train, val) map-style data sets of (PIL image or float tensor, label). None
@@ -108,6 +109,10 @@ def train(
         SystemExit: stopped by SIGTERM or SIGUSR1, after writing a checkpoint.
     """
     loaded = Recipe.load(recipe)
+    given = loaded.model if student is None else student
+    if isinstance(given, str | Path) and starts_from_weights("train", given):
+        size = overrides.get("img_size", loaded.img_size)
+        student = open_model(given, img_size=size, caller="train").network
     resolved = resolve_recipe(loaded, student, teacher, data, overrides)
     guide = chosen_teacher(loaded, teacher)
     source = resolved.data if data is None else data
@@ -133,7 +138,7 @@ class _Run:
 
     def __init__(
         self,
-        student: str | nn.Module | None,
+        student: str | Path | nn.Module | None,
         teacher: str | Path | nn.Module | None,
         data: DataPair,
         output: Path | None,

@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
+from fastkd import create_teacher
 from fastkd.analysis.tokens import resolve
 from fastkd.data.datasets import open_data
 from fastkd.models import (
@@ -15,7 +16,6 @@ from fastkd.models import (
     Teacher,
     WideLastVisionTransformer,
     create_student,
-    create_teacher,
     hub,
 )
 from fastkd.training import train
@@ -283,7 +283,7 @@ def test_a_module_of_a_fixed_size_refuses_another():
 def test_published_weights_are_named_with_their_tag(monkeypatch):
     model = timm.create_model(TINY, **SMALL)
     model.pretrained_cfg = {"architecture": TINY, "tag": "r160_in1k"}
-    monkeypatch.setattr("fastkd.analysis.tokens.build_timm_model", lambda *_, **__: model)
+    monkeypatch.setattr("fastkd.inference.loading.build_timm_model", lambda *_, **__: model)
     subject = resolve(TINY)
     assert (subject.name, subject.architecture) == (TINY, f"{TINY}.r160_in1k")
 

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from fastkd import create_teacher
 from fastkd.losses import DistillationLoss, FeatureKD, SoftKD
-from fastkd.models import Taps, create_teacher
+from fastkd.models import Taps
 
 Statistics = tuple[Sequence[float], Sequence[float]]
 

@@ -5,8 +5,9 @@ import torch
 from timm.data import resolve_data_config
 from torch import nn
 
+from fastkd import create_teacher
 from fastkd.losses import DistillationLoss, FeatureKD, SoftKD
-from fastkd.models import Taps, create_teacher
+from fastkd.models import Taps
 
 
 class Distiller(lightning.LightningModule):

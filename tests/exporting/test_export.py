@@ -134,7 +134,8 @@ def test_the_line_that_is_printed_loads_the_student(tmp_path, variant, width, fo
     run = made_run(tmp_path / "run", variant, width)
     exported = export(run, format)
     assert f"load: {exported.load}" in exported.summary().splitlines()
-    assert exported.load.startswith("import timm" if variant == "plain" else "import fastkd, timm")
+    packages = "timm" if variant == "plain" else "fastkd.models, timm"
+    assert exported.load.startswith(f"import {packages}; ")
     assert torch.equal(logits(loaded_by(exported.load)), logits(load_student(run).model))
     assert exported.difference == 0
 
@@ -218,10 +219,14 @@ def test_the_line_that_is_printed_is_python_for_a_path_with_quotes(tmp_path, for
     assert torch.equal(logits(loaded_by(exported.load)), logits(load_student(run).model))
 
 
-def test_an_exported_student_is_not_exported_again(tmp_path):
-    path = export(made_run(tmp_path / "run"), "safetensors").path
-    with pytest.raises(ValueError, match=r"student\.safetensors is an exported student itself"):
-        export(path)
+@pytest.mark.parametrize("format", ["timm", "safetensors"])
+def test_an_exported_student_is_exported_again_as_it_is(tmp_path, format):
+    first = export(made_run(tmp_path / "run", "lift", 96), format)
+    again = export(first.path, "safetensors", tmp_path / "again.safetensors")
+    assert (again.architecture, again.model_args) == (first.architecture, first.model_args)
+    assert torch.equal(logits(loaded_by(again.load)), logits(loaded_by(first.load)))
+    with safe_open(again.path, "pt") as file:
+        assert json.loads(file.metadata()["mean"]) == [0.4, 0.5, 0.6]
 
 
 def test_what_timm_looks_for_in_a_checkpoint_takes_no_space(distilled):
@@ -488,7 +493,7 @@ def test_a_file_that_is_no_checkpoint_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"not written by fastkd.*neither a released Lift"):
         export(tmp_path / "y.pth", "safetensors")
     (tmp_path / "z.safetensors").write_bytes(b"nothing of the kind")
-    with pytest.raises(ValueError, match=r"z\.safetensors was not written by fastkd"):
+    with pytest.raises(ValueError, match=r"z\.safetensors is torn"):
         export(tmp_path / "z.safetensors", "safetensors")
 
 
@@ -532,7 +537,8 @@ def test_the_command_says_what_it_wrote_and_how_to_load_it(capsys, tmp_path):
     assert main(["export", str(run), "--weights", "raw"]) == 0
     out = capsys.readouterr().out
     assert "raw weights" in out and "logits differ by 0.0e+00" in out
-    assert f"import fastkd, timm; timm.create_model('local-dir:{run / 'student-timm'}'" in out
+    assert "import fastkd.models, timm; timm.create_model(" in out
+    assert f"'local-dir:{run / 'student-timm'}'" in out
 
 
 def test_models_of_other_channels_are_built_for_them(tmp_path):

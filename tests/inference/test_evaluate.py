@@ -140,6 +140,21 @@ def test_a_modules_run_needs_the_module(tmp_path):
     assert measured["loss"] == pytest.approx(evaluate(model, data, **CPU)["loss"])
 
 
+def test_a_run_of_timms_module_needs_no_module(run, tmp_path):
+    student = create_student("test_vit", "lift", width=96, num_classes=3, img_size=32)
+    options = {"epochs": 1, "warmup_epochs": 0, "batch_size": 6, "img_size": 32, "amp": "none"}
+    options |= {"lr": 1e-3, "lr_scaling": False}
+    output = tmp_path / "run"
+    train(student, None, run[0], output, **options, ema_decay=None, quiet=True, **CPU)
+    recipe = Recipe.load(output)
+    assert (recipe.model, recipe.variant, recipe.width) == ("test_vit", "lift", 96)
+    measured = evaluate(output, run[0], **CPU)
+    assert evaluate(export(output).path, run[0], **CPU)["loss"] == measured["loss"]
+    spec = InputSpec((3, 32, 32), (0.5,) * 3, (0.5,) * 3)
+    teacher = resolve_teacher(output, Recipe(), spec)
+    assert torch.equal(teacher.model.head.weight, student.head.weight)
+
+
 def test_weights_that_are_not_there_are_refused(tmp_path):
     options = {"epochs": 1, "warmup_epochs": 0, "batch_size": 16, "augment": "none"}
     train(vit(), None, tensor_data(), tmp_path, **options, ema_decay=None, quiet=True, **CPU)

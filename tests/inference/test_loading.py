@@ -8,11 +8,12 @@ import timm
 import torch
 from torch import nn
 
+from fastkd import create_teacher
 from fastkd.analysis.tokens import resolve
 from fastkd.checkpoint import LAST, CheckpointError, load_checkpoint, save_checkpoint
 from fastkd.data.transforms import InputSpec
 from fastkd.inference.loading import open_model, weights_to_choose
-from fastkd.models import create_student, create_teacher
+from fastkd.models import create_student
 from fastkd.training import Recipe, evaluate, export, load_student
 from fastkd.training.build import resolve_teacher
 from tests.harness.tiny import made_run, tensor_data
@@ -52,7 +53,7 @@ def computed(model):
 
 
 def opened(model, checkpoint=None, weights="auto", **options):
-    return open_model("test", model, checkpoint, weights, options)
+    return open_model(model, checkpoint=checkpoint, weights=weights, caller="test", **options)
 
 
 def check_is_the_runs(subject, run):

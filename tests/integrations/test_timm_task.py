@@ -16,10 +16,11 @@ from timm.utils import CheckpointSaver, NativeScaler, unwrap_model
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from fastkd import create_teacher
 from fastkd.losses import SoftKD
 from fastkd.losses.base import LogitTerm
 from fastkd.losses.registry import FEATURE_LOSSES, LOGIT_LOSSES
-from fastkd.models import LiftVisionTransformer, Teacher, create_teacher
+from fastkd.models import LiftVisionTransformer, Teacher
 from fastkd.training import Recipe
 from fastkd.training.task import build_task
 from tests.harness.tiny import lift, vit

@@ -9,8 +9,8 @@ import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import nn
 
+from fastkd import create_teacher
 from fastkd.losses import SoftKD
-from fastkd.models import create_teacher
 from tests.harness.tiny import vit
 from tests.integrations.tasks import IMAGES, LINEAR, TARGET, make_task, with_statistics
 

@@ -6,11 +6,11 @@ import torch
 from safetensors.torch import save_file
 from torch.nn import functional as F
 
+from fastkd import create_teacher
 from fastkd.models import (
     LiftVisionTransformer,
     WideLastVisionTransformer,
     create_student,
-    create_teacher,
     load_released_checkpoint,
 )
 

@@ -15,6 +15,7 @@ from fastkd.models import (
     WideLastVisionTransformer,
     create_student,
 )
+from fastkd.models.factory import default_cfgs, rebuilt_by
 
 PARAMETERS = {
     ("plain", None): 5_717_416,
@@ -65,18 +66,82 @@ def test_registered_students_carry_the_statistics_of_deit(name):
     assert not ours.has_weights
 
 
-@pytest.mark.parametrize("variant", OURS)
-def test_a_registered_student_has_the_names_and_shapes_of_the_created_one(variant):
+# Every name that fastkd adds to timm's registry, and the student that it stands for.
+CREATED = {
+    "deit_tiny_lift_patch16_224": ("lift", None),
+    "deit_tiny_widelast_patch16_224": ("widelast", None),
+    "deit_tiny_uniform219_patch16_224": ("uniform", 219),
+    "fastkd_student": ("plain", None),
+}
+SOURCES_OF_WEIGHTS = ("url", "hf_hub_id", "tag")
+
+
+def test_all_registered_names_are_compared_with_what_is_created():
+    assert set(default_cfgs) == set(CREATED)
+
+
+@pytest.mark.parametrize("name", CREATED)
+def test_a_registered_student_is_the_created_one(name):
+    variant, width = CREATED[name]
     with torch.device("meta"):
-        registered = timm.create_model(f"deit_tiny_{variant}_patch16_224")
-        created = create_student("deit_tiny_patch16_224", variant)
+        registered = timm.create_model(name)
+        created = create_student("deit_tiny_patch16_224", variant, width=width)
     shapes = [{k: v.shape for k, v in m.state_dict().items()} for m in (registered, created)]
-    assert shapes[0] == shapes[1]
-    assert (
-        registered.pretrained_cfg["architecture"]
-        == created.pretrained_cfg["architecture"]
-        == f"deit_tiny_{variant}_patch16_224"
-    )
+    assert shapes[0] == shapes[1] and type(registered) is type(created)
+    expected = {k: v for k, v in created.pretrained_cfg.items() if k not in SOURCES_OF_WEIGHTS}
+    assert registered.pretrained_cfg == expected | {"architecture": name}
+
+
+@pytest.mark.parametrize(
+    ("base", "variant"), [("test_vit", "lift"), ("vit_tiny_patch16_224", "plain")]
+)
+def test_a_student_by_name_is_fed_as_its_base(base, variant):
+    fields = ("mean", "std", "input_size", "crop_pct", "interpolation", "first_conv", "classifier")
+    with torch.device("meta"):
+        model = timm.create_model("fastkd_student", base=base, variant=variant)
+    published = timm.get_pretrained_cfg(base)
+    assert {f: model.pretrained_cfg[f] for f in fields} == {
+        f: getattr(published, f) for f in fields
+    }
+    assert not any(model.pretrained_cfg.get(source) for source in SOURCES_OF_WEIGHTS)
+
+
+@pytest.mark.parametrize(
+    ("made", "expected"),
+    [
+        (lambda: timm.create_model("test_vit", num_classes=3), ("test_vit", "plain", None)),
+        (lambda: timm.create_model("test_resnet", in_chans=1), ("test_resnet", "plain", None)),
+        (
+            lambda: create_student("test_vit", "lift", width=96, img_size=32),
+            ("test_vit", "lift", 96),
+        ),
+        (
+            lambda: timm.create_model("deit_tiny_widelast_patch16_224", width=192),
+            ("deit_tiny_patch16_224", "widelast", 192),
+        ),
+        (lambda: create_student("test_vit", "uniform", width=66), ("test_vit", "uniform", 66)),
+        # The same weights, but another function.
+        (lambda: timm.create_model("test_resnet", global_pool="max"), None),
+        (lambda: timm.create_model("test_vit", depth=2), None),
+        (lambda: VisionTransformer(embed_dim=24, depth=1, num_heads=2), None),
+    ],
+)
+def test_a_module_of_timm_is_known_by_the_name_that_rebuilds_it(made, expected):
+    model = made()
+    found = rebuilt_by(model)
+    assert (found and (found["model"], found["variant"], found["width"])) == expected
+    assert model.training
+
+
+def test_stochastic_depth_is_a_part_of_what_rebuilds_a_module():
+    model = timm.create_model("test_vit", drop_path_rate=0.1)
+    assert rebuilt_by(model)["drop_path"] == 0.1
+
+
+def test_a_module_with_hooks_is_not_rebuilt_without_them():
+    model = timm.create_model("test_vit")
+    model.blocks[0].register_forward_hook(lambda *_: None)
+    assert rebuilt_by(model) is None
 
 
 def test_lift_classifies_the_mean_of_its_lifted_patch_tokens(tiny, images):

@@ -9,7 +9,8 @@ import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import nn
 
-from fastkd.models import Teacher, create_student, create_teacher
+from fastkd import create_teacher
+from fastkd.models import Teacher, create_student
 
 NAME = "vit_tiny_patch16_224"  # timm's mean and std for it are 0.5
 HALF = (0.5, 0.5, 0.5)

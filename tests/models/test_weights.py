@@ -9,7 +9,8 @@ import timm
 import torch
 from safetensors.torch import save_file
 
-from fastkd.models import create_teacher, load_released_checkpoint
+from fastkd import create_teacher
+from fastkd.models import load_released_checkpoint
 from fastkd.models.weights import (
     FileKind,
     UnreadableError,

@@ -8,9 +8,10 @@ import torch
 from torch import nn
 
 import fastkd
+from fastkd import create_teacher
 from fastkd.config import Recipe
 from fastkd.data.transforms import InputSpec
-from fastkd.models import create_student, create_teacher
+from fastkd.models import create_student
 from fastkd.training.dry_run import cost_lines, estimate, sketch_teacher
 from tests.harness.tiny import lift, vit
 

@@ -3,11 +3,11 @@
 import pytest
 import torch
 
+from fastkd import create_teacher
 from fastkd.config import Recipe
 from fastkd.data.transforms import InputSpec
 from fastkd.losses import VkD
 from fastkd.losses import registry as catalogue
-from fastkd.models import create_teacher
 from fastkd.training import load_checkpoint, train
 from fastkd.training.dry_run import estimate
 from fastkd.training.task import build_task

@@ -8,8 +8,9 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
+from fastkd import create_teacher
 from fastkd.config import Recipe
-from fastkd.models import TapOutput, create_teacher
+from fastkd.models import TapOutput
 from fastkd.ops.feature_kd.reference import definition
 from fastkd.training.task import build_task
 from tests.harness.tiny import lift, vit

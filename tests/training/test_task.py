@@ -5,9 +5,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from fastkd import create_teacher
 from fastkd.config import Recipe
 from fastkd.losses import DistillationLoss, FeatureKD
-from fastkd.models import create_teacher
 from fastkd.training.build import build_optimizer
 from fastkd.training.task import DistillationTask, build_task
 from tests.harness.tiny import lift, vit

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch.utils.data import TensorDataset
 
+from fastkd import create_teacher
 from fastkd.data.transforms import InputSpec
-from fastkd.models import create_teacher
 from fastkd.training import (
     CheckpointError,
     Recipe,

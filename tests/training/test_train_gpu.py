@@ -11,11 +11,12 @@ import pytest
 import torch
 
 import fastkd
+from fastkd import create_teacher
 from fastkd.config import Recipe
 from fastkd.data.datasets import open_data
 from fastkd.data.loader import train_loader
 from fastkd.inference.preprocessing import input_spec
-from fastkd.models import create_student, create_teacher
+from fastkd.models import create_student
 from fastkd.training.build import build_engine
 from fastkd.utils.distributed import World
 from tests.harness.tiny import image_folder
