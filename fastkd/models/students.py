@@ -1,12 +1,10 @@
 """The students of arXiv 2511.15572: ViTs whose last features are as wide as the teacher's.
 
 Each is timm's own `VisionTransformer` with one part exchanged (the final norm, or the last block),
-so timm's forward passes, heads, parameter groups and checkpoints work as they are. Of losses it
-knows the lifting projector, which is both a part of a student and half of a loss; of teachers,
-training and the names that timm has for them nothing.
+so timm's forward passes, heads, parameter groups and checkpoints work as they are.
 """
 
-from __future__ import annotations
+# Annotations must be types, not text: torch.fx writes those of `forward` into the code it makes.
 
 import math
 from typing import Any
@@ -101,7 +99,7 @@ class LiftVisionTransformer(_WideFinalTransformer):
     @classmethod
     def from_vit(
         cls, vit: VisionTransformer, width: int = 384, global_pool: str = "avg"
-    ) -> LiftVisionTransformer:
+    ) -> "LiftVisionTransformer":
         """Turn a timm `VisionTransformer` into a Lift student in place, keeping what it has learnt.
 
         Args:
@@ -309,9 +307,15 @@ class WideLastBlock(Block):
         self.proj_in = nn.Linear(dim_in, dim, bias=False, device=device, dtype=dtype)
         self.proj_norm = norm_layer(dim, device=device, dtype=dtype)
 
-    def forward(self, x: Tensor, **kwargs: Any) -> Tensor:
-        """Map ``x`` from [B, N, dim_in] to [B, N, dim]; keywords as in timm's block."""
-        return super().forward(self.proj_norm(self.proj_in(x)), **kwargs)
+    def forward(
+        self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False
+    ) -> Tensor:
+        """Map ``x`` from [B, N, dim_in] to [B, N, dim]; arguments as in timm's block."""
+        x = self.proj_norm(self.proj_in(x))
+        # From here on timm's block, written out: TorchScript has no super().
+        attended = self.attn(self.norm1(x), attn_mask=attn_mask, is_causal=is_causal)
+        x = x + self.drop_path1(self.ls1(attended))
+        return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
 
 
 class WideLastVisionTransformer(_WideFinalTransformer):
@@ -341,7 +345,7 @@ class WideLastVisionTransformer(_WideFinalTransformer):
     @classmethod
     def from_vit(
         cls, vit: VisionTransformer, block_arguments: dict[str, Any], width: int = 384
-    ) -> WideLastVisionTransformer:
+    ) -> "WideLastVisionTransformer":
         """Turn a timm `VisionTransformer` into a WideLast student in place.
 
         What it has learnt before the last block is kept; last block, norm and head are new.
