@@ -1,4 +1,4 @@
-"""`evaluate`: accuracy of any model, checkpoint or module on any data."""
+"""`evaluate`: accuracy of any model on any data."""
 
 from __future__ import annotations
 

@@ -109,13 +109,6 @@ def open_model(
         caller: the public function that asks, named in errors.
         alternative: what to do without published weights, for errors about them.
         **timm_kwargs: of the timm model, where a name is built.
-
-    Raises:
-        ValueError: an unknown name, weights that do not exist or do not fit, a head that the
-            weights do not have, or an option that has no effect on the source.
-        FileNotFoundError: there is no such file.
-        RuntimeError: weights cannot be downloaded.
-        TypeError: no source, or options of timm for a module.
     """
     options = {name: value for name, value in timm_kwargs.items() if value is not None}
     if isinstance(source, nn.Module):
@@ -573,19 +566,7 @@ def _pair(size: Size | None) -> tuple[int, int] | None:
 
 
 def build_student(recipe: Recipe, shape: Shape) -> nn.Module:
-    """Create the student that a recipe names.
-
-    Args:
-        recipe: model, variant, width, drop_path.
-        shape: classes and input.
-
-    Returns:
-        The student, on the CPU, initialised from torch's generator.
-
-    Raises:
-        ValueError: the recipe stands for a module that only its author has, or the number of
-            classes is unknown; or it has no stochastic depth to set.
-    """
+    """Create the student that a recipe names, on the CPU, initialized from torch's generator."""
     if recipe.model is None or recipe.model.startswith(MODULE_PREFIX):
         raise ValueError(f"student: the recipe's model is {recipe.model}: hand the module over")
     if shape.num_classes is None:
@@ -662,19 +643,7 @@ def load_student(
 
 
 def taken_weights(checkpoint: str | Path, state: Mapping[str, Any], weights: str) -> str:
-    """Which of a checkpoint's weights somebody means.
-
-    Args:
-        checkpoint: for messages.
-        state: of the checkpoint.
-        weights: ``"raw"``, ``"ema"`` or ``"auto"``, as in `load_student`.
-
-    Returns:
-        ``"raw"`` or ``"ema"``.
-
-    Raises:
-        ValueError: another word, or there are no EMA weights.
-    """
+    """Which of a checkpoint's weights ``"raw"``, ``"ema"`` or ``"auto"`` means."""
     if weights not in ("auto", "raw", "ema"):
         raise ValueError(f"weights: expected auto, raw or ema, got {weights!r}")
     if weights == "ema" and state["ema"] is None:
@@ -683,18 +652,7 @@ def taken_weights(checkpoint: str | Path, state: Mapping[str, Any], weights: str
 
 
 def recipe_of(checkpoint: str | Path, state: Mapping[str, Any]) -> Recipe:
-    """The recipe in a checkpoint, in today's words.
-
-    Args:
-        checkpoint: for messages.
-        state: of the checkpoint.
-
-    Returns:
-        The recipe; fields that came later have their defaults.
-
-    Raises:
-        CheckpointError: it has a field or a value that this fastkd does not know.
-    """
+    """The recipe in a checkpoint; the path is for messages."""
     try:
         return Recipe(**state["recipe"])
     except (ValueError, TypeError) as error:
@@ -705,13 +663,6 @@ def recipe_of(checkpoint: str | Path, state: Mapping[str, Any]) -> Recipe:
 
 
 def input_of(state: Mapping[str, Any]) -> InputSpec:
-    """What the student in a checkpoint was trained on.
-
-    Args:
-        state: of the checkpoint.
-
-    Returns:
-        Size and statistics.
-    """
+    """What the student in a checkpoint was trained on."""
     size, mean, std = (state["input"][name] for name in ("size", "mean", "std"))
     return InputSpec(tuple(size), mean and tuple(mean), std and tuple(std))

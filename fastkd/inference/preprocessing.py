@@ -30,18 +30,7 @@ class Shape:
 
 
 def student_shape(recipe: Recipe, data: DataPair) -> Shape:
-    """What a student needs to be built for these data.
-
-    Args:
-        recipe: its ``num_classes`` and ``img_size`` come first.
-        data: the opened data.
-
-    Returns:
-        The shape.
-
-    Raises:
-        ValueError: the recipe has fewer classes than the data, or another size than their tensors.
-    """
+    """What a student needs to be built for these data; the recipe's classes and size come first."""
     known = data.num_classes
     if recipe.num_classes is not None and known is not None and recipe.num_classes < known:
         raise ValueError(f"num_classes: {recipe.num_classes}, but the data have {known} classes")
@@ -58,14 +47,7 @@ def student_shape(recipe: Recipe, data: DataPair) -> Shape:
 
 
 def class_names(data: DataPair) -> tuple[str, ...] | None:
-    """Names of the classes by label, as far as the training set says.
-
-    Args:
-        data: the opened data.
-
-    Returns:
-        The names, or None.
-    """
+    """Names of the classes by label, as far as the training set says."""
     reader = getattr(data.train, "reader", data.train)
     indices = getattr(reader, "class_to_idx", None)
     if isinstance(indices, dict) and sorted(indices.values()) == list(range(len(indices))):
@@ -75,18 +57,7 @@ def class_names(data: DataPair) -> tuple[str, ...] | None:
 
 
 def class_count(student: nn.Module, shape: Shape) -> int | None:
-    """Number of the student's logits, as far as anybody says.
-
-    Args:
-        student: any module; timm's say it.
-        shape: what the recipe and the data say.
-
-    Returns:
-        The number of classes, or None.
-
-    Raises:
-        ValueError: the student has fewer logits than the data have classes.
-    """
+    """Number of the student's logits, as far as the student, recipe or data say."""
     own = getattr(student, "num_classes", None)
     if not isinstance(own, int):
         return shape.num_classes
@@ -103,19 +74,9 @@ def input_spec(
 ) -> InputSpec:
     """Size and statistics of the student's input.
 
-    Args:
-        student: timm's models carry both.
-        recipe: its ``img_size``, ``mean`` and ``std`` come first.
-        data: float tensors have a size already, and are fed as they are unless the recipe has
-            statistics. None stands for image files.
-        use_test_size: take timm's size for evaluation, where it publishes one.
-
-    Returns:
-        The spec.
-
-    Raises:
-        ValueError: the student takes no images of that size, or the statistics are of another
-            number of channels.
+    The recipe's ``img_size``, ``mean`` and ``std`` come first. Float tensors have a size already,
+    and are fed as they are unless the recipe has statistics; ``data=None`` stands for image files.
+    ``use_test_size`` takes timm's size for evaluation, where it publishes one.
     """
     if data is not None and data.image_size is not None:
         spec = InputSpec(data.image_size, recipe.mean, recipe.std)
@@ -216,14 +177,9 @@ class Preprocessing:
 
 
 def change_input_size(model: nn.Module, size: tuple[int, int]) -> None:
-    """Let a timm model of a fixed input size take another; position embeddings are resampled.
+    """Change the (H, W) that a timm model is fixed to; position embeddings are resampled.
 
-    Args:
-        model: changed in place; one that runs at any size is left as it is.
-        size: (H, W).
-
-    Raises:
-        ValueError: timm cannot change this model.
+    A model that runs at any size is left as it is.
     """
     if fixed_input_size(model) in (None, size):
         return
@@ -235,12 +191,5 @@ def change_input_size(model: nn.Module, size: tuple[int, int]) -> None:
 
 
 def parameter_count(module: nn.Module) -> int:
-    """Number of parameters.
-
-    Args:
-        module: any module.
-
-    Returns:
-        The count.
-    """
+    """Number of parameters."""
     return sum(parameter.numel() for parameter in module.parameters())

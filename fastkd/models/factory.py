@@ -1,8 +1,4 @@
-"""`create_student`: any of the paper's variants of any timm model that has it.
-
-Knows which variant fits which base and what a base has to be built with; not how a variant computes
-(`fastkd.models.students`), nor what timm's registry calls it (`fastkd.models.factory`).
-"""
+"""Create students, the paper's variants of timm models, and register them in timm."""
 
 from __future__ import annotations
 
@@ -57,7 +53,7 @@ def create_student(
     variant   what it is                                                         DeiT-Tiny, 1000
     ========  =================================================================  ==============
     plain     the timm model itself, of any kind                                      5,717,416
-    lift      patch tokens lifted to ``width``, normalised, averaged, classified      5,983,528
+    lift      patch tokens lifted to ``width``, normalized, averaged, classified      5,983,528
     widelast  the last block, final norm and head ``width`` wide                      7,313,896
     uniform   every block ``width`` wide, as many heads as the base (219)             7,372,759
     ========  =================================================================  ==============
@@ -309,9 +305,8 @@ def registered_name(name: str, variant: str, width: int | None) -> tuple[str, di
 def rebuilt_by(network: nn.Module) -> dict[str, Any] | None:
     """Recipe fields by which `create_student` builds this very module; None if there are none.
 
-    The fields are ``model``, ``variant``, ``width`` and ``drop_path``. Weights must have the same
-    names and shapes, and logits of one image must agree: a pooling or an activation leaves no trace
-    in the weights. Runs the network once in eval mode, and a copy.
+    Weights must have the same names and shapes, and logits of one image must agree: a pooling or an
+    activation leaves no trace in the weights. Runs the network and a copy once, in eval mode.
     """
     if any(has_hooks(module) for module in network.modules()):
         return None  # which a rebuilt module would lack

@@ -46,10 +46,7 @@ class DownloadError(RuntimeError):
 
 
 def fetched(caller: str, source: str | Path) -> str | Path:
-    """Download the file of a name ``hf_hub:OWNER/NAME[@REVISION]/FILE``; return others as is.
-
-    A missing repository, revision or file is a ValueError, anything else a DownloadError.
-    """
+    """Download the file of a name ``hf_hub:OWNER/NAME[@REVISION]/FILE``; return others as is."""
     match = hub_name(source)
     if match is None or match["file"] is None:
         return source
@@ -73,10 +70,8 @@ def is_hub_name(name: str | Path) -> bool:
 
 
 def offline() -> bool:
-    """Whether to look into the cache alone: asked for by HF_HUB_OFFLINE, or the hub is silent.
-
-    By itself the client asks six times, with 23 seconds of waiting in between; this is one request.
-    """
+    """Whether to look into the cache alone: asked for by HF_HUB_OFFLINE, or the hub is silent."""
+    # One request; by itself the client asks six times, with 23 seconds of waiting in between.
     return constants.HF_HUB_OFFLINE or not _hub_answers()
 
 

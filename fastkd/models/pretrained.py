@@ -89,12 +89,11 @@ def _create(name: str, pretrained: bool, kwargs: dict[str, Any]) -> Any:
     return timm.create_model(name, pretrained=pretrained, **kwargs | {"img_size": None})
 
 
-# timm downloads without a time limit. So that a silent hub holds nobody up, files come through
-# `download`, and timm finds them on this machine.
-
-
 def _create_published(name: str, kwargs: dict[str, Any]) -> nn.Module:
-    """A model of timm's registry with its published weights."""
+    """A model of timm's registry with its published weights.
+
+    timm downloads without a time limit, so files are fetched here and handed to it.
+    """
     architecture, _, tag = name.partition(".")
     overlay = kwargs.get("pretrained_cfg_overlay") or {}
     published = resolve_pretrained_cfg(architecture, kwargs.get("pretrained_cfg") or tag, overlay)
@@ -216,7 +215,11 @@ def check_name(caller: str, name: str) -> None:
     near = difflib.get_close_matches(architecture, timm.list_models(), n=3)
     raise ValueError(
         f"{caller}: timm has no model {name!r}"
-        + (f"; did you mean {' or '.join(near)}?" if near else "; see timm.list_models()")
+        + (
+            f"; did you mean {' or '.join(near)}?"
+            if near
+            else f"; see timm.list_models() (there is no {name}, either)"
+        )
     )
 
 
@@ -315,17 +318,11 @@ def _misfit(caller: str, checkpoint: Path, name: str, error: Exception) -> Value
 
 @dataclass(frozen=True)
 class Description:
-    """How timm builds an exported student, and what it takes in.
+    """How timm builds an exported student, and what it takes in."""
 
-    Attributes:
-        architecture: timm's name, or ``module:ClassName`` where only its author can build it.
-        arguments: that `timm.create_model` needs beside the name.
-        config: for timm's ``pretrained_cfg``: statistics, size, crop and names of classes.
-    """
-
-    architecture: str
-    arguments: dict[str, Any]
-    config: dict[str, Any]
+    architecture: str  # timm's name, or module:ClassName where only its author can build it
+    arguments: dict[str, Any]  # that `timm.create_model` needs beside the name
+    config: dict[str, Any]  # for timm's pretrained_cfg: statistics, size, crop and class names
 
 
 def read_description(path: str | Path) -> Description | None:

@@ -1,7 +1,4 @@
-"""Loads the checkpoints that the authors of arXiv 2511.15572 released, under our names.
-
-Knows the key names of the released code; nothing of how those checkpoints were trained.
-"""
+"""Load the checkpoints that the authors of arXiv 2511.15572 released."""
 
 from __future__ import annotations
 
@@ -72,17 +69,11 @@ def load_released_checkpoint(
 
 @dataclass(frozen=True)
 class Released:
-    """A student of a released checkpoint, and how timm builds it.
-
-    Attributes:
-        model: with the released weights.
-        architecture: its name in timm's registry.
-        arguments: that `timm.create_model` needs beside the name.
-    """
+    """A student with released weights, and how timm builds it."""
 
     model: nn.Module
-    architecture: str
-    arguments: dict[str, Any]
+    architecture: str  # its name in timm's registry
+    arguments: dict[str, Any]  # that `timm.create_model` needs beside the name
 
 
 def read_released(source: str | Path | State, *, head_dim: int = _HEAD_DIM) -> Released:
@@ -101,17 +92,7 @@ def read_released(source: str | Path | State, *, head_dim: int = _HEAD_DIM) -> R
 
 
 def in_our_names(state: State) -> State:
-    """A released Lift's weights as `LiftVisionTransformer` calls them.
-
-    Args:
-        state: of any weights.
-
-    Returns:
-        The weights; others as they are, a released WideLast's too, whose names are ours.
-
-    Raises:
-        ValueError: as `load_released_checkpoint`.
-    """
+    """A released Lift's weights as `LiftVisionTransformer` calls them; others as they are."""
     if not any(_PROJECTION.fullmatch(name) for name in state):
         return state
     translated: State = read_released(state).model.state_dict()

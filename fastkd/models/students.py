@@ -266,14 +266,7 @@ def _is_exporting() -> bool:
 
 
 def check_lift_pool(global_pool: str) -> None:
-    """Refuse a pool that would read the class token, or that pools by attention.
-
-    Args:
-        global_pool: timm's name of it.
-
-    Raises:
-        ValueError: Lift does not go with it.
-    """
+    """Refuse a pool that would read the class token, or that pools by attention."""
     if global_pool not in _LIFT_POOLS:
         raise ValueError(
             f"LiftVisionTransformer: global_pool must be one of {_LIFT_POOLS}, got {global_pool!r} "
@@ -437,14 +430,7 @@ class BlockRecorder:
 
 
 def check_wide_block_type(block_type: type[nn.Module]) -> None:
-    """Refuse blocks that have no wide form.
-
-    Args:
-        block_type: of the last block.
-
-    Raises:
-        ValueError: it is not timm's `Block`.
-    """
+    """Refuse blocks that have no wide form."""
     if block_type is not Block:
         raise ValueError(
             "WideLastVisionTransformer: the last block must be timm's Block to have a wide form, "
@@ -453,18 +439,7 @@ def check_wide_block_type(block_type: type[nn.Module]) -> None:
 
 
 def widened(block_arguments: dict[str, Any], width: int) -> dict[str, Any]:
-    """Arguments of the same block at another width, with the dimension of its heads kept.
-
-    Args:
-        block_arguments: what timm built the block with.
-        width: channels that it is to have.
-
-    Returns:
-        The arguments, with more heads.
-
-    Raises:
-        ValueError: ``width`` is no multiple of the head dimension.
-    """
+    """Arguments of the same block at another width, with the dimension of its heads kept."""
     head_dim = block_arguments["dim"] // block_arguments["num_heads"]
     if width <= 0 or width % head_dim:
         raise ValueError(

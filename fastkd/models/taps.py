@@ -1,8 +1,4 @@
-"""Taps: logits and typed tokens of chosen layers of a model, from one forward pass.
-
-Every question of layout (prefix tokens, channels first or last, index or name) is answered here, so
-that losses and measurements see only `Tokens`. Knows nothing of what the tokens are used for.
-"""
+"""Taps: logits and typed tokens of chosen layers of a model, from one forward pass."""
 
 from __future__ import annotations
 

@@ -20,8 +20,8 @@ class Teacher(nn.Module):
 
     Args:
         model: frozen in place (``requires_grad_(False)``, eval mode).
-        mean: per channel, what the model's images are normalised with; None: as they come.
-        std: likewise; both or none.
+        mean: per channel, what the model's images are normalized with; None: as they come.
+        std: per channel; given together with ``mean``.
         input_size: (H, W) that images are resized to; None: as they come.
 
     Raises:
@@ -84,13 +84,13 @@ class Teacher(nn.Module):
         return self._taps
 
     def set_input_stats(self, mean: Statistics | None, std: Statistics | None) -> None:
-        """Say what the images given to `forward` were normalised with: the student's statistics.
+        """Set what the images given to `forward` were normalized with: the student's statistics.
 
-        Without it, or with None, images are taken to be normalised as the teacher wants them.
+        Without it, or with None, images are taken to be normalized as the teacher wants them.
 
         Args:
             mean: per channel, as for images in [0, 1].
-            std: likewise.
+            std: per channel, likewise for images in [0, 1].
 
         Raises:
             ValueError: only one of both is given, or the channels differ from the teacher's.
@@ -116,7 +116,7 @@ class Teacher(nn.Module):
         """Bring the student's images to the teacher's statistics and input size.
 
         Args:
-            images: [B, C, H, W], normalised as `set_input_stats` said.
+            images: [B, C, H, W], normalized as `set_input_stats` said.
 
         Returns:
             [B, C, H', W']; ``images`` itself where nothing has to change.
@@ -135,7 +135,7 @@ class Teacher(nn.Module):
         """Run the teacher, without gradients.
 
         Args:
-            images: [B, C, H, W], normalised for the student; `prepare` makes them the teacher's.
+            images: [B, C, H, W], normalized for the student; `prepare` makes them the teacher's.
 
         Returns:
             Logits, and the tokens of the tapped layers.

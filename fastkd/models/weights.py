@@ -1,7 +1,4 @@
-"""Weights in files: whatever timm reads, and the checkpoints of fastkd's own trainer.
-
-Knows what a checkpoint calls its weights; neither models nor how they were trained.
-"""
+"""Read weights in files: whatever timm reads, and the checkpoints of fastkd's trainer."""
 
 from __future__ import annotations
 
@@ -50,15 +47,9 @@ class FileKind(Enum):
 
 
 def file_kind(path: str | Path) -> FileKind | None:
-    """What there is at a path, by what the file says of itself.
+    """What there is at a path, by what the file says of itself; None where there is no file.
 
-    Reads no tensor.
-
-    Args:
-        path: of whatever there is, or is not.
-
-    Returns:
-        The kind; None where there is no file. Why a file is unreadable `read_file` says.
+    Reads no tensor. Why a file is unreadable `read_file` says.
     """
     path = Path(path)
     if not path.is_file():
@@ -75,14 +66,7 @@ def file_kind(path: str | Path) -> FileKind | None:
 
 
 def metadata(path: str | Path) -> dict[str, str]:
-    """What a .safetensors file says of itself.
-
-    Args:
-        path: of an existing file.
-
-    Returns:
-        Its metadata; empty for a file that has none or is torn.
-    """
+    """Metadata of a .safetensors file; empty for one that has none or is torn."""
     try:
         with safe_open(path, "pt") as file:
             return file.metadata() or {}
@@ -93,20 +77,9 @@ def metadata(path: str | Path) -> dict[str, str]:
 def read_file(path: str | Path, device: str | torch.device = "cpu") -> Any:
     """Read a .pth or .safetensors file, without unpickling code.
 
-    The one reader of all that fastkd loads: DeiT's trainer and those after it keep their command
-    line beside the weights as an `argparse.Namespace`, which holds no code and is let through.
-
-    Args:
-        path: of the file; its ending decides.
-        device: where its tensors go.
-
-    Returns:
-        What it holds.
-
-    Raises:
-        UnreadableError: torn, empty, of another kind, or holding more than plain state.
-        FileNotFoundError: there is no such file.
-        PermissionError: this user may not read it.
+    DeiT's trainer and those after it keep their command line beside the weights as an
+    `argparse.Namespace`, which holds no code and is let through. A torn file, or one with more than
+    plain state, is an UnreadableError.
     """
     path = Path(path)
     try:
@@ -136,19 +109,10 @@ def _why_unreadable(path: Path, error: Exception) -> str:
 
 
 def held_weights(content: Any, path: str | Path, *, averaged: bool = True) -> dict[str, Tensor]:
-    """The weights in what a file held, by the names that trainers give them.
+    """The weights in what `read_file` gave, without the prefixes of wrappers.
 
-    Args:
-        content: of `read_file`.
-        path: of the file, for messages.
-        averaged: prefer averaged weights where a foreign checkpoint has them beside raw ones. Of a
-            fastkd run `better_weights` are taken.
-
-    Returns:
-        The weights by name, without the prefixes of wrappers.
-
-    Raises:
-        UnreadableError: there are none.
+    ``averaged`` prefers averaged weights where a foreign checkpoint has them beside raw ones; of a
+    fastkd run `better_weights` are taken. ``path`` is for messages.
     """
     held = content
     if isinstance(content, Mapping):
@@ -163,14 +127,10 @@ def held_weights(content: Any, path: str | Path, *, averaged: bool = True) -> di
 
 
 def better_weights(checkpoint: Mapping[str, Any]) -> str:
-    """Which weights of a fastkd checkpoint its run measured to be better.
+    """Which weights of a fastkd checkpoint its run measured to be better, ``"ema"`` or ``"raw"``.
 
-    Args:
-        checkpoint: its state.
-
-    Returns:
-        ``"ema"`` if they are there and had the higher top-1 when both were measured last, else
-        ``"raw"``: an average that is young is still mostly the initial weights.
+    The average needs the higher top-1 when both were measured last: a young one is still mostly the
+    initial weights.
     """
     measured = checkpoint.get("measured") or {}
     if checkpoint.get("ema") is None or "ema_top1" not in measured:
@@ -179,38 +139,17 @@ def better_weights(checkpoint: Mapping[str, Any]) -> str:
 
 
 def looks_like_a_path(name: str) -> bool:
-    """Whether a string can only have been meant as a file or folder, not as a timm name.
-
-    Args:
-        name: what a user gave.
-
-    Returns:
-        The answer; names with a source (``hf-hub:...``) are none.
-    """
+    """Whether a string can only be a file or folder; names with a source (``hf-hub:``) are none."""
     return ":" not in name and ("/" in name or "\\" in name or name.endswith(_WEIGHT_SUFFIXES))
 
 
 def short_misfit(error: Exception) -> str:
-    """Torch's complaint about a state dict in one line, every list of names cut to a few.
-
-    Args:
-        error: what ``load_state_dict`` raised.
-
-    Returns:
-        The text.
-    """
+    """Torch's complaint about a state dict in one line, every list of names cut to a few."""
     return _NAME_LIST.sub(_first_names, " ".join(str(error).split()))
 
 
 def first_names(names: list[str]) -> str:
-    """The first few of many names, and how many more there are.
-
-    Args:
-        names: all of them.
-
-    Returns:
-        They, with commas between.
-    """
+    """The first few of many names, and how many more there are."""
     more = len(names) - SHOWN_NAMES
     return ", ".join(names[:SHOWN_NAMES]) + (f" and {more} more" if more > 0 else "")
 

@@ -10,6 +10,7 @@ import pytest
 import timm
 
 from fastkd.models.factory import default_cfgs
+from tests.conftest import skip_or_fail
 
 PLACE = os.environ.get("FASTKD_TIMM_TESTS")
 HOW = (
@@ -26,8 +27,9 @@ LIKE_A_VIT = {
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(PLACE is None, reason=HOW)
 def test_registered_students_pass_timms_tests(tmp_path):
+    if PLACE is None:
+        skip_or_fail("timm", HOW)
     text = Path(PLACE).read_text(encoding="utf-8")
     for beginning, name in LIKE_A_VIT.items():
         assert text.count(f"\n{beginning}") == 1
