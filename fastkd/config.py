@@ -471,6 +471,23 @@ SECTIONS: dict[str, type[Section]] = {
 }
 
 
+class ImageOptions(TypedDict, total=False):
+    """How `fastkd.evaluate` and `fastkd.predict` feed images to a model, for type checkers."""
+
+    img_size: int
+    crop_pct: float
+    crop_mode: Literal["center", "squash", "border"]
+    interpolation: Literal["bicubic", "bilinear", "random"]
+    mean: tuple[float, ...] | list[float] | None
+    std: tuple[float, ...] | list[float] | None
+
+
+class EvaluateOptions(ImageOptions, total=False):
+    """The same, and where a named dataset keeps its files."""
+
+    data_root: str | None
+
+
 class Overrides(TypedDict, total=False):
     """Fields of a recipe as keyword arguments, for type checkers."""
 

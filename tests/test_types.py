@@ -35,6 +35,8 @@ fastkd.lift_kd(x, x, x, loss="l2")
 fastkd.train(None, None, "data", "out", epocs=4)
 fastkd.train(None, None, "data", "out", epochs="4")
 fastkd.train(None, None, "data", "out", amp="fp8")
+fastkd.evaluate("resnet18", "data", crop_pc=1.0)
+fastkd.predict("a.jpg", "resnet18", weights="best")
 fastkd.Recipe(epocs=4)
 fastkd.Recipe().override(best="rawr")
 fastkd.nothing

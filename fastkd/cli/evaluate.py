@@ -54,6 +54,7 @@ def given_image_options(options: argparse.Namespace, *others: str) -> dict[str, 
 def _run(options: argparse.Namespace) -> int:
     from fastkd.inference.evaluate import evaluate
 
+    weights: Any
     for weights in _asked_weights(options):
         measured = evaluate(
             options.model,

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from typing_extensions import Unpack
 
-from fastkd.config import refuse_image_options
+from fastkd.config import EvaluateOptions, refuse_image_options
 from fastkd.data.datasets import Data, open_data
 from fastkd.data.loader import eval_loader
 from fastkd.data.samples import Batch
@@ -26,12 +27,12 @@ def evaluate(
     data: Data,
     *,
     checkpoint: str | Path | None = None,
-    weights: str = "auto",
+    weights: Literal["auto", "raw", "ema"] = "auto",
     device: str | torch.device | None = None,
-    amp: str = "none",
+    amp: Literal["none", "bf16", "fp16"] = "none",
     batch_size: int = 256,
     workers: int = 4,
-    **options: Any,
+    **options: Unpack[EvaluateOptions],
 ) -> dict[str, Any]:
     """Measure accuracy on an evaluation set, every image once.
 
@@ -75,7 +76,7 @@ def evaluate(
             img_size=options.get("img_size"),
             caller="evaluate",
         )
-        of_images = {name: options[name] for name in IMAGE_OPTIONS if name in options}
+        of_images: Any = {name: v for name, v in options.items() if name in IMAGE_OPTIONS}
         network, preprocessing = subject.network, subject.preprocessing.override(**of_images)
         spec = preprocessing.input_spec(network, opened)
         class_count(network, Shape(opened.num_classes, spec.size[0], None))

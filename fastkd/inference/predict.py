@@ -7,15 +7,17 @@ import csv
 import io
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from timm.data import ImageNetInfo, infer_imagenet_subset
 from torch import Tensor, nn
+from typing_extensions import Unpack
 
+from fastkd.config import ImageOptions
 from fastkd.data.samples import Batch, Fault
 from fastkd.inference.images import Images, find_images, image_loader
 from fastkd.inference.loading import IMAGE_OPTIONS, open_model
@@ -112,15 +114,15 @@ def predict(
     model: str | Path | nn.Module,
     *,
     checkpoint: str | Path | None = None,
-    weights: str = "auto",
+    weights: Literal["auto", "raw", "ema"] = "auto",
     top: int = 5,
     output: str | Path | None = None,
     device: str | torch.device | None = None,
-    amp: str = "none",
+    amp: Literal["none", "bf16", "fp16"] = "none",
     batch_size: int = 64,
     workers: int = 4,
     quiet: bool = False,
-    **options: Any,
+    **options: Unpack[ImageOptions],
 ) -> Predictions:
     """Say what images show, as `evaluate` would feed them to the model.
 
@@ -194,7 +196,7 @@ def predict(
     return predictions
 
 
-def _check(least: dict[str, tuple[Any, int]], options: dict[str, Any]) -> None:
+def _check(least: dict[str, tuple[Any, int]], options: Mapping[str, object]) -> None:
     """Whole numbers with the least that each may be, and the names of options."""
     unknown = set(options) - set(IMAGE_OPTIONS)
     if unknown:
