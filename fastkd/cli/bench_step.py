@@ -1,4 +1,4 @@
-"""``fastkd bench-step``: where the time of a training step goes."""
+"""``fastkd bench-step``: time of each part of a training step, and its peak GPU memory."""
 
 from __future__ import annotations
 
@@ -34,7 +34,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "[--any-recipe-field VALUE ...]"
     )
     parser.description = (
-        "Build what fastkd train would train with, and time the parts of its step. "
+        "Build what fastkd train would train with, time the parts of its step, and measure the "
+        "peak memory of a full step on a GPU. "
         "Without --data, JPEGs of 500 x 375 pixels are made and read from memory's file cache. "
         "Every field of the recipe is a flag."
     )

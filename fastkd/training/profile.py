@@ -39,69 +39,51 @@ INPUT = "input: copy, augment, mix"
 TEACHER = "teacher alone"
 FORWARD = "student forward alone"
 STUDENT = "student forward + backward"
-OPTIMISER = "optimiser + EMA"
+OPTIMIZER = "optimizer + EMA"
 UPDATE = "update, batch in memory"
 FULL = "full step"
-PARTS = (LOADER, INPUT, TEACHER, FORWARD, STUDENT, OPTIMISER, UPDATE, FULL)
+PARTS = (LOADER, INPUT, TEACHER, FORWARD, STUDENT, OPTIMIZER, UPDATE, FULL)
 
-# Below this part of the slower one's speed, loader and update stand in each other's way.
-CONTENTION = 0.8
-UNSTEADY = 1.0  # quartiles further apart than the median say nothing about what limits
+CONTENTION = 0.8  # a full step below this share of the slower one's speed: they compete
+UNSTEADY = 1.0  # no verdict if a part's quartiles lie further apart than this, in medians
 
-# The parts that an update consists of; the others are made of them, or of a piece of one.
+# The parts that add up to an update.
 _PIECES = {
     INPUT: "bringing the batch to the device and augmenting it",
     TEACHER: "the teacher's forward pass",
     STUDENT: "the student's forward and backward pass",
-    OPTIMISER: "optimiser and EMA",
+    OPTIMIZER: "optimizer and EMA",
 }
 
 
 @dataclass(frozen=True)
 class Part:
-    """The time of one part of an update.
-
-    Attributes:
-        name: which.
-        seconds: an update, median of those measured.
-        lower_quartile: seconds.
-        upper_quartile: seconds.
-        images_per_second: of all processes, if there were nothing but this part.
-        share: of the full step's time. Parts overlap, so that shares need not sum to 1.
-    """
+    """The time of one part of an update."""
 
     name: str
-    seconds: float
-    lower_quartile: float
+    seconds: float  # an update, median
+    lower_quartile: float  # seconds
     upper_quartile: float
-    images_per_second: float
-    share: float
+    images_per_second: float  # of all processes, if there were nothing but this part
+    share: float  # of the full step's time; parts overlap, so shares need not sum to 1
 
     @property
     def spread(self) -> float:
-        """How far the quartiles lie apart, in medians."""
+        """Distance between the quartiles, in medians."""
         return (self.upper_quartile - self.lower_quartile) / self.seconds
 
 
 @dataclass(frozen=True)
 class Breakdown:
-    """Parts of a step, in order, and what limits it.
+    """Parts of a step and which of them limits it."""
 
-    Attributes:
-        parts: by name, in the order of `PARTS`; no `TEACHER` where the terms need none.
-        images: of an update, over all processes.
-        limit: `LOADER`, or the largest of the update's pieces: `INPUT`, `TEACHER`, `STUDENT` or
-            `OPTIMISER`.
-        peak_memory: the most bytes that tensors held on the GPU in a full step; None on a CPU.
-    """
-
-    parts: dict[str, Part]
-    images: int
-    limit: str
-    peak_memory: int | None = None
+    parts: dict[str, Part]  # by name, in the order of `PARTS`; no `TEACHER` without a teacher
+    images: int  # of an update, over all processes
+    limit: str  # `LOADER`, or the slowest piece of the update
+    peak_memory: int | None = None  # bytes of tensors on this process's GPU; None on a CPU
 
     def sentence(self) -> str:
-        """What limits, for people to read, or that the figures are too unsteady to say."""
+        """Describe what limits the step, or that the times are too unsteady to tell."""
         if any(part.spread > UNSTEADY for part in self.parts.values()):
             worst = max(self.parts.values(), key=lambda part: part.spread)
             return (
@@ -139,12 +121,14 @@ def bench_step(
     on_part: Callable[[str], None] | None = None,
     **overrides: Any,
 ) -> Breakdown:
-    """Time the step that `fastkd.train` would do with the same arguments."""
+    """Time the step that `fastkd.train` would run with the same arguments."""
     loaded = Recipe.load(recipe)
     guide = chosen_teacher(loaded, teacher)
-    if untrained:
-        _check_untrained(guide)
-    # It changes no time, and scaled down for a small batch it might be refused.
+    if untrained and guide is None:
+        raise ValueError("bench_step: untrained=True has no effect: there is no teacher")
+    if untrained and isinstance(guide, nn.Module):
+        raise ValueError("bench_step: untrained=True builds a teacher by its name, got a module")
+    # The learning rate changes no time; scaled down for a small batch it might be refused.
     overrides = {"lr_scaling": False, **overrides}
     resolved = resolve_recipe(loaded, None, teacher, data, overrides)
     source = resolved.data if data is None else data
@@ -158,7 +142,6 @@ def bench_step(
 def _build(
     recipe: Recipe, teacher: Any, untrained: bool, source: Data, peers: World
 ) -> tuple[Engine, Any]:
-    """Engine and loader of a run."""
     data = open_data(source, recipe.data_root, labels=recipe.labels)
     shape = student_shape(recipe, data)
     seed_all(derive_seed("model", recipe.seed))
@@ -183,13 +166,6 @@ def _build(
     return engine, loader
 
 
-def _check_untrained(teacher: Any) -> None:
-    if teacher is None:
-        raise ValueError("bench_step: untrained=True has no effect: there is no teacher")
-    if isinstance(teacher, nn.Module):
-        raise ValueError("bench_step: untrained=True builds a teacher by its name, got a module")
-
-
 def measure_step(
     engine: Engine,
     loader: Any,
@@ -197,60 +173,55 @@ def measure_step(
     warmup: int = 3,
     on_part: Callable[[str], None] | None = None,
 ) -> Breakdown:
-    """Time a run's step and its parts; the engine's weights are of no use afterwards.
+    """Time a step and its parts on every process; the engine's weights are trained by it.
 
-    Each part is repeated and nothing waits for the device in between. What waits for a loader with
-    workers is timed in groups of as many batches as there are workers, because that is how they
-    arrive, and after those batches have been dropped that workers made ahead during the warm-up,
-    in which models may be compiled. Call it on every process.
+    The device is not waited for within a part. Batches of worker processes arrive in groups, so
+    they are timed in groups, after dropping those that were prefetched during the warm-up (in
+    which models may be compiled).
     """
     if steps < 2:
         raise ValueError(f"measure_step: steps must be at least 2, got {steps}")
     engine.task.train()
     updates = _endless_updates(loader, engine.config.accumulation)
     slices = next(updates)
-    made_ahead = loader.num_workers * (loader.prefetch_factor or 0)
+    prefetched = loader.num_workers * (loader.prefetch_factor or 0)
+    updates_ahead = math.ceil(prefetched / engine.config.accumulation)
     fed_by_loader = partial(
         _Timing,
         group=max(1, loader.num_workers),
-        prepare=partial(_drop, updates, math.ceil(made_ahead / engine.config.accumulation)),
+        prepare=lambda: list(itertools.islice(updates, updates_ahead)),
     )
-    # What needs the loader comes first, while it is at work; the rest in the order of an update.
-    timings = {
-        LOADER: fed_by_loader(lambda: next(updates)),
-        FULL: fed_by_loader(lambda: engine.update(next(updates))),
-    }
-    timings |= {name: _Timing(work) for name, work in _works(engine, slices).items()}
     device = engine.world.device
-    seconds, peak = {}, None
-    for name, timing in timings.items():
+
+    def measure(name: str, timing: _Timing) -> list[float]:
         if on_part is not None:
             on_part(name)
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(device)
-        seconds[name] = timing.run(device, steps, warmup)
-        if device.type == "cuda" and name == FULL:
-            peak = torch.cuda.max_memory_allocated(device)
+        return timing.run(device, steps, warmup)
+
+    # What needs the loader comes first, while its workers are busy.
+    seconds = {LOADER: measure(LOADER, fed_by_loader(lambda: next(updates)))}
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    seconds[FULL] = measure(FULL, fed_by_loader(lambda: engine.update(next(updates))))
+    peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+    # `_works` keeps a batch and the teacher's outputs on the device: only after the peak is read.
+    for name, work in _works(engine, slices).items():
+        seconds[name] = measure(name, _Timing(work))
     images = engine.world.size * sum(len(batch.images) for batch in slices)
     return _breakdown(seconds, images, peak)
 
 
 def _endless_updates(loader: Any, accumulation: int) -> Iterator[list[Batch]]:
-    """The slices of one update after the other, epoch after epoch."""
+    """Yield the slices of each update, epoch after epoch."""
     batches = itertools.chain.from_iterable(iter(loader) for _ in itertools.count())
     while True:
         yield list(itertools.islice(batches, accumulation))
 
 
-def _drop(updates: Iterator[list[Batch]], count: int) -> None:
-    for _ in range(count):
-        next(updates)
-
-
 def _works(engine: Engine, slices: list[Batch]) -> dict[str, Callable[[], Any]]:
-    """What is timed on a batch that is there already, by name, in the order of an update."""
+    """Return the parts to time on a batch in memory, in the order of an update."""
     prepared = [Batch(*engine.inputs(batch), batch.samples) for batch in slices]
-    # Copies: of a CUDA graph, the next replay would overwrite them.
+    # Copies, because the next replay of a CUDA graph overwrites its outputs.
     taught = [copy.deepcopy(_teach(engine, batch.images)) for batch in prepared]
     student = _student_alone(engine, taught)
 
@@ -269,8 +240,8 @@ def _works(engine: Engine, slices: list[Batch]) -> dict[str, Callable[[], Any]]:
         INPUT: lambda: [engine.inputs(batch) for batch in slices],
         TEACHER: lambda: [_teach(engine, batch.images) for batch in prepared],
         FORWARD: forward,
-        STUDENT: backward,  # last of those on gradients, which the optimiser then finds
-        OPTIMISER: lambda: engine.apply(torch.zeros_like(engine.meter.sums[:-1])),
+        STUDENT: backward,  # leaves the gradients that the optimizer needs
+        OPTIMIZER: lambda: engine.apply(torch.zeros_like(engine.meter.sums[:-1])),
         UPDATE: lambda: engine.update(slices),
     }
     if engine.teacher is None:
@@ -279,12 +250,12 @@ def _works(engine: Engine, slices: list[Batch]) -> dict[str, Callable[[], Any]]:
 
 
 def _student_alone(engine: Engine, taught: list[TapOutput | None]) -> Engine:
-    """The same engine, but for batches that are prepared and a teacher that has answered."""
+    """Copy the engine, for prepared batches and known teacher outputs."""
     alone = copy.copy(engine)
     alone.augment = alone.mixup = None
     if engine.teacher is not None:
-        answers = itertools.cycle(taught)
-        alone.teach = lambda images: next(answers)  # type: ignore[method-assign]
+        outputs = itertools.cycle(taught)
+        alone.teach = lambda images: next(outputs)  # type: ignore[method-assign]
     return alone
 
 
@@ -296,23 +267,18 @@ def _teach(engine: Engine, images: Tensor) -> TapOutput | None:
 
 @dataclass(frozen=True)
 class _Timing:
-    """How one part is timed.
-
-    Attributes:
-        work: what it does in an update.
-        group: calls between two marks.
-        prepare: done once, between warm-up and timing.
-    """
+    """How one part is timed."""
 
     work: Callable[[], Any]
-    group: int = 1
-    prepare: Callable[[], Any] = lambda: None
+    group: int = 1  # calls between two marks
+    prepare: Callable[[], Any] = lambda: None  # once, between warm-up and timing
 
     def run(self, device: torch.device, steps: int, warmup: int) -> list[float]:
-        """Seconds of a call, mean of every group; at least two groups, which have quartiles."""
+        """Return seconds a call, one mean for each group; at least two groups, for quartiles."""
         for _ in range(warmup):
             self.work()
-        clock = _Clock(device)  # waits for the device, which gives workers time: before `prepare`
+        # Before `prepare`, because it waits for the device and workers prefetch meanwhile.
+        clock = _Clock(device)
         self.prepare()
         clock.mark()
         for _ in range(max(2, math.ceil(steps / self.group))):
@@ -323,7 +289,7 @@ class _Timing:
 
 
 class _Clock:
-    """Marks in time, on a GPU of its own work; that is waited for at both ends alone."""
+    """Marks in time; on a GPU they are events, which are waited for at both ends only."""
 
     def __init__(self, device: torch.device) -> None:
         self.on_gpu = device.type == "cuda"

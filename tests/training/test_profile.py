@@ -18,7 +18,7 @@ from fastkd.training.profile import (
     FULL,
     INPUT,
     LOADER,
-    OPTIMISER,
+    OPTIMIZER,
     STUDENT,
     TEACHER,
     UPDATE,
@@ -31,7 +31,7 @@ from tests.harness.tiny import image_folder
 
 NAMES = [
     *(LOADER, INPUT, TEACHER, steps.FORWARD, STUDENT),
-    *(OPTIMISER, UPDATE, FULL),
+    *(OPTIMIZER, UPDATE, FULL),
 ]
 TINY = {
     "model": "test_vit",
@@ -58,7 +58,7 @@ def made(**seconds):
     full = seconds["full"]
     names = {
         **{"loader": LOADER, "input": INPUT, "teacher": TEACHER, "student": STUDENT},
-        **{"optimiser": OPTIMISER, "update": UPDATE, "full": FULL},
+        **{"optimizer": OPTIMIZER, "update": UPDATE, "full": FULL},
     }
     return steps._breakdown(
         {names[key]: [value, value] for key, value in seconds.items()}, 10
@@ -71,6 +71,7 @@ def test_every_part_of_a_distillation_step_is_timed_in_order(folder):
     )
     assert list(breakdown.parts) == NAMES
     assert breakdown.images == 6
+    assert breakdown.peak_memory is None  # measured on a GPU only
 
 
 def test_without_a_teacher_none_is_timed(folder):
@@ -87,6 +88,24 @@ def test_an_update_in_slices_counts_all_of_them(folder):
         **TINY | {"batch_size": 8, "accumulation": 2},
     )  # fmt: skip
     assert breakdown.images == 8
+
+
+def test_nothing_is_kept_on_the_device_for_single_parts_before_the_full_steps_peak_is_read(
+    folder, monkeypatch
+):
+    events = []
+    original = steps._works
+
+    def works(engine, slices):
+        events.append("batch and teacher's outputs are kept")
+        return original(engine, slices)
+
+    monkeypatch.setattr(steps, "_works", works)
+    bench_step(
+        None, str(folder), "test_vit2", untrained=True, steps=2, device="cpu",
+        on_part=events.append, **TINY,
+    )  # fmt: skip
+    assert events[:3] == [LOADER, FULL, "batch and teacher's outputs are kept"]
 
 
 def test_batches_of_workers_are_timed_in_groups_of_as_many(folder, monkeypatch):
@@ -140,7 +159,7 @@ def test_a_full_step_is_no_faster_than_its_loader_after_a_slow_first_update(monk
         world=World(torch.device("cpu")),
         update=run_update,
     )
-    pieces = dict.fromkeys((INPUT, STUDENT, OPTIMISER, UPDATE), lambda: loader.work(update))
+    pieces = dict.fromkeys((INPUT, STUDENT, OPTIMIZER, UPDATE), lambda: loader.work(update))
     monkeypatch.setattr(steps, "_works", lambda engine, slices: pieces)
     monkeypatch.setattr(steps, "time", SimpleNamespace(perf_counter=lambda: loader.now))
     parts = steps.measure_step(engine, loader, steps=20).parts
@@ -220,7 +239,7 @@ def test_without_data_the_error_says_so():
 
 def test_a_slow_loader_limits():
     breakdown, _ = made(
-        loader=2.0, input=0.1, teacher=0.5, student=0.3, optimiser=0.1, update=1.0, full=2.0
+        loader=2.0, input=0.1, teacher=0.5, student=0.3, optimizer=0.1, update=1.0, full=2.0
     )
     assert breakdown.limit == LOADER
     assert breakdown.sentence() == (
@@ -230,7 +249,7 @@ def test_a_slow_loader_limits():
 
 def test_with_a_fast_loader_the_largest_piece_of_the_update_limits():
     breakdown, _ = made(
-        loader=0.5, input=0.1, teacher=0.7, student=0.3, optimiser=0.1, update=1.0, full=1.0
+        loader=0.5, input=0.1, teacher=0.7, student=0.3, optimizer=0.1, update=1.0, full=1.0
     )
     assert breakdown.limit == TEACHER
     assert breakdown.sentence() == (
@@ -241,7 +260,7 @@ def test_with_a_fast_loader_the_largest_piece_of_the_update_limits():
 
 def test_loader_and_update_that_stand_in_each_others_way_are_said_to():
     breakdown, _ = made(
-        loader=1.0, input=0.1, teacher=0.5, student=0.3, optimiser=0.1, update=1.0, full=2.0
+        loader=1.0, input=0.1, teacher=0.5, student=0.3, optimizer=0.1, update=1.0, full=2.0
     )
     assert breakdown.sentence().endswith("(workers=0), or compete for the host.")
 
