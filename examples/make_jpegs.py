@@ -24,7 +24,7 @@ from PIL import Image
 Plane = NDArray[np.floating[Any]]  # [H, W]
 
 SPLITS = ("train", "val")
-_GOLDEN_RATIO = (math.sqrt(5) - 1) / 2  # steps of it around the colour circle never come close
+_GOLDEN_RATIO = (math.sqrt(5) - 1) / 2  # steps of it around the color circle never come close
 _LARGEST_ANGLE = math.radians(25)  # beyond it stripes of one class look like another's
 _OCTAVES = 8
 _SENSOR_NOISE = 16.0  # of 255 levels: about 90 kB a file of 500 x 375 at quality 90
@@ -42,7 +42,7 @@ _SHAPES: dict[str, Callable[[Plane, Plane], Plane]] = {
 }
 
 # Brightness in [-1, 1]. Their number has no divisor in common with that of the shapes, so that 20
-# classes pass before a pair of both comes back, in another colour.
+# classes pass before a pair of both comes back, in another color.
 _TEXTURES: dict[str, Callable[[Plane, Plane], Plane]] = {
     "plain": lambda x, y: np.zeros_like(x),
     "stripes": lambda x, y: np.sin(14 * x),
@@ -141,8 +141,8 @@ def draw(look: Look, size: tuple[int, int], rng: np.random.Generator) -> NDArray
     light = rng.uniform(0.75, 1.1)
     shape_light = light * (0.8 + 0.3 * _TEXTURES[look.texture](x, y) + 0.15 * relief)
     background_light = light * (0.55 + 0.2 * relief)
-    shape = shape_light[..., None] * _colour(look.hue, 0.8, rng)
-    background = background_light[..., None] * _colour(look.hue + 0.5, 0.35, rng)
+    shape = shape_light[..., None] * _color(look.hue, 0.8, rng)
+    background = background_light[..., None] * _color(look.hue + 0.5, 0.35, rng)
 
     pixels = 255 * (inside * shape + (1 - inside) * background)
     pixels += _SENSOR_NOISE * rng.standard_normal((height, width, 3), dtype=np.float32)
@@ -152,12 +152,12 @@ def draw(look: Look, size: tuple[int, int], rng: np.random.Generator) -> NDArray
 def _coordinates(
     size: tuple[int, int], radius: float, rng: np.random.Generator
 ) -> tuple[Plane, Plane]:
-    """Of every pixel, in radii from the shape's centre along its own, turned axes."""
+    """Of every pixel, in radii from the shape's center along its own, turned axes."""
     width, height = size
-    centre = (rng.uniform(0.35, 0.65) * width, rng.uniform(0.4, 0.6) * height)
+    center = (rng.uniform(0.35, 0.65) * width, rng.uniform(0.4, 0.6) * height)
     angle = rng.uniform(-_LARGEST_ANGLE, _LARGEST_ANGLE)
-    across = (np.arange(width, dtype=np.float32) - centre[0])[None, :] / radius
-    down = (np.arange(height, dtype=np.float32) - centre[1])[:, None] / radius
+    across = (np.arange(width, dtype=np.float32) - center[0])[None, :] / radius
+    down = (np.arange(height, dtype=np.float32) - center[1])[:, None] / radius
     cos, sin = np.float32(math.cos(angle)), np.float32(math.sin(angle))
     return cos * across + sin * down, cos * down - sin * across
 
@@ -172,7 +172,7 @@ def _relief(size: tuple[int, int], rng: np.random.Generator) -> Plane:
     return total
 
 
-def _colour(hue: float, saturation: float, rng: np.random.Generator) -> NDArray[np.float32]:
+def _color(hue: float, saturation: float, rng: np.random.Generator) -> NDArray[np.float32]:
     hue = (hue + rng.normal(0, 0.015)) % 1
     return np.array(colorsys.hsv_to_rgb(hue, saturation, 1.0), dtype=np.float32)
 

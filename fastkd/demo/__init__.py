@@ -1,9 +1,4 @@
-"""``fastkd demo``: the paper's comparison on digits, on this machine, in minutes.
-
-Parses arguments and puts the parts together: `data` (images), `experiment` (training and
-measuring), `report` and `plots` (what came of it). Nothing here is needed by the library; it uses
-the same trainer, losses and students as everybody.
-"""
+"""``fastkd demo``: the paper's comparison on digits, in minutes on a CPU."""
 
 from __future__ import annotations
 
@@ -23,7 +18,7 @@ _EXTRAS = {"sklearn": "scikit-learn", "matplotlib": "matplotlib"}
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run the demo, or what is missing of it."""
+    """Run the demo, or continue it."""
     options = _parse(argv)
     require_extras()
     from fastkd.demo.experiment import FULL, QUICK
@@ -56,7 +51,7 @@ def run_demo(settings: Settings, seeds: int, output: Path) -> None:
 
 
 def require_extras() -> None:
-    """Refuse to begin without the packages of the ``demo`` extra."""
+    """Raise ImportError if a package of the ``demo`` extra is missing."""
     missing = [name for module, name in _EXTRAS.items() if not _imports(module)]
     if missing:
         raise ImportError(f'{" and ".join(missing)} not found: pip install "fastkd[demo]"')

@@ -24,22 +24,15 @@ _SHIFT = 0.5  # pixels
 
 @dataclass(frozen=True)
 class Digits:
-    """The three data sets, of (float32 [1, 8, 8], label), normalised by the training pixels.
+    """Data sets of (float32 [1, 8, 8], label), normalized by the training pixels."""
 
-    Attributes:
-        train: 1,297 images as they are; what students learn from.
-        augmented: the same images in several randomly rotated, scaled and shifted copies; what the
-            teacher learns from.
-        held_out: 500 images, as many of each digit as in the whole; never trained on.
-    """
-
-    train: TensorDataset
-    augmented: TensorDataset
-    held_out: TensorDataset
+    train: TensorDataset  # 1,297 images, for students
+    augmented: TensorDataset  # rotated, scaled and shifted copies of them, for the teacher
+    held_out: TensorDataset  # 500 images, stratified by digit; never trained on
 
 
 def load_digits(copies: int) -> Digits:
-    """Split and normalise the digits; the same split and copies on every call."""
+    """Split and normalize the digits; the same split and copies on every call."""
     from sklearn.datasets import load_digits as sklearn_digits
     from sklearn.model_selection import train_test_split
 
@@ -62,7 +55,7 @@ def load_digits(copies: int) -> Digits:
 
 
 def shaken(images: Tensor, copies: int) -> Tensor:
-    """Copies of images under small random rotations, scalings and shifts, seeded."""
+    """Copy images under small, seeded random rotations, scalings and shifts."""
     images = images.repeat(copies, 1, 1, 1)
     generator = torch.Generator().manual_seed(_AUGMENTATION_SEED)
 

@@ -1,8 +1,4 @@
-"""The demo's experiment: a teacher, six kinds of students, several seeds, and ranks of features.
-
-Everything is trained by `fastkd.train`, each run in a folder of its own, so that an interrupted
-demo continues where it stopped.
-"""
+"""The demo's experiment: a teacher, six kinds of students, several seeds, and feature ranks."""
 
 from __future__ import annotations
 
@@ -37,32 +33,19 @@ _LAST_BLOCK = ((-1, -1),)
 
 @dataclass(frozen=True)
 class Settings:
-    """What decides the demo's numbers, beside the seeds; one output folder holds one of these.
-
-    Attributes:
-        name: what the report calls it.
-        default_seeds: runs of every student where the user does not say.
-        teacher_epochs: passes over the teacher's augmented copies.
-        augmented_copies: of every training image, for the teacher.
-        teacher_width: channels; students are half as wide.
-        teacher_depth: blocks.
-        student_epochs: passes over the training images.
-        student_depth: blocks.
-        feature_loss: distance between the last token maps.
-        feature_weight: of that distance in the total; a tenth of the paper's, because this
-            teacher's last tokens are so large that the feature term would drown the others.
-        device: where everything runs.
-    """
+    """What decides the demo's numbers beside the seeds; an output folder holds one of these."""
 
     name: str
     default_seeds: int
-    teacher_epochs: int
+    teacher_epochs: int  # over the augmented copies
     student_epochs: int
-    augmented_copies: int = 10
-    teacher_width: int = 48
-    teacher_depth: int = 4
+    augmented_copies: int = 10  # of each training image, for the teacher
+    teacher_width: int = 48  # channels
+    teacher_depth: int = 4  # blocks
     student_depth: int = 3
-    feature_loss: str = "spectral"
+    feature_loss: str = "spectral"  # between the last token maps
+    # A tenth of the paper's: this teacher's last tokens are so large that the feature term would
+    # outweigh the others.
     feature_weight: float = 0.02
     device: str = "cpu"
 
@@ -78,21 +61,13 @@ QUICK = Settings("quick", default_seeds=1, teacher_epochs=3, student_epochs=10)
 
 @dataclass(frozen=True)
 class Contender:
-    """One kind of student.
+    """One kind of student."""
 
-    Attributes:
-        key: in folder names and results.
-        name: for people.
-        variant: of `fastkd.create_student`.
-        projector: how its features meet the teacher's; None trains without a teacher.
-        twin: key of the same student without distillation, which the gain is counted from.
-    """
-
-    key: str
+    key: str  # in folder names and results
     name: str
-    variant: str
-    projector: str | None = None
-    twin: str | None = None
+    variant: str  # of `fastkd.create_student`
+    projector: str | None = None  # from student to teacher width; None trains without a teacher
+    twin: str | None = None  # key of the same student without distillation, to count the gain from
 
 
 CONTENDERS = (
@@ -107,73 +82,46 @@ CONTENDERS = (
 
 @dataclass(frozen=True)
 class Scores:
-    """A contender's runs.
-
-    Attributes:
-        contender: whose.
-        parameters: of the student, as it is used at inference.
-        top1: held-out accuracy in % after the last epoch, by seed.
-    """
+    """A contender's runs."""
 
     contender: Contender
-    parameters: int
-    top1: list[float]
+    parameters: int  # at inference
+    top1: list[float]  # held-out accuracy in % after the last epoch, by seed
 
 
 @dataclass(frozen=True)
 class FeatureRanks:
-    """Ranks of one model's distilled features over the held-out images.
+    """Ranks of one model's distilled features over the held-out images."""
 
-    Attributes:
-        name: of the model.
-        feature: which features.
-        tokens: N, tokens an image.
-        dim: D, channels.
-        image: per-image ranks.
-        dataset: ranks in the basis that all held-out images share.
-    """
-
-    name: str
+    name: str  # of the model
     feature: str
-    tokens: int
-    dim: int
-    image: Ranks
-    dataset: Ranks
+    tokens: int  # N
+    dim: int  # D
+    image: Ranks  # in each image's own basis
+    dataset: Ranks  # in the basis that all held-out images share
 
 
 @dataclass(frozen=True)
 class Findings:
-    """Everything that the demo measured.
-
-    Attributes:
-        settings: what was run.
-        seeds: runs of every student.
-        train_images: that students were trained on.
-        held_out_images: that everything was measured on.
-        teacher_top1: in %.
-        teacher_parameters: count.
-        scores: one for each of `CONTENDERS`, in order.
-        ranks: the teacher's first.
-        kept: runs that had been finished before.
-    """
+    """Everything that the demo measured."""
 
     settings: Settings
-    seeds: int
+    seeds: int  # runs of each student
     train_images: int
     held_out_images: int
-    teacher_top1: float
+    teacher_top1: float  # in %
     teacher_parameters: int
-    scores: list[Scores]
-    ranks: list[FeatureRanks]
-    kept: int
+    scores: list[Scores]  # in the order of `CONTENDERS`
+    ranks: list[FeatureRanks]  # the teacher's first
+    kept: int  # runs that had been finished before
 
     @property
     def runs(self) -> int:
-        """How many runs the findings rest on, the teacher's included."""
+        """Number of runs, the teacher's included."""
         return 1 + self.seeds * len(self.scores)
 
     def gains(self, scores: Scores) -> list[float] | None:
-        """Points over the twin without distillation, by seed; None for such a twin."""
+        """Points over the twin without distillation, by seed; None if there is none."""
         for other in self.scores:
             if other.contender.key == scores.contender.twin:
                 return [a - b for a, b in zip(scores.top1, other.top1, strict=True)]
@@ -181,14 +129,14 @@ class Findings:
 
 
 def run_experiment(settings: Settings, seeds: int, output: Path, progress: Progress) -> Findings:
-    """Train what has not been trained yet, and measure."""
+    """Train what is not trained yet, and measure."""
     claim(output, settings)
     with _one_thread():
         return _Experiment(settings, seeds, output, progress).run()
 
 
 def claim(output: Path, settings: Settings) -> None:
-    """Mark a folder as that of one demo, so that runs of different settings never meet."""
+    """Record the settings in the folder; raise if it holds runs of other settings."""
     wanted = dataclasses.asdict(settings)
     path = output / SETTINGS
     if not path.exists():
@@ -207,7 +155,7 @@ def claim(output: Path, settings: Settings) -> None:
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """More gain little on such small matrices, wait for each other, and sum in another order."""
+    """Run torch on one thread: more gain little on small matrices and sum in another order."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -217,8 +165,6 @@ def _one_thread() -> Iterator[None]:
 
 
 class _Experiment:
-    """The runs in their order, with what later ones need of earlier ones."""
-
     def __init__(self, settings: Settings, seeds: int, output: Path, progress: Progress) -> None:
         self.settings = settings
         self.seeds = seeds
@@ -234,7 +180,7 @@ class _Experiment:
         teacher, taught = self._train_teacher()
         self._measure("teacher", teacher.model)
         results: dict[str, list[Result]] = {contender.key: [] for contender in CONTENDERS}
-        # Seed by seed, so that whoever stops early has compared like with like.
+        # Seed by seed, so that a demo that is stopped early compares equal seeds.
         for seed in range(self.seeds):
             for contender in CONTENDERS:
                 results[contender.key].append(self._train_student(contender, seed, teacher))
@@ -276,7 +222,7 @@ class _Experiment:
     def _train(
         self, model: nn.Module, teacher: Any, data: Any, folder: Path, recipe: Any
     ) -> Result:
-        """`fastkd.train`, which leaves the trained weights in ``model``, finished before or not."""
+        # `train` leaves the trained weights in the model, also if the run was finished before.
         device = self.settings.device
         return train(model, teacher, data, folder, recipe, device=device, quiet=True)
 

@@ -1,7 +1,4 @@
-"""The demo's findings in words and numbers: a table for the terminal, results.json for programs.
-
-Says what the numbers mean and what they cannot mean; computes nothing but means and spreads.
-"""
+"""The demo's findings as tables for the terminal and as results.json."""
 
 from __future__ import annotations
 
@@ -29,7 +26,7 @@ RANKS = "ranks.png"
 
 
 def text(findings: Findings, output: Path, seconds: float) -> str:
-    """Everything that is printed at the end."""
+    """Format everything that is printed at the end."""
     kept = f", {findings.kept} of them kept from before" if findings.kept else ""
     sections = [
         accuracy_table(findings),
@@ -42,7 +39,7 @@ def text(findings: Findings, output: Path, seconds: float) -> str:
 
 
 def accuracy_table(findings: Findings) -> str:
-    """One line a student."""
+    """Format one line a student."""
     seeds = f"{findings.seeds} seed" + ("s" if findings.seeds > 1 else "")
     rows: list[tuple[str, ...]] = [
         ("student", "distillation", "parameters", f"top-1 %, {seeds}", "gain over its twin")
@@ -57,7 +54,7 @@ def accuracy_table(findings: Findings) -> str:
         f"{findings.train_images:,}{spread}"
     )
     weights = (
-        f"KD minimises 0.1 CE + 0.9 soft KD + {findings.settings.feature_weight:g} feature loss"
+        f"KD minimizes 0.1 CE + 0.9 soft KD + {findings.settings.feature_weight:g} feature loss"
     )
     return f"{title}\n{_aligned(rows)}\n{weights} (last block to last block), its twin CE alone"
 
@@ -74,7 +71,7 @@ def _accuracy_row(findings: Findings, scores: Scores) -> tuple[str, ...]:
 
 
 def distillation(findings: Findings, scores: Scores) -> str:
-    """How a student was distilled, in a few words."""
+    """Name a student's losses."""
     loss = findings.settings.feature_loss
     return {
         None: "none",
@@ -85,7 +82,7 @@ def distillation(findings: Findings, scores: Scores) -> str:
 
 
 def rank_table(findings: Findings) -> str:
-    """Two lines a model: its images one by one, and in the basis they share."""
+    """Format two lines a model: ranks in each image's own basis and in the shared one."""
     rows = [("features", "N", "D", "basis", *(f"{100 * level:.0f} %" for level in LEVELS))]
     for ranks in findings.ranks:
         name = f"{ranks.name}, {ranks.feature}"
@@ -105,7 +102,7 @@ def _rank_cells(ranks: Ranks) -> list[str]:
 
 
 def caveats(findings: Findings) -> str:
-    """What this toy can and cannot show."""
+    """Explain what the demo can and cannot show."""
     total = findings.train_images + findings.held_out_images
     shows = (
         "What this shows: the trainer, the losses and the three kinds of student at work on real "
@@ -139,7 +136,7 @@ def save(findings: Findings, path: Path) -> None:
 
 
 def as_dict(findings: Findings) -> dict[str, Any]:
-    """Everything that was measured, as plain values; the same for the same runs."""
+    """Return everything that was measured as plain values."""
     return {
         "settings": dataclasses.asdict(findings.settings),
         "seeds": list(range(findings.seeds)),
@@ -203,7 +200,6 @@ def _with_spread(values: list[float], sign: str = "") -> str:
 
 
 def _aligned(rows: Sequence[Sequence[str]]) -> str:
-    """Columns under each other, a rule below the header."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()

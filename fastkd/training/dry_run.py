@@ -1,8 +1,4 @@
-"""What a run will be, before it starts: schedule, parameters and FLOPs.
-
-The models run once on tensors that have shapes and no storage; measured memory and time are
-`fastkd bench-step`'s.
-"""
+"""Schedule, parameters and FLOPs of a run before it starts, from tensors without storage."""
 
 from __future__ import annotations
 
@@ -36,7 +32,7 @@ from fastkd.training.build import FromRecipe, resolve_recipe, resolve_teacher
 from fastkd.training.task import DistillationTask, build_task
 from fastkd.utils.distributed import autocast
 
-# How a pass says that it depends on values, which shapes without storage do not have.
+# Raised by passes that depend on values, which tensors without storage do not have.
 NEEDS_VALUES = (
     DataDependentOutputException,
     DynamicOutputShapeException,
@@ -45,7 +41,7 @@ NEEDS_VALUES = (
 )
 CPU = torch.device("cpu")
 
-# Attention as it runs on a CPU, whose formulae not every version of torch has.
+# FLOP formulas of attention on CPUs, which not every version of torch has.
 CPU_ATTENTION = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: (
         lambda query, key, value, *_, **__: sdpa_flop_count(query, key, value)
@@ -63,7 +59,7 @@ Module = TypeVar("Module", bound=nn.Module)
 def dry_run(
     recipe: Recipe, teacher: str | FromRecipe | None, overrides: dict[str, Any]
 ) -> tuple[Recipe, dict[str, str]]:
-    """What a run would be, without a teacher's weights, a device or an output."""
+    """Describe a run without loading a teacher's weights, using a device or writing output."""
     resolved = resolve_recipe(recipe, None, teacher, None, overrides)
     data = None
     if resolved.data is not None:
@@ -88,7 +84,7 @@ def effective_values(
     teacher: Teacher | None = None,
     spec: InputSpec | None = None,
 ) -> dict[str, str]:
-    """What a recipe comes down to on these data and processes, for people to read."""
+    """Describe what a recipe amounts to on these data and processes."""
     share = slice_size(recipe, world_size)
     values = {
         "student": f"{recipe.model} ({recipe.variant}), {parameter_count(student):,} parameters"
@@ -123,35 +119,26 @@ def effective_values(
 
 @dataclass(frozen=True)
 class Cost:
-    """Sizes of a run's models and of one step of it. A multiply-add counts as two FLOPs.
+    """Parameters of a run's models, and FLOPs per image.
 
-    FLOPs are those of matrix products, convolutions and attention, as
-    ``torch.utils.flop_counter`` counts them; element-wise work is left out.
-
-    Attributes:
-        student_parameters: of the student, projectors not among them.
-        dropped_parameters: of the terms' projectors, which inference does not need.
-        teacher_parameters: 0 without a teacher.
-        student_flops: of one image's forward pass, as at inference.
-        teacher_flops: of one image's forward pass; 0 where the terms do not need it.
-        step_flops: of one image in a training step: the teacher's forward pass, the student's,
-            the terms and the backward pass.
+    FLOPs are those of matrix products, convolutions and attention (`torch.utils.flop_counter`), a
+    multiply-add being two; element-wise work is left out.
     """
 
-    student_parameters: int
-    dropped_parameters: int
-    teacher_parameters: int
-    student_flops: int
-    teacher_flops: int
-    step_flops: int
+    student_parameters: int  # without projectors
+    dropped_parameters: int  # of the terms' projectors, which inference does not need
+    teacher_parameters: int  # 0 without a teacher
+    student_flops: int  # forward pass at inference
+    teacher_flops: int  # forward pass; 0 if the terms do not need it
+    step_flops: int  # teacher's and student's forward pass, terms and backward pass
 
 
 def estimate(
     student: nn.Module, teacher: Teacher | None, recipe: Recipe, spec: InputSpec, batch: int
 ) -> Cost:
-    """Sizes of one rank's step on ``batch`` images, from shapes alone; takes a second or two.
+    """Count a run's parameters and FLOPs from shapes alone.
 
-    The models may be on any device, the meta device too, and are left as they are.
+    The models may be on any device, the meta device too, and are not changed.
     """
     shapes = FakeTensorMode(allow_non_fake_inputs=True)
     with shapes:
@@ -160,7 +147,7 @@ def estimate(
         images = torch.empty(batch, *spec.size)
         # Before the task taps the student, whose inference has no terms.
         student_flops = _inference_flops(student, images[:1])
-    # Outside, because new projectors are initialized, for which some values have to be looked at.
+    # Outside the fake mode, because initializing projectors reads values.
     task = build_task(student, guide, recipe, images[:1]).train()
     needed = guide if task.needs_logits or task.needs_tokens else None
     with shapes:
@@ -188,7 +175,7 @@ def cost_lines(
     spec: InputSpec,
     world_size: int = 1,
 ) -> dict[str, str]:
-    """The cost of a run as text under ``"parameters"`` and ``"compute"``."""
+    """Format the cost of a run under ``"parameters"`` and ``"compute"``."""
     try:
         cost = estimate(student, teacher, recipe, spec, slice_size(recipe, world_size))
     except NEEDS_VALUES as error:
@@ -202,9 +189,9 @@ def cost_lines(
 
 
 def sketch_teacher(config: TeacherConfig, spec: InputSpec) -> Teacher | None:
-    """A teacher for `estimate`: a timm model on the meta device, or a run's from its checkpoint.
+    """Build a teacher for `estimate`: a timm model on the meta device, or one from its checkpoint.
 
-    None where there is none, or a module that only its author has.
+    None without a teacher, or if the recipe names a module that was passed to `train`.
     """
     name = config.teacher
     if name is None or name.startswith(MODULE_PREFIX):
@@ -270,7 +257,6 @@ def _compute_text(cost: Cost) -> str:
 
 
 def _scaled(value: int, unit: str) -> str:
-    """With the prefix that leaves two digits to see."""
     prefix, size = "G", 1e9
     if value < 1e8:
         prefix, size = ("M", 1e6) if value >= 1e5 else ("k", 1e3)

@@ -16,38 +16,25 @@ _Item = TypeVar("_Item")
 
 
 class _Bar(tqdm):  # type: ignore[type-arg] # generic to type checkers alone
-    monitor_interval = 0  # no monitor thread, of which many short runs would see one come and stay
+    monitor_interval = 0  # no monitor thread: tqdm starts one that outlives the bar
 
 
 class Progress:
-    """Counts items of long work, and shows how many are done and how long the rest takes.
-
-    Args:
-        label: what is done with them.
-        total: items of this process; 0 shows nothing until `start` says how many there are.
-        initial: items that were done before.
-        unit: what an item is called.
-        lost: what is said of items that came to nothing.
-        lines: print a line every 10 seconds where there is no terminal.
-        delay: seconds before a bar appears.
-        leave: keep the finished bar on the terminal.
-        shows: False shows nothing: quiet runs, and processes other than the main one.
-        stream: where it goes; standard error by default.
-    """
+    """Counts items of long work, and shows how many are done and how long the rest takes."""
 
     def __init__(
         self,
         label: str = "",
-        total: int = 0,
+        total: int = 0,  # items of this process; 0 shows nothing until `start` is called
         *,
-        initial: int = 0,
+        initial: int = 0,  # items that were done before
         unit: str = "image",
-        lost: str = "unreadable",
-        lines: bool = True,
-        delay: float = 0.0,
-        leave: bool = False,
-        shows: bool = True,
-        stream: TextIO | None = None,
+        lost: str = "unreadable",  # word for items that failed or were skipped
+        lines: bool = True,  # print a line every 10 seconds where there is no terminal
+        delay: float = 0.0,  # seconds before a bar appears
+        leave: bool = False,  # keep the finished bar on the terminal
+        shows: bool = True,  # False in quiet runs and on processes other than the main one
+        stream: TextIO | None = None,  # standard error by default
     ) -> None:
         self.unit, self.lost, self.lines = unit, lost, lines
         self.delay, self.leave, self.shows = delay, leave, shows
@@ -68,7 +55,7 @@ class Progress:
         self.close()
 
     def start(self, label: str, total: int, initial: int = 0, lost: int = 0) -> None:
-        """Begin to count anew, ``lost`` of the ``initial`` items having come to nothing."""
+        """Restart the count; ``lost`` of the ``initial`` items were lost."""
         self.close()
         self.label, self.total, self.done, self.lost_items = label, total, initial, lost
         self._initial = initial
@@ -80,7 +67,7 @@ class Progress:
             )  # fmt: skip
 
     def advance(self, items: int = 1, lost: int = 0) -> None:
-        """Count items, ``lost`` of which came to nothing."""
+        """Count items, ``lost`` of which were lost."""
         self.done += items
         self.lost_items += lost
         if self._bar is not None:
@@ -92,7 +79,7 @@ class Progress:
             self.write(self._line())
 
     def note(self, text: str, *, label: str | None = None) -> None:
-        """Show a text behind the bar, and another label before it; no line elsewhere."""
+        """Show a text behind the bar and change the label; nothing without a terminal."""
         if self._bar is not None:
             if label is not None:
                 self._bar.set_description_str(label)
