@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 
-from fastkd.config import Recipe
+from fastkd.config import DataConfig
 from fastkd.data.datasets import Data, DataPair, open_data
 from fastkd.data.folders import VALIDATION_FOLDERS
 from fastkd.data.loader import SampleDataset, eval_samples
@@ -94,7 +94,7 @@ class ImageSelection:
 
     def read(
         self,
-        recipe: Recipe,
+        config: DataConfig,
         spec: InputSpec,
         places: range,
         *,
@@ -104,7 +104,7 @@ class ImageSelection:
     ) -> Iterator[ReadImages]:
         """Read images as a model takes them in, each place in exactly one batch."""
         yield from DataLoader(
-            _Selected(eval_samples(self.data, recipe, spec, self.seed), self.indices, spec.size),
+            _Selected(eval_samples(self.data, config, spec, self.seed), self.indices, spec.size),
             sampler=places,
             batch_size=batch_size,
             collate_fn=_CollateRead(collate(self.data, spec)),

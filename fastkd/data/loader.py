@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from fastkd.config import Recipe
+from fastkd.config import DataConfig, Recipe
 from fastkd.data.datasets import DataPair
 from fastkd.data.samplers import EvalSampler, SampleKey, TrainBatchSampler, slice_size
 from fastkd.data.samples import (
@@ -196,10 +196,10 @@ def eval_loader(
 
 
 def eval_samples(
-    data: DataPair, recipe: Recipe, spec: InputSpec, seed: int | None = None
+    data: DataPair, config: DataConfig, spec: InputSpec, seed: int | None = None
 ) -> SampleDataset:
     """The evaluation set as a model takes it in; float tensors are not normalised yet."""
-    return SampleDataset(data.val, eval_sample_transform(recipe, spec, data), seed)
+    return SampleDataset(data.val, eval_sample_transform(config, spec, data), seed)
 
 
 def _loader(

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from fastkd.checkpoint import LAST, load_checkpoint
-from fastkd.config import MODULE_PREFIX, Recipe
+from fastkd.config import MODULE_PREFIX, DataConfig
 from fastkd.data.transforms import InputSpec
 from fastkd.inference.loading import (
     Model,
@@ -201,7 +201,7 @@ def _plain(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     }
 
 
-def _data_config(spec: InputSpec, recipe: Recipe) -> dict[str, Any]:
+def _data_config(spec: InputSpec, config: DataConfig) -> dict[str, Any]:
     channels = spec.size[0]
     return {
         "input_size": tuple(spec.size),
@@ -209,9 +209,9 @@ def _data_config(spec: InputSpec, recipe: Recipe) -> dict[str, Any]:
         "mean": tuple(spec.mean or (0.0,) * channels),
         "std": tuple(spec.std or (1.0,) * channels),
         # "random" is of training crops; evaluation then takes the other.
-        "interpolation": "bilinear" if recipe.interpolation == "random" else recipe.interpolation,
-        "crop_pct": recipe.crop_pct,
-        "crop_mode": recipe.crop_mode,
+        "interpolation": "bilinear" if config.interpolation == "random" else config.interpolation,
+        "crop_pct": config.crop_pct,
+        "crop_mode": config.crop_mode,
     }
 
 

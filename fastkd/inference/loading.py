@@ -13,7 +13,7 @@ import timm
 from torch import nn
 
 from fastkd.checkpoint import LAST, CheckpointError, load_checkpoint
-from fastkd.config import MODULE_PREFIX, Recipe
+from fastkd.config import MODULE_PREFIX, Recipe, StudentConfig
 from fastkd.data.transforms import InputSpec
 from fastkd.inference.preprocessing import LoadedStudent, Preprocessing, Shape, change_input_size
 from fastkd.models import Teacher, create_student
@@ -565,27 +565,27 @@ def _pair(size: Size | None) -> tuple[int, int] | None:
     return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
 
 
-def build_student(recipe: Recipe, shape: Shape) -> nn.Module:
+def build_student(config: StudentConfig, shape: Shape) -> nn.Module:
     """Create the student that a recipe names, on the CPU, initialized from torch's generator."""
-    if recipe.model is None or recipe.model.startswith(MODULE_PREFIX):
-        raise ValueError(f"student: the recipe's model is {recipe.model}: hand the module over")
+    if config.model is None or config.model.startswith(MODULE_PREFIX):
+        raise ValueError(f"student: the recipe's model is {config.model}: hand the module over")
     if shape.num_classes is None:
         raise ValueError("num_classes is required: the dataset does not define classes")
     options: dict[str, Any] = {
-        "width": recipe.width,
+        "width": config.width,
         "num_classes": shape.num_classes,
         "img_size": shape.img_size,
     }
     if shape.channels != 3:
         options["in_chans"] = shape.channels
-    create = functools.partial(create_student, recipe.model, recipe.variant, **options)
+    create = functools.partial(create_student, config.model, config.variant, **options)
     try:
-        return create(drop_path_rate=recipe.drop_path)  # 0, too: some models have another default
+        return create(drop_path_rate=config.drop_path)  # 0, too: some models have another default
     except TypeError as error:
         if "drop_path_rate" not in str(error):
             raise
-    if recipe.drop_path:
-        raise ValueError(f"drop_path: {recipe.model} has no stochastic depth")
+    if config.drop_path:
+        raise ValueError(f"drop_path: {config.model} has no stochastic depth")
     return create()
 
 

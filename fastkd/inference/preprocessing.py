@@ -8,7 +8,7 @@ from typing import Any
 from timm.data import resolve_data_config
 from torch import nn
 
-from fastkd.config import Recipe
+from fastkd.config import Recipe, StudentConfig
 from fastkd.data.datasets import DataPair
 from fastkd.data.transforms import InputSpec
 from fastkd.models.pretrained import fixed_input_size, input_channels
@@ -29,18 +29,18 @@ class Shape:
     img_size: int | tuple[int, int] | None
 
 
-def student_shape(recipe: Recipe, data: DataPair) -> Shape:
+def student_shape(config: StudentConfig, data: DataPair) -> Shape:
     """What a student needs to be built for these data; the recipe's classes and size come first."""
     known = data.num_classes
-    if recipe.num_classes is not None and known is not None and recipe.num_classes < known:
-        raise ValueError(f"num_classes: {recipe.num_classes}, but the data have {known} classes")
-    num_classes = recipe.num_classes or known
+    if config.num_classes is not None and known is not None and config.num_classes < known:
+        raise ValueError(f"num_classes: {config.num_classes}, but the data have {known} classes")
+    num_classes = config.num_classes or known
     if data.image_size is None:
-        return Shape(num_classes, 3, recipe.img_size)
+        return Shape(num_classes, 3, config.img_size)
     channels, height, width = data.image_size
-    if recipe.img_size is not None and (height, width) != (recipe.img_size,) * 2:
+    if config.img_size is not None and (height, width) != (config.img_size,) * 2:
         raise ValueError(
-            f"img_size: {recipe.img_size}, but the data are tensors of {height} x {width}, which "
+            f"img_size: {config.img_size}, but the data are tensors of {height} x {width}, which "
             f"are not resized"
         )
     return Shape(num_classes, channels, (height, width))

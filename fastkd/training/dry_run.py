@@ -20,7 +20,7 @@ from torch._subclasses.fake_tensor import (
 )
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
-from fastkd.config import MODULE_PREFIX, Recipe, TeacherConfig, refuse_image_options
+from fastkd.config import MODULE_PREFIX, OptimConfig, Recipe, TeacherConfig, refuse_image_options
 from fastkd.data.datasets import DataPair, open_data
 from fastkd.data.samplers import TrainBatchSampler, slice_size
 from fastkd.data.transforms import InputSpec
@@ -263,12 +263,12 @@ def _scaled(value: int, unit: str) -> str:
     return f"{value / size:.2f} {prefix}{unit}"
 
 
-def _schedule_text(recipe: Recipe) -> str:
-    scaled = f" = {recipe.lr:g} x {recipe.batch_size} / 512" if recipe.lr_scaling else ""
-    warmup = f"from {recipe.warmup_lr:g} in {recipe.warmup_epochs} epochs to "
+def _schedule_text(config: OptimConfig) -> str:
+    scaled = f" = {config.lr:g} x {config.batch_size} / 512" if config.lr_scaling else ""
+    warmup = f"from {config.warmup_lr:g} in {config.warmup_epochs} epochs to "
     return (
-        f"{warmup if recipe.warmup_epochs else ''}{recipe.scaled_lr:g}{scaled}, by a cosine to "
-        f"{recipe.min_lr:g}"
+        f"{warmup if config.warmup_epochs else ''}{config.scaled_lr:g}{scaled}, by a cosine to "
+        f"{config.min_lr:g}"
     )
 
 
