@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import os
 import typing
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal, TypedDict
 
 from annotated_types import Ge, Gt, Le, Lt, MinLen
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -43,6 +44,25 @@ OPERATIONAL_FIELDS = frozenset(
         *("eval_batch_size", "log_interval", "track", "checkpoint_interval", "keep_checkpoints"),
     }
 )
+
+
+LARGEST = 2**63  # whole numbers lie below it
+
+
+class _FrozenOptions(dict[str, Any]):
+    """A dict that does not change and can be hashed, as the recipe that holds it."""
+
+    def _refuse(self, *_: Any, **__: Any) -> Any:
+        raise TypeError("the options of a recipe do not change; use Recipe.override")
+
+    __setitem__ = __delitem__ = __ior__ = _refuse
+    update = pop = popitem = clear = setdefault = _refuse
+
+    def __hash__(self) -> int:  # type: ignore[override]
+        return hash(frozenset(self.items()))
+
+    def __reduce__(self) -> Any:
+        return type(self), (dict(self),)
 
 
 class _Quoted(str):
@@ -111,14 +131,22 @@ def _scalar(text: str) -> int | float | bool | str | None:
 
 
 def _pair(items: Any) -> tuple[Key, Key]:
-    keys = () if isinstance(items, str) else tuple(items)
-    if len(keys) != 2 or any(isinstance(k, bool) or not isinstance(k, int | str) for k in keys):
+    keys = tuple(items) if isinstance(items, list | tuple) else ()
+    if len(keys) != 2 or not all(_is_key(key) for key in keys):
         raise ValueError(f"a pair is student:teacher, got {items!r}")
     return keys
 
 
+def _is_key(key: Any) -> bool:
+    if isinstance(key, str):
+        return bool(key.strip())
+    return isinstance(key, int) and not isinstance(key, bool) and -LARGEST < key < LARGEST
+
+
 def _check_pairs(value: Any) -> Pairs:
     try:
+        if isinstance(value, Mapping | set | frozenset | bytes):
+            raise TypeError
         return parse_pairs(value) if isinstance(value, str) else tuple(map(_pair, value))
     except (TypeError, ValueError):
         raise PydanticCustomError("pairs_type", "no pairs") from None
@@ -130,12 +158,14 @@ def _check_options(value: Any) -> Options:
         options = parse_options(value) if isinstance(value, str) else dict(value)
         kinds = bool | int | float | str | None
         if not isinstance(value, str | Mapping) or not all(
-            isinstance(name, str) and isinstance(item, kinds) for name, item in options.items()
+            isinstance(name, str) and name.strip() and isinstance(item, kinds)
+            for name, item in options.items()
         ):
             raise TypeError
     except (TypeError, ValueError):
         raise PydanticCustomError("options_type", "no options") from None
-    if any(isinstance(item, float) and abs(item) == float("inf") for item in options.values()):
+    numbers = [item for item in options.values() if isinstance(item, int | float)]
+    if not all(-LARGEST < item < LARGEST for item in numbers):  # NaN is not, either
         raise PydanticCustomError("finite_number", "not finite")
     return options
 
@@ -157,8 +187,8 @@ class _Named:
 
 
 # Each type ends with the words that errors and the command line's help describe it by.
-Count = Annotated[int, Ge(1), "an integer of at least 1"]
-Whole = Annotated[int, Ge(0), "an integer of at least 0"]
+Count = Annotated[int, Ge(1), Lt(LARGEST), "an integer of at least 1"]
+Whole = Annotated[int, Ge(0), Lt(LARGEST), "an integer of at least 0"]
 Finite = Annotated[float, "a finite number"]
 Positive = Annotated[float, Gt(0), "a finite number above 0"]
 NonNegative = Annotated[float, Ge(0), "a finite number of at least 0"]
@@ -167,19 +197,26 @@ PositiveShare = Annotated[float, Gt(0), Le(1), "a number in (0, 1]"]
 BelowOne = Annotated[float, Ge(0), Lt(1), "a number in [0, 1)"]
 Switch = Annotated[bool, "true or false"]
 Text = Annotated[str, Field(pattern=r"\S"), "a text that is not empty"]
-Channels = Annotated[tuple[float, ...], BeforeValidator(_items), MinLen(1), "a list of numbers"]
+Above0 = Annotated[float, Gt(0)]
+Channels = Annotated[
+    Annotated[tuple[float, ...], MinLen(1)],
+    BeforeValidator(_items, json_schema_input_type=str | Annotated[tuple[float, ...], MinLen(1)]),
+    "a list of numbers",
+]
 Range = Annotated[
-    tuple[float, float], BeforeValidator(_items), "a lowest and a highest number above 0"
+    tuple[Above0, Above0],
+    BeforeValidator(_items, json_schema_input_type=str | tuple[Above0, Above0]),
+    "a lowest and a highest number above 0",
 ]
 PairList = Annotated[
-    Pairs,
-    BeforeValidator(_check_pairs, json_schema_input_type=str | Pairs),
-    MinLen(1),
+    Annotated[Pairs, MinLen(1)],
+    BeforeValidator(_check_pairs, json_schema_input_type=str | Annotated[Pairs, MinLen(1)]),
     "pairs of blocks such as 11:23 or [[11, 23]]",
 ]
 LossOptions = Annotated[
     Options,
     BeforeValidator(_check_options, json_schema_input_type=str | Options),
+    AfterValidator(_FrozenOptions),
     "options such as beta=8 or {beta: 8}",
 ]
 
@@ -191,7 +228,7 @@ class Section(BaseModel):
 
     if not typing.TYPE_CHECKING:  # type checkers know the fields
 
-        def __init__(self, **values: Any) -> None:
+        def __init__(self, /, **values: Any) -> None:
             try:
                 super().__init__(**values)
             except ValidationError as error:
@@ -293,7 +330,7 @@ class DistillConfig(Section):
     @property
     def cross_entropy_weight(self) -> float:
         """What the cross-entropy is multiplied with: ``ce_weight``, or 1 - alpha."""
-        return 1 - self.alpha if self.ce_weight is None else self.ce_weight
+        return max(0.0, 1 - self.alpha) if self.ce_weight is None else self.ce_weight
 
     def _misfits(self) -> Iterator[tuple[str, str]]:
         for side, name in enumerate(("student_prefix", "teacher_prefix")):
@@ -432,6 +469,8 @@ class OptimConfig(Section):
     def _misfits(self) -> Iterator[tuple[str, str]]:
         if self.warmup_epochs and self.warmup_epochs >= self.epochs:
             yield "warmup_epochs", f"fewer than epochs ({self.epochs})"
+        if self.scaled_lr == float("inf"):
+            yield "lr", "a number that is finite once it is scaled by batch_size / 512"
         if self.batch_size % self.accumulation:
             yield "batch_size", f"a multiple of accumulation ({self.accumulation})"
         if self.compile in ("reduce-overhead", "max-autotune") and self.accumulation > 1:
@@ -610,8 +649,9 @@ class Recipe(
             return source
         path = cls.path(source)
         try:
-            given = _read_yaml(path)
-            values: Any = {name: _from_yaml(name, value) for name, value in given.items()}
+            values, faults = _typed(_read_yaml(path))
+            if faults:
+                raise ValueError("\n".join(faults))
             return cls(**values)
         except (ValueError, TypeError) as error:
             raise type(error)(f"{path}: {error}") from None
@@ -635,6 +675,10 @@ class Recipe(
         Raises:
             ValueError: there is none.
         """
+        if not str(source).strip():
+            raise ValueError(
+                f"recipe: expected a name, a YAML file or a run's folder, got {source!r}"
+            )
         given = Path(source)
         shipped = Path(str(resources.files("fastkd") / "recipes" / f"{source}.yaml"))
         for candidate in (shipped, given / "recipe.yaml", given):
@@ -667,18 +711,23 @@ class Recipe(
         Args:
             path: the file to write.
         """
+        write_text(path, self.to_yaml())
+
+    def to_yaml(self) -> str:
+        """Every field as YAML, from which `load` makes the same recipe."""
         import yaml
 
         class Dumper(yaml.SafeDumper):
-            """Quotes texts inside of values that would be read as numbers or words."""
+            """Quotes texts that would be read as numbers or words, or that YAML would change."""
 
         def represent(dumper: Dumper, text: str) -> Any:
             style = None if _scalar(text) == text else "'"
+            style = style if text.isprintable() else '"'
             return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
 
         Dumper.add_representer(str, represent)
         options: dict[str, Any] = {"sort_keys": False, "allow_unicode": True}
-        write_text(path, yaml.dump(self.to_dict(), Dumper=Dumper, **options))
+        return str(yaml.dump(self.to_dict(), Dumper=Dumper, **options))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, lists for tuples; ``Recipe(**values)`` takes them back."""
@@ -703,6 +752,9 @@ class Recipe(
     def json_schema(cls) -> dict[str, Any]:
         """The JSON schema of a recipe's YAML, flat, for editors."""
         schema = cls.model_json_schema()
+        for field in schema["properties"].values():
+            if {"type": "null"} in field.get("anyOf", ()):
+                field["anyOf"].append({"enum": list(NONE_WORDS)})
         schema["description"] = "A recipe of fastkd: what `fastkd train --recipe FILE` reads."
         return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
 
@@ -772,7 +824,7 @@ def _from_text(name: str, value: Any, shown: Any) -> Any:
         raise ValueError(_unknown(name, Recipe))
     hint = typing.get_type_hints(Recipe, include_extras=True)[name]
     if type(None) in typing.get_args(hint) and (
-        value is None or (isinstance(value, str) and value.lower() in NONE_WORDS)
+        value is None or (type(value) is str and value.lower() in NONE_WORDS)
     ):
         return None
     adapter: TypeAdapter[Any] = TypeAdapter(hint, config=ConfigDict(allow_inf_nan=False))
@@ -785,11 +837,28 @@ def _from_text(name: str, value: Any, shown: Any) -> Any:
 def _from_yaml(name: str, value: Any) -> Any:
     texts = value
     if isinstance(value, Mapping):
-        texts = {str(key): _scalar(item) for key, item in value.items() if isinstance(item, str)}
-        texts = texts if len(texts) == len(value) else value
+        texts = {str(key): _if_text(_scalar, item) for key, item in value.items()}
     elif name == "pairs" and isinstance(value, list):
-        texts = [[_key(end) for end in pair] if isinstance(pair, list) else pair for pair in value]
+        texts = [
+            [_if_text(_key, end) for end in pair] if isinstance(pair, list) else pair
+            for pair in value
+        ]
     return _from_text(name, texts, value)
+
+
+def _if_text(read: Callable[[str], Any], value: Any) -> Any:
+    return read(value) if isinstance(value, str) else value
+
+
+def _typed(given: Mapping[str, Any]) -> tuple[Any, list[str]]:
+    """Values by field from those of a YAML file, and a line for each that is none."""
+    values, faults = {}, []
+    for name, value in given.items():
+        try:
+            values[name] = _from_yaml(name, value)
+        except ValueError as error:
+            faults.append(str(error))
+    return values, faults
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
@@ -816,7 +885,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 
     try:
         content = yaml.load(path.read_text(encoding="utf-8"), Loader=Loader)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"no YAML: {' '.join(str(error).split())}") from None
     if not isinstance(content, dict):
         raise ValueError("must hold a mapping of fields to values")
@@ -848,14 +917,16 @@ def _explained(
         name = str(fault["loc"][0])
         unknown = fault["type"] == "extra_forbidden"
         lines[_unknown(name, model) if unknown else _refusal(name, values[name])] = None
-    typed = all(fault["type"].endswith("_type") for fault in faults)
+    first = {str(fault["loc"][:1]): fault["type"] for fault in reversed(faults)}  # of each field
+    typed = all(kind.endswith("_type") for kind in first.values())
     return (TypeError if typed else ValueError)("\n".join(lines))
 
 
 def _refusal(name: str, value: Any) -> str:
+    _, several, words = describe(name).partition("one of ")
     hint = ""
-    if isinstance(value, str) and "one of" in (expected := describe(name)):
-        hint = suggestion(value, expected.replace(",", " ").split())
+    if several and isinstance(value, str):
+        hint = suggestion(value, words.removesuffix(" or none").split(", "))
     shown = f"{value!r} ({type(value).__name__})" if not isinstance(value, str) else repr(value)
     return f"{name}: expected {describe(name)}, got {shown}{hint}"
 

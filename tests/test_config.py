@@ -1,7 +1,9 @@
 """Recipes: loading, overriding, what is refused and how it is said."""
 
+import copy
 import functools
 import itertools
+import pickle
 import re
 
 import jsonschema
@@ -353,6 +355,9 @@ def test_an_empty_scalar_in_yaml_is_none_and_an_empty_text_is_refused(tmp_path):
         ("- lr\n", "must hold a mapping"),
         ("lr: [1e-3]\n", "lr: expected a finite number above 0"),
         ("epochs: 1.5\n", "epochs: expected an integer"),
+        ("pairs: [[[1], 2]]\n", "pairs: expected pairs of blocks"),
+        ("pairs: [{1: 2, 3: 4}]\n", "pairs: expected pairs of blocks"),
+        ("[" * 3000, "no YAML"),
         ("epocs: 5\n", r"unknown recipe field 'epocs' \(did you mean 'epochs'\?\)"),
     ],
 )
@@ -360,6 +365,42 @@ def test_a_faulty_file_is_refused_with_its_name(tmp_path, text, message):
     (tmp_path / "r.yaml").write_text(text)
     with pytest.raises(ValueError, match=rf"r\.yaml: {message}"):
         Recipe.load(tmp_path / "r.yaml")
+
+
+def test_every_fault_of_a_file_has_a_line(tmp_path):
+    (tmp_path / "r.yaml").write_text("lr: x\nepochs: y\nfoo: 1\n")
+    with pytest.raises(ValueError, match="lr: expected") as error:
+        Recipe.load(tmp_path / "r.yaml")
+    assert len(str(error.value).splitlines()) == 3
+
+
+def test_an_empty_option_leaves_the_others_typed(tmp_path):
+    (tmp_path / "r.yaml").write_text("logit_options: {a: 1, b: }\n")
+    assert Recipe.load(tmp_path / "r.yaml").logit_options == {"a": 1, "b": None}
+
+
+@pytest.mark.parametrize("text", ["none", "null", "~", "\x85 \u2028x", "1e3", "a: b", "ünï"])
+def test_any_text_survives_a_file(tmp_path, text):
+    recipe = Recipe(data=text, feature_options={"a": text})
+    recipe.save(tmp_path / "r.yaml")
+    assert Recipe.load(tmp_path / "r.yaml") == recipe
+
+
+@pytest.mark.parametrize("empty", ["", " "])
+def test_an_empty_name_is_no_recipe_of_the_current_folder(tmp_path, monkeypatch, empty):
+    Recipe(epochs=7).save(tmp_path / "recipe.yaml")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="recipe: expected a name"):
+        Recipe.load(empty)
+
+
+def test_a_recipe_does_not_change_and_can_be_hashed_and_copied():
+    recipe = Recipe(logit_options={"beta": 8})
+    for change in ("recipe.lr = 1", "recipe.logit_options['beta'] = 9"):
+        with pytest.raises((TypeError, ValueError)):
+            exec(change)
+    for same in (copy.copy(recipe), copy.deepcopy(recipe), pickle.loads(pickle.dumps(recipe))):
+        assert same == recipe and hash(same) == hash(recipe)
 
 
 def test_options_and_modules_that_look_like_numbers_survive_a_file(tmp_path):
@@ -453,12 +494,20 @@ def test_a_wrong_type_names_field_expected_and_got(field, value, expected):
         {"teacher": ""},
         {"data": "  "},
         {"feature_options": {"beta": INF}},
+        {"feature_options": {" ": 1}},
+        {"lr": 1e308},
+        {"batch_size": 2**63},
+        {"pairs": [(10**30, 1)]},
+        {"pairs": [("a", "")]},
+        {"pairs": [{1, 2}]},
+        {"pairs": {(1, 2): 3}},
+        {"pairs": [b"ab"]},
     ],
     ids=str,
 )
 def test_values_out_of_range_are_refused(values):
     *_, name = values
-    with pytest.raises(ValueError, match=rf"(?m)^{name}: expected .*, got "):
+    with pytest.raises((ValueError, TypeError), match=rf"(?m)^{name}: expected .*, got "):
         Recipe(**values)
 
 
@@ -476,6 +525,12 @@ def test_every_fault_has_a_line_of_its_own():
     lines = str(error.value).splitlines()
     assert [line.split(":")[0] for line in lines[:2]] == ["epochs", "lr"]
     assert "'feature_los' (did you mean 'feature_loss'?)" in lines[2]
+
+
+def test_a_word_that_is_like_no_choice_gets_no_suggestion():
+    with pytest.raises(ValueError, match="variant") as error:
+        Recipe(variant="none")
+    assert "did you mean" not in str(error.value)
 
 
 def test_a_misspelt_choice_gets_a_suggestion():
@@ -574,11 +629,18 @@ def test_every_shipped_recipe_fits_the_schema_for_editors(name):
 
 @pytest.mark.parametrize(
     "values",
-    [{"epocs": 3}, {"epochs": 0}, {"lr": "fast"}, {"amp": "fp8"}, {"feature_loss": "l2"}],
+    [
+        *({"epocs": 3}, {"epochs": 0}, {"lr": "fast"}, {"amp": "fp8"}, {"feature_loss": "l2"}),
+        *({"pairs": []}, {"mean": []}, {"scale": [0, 1]}),
+    ],
     ids=str,
 )
 def test_the_schema_refuses_what_a_recipe_refuses(values):
     assert not SCHEMA.is_valid(values)
+
+
+def test_the_schema_takes_the_words_of_the_command_line():
+    SCHEMA.validate({"ce_weight": "none", "mean": "0.5,0.5", "pairs": "11:23", "ema_decay": None})
 
 
 def test_the_schema_takes_a_whole_saved_recipe(tmp_path):

@@ -101,6 +101,8 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Print the message and leave with status 2."""
+        if message.endswith("expected one argument"):
+            message += " (a value that begins with - is written --flag=VALUE)"
         self.exit(2, f"{self.prog}: error: {message}\n")
 
     def refuse(self, argument: str) -> NoReturn:

@@ -115,11 +115,9 @@ def _run(options: argparse.Namespace) -> int:
 
 
 def _dry_run(recipe: Recipe, teacher: Any, given: dict[str, Any]) -> int:
-    import yaml
-
     from fastkd.training.dry_run import dry_run
 
     resolved, values = dry_run(recipe, teacher, given)
     lines = [f"{heading + ':':<16} {text}" for heading, text in values.items()]
-    print_once("\n".join([yaml.safe_dump(resolved.to_dict(), sort_keys=False), *lines]))
+    print_once("\n".join([resolved.to_yaml(), *lines]))
     return 0

@@ -120,7 +120,11 @@ def _check_effect(
         _refuse_terms(overrides)
     elif resolved.alpha == 0 and resolved.feature_weight == 0:
         raise ValueError("teacher: with alpha=0 and feature_weight=0 it teaches nothing")
-    changed = {name: value for name, value in overrides.items() if value != _DEFAULTS[name]}
+    changed = {
+        name: value
+        for name, value in overrides.items()
+        if getattr(resolved, name) != _DEFAULTS[name]
+    }
     if resolved.alpha == 0:
         refuse(changed, LOGIT_FIELDS, "alpha is 0")
     if resolved.feature_weight == 0:

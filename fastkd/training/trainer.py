@@ -108,6 +108,9 @@ def train(
         KeyboardInterrupt: stopped by SIGINT, after writing a checkpoint.
         SystemExit: stopped by SIGTERM or SIGUSR1, after writing a checkpoint.
     """
+    for name, path in (("output", output), ("resume", resume)):
+        if path is not None and not str(path).strip():
+            raise ValueError(f"train: {name} must not be empty, got {path!r}")
     loaded = Recipe.load(recipe)
     given = loaded.model if student is None else student
     if isinstance(given, str | Path) and starts_from_weights("train", given):

@@ -93,6 +93,12 @@ def test_other_options_without_effect_are_warned_of(options, message, caplog):
     assert message in warning
 
 
+def test_a_default_in_other_words_asks_for_nothing(caplog):
+    options = {"alpha": 0.5, "feature_weight": 0.0, "pairs": "-1:-1"}
+    resolve(teacher=vit(), **options, augment="none", scale=[0.08, 1.0])
+    assert not caplog.records
+
+
 def test_what_a_recipe_holds_beside_its_need_is_no_reason_to_warn(caplog):
     resolve(Recipe(mixup_prob=0.3, color_jitter=0.1))
     assert not caplog.records
