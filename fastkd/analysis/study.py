@@ -225,10 +225,12 @@ class Study:
             len(self.skipped),
         )
         for batch in self._batches(begin, end):
+            known = len(self.skipped)  # the second pass meets the first one's again
             with self._timed("analysis"), torch.no_grad():
                 self._update(batch, measures, keep=name == "first")
             begin = self._after(batch)
-            self.progress.advance(len(batch.places) + len(batch.skipped), len(batch.skipped))
+            new = len(self.skipped) - known
+            self.progress.advance(len(batch.places) + len(batch.skipped), new)
             if stop.received is not None or self._too_many_unreadable():
                 break
             self.resume.save_now_and_then(name, partial(self._state, begin, measures))

@@ -25,13 +25,13 @@ class Progress:
     def __init__(
         self,
         label: str = "",
-        total: int = 0,  # items of this process; 0 shows nothing until `start` is called
+        total: int = 0,  # of this process; 0 shows no bar until `start` is called with more
         *,
-        initial: int = 0,  # items that were done before
+        initial: int = 0,  # done in an earlier run; left out of the estimate
         unit: str = "image",
-        lost: str = "unreadable",  # word for items that failed or were skipped
+        lost: str = "unreadable",  # the word for items that failed
         lines: bool = True,  # print a line every 10 seconds where there is no terminal
-        delay: float = 0.0,  # seconds before a bar appears
+        delay: float = 0.0,  # seconds before the bar appears
         leave: bool = False,  # keep the finished bar on the terminal
         shows: bool = True,  # False in quiet runs and on processes other than the main one
         stream: TextIO | None = None,  # standard error by default
@@ -40,8 +40,7 @@ class Progress:
         self.delay, self.leave, self.shows = delay, leave, shows
         self.stream = stream or sys.stderr
         self._bar: _Bar | None = None
-        if total:
-            self.start(label, total, initial)
+        self.start(label, total, initial)
 
     @property
     def has_bar(self) -> bool:
@@ -55,19 +54,19 @@ class Progress:
         self.close()
 
     def start(self, label: str, total: int, initial: int = 0, lost: int = 0) -> None:
-        """Restart the count; ``lost`` of the ``initial`` items were lost."""
+        """Start counting again, with ``initial`` items done before, ``lost`` of which failed."""
         self.close()
         self.label, self.total, self.done, self.lost_items = label, total, initial, lost
         self._initial = initial
         self._begun = self._line_at = time.monotonic()
-        if self.shows and self.stream.isatty():
+        if total and self.shows and self.stream.isatty():
             self._bar = _Bar(
                 total=total, initial=initial, desc=label or None, unit=self.unit,
                 file=self.stream, delay=self.delay, leave=self.leave, dynamic_ncols=True,
             )  # fmt: skip
 
     def advance(self, items: int = 1, lost: int = 0) -> None:
-        """Count items, ``lost`` of which were lost."""
+        """Count items, ``lost`` of which failed."""
         self.done += items
         self.lost_items += lost
         if self._bar is not None:
@@ -93,7 +92,7 @@ class Progress:
             print(line, file=self.stream, flush=True)
 
     def close(self) -> None:
-        """Take the bar away."""
+        """Close the bar."""
         if self._bar is not None:
             self._bar.close()
             self._bar = None

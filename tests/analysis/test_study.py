@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import signal
 
 import numpy as np
@@ -203,6 +204,20 @@ def test_unreadable_images_are_named_and_left_out():
     assert (result.images, len(result.last.ranks.values)) == (11, 11)
     # Two of the six pairs miss a partner, and the last image never had one.
     assert len(result.last.shared.rotation[0].overlap_pairs) == 4
+
+
+def test_progress_counts_an_unreadable_image_once_in_both_passes(monkeypatch):
+    monkeypatch.setattr("fastkd.utils.progress.LINE_EVERY_SECONDS", 0.0)
+    stream = io.StringIO()
+    source = TensorSource(*layers(), unreadable=[2, 7])
+    # Without memory for tokens, the second pass reads the images again.
+    settings = Settings(**QUICK, max_unreadable=0.5, memory=0.0)
+    Study(source, settings, ALONE, Resume(None, "00", 0, 1, False), Progress(stream=stream)).run()
+    ends = [line.split(", about")[0] for line in stream.getvalue().splitlines() if "13 of" in line]
+    assert ends == [
+        "made: spectra: 13 of 13 images, 2 unreadable",
+        "made: shared basis: 13 of 13 images, 2 unreadable",
+    ]
 
 
 def test_a_whole_batch_may_be_unreadable():

@@ -91,5 +91,13 @@ def test_a_bar_brings_no_thread():
         assert threading.active_count() == before
 
 
+def test_nothing_to_do_is_no_error():
+    stream = io.StringIO()
+    with Progress("predict", 0, stream=stream) as progress:
+        progress.advance(0)
+        progress.write(f"{progress.done} of {progress.total}")
+    assert stream.getvalue() == "0 of 0\n"
+
+
 def test_tracking_yields_every_item():
     assert list(track([3, 1, 2], "listing", "file")) == [3, 1, 2]
