@@ -71,7 +71,7 @@ def read_tokens(path: str | Path) -> list[np.ndarray]:
     try:
         if Path(path).suffix.lower() == ".npz":
             with np.load(path, allow_pickle=False) as saved:
-                return [_as_tokens(saved[name]) for name in saved.files]
+                return _layers([saved[name] for name in saved.files])
         content = np.load(path, mmap_mode="r", allow_pickle=False)
     except (ArrayError, OSError):
         raise
@@ -83,11 +83,15 @@ def read_tokens(path: str | Path) -> list[np.ndarray]:
                 "[L, N, D] of floats, or an .npz with an array for each layer"
             ) from error
         raise ArrayError(f"cannot be read as saved tokens: {reason[:160]}") from error
-    if content.ndim in (3, 4):
-        return [_as_tokens(layer) for layer in content]
-    if content.ndim != 2:
+    if content.ndim not in (2, 3, 4):
         raise ArrayError(f"holds {list(content.shape)}, expected [N, D] or [L, N, D]")
-    return [_as_tokens(content)]
+    return _layers([content] if content.ndim == 2 else list(content))
+
+
+def _layers(arrays: list[np.ndarray]) -> list[np.ndarray]:
+    if not arrays:
+        raise ArrayError("holds no layer, expected [N, D] or [L, N, D] with L of at least 1")
+    return [_as_tokens(array) for array in arrays]
 
 
 class ArraySource:

@@ -100,6 +100,8 @@ UNUSABLE = {
     "a vector": features(7),
     "too many dimensions": features(2, 2, 2, 2, 2),
     "no token": features(2, 0, 4),
+    "no layer": features(0, 4, 4),
+    "no stage": [],
     "integers as a stage": [np.zeros((3, 4), np.int64)],
     "a vector as a stage": [STAGES[0], features(7)],
 }
