@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import os
 import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -44,8 +45,6 @@ OPERATIONAL_FIELDS = frozenset(
         *("eval_batch_size", "log_interval", "track", "checkpoint_interval", "keep_checkpoints"),
     }
 )
-
-
 LARGEST = 2**63  # whole numbers lie below it
 
 
@@ -189,7 +188,6 @@ class _Named:
 # Each type ends with the words that errors and the command line's help describe it by.
 Count = Annotated[int, Ge(1), Lt(LARGEST), "an integer of at least 1"]
 Whole = Annotated[int, Ge(0), Lt(LARGEST), "an integer of at least 0"]
-Finite = Annotated[float, "a finite number"]
 Positive = Annotated[float, Gt(0), "a finite number above 0"]
 NonNegative = Annotated[float, Ge(0), "a finite number of at least 0"]
 Share = Annotated[float, Ge(0), Le(1), "a number between 0 and 1"]
@@ -197,15 +195,14 @@ PositiveShare = Annotated[float, Gt(0), Le(1), "a number in (0, 1]"]
 BelowOne = Annotated[float, Ge(0), Lt(1), "a number in [0, 1)"]
 Switch = Annotated[bool, "true or false"]
 Text = Annotated[str, Field(pattern=r"\S"), "a text that is not empty"]
-Above0 = Annotated[float, Gt(0)]
 Channels = Annotated[
     Annotated[tuple[float, ...], MinLen(1)],
     BeforeValidator(_items, json_schema_input_type=str | Annotated[tuple[float, ...], MinLen(1)]),
     "a list of numbers",
 ]
 Range = Annotated[
-    tuple[Above0, Above0],
-    BeforeValidator(_items, json_schema_input_type=str | tuple[Above0, Above0]),
+    tuple[Positive, Positive],
+    BeforeValidator(_items, json_schema_input_type=str | tuple[Positive, Positive]),
     "a lowest and a highest number above 0",
 ]
 PairList = Annotated[
@@ -457,7 +454,7 @@ class OptimConfig(Section):
     channels_last: Switch = Field(
         default=False, description="channels-last memory format, faster for convolutions on a GPU"
     )
-    seed: Annotated[int, Ge(0), Lt(2**63), "an integer in [0, 2^63)"] = Field(
+    seed: Annotated[int, Ge(0), Lt(LARGEST), "an integer in [0, 2^63)"] = Field(
         default=0, description="of weights, order, augmentation and dropout"
     )
 
@@ -525,6 +522,9 @@ class EvaluateOptions(ImageOptions, total=False):
     """The same, and where a named dataset keeps its files."""
 
     data_root: str | None
+
+
+IMAGE_OPTIONS = tuple(ImageOptions.__annotations__)
 
 
 class Overrides(TypedDict, total=False):
@@ -801,7 +801,7 @@ def describe(name: str) -> str:
     Args:
         name: of a field.
     """
-    return _words(typing.get_type_hints(Recipe, include_extras=True)[name])
+    return _words(_hints()[name])
 
 
 def suggestion(word: str, known: Iterable[str]) -> str:
@@ -818,11 +818,16 @@ def suggestion(word: str, known: Iterable[str]) -> str:
     return f" (did you mean {close[0]!r}?)" if close else ""
 
 
+@functools.cache
+def _hints() -> dict[str, Any]:
+    return typing.get_type_hints(Recipe, include_extras=True)
+
+
 def _from_text(name: str, value: Any, shown: Any) -> Any:
     """A field's value from text, or from lists and mappings of texts."""
     if name not in Recipe.model_fields:
         raise ValueError(_unknown(name, Recipe))
-    hint = typing.get_type_hints(Recipe, include_extras=True)[name]
+    hint = _hints()[name]
     if type(None) in typing.get_args(hint) and (
         value is None or (type(value) is str and value.lower() in NONE_WORDS)
     ):
@@ -875,12 +880,12 @@ def _read_yaml(path: Path) -> dict[str, Any]:
             return text if node.style or text else None
 
         def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-            keys = [key.value for key, _ in node.value]
-            twice = next((key for key in keys if keys.count(key) > 1), None)
-            if twice is not None:
-                raise ValueError(
-                    f"{twice}: given twice (line {node.start_mark.line + 1} and after)"
-                )
+            seen: set[Any] = set()
+            for key, _ in node.value:
+                if str(key.value) in seen:
+                    line = key.start_mark.line + 1
+                    raise ValueError(f"{key.value}: given twice, again in line {line}")
+                seen.add(str(key.value))
             return super().construct_mapping(node, deep)
 
     try:

@@ -5,6 +5,7 @@ import functools
 import itertools
 import pickle
 import re
+import typing
 
 import jsonschema
 import pytest
@@ -349,7 +350,7 @@ def test_an_empty_scalar_in_yaml_is_none_and_an_empty_text_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("lr: 1e-3\nepochs: 3\nlr: 1e-4\n", "lr: given twice"),
+        ("lr: 1e-3\nepochs: 3\nlr: 1e-4\n", "lr: given twice, again in line 3"),
         ("feature_options: {beta: 1, beta: 2}\n", "beta: given twice"),
         ("lr: [1e-3\n", "no YAML"),
         ("- lr\n", "must hold a mapping"),
@@ -617,6 +618,18 @@ def test_every_field_is_in_one_section_and_known_to_type_checkers():
     assert fields == list(Recipe.model_fields)
     assert len(set(fields)) == len(fields)
     assert list(RecipeFields.__annotations__) and set(RecipeFields.__annotations__) == set(fields)
+
+
+@pytest.mark.parametrize("name", Recipe.model_fields)
+def test_type_checkers_know_the_choices_of_every_field(name):
+    told, kept = typing.get_type_hints(RecipeFields)[name], typing.get_type_hints(Recipe)[name]
+    assert choices_of(told) == choices_of(kept)
+    assert (type(None) in typing.get_args(told)) == (type(None) in typing.get_args(kept))
+
+
+def choices_of(hint):
+    parts = [hint, *typing.get_args(hint)]
+    return [typing.get_args(part) for part in parts if typing.get_origin(part) is typing.Literal]
 
 
 SCHEMA = jsonschema.Draft202012Validator(Recipe.json_schema())

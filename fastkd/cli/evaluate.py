@@ -6,9 +6,7 @@ import argparse
 from typing import Any
 
 from fastkd.cli import print_once
-from fastkd.config import Recipe, parse_value
-
-_IMAGE_OPTIONS = ("img_size", "crop_pct", "crop_mode", "interpolation", "mean", "std")
+from fastkd.config import IMAGE_OPTIONS, Recipe, parse_value
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -33,7 +31,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def add_image_options(parser: argparse.ArgumentParser, *others: str) -> None:
     """Add the options that say how a model sees its images."""
-    for name in (*_IMAGE_OPTIONS, *others):
+    for name in (*IMAGE_OPTIONS, *others):
         parser.add_argument(
             "--" + name.replace("_", "-"),
             dest=name,
@@ -45,7 +43,7 @@ def add_image_options(parser: argparse.ArgumentParser, *others: str) -> None:
 
 def given_image_options(options: argparse.Namespace, *others: str) -> dict[str, Any]:
     """What was given of the options of `add_image_options`, as Python values."""
-    names = (*_IMAGE_OPTIONS, *others)
+    names = (*IMAGE_OPTIONS, *others)
     return {
         name: parse_value(name, getattr(options, name)) for name in names if hasattr(options, name)
     }

@@ -11,11 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
-from fastkd.config import EvaluateOptions, refuse_image_options
+from fastkd.config import IMAGE_OPTIONS, EvaluateOptions, refuse_image_options
 from fastkd.data.datasets import Data, open_data
 from fastkd.data.loader import eval_loader
 from fastkd.data.samples import Batch
-from fastkd.inference.loading import IMAGE_OPTIONS, open_model
+from fastkd.inference.loading import open_model
 from fastkd.inference.preprocessing import Shape, class_count
 from fastkd.utils.distributed import World, autocast, world
 

@@ -43,9 +43,6 @@ from fastkd.models.weights import (
     short_misfit,
 )
 
-# Recipe fields that say how a model sees its images.
-IMAGE_OPTIONS = ("img_size", "crop_pct", "crop_mode", "interpolation", "mean", "std")
-
 Source = str | Path | nn.Module
 Size = int | tuple[int, int]
 Statistics = Sequence[float]

@@ -17,10 +17,10 @@ from timm.data import ImageNetInfo, infer_imagenet_subset
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
-from fastkd.config import ImageOptions
+from fastkd.config import IMAGE_OPTIONS, ImageOptions
 from fastkd.data.samples import Batch, Fault
 from fastkd.inference.images import Images, find_images, image_loader
-from fastkd.inference.loading import IMAGE_OPTIONS, open_model
+from fastkd.inference.loading import open_model
 from fastkd.utils.distributed import World, autocast, world
 from fastkd.utils.io import writable, write_text
 from fastkd.utils.progress import Progress

@@ -302,6 +302,7 @@ def registered_name(name: str, variant: str, width: int | None) -> tuple[str, di
     return fastkd_student.__name__, {"base": name, "variant": variant, "width": width}
 
 
+@preserved_rng()
 def rebuilt_by(network: nn.Module) -> dict[str, Any] | None:
     """Recipe fields by which `create_student` builds this very module; None if there are none.
 
@@ -322,8 +323,7 @@ def rebuilt_by(network: nn.Module) -> dict[str, Any] | None:
             with torch.device("meta"):
                 outline = create()
             if type(outline) is type(network) and _shapes(outline) == _shapes(network):
-                with preserved_rng():
-                    rebuilt = create()
+                rebuilt = create()
                 if _compute_the_same(network, rebuilt):
                     rates = [m.drop_prob for m in network.modules() if isinstance(m, DropPath)]
                     fields = {"model": name, "variant": variant, "width": width}

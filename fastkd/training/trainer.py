@@ -115,7 +115,8 @@ def train(
     given = loaded.model if student is None else student
     if isinstance(given, str | Path) and starts_from_weights("train", given):
         size = overrides.get("img_size", loaded.img_size)
-        student = open_model(given, img_size=size, caller="train").network
+        with preserved_rng():
+            student = open_model(given, img_size=size, caller="train").network
     resolved = resolve_recipe(loaded, student, teacher, data, overrides)
     guide = chosen_teacher(loaded, teacher)
     source = resolved.data if data is None else data

@@ -132,7 +132,9 @@ def test_a_run_can_start_from_it(source, expected, made, tmp_path):
     if source == "test_vit.r160_in1k":  # a student by its name alone starts from random weights
         options["num_classes"] = classes
     before = logits(expected.network, size)
+    drawn = torch.random.get_rng_state()
     fastkd.train(source, None, (data, data), tmp_path / "run", **options)
+    assert torch.equal(torch.random.get_rng_state(), drawn)
     run = tmp_path / "run"
     if fastkd.Recipe.load(run).model.startswith("module:"):  # the released one of this test is tiny
         rebuilt = open_model(copy.deepcopy(expected.network), checkpoint=run)
