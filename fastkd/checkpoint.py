@@ -13,7 +13,7 @@ from fastkd.models.weights import FASTKD_FORMAT as FORMAT
 from fastkd.models.weights import UnreadableError, read_file
 from fastkd.utils.io import earlier, replacing
 
-VERSION = 1
+VERSION = 2
 LAST = "last.pth"
 BEST = "best.pth"
 

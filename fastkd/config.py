@@ -484,7 +484,10 @@ class EvalConfig(Section):
     best: Literal["raw", "ema"] = Field(
         default="raw", description="whose top-1 picks the best epoch"
     )
-    log_interval: Count = Field(default=50, description="updates between lines of log.jsonl")
+    log_interval: Count = Field(
+        default=50,
+        description="updates between lines of log.jsonl (and of the output, without a terminal)",
+    )
     track: Literal["tensorboard", "wandb", "both"] | None = Field(
         default=None, description="where else metrics go, if installed"
     )

@@ -14,7 +14,13 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from fastkd.config import DataConfig, Recipe
 from fastkd.data.datasets import DataPair
-from fastkd.data.samplers import EvalSampler, SampleKey, TrainBatchSampler, slice_size
+from fastkd.data.samplers import (
+    EvalSampler,
+    SampleKey,
+    Schedule,
+    TrainBatchSampler,
+    slice_size,
+)
 from fastkd.data.samples import (
     Collate,
     Fault,
@@ -215,3 +221,9 @@ def _loader(
         **loader_options(workers, device),
         **batching,
     )
+
+
+def schedule_of(loader: DataLoader[Any]) -> Schedule:
+    """Return what holds an epoch's length and where the next iteration starts."""
+    schedule: Any = loader.dataset if isinstance(loader.dataset, Schedule) else loader.batch_sampler
+    return schedule

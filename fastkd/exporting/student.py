@@ -31,7 +31,7 @@ from fastkd.inference.loading import (
 from fastkd.inference.preprocessing import change_input_size
 from fastkd.models.factory import rebuilt_by, registered_name
 from fastkd.models.hub import fetched
-from fastkd.models.weights import VERSION_KEY, FileKind, file_kind
+from fastkd.models.weights import VERSION_KEY, FileKind, file_kind, run_weights
 
 BATCHES = (2, 5)  # of two sizes, neither of them 1: a size that was built in would show
 
@@ -182,7 +182,7 @@ def _weights_alone(
     taken, recipe = taken_weights(run, state, weights), recipe_of(run, state)
     names, count = state.get("classes"), state["num_classes"]
     return Student(
-        state=_plain(state["student" if taken == "raw" else "ema"]),
+        state=_plain(state[run_weights(state)[taken]]),
         model=None,
         architecture=str(recipe.model),
         model_args={},

@@ -40,6 +40,7 @@ from fastkd.models.weights import (
     better_weights,
     file_kind,
     read_file,
+    run_weights,
     short_misfit,
 )
 
@@ -155,7 +156,7 @@ def weights_to_choose(
     path = _local_path(fetched(caller, source if checkpoint is None else checkpoint))
     if not (_is_there(caller, path) and _is_run(path)):
         return ()
-    return ("raw",) if load_checkpoint(path)["ema"] is None else ("raw", "ema")
+    return tuple(run_weights(load_checkpoint(path)))
 
 
 def _local_path(source: str | Path) -> Path:
@@ -619,7 +620,7 @@ def load_student(
     elif img_size is not None:
         model = copy.deepcopy(model)
     try:
-        model.load_state_dict(state["student" if taken == "raw" else "ema"])
+        model.load_state_dict(state[run_weights(state)[taken]])
     except RuntimeError as error:
         raise ValueError(
             f"student: {checkpoint} does not fit the given model: {short_misfit(error)}"
@@ -643,8 +644,10 @@ def taken_weights(checkpoint: str | Path, state: Mapping[str, Any], weights: str
     """Which of a checkpoint's weights ``"raw"``, ``"ema"`` or ``"auto"`` means."""
     if weights not in ("auto", "raw", "ema"):
         raise ValueError(f"weights: expected auto, raw or ema, got {weights!r}")
-    if weights == "ema" and state["ema"] is None:
-        raise ValueError(f"weights: {checkpoint} has no EMA weights (ema_decay was none)")
+    held = run_weights(state)
+    if weights != "auto" and weights not in held:
+        kind = {"ema": "EMA"}.get(weights, weights)
+        raise ValueError(f"weights: {checkpoint} has no {kind} weights, only {', '.join(held)}")
     return better_weights(state) if weights == "auto" else weights
 
 

@@ -117,7 +117,7 @@ def held_weights(content: Any, path: str | Path, *, averaged: bool = True) -> di
     held = content
     if isinstance(content, Mapping):
         if content.get("format") == FASTKD_FORMAT:
-            keys = ["ema" if better_weights(content) == "ema" else "student"]
+            keys = [run_weights(content)[better_weights(content)]]
         else:
             keys = [*(_AVERAGED if averaged else ()), *_RAW]
         held = next((content[key] for key in keys if content.get(key) is not None), content)
@@ -132,10 +132,23 @@ def better_weights(checkpoint: Mapping[str, Any]) -> str:
     The average needs the higher top-1 when both were measured last: a young one is still mostly the
     initial weights.
     """
+    if "weights" in checkpoint:
+        return str(checkpoint["weights"])
     measured = checkpoint.get("measured") or {}
-    if checkpoint.get("ema") is None or "ema_top1" not in measured:
+    if "ema" not in run_weights(checkpoint) or "ema_top1" not in measured:
         return "raw"
     return "ema" if measured["ema_top1"] > measured["top1"] else "raw"
+
+
+def run_weights(checkpoint: Mapping[str, Any]) -> dict[str, str]:
+    """Keys of the weights in a checkpoint of a fastkd run, by kind: ``"raw"`` and ``"ema"``.
+
+    A best.pth holds one kind alone, and names it.
+    """
+    if "weights" in checkpoint:
+        return {checkpoint["weights"]: "state_dict"}
+    averaged = {} if checkpoint.get("state_dict_ema") is None else {"ema": "state_dict_ema"}
+    return {"raw": "state_dict"} | averaged
 
 
 def looks_like_a_path(name: str) -> bool:

@@ -6,7 +6,7 @@ import enum
 import logging
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from timm.optim import create_optimizer_v2
@@ -21,16 +21,29 @@ from fastkd.config import (
     Recipe,
     TeacherConfig,
     refuse,
+    refuse_image_options,
 )
+from fastkd.data.datasets import Data, DataPair
 from fastkd.data.gpu_augment import device_augment
 from fastkd.data.transforms import InputSpec, create_mixup
-from fastkd.inference.loading import as_teacher, create_teacher, names_a_file, open_model
+from fastkd.inference.loading import (
+    as_teacher,
+    build_student,
+    create_teacher,
+    names_a_file,
+    open_model,
+    starts_from_weights,
+)
+from fastkd.inference.preprocessing import class_count, class_names, input_spec, student_shape
 from fastkd.losses.registry import check_options, find_loss, has_temperature
 from fastkd.models import Teacher
 from fastkd.models.factory import rebuilt_by
 from fastkd.training.engine import Engine
+from fastkd.training.logging import check_trackers
+from fastkd.training.state import Identity
 from fastkd.training.task import DistillationTask, build_task
 from fastkd.utils.distributed import World
+from fastkd.utils.random import derive_seed, preserved_rng, seed_all
 
 logger = logging.getLogger("fastkd")
 
@@ -57,6 +70,79 @@ class FromRecipe(enum.Enum):
 
     def __repr__(self) -> str:
         return f"<{self.value}>"
+
+
+class Asked(NamedTuple):
+    """The arguments of `train`, resolved; nothing is opened but a student with weights."""
+
+    recipe: Recipe
+    student: str | nn.Module | None
+    teacher: Any
+    data: Data
+    output: Path | None
+
+
+def resolve_run(
+    student: Any, teacher: Any, data: Any, output: Any, recipe: Any, resume: str, overrides: Any
+) -> Asked:
+    """Resolve the arguments of `train`; refuse what cannot work before anything is opened."""
+    for name, path in (("output", output), ("resume", resume)):
+        if path is not None and not str(path).strip():
+            raise ValueError(f"train: {name} must not be empty, got {path!r}")
+    loaded = Recipe.load(recipe)
+    given = loaded.model if student is None else student
+    if isinstance(given, str | Path) and starts_from_weights("train", given):
+        size = overrides.get("img_size", loaded.img_size)
+        with preserved_rng():
+            student = open_model(given, img_size=size, caller="train").network
+    resolved = resolve_recipe(loaded, student, teacher, data, overrides)
+    source = resolved.data if data is None else data
+    if source is None:
+        raise ValueError("train: data is missing: a folder, a timm data set name or two data sets")
+    folder = None if output is None else Path(output)
+    check_trackers(resolved.track, folder)
+    if folder is None:
+        idle = ("checkpoint_interval", "keep_checkpoints")
+        warn_idle(overrides, idle, "without an output no checkpoint is written")
+    return Asked(resolved, student, chosen_teacher(loaded, teacher), source, folder)
+
+
+def check_data(data: DataPair, overrides: Mapping[str, Any]) -> None:
+    """Refuse overrides that have no effect on these data."""
+    if overrides.get("train_samples") is not None and not data.streams:
+        raise ValueError("train_samples: only streamed data need to be told their length")
+    if data.yields_tensors:
+        refuse_image_options(overrides)
+
+
+class BuiltStudent(NamedTuple):
+    """A student on its device, the same on every process."""
+
+    module: nn.Module
+    spec: InputSpec
+    num_classes: int | None  # None: unknown
+    img_size: int | tuple[int, int] | None  # that it was built for
+
+
+def open_student(
+    student: str | nn.Module | None, recipe: Recipe, data: DataPair, peers: World
+) -> BuiltStudent:
+    """Build the student, or take the given module, for these data."""
+    shape = student_shape(recipe, data)
+    seed_all(derive_seed("model", recipe.seed))
+    module = student if isinstance(student, nn.Module) else build_student(recipe, shape)
+    num_classes = class_count(module, shape)
+    module = module.to(peers.device)
+    peers.share(module)  # before anything is copied from it, the EMA for one
+    return BuiltStudent(module, input_spec(module, recipe, data), num_classes, shape.img_size)
+
+
+def identify(built: BuiltStudent, recipe: Recipe, data: DataPair, peers: World) -> Identity:
+    """Describe what a checkpoint of the run must agree with."""
+    samples = recipe.train_samples or len(data.train) if data.streams else len(data.train)
+    stream = (peers.size, recipe.workers) if data.streams else None
+    classes = class_names(data)
+    return Identity(recipe, built.spec, built.num_classes, built.img_size, classes, samples, stream)
 
 
 def chosen_teacher(recipe: TeacherConfig, teacher: Any) -> Any:

@@ -5,9 +5,7 @@ Only `Engine.read` waits for an accelerator.
 
 from __future__ import annotations
 
-import dataclasses
 import inspect
-import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -24,7 +22,7 @@ from fastkd.config import OptimConfig
 from fastkd.data.samples import Batch
 from fastkd.inference.evaluate import _check_whole
 from fastkd.models import TapOutput, Teacher
-from fastkd.training.logging import Meter, Reading, Throughput
+from fastkd.training.meter import Meter, Reading, Skipped
 from fastkd.training.task import DistillationTask
 from fastkd.utils.distributed import World, autocast
 from fastkd.utils.random import derive_seed, seed_all, seeded
@@ -36,22 +34,6 @@ FP16_SETTLING = 17
 
 class NonFiniteError(FloatingPointError):
     """Losses or gradients stayed infinite or NaN; nothing of them is in weights or files."""
-
-
-@dataclass(frozen=True)
-class SkippedUpdate:
-    """An update whose loss or gradient was not finite.
-
-    Attributes:
-        update: its number in the run, from 1.
-        samples: indices in the training set of what this process fed to it.
-        finite_loss: whether this process' own loss was finite (then another's was not, or the
-            gradient alone overflowed).
-    """
-
-    update: int
-    samples: list[int]
-    finite_loss: bool
 
 
 class _Done(NamedTuple):
@@ -122,7 +104,7 @@ class Engine:
         self.statistics = _running_statistics(task)
         self.position = Position()
         self.meter = Meter((*task.terms.names, "grad_norm"), world.device)
-        self.applying = False
+        self.changing = False
         self._unread: list[_Done] = []
         if config.channels_last:
             for module in (task.student, teacher):
@@ -154,11 +136,11 @@ class Engine:
             for number, batch in enumerate(slices):
                 last = number == len(slices) - 1
                 losses += self.backward(batch, share=1 / len(slices), synchronise=last)
-            self.applying = True
+            self.changing = True
             applied = self.apply(losses, statistics)
         samples = [batch.samples for batch in slices]
         self._unread.append(_Done(self.position.total, samples, applied, losses.isfinite().all()))
-        self.applying = False
+        self.changing = False
 
     @contextmanager
     def _reversible_statistics(self) -> Iterator[list[Tensor]]:
@@ -221,6 +203,7 @@ class Engine:
             buffer.copy_(torch.where(applied, buffer, old))
         self.position.update += 1
         self.position.total += 1
+        self.meter.lr = self.lr
         self.scheduler.step_update(self.position.total)
         if self.ema is not None:
             step = self.position.total if self.config.ema_warmup else None
@@ -247,6 +230,14 @@ class Engine:
             raise self.non_finite(f"{reading.longest_row} updates in a row were skipped")
         return reading
 
+    def load_meters(self, meters: list[dict[str, Any]]) -> None:
+        """Put back what every process had summed; its mean where there were more or fewer."""
+        own = meters[self.world.rank % len(meters)]
+        if len(meters) != self.world.size:
+            columns = zip(*(meter["sums"] for meter in meters), strict=True)
+            own = own | {"sums": [sum(column) / len(meters) for column in columns]}
+        self.meter.load_state_dict(own)
+
     def non_finite(self, what: str) -> NonFiniteError:
         """The error that ends a run whose losses or gradients stay infinite or NaN."""
         return NonFiniteError(
@@ -256,14 +247,14 @@ class Engine:
             f"lr, clip_grad=1.0, or amp='none'; max_nonfinite is {self.config.max_nonfinite}"
         )
 
-    def skipped_updates(self) -> list[SkippedUpdate]:
+    def skipped_updates(self) -> list[Skipped]:
         """Updates skipped since this was asked last; synchronises with the host alone."""
         unread, self._unread = self._unread, []
         if not unread:
             return []
         flags = torch.stack([torch.stack([done.applied, done.finite_loss]) for done in unread])
         return [
-            SkippedUpdate(done.update, torch.cat(done.samples).tolist(), finite)
+            Skipped(done.update, torch.cat(done.samples).tolist(), finite)
             for done, (applied, finite) in zip(unread, flags.tolist(), strict=True)
             if not applied
         ]
@@ -282,95 +273,6 @@ def _data_parallel(task: DistillationTask, world: World) -> DistributedDataParal
     name = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
     options: dict[str, Any] = {name: False}
     return DistributedDataParallel(task, device_ids=ids, **options)
-
-
-def train_one_epoch(
-    engine: Engine,
-    loader: Iterable[Batch],
-    accumulation: int,
-    *,
-    log_interval: int,
-    on_interval: Callable[[dict[str, Any]], None],
-    after_update: Callable[[list[Batch]], None],
-) -> dict[str, Any]:
-    """Run the rest of an epoch."""
-    engine.task.train()
-    lr = engine.lr
-    # A host-side check costs nothing where the host computes, and stops at the very update.
-    check_always = engine.world.device.type == "cpu" and engine.world.size == 1
-    clock = _Clock(engine)
-    for slices, waited in _updates(iter(loader), accumulation):
-        lr = engine.lr
-        engine.update(slices)
-        clock.count(slices, waited)
-        if check_always:
-            engine.read()
-        if engine.position.update % log_interval == 0:
-            on_interval({**_where(engine, lr), **clock.interval()})
-        after_update(slices)
-    record = {**_where(engine, lr), **clock.epoch()}
-    if record["skipped_updates"] == engine.meter.count > 0 and engine.config.amp != "fp16":
-        raise engine.non_finite("every update was skipped")
-    return record
-
-
-class _Clock:
-    """Measures an epoch and its intervals."""
-
-    def __init__(self, engine: Engine) -> None:
-        self.engine = engine
-        self.speed, self.speed_before = Throughput(), Throughput()
-        self.reading_before = engine.read()
-        self.started = time.perf_counter()
-
-    def count(self, slices: list[Batch], waited: float) -> None:
-        self.speed.images += self.engine.world.size * sum(len(b.images) for b in slices)
-        self.speed.waited += waited
-
-    def interval(self) -> dict[str, Any]:
-        reading, speed = self._read()
-        record = self._record(reading, self.reading_before, speed.since(self.speed_before))
-        self.reading_before, self.speed_before = reading, speed
-        return record
-
-    def epoch(self) -> dict[str, Any]:
-        reading, speed = self._read()
-        return self._record(reading, None, speed)
-
-    def _read(self) -> tuple[Reading, Throughput]:
-        reading = self.engine.read()  # first, as it waits for the device
-        self.speed.seconds = time.perf_counter() - self.started
-        return reading, dataclasses.replace(self.speed)
-
-    def _record(self, reading: Reading, since: Reading | None, speed: Throughput) -> dict[str, Any]:
-        skipped = reading.skipped - (0 if since is None else since.skipped)
-        return {
-            **reading.means(since),
-            **speed.record(),
-            **_memory(self.engine.world.device),
-            "skipped_updates": skipped,
-        }
-
-
-def _memory(device: torch.device) -> dict[str, float]:
-    """The most that tensors have held on a GPU, in GiB."""
-    if device.type != "cuda":
-        return {}
-    return {"gpu_memory": torch.cuda.max_memory_allocated(device) / 2**30}
-
-
-def _where(engine: Engine, lr: float) -> dict[str, Any]:
-    return {"epoch": engine.position.epoch, "update": engine.position.total, "lr": lr}
-
-
-def _updates(batches: Iterator[Batch], accumulation: int) -> Iterator[tuple[list[Batch], float]]:
-    """The slices of each update and the seconds waited for them."""
-    while True:
-        started = time.perf_counter()
-        slices = [batch for _, batch in zip(range(accumulation), batches, strict=False)]
-        if not slices:
-            return
-        yield slices, time.perf_counter() - started
 
 
 @torch.no_grad()

@@ -8,15 +8,16 @@ import importlib
 import io
 import json
 import os
-import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, Protocol, TextIO
 
-import torch
-from torch import Tensor
-
+from fastkd.config import Recipe
+from fastkd.data.samples import Fault
+from fastkd.training.meter import Skipped, now
+from fastkd.utils.distributed import ALONE, World
 from fastkd.utils.io import write_text
 from fastkd.utils.progress import Progress
 
@@ -26,42 +27,53 @@ NAMES = {"tensorboard": ("tensorboard",), "wandb": ("wandb",), "both": ("tensorb
 
 _MODULES = {"tensorboard": "torch.utils.tensorboard", "wandb": "wandb"}
 
+EMA_MOVED = 0.5  # the least that the EMA should have taken from the training at its end
+
 LOG = "log.jsonl"
 EPOCHS = "epochs.csv"
 
 
 class RunLogger:
-    """Writes the run's logs and shows its progress.
+    """Writes the run's logs and shows its progress; every process has one, the main one writes.
 
     Args:
         output: the run's folder; None writes no files.
-        total_updates: of the whole run, for the bar and its ETA.
+        recipe: the run's.
+        updates_per_epoch: length of an epoch.
+        peers: all processes of the run.
+        unreadable: names of the images that are known to be unreadable; new ones are added.
         quiet: show nothing.
-        enabled: False makes an object that does nothing, for ranks other than the main one.
         stream: where progress goes; standard error by default.
-        open_trackers: makes the trackers, given the finished updates, when the run starts.
     """
 
     def __init__(
         self,
         output: Path | None,
-        total_updates: int,
+        recipe: Recipe,
+        updates_per_epoch: int,
         *,
+        peers: World = ALONE,
+        unreadable: list[str] | None = None,
         quiet: bool = False,
-        enabled: bool = True,
         stream: TextIO | None = None,
-        open_trackers: Callable[[int], Sequence[Tracker]] | None = None,
     ) -> None:
-        self.output = output if enabled else None
-        self.stream = stream or sys.stderr
-        self.total_updates = total_updates
-        self.shows = enabled and not quiet
+        self.output = output if peers.is_main else None
+        self.recipe = recipe
+        self.updates_per_epoch = updates_per_epoch
+        self.peers = peers
+        self.unreadable = [] if unreadable is None else unreadable
+        self.shows = peers.is_main and not quiet
         self.progress = Progress(
-            unit="update", lines=False, leave=True, shows=self.shows, stream=self.stream
+            unit="update", lines=False, leave=True, shows=self.shows, stream=stream
         )
         self._log: TextIO | None = None
-        self._open_trackers = open_trackers if enabled else None
         self._trackers: Sequence[Tracker] = ()
+        self._faults: list[tuple[int, Fault]] = []
+
+    @property
+    def total_updates(self) -> int:
+        """Updates of the whole run."""
+        return self.recipe.epochs * self.updates_per_epoch
 
     def mend(self, updates: int, history: list[dict[str, Any]]) -> None:
         """Make the files say what a checkpoint says: no more, and no epoch less.
@@ -70,6 +82,8 @@ class RunLogger:
         """
         if self.output is None:
             return
+        if not updates:  # of another run that was here
+            (self.output / RESULT).unlink(missing_ok=True)
         _mend_log(self.output / LOG, updates, history)
         if history:
             _write_csv(self.output / EPOCHS, history)
@@ -77,31 +91,89 @@ class RunLogger:
             (self.output / EPOCHS).unlink(missing_ok=True)
 
     def start(self, updates: int) -> None:
-        """Open the log, the bar and the trackers."""
+        """Open the log, the bar and the trackers of a run with so many updates done."""
         if self.output is not None:
             self._log = open(self.output / LOG, "a", encoding="utf-8")  # noqa: SIM115
-        if self._open_trackers is not None:
-            self._trackers = self._open_trackers(updates)
+            config = self.recipe.to_dict()
+            self._trackers = open_trackers(self.recipe.track, self.output, config, updates)
         self.progress.start("", self.total_updates, updates)
 
-    def message(self, text: str) -> None:
-        """Show a line of text."""
-        self.progress.write(text)
+    def announce(self, values: dict[str, str], where: dict[str, int], torn: list[str]) -> None:
+        """Show what is trained and how, where a resumed run stands, and what may surprise."""
+        for reason in torn:
+            text = f"{reason}; the checkpoint before it is taken"
+            self.event("torn", where | {"reason": reason}, text)
+        for heading, value in values.items():
+            self.message(f"{heading}: {value}")
+        if where["update"]:
+            self.message(f"resumed after update {where['update']}, in epoch {where['epoch']}")
+        decay = self.recipe.ema_decay
+        moved = 1.0 if decay is None or self.recipe.ema_warmup else 1 - decay**self.total_updates
+        if moved < EMA_MOVED:
+            self.message(
+                f"EMA: after the run's {self.total_updates:,} updates with ema_decay={decay}, the "
+                f"initial weights still make up {100 * (1 - moved):.3g} % of the average; a "
+                f"smaller ema_decay or ema_warmup follows the training sooner"
+            )
 
-    def advance(self) -> None:
-        """Count one update on the bar."""
+    def message(self, text: str) -> None:
+        """Show a line of text, with the time where it goes to a file."""
+        self.progress.write(text if self.progress.has_bar else f"{now():%Y-%m-%d %H:%M:%S} {text}")
+
+    def advance(self, faults: Iterable[Fault], update: int) -> None:
+        """Count an update, and keep what could not be read for it until the next `report`."""
         self.progress.advance()
+        self._faults.extend((update, fault) for fault in faults)
+
+    @property
+    def has_faults(self) -> bool:
+        """Whether this process has unreadable images to report."""
+        return bool(self._faults)
+
+    def report(self, skipped: Sequence[Skipped]) -> None:
+        """Name unreadable images, each once, and list skipped updates since the last report.
+
+        All processes call it with the same updates. Too many unreadable images end the run.
+        """
+        faults, self._faults = self._faults, []
+        if self.peers.size == 1 and not (faults or skipped):
+            return
+        shares = self.peers.gather((faults, skipped))
+        events = []
+        for update, fault in (item for share, _ in shares for item in share):
+            if fault.name not in self.unreadable:
+                self.unreadable.append(fault.name)
+                reason = f"cannot read {fault.name} ({fault.reason}); another image takes its place"
+                events.append(("unreadable", update, fault._asdict(), f"data: {reason}"))
+        for same in zip(*(theirs for _, theirs in shares), strict=True):
+            what = {
+                "samples": [one.samples for one in same],
+                "finite_loss": [one.finite_loss for one in same],
+            }
+            text = f"update {same[0].update} was skipped: its gradient was not finite"
+            events.append(("skipped", same[0].update, what, f"{text} (samples: see {LOG})"))
+        for kind, update, what, text in sorted(events, key=lambda event: event[1]):
+            epoch = (update - 1) // self.updates_per_epoch + 1
+            self.event(kind, {"epoch": epoch, "update": update, **what}, text)
+        if len(self.unreadable) > self.recipe.max_unreadable:
+            raise OSError(
+                f"data: {len(self.unreadable)} training images cannot be read, more than "
+                f"max_unreadable ({self.recipe.max_unreadable}); the last is {self.unreadable[-1]}"
+            )
 
     def interval(self, record: dict[str, Any]) -> None:
-        """Log the means since the last line."""
+        """Log the means since the last interval."""
         self._write_line({"kind": "interval", **record})
         self._track("train", record)
-        self.progress.note(
-            f"epoch {record['epoch']}, loss {record['loss']:.4g}, "
-            f"{record['images_per_second']:.0f} images/s, data wait {record['data_wait']:.0f}%"
-        )
+        if self.progress.has_bar:
+            self.progress.note(
+                f"epoch {record['epoch']}, loss {record['loss']:.4g}, "
+                f"{record['images_per_second']:,.0f} images/s, data wait {record['data_wait']:.0f}%"
+            )
+        elif self.shows:
+            self.message(self._interval_line(record))
 
-    def epoch(self, record: dict[str, Any], history: list[dict[str, Any]], epochs: int) -> None:
+    def epoch(self, record: dict[str, Any], history: list[dict[str, Any]]) -> None:
         """Log an epoch, rewrite the table of epochs, and say how it went."""
         self._write_line({"kind": "epoch", **record})
         self._track("epoch", record)
@@ -109,7 +181,7 @@ class RunLogger:
             with self._surviving(EPOCHS):
                 _write_csv(self.output / EPOCHS, history)
         if not self.progress.has_bar or "eval_loss" in record:
-            self.message(_epoch_line(record, epochs))
+            self.message(_epoch_line(record, self.recipe.epochs))
 
     def event(self, kind: str, record: dict[str, Any], text: str) -> None:
         """Log and show something that should not happen, and that the run survived."""
@@ -125,6 +197,20 @@ class RunLogger:
             self._log.close()
             self._log = None
         self.progress.close()
+
+    def _interval_line(self, record: dict[str, Any]) -> str:
+        done = record["update"] - (record["epoch"] - 1) * self.updates_per_epoch
+        parts = [
+            f"epoch {record['epoch']}/{self.recipe.epochs}",
+            f"update {done}/{self.updates_per_epoch}",
+            f"loss {record['loss']:.4f}{_terms(record)}",
+            f"lr {record['lr']:.2e}",
+            *_speed(record),
+        ]
+        if self.progress.seconds_left is not None:
+            left = timedelta(seconds=round(self.progress.seconds_left))
+            parts.append(f"ETA {left}")
+        return ", ".join(parts)
 
     def _track(self, group: str, record: dict[str, Any]) -> None:
         numbers = {f"{group}/{n}": v for n, v in record.items() if isinstance(v, int | float)}
@@ -179,20 +265,36 @@ def _write_csv(path: Path, history: list[dict[str, Any]]) -> None:
 
 
 def _epoch_line(record: dict[str, Any], epochs: int) -> str:
-    parts = [f"epoch {record['epoch'] + 1}/{epochs}", f"loss {record['loss']:.4f}"]
+    parts = [f"epoch {record['epoch']}/{epochs}", f"loss {record['loss']:.4f}"]
     if "top1" in record:
         parts.append(f"top-1 {record['top1']:.2f} %")
     elif "eval_loss" in record:
         parts.append(f"evaluation loss {record['eval_loss']:.4f}")
     if "ema_top1" in record:
         parts.append(f"EMA top-1 {record['ema_top1']:.2f} %")
-    parts.append(f"{record['images_per_second']:.0f} images/s")
-    parts.append(f"data wait {record['data_wait']:.0f} %")
-    if "gpu_memory" in record:
-        parts.append(f"{record['gpu_memory']:.1f} GiB")
+    parts += _speed(record)
     if record.get("skipped_updates"):
         parts.append(f"{record['skipped_updates']} updates skipped")
     return ", ".join(parts)
+
+
+def _terms(record: dict[str, Any]) -> str:
+    """The terms of the loss in brackets: what stands between the loss and the gradient's norm."""
+    names = list(record)
+    terms = [
+        name for name in names[names.index("lr") + 1 : names.index("grad_norm")] if name != "loss"
+    ]
+    return f" ({', '.join(f'{name} {record[name]:.4f}' for name in terms)})" if terms else ""
+
+
+def _speed(record: dict[str, Any]) -> list[str]:
+    parts = [
+        f"{record['images_per_second']:,.0f} images/s",
+        f"data wait {record['data_wait']:.0f} %",
+    ]
+    if "gpu_memory" in record:
+        parts.append(f"{record['gpu_memory']:.1f} GiB")
+    return parts
 
 
 class Tracker(Protocol):
@@ -308,6 +410,25 @@ class Result:
     best: str | None = None
     history: list[dict[str, Any]] = field(default_factory=list, repr=False)
 
+    @classmethod
+    def of(
+        cls, history: list[dict[str, Any]], ranking: dict[str, Any], ranked_by: str, **known: Any
+    ) -> Result:
+        """Sum up a finished run by its history; ``known`` are fields that it does not hold."""
+        last, by_loss = history[-1], ranked_by == "eval_loss"
+        weights = "EMA" if ranked_by == "ema_top1" else "raw"
+        measure = f"{'lowest loss' if by_loss else 'highest top-1'} of the {weights} weights"
+        known |= {name: last.get(name) for name in ("top1", "top5", "ema_top1", "ema_top5")}
+        return cls(
+            eval_loss=last["eval_loss"],
+            best_top1=None if by_loss else ranking[ranked_by],
+            best_epoch=ranking["epoch"],
+            best_rule=f"{measure} on the evaluation set itself, earliest of equals",
+            images=last["eval_images"],
+            history=history,
+            **known,
+        )
+
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the result as JSON, atomically.
 
@@ -357,93 +478,3 @@ class Result:
 
 def _accuracies(top1: float, top5: float | None) -> str:
     return f"{top1:.2f} %" if top5 is None else f"{top1:.2f} % (top-5 {top5:.2f} %)"
-
-
-class Meter:
-    """Sums of every term over the updates of an epoch, and how many updates were skipped.
-
-    Args:
-        names: what is summed, in order.
-        device: where the sums are kept.
-    """
-
-    def __init__(self, names: tuple[str, ...], device: torch.device) -> None:
-        self.names = names
-        self.count = 0
-        self.sums = torch.zeros(len(names), dtype=torch.float64, device=device)
-        # Skipped updates of the epoch, skipped ones in a row until now, and the longest such row.
-        self.skips = torch.zeros(3, dtype=torch.float64, device=device)
-
-    def add(self, values: Tensor, applied: Tensor) -> None:
-        """Count an update; one that was skipped adds nothing to the sums. Does not synchronise."""
-        self.sums += torch.where(applied, values.to(self.sums.dtype), 0)
-        skipped = (~applied).to(self.skips.dtype)
-        total, row, longest = self.skips.unbind()
-        row = (row + 1) * skipped
-        self.skips = torch.stack([total + skipped, row, torch.maximum(longest, row)])
-        self.count += 1
-
-    def reset(self) -> None:
-        """Start an epoch: all at zero but the row of skipped updates, which may go on."""
-        self.sums.zero_()
-        row = self.skips[1]
-        self.skips = torch.stack([torch.zeros_like(row), row, row])
-        self.count = 0
-
-    def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint keeps, so that a resumed epoch reports means of the whole epoch."""
-        return {"sums": self.sums, "skips": self.skips, "count": self.count}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Put back what `state_dict` gave."""
-        self.sums.copy_(state["sums"])
-        self.skips.copy_(state["skips"])
-        self.count = state["count"]
-
-
-@dataclass(frozen=True)
-class Reading:
-    """A meter's sums on the host, over all processes.
-
-    Attributes:
-        sums: of every term by name, mean over processes.
-        applied: updates that were applied.
-        skipped: updates that were skipped.
-        longest_row: the most updates skipped in a row.
-    """
-
-    sums: dict[str, float]
-    applied: int = 0
-    skipped: int = 0
-    longest_row: int = 0
-
-    def means(self, since: Reading | None = None) -> dict[str, float]:
-        """Means over the updates applied, since an earlier reading or in all; 0 of none."""
-        before = Reading(dict.fromkeys(self.sums, 0.0)) if since is None else since
-        count = max(1, self.applied - before.applied)
-        return {name: (total - before.sums[name]) / count for name, total in self.sums.items()}
-
-
-@dataclass
-class Throughput:
-    """Images and seconds, and how many of those were spent waiting for data."""
-
-    images: int = 0
-    seconds: float = 0.0
-    waited: float = 0.0
-
-    def record(self) -> dict[str, float]:
-        """Images a second and the part of the time that data were waited for, in %."""
-        seconds = max(self.seconds, 1e-9)
-        return {
-            "images_per_second": self.images / seconds,
-            "data_wait": 100 * self.waited / seconds,
-        }
-
-    def since(self, earlier: Throughput) -> Throughput:
-        """The difference to an earlier reading."""
-        return Throughput(
-            self.images - earlier.images,
-            self.seconds - earlier.seconds,
-            self.waited - earlier.waited,
-        )

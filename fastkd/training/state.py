@@ -1,143 +1,242 @@
-"""What a checkpoint holds of a run, and how a run resumes from it."""
+"""The state of a run: what its checkpoints hold, how they are written, and how it resumes."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import math
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import nn
-
-from fastkd.checkpoint import LAST, CheckpointError
+from fastkd.checkpoint import (
+    BEST,
+    LAST,
+    CheckpointError,
+    load_checkpoint,
+    load_latest,
+    move_best,
+    remove_checkpoints,
+    save_checkpoint,
+)
 from fastkd.config import Recipe
 from fastkd.data.transforms import InputSpec
 from fastkd.inference.loading import recipe_of
 from fastkd.models.weights import better_weights, short_misfit
 from fastkd.training.engine import Engine
+from fastkd.utils.io import remove_leftovers
 from fastkd.utils.random import rng_state, set_rng_state
-
-
-@dataclass
-class Progress:
-    """How far a run has come.
-
-    Attributes:
-        history: one record per finished epoch.
-        best: the best epoch so far: ``epoch`` (from 1, 0: none yet), ``top1`` in % (-1: none), and
-            ``loss`` where the run is ranked by that.
-        unreadable: names of training images that could not be read.
-    """
-
-    history: list[dict[str, Any]] = field(default_factory=list)
-    best: dict[str, Any] = field(default_factory=lambda: {"top1": -1.0, "epoch": 0})
-    unreadable: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
 class Identity:
-    """What makes a checkpoint this run's, and its student rebuildable.
+    """What makes a checkpoint this run's, and its student rebuildable."""
 
-    Attributes:
-        recipe: resolved.
-        spec: the student's input.
-        num_classes: None where nobody says.
-        img_size: what the student was built for.
-        classes: names by label; None where the data do not name them.
-        train_images: samples of an epoch's one pass.
-        stream: (processes, loader processes of each) that share a stream, whose order depends on
-            them; None for data that are read by number.
-    """
-
-    recipe: Recipe
-    spec: InputSpec
-    num_classes: int | None
-    img_size: int | tuple[int, int] | None
-    classes: tuple[str, ...] | None
-    train_images: int
+    recipe: Recipe  # resolved
+    spec: InputSpec  # the student's input
+    num_classes: int | None  # None: unknown
+    img_size: int | tuple[int, int] | None  # what the student was built for
+    classes: tuple[str, ...] | None  # names by label; None where the data do not name them
+    train_images: int  # samples of an epoch's one pass
+    # (processes, loader processes of each) that share a stream, whose order depends on them; None
+    # for data that are read by number.
     stream: tuple[int, int] | None = None
 
 
-def student_state(
-    student: nn.Module, engine: Engine, identity: Identity, progress: Progress
-) -> dict[str, Any]:
-    """What rebuilds the student, and where its weights come from."""
-    ema, spec = engine.ema, identity.spec
-    state = {
-        "student": student.state_dict(),
-        "ema": None if ema is None else ema.module.state_dict(),
-        "recipe": identity.recipe.to_dict(),
-        "num_classes": identity.num_classes,
-        "img_size": identity.img_size,
-        "classes": None if identity.classes is None else list(identity.classes),
-        "input": {"size": spec.size, "mean": spec.mean, "std": spec.std},
-        "position": vars(engine.position).copy(),
-        "best": progress.best,
-        "measured": _last_measurement(progress.history),
-    }
-    # The same tensors again, by the name under which timm's checkpoint_path= looks for them.
-    return state | {"state_dict": state["ema" if better_weights(state) == "ema" else "student"]}
+class RunState:
+    """All of a run that changes, and its checkpoints.
 
+    Args:
+        engine: student, optimizer and position; a checkpoint is read into it.
+        identity: what a checkpoint must agree with.
+        output: the run's folder; None writes nothing.
+        ranked_by: the evaluated figure that picks the best epoch: ``"top1"``, ``"ema_top1"`` (the
+            highest) or ``"eval_loss"`` (the lowest).
 
-def _last_measurement(history: list[dict[str, Any]]) -> dict[str, float]:
-    """Top-1 of the raw and EMA weights when they were evaluated last; empty before."""
-    evaluated = [record for record in history if "top1" in record]
-    last = evaluated[-1] if evaluated else {}
-    return {name: last[name] for name in ("top1", "ema_top1") if name in last}
+    Attributes:
+        history: one record per finished epoch.
+        best: ``epoch`` (from 1; 0: none yet) and the figure that ranks, None before the first.
+        unreadable: names of training images that could not be read.
+        torn: what was wrong with checkpoints that an earlier one stood in for.
+        unsaved: by file name, why its last version could not be written.
+    """
 
+    def __init__(
+        self, engine: Engine, identity: Identity, output: Path | None, ranked_by: str
+    ) -> None:
+        self.engine = engine
+        self.student = engine.task.student
+        self.identity = identity
+        self.output = output
+        self.ranked_by = ranked_by
+        self.history: list[dict[str, Any]] = []
+        self.best: dict[str, Any] = {"epoch": 0, ranked_by: None}
+        self.unreadable: list[str] = []
+        self.torn: list[str] = []
+        self.unsaved: dict[str, OSError] = {}
+        self._saved: dict[str, int] | None = None  # position of last.pth
 
-def run_state(
-    student: nn.Module,
-    engine: Engine,
-    identity: Identity,
-    progress: Progress,
-    sums: list[float],
-) -> dict[str, Any]:
-    """Everything that the rest of the run depends on."""
-    device = engine.world.device
-    return student_state(student, engine, identity, progress) | {
-        "terms": engine.task.terms.state_dict(),
-        "optimizer": engine.optimizer.state_dict(),
-        "scheduler": engine.scheduler.state_dict(),
-        "scaler": engine.scaler.state_dict(),
-        # Updates seed themselves; this is for what a user's modules draw outside of them.
-        "rng": rng_state(device),
-        "train_images": identity.train_images,
-        "stream": identity.stream,
-        "meter": {**engine.meter.state_dict(), "sums": torch.tensor(sums, dtype=torch.float64)},
-        "history": progress.history,
-        "unreadable": progress.unreadable,
-    }
+    @property
+    def finished(self) -> bool:
+        """Whether the last epoch is done."""
+        return self.engine.position.epoch >= self.identity.recipe.epochs
 
+    @property
+    def is_saved(self) -> bool:
+        """Whether last.pth holds everything that is done."""
+        return self._saved == vars(self.engine.position)
 
-def restore(
-    path: Path,
-    state: dict[str, Any],
-    student: nn.Module,
-    engine: Engine,
-    identity: Identity,
-    progress: Progress,
-) -> None:
-    """Put a run where a checkpoint left it."""
-    _check_same_run(path, state, identity)
-    try:
-        student.load_state_dict(state["student"])
-        engine.task.terms.load_state_dict(state["terms"])
-        engine.optimizer.load_state_dict(state["optimizer"])
-        if engine.ema is not None:
-            engine.ema.module.load_state_dict(state["ema"])
-    except (RuntimeError, ValueError) as error:
-        raise CheckpointError(
-            f"resume: {path} does not fit this student: {short_misfit(error)}"
-        ) from error
-    engine.scheduler.load_state_dict(state["scheduler"])
-    engine.scaler.load_state_dict(state["scaler"])
-    engine.meter.load_state_dict(state["meter"])
-    for name, value in state["position"].items():
-        setattr(engine.position, name, value)
-    progress.history, progress.best = state["history"], state["best"]
-    progress.unreadable = state["unreadable"]
-    set_rng_state(state["rng"], engine.world.device)
+    def where(self) -> dict[str, int]:
+        """Epoch (from 1) and updates of the whole run, as logs have them."""
+        position = self.engine.position
+        return {"epoch": position.epoch + 1, "update": position.total}
+
+    def finish_epoch(self, record: dict[str, Any]) -> bool:
+        """Add an epoch to the history; returns whether it is the best so far."""
+        engine = self.engine
+        improved = self._rank(record) > self._rank(self.best)
+        engine.changing = True  # an interrupt in the middle must not be saved
+        if improved:
+            self.best = {"epoch": record["epoch"], self.ranked_by: record[self.ranked_by]}
+        self.history.append(record)
+        engine.position.epoch += 1
+        engine.position.update = 0
+        engine.meter.reset()
+        engine.changing = False
+        return improved
+
+    def _rank(self, record: dict[str, Any]) -> float:
+        value = record.get(self.ranked_by)
+        if value is None:
+            return -math.inf
+        return -value if self.ranked_by == "eval_loss" else value
+
+    def save(self, name: str = LAST) -> OSError | None:
+        """Write a checkpoint; called by all processes, refused once something is not finite.
+
+        Where it cannot be written the run may go on, for the next one may be: returns the error.
+        """
+        if self.output is None:
+            return None
+        engine = self.engine
+        engine.read()
+        meters = engine.world.gather(engine.meter.state_dict())
+        position = vars(engine.position).copy()
+        try:
+            if engine.world.is_main and name == BEST:
+                save_checkpoint(self._best_state(), self.output / name)
+            elif engine.world.is_main:
+                keep = self.identity.recipe.keep_checkpoints
+                save_checkpoint(self._state(meters), self.output / name, keep)
+        except OSError as error:
+            self.unsaved[name] = error
+            return error
+        self.unsaved.pop(name, None)
+        self._saved = position if name == LAST else self._saved
+        return None
+
+    def _student_state(self) -> dict[str, Any]:
+        """What rebuilds the student, without weights."""
+        identity, spec = self.identity, self.identity.spec
+        evaluated = [record for record in self.history if "top1" in record]
+        last = evaluated[-1] if evaluated else {}
+        return {
+            "recipe": identity.recipe.to_dict(),
+            "num_classes": identity.num_classes,
+            "img_size": identity.img_size,
+            "classes": None if identity.classes is None else list(identity.classes),
+            "input": {"size": spec.size, "mean": spec.mean, "std": spec.std},
+            "position": vars(self.engine.position).copy(),
+            "best": self.best,
+            "measured": {name: last[name] for name in ("top1", "ema_top1") if name in last},
+        }
+
+    def _weights(self) -> dict[str, Any]:
+        """Raw and averaged weights, by the names that timm knows."""
+        ema = self.engine.ema
+        averaged = None if ema is None else ema.module.state_dict()
+        return {"state_dict": self.student.state_dict(), "state_dict_ema": averaged}
+
+    def _best_state(self) -> dict[str, Any]:
+        """The better weights alone, for whoever takes ``state_dict``, and which they are."""
+        both = {**self._student_state(), **self._weights()}
+        weights = better_weights(both)
+        averaged = both.pop("state_dict_ema")
+        return both | {"weights": weights} | ({"state_dict": averaged} if weights == "ema" else {})
+
+    def _state(self, meters: list[dict[str, Any]]) -> dict[str, Any]:
+        """Everything that the rest of the run depends on."""
+        engine, identity = self.engine, self.identity
+        return {
+            **self._student_state(),
+            **self._weights(),
+            "terms": engine.task.terms.state_dict(),
+            "optimizer": engine.optimizer.state_dict(),
+            "scheduler": engine.scheduler.state_dict(),
+            "scaler": engine.scaler.state_dict(),
+            # Updates seed themselves; this is for what a user's modules draw outside of them.
+            "rng": rng_state(engine.world.device),
+            "train_images": identity.train_images,
+            "stream": identity.stream,
+            "meters": meters,  # of every process
+            "history": self.history,
+            "unreadable": self.unreadable,
+        }
+
+    def resume(self, resume: str) -> Path | None:
+        """Take up the run that ``resume`` names; returns its checkpoint, None to start afresh."""
+        found = self._find(resume)
+        if found is not None:
+            self._restore(*found)
+        position = self.engine.position
+        totals = self.engine.world.gather(position.total)
+        if len(set(totals)) > 1:
+            raise CheckpointError(
+                f"resume: the processes found different checkpoints (after updates {totals}): the "
+                f"output must be on a file system that all of them see"
+            )
+        path = None if found is None else found[1]
+        if self.engine.world.is_main and self.output is not None:
+            self.output.mkdir(parents=True, exist_ok=True)
+            remove_leftovers(self.output)
+            if path is None:
+                remove_checkpoints(self.output)
+            move_best(path, self.output, self.best)
+        if self.output is not None and path == self.output / LAST:
+            self._saved = vars(position).copy()
+        return path
+
+    def _find(self, resume: str) -> tuple[dict[str, Any], Path] | None:
+        if resume == "never" or (resume == "auto" and self.output is None):
+            return None
+        folder = self.output if resume == "auto" else Path(resume)
+        if folder is not None and (resume == "auto" or folder.is_dir()):
+            found = load_latest(folder, self.torn.append)
+            if found is not None or resume == "auto":
+                return found
+        path = Path(resume) / LAST if Path(resume).is_dir() else Path(resume)
+        return load_checkpoint(path), path
+
+    def _restore(self, state: dict[str, Any], path: Path) -> None:
+        """Put the run where a checkpoint left it."""
+        _check_same_run(path, state, self.identity)
+        engine = self.engine
+        try:
+            self.student.load_state_dict(state["state_dict"])
+            engine.task.terms.load_state_dict(state["terms"])
+            engine.optimizer.load_state_dict(state["optimizer"])
+            if engine.ema is not None:
+                engine.ema.module.load_state_dict(state["state_dict_ema"])
+        except (RuntimeError, ValueError) as error:
+            raise CheckpointError(
+                f"resume: {path} does not fit this student: {short_misfit(error)}"
+            ) from error
+        engine.scheduler.load_state_dict(state["scheduler"])
+        engine.scaler.load_state_dict(state["scaler"])
+        engine.load_meters(state["meters"])
+        for name, value in state["position"].items():
+            setattr(engine.position, name, value)
+        self.history, self.best = state["history"], state["best"]
+        self.unreadable[:] = state["unreadable"]
+        set_rng_state(state["rng"], engine.world.device)
 
 
 def _check_same_run(path: Path, state: dict[str, Any], identity: Identity) -> None:

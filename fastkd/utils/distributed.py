@@ -188,6 +188,11 @@ class StopRequest:
         """Whether a process has been asked to stop by now; waits for the other hosts."""
         return self._note(world.maximum(self.received or 0)())
 
+    def raise_if_asked(self, world: World) -> None:
+        """Stop all processes if one has been asked to; waits for the other hosts."""
+        if self.agree(world):
+            self.raise_as_exception()
+
     def _note(self, number: int) -> bool:
         if number:
             self.received = number

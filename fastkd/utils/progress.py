@@ -65,6 +65,14 @@ class Progress:
                 file=self.stream, delay=self.delay, leave=self.leave, dynamic_ncols=True,
             )  # fmt: skip
 
+    @property
+    def seconds_left(self) -> float | None:
+        """Estimate from the items done since the start; None before the first."""
+        fresh = self.done - self._initial
+        if not fresh:
+            return None
+        return (time.monotonic() - self._begun) / fresh * max(0, self.total - self.done)
+
     def advance(self, items: int = 1, lost: int = 0) -> None:
         """Count items, ``lost`` of which failed."""
         self.done += items
@@ -101,10 +109,8 @@ class Progress:
         line = f"{self.label}: {self.done:,} of {self.total:,} {self.unit}s"
         if self.lost_items:
             line += f", {self.lost_items:,} {self.lost}"
-        fresh, seconds = self.done - self._initial, time.monotonic() - self._begun
-        if fresh and self.total > self.done:
-            left = seconds / fresh * (self.total - self.done)
-            line += f", about {tqdm.format_interval(left)} left"
+        if self.seconds_left:
+            line += f", about {tqdm.format_interval(self.seconds_left)} left"
         return line
 
 

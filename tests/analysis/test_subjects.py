@@ -124,7 +124,7 @@ def test_a_run_can_be_looked_at_in_another_size(named_run):
 def test_a_module_takes_the_weights_of_its_run(run):
     module = vit(seed=9)
     subject = resolve(module, checkpoint=run / "last.pth", weights="raw")
-    expected = torch.load(run / "last.pth", weights_only=True)["student"]
+    expected = torch.load(run / "last.pth", weights_only=True)["state_dict"]
     assert subject.model is module
     assert all(torch.equal(module.state_dict()[name], expected[name]) for name in expected)
 

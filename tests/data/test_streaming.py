@@ -376,7 +376,7 @@ def test_a_streamed_run_that_was_stopped_ends_bit_identical(shards, tmp_path, mo
     with pytest.raises(CheckpointError, match=r"shared by .*1, 0.* now by .*1, 2.* other samples"):
         train(student(), None, name, tmp_path / "parts", **RUN | {"workers": 2})
     train(student(), None, name, tmp_path / "parts", **RUN)
-    whole, parts = (load_checkpoint(tmp_path / run)["student"] for run in ("whole", "parts"))
+    whole, parts = (load_checkpoint(tmp_path / run)["state_dict"] for run in ("whole", "parts"))
     assert all(torch.equal(value, parts[key]) for key, value in whole.items())
 
 

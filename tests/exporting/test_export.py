@@ -7,7 +7,6 @@ import sys
 from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import safetensors.torch
@@ -19,15 +18,11 @@ from torch import nn
 
 from fastkd.checkpoint import load_checkpoint, save_checkpoint
 from fastkd.cli import main
-from fastkd.data.transforms import InputSpec
 from fastkd.exporting import export
 from fastkd.exporting import timm as safetensors_file
 from fastkd.exporting.student import open_student
 from fastkd.models import create_student, load_released_checkpoint
-from fastkd.models.weights import better_weights
-from fastkd.training import Recipe, load_student, train
-from fastkd.training.engine import Position
-from fastkd.training.state import Identity, Progress, student_state
+from fastkd.training import load_student, train
 from tests.harness.tiny import FAST, image_folder, made_run, tensor_data, vit
 
 VARIANTS = [("plain", None), ("lift", 96), ("widelast", 128), ("uniform", 66)]
@@ -147,33 +142,6 @@ def test_timm_loads_a_file_of_the_papers_own_student_by_its_name(tmp_path):
     assert exported.difference == 0
 
 
-@pytest.mark.parametrize(("top1", "ema_top1", "held"), [(50, 60, "ema"), (60, 50, "student")])
-def test_timm_loads_the_better_weights_of_a_trainers_checkpoint_by_its_path(
-    tmp_path, top1, ema_top1, held
-):
-    raw, averaged = (create_student("test_vit", num_classes=3, img_size=32) for _ in range(2))
-    engine = SimpleNamespace(ema=SimpleNamespace(module=averaged), position=Position())
-    spec = InputSpec((3, 32, 32), None, None)
-    identity = Identity(Recipe(model="test_vit"), spec, 3, 32, None, 1)
-    progress = Progress(history=[{"top1": top1, "ema_top1": ema_top1}])
-    save_checkpoint(student_state(raw, engine, identity, progress), tmp_path / "last.pth")
-    model = timm.create_model(
-        "test_vit", checkpoint_path=tmp_path / "last.pth", num_classes=3, img_size=32
-    )
-    expected = {"student": raw, "ema": averaged}[held].state_dict()
-    assert not torch.equal(raw.head.weight, averaged.head.weight)
-    assert all(torch.equal(value, expected[key]) for key, value in model.state_dict().items())
-
-
-@pytest.mark.parametrize("name", ["last.pth", "best.pth"])
-def test_timm_loads_a_runs_checkpoints_by_their_paths(distilled, name):
-    path = distilled / name
-    state = load_checkpoint(path)
-    model = timm.create_model("test_vit", checkpoint_path=path, num_classes=3, img_size=32)
-    expected = state["ema" if better_weights(state) == "ema" else "student"]
-    assert all(torch.equal(value, expected[key]) for key, value in model.state_dict().items())
-
-
 def with_its_head_zeroed(state, metadata):
     zeroed = state | {"head.weight": torch.zeros_like(state["head.weight"])}
     return safetensors.torch.save(zeroed, metadata)
@@ -247,7 +215,10 @@ def test_safetensors_describe_themselves(tmp_path):
     assert (described["weights"], described["num_classes"]) == ("ema", "3")
 
 
-@pytest.mark.parametrize(("weights", "held"), [("auto", "ema"), ("raw", "student"), ("ema", "ema")])
+@pytest.mark.parametrize(
+    ("weights", "held"),
+    [("auto", "state_dict_ema"), ("raw", "state_dict"), ("ema", "state_dict_ema")],
+)
 def test_the_weights_that_were_asked_for_are_written(tmp_path, weights, held):
     run = made_run(tmp_path / "run", "lift", 96)
     written = load_file(export(run, "safetensors", weights=weights).path)
@@ -260,7 +231,7 @@ def test_channels_last_weights_are_written(tmp_path):
     run = made_run(tmp_path / "run", name="test_resnet")
     state = load_checkpoint(run)
     model = create_student("test_resnet", num_classes=3).to(memory_format=torch.channels_last)
-    save_checkpoint(state | {"student": model.state_dict()}, run / "last.pth")
+    save_checkpoint(state | {"state_dict": model.state_dict()}, run / "last.pth")
     written = from_timm(export(run, weights="raw").path)
     torch.testing.assert_close(logits(written), logits(model.eval()))
 

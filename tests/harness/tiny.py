@@ -112,8 +112,8 @@ def made_run(
     folder.mkdir()
     save_checkpoint(
         {
-            "student": states[0],
-            "ema": states[1] if ema else None,
+            "state_dict": states[0],
+            "state_dict_ema": states[1] if ema else None,
             "recipe": recipe.to_dict(),
             "num_classes": 3,
             "img_size": 32,

@@ -120,7 +120,7 @@ def test_one_folder_of_classes_will_do(run):
 def test_a_loaded_student_is_the_trained_one(run):
     _, output, _ = run
     loaded = load_student(output, "raw")
-    state = torch.load(output / "last.pth", weights_only=True)["student"]
+    state = torch.load(output / "last.pth", weights_only=True)["state_dict"]
     assert all(torch.equal(value, state[name]) for name, value in loaded.model.state_dict().items())
     assert loaded.spec.size == (3, 32, 32)
 

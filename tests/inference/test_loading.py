@@ -130,7 +130,7 @@ def test_a_name_builds_the_module_that_a_runs_recipe_does_not_say(tmp_path):
     state["recipe"]["model"] = "module:VisionTransformer"
     save_checkpoint(state, run / LAST)
     subject = opened("test_vit", run / LAST)
-    assert torch.equal(subject.network.head.weight, state["ema"]["head.weight"])
+    assert torch.equal(subject.network.head.weight, state["state_dict_ema"]["head.weight"])
     assert subject.preprocessing.recipe.mean == MEAN
 
 

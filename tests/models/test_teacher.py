@@ -271,8 +271,8 @@ def fastkd_checkpoint(vit, **measured):
     averaged = {name: tensor + 1 for name, tensor in vit.state_dict().items()}
     return {
         "format": "fastkd-checkpoint",
-        "student": vit.state_dict(),
-        "ema": averaged,
+        "state_dict": vit.state_dict(),
+        "state_dict_ema": averaged,
         "measured": measured,
         "optimizer": {},
     }

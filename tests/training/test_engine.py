@@ -12,11 +12,15 @@ from torch import nn
 
 from fastkd.config import Recipe
 from fastkd.data.samples import Batch
+from fastkd.data.transforms import InputSpec
 from fastkd.inference.evaluate import evaluate_model
 from fastkd.training.build import build_optimizer
-from fastkd.training.engine import Engine, NonFiniteError, train_one_epoch
+from fastkd.training.engine import Engine, NonFiniteError
+from fastkd.training.logging import RunLogger
+from fastkd.training.state import Identity, RunState
 from fastkd.training.task import build_task
-from fastkd.utils.distributed import World
+from fastkd.training.trainer import train_one_epoch
+from fastkd.utils.distributed import StopRequest, World
 from tests.harness.tiny import tensor_data, vit
 
 WORLD = World(torch.device("cpu"))
@@ -147,9 +151,23 @@ def test_a_skipped_update_leaves_the_means_alone():
     assert mixed.read().means() == clean.read().means()
 
 
-def run_epoch(engine, batches, **options):
-    options = {"on_interval": lambda record: None, "after_update": lambda slices: None, **options}
-    return train_one_epoch(engine, batches, 1, log_interval=2, **options)
+class Intervals(RunLogger):
+    """Keeps the records of intervals."""
+
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options, quiet=True)
+        self.records = []
+
+    def interval(self, record):
+        self.records.append(record)
+
+
+def run_epoch(engine, batches):
+    recipe = engine.config.override(log_interval=2)
+    spec = InputSpec((1, 8, 8), None, None)
+    run = RunState(engine, Identity(recipe, spec, 6, 8, None, 80), None, "top1")
+    logger = Intervals(None, recipe, len(batches))
+    return train_one_epoch(run, batches, logger, StopRequest()), logger.records
 
 
 def test_a_skipped_update_leaves_no_trace_in_the_emas_statistics():
@@ -225,7 +243,7 @@ def test_too_many_updates_in_a_row_that_are_not_finite_end_the_run():
 
 def test_skipped_updates_that_do_not_follow_each_other_end_nothing():
     engine = engine_for(vit(), max_nonfinite=1)
-    record = run_epoch(engine, [batch(), batch(BROKEN)] * 3)
+    record, _ = run_epoch(engine, [batch(), batch(BROKEN)] * 3)
     assert record["skipped_updates"] == 3
 
 
@@ -248,15 +266,8 @@ def test_channels_last_changes_the_layout_alone():
 
 
 def test_an_epochs_record_holds_means_and_throughput():
-    engine, records = engine_for(vit()), []
-    record = train_one_epoch(
-        engine,
-        [batch()] * 5,
-        1,
-        log_interval=2,
-        on_interval=records.append,
-        after_update=lambda slices: None,
-    )
+    engine = engine_for(vit())
+    record, records = run_epoch(engine, [batch()] * 5)
     assert [r["update"] for r in records] == [2, 4]
     sums = engine.read().sums
     assert record["loss"] == pytest.approx(sums["loss"] / 5)

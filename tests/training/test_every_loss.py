@@ -119,7 +119,7 @@ def test_a_run_that_was_stopped_draws_the_same_patches_and_masks(terms, tmp_path
     train(vit(seed=9), vit(24, seed=1), tensor_data(), tmp_path / "parts", **options)
     whole, parts = (load_checkpoint(tmp_path / name) for name in ("whole", "parts"))
     assert whole["position"] == parts["position"]
-    torch.testing.assert_close(parts["student"], whole["student"], rtol=0, atol=0)
+    torch.testing.assert_close(parts["state_dict"], whole["state_dict"], rtol=0, atol=0)
 
 
 def test_the_recipes_options_reach_its_losses():

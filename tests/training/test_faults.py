@@ -53,7 +53,7 @@ def test_replacements_do_not_depend_on_workers(broken_folder, tmp_path):
     for workers in (0, 2):
         options = IMAGES | {"workers": workers}
         train("test_vit", None, broken_folder, tmp_path / str(workers), **options)
-    left, right = (load_checkpoint(tmp_path / name)["student"] for name in ("0", "2"))
+    left, right = (load_checkpoint(tmp_path / name)["state_dict"] for name in ("0", "2"))
     assert all(torch.equal(left[name], right[name]) for name in left)
 
 
@@ -98,7 +98,7 @@ def test_a_poisoned_batch_is_skipped_and_its_samples_are_listed(data, fast, tmp_
     skipped = events(tmp_path, "skipped")
     assert [3 in event["samples"][0] for event in skipped] == [True] * len(skipped)
     assert sum(record["skipped_updates"] for record in result.history) == len(skipped) > 0
-    assert all(value.isfinite().all() for value in load_checkpoint(tmp_path)["student"].values())
+    assert all(value.isfinite().all() for value in load_checkpoint(tmp_path)["state_dict"].values())
 
 
 def test_nothing_but_poison_ends_the_run_and_keeps_the_good_checkpoint(data, fast, tmp_path):
@@ -111,7 +111,7 @@ def test_nothing_but_poison_ends_the_run_and_keeps_the_good_checkpoint(data, fas
         train(vit(), None, poisoned, tmp_path, **fast, max_nonfinite=2)
     state = load_checkpoint(tmp_path)
     assert state["position"]["epoch"] == 1
-    assert all(value.isfinite().all() for value in state["student"].values())
+    assert all(value.isfinite().all() for value in state["state_dict"].values())
     assert len(events(tmp_path, "skipped")) == 3
 
 
@@ -234,7 +234,7 @@ def test_a_run_killed_at_once_resumes_and_ends_bit_identical(data, tmp_path):
         options = FAST | KILLED | {"projector": "linear"}
         train(student, vit(24, seed=1), data, tmp_path / name, **options)
     parts, whole = (load_checkpoint(tmp_path / name) for name in ("parts", "whole"))
-    for kind in ("student", "ema", "terms"):
+    for kind in ("state_dict", "state_dict_ema", "terms"):
         assert all(torch.equal(parts[kind][n], whole[kind][n]) for n in whole[kind]), kind
 
 

@@ -29,7 +29,7 @@ def larger_tensors():
     return (TensorDataset(torch.randn(16, 3, 32, 32), torch.arange(16) % 6),) * 2
 
 
-def weights(path, name="student"):
+def weights(path, name="state_dict"):
     return load_checkpoint(path)[name]
 
 
@@ -138,8 +138,8 @@ def test_interrupted_and_resumed_ends_bit_identical(data, fast, tmp_path, stop_a
     resumed = train(vit(seed=9, **student), vit(seed=1), data, tmp_path / "parts", **options)
 
     whole, parts = (load_checkpoint(tmp_path / name) for name in ("whole", "parts"))
-    assert same(whole["student"], parts["student"])
-    assert same(whole["ema"], parts["ema"])
+    assert same(whole["state_dict"], parts["state_dict"])
+    assert same(whole["state_dict_ema"], parts["state_dict_ema"])
     measured = ("loss", "ce", "soft_kd", "feature", "top1", "ema_loss")
     for ours, theirs in zip(whole["history"], resumed.history, strict=True):
         assert {n: ours[n] for n in measured} == {n: theirs[n] for n in measured}
@@ -248,7 +248,7 @@ def test_a_lift_student_named_by_its_recipe_trains_on_a_folder(fast, tmp_path):
     options |= {"lr_scaling": False}
     result = train("test_vit", teacher, folder, tmp_path / "run", recipe, **options)
     assert {"ce", "soft_kd", "feature"} <= set(result.history[0])
-    assert load_checkpoint(tmp_path / "run")["student"]["head.weight"].shape == (3, 48)
+    assert load_checkpoint(tmp_path / "run")["state_dict"]["head.weight"].shape == (3, 48)
 
 
 @pytest.mark.parametrize("during", ["first", "last"])
@@ -356,7 +356,7 @@ def test_a_young_average_does_not_teach(data, fast, tmp_path):
     state = load_checkpoint(tmp_path / "teacher")
     assert state["measured"]["top1"] > state["measured"]["ema_top1"]
     teacher = resolve_teacher(tmp_path / "teacher", Recipe(), SPEC)
-    assert torch.equal(teacher.model.head.weight, state["student"]["head.weight"])
+    assert torch.equal(teacher.model.head.weight, state["state_dict"]["head.weight"])
 
 
 def test_a_runs_student_teaches_at_the_size_and_statistics_of_its_run(data, fast, tmp_path):
@@ -399,7 +399,7 @@ def test_a_finished_run_can_be_kept_in_another_folder(data, fast, tmp_path):
     names = {"recipe.yaml", "log.jsonl", "epochs.csv", "last.pth", "best.pth", "result.json"}
     assert set(os.listdir(tmp_path / "second")) == names
     lines = (tmp_path / "second" / "log.jsonl").read_text().splitlines()
-    assert [json.loads(line)["epoch"] for line in lines] == [0, 1]
+    assert [json.loads(line)["epoch"] for line in lines] == [1, 2]
 
 
 def test_a_best_checkpoint_that_is_not_there_is_not_named(data, fast, tmp_path):

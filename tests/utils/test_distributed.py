@@ -62,10 +62,10 @@ def test_two_processes_run_the_same_training_as_one(tmp_path):
     for ours, theirs in zip(one["history"], two["history"], strict=True):
         for name in MEASURED:
             assert theirs[name] == pytest.approx(ours[name], rel=1e-4), name
-    for name, value in one["student"].items():
-        torch.testing.assert_close(two["student"][name], value, atol=1e-4, rtol=1e-3)
-    for name, value in one["ema"].items():
-        torch.testing.assert_close(two["ema"][name], value, atol=1e-4, rtol=1e-3)
+    for name, value in one["state_dict"].items():
+        torch.testing.assert_close(two["state_dict"][name], value, atol=1e-4, rtol=1e-3)
+    for name, value in one["state_dict_ema"].items():
+        torch.testing.assert_close(two["state_dict_ema"][name], value, atol=1e-4, rtol=1e-3)
     normed = [torch.load(tmp_path / "two" / f"normed{rank}.pth") for rank in range(2)]
     assert torch.equal(normed[0]["1.running_mean"], normed[1]["1.running_mean"])
     assert torch.equal(normed[0]["1.running_var"], normed[1]["1.running_var"])

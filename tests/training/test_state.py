@@ -1,0 +1,257 @@
+"""What a run leaves in its folder: the same whether or not it was stopped, and what timm reads."""
+
+import ast
+import csv
+import inspect
+import json
+import os
+import signal
+
+import pytest
+import timm
+import torch
+from timm.models import load_checkpoint as timm_load_checkpoint
+from torch.utils.data import TensorDataset
+
+from fastkd import evaluate
+from fastkd.training import load_checkpoint, train, trainer
+from tests.harness.tiny import FAST, Interrupting, image_folder, tensor_data, vit
+from tests.harness.torchrun import run_ranks
+
+# What depends on the clock, or on where the folder is.
+TIMES = {"images_per_second", "data_wait", "seconds", "time"}
+PLACES = {"output", "last", "best"}
+OPTIONS = {"alpha": 0.5, "mixup": 0.8, "mixup_prob": 0.7, "epochs": 3, "log_interval": 2}
+
+
+def without_times(value):
+    if isinstance(value, dict):
+        return {k: without_times(v) for k, v in value.items() if k not in TIMES}
+    return [without_times(v) for v in value] if isinstance(value, list | tuple) else value
+
+
+def contents(folder):
+    """Every file of a run, but for times."""
+    with open(folder / "epochs.csv") as file:
+        rows = [without_times(row) for row in csv.DictReader(file)]
+    result = json.loads((folder / "result.json").read_text())
+    return {
+        "log.jsonl": [
+            without_times(json.loads(line))
+            for line in (folder / "log.jsonl").read_text().splitlines()
+        ],
+        "epochs.csv": rows,
+        "result.json": {k: without_times(v) for k, v in result.items() if k not in PLACES},
+        "recipe.yaml": (folder / "recipe.yaml").read_text(),
+        "last.pth": without_times(load_checkpoint(folder / "last.pth")),
+        "best.pth": without_times(load_checkpoint(folder / "best.pth")),
+    }
+
+
+def assert_same_files(ours, theirs):
+    ours, theirs = contents(ours), contents(theirs)
+    for name, content in theirs.items():
+        difference = _difference(ours[name], content, name)
+        assert difference is None, difference
+
+
+def _difference(a, b, path):
+    """Where two nested values differ first; None if they are equal to the bit."""
+    if isinstance(b, torch.Tensor):
+        return None if torch.equal(a, b) else path
+    if isinstance(b, dict):
+        if list(a) != list(b):
+            return f"{path}: {list(a)} != {list(b)}"
+        return next(filter(None, (_difference(a[k], b[k], f"{path}.{k}") for k in b)), None)
+    if isinstance(b, list):
+        if len(a) != len(b):
+            return f"{path}: {len(a)} != {len(b)} items"
+        pairs = zip(a, b, strict=True)
+        return next(
+            filter(None, (_difference(*pair, f"{path}[{n}]") for n, pair in enumerate(pairs))), None
+        )
+    return None if a == b else f"{path}: {a!r} != {b!r}"
+
+
+def kill(number):
+    return lambda: os.kill(os.getpid(), number)
+
+
+def stopped_and_resumed(data, output, stopping, error, **options):
+    for source in (stopping, data):
+        try:
+            train(vit(proj_drop_rate=0.2), vit(seed=1), source, output, **options)
+        except error:
+            continue
+
+
+@pytest.mark.parametrize(
+    "at",
+    [
+        3,  # in the first update
+        16 * 2 + 5,  # between two intervals' ends
+        16 * 3 + 1,  # in the middle of an interval
+        16 * 6 + 9,  # in the second epoch
+    ],
+)
+def test_a_run_stopped_in_training_leaves_the_same_files(data, fast, tmp_path, at):
+    options = fast | OPTIONS
+    train(vit(proj_drop_rate=0.2), vit(seed=1), data, tmp_path / "whole", **options)
+    stopping = (Interrupting(data[0], at, kill(signal.SIGTERM)), data[1])
+    stopped_and_resumed(data, tmp_path / "parts", stopping, SystemExit, **options)
+    assert_same_files(tmp_path / "parts", tmp_path / "whole")
+
+
+@pytest.mark.parametrize(
+    "at",
+    [
+        2,  # the opening of the data fetches one
+        32,  # the averaged weights: 30 images, twice
+        62,  # the second epoch
+    ],
+)
+def test_a_run_stopped_in_an_evaluation_leaves_the_same_files(data, fast, tmp_path, at):
+    options = fast | OPTIONS
+    train(vit(proj_drop_rate=0.2), vit(seed=1), data, tmp_path / "whole", **options)
+    stopping = (data[0], Interrupting(data[1], at, kill(signal.SIGUSR1)))
+    stopped_and_resumed(data, tmp_path / "parts", stopping, SystemExit, **options)
+    assert_same_files(tmp_path / "parts", tmp_path / "whole")
+
+
+def test_a_run_that_crashed_leaves_the_same_files(data, fast, tmp_path):
+    options = fast | OPTIONS | {"checkpoint_interval": 3}
+
+    def crash():
+        raise LookupError("disk gone")
+
+    train(vit(proj_drop_rate=0.2), vit(seed=1), data, tmp_path / "whole", **options)
+    stopping = (Interrupting(data[0], 16 * 7 + 5, crash), data[1])
+    stopped_and_resumed(data, tmp_path / "parts", stopping, LookupError, **options)
+    assert_same_files(tmp_path / "parts", tmp_path / "whole")
+
+
+def test_unreadable_images_and_skipped_updates_are_the_same_lines_after_a_stop(
+    fast, tmp_path, monkeypatch
+):
+    folder = image_folder(tmp_path / "images", train=4, val=2)
+    (folder / "train" / "green" / "1.jpg").write_bytes(b"no image")
+    options = fast | {"augment": "cpu", "img_size": 32, "batch_size": 6, "epochs": 2}
+    options |= {"log_interval": 5, "eval_batch_size": 2}
+    train("test_vit", None, folder, tmp_path / "whole", **options)
+    advance, updates = trainer.RunLogger.advance, []
+
+    def stopping(logger, faults, update):
+        advance(logger, faults, update)
+        updates.append(update)
+        if len(updates) in (1, 3):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(trainer.RunLogger, "advance", stopping)
+    for _ in range(2):
+        with pytest.raises(SystemExit):
+            train("test_vit", None, folder, tmp_path / "parts", **options)
+    train("test_vit", None, folder, tmp_path / "parts", **options)
+    assert_same_files(tmp_path / "parts", tmp_path / "whole")
+
+
+def stop_one_of_two(rank, output):
+    """Whole and stopped runs of two processes, one of which is asked to stop."""
+    data, options = tensor_data(70, 31), FAST | OPTIONS | {"accumulation": 2, "log_interval": 3}
+    images = data[0].tensors[0].clone()
+    images[5] = float("nan")  # an update of each epoch is skipped
+    data = (TensorDataset(images, data[0].tensors[1]), data[1])
+    train(vit(proj_drop_rate=0.2), vit(seed=1), data, f"{output}/whole", **options)
+    asked = kill(signal.SIGTERM) if rank == 1 else lambda: None
+    stopping = (Interrupting(data[0], 8 * 5 + 3, asked), data[1])
+    stopped_and_resumed(data, f"{output}/parts", stopping, SystemExit, **options)
+
+
+@pytest.mark.slow
+def test_two_processes_that_were_stopped_leave_the_same_files(tmp_path):
+    run_ranks(stop_one_of_two, str(tmp_path))
+    assert_same_files(tmp_path / "parts", tmp_path / "whole")
+    lines = contents(tmp_path / "whole")["log.jsonl"]
+    skipped = [line for line in lines if line["kind"] == "skipped"]
+    assert len(skipped) == 3
+    assert all(len(line["samples"]) == 2 for line in skipped)
+
+
+def test_epochs_count_from_one_in_every_file_and_message(data, fast, tmp_path, capsys):
+    result = train(vit(), None, data, tmp_path, **fast | {"log_interval": 4, "quiet": False})
+    files = contents(tmp_path)
+    assert [line["epoch"] for line in files["log.jsonl"]] == [1, 1, 2, 2]
+    assert [row["epoch"] for row in files["epochs.csv"]] == ["1", "2"]
+    assert [record["epoch"] for record in result.history] == [1, 2]
+    assert result.best_epoch in (1, 2)
+    assert load_checkpoint(tmp_path / "best.pth")["best"]["epoch"] == result.best_epoch
+    told = capsys.readouterr().err
+    assert "epoch 1/2" in told
+    assert "epoch 2/2" in told
+    assert "epoch 0" not in told
+    assert "epoch 3" not in told
+
+
+def test_seconds_and_the_time_are_in_the_log_and_the_table(data, fast, tmp_path):
+    train(vit(), None, data, tmp_path, **fast)
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    with open(tmp_path / "epochs.csv") as file:
+        rows = list(csv.DictReader(file))
+    for record in lines + rows:
+        assert float(record["seconds"]) > 0
+        assert record["time"][10] == "T"
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run whose averaged weights are better at one epoch and worse at another."""
+    root = tmp_path_factory.mktemp("state")
+    folder = image_folder(root / "images", train=6, val=3)
+    options = {"epochs": 2, "warmup_epochs": 0, "batch_size": 6, "img_size": 32, "amp": "none"}
+    options |= {"lr": 1e-3, "lr_scaling": False, "workers": 0, "quiet": True, "device": "cpu"}
+    train("test_vit", None, folder, root / "run", **options, ema_decay=0.5)
+    return folder, root / "run"
+
+
+def test_last_holds_raw_and_averaged_weights_and_best_the_better_alone(run):
+    last, best = (load_checkpoint(run[1] / name) for name in ("last.pth", "best.pth"))
+    assert {"state_dict", "state_dict_ema"} <= set(last)
+    assert "weights" not in last
+    assert best["weights"] in ("raw", "ema")
+    measured = best["measured"]
+    better = "ema" if measured["ema_top1"] > measured["top1"] else "raw"
+    assert best["weights"] == better
+    assert not {"state_dict_ema", "optimizer"} & set(best)
+
+
+@pytest.mark.parametrize("name", ["last.pth", "best.pth"])
+@pytest.mark.parametrize("use_ema", [False, True])
+def test_timm_measures_what_evaluate_reports(run, name, use_ema):
+    folder, output = run
+    model = timm.create_model("test_vit", num_classes=3, img_size=32)
+    timm_load_checkpoint(model, output / name, use_ema=use_ema)  # as timm's validate.py does
+    held = load_checkpoint(output / name)
+    weights = held.get("weights", "ema" if use_ema else "raw")
+    options = {"device": "cpu", "workers": 0}
+    ours = evaluate(output / name, folder, weights=weights, **options)
+    same = {"img_size": 32, "mean": held["input"]["mean"], "std": held["input"]["std"]}
+    theirs = evaluate(model, folder, **options, **same, crop_pct=0.875, interpolation="bicubic")
+    assert (ours["top1"], ours["loss"]) == (theirs["top1"], theirs["loss"])
+    assert ours["weights"] == weights
+
+
+def test_weights_that_a_checkpoint_does_not_hold_are_named(run):
+    best = load_checkpoint(run[1] / "best.pth")["weights"]
+    other = {"raw": "ema", "ema": "raw"}[best]
+    with pytest.raises(ValueError, match=rf"best\.pth has no (EMA|raw) weights, only {best}"):
+        evaluate(run[1] / "best.pth", run[0], weights=other, device="cpu")
+
+
+def test_the_epoch_loop_stands_in_train():
+    tree = ast.parse(inspect.getsource(trainer.train))
+    loops = [node for node in ast.walk(tree) if isinstance(node, ast.For | ast.While)]
+    names = [{call.func.id for call in ast.walk(loop) if _calls_by_name(call)} for loop in loops]
+    assert any({"train_one_epoch", "evaluate", "save"} <= called for called in names)
+
+
+def _calls_by_name(node):
+    return isinstance(node, ast.Call) and isinstance(node.func, ast.Name)
