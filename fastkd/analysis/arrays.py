@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
@@ -11,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from timm.data.readers.img_extensions import get_img_extensions
 from torch import Tensor
 
 from fastkd.analysis.images import balanced_subset
@@ -23,6 +21,7 @@ from fastkd.analysis.tokens import (
     checked_places,
     parse_layers,
 )
+from fastkd.data.readers import find_files, is_image
 
 SUFFIXES = (".npy", ".npz")
 Shape = tuple[int, int]
@@ -36,16 +35,16 @@ def is_array_folder(data: Any) -> bool:
     """Whether data are a folder of saved tokens; a ValueError if it holds images as well."""
     if not isinstance(data, str | Path) or not Path(data).is_dir():
         return False
-    images = get_img_extensions(as_set=True)
-    found: set[str] = set()
-    for _, _, files in os.walk(data, followlinks=True):
-        found |= {Path(file).suffix.lower() for file in files}
-        if found & set(SUFFIXES) and found & images:
+    tokens = images = False
+    for path in find_files(data):
+        tokens |= path.lower().endswith(SUFFIXES)
+        images |= is_image(path)
+        if tokens and images:
             raise ValueError(
                 f"data: {data} holds both images and saved tokens (.npy, .npz); give a folder of "
                 f"one kind"
             )
-    return bool(found & set(SUFFIXES))
+    return tokens
 
 
 def read_tokens(path: str | Path) -> list[np.ndarray]:
@@ -200,8 +199,7 @@ class ArraySource:
 
 
 def _files(folder: Path) -> list[Path]:
-    found = (Path(root, f) for root, _, files in os.walk(folder, followlinks=True) for f in files)
-    return sorted(file for file in found if file.suffix.lower() in SUFFIXES)
+    return sorted(Path(file) for file in find_files(folder) if file.lower().endswith(SUFFIXES))
 
 
 def _first_shapes(files: list[Path]) -> list[Shape]:

@@ -12,11 +12,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from timm.data import create_dataset
 from timm.data.readers.img_extensions import get_img_extensions
 
 from fastkd.data.classes import UNLABELLED, map_classes, number_classes
-from fastkd.data.readers import ReadableImages
+from fastkd.data.readers import FileReader, ReadableImages, is_hidden, list_images
 from fastkd.data.tars import TarImages, holds_samples
 
 VALIDATION_FOLDERS = ("val", "validation", "valid")
@@ -105,28 +104,14 @@ def _archive(path: Path) -> _Part:
 
 def _tars(folder: Path) -> tuple[Path, ...]:
     """List a folder's archives; raise if it has images, too, for either may be meant."""
-    tars = tuple(sorted(path for path in folder.glob("*.tar") if not _is_hidden(path.name)))
-    image = _first_image(folder) if tars else None
-    if image is not None:
+    tars = tuple(sorted(path for path in folder.glob("*.tar") if not is_hidden(path.name)))
+    images = list_images(folder) if tars else []
+    if images:
         raise ValueError(
-            f"data: {folder} has images, such as {image.relative_to(folder)}, and the archive "
-            f"{tars[0].name}: take one of them away"
+            f"data: {folder} has images, such as {Path(images[0]).relative_to(folder)}, and the "
+            f"archive {tars[0].name}: take one of them away"
         )
     return tars
-
-
-def _first_image(folder: Path) -> Path | None:
-    extensions = get_img_extensions(as_set=True)
-    for parent, folders, files in os.walk(folder, followlinks=True):
-        folders[:] = [name for name in folders if not _is_hidden(name)]
-        for name in files:
-            if os.path.splitext(name)[1].lower() in extensions and not _is_hidden(name):
-                return Path(parent, name)
-    return None
-
-
-def _is_hidden(name: str) -> bool:
-    return name.startswith(".")
 
 
 def _listed_splits(folder: Path) -> dict[str, _Part] | None:
@@ -214,23 +199,20 @@ def _open_images(folder: Path, labels: bool, like: ReadableImages | None = None)
     return ReadableImages(reader)
 
 
-def _image_folder(folder: Path) -> Any:
-    """Open timm's reader of a folder, without hidden files and folders."""
-    try:
-        reader = create_dataset("", root=str(folder), search_split=False).reader
-    except RuntimeError as error:
-        raise ValueError(f"data: {error}") from error  # names folder and extensions
-    hidden, start = f"{os.sep}.", len(str(folder))
-    seen = [(path, number) for path, number in reader.samples if hidden not in path[start:]]
-    if not seen:
-        raise ValueError(f"data: {folder} has hidden images only")
-    if len(seen) < len(reader.samples):
-        used = {number for _, number in seen}
-        classes = {name: number for name, number in reader.class_to_idx.items() if number in used}
-        reader.class_to_idx = number_classes(classes)
-        numbers = map_classes(classes, reader.class_to_idx, folder)
-        reader.samples = [(path, numbers[old]) for path, old in seen]
-    return reader
+def _image_folder(folder: Path) -> FileReader:
+    """List a folder's images; the name of the folder that an image is in is its class."""
+    paths = list_images(folder)
+    if not paths:
+        raise ValueError(
+            f"data: {folder} has no images ({', '.join(get_img_extensions())}; hidden ones do not "
+            f"count)"
+        )
+    root = str(folder)
+    parents = [os.path.dirname(path) for path in paths]
+    names = ["" if parent == root else os.path.basename(parent) for parent in parents]
+    numbers = number_classes(set(names))
+    samples = [(path, numbers[name]) for path, name in zip(paths, names, strict=True)]
+    return FileReader(root, samples, numbers)
 
 
 def _open_tars(part: _Part, labels: bool, like: ReadableImages | None) -> ReadableImages:

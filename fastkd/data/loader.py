@@ -35,6 +35,7 @@ from fastkd.data.samples import (
 )
 from fastkd.data.transforms import InputSpec
 from fastkd.utils.distributed import ALONE, World
+from fastkd.utils.io import writable
 from fastkd.utils.random import derive_seed, preserved_rng, seed_cpu
 
 REPLACEMENTS = 16  # images that are tried in the place of one that cannot be read
@@ -93,7 +94,7 @@ class SampleDataset(Dataset[Any]):
     def name(self, index: int) -> str:
         """What the data set calls a sample: its file, or its number."""
         filename = getattr(self.dataset, "filename", None)
-        return f"sample {index}" if filename is None else str(filename(index))
+        return f"sample {index}" if filename is None else writable(str(filename(index)))
 
     def _sample(self, key: SampleKey, decoded: dict[int, tuple[Any, ...]]) -> Sample:
         if self.notes is not None:

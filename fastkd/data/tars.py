@@ -24,10 +24,11 @@ import numpy as np
 from timm.data.readers.img_extensions import get_img_extensions
 
 from fastkd.data.classes import UNLABELLED, map_classes, number_classes
+from fastkd.data.readers import is_hidden, is_image
 from fastkd.utils.io import replacing
 from fastkd.utils.progress import track
 
-_VERSION = 2  # of the listing kept beside the archives
+_VERSION = 3  # of the listing kept beside the archives
 _PEEKED = 64  # headers that tell a shard from another tar
 _SHARD_IMAGES = (".jpg", ".jpeg", ".png", ".webp")  # as timm's reader of shards
 _KEY = re.compile(r"((?:.*/)?[^./][^./]*)(\.[^/]*)")  # WebDataset: up to the name's first dot
@@ -105,9 +106,12 @@ def list_classes(path: Path, in_folder: bool) -> Listing:
 
     With ``in_folder`` the archive stands for a folder: images in none inside it have its name.
     """
-    extensions = get_img_extensions(as_set=True)
     above = f"{path.stem}/" if in_folder else ""
-    members = [m for m in list_members(path) if PurePosixPath(m.name).suffix.lower() in extensions]
+    members = [
+        member
+        for member in list_members(path)
+        if is_image(member.name) and not any(map(is_hidden, PurePosixPath(member.name).parts))
+    ]
     return Listing(members, [PurePosixPath(above + m.name).parent.name or None for m in members])
 
 
