@@ -1,4 +1,4 @@
-"""Select and read the images of an analysis; unreadable ones are reported and left out."""
+"""Select the images of an analysis, and read them."""
 
 from __future__ import annotations
 
@@ -11,19 +11,17 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
+from torch.utils.data import Subset, TensorDataset
 
 from fastkd.config import DataConfig
 from fastkd.data.datasets import Data, DataPair, open_data
 from fastkd.data.folders import VALIDATION_FOLDERS
-from fastkd.data.loader import SampleDataset, eval_samples
-from fastkd.data.readers import ReadableImages
-from fastkd.data.samplers import SampleKey
-from fastkd.data.samples import Collate, collate, loader_options
+from fastkd.data.readers import FileReader, ReadableImages
+from fastkd.data.tars import TarImages
 from fastkd.data.transforms import InputSpec
+from fastkd.inference.images import image_loader, reason_of
+from fastkd.utils.io import writable
 from fastkd.utils.random import derive_seed, preserved_rng, seed_cpu
-
-SHOWN_REASON = 200
 
 
 class ReadImages(NamedTuple):
@@ -58,13 +56,13 @@ class ImageSelection:
         return len(self.indices)
 
     def name(self, place: int) -> str:
-        """What people know an image by: its file's path in the folder, else its number."""
+        """What people know an image by: its file's path in the folder or tar, else its number."""
         index = int(self.indices[place])
         reader = _reader(self.data.val)
-        if hasattr(reader, "samples"):
-            return str(reader.filename(index))
+        if isinstance(reader, FileReader | TarImages):
+            return writable(reader.filename(index))
         if hasattr(self.data.val, "samples"):  # torchvision's folders
-            return str(self.data.val.samples[index][0])
+            return writable(str(self.data.val.samples[index][0]))
         return f"sample {index}"
 
     @property
@@ -88,7 +86,7 @@ class ImageSelection:
             try:
                 image = self.data.val[int(self.indices[place])][0]
             except Exception as error:  # whatever a data set raises, as where it is read
-                return _reason(error)
+                return reason_of(error)
         pixels = image.numpy() if isinstance(image, Tensor) else np.asarray(image)
         return hashlib.sha256(np.ascontiguousarray(pixels).tobytes()).hexdigest()
 
@@ -103,13 +101,24 @@ class ImageSelection:
         device: torch.device,
     ) -> Iterator[ReadImages]:
         """Read images as a model takes them in, each place in exactly one batch."""
-        yield from DataLoader(
-            _Selected(eval_samples(self.data, config, spec, self.seed), self.indices, spec.size),
-            sampler=places,
+        place_of = {int(self.indices[place]): place for place in places}
+        loader = image_loader(
+            self.data,
+            config,
+            spec,
+            list(place_of),
             batch_size=batch_size,
-            collate_fn=_CollateRead(collate(self.data, spec)),
-            **loader_options(workers, device),
+            workers=workers,
+            device=device,
+            seed=self.seed,
         )
+        for batch, faults in loader:
+            skipped = [(place_of[fault.sample], fault.reason) for fault in faults]
+            if batch is None:
+                yield ReadImages([], None, skipped)
+            else:
+                read = [place_of[index] for index in batch.samples.tolist()]
+                yield ReadImages(read, batch.images, skipped)
 
 
 def open_images(
@@ -196,49 +205,3 @@ def _occurrence(classes: np.ndarray) -> np.ndarray:
     occurrence = np.empty_like(by_class)
     occurrence[by_class] = np.arange(len(classes)) - first
     return occurrence
-
-
-class _Selected(Dataset[tuple[int, Any]]):
-    """Place -> (place, image), or (place, reason) where the image cannot be read."""
-
-    def __init__(
-        self, samples: SampleDataset, indices: np.ndarray, size: tuple[int, int, int]
-    ) -> None:
-        self.samples = samples
-        self.indices = indices
-        self.size = size
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def __getitem__(self, place: int) -> tuple[int, Tensor | str]:
-        key = SampleKey(epoch=0, sample=int(self.indices[place]), copy=0)
-        try:
-            image, _ = self.samples[key]
-        except (
-            Exception
-        ) as error:  # what Pillow, its plugins and data sets raise has no common base
-            return place, _reason(error)
-        if tuple(image.shape) != self.size:
-            return place, f"is {list(image.shape)}, expected {list(self.size)}"
-        return place, image
-
-
-class _CollateRead:
-    """Stacks what was read, apart from what was not."""
-
-    def __init__(self, stack: Collate) -> None:
-        self.stack = stack
-
-    def __call__(self, samples: list[tuple[int, Tensor | str]]) -> ReadImages:
-        read = [(image, place) for place, image in samples if isinstance(image, Tensor)]
-        skipped = [(place, reason) for place, reason in samples if isinstance(reason, str)]
-        images = self.stack(read).images if read else None
-        return ReadImages([place for _, place in read], images, skipped)
-
-
-def _reason(error: Exception) -> str:
-    """The cause in one line; the reader's own words rather than those wrapped around them."""
-    cause = error.__cause__ if isinstance(error.__cause__, Exception) else error
-    text = " ".join(str(cause).split()) or "no message"
-    return f"{type(cause).__name__}: {text}"[:SHOWN_REASON]

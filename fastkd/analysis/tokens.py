@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 from fastkd.analysis.images import ImageSelection
 from fastkd.data.datasets import DataPair
 from fastkd.data.transforms import InputSpec
+from fastkd.inference.evaluate import evaluating
 from fastkd.inference.loading import Model, names_a_file, open_model
 from fastkd.inference.preprocessing import Preprocessing, parameter_count
 from fastkd.models import LiftVisionTransformer, Taps, Teacher
@@ -209,7 +209,7 @@ class ModelSource:
 
     def _tokens(self, images: Tensor) -> list[Tensor]:
         images = images.to(self._device, non_blocking=True)
-        with torch.inference_mode(), _evaluating(self._model), autocast(self._device, self._amp):
+        with torch.inference_mode(), evaluating(self._model), autocast(self._device, self._amp):
             return self._reader(images)
 
     def _transform(self) -> dict[str, Any]:
@@ -267,17 +267,6 @@ def weights_hash(module: nn.Module) -> str:
         else:
             digest.update(f"{name} {value!r}".encode())
     return digest.hexdigest()
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 class _StageReader:

@@ -24,8 +24,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "images",
         nargs="+",
         metavar="IMAGE",
-        help="file; or folder, for all below it with an ending of a format that Pillow reads (png, "
-        "jpg, webp, bmp, tif, gif, ...)",
+        help="file of any format that Pillow reads, or folder with .png, .jpg and .jpeg files",
     )
     parser.add_argument(
         "--checkpoint",

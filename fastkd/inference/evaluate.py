@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import contextlib
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -95,18 +96,16 @@ def evaluate_model(
     ``top1`` and ``top5`` are in percent (``top5`` is None below five classes), ``loss`` is the
     plain cross-entropy, ``count`` the number of images.
     """
-    was_training = model.training
-    model.eval()
     sums = torch.zeros(4, dtype=torch.float64, device=world.device)
     classes = 0
-    for batch in loader:
-        images = batch.images.to(world.device, non_blocking=True)
-        target = batch.labels.to(world.device, non_blocking=True)
-        with autocast(world.device, amp):
-            logits = model(images)
-        classes = logits.shape[-1]
-        sums += _scores(logits.float(), target)
-    model.train(was_training)
+    with evaluating(model):
+        for batch in loader:
+            images = batch.images.to(world.device, non_blocking=True)
+            target = batch.labels.to(world.device, non_blocking=True)
+            with autocast(world.device, amp):
+                logits = model(images)
+            classes = logits.shape[-1]
+            sums += _scores(logits.float(), target)
     top1, top5, loss, count = world.sum(sums).tolist()
     _check_whole(loader, int(count))
     count = max(count, 1)
@@ -116,6 +115,17 @@ def evaluate_model(
         "loss": loss / count,
         "count": int(count),
     }
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[nn.Module]:
+    """Run a model in eval mode, and put every module's mode back."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        yield model.eval()
+    finally:
+        for module, training in modes:
+            module.training = training
 
 
 def _check_whole(loader: Any, count: int) -> None:

@@ -1,48 +1,43 @@
-"""Image files as batches; files that cannot be read are reported and left out."""
+"""Images as batches; those that cannot be read are reported and left out."""
 
 from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, UnidentifiedImageError
+import torch
+from PIL import UnidentifiedImageError
 from timm.data.readers.img_extensions import get_img_extensions
-from timm.utils.misc import natural_key
-from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
-from fastkd.data.readers import PILLOW_ERRORS, open_image
-from fastkd.data.samples import (
-    Batch,
-    Collate,
-    Fault,
-    Sample,
-    SampleTransform,
-    eval_sample_transform,
-    loader_options,
-)
-from fastkd.inference.preprocessing import Preprocessing, input_spec
-from fastkd.utils.distributed import ALONE, World
+from fastkd.config import DataConfig
+from fastkd.data.datasets import DataPair
+from fastkd.data.loader import SampleDataset, eval_samples
+from fastkd.data.readers import PILLOW_ERRORS, FileReader, ReadableImages, list_images
+from fastkd.data.samplers import SampleKey
+from fastkd.data.samples import Batch, Collate, Fault, Sample, collate, loader_options
+from fastkd.data.transforms import InputSpec
 from fastkd.utils.io import writable
 
 Images = str | os.PathLike[str] | Iterable[str | os.PathLike[str]]
 
-# Formats that Pillow recognises, but reads with the help of other programs only.
-_RECOGNISED_ONLY = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
+SHOWN_REASON = 200  # characters
 
 
-def find_images(images: Images) -> tuple[list[Path], list[Fault]]:
-    """The files that a user names, one by one or by folders."""
-    files: list[Path] = []
+def find_images(images: Images) -> tuple[list[str], list[Fault]]:
+    """Find the files that a user names, one by one or by folders."""
+    files: list[str] = []
     faults = []
     for place in _places(images):
-        found = _below(place) if place.is_dir() else [place]
+        found = list_images(place) if place.is_dir() else [str(place)]
         files += found
         if not found:
-            faults.append(Fault(-1, writable(place), "a folder without images"))
+            reason = f"a folder without images ({', '.join(get_img_extensions())})"
+            faults.append(Fault(-1, writable(place), reason))
     if not files and not faults:
         raise ValueError("predict: no images were given")
     return files, faults
@@ -60,89 +55,74 @@ def _places(images: Images) -> list[Path]:
     return [Path(place) for place in places]
 
 
-def _below(folder: Path) -> list[Path]:
-    endings = _endings()
-    found = []
-    for place, folders, names in os.walk(folder, followlinks=True):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        found += [
-            os.path.join(place, name)
-            for name in names
-            if name.lower().endswith(endings) and not name.startswith(".")
-        ]
-    return [Path(path) for path in sorted(found, key=natural_key)]
+def open_files(files: Sequence[str]) -> DataPair:
+    """Open image files as an evaluation set without labels."""
+    reader = FileReader("", [(file, None) for file in files], {})
+    return DataPair(
+        train=None,
+        val=ReadableImages(reader, labelled=False),
+        num_classes=None,
+        yields_tensors=False,
+        image_size=None,
+        labelled_val=False,
+    )
 
 
-def _endings() -> tuple[str, ...]:
-    """Of the formats that Pillow reads, and what a user has added to timm's list."""
-    registered = Image.registered_extensions()  # which loads all of Pillow's plugins
-    opened = {*Image.OPEN, "MPO"} - _RECOGNISED_ONLY  # MPO: opened as a JPEG
-    return (*get_img_extensions(), *(end for end, name in registered.items() if name in opened))
+class SamplesAndFaults(Dataset[Sample | Fault]):
+    """The samples of an evaluation set, and faults in the place of those that cannot be read."""
 
-
-class ImageFiles(Dataset[Any]):
-    """Image files as samples, or what is the matter with those that cannot be read.
-
-    Args:
-        paths: of the files.
-        transform: what becomes of an image.
-    """
-
-    def __init__(self, paths: list[Path], transform: SampleTransform) -> None:
-        self.paths = paths
-        self.transform = transform
-
-    def __len__(self) -> int:
-        return len(self.paths)
+    def __init__(self, samples: SampleDataset, size: tuple[int, int, int]) -> None:
+        self.samples = samples
+        self.size = size
 
     def __getitem__(self, index: int) -> Sample | Fault:
-        """The sample, without a label; a fault where the file cannot be read."""
-        path = self.paths[index]
         try:
-            image = self._read(path)
-        except PILLOW_ERRORS as error:
-            return Fault(index, writable(path), _reason(error))
-        return self.transform(image, sample=index)
-
-    def _read(self, path: Path) -> Any:
-        with warnings.catch_warnings(), open(path, "rb") as file:
-            # Large pictures and odd palettes: Pillow reads them, and whoever named them meant them.
-            warnings.filterwarnings("ignore", module=r"PIL\.")
-            return self.transform.decode(open_image(file))
-
-
-def _reason(error: Exception) -> str:
-    """What a person calls it; our own errors are chained to Pillow's and the system's."""
-    cause = error.__cause__ or error
-    if isinstance(cause, UnidentifiedImageError):
-        return "no image that Pillow can read"
-    return getattr(cause, "strerror", None) or str(cause) or type(cause).__name__
+            with warnings.catch_warnings():
+                # Pillow reads large pictures and odd palettes, and the user meant them.
+                warnings.filterwarnings("ignore", module=r"PIL\.")
+                (sample,) = self.samples.__getitems__([SampleKey(0, index, 0)])
+        except Exception as error:  # what Pillow, its plugins and datasets raise has no common base
+            return Fault(index, self.samples.name(index), reason_of(error))
+        shape = tuple(sample.image.shape)
+        if shape != self.size:
+            reason = f"is {list(shape)}, expected {list(self.size)}"
+            return Fault(index, self.samples.name(index), reason)
+        return sample._replace(label=None)
 
 
-def _stack(parts: list[Sample | Fault]) -> tuple[Batch | None, list[Fault]]:
-    """What is stacked where some of it could not be read."""
-    samples = [part for part in parts if isinstance(part, Sample)]
-    faults = [part for part in parts if isinstance(part, Fault)]
-    return (Collate()(samples) if samples else None), faults
+def reason_of(error: BaseException) -> str:
+    """Say in one line why an image cannot be read."""
+    while error.__cause__ is not None and str(error).startswith("data: "):
+        error = error.__cause__  # of Pillow or the system, which fastkd.data wraps
+    if isinstance(error, UnidentifiedImageError):
+        return "no image that Pillow can read"  # its own words name an address in memory
+    text = " ".join(str(getattr(error, "strerror", None) or error).split())
+    known = text and isinstance(error, PILLOW_ERRORS)
+    return (text if known else f"{type(error).__name__}: {text or 'no message'}")[:SHOWN_REASON]
 
 
 def image_loader(
-    files: list[Path],
-    network: nn.Module,
-    preprocessing: Preprocessing,
+    data: DataPair,
+    config: DataConfig,
+    spec: InputSpec,
+    samples: Sequence[int],
     *,
     batch_size: int,
     workers: int,
-    peers: World = ALONE,
+    device: torch.device,
+    seed: int | None = None,
 ) -> DataLoader[Any]:
-    """Batches as `evaluate` feeds them to a model, and what could not be read."""
-    recipe = preprocessing.recipe
-    spec = input_spec(network, recipe, None, use_test_size=preprocessing.use_test_size)
-    share = range(peers.rank, len(files), peers.size)
+    """Load samples of an evaluation set, by index: (Batch, or None where none is read; faults)."""
     return DataLoader(
-        ImageFiles(files, eval_sample_transform(recipe, spec, None)),
+        SamplesAndFaults(eval_samples(data, config, spec, seed), spec.size),
         batch_size,
-        sampler=share,
-        collate_fn=_stack,
-        **loader_options(workers if len(share) > batch_size else 0, peers.device),
+        sampler=samples,
+        collate_fn=partial(_stack, collate(data, spec)),
+        **loader_options(workers if len(samples) > batch_size else 0, device),
     )
+
+
+def _stack(stack: Collate, parts: list[Sample | Fault]) -> tuple[Batch | None, list[Fault]]:
+    samples = [part for part in parts if isinstance(part, Sample)]
+    faults = [part for part in parts if isinstance(part, Fault)]
+    return (stack(samples) if samples else None), faults

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import csv
 import io
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -19,7 +18,8 @@ from typing_extensions import Unpack
 
 from fastkd.config import IMAGE_OPTIONS, ImageOptions
 from fastkd.data.samples import Batch, Fault
-from fastkd.inference.images import Images, find_images, image_loader
+from fastkd.inference.evaluate import evaluating
+from fastkd.inference.images import Images, find_images, image_loader, open_files
 from fastkd.inference.loading import open_model
 from fastkd.utils.distributed import World, autocast, world
 from fastkd.utils.io import writable, write_text
@@ -129,10 +129,11 @@ def predict(
     Under torchrun the processes share the images; the main one writes ``output``.
 
     Args:
-        images: files and folders; of a folder, all files in it and below with an ending of a format
-            that Pillow reads, but hidden ones. They are brought to as many channels as the model
-            takes, and not turned by their EXIF orientation, as in training. Greyscale of more than
-            8 bits counts as unreadable, as in training: nothing in it says which value is white.
+        images: files of any format that Pillow reads, and folders. A folder stands for the .png,
+            .jpg and .jpeg files in it and below, but hidden ones, as in `evaluate`;
+            ``timm.data.readers.add_img_extensions`` adds endings. Images are brought to as many
+            channels as the model takes, and not turned by their EXIF orientation, as in training.
+            Grayscale of more than 8 bits counts as unreadable: no value in it means white.
         model: as in `evaluate`, as are the others that are not described.
         checkpoint: likewise.
         weights: likewise.
@@ -167,21 +168,23 @@ def predict(
             caller="predict",
         )
         _check_classifies(opened.network)
+        preprocessing, data = opened.preprocessing.override(**options), open_files(files)
+        share = range(peers.rank, len(files), peers.size)
         loader = image_loader(
-            files,
-            opened.network,
-            opened.preprocessing.override(**options),
+            data,
+            preprocessing.recipe,
+            preprocessing.input_spec(opened.network, data),
+            share,
             batch_size=batch_size,
             workers=workers,
-            peers=peers,
+            device=peers.device,
         )
         shows = peers.is_main and not quiet
-        share = range(peers.rank, len(files), peers.size)
         with (
             Progress(
                 "predict", len(share), lost="passed over", delay=BAR_AFTER, shows=shows
             ) as progress,
-            _evaluating(opened.network.to(peers.device)) as network,
+            evaluating(opened.network.to(peers.device)) as network,
         ):
             shares = peers.gather(_classified(network, loader, files, peers, amp, top, progress))
         found, faults = _joined(shares)
@@ -230,15 +233,6 @@ def _format(path: str | Path) -> str:
     return suffix
 
 
-@contextlib.contextmanager
-def _evaluating(network: nn.Module) -> Iterator[nn.Module]:
-    was_training = network.training
-    try:
-        yield network.eval()
-    finally:
-        network.train(was_training)
-
-
 @dataclass
 class _Share:
     """What one process found: likeliest classes, faults, and how many classes there are."""
@@ -251,7 +245,7 @@ class _Share:
 def _classified(
     network: nn.Module,
     loader: Iterable[tuple[Batch | None, list[Fault]]],
-    files: list[Path],
+    files: list[str],
     peers: World,
     amp: str,
     top: int,
@@ -286,7 +280,7 @@ def _joined(shares: list[_Share]) -> tuple[list[Likeliest], list[Fault]]:
     )
 
 
-def _prediction(file: Path, found: Likeliest, names: tuple[str, ...]) -> Prediction:
+def _prediction(file: str, found: Likeliest, names: tuple[str, ...]) -> Prediction:
     guesses = zip(found.classes, found.probabilities, strict=True)
     return Prediction(
         writable(file),

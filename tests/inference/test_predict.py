@@ -15,13 +15,14 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 from timm.data import ImageNetInfo
+from timm.data.readers import add_img_extensions, del_img_extensions
 from torch import nn
 
 from fastkd.cli import predict as command
 from fastkd.data.datasets import open_data
 from fastkd.data.loader import eval_loader
 from fastkd.data.samples import SampleTransform
-from fastkd.inference.images import image_loader
+from fastkd.inference.images import image_loader, open_files
 from fastkd.inference.predict import class_descriptions, predict
 from fastkd.inference.preprocessing import Preprocessing
 from fastkd.models import create_student, hub
@@ -89,7 +90,8 @@ def test_files_become_the_very_inputs_of_an_evaluation(run, tmp_path):
     spec = preprocessing.input_spec(loaded.model, data)
     (expected,) = eval_loader(data, preprocessing.recipe.override(workers=0), spec)
     files = [data.val.filename(index) for index in expected.samples.tolist()]
-    loader = image_loader(files, loaded.model, preprocessing, batch_size=7, workers=0)
+    options = {"batch_size": 7, "workers": 0, "device": torch.device("cpu")}
+    loader = image_loader(open_files(files), preprocessing.recipe, spec, range(7), **options)
     ((batch, faults),) = loader
     assert not faults and torch.equal(batch.images, expected.images)
 
@@ -132,11 +134,22 @@ def test_a_folder_gives_all_images_below_it_but_hidden_ones(run, pictures, tmp_p
 
 
 @pytest.mark.parametrize("name", ["a.webp", "a.BMP", "a.tif", "a.tiff", "a.gif", "a.ppm", "a.jfif"])
-def test_a_folder_gives_images_of_all_formats_that_pillow_reads(run, tmp_path, name):
+def test_a_file_that_is_named_may_be_of_any_format_that_pillow_reads(run, tmp_path, name):
     formats = {"tif": "TIFF", "jfif": "JPEG"}
     ending = name.rpartition(".")[2]
     Image.new("RGB", (8, 8)).save(tmp_path / name, formats.get(ending, ending.upper()))
-    assert [p.image for p in predict(tmp_path, run, **CPU).images] == [str(tmp_path / name)]
+    assert [p.image for p in predict(tmp_path / name, run, **CPU).images] == [str(tmp_path / name)]
+
+
+def test_a_folder_gives_images_of_the_endings_that_timm_lists(run, tmp_path):
+    for name in ("a.png", "b.webp"):
+        Image.new("RGB", (8, 8)).save(tmp_path / name)
+    assert len(predict(tmp_path, run, **CPU).images) == 1
+    add_img_extensions(".webp")
+    try:
+        assert len(predict(tmp_path, run, **CPU).images) == 2
+    finally:
+        del_img_extensions(".webp")
 
 
 @pytest.mark.parametrize("name", ["a.h5", "a.mpg", "a.eps", "a.pdf", "a.npy"])
@@ -164,7 +177,7 @@ def test_what_cannot_be_read_is_told_and_the_rest_predicted(run, pictures, tmp_p
     assert "truncated" in reasons["torn.jpg"]
     assert reasons["text.png"] == "no image that Pillow can read"
     assert reasons["missing.jpg"] == "No such file or directory"
-    assert reasons["empty"] == "a folder without images"
+    assert reasons["empty"] == "a folder without images (.png, .jpg, .jpeg)"
 
 
 @pytest.mark.parametrize("ending", [".csv", ".json"])
@@ -201,7 +214,7 @@ def test_greyscale_of_more_than_8_bits_is_unreadable_rather_than_white(
 ):
     Image.fromarray(np.full((9, 9), 30000, dtype)).save(tmp_path / f"deep.{ending}")
     Image.new("L", (9, 9)).save(tmp_path / "good.png")
-    predictions = predict(tmp_path, run, **CPU)
+    predictions = predict([tmp_path / f"deep.{ending}", tmp_path / "good.png"], run, **CPU)
     assert [p.image for p in predictions.images] == [str(tmp_path / "good.png")]
     (fault,) = predictions.unreadable
     assert fault.reason == (

@@ -1,0 +1,77 @@
+"""One reader of images: what predict, evaluate and analyze find in the same folder."""
+
+import os
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from fastkd import analyze, evaluate, predict
+from fastkd.data.datasets import open_data
+from fastkd.inference.images import reason_of
+from fastkd.utils.io import writable
+from tests.harness.tiny import vit
+
+GOOD = ["blue/10.JPEG", r"blue/caf\xff.png", "red/9.png", "red/rgba.png"]
+BAD = ["blue/deep.png", "blue/empty.jpg", "red/lost.png", "red/torn.jpg"]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Two classes with images of which half cannot be read, beside what does not count."""
+    for name in ("blue", "red", "red/.cache", "empty"):
+        (tmp_path / name).mkdir()
+    noise = Image.effect_noise((40, 36), 60)
+    noise.save(tmp_path / "blue" / "10.JPEG")
+    noise.save(os.path.join(os.fsencode(tmp_path), b"blue/caf\xff.png"))
+    noise.convert("RGB").save(tmp_path / "red" / "9.png")
+    noise.convert("RGBA").save(tmp_path / "red" / "rgba.png")
+    Image.fromarray(np.full((9, 9), 30000, np.uint16)).save(tmp_path / "blue" / "deep.png")
+    (tmp_path / "blue" / "empty.jpg").touch()
+    (tmp_path / "red" / "lost.png").symlink_to("nowhere.png")
+    content = (tmp_path / "blue" / "10.JPEG").read_bytes()
+    (tmp_path / "red" / "torn.jpg").write_bytes(content[: len(content) // 2])
+    for name in (".hidden.png", "red/.cache/1.png", "blue/picture.webp", "red/notes.txt"):
+        noise.save(tmp_path / name, "PNG")
+    (tmp_path / "blue" / "again").symlink_to("..")
+    return tmp_path
+
+
+def predicted(folder, model):
+    found = predict(folder, model, device="cpu", workers=0, quiet=True)
+    below = len(f"{folder}/")
+    return (
+        [prediction.image[below:] for prediction in found.images],
+        {fault.name[below:]: fault.reason for fault in found.unreadable},
+    )
+
+
+def evaluated(folder, model):
+    """Remove one unreadable image after the other, for an evaluation ends at the first."""
+    bad = {}
+    while True:
+        data = open_data(folder, need_train=False).val
+        names = [data.filename(index) for index in range(len(data))]
+        try:
+            count = evaluate(model, folder, device="cpu", workers=0)["count"]
+        except OSError as error:
+            (name,) = (name for name in names if f"{name} (sample" in str(error))
+            bad[os.path.relpath(name, folder)] = reason_of(error)
+            os.unlink(name)
+        else:
+            assert count == len(names)
+            return [writable(os.path.relpath(name, folder)) for name in names], bad
+
+
+def analyzed(folder, model):
+    report = analyze(model, folder, device="cpu", workers=0, max_unreadable=1.0, quiet=True)
+    (measured,) = report.models
+    return measured.images, dict(measured.skipped)
+
+
+def test_predict_evaluate_and_analyze_agree_on_the_images_and_the_unreadable_ones(folder):
+    model = vit(in_chans=3, num_classes=3)
+    good, bad = predicted(folder, model)
+    assert (good, sorted(bad)) == (GOOD, BAD)
+    assert analyzed(folder, model) == (len(good), bad)
+    assert evaluated(folder, model) == (good, bad)
