@@ -29,7 +29,7 @@ class ReadImages(NamedTuple):
 
     Attributes:
         places: of the images that were read.
-        images: [B, C, H, W] as a model takes them in; None where none was read.
+        images: [B, C, H, W], a model's input; None where none was read.
         skipped: (place, reason) of the others.
     """
 
@@ -40,7 +40,7 @@ class ReadImages(NamedTuple):
 
 @dataclass(frozen=True)
 class ImageSelection:
-    """Images of a data set, in random order: neighbours have nothing to do with each other.
+    """Images of a dataset, in random order: neighbors are unrelated.
 
     Attributes:
         data: the opened data; its evaluation set is selected from.
@@ -56,7 +56,7 @@ class ImageSelection:
         return len(self.indices)
 
     def name(self, place: int) -> str:
-        """What people know an image by: its file's path in the folder or tar, else its number."""
+        """Return an image's path in its folder or tar, else its number."""
         index = int(self.indices[place])
         reader = _reader(self.data.val)
         if isinstance(reader, FileReader | TarImages):
@@ -67,7 +67,7 @@ class ImageSelection:
 
     @property
     def fingerprint(self) -> dict[str, Any]:
-        """Plain values that tell this selection from another; two images are read for it."""
+        """Plain values that differ for another selection; reads two images."""
         names = hashlib.sha256()
         for place in range(len(self)):
             names.update(f"{self.name(place)}\n".encode())
@@ -80,7 +80,7 @@ class ImageSelection:
         }
 
     def _content(self, place: int) -> str:
-        """A hash of an image as it is read; of the reason where it cannot be."""
+        """Hash an image as it is read, or the reason why it cannot be."""
         with preserved_rng():
             seed_cpu(derive_seed("fingerprint", self.seed, place))
             try:
@@ -100,7 +100,7 @@ class ImageSelection:
         workers: int,
         device: torch.device,
     ) -> Iterator[ReadImages]:
-        """Read images as a model takes them in, each place in exactly one batch."""
+        """Read images as a model's input, each place in exactly one batch."""
         place_of = {int(self.indices[place]): place for place in places}
         loader = image_loader(
             self.data,
@@ -151,7 +151,7 @@ def balanced_subset(
 
 
 def known_labels(dataset: Any) -> list[Any] | None:
-    """Labels of a data set's samples, as far as they are known without decoding images."""
+    """Return the labels of a dataset's samples; None where images would have to be decoded."""
     if isinstance(dataset, Subset):
         inner = known_labels(dataset.dataset)
         return None if inner is None else [inner[index] for index in dataset.indices]
@@ -181,7 +181,7 @@ def _reader(dataset: Any) -> Any:
 
 
 def _label_list(dataset: Any) -> Any:
-    """A list of labels wherever timm, torchvision and torch keep one."""
+    """Find the list of labels that timm's, torchvision's and torch's datasets keep."""
     if isinstance(dataset, TensorDataset):
         return dataset.tensors[1]
     if isinstance(dataset, list | tuple):
@@ -198,7 +198,7 @@ def _label_list(dataset: Any) -> Any:
 
 
 def _occurrence(classes: np.ndarray) -> np.ndarray:
-    """How many samples of the same class come before each: [samples] int64."""
+    """Count the samples of the same class before each: [samples] int64."""
     by_class = np.argsort(classes, kind="stable")
     counts = np.bincount(classes)
     first = np.repeat(np.cumsum(counts) - counts, counts)

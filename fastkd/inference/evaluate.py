@@ -1,4 +1,4 @@
-"""`evaluate`: accuracy of any model on any data."""
+"""Accuracy of any model on any data."""
 
 from __future__ import annotations
 

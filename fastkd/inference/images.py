@@ -1,4 +1,4 @@
-"""Images as batches; those that cannot be read are reported and left out."""
+"""Find image files, and load images in batches that report what cannot be read."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`predict`: classify image files, and write the predictions as text, CSV or JSON."""
+"""Classify image files, and write the predictions as CSV or JSON."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Guess:
 
     Attributes:
         index: of the logit.
-        name: of the class; its number where nobody knows one.
+        name: of the class; its number where no name is known.
         probability: softmax over all classes.
     """
 
@@ -50,7 +50,7 @@ class Guess:
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a model takes an image for.
+    """The classes that an image may be of.
 
     Attributes:
         image: its file; bytes of its name that are no UTF-8 as ``\\xff``.
@@ -124,7 +124,7 @@ def predict(
     quiet: bool = False,
     **options: Unpack[ImageOptions],
 ) -> Predictions:
-    """Say what images show, as `evaluate` would feed them to the model.
+    """Classify images, read and transformed as in `evaluate`.
 
     Under torchrun the processes share the images; the main one writes ``output``.
 
@@ -134,22 +134,21 @@ def predict(
             ``timm.data.readers.add_img_extensions`` adds endings. Images are brought to as many
             channels as the model takes, and not turned by their EXIF orientation, as in training.
             Grayscale of more than 8 bits counts as unreadable: no value in it means white.
-        model: as in `evaluate`, as are the others that are not described.
-        checkpoint: likewise.
-        weights: likewise.
-        top: how many classes an image gets.
-        output: a ``.csv`` or ``.json`` file to write, too, see `Predictions.save`.
-        device: likewise.
-        amp: likewise.
+        model: as in `evaluate`.
+        checkpoint: as in `evaluate`.
+        weights: as in `evaluate`.
+        top: number of classes given for an image.
+        output: a ``.csv`` or ``.json`` file to write as well, see `Predictions.save`.
+        device: as in `evaluate`.
+        amp: as in `evaluate`.
         batch_size: images per step and process.
         workers: loader processes, where there is more than one batch.
         quiet: show no progress.
         **options: ``img_size``, ``crop_pct``, ``crop_mode``, ``interpolation``, ``mean``, ``std``.
 
     Returns:
-        The predictions, and what could not be read, on every process. Classes are called as the
-        run's data called them; else as timm does where there are as many as in an ImageNet; else by
-        their numbers.
+        The predictions, and what could not be read, on every process. Class names are those of the
+        run's data; else timm's where there are as many classes as in an ImageNet; else numbers.
 
     Raises:
         ValueError: no images, options that do not fit, or a model that cannot be used.
@@ -167,7 +166,9 @@ def predict(
             img_size=options.get("img_size"),
             caller="predict",
         )
-        _check_classifies(opened.network)
+        if getattr(opened.network, "num_classes", None) == 0:
+            name = type(opened.network).__name__
+            raise ValueError(f"predict: the model, a {name}, has no classes")
         preprocessing, data = opened.preprocessing.override(**options), open_files(files)
         share = range(peers.rank, len(files), peers.size)
         loader = image_loader(
@@ -187,7 +188,9 @@ def predict(
             evaluating(opened.network.to(peers.device)) as network,
         ):
             shares = peers.gather(_classified(network, loader, files, peers, amp, top, progress))
-        found, faults = _joined(shares)
+        # In the order of the files, whichever process had them.
+        found = sorted(one for share in shares for one in share.found)
+        faults = sorted(fault for share in shares for fault in share.faults)
         classes = class_descriptions(opened.classes, max(share.classes for share in shares))
         predictions = Predictions(
             tuple(_prediction(files[one.sample], one, classes) for one in found),
@@ -221,11 +224,6 @@ def _check_output(output: str | Path | None) -> None:
         raise FileNotFoundError(f"predict: there is no folder {str(Path(output).parent)!r}")
 
 
-def _check_classifies(network: nn.Module) -> None:
-    if getattr(network, "num_classes", None) == 0:
-        raise ValueError(f"predict: the model, a {type(network).__name__}, has no classes")
-
-
 def _format(path: str | Path) -> str:
     suffix = Path(path).suffix.lower()
     if suffix not in FORMATS:
@@ -235,7 +233,7 @@ def _format(path: str | Path) -> str:
 
 @dataclass
 class _Share:
-    """What one process found: likeliest classes, faults, and how many classes there are."""
+    """The results of one process, and the number of classes."""
 
     found: list[Likeliest] = field(default_factory=list)
     faults: list[Fault] = field(default_factory=list)
@@ -251,13 +249,15 @@ def _classified(
     top: int,
     progress: Progress,
 ) -> _Share:
-    share = _Share()
+    share, reason = _Share(), "its logits are not finite"
+    if amp == "fp16":
+        reason += " (with amp='fp16' numbers overflow easily: try 'bf16' or 'none')"
     for batch, faults in loader:
         found: list[Likeliest] = []
         if batch is not None:
             found, share.classes = likeliest(network, batch, peers, amp, top)
         overflown = [
-            Fault(one.sample, writable(files[one.sample]), _not_finite(amp))
+            Fault(one.sample, writable(files[one.sample]), reason)
             for one in found
             if not one.classes
         ]
@@ -265,19 +265,6 @@ def _classified(
         share.faults += faults + overflown
         progress.advance(len(found) + len(faults), len(faults) + len(overflown))
     return share
-
-
-def _not_finite(amp: str) -> str:
-    advice = " (with amp='fp16' numbers overflow easily: try 'bf16' or 'none')"
-    return "its logits are not finite" + (advice if amp == "fp16" else "")
-
-
-def _joined(shares: list[_Share]) -> tuple[list[Likeliest], list[Fault]]:
-    """What all processes found, in the order of the files."""
-    return (
-        sorted((one for share in shares for one in share.found), key=lambda one: one.sample),
-        sorted((fault for share in shares for fault in share.faults), key=lambda f: f.sample),
-    )
 
 
 def _prediction(file: str, found: Likeliest, names: tuple[str, ...]) -> Prediction:
@@ -326,7 +313,7 @@ class Likeliest(NamedTuple):
 def likeliest(
     network: nn.Module, batch: Batch, peers: World, amp: str, top: int
 ) -> tuple[list[Likeliest], int]:
-    """Classify a batch; synchronises once. Of [B, classes] logits, [B, k] numbers are kept."""
+    """Classify a batch; synchronizes once. Of [B, classes] logits, [B, k] numbers are kept."""
     images = batch.images.to(peers.device, non_blocking=True)
     with autocast(peers.device, amp):
         logits = _logits(network, images)
