@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import functools
 import os
+import re
 import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -35,7 +36,8 @@ NONE_WORDS = ("none", "null", "~")
 
 Key = int | str
 Pairs = tuple[tuple[Key, Key], ...]
-Options = dict[str, float | int | bool | str | None]  # of a loss, by name
+Scalar = float | int | bool | str | None
+Options = dict[str, Scalar | tuple[int | float, ...]]  # by name; those of losses hold no lists
 
 # Fields that say where and how fast a run happens, not what it computes: they may change on resume.
 OPERATIONAL_FIELDS = frozenset(
@@ -84,10 +86,10 @@ def parse_pairs(text: str) -> Pairs:
 
 
 def parse_options(text: str) -> Options:
-    """Read ``"beta=8,normalize=whiten"``; values are numbers, true, false, none or words.
+    """Read ``"beta=8,betas=[0.9,0.98]"``; values are numbers, true, false, none, words or lists.
 
     Args:
-        text: assignments separated by commas.
+        text: assignments separated by commas; lists are in brackets.
 
     Returns:
         Values by name.
@@ -96,14 +98,23 @@ def parse_options(text: str) -> Options:
         ValueError: a part that is no assignment, or a name given twice.
     """
     options: Options = {}
-    for part in text.split(","):
+    for part in re.split(r",(?![^\[]*\])", text):  # not at the commas in brackets
         name, equals, value = (piece.strip() for piece in part.partition("="))
         if not (name and equals and value):
             raise ValueError(f"an option is name=value, got {part!r}")
         if name in options:
             raise ValueError(f"{name} is given twice in {text!r}")
-        options[name] = _scalar(value)
+        listed = value.startswith("[") and value.endswith("]")
+        options[name] = _numbers(value[1:-1].split(",")) if listed else _scalar(value)
     return options
+
+
+def _numbers(items: Iterable[Any]) -> tuple[int | float, ...]:
+    """The items of a list as numbers, or a ValueError."""
+    numbers = tuple(_if_text(_scalar, _if_text(str.strip, item)) for item in items)
+    if not all(isinstance(item, int | float) and not isinstance(item, bool) for item in numbers):
+        raise ValueError(f"a list holds numbers, got {numbers}")
+    return typing.cast(tuple[int | float, ...], numbers)
 
 
 def _key(text: str) -> Key:
@@ -151,19 +162,26 @@ def _check_pairs(value: Any) -> Pairs:
         raise PydanticCustomError("pairs_type", "no pairs") from None
 
 
-def _check_options(value: Any) -> Options:
+def _check_options(value: Any, lists: bool = False) -> Options:
     """A copy: a caller's dictionary may change later."""
+    options: Options = {}
     try:
-        options = parse_options(value) if isinstance(value, str) else dict(value)
-        kinds = bool | int | float | str | None
-        if not isinstance(value, str | Mapping) or not all(
-            isinstance(name, str) and name.strip() and isinstance(item, kinds)
-            for name, item in options.items()
-        ):
+        if not isinstance(value, str | Mapping):
             raise TypeError
+        given = parse_options(value) if isinstance(value, str) else value
+        for name, item in given.items():
+            if not (isinstance(name, str) and name.strip()):
+                raise TypeError
+            if lists and isinstance(item, list | tuple):
+                options[name] = _numbers(item)
+            elif isinstance(item, bool | int | float | str | None):
+                options[name] = item
+            else:
+                raise TypeError
     except (TypeError, ValueError):
         raise PydanticCustomError("options_type", "no options") from None
-    numbers = [item for item in options.values() if isinstance(item, int | float)]
+    items = [item if isinstance(item, tuple) else (item,) for item in options.values()]
+    numbers = [item for part in items for item in part if isinstance(item, int | float)]
     if not all(-LARGEST < item < LARGEST for item in numbers):  # NaN is not, either
         raise PydanticCustomError("finite_number", "not finite")
     return options
@@ -211,10 +229,18 @@ PairList = Annotated[
     "pairs of blocks such as 11:23 or [[11, 23]]",
 ]
 LossOptions = Annotated[
-    Options,
-    BeforeValidator(_check_options, json_schema_input_type=str | Options),
+    dict[str, Scalar],
+    BeforeValidator(_check_options, json_schema_input_type=str | dict[str, Scalar]),
     AfterValidator(_FrozenOptions),
     "options such as beta=8 or {beta: 8}",
+]
+FactoryOptions = Annotated[
+    Options,
+    BeforeValidator(
+        functools.partial(_check_options, lists=True), json_schema_input_type=str | Options
+    ),
+    AfterValidator(_FrozenOptions),
+    "options such as betas=[0.9,0.98] or {betas: [0.9, 0.98]}",
 ]
 
 
@@ -424,16 +450,38 @@ class OptimConfig(Section):
     accumulation: Count = Field(
         default=1, description="slices that an update's batch is computed in"
     )
-    lr: Positive = Field(default=5e-4, description="learning rate, before lr_scaling")
+    opt: Text = Field(
+        default="adamw", description="optimizer, by timm's name: adamw, sgd, lion, lamb, ..."
+    )
+    opt_kwargs: FactoryOptions | None = Field(
+        default=None, description="of the optimizer, as name=value,...; lists in brackets"
+    )
+    lr: Positive = Field(
+        default=5e-4,
+        description="learning rate, before lr_scaling; the recipes' is meant for AdamW",
+    )
     lr_scaling: Switch = Field(default=True, description="multiply lr by batch_size / 512")
-    min_lr: NonNegative = Field(default=1e-5, description="where the cosine ends")
+    sched: Annotated[
+        Literal["cosine", "multistep", "poly", "step", "tanh"],
+        "one of cosine, multistep, poly, step, tanh; plateau needs a metric, use multistep",
+    ] = Field(default="cosine", description="timm's schedule of the learning rate")
+    sched_kwargs: FactoryOptions | None = Field(
+        default=None,
+        description="of the schedule, as name=value,...: decay_milestones=[30,60],decay_rate=0.1",
+    )
+    min_lr: NonNegative = Field(default=1e-5, description="where cosine, poly and tanh end")
     warmup_lr: NonNegative = Field(default=1e-6, description="where the warm-up starts")
-    weight_decay: NonNegative = Field(default=0.05, description="AdamW's; none on 1-d parameters")
+    weight_decay: NonNegative = Field(
+        default=0.05, description="weight decay of the optimizer; none on 1-d parameters"
+    )
     decay_pos_embed: Switch = Field(
         default=False,
         description="decay embeddings too (the released code does, for its own students)",
     )
-    adam_eps: Positive = Field(default=1e-8, description="AdamW's epsilon")
+    adam_eps: Positive = Field(
+        default=1e-8,
+        description="epsilon of AdamW and its kin; of optimizers with another default: opt_kwargs",
+    )
     label_smoothing: BelowOne = Field(default=0.1, description="of the cross-entropy")
     clip_grad: Positive | None = Field(
         default=None, description="largest gradient norm; none: no limit"
@@ -580,8 +628,12 @@ class Overrides(TypedDict, total=False):
     warmup_epochs: int
     batch_size: int
     accumulation: int
+    opt: str
+    opt_kwargs: Mapping[str, Any] | None
     lr: float
     lr_scaling: bool
+    sched: Literal["cosine", "multistep", "poly", "step", "tanh"]
+    sched_kwargs: Mapping[str, Any] | None
     min_lr: float
     warmup_lr: float
     weight_decay: float
@@ -845,7 +897,10 @@ def _from_text(name: str, value: Any, shown: Any) -> Any:
 def _from_yaml(name: str, value: Any) -> Any:
     texts = value
     if isinstance(value, Mapping):
-        texts = {str(key): _if_text(_scalar, item) for key, item in value.items()}
+        texts = {
+            str(key): item if isinstance(item, list) else _if_text(_scalar, item)
+            for key, item in value.items()
+        }
     elif name == "pairs" and isinstance(value, list):
         texts = [
             [_if_text(_key, end) for end in pair] if isinstance(pair, list) else pair
@@ -945,5 +1000,5 @@ def _unknown(name: str, model: type[Section]) -> str:
 
 def _plain(value: Any) -> Any:
     if isinstance(value, dict):
-        return dict(value)
+        return {name: _plain(item) for name, item in value.items()}
     return [_plain(item) for item in value] if isinstance(value, tuple) else value

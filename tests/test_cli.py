@@ -1,5 +1,6 @@
 """The command line: what it runs, what it prints, how it fails."""
 
+import re
 import subprocess
 import sys
 
@@ -97,9 +98,22 @@ def test_dry_run_shows_effective_values_and_trains_nothing(capsys, folder, tmp_p
     assert "variant: lift" in out
     assert "5,983,528 parameters" in out
     assert "1e-06 in 5 epochs to 1.17188e-05 = 0.0005 x 12 / 512, by a cosine to 1e-05" in out
+    assert re.search(r"^optimizer: +adamw$", out, re.MULTILINE)
     assert "12 samples, 3 copies of each, 1 updates" in out
     assert "teacher: cait_s24_224" in out
     assert not (tmp_path / "run").exists()
+
+
+def test_dry_run_tells_what_an_optimizer_and_a_schedule_amount_to(capsys):
+    status, out, _ = run(
+        capsys,
+        *("train", "--dry-run", "--model", "test_vit", "--num-classes", "3", "--opt", "lion"),
+        *("--opt-kwargs", "betas=[0.9,0.98]", "--sched", "multistep"),
+        *("--sched-kwargs", "decay_milestones=[100,200],decay_rate=0.2"),
+    )
+    assert status == 0
+    assert "lion (betas (0.9, 0.98)); not fused: every update the host reads" in out
+    assert "by multistep (decay_milestones (100, 200), decay_rate 0.2)\n" in out
 
 
 def test_one_process_speaks_for_a_dry_run(capsys, monkeypatch):

@@ -97,6 +97,7 @@ PAPER = {
     **{"auto_augment": "rand-m9-mstd0.5-inc1", "reprob": 0.25, "repeated_aug": 3},
     **{"mixup": 0.0, "cutmix": 0.0, "mixup_prob": 1.0, "mixup_switch_prob": 0.5},
     **{"epochs": 300, "warmup_epochs": 5, "batch_size": 2048, "lr": 5e-4, "lr_scaling": True},
+    **{"opt": "adamw", "opt_kwargs": None, "sched": "cosine", "sched_kwargs": None},
     **{"min_lr": 1e-5, "warmup_lr": 1e-6, "weight_decay": 0.05, "decay_pos_embed": True},
     **{"adam_eps": 1e-8, "label_smoothing": 0.1, "clip_grad": None},
     **{"ema_decay": 0.99996, "ema_warmup": False, "amp": "bf16", "seed": 0, "best": "raw"},
@@ -331,6 +332,7 @@ def test_exponents_without_a_point_are_numbers_in_yaml(tmp_path):
         ("model", "123"),
         ("data", "2024-01-01"),
         ("feature_options", "beta=8,eps=1e-5,loss=mse"),
+        ("opt_kwargs", "betas=[0.9,0.98],amsgrad=true"),
     ],
 )
 def test_a_scalar_in_yaml_means_what_it_means_on_the_command_line(tmp_path, name, text):
@@ -446,6 +448,10 @@ def test_an_error_in_a_file_names_the_file(tmp_path):
         ("logit_options", [("beta", 8)], "options such as beta=8"),
         ("logit_options", {"beta": [8]}, "options such as beta=8"),
         ("feature_options", "beta", "options such as beta=8"),
+        ("logit_options", "beta=[8,9]", "options such as beta=8"),
+        ("opt_kwargs", {"betas": ["a", 0.9]}, r"options such as betas=\[0\.9"),
+        ("opt_kwargs", "betas=[]", r"options such as betas=\[0\.9"),
+        ("sched_kwargs", "decay_milestones", r"options such as betas=\[0\.9"),
         ("mean", "0.5", "a list of numbers or none"),
         ("seed", None, "an integer"),
     ],
@@ -562,6 +568,22 @@ def test_options_of_losses_survive_a_file(tmp_path):
     assert Recipe.load(tmp_path / "recipe.yaml") == recipe
 
 
+def test_lists_in_options_survive_a_file_and_stay_as_they_are(tmp_path):
+    milestones = [30, 60.5]
+    recipe = Recipe(sched="multistep", sched_kwargs={"decay_milestones": milestones})
+    milestones.append(90)
+    recipe.save(tmp_path / "recipe.yaml")
+    loaded = Recipe.load(tmp_path / "recipe.yaml")
+    assert loaded == recipe and hash(loaded) == hash(recipe)
+    assert loaded.sched_kwargs == {"decay_milestones": (30, 60.5)}
+    assert recipe.to_dict()["sched_kwargs"] == {"decay_milestones": [30, 60.5]}
+
+
+def test_a_schedule_that_needs_a_metric_is_refused_with_another():
+    with pytest.raises(ValueError, match=r"sched: .*use multistep, got 'plateau'"):
+        Recipe(sched="plateau")
+
+
 def test_overrides_leave_the_original_alone():
     recipe = Recipe()
     assert recipe.override(lr=1).lr == 1.0
@@ -582,6 +604,8 @@ def test_overrides_leave_the_original_alone():
         ("feature_options", "gather=true, loss=mse", {"gather": True, "loss": "mse"}),
         ("feature_options", "beta=none", {"beta": None}),
         ("feature_options", "none", None),
+        ("opt_kwargs", "betas=[0.9, 0.98],eps=1e-6", {"betas": (0.9, 0.98), "eps": 1e-6}),
+        ("sched_kwargs", "decay_milestones=[30,60]", {"decay_milestones": (30, 60)}),
     ],
 )
 def test_command_line_text_becomes_typed_values(name, text, value):
@@ -658,4 +682,5 @@ def test_the_schema_takes_the_words_of_the_command_line():
 
 def test_the_schema_takes_a_whole_saved_recipe(tmp_path):
     recipe = Recipe(mean=(0.5,), std=(0.2,), feature_options={"beta": 2.0}, clip_grad=1)
+    recipe = recipe.override(opt_kwargs={"betas": (0.9, 0.98)})
     SCHEMA.validate(recipe.to_dict())

@@ -28,7 +28,13 @@ from fastkd.inference.loading import build_student, create_teacher, names_a_file
 from fastkd.inference.preprocessing import Shape, input_spec, parameter_count, student_shape
 from fastkd.losses.registry import find_loss, has_temperature
 from fastkd.models import Teacher
-from fastkd.training.build import FromRecipe, resolve_recipe, resolve_teacher
+from fastkd.training.build import (
+    FromRecipe,
+    ends_at_min_lr,
+    is_fused,
+    resolve_recipe,
+    resolve_teacher,
+)
 from fastkd.training.task import DistillationTask, build_task
 from fastkd.utils.distributed import autocast
 
@@ -94,6 +100,7 @@ def effective_values(
         "terms": _terms_text(recipe),
         "global batch": f"{recipe.batch_size} = {world_size} process(es) x {recipe.accumulation} "
         f"slice(s) x {share}",
+        "optimizer": _optimizer_text(recipe),
         "learning rate": _schedule_text(recipe),
     }
     if data is not None:
@@ -263,12 +270,21 @@ def _scaled(value: int, unit: str) -> str:
     return f"{value / size:.2f} {prefix}{unit}"
 
 
+def _optimizer_text(config: OptimConfig) -> str:
+    text = config.opt + _in_brackets(config.opt_kwargs or {})
+    if is_fused(config.opt):
+        return text
+    return f"{text}; not fused: every update the host reads whether its gradient is finite"
+
+
 def _schedule_text(config: OptimConfig) -> str:
     scaled = f" = {config.lr:g} x {config.batch_size} / 512" if config.lr_scaling else ""
     warmup = f"from {config.warmup_lr:g} in {config.warmup_epochs} epochs to "
+    shape = "a cosine" if config.sched == "cosine" else config.sched
+    end = f" to {config.min_lr:g}" if ends_at_min_lr(config) else ""
     return (
-        f"{warmup if config.warmup_epochs else ''}{config.scaled_lr:g}{scaled}, by a cosine to "
-        f"{config.min_lr:g}"
+        f"{warmup if config.warmup_epochs else ''}{config.scaled_lr:g}{scaled}, by {shape}"
+        f"{_in_brackets(config.sched_kwargs or {})}{end}"
     )
 
 

@@ -65,7 +65,8 @@ class Engine:
     Args:
         task: student and terms, on the device.
         teacher: on the device; None where the terms need none.
-        optimizer: over the task's parameters; fused, so that skipping needs no synchronisation.
+        optimizer: over the task's parameters; one that knows ``found_inf`` (`knows_found_inf`)
+            skips an update without a synchronization.
         scheduler: timm's, stepped per update.
         config: ``amp``, ``clip_grad``, ``compile``, ``channels_last``, ``ema_warmup``,
             ``max_nonfinite`` and ``seed`` are the engine's.
@@ -193,10 +194,13 @@ class Engine:
         norm = self._gradient_norm().detach().to(losses.dtype)
         broken = (~torch.cat([losses, norm.reshape(1)]).isfinite()).any().float()
         broken = self.world.sum(broken).clamp(max=1)
-        # What GradScaler tells a fused optimiser: it leaves everything as it is where this is 1.
-        self.optimizer.found_inf = broken  # type: ignore[attr-defined]
-        self.optimizer.grad_scale = None  # type: ignore[attr-defined]
-        self.optimizer.step()
+        if knows_found_inf(self.optimizer):
+            # What GradScaler tells a fused optimizer: where this is 1, it leaves all as it is.
+            self.optimizer.found_inf = broken  # type: ignore[attr-defined]
+            self.optimizer.grad_scale = None  # type: ignore[attr-defined]
+            self.optimizer.step()
+        elif not broken:  # synchronizes
+            self.optimizer.step()
         self.scaler.update()
         applied = broken == 0
         for buffer, old in zip(self.statistics, statistics or self.statistics, strict=True):
@@ -258,6 +262,14 @@ class Engine:
             for done, (applied, finite) in zip(unread, flags.tolist(), strict=True)
             if not applied
         ]
+
+
+def knows_found_inf(optimizer: torch.optim.Optimizer) -> bool:
+    """Check whether a step leaves all as it is where ``found_inf`` is 1: fused ones do."""
+    momentum = isinstance(optimizer, torch.optim.SGD) and optimizer.defaults["momentum"]
+    if momentum and not optimizer.state:
+        return False  # a first step that is skipped would leave uninitialized memory as momentum
+    return getattr(optimizer, "_step_supports_amp_scaling", False)  # as GradScaler asks, too
 
 
 def _running_statistics(module: nn.Module) -> list[Tensor]:

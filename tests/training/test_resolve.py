@@ -85,6 +85,9 @@ def test_options_without_which_the_run_is_another_are_refused(options, message):
         ({"ema_decay": None, "ema_warmup": True}, "there is no EMA"),
         ({"color_jitter": 0.4}, "auto_augment takes its place"),
         ({"warmup_lr": 1e-7, "warmup_epochs": 0}, "there is no warm-up"),
+        ({"opt": "lion", "adam_eps": 1e-6}, "adam_eps=1e-06 has no effect: opt='lion'"),
+        ({"opt": "lamb", "adam_eps": 1e-6}, "adam_eps=1e-06 has no effect: opt='lamb'"),
+        ({"sched": "step", "min_lr": 0.0}, "min_lr=0.0 has no effect: sched='step'"),
     ],
 )
 def test_other_options_without_effect_are_warned_of(options, message, caplog):
@@ -164,3 +167,102 @@ def test_a_warm_up_from_above_the_peak_is_refused():
     with pytest.raises(ValueError, match=r"warmup_lr: 0\.1 is above the learning rate 0\.001"):
         resolve(warmup_lr=0.1)
     assert resolve(Recipe(warmup_lr=0.1, warmup_epochs=0)).warmup_lr == 0.1
+
+
+@pytest.mark.parametrize("opt", ["lion", "lookahead_adamw", "nesterov", "muon"])
+def test_an_optimizer_of_timms_is_taken(opt, caplog):
+    assert resolve(opt=opt).opt == opt
+    assert not caplog.records
+
+
+@pytest.mark.parametrize(
+    "opt", ["adamx", "adahessian", "kron", "bnbadamw8bit", "fusedadam", "my_adamw", "lookahead_"]
+)
+def test_an_optimizer_that_a_run_cannot_use_is_refused_with_the_others(opt):
+    with pytest.raises(ValueError, match=rf"opt: expected one of .*adamw.*, got '{opt}'"):
+        resolve(opt=opt)
+
+
+def test_a_misspelt_optimizer_gets_a_suggestion():
+    with pytest.raises(ValueError, match=r"got 'adamww' \(did you mean 'adamw'\?\)"):
+        resolve(opt="adamww")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"opt_kwargs": {"beta": 0.9}}, "'adamw' has no option 'beta'.*'betas'.*it has betas"),
+        ({"opt_kwargs": {"momentum": 0.9}}, "'adamw' has no option 'momentum'"),
+        ({"opt": "lion", "opt_kwargs": {"eps": 0.1}}, "'lion' has no option 'eps'"),
+        ({"opt_kwargs": {"fused": False}}, "'adamw' has no option 'fused'"),
+        ({"opt_kwargs": {"layer_decay": 0.7}}, "'adamw' has no option 'layer_decay'"),
+        ({"opt_kwargs": {"eps": 1e-6}}, "eps is the recipe's field adam_eps"),
+        ({"opt_kwargs": {"lr": 1e-6}}, "lr is the recipe's field lr"),
+        ({"opt_kwargs": {"betas": 0.9}}, r"betas of 'adamw': expected a list.*got 0\.9"),
+        ({"opt_kwargs": {"amsgrad": "no"}}, "amsgrad of 'adamw': expected true or false, got 'no'"),
+        ({"opt_kwargs": {"betas": [0.9]}}, r"'adamw' with \{'betas': \(0\.9,\)\}"),
+        ({"opt_kwargs": {"betas": [0.9, 1.5]}}, "'adamw' with .* 1.5"),
+        ({"opt": "sgd", "opt_kwargs": {"momentum": "x"}}, "expected a number, got 'x'"),
+        ({"opt": "muon", "opt_kwargs": {"algo": "sgd"}}, "'muon' with .*algo"),
+    ],
+)
+def test_options_that_an_optimizer_cannot_use_are_refused(options, message):
+    with pytest.raises(ValueError, match=f"opt_kwargs: .*{message}"):
+        resolve(**options)
+
+
+@pytest.mark.parametrize(
+    ("sched", "options", "message"),
+    [
+        ("cosine", {"decay_epochs": 30}, "'cosine' has no option 'decay_epochs'; it has cycle_mul"),
+        ("cosine", {"noise": 0.5}, "'cosine' has no option 'noise'"),
+        ("cosine", {"min_lr": 0.1}, "'cosine' has no option 'min_lr'"),
+        ("cosine", {"cycle_limit": 7}, "300 epochs, .* cannot be divided into 7 cycles"),
+        ("cosine", {"cycle_limit": 2.5}, "into 2.5 cycles"),
+        ("cosine", {"cycle_limit": 10**12, "cycle_mul": 2}, "'cosine' with"),
+        ("cosine", {"cooldown_epochs": 300}, "300 epochs, less 300"),
+        ("cosine", {"cooldown_epochs": -1}, "cooldown_epochs: expected at least 0.*, got -1"),
+        ("cosine", {"warmup_prefix": "no"}, "warmup_prefix of .*expected true or false, got 'no'"),
+        ("cosine", {"cycle_limit": 3, "cycle_decay": 1e-4}, "would become .*, expected no less"),
+        ("cosine", {"k_decay": -1}, "k_decay: expected at least 0.*, got -1"),
+        ("cosine", {"k_decay": 0}, "does not fall"),
+        ("multistep", {"decay_milestones": 30}, "expected a list such as .*, got 30"),
+        ("multistep", {"decay_milestones": [300]}, "does not fall within 300 epochs"),
+        ("multistep", {"decay_milestones": [60, 30]}, r"ascending in a list, got \(60, 30\)"),
+        ("step", {"decay_epochs": 300}, "does not fall within 300 epochs"),
+        ("step", {"decay_epochs": 0}, "'step' with"),
+        ("step", {"decay_epochs": "x"}, "decay_epochs: expected at least 0.*, got 'x'"),
+        ("step", {"decay_rate": 2}, "does not fall"),
+        ("step", {"decay_rate": -0.5}, "decay_rate: expected at least 0.*, got -0.5"),
+        ("poly", {"decay_rate": 1e4}, "'poly' with"),
+    ],
+)
+def test_a_schedule_that_cannot_work_is_refused(sched, options, message):
+    with pytest.raises(ValueError, match=f"sched_kwargs: .*{message}"):
+        resolve(sched=sched, sched_kwargs=options)
+
+
+def test_a_default_schedule_that_would_not_fall_is_refused():
+    with pytest.raises(ValueError, match="'multistep' with no options does not fall within 60"):
+        resolve(sched="multistep", epochs=60)
+
+
+def test_a_constant_learning_rate_can_be_asked_for():
+    options = {"decay_rate": 1}
+    assert resolve(sched="step", sched_kwargs=options).sched_kwargs == options
+
+
+def test_cycles_without_number_have_no_effect():
+    with pytest.raises(ValueError, match=r"cycle_decay=0\.5 has no effect"):
+        resolve(sched_kwargs={"cycle_decay": 0.5})
+
+
+def test_options_of_a_recipes_optimizer_and_schedule_leave_with_them():
+    recipe = Recipe(opt_kwargs={"amsgrad": True}, sched_kwargs={"k_decay": 2})
+    assert resolve(recipe).opt_kwargs == {"amsgrad": True}
+    changed = resolve(recipe, opt="lion", sched="tanh")
+    assert (changed.opt_kwargs, changed.sched_kwargs) == (None, None)
+
+
+def test_a_schedule_of_steps_needs_no_min_lr_below_its_peak():
+    assert resolve(sched="step", batch_size=8).scaled_lr < Recipe().min_lr
