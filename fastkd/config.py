@@ -461,7 +461,7 @@ class OptimConfig(Section):
         description="learning rate, before lr_scaling; the recipes' is meant for AdamW",
     )
     lr_scaling: Switch = Field(default=True, description="multiply lr by batch_size / 512")
-    sched: Annotated[
+    sched: Annotated[  # what every supported timm has and needs no metric
         Literal["cosine", "multistep", "poly", "step", "tanh"],
         "one of cosine, multistep, poly, step, tanh; plateau needs a metric, use multistep",
     ] = Field(default="cosine", description="timm's schedule of the learning rate")

@@ -74,7 +74,8 @@ _NOT_OPTIONS = frozenset(
     }
 )
 _CYCLES = ("cycle_mul", "cycle_decay", "cycle_limit", "cooldown_epochs", "warmup_prefix")
-SCHEDULE_OPTIONS = {  # those of `create_scheduler_v2` that have an effect
+# Of `create_scheduler_v2`; without its noise, whose seed is not the run's.
+SCHEDULE_OPTIONS = {
     "cosine": (*_CYCLES, "k_decay"),
     "multistep": ("decay_milestones", "decay_rate", "warmup_prefix"),
     "poly": (*_CYCLES, "k_decay", "decay_rate"),
@@ -329,7 +330,7 @@ def _takes_adam_eps(opt: str) -> bool:
 
 
 def is_fused(opt: str) -> bool:
-    """Check whether the device decides if an update is skipped, not the host."""
+    """Check whether a non-finite update is skipped on the device, without the host."""
     return "fused" in _arguments(opt) and not opt.startswith(LOOKAHEAD)
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 from timm.models.vision_transformer import VisionTransformer
@@ -28,6 +29,12 @@ FAST: dict[str, Any] = {
     "device": "cpu",
     "quiet": True,
 }
+
+
+# AdamW, and two others: one that skips an update on the device, and one for which the host does.
+each_optimizer = pytest.mark.parametrize(
+    "opt", ["adamw", *(pytest.param(opt, marks=pytest.mark.slow) for opt in ("nesterov", "lamb"))]
+)
 
 
 class Interrupting(TensorDataset):

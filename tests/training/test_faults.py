@@ -15,7 +15,8 @@ from torch.utils.data import TensorDataset
 from fastkd import checkpoint as checkpoints
 from fastkd.training import NonFiniteError, load_checkpoint, train
 from fastkd.training import logging as logger
-from tests.harness.tiny import FAST, image_folder, tensor_data, vit
+from tests.harness.tiny import FAST, each_optimizer, image_folder, tensor_data, vit
+from tests.harness.torchrun import run_ranks
 
 IMAGES = FAST | {"augment": "cpu", "img_size": 32, "batch_size": 6, "epochs": 1}
 
@@ -92,16 +93,38 @@ class Poisoned(TensorDataset):
         super().__init__(images, labels)
 
 
-def test_a_poisoned_batch_is_skipped_and_its_samples_are_listed(data, fast, tmp_path):
+@each_optimizer
+def test_a_poisoned_batch_is_skipped_and_its_samples_are_listed(data, fast, tmp_path, opt):
     poisoned = Poisoned(data[0], [3])
-    result = train(vit(), None, (poisoned, data[1]), tmp_path, **fast)
+    result = train(vit(), None, (poisoned, data[1]), tmp_path, **fast, opt=opt)
     skipped = events(tmp_path, "skipped")
     assert [3 in event["samples"][0] for event in skipped] == [True] * len(skipped)
     assert sum(record["skipped_updates"] for record in result.history) == len(skipped) > 0
     assert all(value.isfinite().all() for value in load_checkpoint(tmp_path)["state_dict"].values())
 
 
-def test_nothing_but_poison_ends_the_run_and_keeps_the_good_checkpoint(data, fast, tmp_path):
+def train_poisoned_on_rank(rank, output, opt):
+    train_set, val_set = tensor_data()
+    student = vit()
+    poisoned = Poisoned(train_set, [3])  # the other process learns of it by the gradient's sum
+    train(student, None, (poisoned, val_set), output, **FAST, opt=opt)
+    torch.save(student.state_dict(), output / f"{rank}.pt")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("opt", ["adamw", "nesterov", "lamb"])
+def test_two_processes_skip_the_same_updates_and_stay_equal(tmp_path, opt):
+    run_ranks(train_poisoned_on_rank, tmp_path, opt)
+    states = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+    assert all(value.isfinite().all() for value in states[0].values())
+    skipped = events(tmp_path, "skipped")
+    assert skipped and all(any(3 in share for share in event["samples"]) for event in skipped)
+
+
+@each_optimizer
+def test_nothing_but_poison_ends_the_run_and_keeps_the_good_checkpoint(data, fast, tmp_path, opt):
+    fast |= {"opt": opt}
     train(vit(), None, data, tmp_path, **fast | {"epochs": 1})
     good = load_checkpoint(tmp_path)
     good["recipe"]["epochs"] = 2
@@ -214,24 +237,29 @@ class SuddenDeath(TensorDataset):
 KILLED = {"checkpoint_interval": 1, "alpha": 0.5, "mixup": 0.8}
 
 
-def run_until_killed(output):
+def run_until_killed(output, opt):
     train_set, val_set = tensor_data()
     dying = (SuddenDeath(*train_set.tensors), val_set)
     train(
-        vit(proj_drop_rate=0.2), vit(24, seed=1), dying, output, **FAST | KILLED, projector="linear"
+        *(vit(proj_drop_rate=0.2), vit(24, seed=1), dying, output),
+        **FAST | KILLED,
+        projector="linear",
+        opt=opt,
     )
 
 
-def test_a_run_killed_at_once_resumes_and_ends_bit_identical(data, tmp_path):
+@each_optimizer
+def test_a_run_killed_at_once_resumes_and_ends_bit_identical(data, tmp_path, opt):
     script = (
-        "import sys; from tests.training.test_faults import run_until_killed as r; r(sys.argv[1])"
+        "import sys; from tests.training.test_faults import run_until_killed as r; r(*sys.argv[1:])"
     )
-    killed = subprocess.run([sys.executable, "-c", script, str(tmp_path / "parts")], timeout=120)
+    command = [sys.executable, "-c", script, str(tmp_path / "parts"), opt]
+    killed = subprocess.run(command, timeout=120)
     assert killed.returncode == -signal.SIGKILL
     assert load_checkpoint(tmp_path / "parts")["position"]["total"] == 5
     for name in ("parts", "whole"):
         student = vit(proj_drop_rate=0.2)
-        options = FAST | KILLED | {"projector": "linear"}
+        options = FAST | KILLED | {"projector": "linear", "opt": opt}
         train(student, vit(24, seed=1), data, tmp_path / name, **options)
     parts, whole = (load_checkpoint(tmp_path / name) for name in ("parts", "whole"))
     for kind in ("state_dict", "state_dict_ema", "terms"):
@@ -281,16 +309,17 @@ def test_one_failing_rank_ends_them_all_within_a_minute(tmp_path):
     assert time.monotonic() - started < 60
 
 
-def run_in_one_long_epoch(output):
+def run_in_one_long_epoch(output, opt):
     """Nothing but the stop writes a checkpoint: the epoch does not end, no interval is due."""
-    options = FAST | {"workers": 1, "log_interval": 10**6}
+    options = FAST | {"workers": 1, "log_interval": 10**6, "opt": opt}
     train(vit(), None, tensor_data(train=200_000), output, **options)
 
 
 @pytest.mark.slow
-def test_sigterm_to_torchrun_writes_a_checkpoint_in_good_time(tmp_path):
+@pytest.mark.parametrize("opt", ["adamw", "nesterov", "lamb"])
+def test_sigterm_to_torchrun_writes_a_checkpoint_in_good_time(tmp_path, opt):
     command, environment = torchrun(tmp_path, "run_in_one_long_epoch")
-    run = subprocess.Popen([*command, str(tmp_path / "run")], env=environment)
+    run = subprocess.Popen([*command, str(tmp_path / "run"), opt], env=environment)
     begun = tmp_path / "run" / "log.jsonl"
     while not begun.exists() and run.poll() is None:
         time.sleep(0.2)

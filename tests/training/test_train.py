@@ -20,7 +20,7 @@ from fastkd.training import (
     train,
 )
 from fastkd.training.build import resolve_teacher
-from tests.harness.tiny import Interrupting, image_folder, vit
+from tests.harness.tiny import Interrupting, each_optimizer, image_folder, vit
 
 SPEC = InputSpec((3, 32, 32), (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 
@@ -122,9 +122,10 @@ def test_best_keeps_the_epoch_that_its_rule_names(data, fast, tmp_path):
     assert load_checkpoint(result.best)["position"]["epoch"] == result.best_epoch
 
 
+@each_optimizer
 @pytest.mark.parametrize("stop_at", [3, 16 * 2 + 5, 16 * 4 + 1, 16 * 6 + 9])
-def test_interrupted_and_resumed_ends_bit_identical(data, fast, tmp_path, stop_at):
-    options = fast | {"alpha": 0.5, "mixup": 0.8, "cutmix": 1.0, "mixup_prob": 0.7}
+def test_interrupted_and_resumed_ends_bit_identical(data, fast, tmp_path, stop_at, opt):
+    options = fast | {"opt": opt, "alpha": 0.5, "mixup": 0.8, "cutmix": 1.0, "mixup_prob": 0.7}
     student = {"proj_drop_rate": 0.2}
     train(vit(**student), vit(seed=1), data, tmp_path / "whole", **options)
 
@@ -162,7 +163,10 @@ def test_a_signal_writes_a_checkpoint_after_the_running_update(data, fast, tmp_p
     assert signal.getsignal(number) is handlers
 
 
-def test_a_crash_resumes_from_the_last_periodic_checkpoint(data, fast, tmp_path):
+@each_optimizer
+def test_a_crash_resumes_from_the_last_periodic_checkpoint(data, fast, tmp_path, opt):
+    fast |= {"opt": opt}
+
     def crash():
         raise LookupError("disk gone")
 
@@ -200,6 +204,14 @@ def test_a_checkpoint_of_another_recipe_is_refused_naming_the_difference(data, f
     train(vit(), None, data, tmp_path, **fast)
     with pytest.raises(CheckpointError, match=r"another recipe \(weight_decay 0\.05 -> 0\.1\)"):
         train(vit(), None, data, tmp_path, **fast, weight_decay=0.1)
+
+
+@pytest.mark.parametrize("other", [{"opt": "lion"}, {"sched": "tanh"}], ids=str)
+def test_a_checkpoint_of_another_optimizer_or_schedule_is_refused(data, fast, tmp_path, other):
+    train(vit(), None, data, tmp_path, **fast)
+    ((name, value),) = other.items()
+    with pytest.raises(CheckpointError, match=rf"another recipe \({name} '\w+' -> '{value}'\)"):
+        train(vit(), None, data, tmp_path, **fast, **other)
 
 
 def test_a_checkpoint_of_other_data_is_refused(data, fast, tmp_path):
