@@ -112,7 +112,7 @@ def test_dry_run_tells_what_an_optimizer_and_a_schedule_amount_to(capsys):
         *("--sched-kwargs", "decay_milestones=[100,200],decay_rate=0.2"),
     )
     assert status == 0
-    assert "lion (betas (0.9, 0.98)); not fused: every update the host reads" in out
+    assert "lion (betas (0.9, 0.98)); the host reads at every update" in out
     assert "by multistep (decay_milestones (100, 200), decay_rate 0.2)\n" in out
 
 

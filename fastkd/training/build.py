@@ -43,7 +43,7 @@ from fastkd.inference.preprocessing import class_count, class_names, input_spec,
 from fastkd.losses.registry import check_options, find_loss, has_temperature
 from fastkd.models import Teacher
 from fastkd.models.factory import rebuilt_by
-from fastkd.training.engine import Engine
+from fastkd.training.engine import Engine, knows_found_inf
 from fastkd.training.logging import check_trackers
 from fastkd.training.state import Identity
 from fastkd.training.task import DistillationTask, build_task
@@ -329,9 +329,12 @@ def _takes_adam_eps(opt: str) -> bool:
     return "betas" in arguments and "eps" in arguments and arguments["eps"].default == 1e-8
 
 
-def is_fused(opt: str) -> bool:
-    """Check whether a non-finite update is skipped on the device, without the host."""
-    return "fused" in _arguments(opt) and not opt.startswith(LOOKAHEAD)
+def skips_on_device(opt: str) -> bool:
+    """Check whether a non-finite update is skipped without the host: torch's fused steps can."""
+    if opt.startswith(LOOKAHEAD) or "fused" not in _arguments(opt):
+        return False
+    stand_in = [nn.Parameter(torch.ones(1))]
+    return knows_found_inf(get_optimizer_info(opt).opt_class(stand_in, fused=True))
 
 
 def _check_optimizer(recipe: OptimConfig) -> None:

@@ -31,9 +31,9 @@ from fastkd.models import Teacher
 from fastkd.training.build import (
     FromRecipe,
     ends_at_min_lr,
-    is_fused,
     resolve_recipe,
     resolve_teacher,
+    skips_on_device,
 )
 from fastkd.training.task import DistillationTask, build_task
 from fastkd.utils.distributed import autocast
@@ -272,9 +272,9 @@ def _scaled(value: int, unit: str) -> str:
 
 def _optimizer_text(config: OptimConfig) -> str:
     text = config.opt + _in_brackets(config.opt_kwargs or {})
-    if is_fused(config.opt):
+    if skips_on_device(config.opt):
         return text
-    return f"{text}; not fused: every update the host reads whether its gradient is finite"
+    return f"{text}; the host reads at every update whether its gradient is finite"
 
 
 def _schedule_text(config: OptimConfig) -> str:

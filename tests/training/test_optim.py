@@ -14,8 +14,8 @@ from fastkd.training.build import (
     LOOKAHEAD,
     SCHEDULE_OPTIONS,
     build_optimizer,
-    is_fused,
     optimizer_names,
+    skips_on_device,
 )
 from fastkd.training.engine import knows_found_inf
 from tests.harness.tiny import vit
@@ -106,7 +106,9 @@ def test_a_first_update_that_is_not_finite_leaves_no_trace(opt):
 def test_torchs_fused_optimizers_alone_skip_on_the_device(opt):
     engine = engine_for(vit(), opt=opt)
     engine.update([batch()])
-    assert knows_found_inf(engine.optimizer) == is_fused(opt) == (opt in FUSED)
+    assert knows_found_inf(engine.optimizer) == skips_on_device(opt)
+    if opt != "adagrad":  # in torch 2.11 its fused step does not know found_inf
+        assert skips_on_device(opt) == (opt in FUSED)
 
 
 @pytest.mark.parametrize("opt", NAMES)
