@@ -27,6 +27,7 @@ from torch import Tensor
 
 from fastkd.ops import feature_kd, lift_kd, second_moment, sep, spectral_ranks
 from fastkd.ops.feature_kd.reference import definition as feature_kd_definition
+from fastkd.ops.lift_kd import LIFT_EPS
 from fastkd.ops.second_moment.reference import definition as moment_definition
 from fastkd.ops.spectrum import LEVELS, ranks_near
 
@@ -34,7 +35,6 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 # Relative error of values and gradients; half precision rounds operands and results.
 ALLOWED = {torch.float32: 1e-4, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 EXACT = {"feature_kd value": 1e-5, "energies": 1e-6, "moment": 1e-5, "curve": 1e-6}
-NORM_EPS = 1e-6
 LOSSES = ("mse", "spectral", "cosine", "smooth_l1")
 # What a backend may refuse: these are its limits, everything else is a fault.
 EXPECTED_REFUSALS = ("it multiplies in float16 or bfloat16", "it lifts ")
@@ -157,7 +157,7 @@ def lift_kd_cases(backend: str, dtype: torch.dtype, device: str, batch: int) -> 
         pooled_upstream = noise((count, wide), dtype, device, 5)
         leaves = [x.detach().requires_grad_() for x in leaves]
         result = lift_kd(
-            leaves[0], leaves[1], teacher, None, *leaves[2:], NORM_EPS,
+            leaves[0], leaves[1], teacher, None, *leaves[2:], LIFT_EPS,
             loss=loss, grid=None if teacher.ndim == 4 else grid, pool=pool, backend=backend,
         )  # fmt: skip
         outputs = result if pool else (result,)
@@ -168,7 +168,7 @@ def lift_kd_cases(backend: str, dtype: torch.dtype, device: str, batch: int) -> 
 
         exact = [x.detach().double().requires_grad_() for x in leaves]
         lifted = F.linear(as_maps(exact[0], grid), exact[1])
-        lifted = F.layer_norm(lifted, (wide,), *exact[2:], NORM_EPS)
+        lifted = F.layer_norm(lifted, (wide,), *exact[2:], LIFT_EPS)
         truth = feature_kd_definition(lifted, as_maps(teacher.double(), grid), loss)
         true_outputs = (truth, lifted.mean(dim=(1, 2))) if pool else (truth,)
         true_upstream = [x.double() for x in upstream[: len(outputs)]]

@@ -15,9 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastkd.ops import backends, lift_kd
-from fastkd.ops.lift_kd import OPERATOR
-
-EPS = 1e-6
+from fastkd.ops.lift_kd import LIFT_EPS, OPERATOR
 
 
 def spectral(lifted: Tensor, teacher: Tensor) -> Tensor:
@@ -78,7 +76,7 @@ def layers(loss: str, pool: bool) -> Step:
 
     def forward(tokens: Tensor, weight: Tensor, norm_weight: Tensor, norm_bias: Tensor, t: Tensor):
         lifted = F.linear(tokens, weight)
-        lifted = F.layer_norm(lifted, lifted.shape[-1:], norm_weight, norm_bias, EPS)
+        lifted = F.layer_norm(lifted, lifted.shape[-1:], norm_weight, norm_bias, LIFT_EPS)
         value = LOSSES[loss](lifted, t)
         return (value, lifted.mean(dim=1)) if pool else (value,)
 
@@ -88,7 +86,7 @@ def layers(loss: str, pool: bool) -> Step:
 def ours(loss: str, pool: bool, backend: str) -> Step:
     def forward(tokens: Tensor, weight: Tensor, norm_weight: Tensor, norm_bias: Tensor, t: Tensor):
         result = lift_kd(
-            tokens, weight, t, None, norm_weight, norm_bias, EPS,
+            tokens, weight, t, None, norm_weight, norm_bias, LIFT_EPS,
             loss=loss, pool=pool, backend=backend,
         )  # fmt: skip
         return result if pool else (result,)
@@ -100,7 +98,7 @@ def norm_slope(projected: Tensor, lifted_slope: Tensor, norm_weight: Tensor):
     """Gradients of LayerNorm's input and parameters, written out."""
     x = projected.float()
     mean = x.mean(dim=-1, keepdim=True)
-    rstd = torch.rsqrt((x - mean).square().mean(dim=-1, keepdim=True) + EPS)
+    rstd = torch.rsqrt((x - mean).square().mean(dim=-1, keepdim=True) + LIFT_EPS)
     normed = (x - mean) * rstd
     scaled = lifted_slope * norm_weight.float()
     slope = scaled - scaled.mean(dim=-1, keepdim=True)
@@ -111,7 +109,7 @@ def norm_slope(projected: Tensor, lifted_slope: Tensor, norm_weight: Tensor):
 def norm_mse_slope(projected: Tensor, norm_weight: Tensor, norm_bias: Tensor, t: Tensor):
     """LayerNorm, MSE and their gradient in one function, for torch.compile to fuse."""
     lifted = F.layer_norm(
-        projected.float(), projected.shape[-1:], norm_weight.float(), norm_bias.float(), EPS
+        projected.float(), projected.shape[-1:], norm_weight.float(), norm_bias.float(), LIFT_EPS
     )
     d = lifted - t.float()
     slope, *vectors = norm_slope(projected, 2 / d.numel() * d, norm_weight)
@@ -139,7 +137,7 @@ class InForward(torch.autograd.Function):
 def norm_mse_pool(projected: Tensor, norm_weight: Tensor, norm_bias: Tensor, t: Tensor):
     """LayerNorm, MSE and pooling of [B, N, Dt] in one function, for torch.compile to fuse."""
     lifted = F.layer_norm(
-        projected.float(), projected.shape[-1:], norm_weight.float(), norm_bias.float(), EPS
+        projected.float(), projected.shape[-1:], norm_weight.float(), norm_bias.float(), LIFT_EPS
     )
     return F.mse_loss(lifted, t.float()), lifted.mean(dim=1).to(projected.dtype)
 
@@ -153,7 +151,7 @@ def norm_mse_pool_slope(
     pooled_upstream: Tensor,
 ):
     lifted = F.layer_norm(
-        projected.float(), projected.shape[-1:], norm_weight.float(), norm_bias.float(), EPS
+        projected.float(), projected.shape[-1:], norm_weight.float(), norm_bias.float(), LIFT_EPS
     )
     slope = 2 * upstream / lifted.numel() * (lifted - t.float())
     slope = slope + pooled_upstream.float()[:, None] / projected.shape[1]
@@ -200,7 +198,7 @@ def chunked(chunk_rows: int) -> Step:
                 chunk = rows[part].detach().requires_grad_()
                 with torch.enable_grad():
                     lifted = F.layer_norm(
-                        F.linear(chunk, leaves[0]), teacher.shape[-1:], *leaves[1:], EPS
+                        F.linear(chunk, leaves[0]), teacher.shape[-1:], *leaves[1:], LIFT_EPS
                     )
                     value = F.mse_loss(lifted.float(), teacher[part].float(), reduction="sum")
                     value = value / teacher.numel()

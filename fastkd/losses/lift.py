@@ -12,6 +12,7 @@ from fastkd.losses.projectors import has_hooks, init_linear
 from fastkd.ops import lift, lift_kd
 from fastkd.ops.backend import Backend
 from fastkd.ops.feature_kd.reference import LOSSES, LossName
+from fastkd.ops.lift_kd import LIFT_EPS
 from fastkd.tokens import RESAMPLE_MODES, ResampleMode, Tokens, match_grids
 
 
@@ -23,7 +24,7 @@ class Lift(nn.Module):
     Args:
         dim: channels of the incoming tokens.
         width: channels of the lifted tokens.
-        eps: of the LayerNorm; 1e-6 as in timm.
+        lift_eps: of the LayerNorm.
         device: of the parameters.
         dtype: of the parameters.
         bias: whether the Linear has a bias; the paper's has none.
@@ -34,7 +35,7 @@ class Lift(nn.Module):
         self,
         dim: int,
         width: int,
-        eps: float = 1e-6,
+        lift_eps: float = LIFT_EPS,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         *,
@@ -45,7 +46,7 @@ class Lift(nn.Module):
         self.proj = nn.Linear(dim, width, bias=bias, device=device, dtype=dtype)
         self.norm: nn.Module = nn.Identity()
         if norm:
-            self.norm = nn.LayerNorm(width, eps=eps, device=device, dtype=dtype)
+            self.norm = nn.LayerNorm(width, eps=lift_eps, device=device, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """Lift tokens; writes [B, N, width].
@@ -140,7 +141,7 @@ class Lift(nn.Module):
             "bias": self.proj.bias,
             "norm_weight": None if norm is None else norm.weight,
             "norm_bias": None if norm is None else norm.bias,
-            "eps": 0.0 if norm is None else norm.eps,
+            "lift_eps": 0.0 if norm is None else norm.eps,
         }
 
 
@@ -160,7 +161,7 @@ class LiftKD(nn.Module):
         weight: factor for the caller to apply (the Linear's weight is ``projector.proj.weight``).
         bias: whether the Linear has a bias; the paper's has none.
         norm: whether there is a LayerNorm.
-        eps: of the LayerNorm.
+        lift_eps: of the LayerNorm.
         beta: threshold of ``"smooth_l1"``.
         pool: also return the mean of the lifted tokens.
         resample: for `Tokens`, see `FeatureTerm`.
@@ -187,7 +188,7 @@ class LiftKD(nn.Module):
         *,
         bias: bool = False,
         norm: bool = True,
-        eps: float = 1e-6,
+        lift_eps: float = LIFT_EPS,
         beta: float = 1.0,
         pool: bool = False,
         resample: ResampleMode | None = None,
@@ -199,7 +200,9 @@ class LiftKD(nn.Module):
         check_choice(self, "loss", loss, LOSSES)
         if resample is not None:
             check_choice(self, "resample", resample, RESAMPLE_MODES)
-        self.projector = Lift(student_dim, teacher_dim, eps, device, dtype, bias=bias, norm=norm)
+        self.projector = Lift(
+            student_dim, teacher_dim, lift_eps, device, dtype, bias=bias, norm=norm
+        )
         init_linear(self.projector.proj)
         self.loss: LossName = loss
         self.weight = weight

@@ -37,8 +37,8 @@ def load_released_checkpoint(
     the names and shapes. The released Lift carries the final norm and head of the DeiT inside it,
     which nothing runs: they are left out, and everything else must match exactly.
 
-    A checkpoint holds no epsilons: as in the released code, the Lift's LayerNorm has torch's 1e-5
-    and every other one timm's 1e-6.
+    A checkpoint holds no epsilons: the Lift's LayerNorm has that of the released code
+    (`fastkd.ops.lift_kd.LIFT_EPS`), every other one timm's.
 
     Args:
         source: a .pth or .safetensors file (a state dict, or a checkpoint with one under

@@ -23,9 +23,6 @@ from fastkd.ops.feature_kd.reference import LossName
 # Pools that read patch tokens only; "" hands the tokens on. The class token is never read.
 _LIFT_POOLS = ("avg", "avgmax", "max", "")
 
-# Of the lift's LayerNorm, as in the paper's released code; all other norms have timm's 1e-6.
-LIFT_EPS = 1e-5
-
 
 class _WideFinalTransformer(VisionTransformer):
     """A timm ViT whose final features (`num_features`) are wider than its tokens (`embed_dim`)."""
@@ -241,7 +238,7 @@ class LiftVisionTransformer(_WideFinalTransformer):
         return kept
 
     def _install_lift(self, width: int, global_pool: str) -> None:
-        self.norm = Lift(self.embed_dim, width, eps=LIFT_EPS, **self._placement())
+        self.norm = Lift(self.embed_dim, width, **self._placement())
         self.fc_norm = nn.Identity()
         self.attn_pool = None
         self.global_pool = global_pool

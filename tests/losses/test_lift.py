@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 from fastkd.losses import LiftKD
 from fastkd.losses.lift import Lift
+from fastkd.ops.lift_kd import LIFT_EPS
 from fastkd.tokens import Tokens, match_grids
 
 GRID = (3, 4)
@@ -131,7 +132,7 @@ def test_beta_is_the_threshold_of_smooth_l1():
 def test_a_new_projector_is_the_papers_initialised_as_in_vits():
     projector = LiftKD(192, 384).projector
     assert list(projector.state_dict()) == ["proj.weight", "norm.weight", "norm.bias"]
-    assert projector.norm.eps == 1e-6
+    assert projector.norm.eps == LIFT_EPS
     assert projector.proj.weight.std().item() == pytest.approx(0.02, rel=0.1)
     assert not LiftKD(6, 8, bias=True).projector.proj.bias.any()
 

@@ -14,7 +14,7 @@ from bench.harness import peak_extra_bytes
 from fastkd.ops import lift, lift_kd
 from fastkd.ops.feature_kd.reference import LOSSES
 from fastkd.ops.feature_kd.reference import definition as feature_kd_definition
-from fastkd.ops.lift_kd import OPERATOR
+from fastkd.ops.lift_kd import LIFT_EPS, OPERATOR
 from fastkd.ops.lift_kd import reference as torch_path
 from fastkd.ops.lift_kd.projection import Projection
 from fastkd.ops.lift_kd.self_check import self_check
@@ -142,7 +142,7 @@ def defined(
     lifted = F.linear(leaves["tokens"], leaves["weight"], leaves.get("bias"))
     if "norm_weight" in leaves:
         norm = leaves["norm_weight"], leaves.get("norm_bias")
-        lifted = F.layer_norm(lifted, lifted.shape[-1:], *norm, 1e-6)
+        lifted = F.layer_norm(lifted, lifted.shape[-1:], *norm, LIFT_EPS)
     compared = [x if dtype == torch.float64 else x.float() for x in (lifted, problem.teacher)]
     value = feature_kd_definition(*compared, loss, beta)
     pooled = lifted.mean(dim=(1, 2))
@@ -254,7 +254,7 @@ def test_every_layout(backend, layout, loss, pool):
 def equal_to_teacher(problem: Problem) -> Problem:
     """The teacher's tokens are the lifted student's, as far as the dtype can say."""
     names = [problem.parameters.get(name) for name in NAMES[1:]]
-    exact = Projection(*(None if x is None else x.double() for x in names), 1e-6, torch.float64)
+    exact = Projection(*(None if x is None else x.double() for x in names), LIFT_EPS, torch.float64)
     teacher = torch_path.lift(problem.tokens.double(), exact, torch.float64)
     return Problem(problem.tokens, teacher.to(problem.teacher.dtype), problem.parameters)
 
@@ -481,7 +481,7 @@ def test_lift_equals_linear_and_layer_norm(backend, pool, wanted, layout, parts)
     plain = F.linear(problem.tokens.double().flatten(1, 2), exact["weight"], exact.get("bias"))
     if "norm_weight" in exact:
         plain = F.layer_norm(
-            plain, plain.shape[-1:], exact["norm_weight"], exact.get("norm_bias"), 1e-6
+            plain, plain.shape[-1:], exact["norm_weight"], exact.get("norm_bias"), LIFT_EPS
         )
     if pool:
         plain = plain.mean(dim=1)
@@ -599,7 +599,7 @@ def test_the_torch_path_is_right_however_it_is_cut(small_chunks, loss, grid, poo
 def eager_step(tokens, teacher, parameters):
     lifted = F.linear(tokens, parameters["weight"])
     norm = parameters["norm_weight"], parameters["norm_bias"]
-    value = F.mse_loss(F.layer_norm(lifted, lifted.shape[-1:], *norm, 1e-6), teacher)
+    value = F.mse_loss(F.layer_norm(lifted, lifted.shape[-1:], *norm, LIFT_EPS), teacher)
     return torch.autograd.grad(value, (tokens, *parameters.values()))
 
 
@@ -632,7 +632,9 @@ def test_tuning_keeps_the_fastest_configuration_that_fits(monkeypatch):
     milliseconds |= {tiles.HALF: 3.0, tiles.CANDIDATES[3]: 1.0, tiles.FLOAT: float("inf")}
     monkeypatch.setattr(tuning, "_milliseconds", lambda tile, *rest: milliseconds[tile])
     problem = draw(*SHAPES["small"])
-    projection = Projection(problem.parameters["weight"], None, None, None, 1e-6, torch.bfloat16)
+    projection = Projection(
+        problem.parameters["weight"], None, None, None, LIFT_EPS, torch.bfloat16
+    )
     search = (problem.tokens, projection, "mse", tiles.HALF, None)
     assert tuning._search(*search) == tiles.CANDIDATES[3]
     assert tuning.tuned(*search) == tiles.HALF  # not asked for
@@ -647,14 +649,14 @@ def test_the_forward_passes_opcheck(dtype, pool):
     problem = draw((2, 3, 3, 8), 12).to(dtype)
     leaves = [problem.tokens, *problem.parameters.values()]
     leaves = [x.requires_grad_() for x in leaves]
-    arguments = (*leaves, problem.teacher, 1e-6, "spectral", 1.0, dtype, pool, "torch")
+    arguments = (*leaves, problem.teacher, LIFT_EPS, "spectral", 1.0, dtype, pool, "torch")
     torch.library.opcheck(torch.ops.fastkd.lift_kd.default, arguments)
 
 
 def test_the_other_operators_pass_opcheck():
     problem = draw((2, 3, 3, 8), 12)
     leaves = [problem.tokens, *problem.parameters.values()]
-    tail = (1e-6, "cosine", 1.0, torch.float32)
+    tail = (LIFT_EPS, "cosine", 1.0, torch.float32)
     needs = [True, True, False, True, True]
     _, pooled, stats = torch.ops.fastkd.lift_kd(*leaves, problem.teacher, *tail, True, "torch")
     upstream = torch.tensor(0.5)
@@ -664,7 +666,7 @@ def test_the_other_operators_pass_opcheck():
     )
     torch.library.opcheck(
         torch.ops.fastkd.lift.default,
-        (*leaves, 1e-6, torch.float32, torch.float32, "torch"),
+        (*leaves, LIFT_EPS, torch.float32, torch.float32, "torch"),
     )
     torch.library.opcheck(
         torch.ops.fastkd.scale_.default, ([torch.ones(3), torch.ones(2, 2)], upstream, "torch")
@@ -808,7 +810,7 @@ BAD_INPUTS = {
     "dims": ((S[0], W, T[0]), {}, r"\[B, N, D\] or \[B, D, H, W\], got \[196, 192\]"),
     "mixed": ((S, W, torch.zeros(8, 384, 14, 14)), {}, r"both"),
     "no_tokens": ((S[:, :0], W, T[:, :0]), {}, r"only the batch of student_tokens may be empty"),
-    "eps": ((S, W, T), {"eps": -1.0}, r"eps must be finite and >= 0, got -1"),
+    "lift_eps": ((S, W, T), {"lift_eps": -1.0}, r"lift_eps must be finite and >= 0, got -1"),
     "beta": ((S, W, T), {"beta": float("nan")}, r"beta must be finite"),
     "backend": ((S, W, T), {"backend": "jax"}, r"backend must be one of.*got 'jax'"),
     "device": ((S, W.to("meta"), T), {}, r"weight must be on cpu like the tokens, got meta"),

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fastkd.ops.feature_kd.reference import LOSSES
-from fastkd.ops.lift_kd.projection import Projection
+from fastkd.ops.lift_kd.projection import LIFT_EPS, Projection
 from fastkd.ops.lift_kd.reference import stats_shape
 from tests.harness import gates
 from tests.harness.aot import ARCHS
@@ -36,7 +36,7 @@ def launches(widths, loss, dtype, arch, *, pool=True, parts=("norm_weight", "nor
     tokens = on_meta(256, 14, 14, channels, dtype=dtype)
     teacher = on_meta(256, 14, 14, width, dtype=dtype)
     vectors = [on_meta(width) if name in parts else None for name in ALL]
-    projection = Projection(on_meta(width, channels), *vectors, 1e-6, dtype)
+    projection = Projection(on_meta(width, channels), *vectors, LIFT_EPS, dtype)
     cut = tiles.Cut.of(tokens, loss, tiles.default_tile(dtype, channels, arch))
     prepared, started = triton.prepare(projection)
     stats, scalar = on_meta(*stats_shape(tokens)), on_meta()

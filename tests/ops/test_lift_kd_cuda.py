@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fastkd.ops.feature_kd.reference import LOSSES
 from fastkd.ops.lift_kd import cuda, reference
-from fastkd.ops.lift_kd.projection import Projection
+from fastkd.ops.lift_kd.projection import LIFT_EPS, Projection
 from tests.harness import host, nvcc
 from tests.harness.cases import nearest_dtype_error, relative_error
 from tests.ops.test_feature_kd import layouts
@@ -23,7 +23,6 @@ from tests.ops.test_feature_kd import layouts
 PAPER = (192, 384)  # DeiT-Tiny to CaiT-S24
 SMALL = (32, 64)  # on the host only
 HALVES = [torch.bfloat16, torch.float16]
-EPS = 1e-6
 
 # [B, H, W]: where tiles of 16 tokens end
 GRIDS = {
@@ -74,7 +73,7 @@ class Problem:
         parameters = self.projection.parameters()
         leaves = [None if x is None else x.detach().to(dtype) for x in (self.tokens, *parameters)]
         leaves = [None if x is None else x.requires_grad_() for x in leaves]
-        projection = Projection(*leaves[1:], EPS, dtype)
+        projection = Projection(*leaves[1:], LIFT_EPS, dtype)
         teacher = None if self.teacher is None else self.teacher.to(dtype)
         value, pooled = reference.definition(leaves[0], projection, teacher, self.loss)
         total = value * self.upstream.to(dtype) if teacher is not None else 0
@@ -110,7 +109,7 @@ def draw(
 
     weight = noise(wide, narrow) * narrow**-0.5
     norms = (1 + 0.3 * noise(wide), noise(wide)) if norm else (None, None)
-    projection = Projection(weight, noise(wide) if bias else None, *norms, EPS, compute)
+    projection = Projection(weight, noise(wide) if bias else None, *norms, LIFT_EPS, compute)
     tokens = laid_out(noise(*grid, narrow, dtype=token_dtype))
     maps = laid_out(noise(*grid, wide, dtype=teacher_dtype)) if teacher else None
     upstream = torch.full((), float(tokens.shape[:3].numel()), device=device)
@@ -199,11 +198,11 @@ def test_unscaled_float16_slopes_do_not_vanish_within_one_pass(backend):
     problem.teacher = problem.teacher * 1e-2
     problem.tokens = problem.tokens.float() * 1e-2
     weight = problem.projection.weight.float()
-    projection = Projection(weight, None, None, None, EPS, torch.float16)
+    projection = Projection(weight, None, None, None, LIFT_EPS, torch.float16)
     _, gradients = cuda.one_pass(
         problem.tokens, projection, problem.teacher, "mse", 1.0, [True, True, False, False, False]
     )
-    exact = Projection(weight.double(), None, None, None, EPS, torch.float64)
+    exact = Projection(weight.double(), None, None, None, LIFT_EPS, torch.float64)
     _, truths = reference.one_pass(
         problem.tokens.double(),
         exact,

@@ -14,8 +14,9 @@ from fastkd.ops.backend import NAMES, Backend
 from fastkd.ops.feature_kd.reference import LOSSES, LossName
 from fastkd.ops.lift_kd import op
 from fastkd.ops.lift_kd.op import OPERATOR
+from fastkd.ops.lift_kd.projection import LIFT_EPS
 
-__all__ = ["OPERATOR", "lift", "lift_kd"]
+__all__ = ["LIFT_EPS", "OPERATOR", "lift", "lift_kd"]
 
 
 @overload
@@ -26,7 +27,7 @@ def lift_kd(
     bias: Tensor | None = None,
     norm_weight: Tensor | None = None,
     norm_bias: Tensor | None = None,
-    eps: float = 1e-6,
+    lift_eps: float = LIFT_EPS,
     loss: LossName = "mse",
     grid: tuple[int, int] | None = None,
     pool: Literal[False] = False,
@@ -44,7 +45,7 @@ def lift_kd(
     bias: Tensor | None = None,
     norm_weight: Tensor | None = None,
     norm_bias: Tensor | None = None,
-    eps: float = 1e-6,
+    lift_eps: float = LIFT_EPS,
     loss: LossName = "mse",
     grid: tuple[int, int] | None = None,
     *,
@@ -62,7 +63,7 @@ def lift_kd(
     bias: Tensor | None = None,
     norm_weight: Tensor | None = None,
     norm_bias: Tensor | None = None,
-    eps: float = 1e-6,
+    lift_eps: float = LIFT_EPS,
     loss: LossName = "mse",
     grid: tuple[int, int] | None = None,
     pool: bool = False,
@@ -79,7 +80,7 @@ def lift_kd(
     bias: Tensor | None = None,
     norm_weight: Tensor | None = None,
     norm_bias: Tensor | None = None,
-    eps: float = 1e-6,
+    lift_eps: float = LIFT_EPS,
     loss: LossName = "mse",
     grid: tuple[int, int] | None = None,
     pool: bool = False,
@@ -117,7 +118,7 @@ def lift_kd(
         bias: [Dt], of the linear layer.
         norm_weight: [Dt], of the LayerNorm; None leaves the LayerNorm out.
         norm_bias: [Dt], of the LayerNorm.
-        eps: of the LayerNorm.
+        lift_eps: of the LayerNorm.
         loss: ``"mse"``, ``"spectral"``, ``"smooth_l1"`` or ``"cosine"``.
         grid: (H, W) with H * W = N, for ``"spectral"`` on [B, N, D] tokens; square if omitted.
         pool: also return the mean of the lifted tokens.
@@ -136,7 +137,7 @@ def lift_kd(
         RuntimeError: ``backend`` names one that cannot run here, and why.
     """
     _check_tokens("lift_kd", "student_tokens", student_tokens)
-    _check_projection("lift_kd", student_tokens, weight, bias, norm_weight, norm_bias, eps)
+    _check_projection("lift_kd", student_tokens, weight, bias, norm_weight, norm_bias, lift_eps)
     _check_teacher(student_tokens, weight, teacher_tokens)
     if loss not in LOSSES:
         raise ValueError(f"lift_kd: loss must be one of {LOSSES}, got {loss!r}")
@@ -148,7 +149,7 @@ def lift_kd(
     parameters = weight, bias, norm_weight, norm_bias
     compute = _compute_dtype(tokens, *parameters)
     needs = _needs(tokens, *parameters)
-    options = float(eps), loss, float(beta), compute
+    options = float(lift_eps), loss, float(beta), compute
     # Loss scaling keeps float16 gradients from vanishing, but it arrives in the backward only.
     half = torch.float16 in (tokens.dtype, compute)
     if not pool and any(needs) and not half:
@@ -164,7 +165,7 @@ def lift(
     bias: Tensor | None = None,
     norm_weight: Tensor | None = None,
     norm_bias: Tensor | None = None,
-    eps: float = 1e-6,
+    lift_eps: float = LIFT_EPS,
     pool: bool = False,
     *,
     backend: Backend = "auto",
@@ -181,7 +182,7 @@ def lift(
         bias: [Dt] or None.
         norm_weight: [Dt], or None for no LayerNorm.
         norm_bias: [Dt] or None.
-        eps: of the LayerNorm.
+        lift_eps: of the LayerNorm.
         pool: return the mean over the tokens.
         backend: as for `lift_kd`.
 
@@ -195,14 +196,14 @@ def lift(
         RuntimeError: ``backend`` names one that cannot run here, and why.
     """
     _check_tokens("lift", "tokens", tokens)
-    _check_projection("lift", tokens, weight, bias, norm_weight, norm_bias, eps)
+    _check_projection("lift", tokens, weight, bias, norm_weight, norm_bias, lift_eps)
     _check_backend("lift", backend)
     view = checks.as_map(tokens, checks.grid_of("lift", tokens, None, rows=False))
     parameters = weight, bias, norm_weight, norm_bias
     compute = _compute_dtype(tokens, *parameters)
     out_dtype = _output_dtype(tokens, norm_weight, compute)
     if pool:
-        options = float(eps), "mse", 1.0, compute
+        options = float(lift_eps), "mse", 1.0, compute
         _, pooled, _ = op.forward(view, *parameters, None, *options, True, backend)
         return pooled.to(out_dtype)
     if any(_needs(view, *parameters)):
@@ -211,9 +212,9 @@ def lift(
                 f"lift: backend {backend!r} cannot run: lifted tokens that need a gradient are "
                 "computed by torch's own layers; pool=True has a fused gradient"
             )
-        lifted = _lift_by_layers(view, *parameters, eps, compute, out_dtype)
+        lifted = _lift_by_layers(view, *parameters, lift_eps, compute, out_dtype)
     else:
-        lifted = op.lift(view, *parameters, float(eps), compute, out_dtype, backend)
+        lifted = op.lift(view, *parameters, float(lift_eps), compute, out_dtype, backend)
     return lifted.permute(0, 3, 1, 2) if tokens.ndim == 4 else lifted.flatten(1, 2)
 
 
@@ -223,7 +224,7 @@ def _lift_by_layers(
     bias: Tensor | None,
     norm_weight: Tensor | None,
     norm_bias: Tensor | None,
-    eps: float,
+    lift_eps: float,
     compute: torch.dtype,
     out_dtype: torch.dtype,
 ) -> Tensor:
@@ -232,7 +233,7 @@ def _lift_by_layers(
     if norm_weight is None:
         return lifted
     norm_bias = None if norm_bias is None else norm_bias.to(out_dtype)
-    return F.layer_norm(lifted, norm_weight.shape, norm_weight.to(out_dtype), norm_bias, eps)
+    return F.layer_norm(lifted, norm_weight.shape, norm_weight.to(out_dtype), norm_bias, lift_eps)
 
 
 def _needs(*inputs: Tensor | None) -> list[bool]:
@@ -279,7 +280,7 @@ def _check_projection(
     bias: Tensor | None,
     norm_weight: Tensor | None,
     norm_bias: Tensor | None,
-    eps: float,
+    lift_eps: float,
 ) -> None:
     checks.check_tensor(function, "weight", weight)
     channels = tokens.shape[2 if tokens.ndim == 3 else 1]
@@ -306,8 +307,8 @@ def _check_projection(
             )
     if norm_bias is not None and norm_weight is None:
         raise ValueError(f"{function}: norm_bias needs norm_weight (no norm_weight, no LayerNorm)")
-    if not 0 <= eps < math.inf:
-        raise ValueError(f"{function}: eps must be finite and >= 0, got {eps}")
+    if not 0 <= lift_eps < math.inf:
+        raise ValueError(f"{function}: lift_eps must be finite and >= 0, got {lift_eps}")
 
 
 def _check_teacher(student: Tensor, weight: Tensor, teacher: Tensor) -> None:

@@ -12,6 +12,9 @@ from torch import Tensor
 DIFFERENTIABLE = ("tokens", "weight", "bias", "norm_weight", "norm_bias")
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
+# Of the LayerNorm, as in the paper's released code; the other norms of a timm ViT have 1e-6.
+LIFT_EPS = 1e-5
+
 
 @dataclass(frozen=True)
 class Projection:

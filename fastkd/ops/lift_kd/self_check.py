@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fastkd.ops.lift_kd import reference
-from fastkd.ops.lift_kd.projection import Projection
+from fastkd.ops.lift_kd.projection import LIFT_EPS, Projection
 
 CHECKED_SIZE = (3, 7, 6)  # [B, H, W] of the map: its rows fill no tile, its last tile is cut off
 VALUE_TOLERANCE = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
@@ -51,9 +51,9 @@ def self_check(
     weight = draw(wide, narrow, dtype=weight_dtype) * narrow**-0.5
     bias, norm_weight, norm_bias = (draw(wide, dtype=weight_dtype) for _ in range(3))
     if normed:
-        projection = Projection(weight, bias, norm_weight, norm_bias, 1e-6, compute)
+        projection = Projection(weight, bias, norm_weight, norm_bias, LIFT_EPS, compute)
     else:
-        projection = Projection(weight, bias, None, None, 1e-6, compute)
+        projection = Projection(weight, bias, None, None, LIFT_EPS, compute)
     upstreams = draw(dtype=torch.float32), draw(CHECKED_SIZE[0], wide, dtype=torch.float32)
     worst = 0.0
     with implementation.checked_in():
