@@ -292,6 +292,11 @@ class StudentConfig(Section):
     )
     num_classes: Count | None = Field(default=None, description="classes; none: as the data say")
     drop_path: Share = Field(default=0.0, description="stochastic depth rate at the last block")
+    init_weights: Literal["released", "timm"] = Field(
+        default="released",
+        description="what a new lift or widelast starts from: as in the paper's released code, or "
+        "as timm initializes the rest",
+    )
 
 
 class TeacherConfig(Section):
@@ -587,6 +592,7 @@ class Overrides(TypedDict, total=False):
     img_size: int | None
     num_classes: int | None
     drop_path: float
+    init_weights: Literal["released", "timm"]
     teacher_checkpoint: str | None
     teacher_img_size: int | None
     alpha: float

@@ -87,7 +87,7 @@ TWINS = [
 # compared with: PAPER is most recipes' value, DIFFERENT what a recipe has instead.
 PAPER = {
     **{"model": "deit_tiny_patch16_224", "variant": "widelast", "width": 384},
-    **{"img_size": 224, "num_classes": 1000, "drop_path": 0.0},
+    **{"img_size": 224, "num_classes": 1000, "drop_path": 0.0, "init_weights": "released"},
     **{"teacher": "cait_s24_224", "alpha": 0.9, "tau": 1.0, "logit_loss": "soft"},
     **{"ce_weight": None, "logit_options": None, "feature_options": None},
     **{"feature_loss": "spectral", "feature_weight": 0.2},
@@ -113,7 +113,8 @@ DIFFERENT = {
     "deit_tiny": PLAIN
     | SUPERVISED
     | {"feature_loss": "mse", "pairs": ((-1, -1),), "projector": "none", "batch_size": 1024}
-    | {"drop_path": 0.1, "color_jitter": 0.3, "mixup": 0.8, "cutmix": 1.0},
+    | {"drop_path": 0.1, "init_weights": "timm"}
+    | {"color_jitter": 0.3, "mixup": 0.8, "cutmix": 1.0},
     "spectralkd_deit_tiny": SPECTRALKD | {"epochs": 400},
     "spectralkd_deit_small": SPECTRALKD
     | {"model": "deit_small_patch16_224", "projector": "none", "epochs": 500},
@@ -184,6 +185,7 @@ def test_a_quirk_that_is_set_is_told(name):
     recipe, text = Recipe.load(name), " ".join(header(name))
     assert ("(decay_pos_embed)" in text) == recipe.decay_pos_embed
     assert ("(mixup: 0, cutmix: 0)" in text) == (not recipe.mixes)
+    assert ("(init_weights: released)" in text) == (recipe.variant != "plain")
     assert ("alpha: 0 means" in text) == (recipe.teacher is not None and recipe.alpha == 0)
     assert ("averaged" in text and "(projector: pool)" in text) == (
         recipe.teacher is not None and recipe.projector == "pool"

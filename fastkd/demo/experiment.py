@@ -284,6 +284,7 @@ def _vit(seed: int, variant: str, width: int | None, **options: Any) -> nn.Modul
             in_chans=1,
             num_heads=3,
             weight_init="jax",
+            init_weights="timm",  # that is, by weight_init
             **options,
         )
 

@@ -573,6 +573,7 @@ def build_student(config: StudentConfig, shape: Shape) -> nn.Module:
         "width": config.width,
         "num_classes": shape.num_classes,
         "img_size": shape.img_size,
+        "init_weights": config.init_weights,
     }
     if shape.channels != 3:
         options["in_chans"] = shape.channels

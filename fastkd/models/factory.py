@@ -23,8 +23,10 @@ from fastkd.losses.projectors import has_hooks
 from fastkd.models.pretrained import build_timm_model, input_channels
 from fastkd.models.students import (
     BlockRecorder,
+    InitWeights,
     LiftVisionTransformer,
     WideLastVisionTransformer,
+    check_init_weights,
     check_lift_pool,
     check_wide_block_type,
     widened,
@@ -45,6 +47,7 @@ def create_student(
     num_classes: int = 1000,
     img_size: int | tuple[int, int] | None = None,
     pretrained: bool = False,
+    init_weights: InitWeights = "released",
     **timm_kwargs: Any,
 ) -> nn.Module:
     """A student built from a timm model.
@@ -58,6 +61,17 @@ def create_student(
     uniform   every block ``width`` wide, as many heads as the base (219)             7,372,759
     ========  =================================================================  ==============
 
+    ``init_weights`` decides what these tensors start as; all others start as timm's, and so do
+    plain and uniform students, as in the paper's released code:
+
+    =====================  ======================================  =============================
+    tensor                 ``"released"``, as in the paper's runs  ``"timm"``
+    =====================  ======================================  =============================
+    lift: projection       uniform, bound 1 / sqrt(base width)     normal, std 0.02
+    lift: head             uniform, bound 1 / sqrt(``width``)      normal, std 0.02; bias 0
+    widelast: class token  normal, std 0.02                        normal, std 1e-6
+    =====================  ======================================  =============================
+
     Args:
         name: a timm model name; ``lift``, ``widelast`` and ``uniform`` need a plain ViT or DeiT.
         variant: one of the four.
@@ -69,6 +83,7 @@ def create_student(
             run at any size (most CNNs) do not take it.
         pretrained: start from timm's weights. ``lift`` keeps all but the final norm and head,
             ``widelast`` also not the last block; ``uniform`` has none that fit.
+        init_weights: ``"released"`` or ``"timm"``; a pretrained class token is kept.
         **timm_kwargs: of the timm model (``drop_path_rate``, ``in_chans``, ``patch_size``, ...).
 
     Returns:
@@ -77,7 +92,8 @@ def create_student(
 
     Raises:
         ValueError: an unknown name or variant, a model that has no such variant, a width that is
-            missing or does not divide into heads, or pretrained weights that do not exist.
+            missing or does not divide into heads, pretrained weights that do not exist, or an
+            ``init_weights`` that is unknown or contradicts timm's ``weight_init``.
         FileNotFoundError: ``name`` is the path of a file.
         RuntimeError: the pretrained weights cannot be downloaded.
     """
@@ -85,6 +101,9 @@ def create_student(
         raise ValueError(
             f"create_student: variant must be one of {get_args(Variant)}, got {variant!r}"
         )
+    scheme = timm_kwargs.get("weight_init") or ""
+    timms_own = variant in ("plain", "uniform")
+    check_init_weights("create_student", init_weights, "" if timms_own else scheme)
     timm_kwargs |= {"num_classes": num_classes, "img_size": img_size}
     if variant == "plain":
         if width is not None:
@@ -92,12 +111,17 @@ def create_student(
                 f"create_student: variant 'plain' has no width to choose, got width={width}; "
                 "'uniform' is the timm model at another width"
             )
+        if name in default_cfgs:  # a student by its registered name
+            timm_kwargs["init_weights"] = init_weights
         return _build_base(name, pretrained, timm_kwargs)
     width = default_width(variant) if width is None else width
     if variant == "lift":
-        return _create_lift(name, width, pretrained, timm_kwargs)
+        return _create_lift(name, width, pretrained, init_weights, timm_kwargs)
     if variant == "widelast":
-        return _create_widelast(name, width, pretrained, timm_kwargs)
+        # A class token that has learnt something is not drawn anew.
+        trained = pretrained or "checkpoint_path" in timm_kwargs
+        init_weights = "timm" if trained else init_weights
+        return _create_widelast(name, width, pretrained, init_weights, timm_kwargs)
     return _create_uniform(name, width, pretrained, timm_kwargs)
 
 
@@ -111,21 +135,25 @@ def default_width(variant: str) -> int:
     return _TEACHER_WIDTH
 
 
-def _create_lift(name: str, width: int, pretrained: bool, kwargs: dict[str, Any]) -> nn.Module:
+def _create_lift(
+    name: str, width: int, pretrained: bool, init_weights: InitWeights, kwargs: dict[str, Any]
+) -> nn.Module:
     pool = kwargs.pop("global_pool", "avg")
     check_lift_pool(pool)
     _outline(name, "lift", kwargs)
     vit = _build_base(name, pretrained, kwargs)
-    return _renamed(LiftVisionTransformer.from_vit(vit, width, pool), "lift")
+    return _renamed(LiftVisionTransformer.from_vit(vit, width, pool, init_weights), "lift")
 
 
-def _create_widelast(name: str, width: int, pretrained: bool, kwargs: dict[str, Any]) -> nn.Module:
+def _create_widelast(
+    name: str, width: int, pretrained: bool, init_weights: InitWeights, kwargs: dict[str, Any]
+) -> nn.Module:
     check_wide_block_type(type(_outline(name, "widelast", kwargs).blocks[-1]))
     recorder = BlockRecorder()
     _outline(name, "widelast", kwargs | {"block_fn": recorder})
     widened(recorder.arguments, width)  # refuses a wrong one before anything is downloaded
     vit = _build_base(name, pretrained, kwargs)
-    student = WideLastVisionTransformer.from_vit(vit, recorder.arguments, width)
+    student = WideLastVisionTransformer.from_vit(vit, recorder.arguments, width, init_weights)
     return _renamed(student, "widelast")
 
 
@@ -158,7 +186,8 @@ def _build_base(name: str, pretrained: bool, kwargs: dict[str, Any]) -> nn.Modul
 
 def _outline(name: str, variant: str, kwargs: dict[str, Any]) -> VisionTransformer:
     """The timm model without storage, to look at before anything is built or downloaded."""
-    on_meta = {key: value for key, value in kwargs.items() if key not in ("device", "dtype")}
+    left_out = ("device", "dtype", "checkpoint_path")
+    on_meta = {key: value for key, value in kwargs.items() if key not in left_out}
     with torch.device("meta"):
         model = build_timm_model("create_student", name, **on_meta)
     if type(model) is VisionTransformer or (
@@ -237,7 +266,10 @@ def _build_deit_tiny(
 
 @register_model
 def deit_tiny_lift_patch16_224(pretrained: bool = False, **kwargs: Any) -> LiftVisionTransformer:
-    """DeiT-Tiny with its patch tokens lifted to ``width`` (384) channels; 5,983,528 parameters."""
+    """DeiT-Tiny with its patch tokens lifted to ``width`` (384) channels; 5,983,528 parameters.
+
+    ``init_weights`` is ``"released"`` or ``"timm"``, as in `create_student`.
+    """
     return _build_deit_tiny(
         LiftVisionTransformer, "deit_tiny_lift_patch16_224", pretrained, **kwargs
     )
@@ -247,15 +279,24 @@ def deit_tiny_lift_patch16_224(pretrained: bool = False, **kwargs: Any) -> LiftV
 def deit_tiny_widelast_patch16_224(
     pretrained: bool = False, **kwargs: Any
 ) -> WideLastVisionTransformer:
-    """DeiT-Tiny with a last block of ``width`` (384) channels; 7,313,896 parameters."""
+    """DeiT-Tiny with a last block of ``width`` (384) channels; 7,313,896 parameters.
+
+    ``init_weights`` is ``"released"`` or ``"timm"``, as in `create_student`.
+    """
     return _build_deit_tiny(
         WideLastVisionTransformer, "deit_tiny_widelast_patch16_224", pretrained, **kwargs
     )
 
 
 @register_model
-def deit_tiny_uniform219_patch16_224(pretrained: bool = False, **kwargs: Any) -> VisionTransformer:
-    """DeiT-Tiny with 219 channels (73 per head) in every block; 7,372,759 parameters."""
+def deit_tiny_uniform219_patch16_224(
+    pretrained: bool = False, *, init_weights: InitWeights = "released", **kwargs: Any
+) -> VisionTransformer:
+    """DeiT-Tiny with 219 channels (73 per head) in every block; 7,372,759 parameters.
+
+    Both ``init_weights``, as in `create_student`, are timm's.
+    """
+    check_init_weights("deit_tiny_uniform219_patch16_224", init_weights)
     arguments = {"embed_dim": 219} | kwargs
     return _build_deit_tiny(
         VisionTransformer, "deit_tiny_uniform219_patch16_224", pretrained, **arguments

@@ -7,10 +7,10 @@ so timm's forward passes, heads, parameter groups and checkpoints work as they a
 # Annotations must be types, not text: torch.fx writes those of `forward` into the code it makes.
 
 import math
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
-from timm.layers import LayerNorm
+from timm.layers import LayerNorm, trunc_normal_
 from timm.models import named_apply
 from timm.models.vision_transformer import Block, VisionTransformer, get_init_weights_vit
 from torch import Tensor, nn
@@ -22,6 +22,9 @@ from fastkd.ops.feature_kd.reference import LossName
 
 # Pools that read patch tokens only; "" hands the tokens on. The class token is never read.
 _LIFT_POOLS = ("avg", "avgmax", "max", "")
+
+# Which of a new student's tensors are drawn how: `create_student` has the table.
+InitWeights = Literal["released", "timm"]
 
 
 class _WideFinalTransformer(VisionTransformer):
@@ -75,6 +78,7 @@ class LiftVisionTransformer(_WideFinalTransformer):
     Args:
         width: channels of the lifted tokens and of the head.
         global_pool: ``"avg"`` (the paper's), ``"avgmax"``, ``"max"`` over patch tokens, or ``""``.
+        init_weights: ``"released"`` or ``"timm"``, as in `create_student`.
         **kwargs: of timm's `VisionTransformer`; its final and pooled norms are replaced.
 
     Attributes:
@@ -82,20 +86,33 @@ class LiftVisionTransformer(_WideFinalTransformer):
             derivatives and `torch.vmap` need.
 
     Raises:
-        ValueError: ``global_pool`` would read the class token or needs an attention pool.
+        ValueError: ``global_pool`` would read the class token or needs an attention pool, or
+            ``init_weights`` is unknown or contradicts timm's ``weight_init``.
     """
 
     fused_lift: bool = True
     __jit_unused_properties__ = ("lift",)  # TorchScript has its own type for every Lift
 
-    def __init__(self, *, width: int = 384, global_pool: str = "avg", **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *,
+        width: int = 384,
+        global_pool: str = "avg",
+        init_weights: InitWeights = "released",
+        **kwargs: Any,
+    ) -> None:
         check_lift_pool(global_pool)
+        check_init_weights("LiftVisionTransformer", init_weights, kwargs.get("weight_init", ""))
         super().__init__(global_pool="avg", **kwargs)
-        self._install_lift(width, global_pool)
+        self._install_lift(width, global_pool, init_weights)
 
     @classmethod
     def from_vit(
-        cls, vit: VisionTransformer, width: int = 384, global_pool: str = "avg"
+        cls,
+        vit: VisionTransformer,
+        width: int = 384,
+        global_pool: str = "avg",
+        init_weights: InitWeights = "released",
     ) -> "LiftVisionTransformer":
         """Turn a timm `VisionTransformer` into a Lift student in place, keeping what it has learnt.
 
@@ -103,16 +120,18 @@ class LiftVisionTransformer(_WideFinalTransformer):
             vit: the model, which becomes the student; its norm, pooling and head are replaced.
             width: channels of the lifted tokens.
             global_pool: as in the constructor.
+            init_weights: as in the constructor.
 
         Returns:
             ``vit``.
 
         Raises:
-            ValueError: another pooling than the constructor takes.
+            ValueError: another pooling or ``init_weights`` than the constructor takes.
         """
         check_lift_pool(global_pool)
+        check_init_weights("LiftVisionTransformer", init_weights, vit.weight_init_mode)
         vit.__class__ = cls
-        vit._install_lift(width, global_pool)
+        vit._install_lift(width, global_pool, init_weights)
         return vit
 
     @property
@@ -237,7 +256,7 @@ class LiftVisionTransformer(_WideFinalTransformer):
             self._set_final_width(self.embed_dim)
         return kept
 
-    def _install_lift(self, width: int, global_pool: str) -> None:
+    def _install_lift(self, width: int, global_pool: str, init_weights: InitWeights) -> None:
         self.norm = Lift(self.embed_dim, width, **self._placement())
         self.fc_norm = nn.Identity()
         self.attn_pool = None
@@ -247,8 +266,9 @@ class LiftVisionTransformer(_WideFinalTransformer):
         self.head = self._make_head()
         for info in self.feature_info:
             info["num_chs_norm"] = width  # what forward_intermediates(norm=True) yields
-        self._init_new("norm")
-        self._init_new("head")
+        if init_weights == "timm":  # else the layers keep what torch draws for a new nn.Linear
+            self._init_new("norm")
+            self._init_new("head")
 
 
 def _is_recorded(x: Tensor) -> bool:
@@ -268,6 +288,19 @@ def check_lift_pool(global_pool: str) -> None:
         raise ValueError(
             f"LiftVisionTransformer: global_pool must be one of {_LIFT_POOLS}, got {global_pool!r} "
             "(Lift classifies its lifted patch tokens; the class token is not read)"
+        )
+
+
+def check_init_weights(caller: str, init_weights: str, weight_init: str = "") -> None:
+    """Refuse an unknown ``init_weights``, and the released one beside a scheme of timm."""
+    if init_weights not in get_args(InitWeights):
+        raise ValueError(
+            f"{caller}: init_weights must be one of {get_args(InitWeights)}, got {init_weights!r}"
+        )
+    if init_weights == "released" and weight_init not in ("", "skip", "reset"):
+        raise ValueError(
+            f"{caller}: weight_init={weight_init!r} is a scheme of timm, and needs "
+            f"init_weights='timm', got {init_weights!r}"
         )
 
 
@@ -317,24 +350,36 @@ class WideLastVisionTransformer(_WideFinalTransformer):
     Args:
         width: channels of the last block, a multiple of the head dimension.
         block_fn: timm's `Block`; no other kind has a wide form.
+        init_weights: ``"released"`` or ``"timm"``, as in `create_student`.
         **kwargs: of timm's `VisionTransformer`.
 
     Raises:
         ValueError: ``width`` is no multiple of the head dimension, the blocks are not timm's
-            `Block`, or the head pools by attention.
+            `Block`, the head pools by attention, or ``init_weights`` is unknown or contradicts
+            timm's ``weight_init``.
     """
 
     def __init__(
-        self, *, width: int = 384, block_fn: type[nn.Module] = Block, **kwargs: Any
+        self,
+        *,
+        width: int = 384,
+        block_fn: type[nn.Module] = Block,
+        init_weights: InitWeights = "released",
+        **kwargs: Any,
     ) -> None:
         check_wide_block_type(block_fn)
+        check_init_weights("WideLastVisionTransformer", init_weights, kwargs.get("weight_init", ""))
         recorder = BlockRecorder()
         super().__init__(block_fn=recorder, **kwargs)
-        self._install_wide_block(width, recorder.arguments)
+        self._install_wide_block(width, recorder.arguments, init_weights)
 
     @classmethod
     def from_vit(
-        cls, vit: VisionTransformer, block_arguments: dict[str, Any], width: int = 384
+        cls,
+        vit: VisionTransformer,
+        block_arguments: dict[str, Any],
+        width: int = 384,
+        init_weights: InitWeights = "timm",
     ) -> "WideLastVisionTransformer":
         """Turn a timm `VisionTransformer` into a WideLast student in place.
 
@@ -344,16 +389,20 @@ class WideLastVisionTransformer(_WideFinalTransformer):
             vit: the model, which becomes the student.
             block_arguments: what timm built its last block with.
             width: channels of the last block.
+            init_weights: ``"released"`` draws the class token anew, which is for a model that has
+                learnt nothing.
 
         Returns:
             ``vit``.
 
         Raises:
-            ValueError: a last block of a type that cannot be widened.
+            ValueError: a last block of a type that cannot be widened, or another ``init_weights``
+                than the constructor takes.
         """
         check_wide_block_type(type(vit.blocks[-1]))
+        check_init_weights("WideLastVisionTransformer", init_weights, vit.weight_init_mode)
         vit.__class__ = cls
-        vit._install_wide_block(width, block_arguments)
+        vit._install_wide_block(width, block_arguments, init_weights)
         return vit
 
     def forward_intermediates(
@@ -393,7 +442,9 @@ class WideLastVisionTransformer(_WideFinalTransformer):
             f"channels, the other blocks {self.embed_dim}"
         )
 
-    def _install_wide_block(self, width: int, block_arguments: dict[str, Any]) -> None:
+    def _install_wide_block(
+        self, width: int, block_arguments: dict[str, Any], init_weights: InitWeights
+    ) -> None:
         if self.attn_pool is not None:
             raise ValueError(
                 f"WideLastVisionTransformer: global_pool={self.global_pool!r} pools by attention "
@@ -412,6 +463,8 @@ class WideLastVisionTransformer(_WideFinalTransformer):
         self.head = self._make_head()
         for name in new:
             self._init_new(name)
+        if init_weights == "released" and self.cls_token is not None:
+            trunc_normal_(self.cls_token, std=0.02)
 
 
 class BlockRecorder:

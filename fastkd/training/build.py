@@ -55,7 +55,7 @@ logger = logging.getLogger("fastkd")
 _TEACHER_BY_NAME = "teacher_checkpoint: holds weights for a teacher given by its timm name"
 
 
-STUDENT_FIELDS = ("variant", "width", "drop_path")
+STUDENT_FIELDS = ("variant", "width", "drop_path", "init_weights")
 TEACHER_FIELDS = ("teacher_checkpoint", "teacher_img_size")
 RANDOM_FIELDS = ("scale", "ratio", "hflip", "color_jitter", "auto_augment", "reprob")
 FEATURE_FIELDS = (

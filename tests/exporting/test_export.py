@@ -215,6 +215,11 @@ def test_safetensors_describe_themselves(tmp_path):
     assert (described["weights"], described["num_classes"]) == ("ema", "3")
 
 
+def test_what_a_student_started_from_is_not_exported(tmp_path):
+    exported = export(made_run(tmp_path / "run", "lift", 96, init_weights="timm"), "timm")
+    assert "init_weights" not in (exported.path / "config.json").read_text()
+
+
 @pytest.mark.parametrize(
     ("weights", "held"),
     [("auto", "state_dict_ema"), ("raw", "state_dict"), ("ema", "state_dict_ema")],
