@@ -22,6 +22,7 @@ from fastkd.utils.io import write_text
 from fastkd.utils.progress import Progress
 
 RESULT = "result.json"
+PLOT = "results.png"
 
 NAMES = {"tensorboard": ("tensorboard",), "wandb": ("wandb",), "both": ("tensorboard", "wandb")}
 
@@ -83,7 +84,8 @@ class RunLogger:
         if self.output is None:
             return
         if not updates:  # of another run that was here
-            (self.output / RESULT).unlink(missing_ok=True)
+            for name in (RESULT, PLOT):
+                (self.output / name).unlink(missing_ok=True)
         _mend_log(self.output / LOG, updates, history)
         if history:
             _write_csv(self.output / EPOCHS, history)
@@ -236,7 +238,7 @@ class RunLogger:
 
 def _mend_log(path: Path, updates: int, history: list[dict[str, Any]]) -> None:
     """Drop lines that will be written again or that a kill tore; add epochs that are missing."""
-    kept = [record for record in _whole_records(path) if record["update"] <= updates]
+    kept = [record for record in whole_records(path) if record["update"] <= updates]
     written = {record["epoch"] for record in kept if record.get("kind") == "epoch"}
     missing = [{"kind": "epoch", **r} for r in history if r["epoch"] not in written]
     # Stable, so that an epoch's line stays behind the last interval's.
@@ -245,7 +247,8 @@ def _mend_log(path: Path, updates: int, history: list[dict[str, Any]]) -> None:
         write_text(path, "".join(json.dumps(record) + "\n" for record in records))
 
 
-def _whole_records(path: Path) -> list[dict[str, Any]]:
+def whole_records(path: Path) -> list[dict[str, Any]]:
+    """Read the lines of a log that no kill tore."""
     if not path.exists():
         return []
     records = []

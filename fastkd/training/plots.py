@@ -13,14 +13,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastkd.config import Recipe
-from fastkd.training.logging import EPOCHS, LOG, _whole_records
+from fastkd.training.logging import EPOCHS, LOG, PLOT, whole_records
 from fastkd.utils.io import replacing
 
 if TYPE_CHECKING:  # matplotlib is optional, and slow to import
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-
-PLOT = "results.png"
 
 # Okabe and Ito's colors, which color-blind readers tell apart.
 _TERMS = ("#000000", "#0072B2", "#E69F00", "#009E73", "#56B4E9")
@@ -53,7 +51,7 @@ def draw_run(folder: Path) -> Figure:
     from matplotlib.figure import Figure  # not pyplot, whose state and backend are the caller's
 
     recipe = Recipe.load(folder / "recipe.yaml")
-    records = _whole_records(folder / LOG)
+    records = whole_records(folder / LOG)
     epochs = _read_epochs(folder / EPOCHS, records)
     intervals = [record for record in records if record["kind"] == "interval"]
     steps = _steps(intervals, epochs)

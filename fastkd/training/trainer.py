@@ -32,6 +32,7 @@ from fastkd.training.dry_run import effective_values
 from fastkd.training.engine import NonFiniteError, evaluate_terms
 from fastkd.training.logging import RESULT, Result, RunLogger
 from fastkd.training.meter import Stopwatch
+from fastkd.training.plots import plot_run
 from fastkd.training.state import RunState
 from fastkd.utils.distributed import StopRequest, world
 from fastkd.utils.random import preserved_rng
@@ -67,8 +68,8 @@ def train(
             scheme, or (train, val) map-style data sets of (PIL image or float tensor, label). None
             takes the recipe's.
         output: the run's folder, made if needed: recipe.yaml, log.jsonl, epochs.csv, last.pth and
-            the checkpoint before it (``keep_checkpoints``), best.pth, result.json. None writes
-            nothing, and then nothing can be resumed.
+            the checkpoint before it (``keep_checkpoints``), best.pth, result.json and, with
+            matplotlib, results.png. None writes nothing, and then nothing can be resumed.
         recipe: a shipped name (`Recipe.names`), a YAML file, a run's folder, or a `Recipe`; None
             starts from the defaults.
         resume: ``"auto"`` continues the run in ``output`` if there is one (a finished one is not
@@ -248,6 +249,8 @@ def _running(
                 if death is None:
                     raise
                 raise RuntimeError(death) from error
+        if output is not None and peers.is_main:
+            plot_run(output, logger.message)
     finally:
         logger.close()
 
@@ -267,7 +270,7 @@ def _save_before_stop(run: RunState, logger: RunLogger) -> None:
 
 
 def _finish(run: RunState, logger: RunLogger) -> Result:
-    """Write the result, and its figure."""
+    """Write the result."""
     if LAST in run.unsaved:
         raise run.unsaved[LAST]
     output, peers, recipe = run.output, run.engine.world, run.identity.recipe

@@ -293,9 +293,11 @@ def test_without_a_table_the_log_is_enough_and_without_a_log_the_table(tmp_path)
     assert lines(panel(drawn(tmp_path), "loss")) == from_log
 
 
-def test_a_real_run_is_drawn(tmp_path):
+@pytest.mark.draws
+def test_a_run_draws_itself_at_its_end(tmp_path):
     options = FAST | {"log_interval": 1, "alpha": 0.5}
     result = train(vit(), vit(seed=1), tensor_data(), tmp_path, **options)
+    assert (tmp_path / "results.png").read_bytes().startswith(b"\x89PNG")
     figure = drawn(tmp_path)
     logged = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     intervals = [record for record in logged if record["kind"] == "interval"]
@@ -303,6 +305,15 @@ def test_a_real_run_is_drawn(tmp_path):
     assert (updates, total) == ([r["update"] for r in intervals], [r["loss"] for r in intervals])
     best = max(result.history, key=lambda record: record["top1"])
     assert f"best: epoch {best['epoch']}, {best['top1']:.4g} %" in lines(panel(figure, "top-1"))
+
+
+@pytest.mark.draws
+def test_a_run_that_cannot_be_drawn_says_so_and_ends_well(tmp_path, monkeypatch, capsys):
+    for name in [name for name in sys.modules if name.partition(".")[0] == "matplotlib"]:
+        monkeypatch.setitem(sys.modules, name, None)
+    train(vit(), None, tensor_data(), tmp_path, **FAST | {"quiet": False})
+    assert "results.png not drawn: pip install matplotlib" in capsys.readouterr().err
+    assert (tmp_path / "result.json").exists()
 
 
 def test_the_file_is_replaced_as_a_whole(tmp_path, monkeypatch):
