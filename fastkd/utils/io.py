@@ -43,6 +43,39 @@ def replacing(path: str | os.PathLike[str], previous: int | None = None) -> Iter
             temporary.unlink()
 
 
+@contextlib.contextmanager
+def replacing_path(target: Path, folder: bool) -> Iterator[Path]:
+    """Yield a path to write a file or folder to, which then takes the place of ``target``.
+
+    Unlike that of `replacing`, a file has the name that it will have, for readers that go by it.
+    """
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    aside = target.with_name(f".{target.name}.old")
+    shutil.rmtree(temporary, ignore_errors=True)  # of a killed process that had this number
+    temporary.mkdir()
+    written = temporary if folder else temporary / target.name
+    try:
+        yield written
+        for file in written.iterdir() if folder else [written]:
+            with open(file, "rb+") as whole:
+                os.fsync(whole.fileno())  # as in `replacing`
+        # Folders cannot be exchanged in one step: a process that is killed in here leaves both.
+        older = folder and target.exists()
+        if older:
+            shutil.rmtree(aside, ignore_errors=True)
+            target.replace(aside)
+        try:
+            written.replace(target)
+        except BaseException:
+            if older:
+                aside.replace(target)
+            raise
+        if older:
+            shutil.rmtree(aside, ignore_errors=True)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
 def earlier(path: str | os.PathLike[str], number: int) -> Path:
     """Where `replacing` keeps an earlier version of a file."""
     path = Path(path)
