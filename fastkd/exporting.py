@@ -1,0 +1,352 @@
+"""Export a trained student as a timm folder, as safetensors or as ONNX, and check its logits."""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import inspect
+import itertools
+import json
+import os
+import textwrap
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from safetensors.torch import load_file, save_file
+from timm.models import save_for_hf
+from torch import nn
+
+from fastkd.checkpoint import LAST
+from fastkd.config import MODULE_PREFIX
+from fastkd.inference.loading import Model, Source, open_model
+from fastkd.inference.preprocessing import change_input_size
+from fastkd.models.factory import default_cfgs, rebuilt_by, registered_name
+from fastkd.models.hub import fetched, is_hub_name
+from fastkd.models.pretrained import LOCAL, fixed_input_size, is_export
+from fastkd.models.weights import VERSION_KEY, FileKind, file_kind, short_misfit
+from fastkd.ops.environment import version
+from fastkd.utils.io import replacing_path
+from fastkd.utils.random import preserved_rng
+
+__all__ = ["FORMATS", "OPSET", "Exported", "export"]
+
+_NAMES = {"timm": "student-timm", "safetensors": "student.safetensors", "onnx": "student.onnx"}
+FORMATS = tuple(_NAMES)
+OPSET = 18  # the one that torch's exporter writes itself; it converts to later ones
+
+_WEIGHTS = "model.safetensors"
+# Of timm's published weights, not of the student.
+_PUBLISHED = ("test_input_size", "test_crop_pct", "pool_size", "tag", "license", "origin_url")
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What `export` wrote."""
+
+    path: Path  # file, or timm's folder
+    format: str  # one of `FORMATS`
+    architecture: str  # the student's name in timm, or ``module:ClassName``
+    model_args: dict[str, Any]  # what timm needs beside the name
+    weights: str  # ``"raw"`` or ``"ema"`` of a run, else ``"released"`` or ``"as given"``
+    values: int  # number of parameters and elements of buffers
+    size: int  # bytes on disk
+    difference: float  # largest absolute difference from the student's logits, on random images
+    opset: int | None  # of an ONNX file
+    load: str | None = None  # Python that loads it with timm; None where timm cannot
+
+    def summary(self) -> str:
+        """Say in plain lines what was written, how it was checked, and how to load it."""
+        arguments = ", ".join(f"{name}={value!r}" for name, value in self.model_args.items())
+        lines = [
+            f"student: {self.architecture}({arguments}), {self.weights} weights, "
+            f"{self.values:,} values",
+            f"written: {self.path} ({self.size / 1e6:.1f} MB)",
+            f"checked: logits differ by {self.difference:.1e} at most, on random images",
+        ]
+        if self.opset is not None:
+            lines.append(
+                f"opset {self.opset}: images [batch, C, H, W], normalized by the metadata's mean "
+                "and std, to logits [batch, classes]"
+            )
+        return "\n".join(lines if self.load is None else [*lines, f"load: {self.load}"])
+
+
+def export(
+    run: Source,
+    format: str = "timm",
+    output: str | Path | None = None,
+    *,
+    weights: str = "auto",
+    img_size: int | None = None,
+    model: Source | None = None,
+    opset: int | None = None,
+    overwrite: bool = False,
+) -> Exported:
+    """Write the student of a run, and nothing else of it, for use elsewhere.
+
+    It takes its place once it computes the student's logits of random images; a failure leaves
+    everything as it was.
+
+    Args:
+        run: folder or checkpoint of a run, or any other model that `fastkd.evaluate` takes.
+        format: ``"timm"``, a folder for ``timm.create_model("local-dir:FOLDER", pretrained=True)``
+            with input size, statistics and names of classes (Lift, WideLast and uniform students
+            need ``import fastkd.models`` before); ``"safetensors"``, weights with the same in the
+            metadata, for the line in `Exported.load`; ``"onnx"``, from ``images`` [batch, C, H, W],
+            normalized with the ``mean`` and ``std`` of its metadata, to ``logits`` [batch, classes]
+            for any batch size.
+        output: file or folder; None puts ``student-timm``, ``student.safetensors`` or
+            ``student.onnx`` beside the checkpoint, or here if there is none.
+        weights: ``"raw"``, ``"ema"``, or ``"auto"``: those that the run measured to be better.
+        img_size: pixels a side to change to (position embeddings are resampled).
+        model: for a run whose student was a module: the module, which stays as it is, or a timm
+            name.
+        opset: of ONNX, from `OPSET`, the default, on.
+        overwrite: replace an earlier export in this format, which its metadata shows.
+
+    Raises:
+        ValueError: an option, the checkpoint, or a student that the format cannot hold.
+        FileExistsError: ``output`` exists, and is no export that ``overwrite`` may replace.
+        FileNotFoundError: the folder of ``output`` does not exist.
+        ImportError: a package that ONNX needs is missing.
+        RuntimeError: the written model computes something else.
+    """
+    if format not in FORMATS:
+        raise ValueError(f"export: format must be one of {FORMATS}, got {format!r}")
+    if opset is not None and format != "onnx":
+        raise ValueError(f"export: opset={opset} has no effect: format is {format!r}")
+    if opset is not None and opset < OPSET:
+        raise ValueError(f"export: opset must be at least {OPSET}, got {opset}")
+    if format == "onnx":
+        opset, needed = opset or OPSET, ("onnx", "onnxscript", "onnxruntime")
+        missing = " ".join(name for name in needed if importlib.util.find_spec(name) is None)
+        if missing:
+            raise ImportError(f"export: the format onnx needs packages: pip install {missing}")
+    target = _default_output(run, format) if output is None else Path(output)
+    _check_output(target, format, overwrite)
+    student = _open_student(run, weights, img_size, model)
+    with replacing_path(target, folder=format == "timm") as temporary:
+        difference = _write(student, format, temporary, opset or OPSET)
+    files = target.iterdir() if target.is_dir() else [target]
+    return Exported(
+        path=target,
+        format=format,
+        architecture=student.name,
+        model_args=student.arguments,
+        weights=student.weights,
+        values=sum(tensor.numel() for tensor in student.network.state_dict().values()),
+        size=sum(file.stat().st_size for file in files),
+        difference=difference,
+        opset=opset,
+        load=_loading_line(student, format, target),
+    )
+
+
+def _default_output(run: Source, format: str) -> Path:
+    if isinstance(run, nn.Module) or is_hub_name(run):
+        return Path(_NAMES[format])
+    path = Path(str(run).removeprefix(LOCAL))
+    return (path if (path / LAST).exists() else path.parent) / _NAMES[format]
+
+
+def _check_output(target: Path, format: str, overwrite: bool) -> None:
+    """Refuse an output that would replace anything but an earlier export."""
+    suffix = Path(_NAMES[format]).suffix
+    if not target.absolute().parent.is_dir():
+        raise FileNotFoundError(f"export: there is no folder {str(target.parent)!r}")
+    if suffix and target.suffix != suffix:
+        raise ValueError(f"export: the output must end in {suffix}, got {str(target)!r}")
+    empty = format == "timm" and target.is_dir() and not any(target.iterdir())
+    if not os.path.lexists(target) or empty:
+        return
+    if overwrite and _is_earlier_export(target, format):
+        return
+    kind = f"it is no {format} that fastkd exported"
+    reason = kind if overwrite else "choose another output, or set overwrite (--overwrite)"
+    raise FileExistsError(f"export: {target} exists and is not replaced: {reason}")
+
+
+def _open_student(source: Source, weights: str, img_size: int | None, model: Any) -> Model:
+    """Open a student with the name, arguments and input size by which timm builds it."""
+    path = None if isinstance(source, nn.Module) else Path(fetched("export", source))
+    released = path is not None and file_kind(path) is FileKind.WEIGHTS
+    if model is not None and (path is None or released):
+        raise ValueError(f"export: model has no effect: {source} is a model itself")
+    opening: Any = source if model is None else model
+    given = isinstance(opening, nn.Module)
+    opened = open_model(
+        copy.deepcopy(opening) if given else opening,
+        checkpoint=None if model is None else path,
+        weights=weights,
+        img_size=img_size,
+        caller="export",
+    )
+    network: Any = opened.network.cpu().eval()
+    size = getattr(getattr(network, "patch_embed", None), "img_size", None)
+    if img_size is not None:
+        change_input_size(network, (img_size, img_size))
+        if size is not None and hasattr(network, "set_input_size"):  # also where any size runs
+            network.set_input_size(img_size=img_size)
+            size = network.patch_embed.img_size
+    name, arguments = opened.name, dict(opened.arguments)
+    if given:
+        name = f"{MODULE_PREFIX}{type(network).__name__}"
+        if (fields := rebuilt_by(network)) is not None:
+            name, options = registered_name(fields["model"], fields["variant"], fields["width"])
+            arguments |= options
+    built_for = arguments.pop("img_size", None)
+    if size is None and "img_size" in inspect.signature(type(network)).parameters:
+        size = built_for
+    if size is not None:
+        arguments["img_size"] = [size] * 2 if isinstance(size, int) else list(size)
+    for known in ("num_classes", "in_chans"):  # `_timm_arguments` adds them
+        arguments.pop(known, None)
+    spec = opened.trained_on or opened.preprocessing.input_spec(network, None)
+    if img_size is not None:
+        spec = replace(spec, size=(spec.size[0], img_size, img_size))
+    weights = "released" if released else opened.weights
+    classes = opened.classes if len(opened.classes or ()) == opened.num_classes else None
+    changed: Any = {"name": name, "arguments": arguments, "weights": weights, "classes": classes}
+    return replace(opened, trained_on=spec, **changed)
+
+
+def _loading_line(student: Model, format: str, target: Path) -> str | None:
+    if format == "onnx" or not timm.is_model(student.name):
+        return None
+    packages = "fastkd.models, timm" if student.name in default_cfgs else "timm"
+    call = f"import {packages}; timm.create_model"
+    if format == "timm":
+        return f"{call}({f'{LOCAL}{target}'!r}, pretrained=True)"
+    arguments = "".join(f", {key}={value!r}" for key, value in _timm_arguments(student).items())
+    return f"{call}({student.name!r}, checkpoint_path={str(target)!r}{arguments})"
+
+
+def _is_earlier_export(path: Path, format: str) -> bool:
+    """Whether a path holds what `write` wrote, and nothing else."""
+    if format == "onnx":
+        return path.is_file() and VERSION_KEY.encode() in path.read_bytes()
+    files = {entry.name for entry in path.iterdir()} if path.is_dir() else None
+    return is_export(path) and files == ({"config.json", _WEIGHTS} if format == "timm" else None)
+
+
+def _timm_arguments(student: Model) -> dict[str, Any]:
+    """Return all that `timm.create_model` needs beside the name."""
+    channels = _data_config(student)["input_size"][0]
+    return {"in_chans": channels, "num_classes": student.num_classes, **student.arguments}
+
+
+def _write(student: Model, format: str, path: Path, opset: int) -> float:
+    """Write a student; return the largest difference of logits computed from what was written."""
+    try:
+        with preserved_rng():  # timm initializes a model before it loads weights
+            compute = _WRITERS[format](student, path, opset)
+    except (RuntimeError, TypeError, ValueError, AssertionError) as error:
+        reason = textwrap.shorten(short_misfit(error), 500, placeholder=" ...")
+        reason = f"{student.name} cannot be exported to {format}: {reason}"
+        raise ValueError(f"export: {reason}") from error
+    generator, largest = torch.Generator().manual_seed(0), 0.0
+    for batch in (2, 5):  # a batch size built into a graph would show
+        images = torch.randn(batch, *_data_config(student)["input_size"], generator=generator)
+        with torch.no_grad():
+            expected = student.network(images)
+            difference = (compute(images) - expected).abs().max().item()
+        if not difference <= 1e-4 * max(1.0, expected.abs().max().item()):  # NaN fails, too
+            apart = f"logits differ by {difference:.1e} from the student's on a batch of {batch}"
+            raise RuntimeError(f"export: what was written computes something else: {apart}")
+        largest = max(largest, difference)
+    return largest
+
+
+def _write_timm(student: Model, folder: Path, _: int) -> Any:
+    if not timm.is_model(student.name):
+        raise ValueError("timm knows no such model; safetensors and onnx need none")
+    overlay = dict.fromkeys(_PUBLISHED) | _data_config(student)
+    if hasattr(getattr(student.network, "patch_embed", None), "strict_img_size"):
+        overlay["fixed_input_size"] = fixed_input_size(student.network) is not None
+    arguments = _timm_arguments(student)
+    model = timm.create_model(student.name, pretrained_cfg_overlay=overlay, **arguments)
+    model.load_state_dict(student.network.state_dict())
+    config = {"weights": student.weights, "label_names": student.classes}
+    save_for_hf(model, str(folder), config, student.arguments, safe_serialization=True)
+    _save_weights(student, folder / _WEIGHTS)  # again, with metadata
+    return timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+
+
+def _write_safetensors(student: Model, path: Path, _: int) -> Any:
+    _save_weights(student, path)
+    if timm.is_model(student.name):
+        arguments = _timm_arguments(student)
+        return timm.create_model(student.name, checkpoint_path=path, **arguments).eval()
+    network = copy.deepcopy(student.network)
+    network.load_state_dict(load_file(path))
+    return network
+
+
+def _save_weights(student: Model, path: Path) -> None:
+    # safetensors refuses tensors that share memory or are channels_last.
+    layout, state = torch.contiguous_format, student.network.state_dict()
+    state = {name: tensor.clone(memory_format=layout) for name, tensor in state.items()}
+    save_file(state, path, {"format": "pt", **_metadata(student)})  # "pt" for Hugging Face's tools
+
+
+def _write_onnx(student: Model, path: Path, opset: int) -> Any:
+    program: Any = torch.onnx.export(
+        student.network,
+        (torch.zeros(2, *_data_config(student)["input_size"]),),
+        dynamo=True,
+        input_names=["images"],
+        output_names=["logits"],
+        dynamic_shapes=({0: torch.export.Dim("batch")},),
+        opset_version=opset,
+        verbose=False,
+    )
+    model = program.model_proto
+    written = {entry.domain: entry.version for entry in model.opset_import}[""]
+    if written != opset:
+        raise ValueError(f"torch cannot write opset {opset}, only {written}")
+    graph = model.graph
+    parts = (graph.node, graph.value_info, graph.initializer, graph.input, graph.output)
+    for part in (graph, *itertools.chain(*parts, model.functions)):
+        part.ClearField("metadata_props")  # stack traces, with paths of this machine
+    for key, value in _metadata(student).items():
+        model.metadata_props.add(key=key, value=value)
+    path.write_bytes(model.SerializeToString())
+    onnxruntime: Any = importlib.import_module("onnxruntime")  # untyped, and not always there
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    return lambda images: torch.from_numpy(session.run(["logits"], {"images": images.numpy()})[0])
+
+
+_WRITERS = {"timm": _write_timm, "safetensors": _write_safetensors, "onnx": _write_onnx}
+
+
+def _metadata(student: Model) -> dict[str, str]:
+    """Describe a student in text; what is no string is JSON."""
+    described = {
+        "architecture": student.name,
+        "model_args": student.arguments,
+        "num_classes": student.num_classes,
+        "label_names": student.classes,
+        "weights": student.weights,
+        VERSION_KEY: version("fastkd"),
+        **_data_config(student),
+    }
+    known = {name: value for name, value in described.items() if value is not None}
+    return {n: v if isinstance(v, str) else json.dumps(v) for n, v in known.items()}
+
+
+def _data_config(student: Model) -> dict[str, Any]:
+    """Describe a student's input under timm's names."""
+    recipe, spec = student.preprocessing.recipe, student.trained_on
+    assert spec is not None
+    return {
+        "input_size": tuple(spec.size),
+        "mean": tuple(spec.mean or (0.0,) * spec.size[0]),  # without statistics: fed unchanged
+        "std": tuple(spec.std or (1.0,) * spec.size[0]),
+        # "random" is of training crops; evaluation takes bilinear then.
+        "interpolation": recipe.interpolation.replace("random", "bilinear"),
+        "crop_pct": recipe.crop_pct,
+        "crop_mode": recipe.crop_mode,
+    }
