@@ -14,7 +14,7 @@ UNTRAINED = {"epochs": 1, "lr": 1e-30, "weight_decay": 0.0, "warmup_lr": 0.0, "m
 
 def start_of(run):
     """The head of a run that went nowhere."""
-    return load_checkpoint(run)["student"]["head.weight"]
+    return load_checkpoint(run)["state_dict"]["head.weight"]
 
 
 def test_a_run_records_what_it_started_from_and_resumes_with_nothing_else(fast, tmp_path):
