@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +14,9 @@ from torch import Tensor
 from torch.utils.data import IterableDataset
 
 from fastkd.data.classes import is_missing
-from fastkd.data.folders import SHARD_LISTS, SPLITS, open_folder, open_tar
-from fastkd.data.readers import ReadableImages, StreamSource
+from fastkd.data.folders import SPLITS, open_folder, open_tar
+from fastkd.data.readers import DataPair, ReadableImages, StreamSource, image_column
+from fastkd.data.streaming import HubStream, ShardStream
 from fastkd.utils.random import preserved_rng
 
 # By the scheme of timm's dataset names: the module that reads it, and its packages for pip.
@@ -24,25 +24,11 @@ SCHEMES = {
     "hfds": ("datasets", "datasets"),
     "hfids": ("datasets", "datasets"),
     "wds": ("webdataset", "webdataset"),
-    "tfds": ("tensorflow_datasets", "tensorflow tensorflow-datasets"),
     "torch": ("torchvision", "torchvision"),
 }
 
 PROBED = 8  # samples that are tried, to see what a dataset yields
 Data = str | Path | Sequence[Any]
-
-
-@dataclass(frozen=True)
-class DataPair:
-    """A training and an evaluation set of (image, label), map-style or `StreamSource`s."""
-
-    train: Any  # None where only evaluation is asked for
-    val: Any
-    num_classes: int | None  # None: unknown
-    yields_tensors: bool  # float tensors [C, H, W] instead of PIL images
-    image_size: tuple[int, int, int] | None  # (C, H, W) of the first image, if it is a tensor
-    labelled_val: bool = True
-    streams: bool = False
 
 
 def open_data(
@@ -63,8 +49,8 @@ def open_data(
               write), or named by their split (``train-0000.tar``, ``val-0000.tar``);
             - ``wds/FOLDER`` of the same, or streamed: ``wds/https://...``, ``wds/pipe:cat ...``;
             - a timm dataset name with its scheme (``hfds/...``, ``torch/cifar100``; ``hfids/...``
-              and ``tfds/...`` are streamed); it is evaluated on the first of its splits validation,
-              val, valid and test;
+              is streamed); it is evaluated on the first of its splits validation, val, valid and
+              test;
             - (train, val) map-style datasets yielding (PIL image or float tensor, label).
         root: the folder of a named dataset.
         need_train: False opens the evaluation set alone; then ``data`` may also be one dataset, one
@@ -215,9 +201,7 @@ def open_hub(name: str, root: str | None, part: str, labels: bool) -> Any:
         return create_dataset(name, root=root, split=part)
     if scheme == "hfds":
         return _open_listed(name, root, part, labels)
-    if scheme == "hfids":
-        return _open_hub_stream(name, root, part)
-    return _open_stream(name, root, part)
+    return (HubStream if scheme == "hfids" else ShardStream)(name, root, part)
 
 
 def _open_listed(name: str, root: str | None, part: str, labels: bool) -> ReadableImages:
@@ -243,62 +227,9 @@ def _reader_of_images(reader: Any, name: str, root: str | None, split: str) -> A
     # timm adds a column of nulls where the one it expects is missing.
     if reader.dataset.data.column(reader.image_key).null_count < len(reader):
         return reader
-    kinds = {column: type(kind).__name__ for column, kind in reader.dataset.features.items()}
-    del kinds[reader.image_key]
-    return create_dataset(name, root, split, input_key=_image_column(name, kinds)).reader
-
-
-def _open_hub_stream(name: str, root: str | None, part: str) -> StreamSource:
-    """Open a set of Hugging Face's hub as a stream."""
-
-    def opens(split: str) -> Any:
-        # timm's reader needs a length, which the set may not state.
-        reader = StreamSource(name, root, split).reader(training=False, num_samples=1)
-        # timm does this later; it fails for a split that is missing.
-        return reader, reader.builder.as_streaming_dataset(split=split)
-
-    split, (reader, stream) = _first_split(name, part, opens)
-    kinds = _columns(stream)
-    if reader.target_key not in kinds:
-        raise ValueError(
-            f"data: {name} has no column {reader.target_key!r}, but {list(kinds)}; what streams "
-            f"must have labels"
-        )
-    image = None if kinds.get(reader.input_key) == "Image" else _image_column(name, kinds)
-    stated = (reader.builder.info.splits or {}).get(split)
-    classes = len(reader.class_to_idx) or None
-    return StreamSource(name, root, split, getattr(stated, "num_examples", None), classes, image)
-
-
-def _columns(stream: Any) -> dict[str, str]:
-    """Return the types of a stream's columns by name, from its first row if not stated."""
-    if stream.features is not None:
-        return {column: type(kind).__name__ for column, kind in stream.features.items()}
-    first: dict[str, Any] = next(iter(stream), {})
-    return {
-        column: "Image" if isinstance(value, Image.Image) else type(value).__name__
-        for column, value in first.items()
-    }
-
-
-def _image_column(name: str, kinds: dict[str, str]) -> str:
-    column = next((column for column, kind in kinds.items() if kind == "Image"), None)
-    if column is None:
-        raise ValueError(f"data: {name} has no column of images, but {list(kinds)}")
-    return column
-
-
-def _open_stream(name: str, root: str | None, part: str) -> StreamSource:
-    """Open WebDataset shards at an address, or a set of TensorFlow Datasets."""
-    if name.startswith("wds/") and root is None:
-        root = name.removeprefix("wds/")
-    split, reader = _first_split(
-        name, part, lambda split: StreamSource(name, root, split).reader(training=False)
-    )
-    stated = reader.split_info
-    samples = getattr(stated, "num_samples", None) or getattr(stated, "num_examples", None)
-    classes = reader.class_to_idx or getattr(reader, "info", {}).get("classes")
-    return StreamSource(name, root, split, samples, len(classes) if classes else None)
+    columns = dict(reader.dataset.features)
+    del columns[reader.image_key]
+    return create_dataset(name, root, split, input_key=image_column(name, columns)).reader
 
 
 def _first_split(name: str, part: str, opens: Callable[[str], Any]) -> tuple[str, Any]:
@@ -309,7 +240,6 @@ def _first_split(name: str, part: str, opens: Callable[[str], Any]) -> tuple[str
             return split, opens(split)
         except (RuntimeError, ValueError, KeyError) as error:
             errors.append(error)
-    listed = f" (is there an {' or '.join(SHARD_LISTS)}?)" if name.startswith("wds/") else ""
     raise ValueError(
-        f"data: {name} has no split {' or '.join(SPLITS[part])}{listed}: {errors[0]}"
+        f"data: {name} has no split {' or '.join(SPLITS[part])}: {errors[0]}"
     ) from errors[0]

@@ -119,28 +119,52 @@ def _listed_splits(folder: Path) -> dict[str, _Part] | None:
     path = next((folder / name for name in SHARD_LISTS if (folder / name).is_file()), None)
     if path is None:
         return None
+    listed = parse_shard_list(path.read_text(), str(path))
+    return {
+        name: _Part(folder, SHARDS, tuple(folder / file for file in part.files), *part[2:])
+        for name, part in listed.items()
+    } or None
+
+
+class ListedSplit(NamedTuple):
+    """A split in a list of WebDataset shards."""
+
+    files: list[str]
+    samples: int | None  # None: unknown
+    classes: int  # 0: unknown
+    target: str | None  # field of the shards' .json that holds labels; None: .cls does
+
+
+def parse_shard_list(text: str, where: str) -> dict[str, ListedSplit]:
+    """Read the text of an ``_info.json``; empty if it lists no splits."""
     try:
-        info = json.loads(path.read_text())
+        info = json.loads(text)
     except ValueError as error:
-        raise ValueError(f"data: {path} is no JSON: {error}") from error
+        raise ValueError(f"data: {where} is no JSON: {error}") from error
     if not isinstance(info, dict) or "splits" not in info:
-        return None
+        return {}
     splits, classes = info["splits"], info.get("classes") or []
     if not isinstance(classes, list | dict):
-        raise ValueError(f"data: {path}: classes must be a list, got {type(classes).__name__}")
+        raise ValueError(f"data: {where}: classes must be a list, got {type(classes).__name__}")
     if not isinstance(splits, dict) or not splits:
-        raise ValueError(f"data: {path}: splits must be named, got {splits!r}")
-    return {name: _listed_split(path, name, split, len(classes)) for name, split in splits.items()}
+        raise ValueError(f"data: {where}: splits must be named, got {splits!r}")
+    return {name: _listed(where, name, split, len(classes)) for name, split in splits.items()}
 
 
-def _listed_split(path: Path, name: str, split: Any, classes: int) -> _Part:
-    files = split.get("filenames") if isinstance(split, dict) else None
+def _listed(where: str, name: str, split: Any, classes: int) -> ListedSplit:
+    split = split if isinstance(split, dict) else {}
+    files, samples = split.get("filenames"), split.get("num_samples")
     if not isinstance(files, list) or not all(isinstance(file, str) for file in files):
-        raise ValueError(f"data: {path}: split {name} must have a list of filenames, got {files!r}")
+        raise ValueError(
+            f"data: {where}: split {name} must have a list of filenames, got {files!r}"
+        )
     if not files:
-        raise ValueError(f"data: {path}: split {name} lists no shards")
-    tars = tuple(path.parent / file for file in files)
-    return _Part(path.parent, SHARDS, tars, classes, split.get("alt_label") or None)
+        raise ValueError(f"data: {where}: split {name} lists no shards")
+    if not isinstance(samples, int | None):
+        raise ValueError(
+            f"data: {where}: num_samples of split {name} must be a number, got {samples!r}"
+        )
+    return ListedSplit(files, samples or None, classes, split.get("alt_label") or None)
 
 
 def _named_splits(folder: Path, tars: Sequence[Path]) -> dict[str, _Part]:

@@ -1,19 +1,15 @@
-"""Dataloaders for training and evaluation.
-
-Every sample's random numbers are seeded by what the sample is, so that batches do not depend on the
-number of workers.
-"""
+"""Dataloaders for training and evaluation; batches do not depend on the number of workers."""
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
-import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from fastkd.config import DataConfig, Recipe
-from fastkd.data.datasets import DataPair
+from fastkd.data.readers import DataPair, Fault, StreamSource
 from fastkd.data.samplers import (
     EvalSampler,
     SampleKey,
@@ -23,7 +19,6 @@ from fastkd.data.samplers import (
 )
 from fastkd.data.samples import (
     Collate,
-    Fault,
     Sample,
     SampleTransform,
     WorkerNotes,
@@ -33,39 +28,32 @@ from fastkd.data.samples import (
     loader_options,
     train_sample_transform,
 )
+from fastkd.data.streaming import EvalStream, TrainStream
 from fastkd.data.transforms import InputSpec
 from fastkd.utils.distributed import ALONE, World
 from fastkd.utils.io import writable
 from fastkd.utils.random import derive_seed, preserved_rng, seed_cpu
 
 REPLACEMENTS = 16  # images that are tried in the place of one that cannot be read
+ENOUGH_SHARDS = 8  # for each process, so that their shares of a stream's epoch are about even
+logger = logging.getLogger("fastkd")
 
 
 class SampleDataset(Dataset[Any]):
-    """A data set addressed by `SampleKey`, its randomness seeded by (seed, epoch, sample, copy).
+    """A map-style dataset addressed by `SampleKey`; (seed, epoch, sample, copy) seed a sample.
 
-    The process' own generators are left as they were, so that loading in the main process
-    (``workers=0``) and in workers are the same thing.
-
-    Args:
-        dataset: map-style, yielding (image, label).
-        transform: (image, label) -> `Sample`.
-        seed: the run's seed; None where nothing is random, which saves seeding every sample.
-        replacing: the run's seed, from which the images derive that take the place of those that
-            cannot be read; None lets their errors through.
-        decode_once: read an image once for its copies in a batch. A data set that itself draws at
-            random then gives all of them the same.
-        notes: where loader processes note what they are working on; None for nowhere.
+    Generators are left as they were, so that loading in the main process (``workers=0``) and in
+    workers are the same thing.
     """
 
     def __init__(
         self,
-        dataset: Any,
+        dataset: Any,  # yields (image, label)
         transform: SampleTransform,
-        seed: int | None = None,
+        seed: int | None = None,  # the run's; None where nothing is random
         *,
-        replacing: int | None = None,
-        decode_once: bool = False,
+        replacing: int | None = None,  # seed of the images that replace unreadable ones, or raise
+        decode_once: bool = False,  # a dataset that draws at random gives all copies the same
         notes: WorkerNotes | None = None,
     ) -> None:
         self.dataset = dataset
@@ -79,7 +67,7 @@ class SampleDataset(Dataset[Any]):
         return len(self.dataset)
 
     def __getitem__(self, key: SampleKey) -> tuple[Any, Any]:
-        """One (image, label), as of any data set."""
+        """One (image, label), as of any dataset."""
         sample = self.__getitems__([key])[0]
         return sample.image, sample.label
 
@@ -92,7 +80,7 @@ class SampleDataset(Dataset[Any]):
             return [self._sample(key, decoded) for key in keys]
 
     def name(self, index: int) -> str:
-        """What the data set calls a sample: its file, or its number."""
+        """Name a sample by its file, or else its number."""
         filename = getattr(self.dataset, "filename", None)
         return f"sample {index}" if filename is None else writable(str(filename(index)))
 
@@ -148,34 +136,41 @@ def train_loader(
     spec: InputSpec,
     peers: World = ALONE,
 ) -> DataLoader[Any]:
-    """Batches of one rank; its ``batch_sampler`` is a `TrainBatchSampler`.
+    """Batches of one rank; the ``batch_sampler``, of a stream the ``dataset``, is a `Schedule`.
 
-    An image that cannot be read is replaced by another one and told in the batch's ``faults``.
+    What cannot be read is replaced, in a stream by what follows, and told in a batch's ``faults``.
     """
-    if isinstance(data.train, IterableDataset):
-        from fastkd.data.streaming import stream_train_loader
-
-        return stream_train_loader(data, recipe, spec, peers)
-    sampler = TrainBatchSampler(
-        len(data.train),
-        slice_size(recipe, peers.size),
-        seed=recipe.seed,
-        accumulation=recipe.accumulation,
-        repeats=recipe.repeated_aug,
-        rank=peers.rank,
-        world_size=peers.size,
-        together=recipe.augment == "gpu",
-    )
-    dataset = SampleDataset(
-        data.train,
-        train_sample_transform(recipe, spec, data),
-        None if recipe.augment == "none" else recipe.seed,
-        replacing=recipe.seed,
-        decode_once=recipe.augment == "gpu",
-        notes=WorkerNotes(recipe.workers),
-    )
-    stack = collate(data, spec, label_bound(data, recipe.num_classes, recipe.labels))
-    return _loader(dataset, stack, recipe.workers, peers.device, batch_sampler=sampler)
+    share = slice_size(recipe, peers.size)
+    transform = train_sample_transform(recipe, spec, data)
+    notes = WorkerNotes(recipe.workers)
+    schedule = {
+        "num_samples": recipe.train_samples or len(data.train) if data.streams else len(data.train),
+        "batch_size": share,
+        "seed": recipe.seed,
+        "accumulation": recipe.accumulation,
+        "rank": peers.rank,
+        "world_size": peers.size,
+    }
+    dataset: SampleDataset | TrainStream
+    batching: dict[str, Any]
+    if data.streams:
+        _check_stream(data.train, recipe, peers)
+        dataset = TrainStream(data.train, transform, notes, **schedule)
+        batching = {"batch_size": share}
+    else:
+        at_once = recipe.augment == "gpu"  # copies of an image are decoded once
+        dataset = SampleDataset(
+            data.train,
+            transform,
+            None if recipe.augment == "none" else recipe.seed,
+            replacing=recipe.seed,
+            decode_once=at_once,
+            notes=notes,
+        )
+        sampler = TrainBatchSampler(**schedule, repeats=recipe.repeated_aug, together=at_once)
+        batching = {"batch_sampler": sampler}
+    bound = label_bound(data, recipe.num_classes, recipe.labels)
+    return _Loader(dataset, collate(data, spec, bound), recipe.workers, peers, **batching)
 
 
 def eval_loader(
@@ -185,18 +180,21 @@ def eval_loader(
     peers: World = ALONE,
 ) -> DataLoader[Any]:
     """This rank's share of the evaluation set, no sample twice."""
-    if isinstance(data.val, IterableDataset):
-        from fastkd.data.streaming import stream_eval_loader
-
-        return stream_eval_loader(data, recipe, spec, peers)
-    dataset = eval_samples(data, recipe, spec)
-    dataset.notes = WorkerNotes(recipe.workers)
-    sampler = EvalSampler(len(data.val), peers.rank, peers.size)
-    return _loader(
+    notes = WorkerNotes(recipe.workers)
+    dataset: SampleDataset | EvalStream
+    if data.streams:
+        transform = eval_sample_transform(recipe, spec, data)
+        dataset, sampler = EvalStream(data.val, transform, notes, peers.rank, peers.size), None
+    else:
+        dataset = eval_samples(data, recipe, spec)
+        dataset.notes = notes
+        sampler = EvalSampler(len(data.val), peers.rank, peers.size)
+    bound = label_bound(data, recipe.num_classes, data.labelled_val)
+    return _Loader(
         dataset,
-        collate(data, spec, label_bound(data, recipe.num_classes, data.labelled_val)),
+        collate(data, spec, bound),
         recipe.workers,
-        peers.device,
+        peers,
         sampler=sampler,
         batch_size=recipe.eval_batch_size,
     )
@@ -205,26 +203,53 @@ def eval_loader(
 def eval_samples(
     data: DataPair, config: DataConfig, spec: InputSpec, seed: int | None = None
 ) -> SampleDataset:
-    """The evaluation set as a model takes it in; float tensors are not normalised yet."""
+    """The evaluation set as a model takes it in; float tensors are not normalized yet."""
     return SampleDataset(data.val, eval_sample_transform(config, spec, data), seed)
-
-
-def _loader(
-    dataset: SampleDataset,
-    stack: Collate,
-    workers: int,
-    device: torch.device,
-    **batching: Any,
-) -> DataLoader[Any]:
-    return DataLoader(
-        dataset,
-        collate_fn=stack,
-        **loader_options(workers, device),
-        **batching,
-    )
 
 
 def schedule_of(loader: DataLoader[Any]) -> Schedule:
     """Return what holds an epoch's length and where the next iteration starts."""
     schedule: Any = loader.dataset if isinstance(loader.dataset, Schedule) else loader.batch_sampler
     return schedule
+
+
+class _Loader(DataLoader[Any]):
+    """A dataloader of both kinds; what a resumed stream has used already (None) is left out."""
+
+    def __init__(
+        self, dataset: Any, stack: Collate, workers: int, peers: World, **batching: Any
+    ) -> None:
+        options = loader_options(workers, peers.device)
+        if isinstance(dataset, IterableDataset):
+            options["persistent_workers"] = False  # a position reaches new processes only
+        super().__init__(
+            dataset,
+            collate_fn=lambda samples: None if samples[0] is None else stack(samples),
+            **options,
+            **batching,
+        )
+
+    def __iter__(self) -> Any:
+        return (batch for batch in super().__iter__() if batch is not None)
+
+
+def _check_stream(source: StreamSource, recipe: Recipe, peers: World) -> None:
+    """Refuse options without meaning on a stream; warn if an epoch is far from a pass."""
+    if recipe.repeated_aug > 1:
+        raise ValueError(
+            f"repeated_aug: {recipe.repeated_aug} copies of a sample need data that are read by "
+            f"number, but {source} streams: set repeated_aug=1, or use shards on this machine"
+        )
+    if recipe.augment == "dataset":
+        raise ValueError(f"augment: 'dataset', but {source} augments nothing: cpu, gpu or none")
+    shards, processes = len(source.urls), peers.size * max(recipe.workers, 1)
+    if peers.is_main and shards % processes and shards < ENOUGH_SHARDS * processes:
+        logger.warning(
+            "data: %d processes share the %d shards of %s: in an epoch some samples are read "
+            "twice and others not at all; use a number of processes (ranks x workers) that divides "
+            "the shards, or at least %d shards for each",
+            processes,
+            shards,
+            source,
+            ENOUGH_SHARDS,
+        )

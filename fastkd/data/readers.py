@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
-from PIL import Image
-from timm.data import create_dataset
+from PIL import Image, UnidentifiedImageError
 from timm.data.readers.img_extensions import is_img_extension
 from timm.data.readers.reader_image_folder import ReaderImageFolder
 from timm.utils.misc import natural_key
-from torch.utils.data import Dataset, IterableDataset
+from torch.utils.data import Dataset
 
 from fastkd.data.classes import UNLABELLED
 from fastkd.utils.io import writable
@@ -22,6 +21,7 @@ from fastkd.utils.io import writable
 PILLOW_ERRORS = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 # Grayscale of more than 8 bits, all of which Pillow's conversion cuts off above 255.
 DEEP_MODES = ("I", "F", "I;16", "I;16L", "I;16B", "I;16N")
+NO_SAMPLE = -1  # the index of what a stream skips
 
 
 def is_image(path: str) -> bool:
@@ -121,16 +121,27 @@ class ReadableImages(Dataset[tuple[Any, Any]]):
         return self.reader.filename(index, absolute=True) or f"{self.name}[{index}]"
 
 
-@dataclass(frozen=True)
-class StreamSource(IterableDataset[tuple[Any, Any]]):
-    """A dataset that one of timm's streaming readers reads from the beginning, in order."""
+class Fault(NamedTuple):
+    """A sample that could not be read, and was replaced."""
 
-    name: str  # timm's, with its scheme
-    root: str | None  # folder or address; None where the name has it
+    sample: int  # its index in the dataset; -1 in a stream
+    name: str  # its file, or whatever else the dataset calls it
+    reason: str  # the reader's error
+
+
+# (name, what opens it: (image, label), or None if it is not of this split)
+Item = tuple[str, Callable[[], tuple[Any, Any] | None]]
+
+
+@dataclass(eq=False)
+class StreamSource:
+    """A split of a dataset that is read from its beginning."""
+
+    name: str
     split: str
-    num_samples: int | None = None  # as the dataset states it
-    num_classes: int | None = None  # as the dataset states it
-    image_column: str | None = None  # of a hub's set, where timm's reader would take another
+    num_samples: int | None  # as the dataset states it
+    num_classes: int | None  # as the dataset states it
+    urls: Sequence[str] = ()  # of shards, if there are any
 
     def __len__(self) -> int:
         if self.num_samples is None:
@@ -140,17 +151,7 @@ class StreamSource(IterableDataset[tuple[Any, Any]]):
         return self.num_samples
 
     def __str__(self) -> str:
-        address = "" if self.root is None or self.root in self.name else f" at {self.root}"
-        return f"{self.name}{address} (split {self.split})"
-
-    @property
-    def passes_over(self) -> bool:
-        """Whether its reader skips samples that it cannot read, instead of raising."""
-        return self.name.startswith("wds/")
-
-    def __iter__(self) -> Iterator[tuple[Image.Image, int]]:
-        # Readers want a length, though none is needed to read all there is.
-        return iter(self.reader(training=False, num_samples=self.num_samples or 1))
+        return f"{self.name} (split {self.split})"
 
     def __getitem__(self, index: int) -> Any:
         raise ValueError(
@@ -158,17 +159,48 @@ class StreamSource(IterableDataset[tuple[Any, Any]]):
             f"tars, shards on this machine or hfds/"
         )
 
-    def reader(self, *, training: bool, num_samples: int | None = None, **options: Any) -> Any:
-        """Open timm's reader: shuffled and without end for training, else in order and once.
+    def items(self, rank: int, world_size: int, seed: int | None) -> Iterator[Item | Fault]:
+        """Yield a loader process's share of a pass; in order, and disjoint, without a seed."""
+        raise NotImplementedError
 
-        ``num_samples`` is the length of an epoch (None: as stated); ``options`` are the reader's.
-        """
-        if not self.name.startswith("tfds/"):  # always as long as the dataset states
-            options["num_samples"] = num_samples
-        if self.image_column is not None:
-            options["input_key"] = self.image_column
-        # timm's reader of wds finds the shards by root alone.
-        name = "wds/" if self.name.startswith("wds/") else self.name
-        return create_dataset(
-            name, root=self.root, split=self.split, is_training=training, **options
-        ).reader
+    def read(
+        self, decode: Callable[[Any], Any], rank: int, world_size: int, seed: int | None = None
+    ) -> Iterator[tuple[Any, Any] | Fault]:
+        """Yield a loader process's share of a pass: (decoded image, label), or a fault."""
+        for item in self.items(rank, world_size, seed):
+            if isinstance(item, Fault):
+                yield item
+                continue
+            name, load = item
+            try:
+                sample = load()
+                sample = sample and (decode(sample[0]), sample[1])
+            except PILLOW_ERRORS as error:
+                # Pillow's own message names an address in memory.
+                unknown = isinstance(error, UnidentifiedImageError)
+                reason = "no image" if unknown else str(error.__cause__ or error)
+                yield Fault(NO_SAMPLE, writable(name), reason)
+            else:
+                if sample:
+                    yield sample
+
+
+@dataclass(frozen=True)
+class DataPair:
+    """A training and an evaluation set of (image, label), map-style or `StreamSource`s."""
+
+    train: Any  # None where only evaluation is asked for
+    val: Any
+    num_classes: int | None  # None: unknown
+    yields_tensors: bool  # float tensors [C, H, W] instead of PIL images
+    image_size: tuple[int, int, int] | None  # (C, H, W) of the first image, if it is a tensor
+    labelled_val: bool = True
+    streams: bool = False
+
+
+def image_column(name: str, features: Mapping[str, Any]) -> str:
+    """Return the column ``image`` of a hub's dataset, or else its first one of images."""
+    columns = [column for column, kind in features.items() if type(kind).__name__ == "Image"]
+    if not columns:
+        raise ValueError(f"data: {name} has no column of images, but {list(features)}")
+    return "image" if "image" in columns else columns[0]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from torch.utils.data import Sampler
@@ -23,32 +23,20 @@ class SampleKey(NamedTuple):
 class Schedule:
     """The updates of an epoch, the same on every rank, and where the next iteration starts.
 
-    A loader with workers runs ahead of the training loop, so the loop's count of finished updates
-    is the one to keep in a checkpoint.
-
-    Args:
-        num_samples: of an epoch over all ranks; what fills no update is dropped.
-        batch_size: samples per rank and slice.
-        seed: the run's seed.
-        accumulation: slices per update.
-        rank: this process.
-        world_size: number of processes.
-        of: what the samples are called in the error.
-
-    Raises:
-        ValueError: an epoch is shorter than one update.
+    Loader processes run ahead of the training loop: a checkpoint needs the loop's count of updates.
+    An epoch that is shorter than one update is a ValueError.
     """
 
     def __init__(
         self,
-        num_samples: int,
-        batch_size: int,
+        num_samples: int,  # of an epoch over all ranks; those that fill no update are dropped
+        batch_size: int,  # samples per rank and slice
         *,
-        seed: int = 0,
-        accumulation: int = 1,
+        seed: int = 0,  # the run's
+        accumulation: int = 1,  # slices per update
         rank: int = 0,
         world_size: int = 1,
-        of: str = "the training set",
+        of: str = "the training set",  # in the error
     ) -> None:
         self.num_samples = num_samples
         self.batch_size = batch_size
@@ -81,18 +69,8 @@ class TrainBatchSampler(Schedule, Sampler[list[SampleKey]]):
     an image once for its copies, one run of samples each: either way the update's samples are the
     same however many ranks share them.
 
-    Args:
-        num_samples: size of the data set.
-        batch_size: as are ``seed``, ``accumulation``, ``rank`` and ``world_size``, of `Schedule`.
-        seed: likewise.
-        accumulation: likewise.
-        repeats: copies of a sample that follow each other.
-        rank: likewise.
-        world_size: likewise.
-        together: give a rank copies that follow each other, instead of every ``world_size``-th.
-
-    Raises:
-        ValueError: the data set is smaller than one update.
+    ``repeats`` copies of a sample follow each other; ``together`` gives a rank copies that do. The
+    rest of the arguments are those of `Schedule`.
     """
 
     def __init__(
@@ -100,21 +78,11 @@ class TrainBatchSampler(Schedule, Sampler[list[SampleKey]]):
         num_samples: int,
         batch_size: int,
         *,
-        seed: int = 0,
-        accumulation: int = 1,
         repeats: int = 1,
-        rank: int = 0,
-        world_size: int = 1,
         together: bool = False,
+        **schedule: Any,
     ) -> None:
-        super().__init__(
-            num_samples,
-            batch_size,
-            seed=seed,
-            accumulation=accumulation,
-            rank=rank,
-            world_size=world_size,
-        )
+        super().__init__(num_samples, batch_size, **schedule)
         self.repeats = repeats
         self.together = together
 
@@ -144,13 +112,7 @@ class TrainBatchSampler(Schedule, Sampler[list[SampleKey]]):
 
 
 class EvalSampler(Sampler[SampleKey]):
-    """Every sample exactly once over all ranks, in order; ranks may differ by one sample.
-
-    Args:
-        num_samples: size of the data set.
-        rank: this process.
-        world_size: number of processes.
-    """
+    """Every sample exactly once over all ranks, in order; ranks may differ by one sample."""
 
     def __init__(self, num_samples: int, rank: int = 0, world_size: int = 1) -> None:
         self.indices = range(rank, num_samples, world_size)

@@ -16,9 +16,8 @@ from torch import Tensor
 from torch.utils.data import default_collate, get_worker_info
 
 from fastkd.config import DataConfig
-from fastkd.data.datasets import DataPair
 from fastkd.data.gpu_augment import Planned, plan_transform
-from fastkd.data.readers import PILLOW_ERRORS, refuse_deep
+from fastkd.data.readers import PILLOW_ERRORS, DataPair, Fault, refuse_deep
 from fastkd.data.transforms import InputSpec, Transform, eval_transform, train_transform
 
 # What a loop over a loader may see of a process that died.
@@ -36,40 +35,24 @@ MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 
 
 class Sample(NamedTuple):
-    """One image on its way into a batch.
+    """One image on its way into a batch."""
 
-    Attributes:
-        image: [C, H, W]; float32, or uint8 where the device augments.
-        label: a whole number, or None.
-        sample: index in the data set of what was asked for; -1 where it has none.
-        plan: what the device does to the image; None where nothing is left.
-        faults: images that could not be read on the way to this one.
-    """
-
-    image: Tensor
-    label: Any = None
-    sample: int = -1
-    plan: dict[str, Tensor] | None = None
-    faults: tuple[Fault, ...] = ()
+    image: Tensor  # [C, H, W]; float32, or uint8 where the device augments
+    label: Any = None  # a whole number, or None
+    sample: int = -1  # index in the dataset of what was asked for
+    plan: dict[str, Tensor] | None = None  # what the device does to the image
+    faults: tuple[Fault, ...] = ()  # images that could not be read on the way to this one
 
 
 class SampleTransform:
-    """(image, label) as a data set yields them -> `Sample`.
-
-    Args:
-        transform: image -> tensor or `Planned`; None where the data set yields tensors.
-        mode: PIL mode that images are brought to; None where they are tensors.
-    """
+    """(image, label) as a dataset yields them -> `Sample`."""
 
     def __init__(self, transform: Transform | None = None, mode: str | None = None) -> None:
-        self.transform = transform
-        self.mode = mode
+        self.transform = transform  # image -> tensor or `Planned`; None for tensors
+        self.mode = mode  # PIL mode that images are brought to; None for tensors
 
     def decode(self, image: Any) -> Any:
-        """Decode an image that its data set opened only, and bring it to the mode.
-
-        Greyscale of more than 8 bits is refused: nothing in such a file says which value is white.
-        """
+        """Decode an image that its dataset only opened, and bring it to the mode."""
         if self.mode is None:
             return image
         try:
@@ -90,19 +73,13 @@ class SampleTransform:
 
 
 class Collate:
-    """Stack samples; normalise the batch where the data set yields tensors.
-
-    Args:
-        mean: per channel; None feeds tensors as they are.
-        std: per channel.
-        classes: labels must lie below it; None does not look at them.
-    """
+    """Stack samples; normalize the batch where the dataset yields tensors."""
 
     def __init__(
         self,
-        mean: tuple[float, ...] | None = None,
+        mean: tuple[float, ...] | None = None,  # per channel; None leaves tensors as they are
         std: tuple[float, ...] | None = None,
-        classes: int | None = None,
+        classes: int | None = None,  # labels must lie below it; None does not look at them
     ) -> None:
         self.classes = classes
         self.statistics = None
@@ -160,7 +137,7 @@ def eval_sample_transform(
 
 
 def collate(data: DataPair, spec: InputSpec, classes: int | None = None) -> Collate:
-    """How a data set's samples are stacked: PIL images were normalised by their transform."""
+    """How a dataset's samples are stacked: PIL images were normalized by their transform."""
     statistics = (spec.mean, spec.std) if data.yields_tensors else (None, None)
     return Collate(*statistics, classes)
 
@@ -176,45 +153,18 @@ def _mode(spec: InputSpec) -> str:
     return MODES[spec.size[0]]
 
 
-class Fault(NamedTuple):
-    """A sample that could not be read, and was replaced.
-
-    Attributes:
-        sample: its index in the data set; -1 in a stream.
-        name: its file, or whatever else the data set calls it.
-        reason: what the reader said.
-    """
-
-    sample: int
-    name: str
-    reason: str
-
-
 class Batch(NamedTuple):
-    """Samples of one rank and one slice of an update.
+    """Samples of one rank and one slice of an update."""
 
-    Attributes:
-        images: [B, C, H, W]; float32 and normalised, or uint8 where the device augments.
-        labels: [B] int64, -1 where a sample has none.
-        samples: [B] int64, the indices in the data set that were asked for; of a stream, which has
-            none, the positions in the epoch, and -1 in its evaluation.
-        plan: what the device does to every image, [B, ...] by name; None where nothing is left.
-        faults: samples of this batch that had to be replaced.
-    """
-
-    images: Tensor
-    labels: Tensor
-    samples: Tensor
-    plan: dict[str, Tensor] | None = None
-    faults: tuple[Fault, ...] = ()
+    images: Tensor  # [B, C, H, W]; float32 and normalized, or uint8 where the device augments
+    labels: Tensor  # [B] int64; -1 where a sample has none
+    samples: Tensor  # [B] int64, indices asked for; of a stream positions, -1 in its evaluation
+    plan: dict[str, Tensor] | None = None  # what the device does to each image, [B, ...] by name
+    faults: tuple[Fault, ...] = ()  # what could not be read, and was replaced
 
 
 class WorkerNotes:
-    """What every loader process is working on, in memory that outlives the process.
-
-    Args:
-        workers: loader processes; 0 notes nothing.
-    """
+    """What every loader process is working on, in memory that outlives the process."""
 
     def __init__(self, workers: int) -> None:
         self.rows = torch.full((workers, 2), -1, dtype=torch.int64).share_memory_()

@@ -30,7 +30,7 @@ from fastkd.utils.progress import track
 
 _VERSION = 3  # of the listing kept beside the archives
 _PEEKED = 64  # headers that tell a shard from another tar
-_SHARD_IMAGES = (".jpg", ".jpeg", ".png", ".webp")  # as timm's reader of shards
+SHARD_IMAGES = (".jpg", ".jpeg", ".png", ".webp")  # as timm's reader of shards
 _KEY = re.compile(r"((?:.*/)?[^./][^./]*)(\.[^/]*)")  # WebDataset: up to the name's first dot
 
 
@@ -127,11 +127,11 @@ def list_shard(path: Path, target: str | None = None) -> Listing:
         for member in _members(file, os.fspath(path)):
             match = _KEY.fullmatch(member.name)
             key, extension = match.groups() if match else (member.name, "")
-            if extension.lower() in _SHARD_IMAGES:
+            if extension.lower() in SHARD_IMAGES:
                 images.setdefault(key, member)
             elif extension.lower() == kind:
                 file.seek(member.offset)
-                labels[key] = _label(file.read(member.size), target, f"{path}:{member.name}")
+                labels[key] = parse_label(file.read(member.size), target, f"{path}:{member.name}")
     return Listing(list(images.values()), [labels.get(key) for key in images])
 
 
@@ -148,12 +148,13 @@ def holds_samples(path: str | os.PathLike[str]) -> bool:
         raise OSError(f"{path} is no whole, uncompressed tar: {error}") from error
     if any(path.suffix.lower() == ".cls" for path in paths):
         return True
-    images = {str(path.with_suffix("")) for path in paths if path.suffix.lower() in _SHARD_IMAGES}
+    images = {str(path.with_suffix("")) for path in paths if path.suffix.lower() in SHARD_IMAGES}
     described = {str(path.with_suffix("")) for path in paths if path.suffix.lower() == ".json"}
     return any("/" not in key.removeprefix("./") for key in images & described)
 
 
-def _label(content: bytes, target: str | None, name: str) -> int | None:
+def parse_label(content: bytes, target: str | None, name: str) -> int | None:
+    """Read the label in a shard's ``.cls``, or in a field of its ``.json``; None below zero."""
     try:
         label = int(content) if target is None else int(json.loads(content)[target])
     except (ValueError, KeyError, TypeError) as error:
@@ -182,22 +183,15 @@ class TarImages:
     """A reader of images in tars, by index, like timm's readers.
 
     Holds no file open, so that it may be copied to any number of loader processes.
-
-    Args:
-        tars: the archives.
-        layout: ``"shards"``: WebDataset's; ``"tar"``: folders are classes; ``"tars"``: the archives
-            themselves stand for folders.
-        class_to_idx: the training set's class numbers; None numbers classes in natural order.
-        target: the field of a shard's ``.json`` files that holds labels; None takes ``.cls``.
     """
 
     def __init__(
         self,
         tars: Sequence[Path],
         *,
-        layout: str,
-        class_to_idx: dict[str, int] | None = None,
-        target: str | None = None,
+        layout: str,  # "shards": WebDataset's; "tar": folders are classes; "tars": archives are
+        class_to_idx: dict[str, int] | None = None,  # of training; None: classes in natural order
+        target: str | None = None,  # field of the shards' .json that holds labels; None: .cls does
     ) -> None:
         self.tars = list(tars)
         found = [path.stat() for path in self.tars]

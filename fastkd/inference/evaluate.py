@@ -130,10 +130,10 @@ def evaluating(model: nn.Module) -> Iterator[nn.Module]:
 
 def _check_whole(loader: Any, count: int) -> None:
     """Refuse a figure of fewer images than there are; only streams can lose some unseen."""
-    expected = getattr(loader, "expected", None)
-    if expected is not None and count != expected:
+    source = getattr(getattr(loader, "dataset", None), "source", None)
+    if source is not None and source.num_samples not in (None, count):
         raise ValueError(
-            f"data: evaluated {count} of the {expected} images that {loader.stream.source} lists"
+            f"data: evaluated {count} of the {source.num_samples} images that {source} lists"
         )
 
 

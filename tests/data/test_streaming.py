@@ -8,6 +8,9 @@ import re
 import shutil
 import signal
 import tarfile
+import threading
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
 import pytest
@@ -214,9 +217,8 @@ def test_an_evaluation_can_be_compared_with_what_the_data_state(shards, tmp_path
     loaders = [
         eval_loader(data, RECIPE, SPEC, World(CPU, rank, world_size)) for rank in range(world_size)
     ]
-    assert [loader.expected for loader in loaders] == [12] * world_size
+    assert [loader.dataset.source.num_samples for loader in loaders] == [12] * world_size
     assert sum(len(batch.images) for loader in loaders for batch in loader) == 11
-    assert train_loader(data, RECIPE, SPEC).expected is None
 
 
 class Killed:
@@ -232,7 +234,7 @@ class Killed:
 )
 def test_a_workers_death_names_stream_and_position(data, make, position):
     loader = make(data, RECIPE.override(workers=1), SPEC)
-    loader.stream.transform = Killed()
+    loader.dataset.transform = Killed()
     with pytest.raises(DEATHS) as raised:
         list(loader)
     text = describe_worker_death([loader], raised.value)
@@ -309,8 +311,24 @@ def test_a_length_that_nobody_knows_is_asked_for(shards, tmp_path):
     assert len(epoch(data, RECIPE.override(train_samples=36))) == 4
 
 
-@pytest.fixture
-def hub(tmp_path, monkeypatch):
+@pytest.mark.skipif(shutil.which("curl") is None, reason="webdataset reads http by curl")
+def test_shards_at_a_web_address(shards):
+    class Quiet(SimpleHTTPRequestHandler):
+        def log_message(self, *_):
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=shards)) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_port}"
+        data = open_data(f"wds/{address}/")
+        assert data.val.urls[0].startswith(f"{address}/validation-")
+        assert sum(len(batch.images) for batch in eval_loader(data, RECIPE, SPEC)) == 12
+        with pytest.raises(ValueError, match=r"wds/.*/nowhere has no _info\.json"):
+            open_data(f"wds/{address}/nowhere")
+        server.shutdown()
+
+
+def hub_set(tmp_path, monkeypatch, broken=None):
     datasets = pytest.importorskip("datasets")
     monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0, raising=False)
     types = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(3)})
@@ -322,10 +340,32 @@ def hub(tmp_path, monkeypatch):
                 "image": [Image.new("RGB", (20, 20), colour) for colour in colours],
                 "label": [index % 3 for index in range(9)],
             }
+            if split == broken and file == 0:
+                rows["image"][4] = {"bytes": b"no image", "path": "broken.jpg"}
             name = f"{split}-{file:05}-of-{files:05}.parquet"
             made = datasets.Dataset.from_dict(rows, features=types)
             made.to_parquet(str(tmp_path / "set" / name))
     return open_data(f"hfids/{tmp_path / 'set'}", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    return hub_set(tmp_path, monkeypatch)
+
+
+def test_images_of_a_streamed_hub_set_that_cannot_be_read_are_told(tmp_path, monkeypatch):
+    recipe = RECIPE.override(workers=2, train_samples=72)
+    batches = epoch(hub_set(tmp_path, monkeypatch, broken="train"), recipe)
+    (name,) = {fault.name for batch in batches for fault in batch.faults}
+    assert name.startswith("broken.jpg of hfids/") and len(batches) == 9
+
+
+def test_evaluation_refuses_an_image_of_a_streamed_hub_set_that_it_cannot_read(
+    tmp_path, monkeypatch
+):
+    data = hub_set(tmp_path, monkeypatch, broken="test")
+    with pytest.raises(OSError, match=r"cannot read broken\.jpg of hfids/.*: no image"):
+        list(eval_loader(data, RECIPE, SPEC))
 
 
 def test_a_streamed_hub_set_goes_on_exactly(hub):
@@ -360,7 +400,7 @@ def student():
 def test_a_streamed_run_that_was_stopped_ends_bit_identical(shards, tmp_path, monkeypatch):
     name = f"wds/pipe:cat {shards}"
     train(student(), None, name, tmp_path / "whole", **RUN)
-    read, count = TrainStream._read, 0
+    read, count = TrainStream._transformed, 0
 
     def stop(*arguments):
         nonlocal count
@@ -370,7 +410,7 @@ def test_a_streamed_run_that_was_stopped_ends_bit_identical(shards, tmp_path, mo
         return read(*arguments)
 
     with monkeypatch.context() as patch, pytest.raises(LookupError, match="stream gone"):
-        patch.setattr(TrainStream, "_read", stop)
+        patch.setattr(TrainStream, "_transformed", stop)
         train(student(), None, name, tmp_path / "parts", **RUN)
     assert load_checkpoint(tmp_path / "parts")["position"]["total"] == 2
     with pytest.raises(CheckpointError, match=r"shared by .*1, 0.* now by .*1, 2.* other samples"):

@@ -11,6 +11,7 @@ from timm.utils import ModelEmaV3
 from torch import nn
 
 from fastkd.config import Recipe
+from fastkd.data.readers import StreamSource
 from fastkd.data.samples import Batch
 from fastkd.data.transforms import InputSpec
 from fastkd.inference.evaluate import evaluate_model
@@ -330,10 +331,9 @@ def test_evaluation_puts_the_training_mode_back():
 class Shortened(list):
     """A stream's loader that has lost an image on the way."""
 
-    expected = 9
-    stream = SimpleNamespace(source="wds/validation")
+    dataset = SimpleNamespace(source=StreamSource("wds/shards", "validation", 9, None))
 
 
 def test_an_evaluation_of_fewer_images_than_a_stream_states_is_refused():
-    with pytest.raises(ValueError, match="evaluated 8 of the 9 images that wds/validation lists"):
+    with pytest.raises(ValueError, match=r"8 of the 9 images that wds/shards .*validation"):
         evaluate_model(vit(), Shortened([batch()]), WORLD)
