@@ -28,13 +28,8 @@ from fastkd.inference.loading import build_student, create_teacher, names_a_file
 from fastkd.inference.preprocessing import Shape, input_spec, parameter_count, student_shape
 from fastkd.losses.registry import find_loss, has_temperature
 from fastkd.models import Teacher
-from fastkd.training.build import (
-    FromRecipe,
-    ends_at_min_lr,
-    resolve_recipe,
-    resolve_teacher,
-    skips_on_device,
-)
+from fastkd.training.build import FromRecipe, resolve_recipe, resolve_teacher
+from fastkd.training.optim import ends_at_min_lr, skips_on_device
 from fastkd.training.task import DistillationTask, build_task
 from fastkd.utils.distributed import autocast
 

@@ -15,9 +15,9 @@ from fastkd.data.readers import StreamSource
 from fastkd.data.samples import Batch
 from fastkd.data.transforms import InputSpec
 from fastkd.inference.evaluate import evaluate_model
-from fastkd.training.build import build_optimizer
 from fastkd.training.engine import Engine, NonFiniteError
 from fastkd.training.logging import RunLogger
+from fastkd.training.optim import build_optimizer
 from fastkd.training.state import Identity, RunState
 from fastkd.training.task import build_task
 from fastkd.training.trainer import train_one_epoch

@@ -10,14 +10,14 @@ import torch
 from timm.scheduler import create_scheduler_v2
 
 from fastkd.config import Recipe
-from fastkd.training.build import (
+from fastkd.training.engine import knows_found_inf
+from fastkd.training.optim import (
     LOOKAHEAD,
     SCHEDULE_OPTIONS,
     build_optimizer,
     optimizer_names,
     skips_on_device,
 )
-from fastkd.training.engine import knows_found_inf
 from tests.harness.tiny import vit
 from tests.training.test_engine import BROKEN, batch, engine_for
 

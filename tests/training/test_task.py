@@ -8,7 +8,7 @@ from torch import nn
 from fastkd import create_teacher
 from fastkd.config import Recipe
 from fastkd.losses import DistillationLoss, FeatureKD
-from fastkd.training.build import build_optimizer
+from fastkd.training.optim import build_optimizer
 from fastkd.training.task import DistillationTask, build_task
 from tests.harness.tiny import lift, vit
 
