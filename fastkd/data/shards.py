@@ -193,16 +193,13 @@ class _Work:
         for name in (SHARD_LISTS[0], UNFINISHED):  # the second, if there, is newer
             with contextlib.suppress(FileNotFoundError, ValueError, KeyError, TypeError):
                 kept = json.loads((self.folder / name).read_text())["fastkd"]
-        # A process that is killed in its first write leaves a temporary file alone.
-        first = f".{UNFINISHED}.*.tmp"
+        where = f"shard: destination: {self.folder}"
+        first = f".{UNFINISHED}.*.tmp"  # all that a process killed in its first write leaves
         if not kept and not all(path.match(first) for path in self.folder.iterdir()):
-            raise ValueError(f"shard: destination: {self.folder} holds something else than shards")
+            raise ValueError(f"{where} holds something else than shards; name a new folder")
         for name, value in self.identity.items():
             if kept and (other := kept["identity"].get(name)) != value:
-                raise ValueError(
-                    f"shard: destination: {self.folder} has shards of another run: "
-                    f"{name} {other}, not {value}"
-                )
+                raise ValueError(f"{where} has shards of another run: {name} {other}, not {value}")
         remove_leftovers(self.folder)
         if any(self.folder.glob("*.tar")):  # else all images are read anew
             self.unreadable = kept["unreadable"]
@@ -263,15 +260,14 @@ class _Work:
         self.save()
         for split, group in groupby(samples, lambda sample: sample[0]):
             for first in group:
-                name = f"{split}-{len(self.shards[split]):06d}.tar"
-                path = self.folder / name
+                path = self.folder / f"{split}-{len(self.shards[split]):06d}.tar"
                 with replacing(path) as file, writer(file, encoder=False, mtime=0) as tar:
                     for length, (_, sample) in enumerate(chain([first], group), start=1):
                         tar.write(sample)
                         if length == count or (size and file.tell() >= size * 1e6):
                             break
                     self.save()  # what this shard lacks is known before it has its name
-                self.shards[split][name] = length
+                self.shards[split][path.name] = length
 
     def save(self, **info: Any) -> None:
         """Record, beside what is in ``info``, which images are unreadable."""
