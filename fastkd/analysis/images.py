@@ -16,10 +16,10 @@ from torch.utils.data import Subset, TensorDataset
 from fastkd.config import DataConfig
 from fastkd.data.datasets import Data, DataPair, open_data
 from fastkd.data.folders import VALIDATION_FOLDERS
-from fastkd.data.readers import FileReader, ReadableImages
+from fastkd.data.readers import FileReader, ReadableImages, reason_of
 from fastkd.data.tars import TarImages
 from fastkd.data.transforms import InputSpec
-from fastkd.inference.images import image_loader, reason_of
+from fastkd.inference.images import image_loader
 from fastkd.utils.io import writable
 from fastkd.utils.random import derive_seed, preserved_rng, seed_cpu
 

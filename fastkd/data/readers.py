@@ -121,6 +121,17 @@ class ReadableImages(Dataset[tuple[Any, Any]]):
         return self.reader.filename(index, absolute=True) or f"{self.name}[{index}]"
 
 
+def reason_of(error: BaseException) -> str:
+    """Say in one line why an image cannot be read."""
+    while error.__cause__ is not None and str(error).startswith("data: "):
+        error = error.__cause__  # of Pillow or the system, which fastkd.data wraps
+    if isinstance(error, UnidentifiedImageError):
+        return "no image that Pillow can read"  # its own words name an address in memory
+    text = " ".join(str(getattr(error, "strerror", None) or error).split())
+    known = text and isinstance(error, PILLOW_ERRORS)
+    return (text if known else f"{type(error).__name__}: {text or 'no message'}")[:200]
+
+
 class Fault(NamedTuple):
     """A sample that could not be read, and was replaced."""
 
@@ -176,10 +187,7 @@ class StreamSource:
                 sample = load()
                 sample = sample and (decode(sample[0]), sample[1])
             except PILLOW_ERRORS as error:
-                # Pillow's own message names an address in memory.
-                unknown = isinstance(error, UnidentifiedImageError)
-                reason = "no image" if unknown else str(error.__cause__ or error)
-                yield Fault(NO_SAMPLE, writable(name), reason)
+                yield Fault(NO_SAMPLE, writable(name), reason_of(error))
             else:
                 if sample:
                     yield sample

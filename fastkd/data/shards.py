@@ -11,7 +11,6 @@ import os
 import random
 import signal
 import threading
-import time
 from collections.abc import Generator, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -21,15 +20,14 @@ from multiprocessing import get_context, parent_process
 from pathlib import Path
 from typing import Any
 
-from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL import ExifTags, Image
 
 from fastkd.data.datasets import open_data
 from fastkd.data.folders import SHARD_LISTS, UNFINISHED, VALIDATION_FOLDERS
-from fastkd.data.readers import PILLOW_ERRORS, open_image, refuse_deep
+from fastkd.data.readers import PILLOW_ERRORS, open_image, reason_of, refuse_deep
 from fastkd.data.tars import TarImages, list_shard
 from fastkd.utils.io import remove_leftovers, replacing, write_text
 from fastkd.utils.progress import Progress, track
-from fastkd.utils.random import derive_seed
 
 CHUNK = 16  # images that a worker converts at a time
 # By Pillow's name of the format; MPO is a JPEG followed by other images.
@@ -46,7 +44,6 @@ class ShardReport:
     classes: int  # 0 without labels
     size: int  # bytes of all shards
     unreadable: list[tuple[str, str]]  # (file, reason) of images that are in no shard
-    seconds: float  # of this run
     converted: int  # images that this run converted
 
     def summary(self) -> str:
@@ -54,12 +51,9 @@ class ShardReport:
         splits = ", ".join(f"{k} {self.samples[k]:,} in {n:,}" for k, n in self.shards.items())
         labels = f" of {self.classes:,} classes" if self.classes else ", unlabelled"
         lost = f"; {len(self.unreadable)} unreadable, see unreadable.txt" if self.unreadable else ""
-        speed = f"; {self.converted / self.seconds:,.0f} images/s" if self.converted else ""
-        total = (
-            f"{sum(self.samples.values()):,} images{labels} in {sum(self.shards.values()):,} shards"
-        )
-        size = f"{self.size / 1e6:,.1f} MB"
-        return f"{self.folder}: {total} ({splits}), {size}, verified{lost}{speed}"
+        images, shards = sum(self.samples.values()), sum(self.shards.values())
+        total = f"{images:,} images{labels} in {shards:,} shards ({splits})"
+        return f"{self.folder}: {total}, {self.size / 1e6:,.1f} MB, verified{lost}"
 
 
 def shard(
@@ -80,9 +74,8 @@ def shard(
     A sample is ``KEY.jpg`` (or png, webp), ``KEY.cls`` (class number, if any) and ``KEY.json``
     (file name); KEY is the image's number in the sorted split. ``_info.json`` lists shards, lengths
     and class names, ``unreadable.txt`` the images left out. Images larger than ``short_side`` are
-    resized (bicubic) and stored as JPEG, gray or RGB, with their orientation tag; others are copied
-    byte for byte. An interrupted call, made again, continues after the last whole shard and ends
-    with the bytes of an uninterrupted one.
+    resized (bicubic) and stored as JPEG with their orientation tag; others are copied byte for
+    byte. The same call continues interrupted work, and ends with the bytes of uninterrupted work.
 
     Args:
         source: folder with ``train`` and ``val`` (or ``validation``), of classes, or of images.
@@ -97,9 +90,7 @@ def shard(
         quiet: show no progress.
 
     Raises:
-        ImportError: webdataset is missing.
-        ValueError: an option out of range, a split of ``source`` without readable images, or a
-            ``destination`` with other content or of other options.
+        ValueError: an option out of range, no readable images, a ``destination`` of other content.
         RuntimeError: verification failed, a worker died, or another process is writing there.
         OSError: a file cannot be read or written, or too many images are broken.
     """
@@ -107,34 +98,35 @@ def shard(
         from webdataset import TarWriter
     except ImportError as error:
         raise ImportError(f"shard: {error}: pip install webdataset") from error
-    least = {"short_side": (short_side, 1), "samples_per_shard": (samples_per_shard, 1)}
-    least |= {"max_unreadable": (max_unreadable, 0), "workers": (workers, 1), "seed": (seed, 0)}
-    for name, (value, low) in least.items():
-        if value is not None and value < low:
-            raise ValueError(f"shard: {name} must be at least {low}, got {value}")
-    if not 1 <= quality <= 95:
-        raise ValueError(f"shard: quality must be 1 to 95, got {quality}")
-    if not shard_size > 0:
-        raise ValueError(f"shard: shard_size must be above 0 MB, got {shard_size}")
-    begun = time.monotonic()
+    bounds: dict[str, Any] = {"short_side": (short_side, 1), "quality": (quality, 1, 95)}
+    bounds |= {"samples_per_shard": (samples_per_shard, 1), "workers": (workers, 1)}
+    bounds |= {"max_unreadable": (max_unreadable, 0), "seed": (seed, 0)}
+    bounds["shard_size"] = (shard_size, 1e-6)
+    for name, (value, low, *high) in bounds.items():
+        if value is not None and not low <= value <= max(high, default=value):
+            limit = f"{low} to {high[0]}" if high else f"at least {low}"
+            raise ValueError(f"shard: {name} must be {limit}, got {value}")
     options: dict[str, Any] = {"short_side": short_side, "quality": quality, "seed": seed}
-    options["shard_size"] = shard_size if samples_per_shard is None else None
-    options["samples_per_shard"] = samples_per_shard
+    options |= {"samples_per_shard": samples_per_shard, "shard_size": shard_size}
     work = _Work(Path(source), Path(destination), options, quiet)
     most = max(20, len(work.images) // 100) if max_unreadable is None else max_unreadable
     with locked(work.folder) as lock:
         work.resume()
-        left = len(work.left)
-        if left:
+        if left := len(work.left):
             with contextlib.closing(work.samples(workers, lock, most)) as images:
                 work.write(images, TarWriter)
             work.scan()
         work.finish()
-    samples = {split: sum(shards.values()) for split, shards in work.shards.items()}
-    shards = {split: len(shards) for split, shards in work.shards.items()}
-    size = sum(path.stat().st_size for path in work.folder.glob("*.tar"))
-    lost, seconds = sorted(work.unreadable.items()), time.monotonic() - begun
-    return ShardReport(work.folder, samples, shards, len(work.classes), size, lost, seconds, left)
+    counts = work.shards.items()
+    return ShardReport(
+        work.folder,
+        samples={split: sum(shards.values()) for split, shards in counts},
+        shards={split: len(shards) for split, shards in counts},
+        classes=len(work.classes),
+        size=sum(path.stat().st_size for path in work.folder.glob("*.tar")),
+        unreadable=sorted(work.unreadable.items()),
+        converted=left,
+    )
 
 
 @contextlib.contextmanager
@@ -166,14 +158,11 @@ class _Work:
         self.unreadable: dict[str, str] = {}  # reasons by file
         self.classes: list[str] = []  # names by number; empty without labels
         parted = (source / "train").is_dir()
-        evaluates = parted or source.resolve().name in VALIDATION_FOLDERS
-        evaluates |= any((source / name).is_dir() for name in VALIDATION_FOLDERS)
-        second = "validation" if evaluates else "train"
+        names = {source.resolve().name, *os.listdir(source)}
+        second = "validation" if parted or names & set(VALIDATION_FOLDERS) else "train"
         pair = open_data(source, need_train=parted, labels=False)
         digest = hashlib.sha256()
-        for split, data in (("train", pair.train), (second, pair.val)):
-            if data is None:
-                continue
+        for split, data in (("train", pair.train), (second, pair.val))[0 if parted else 1 :]:
             if isinstance(data.reader, TarImages):
                 raise ValueError(f"shard: source: {source} holds tars, not image files")
             if data.labelled:
@@ -183,7 +172,7 @@ class _Work:
                 file, key = os.path.relpath(path, source), f"{len(images):08d}"
                 images.append((split, key, file, label if data.labelled else None))
                 digest.update(os.fsencode(f"{images[-1]} {os.path.getsize(path)}\n"))
-            random.Random(derive_seed("order", options["seed"], len(self.shards))).shuffle(images)
+            random.Random(f"{options['seed']} {split}").shuffle(images)
             self.images, self.shards[split] = self.images + images, {}
         self.identity = {"source": digest.hexdigest(), **options}
 
@@ -194,13 +183,12 @@ class _Work:
             with contextlib.suppress(FileNotFoundError, ValueError, KeyError, TypeError):
                 kept = json.loads((self.folder / name).read_text())["fastkd"]
         where = f"shard: destination: {self.folder}"
-        first = f".{UNFINISHED}.*.tmp"  # all that a process killed in its first write leaves
-        if not kept and not all(path.match(first) for path in self.folder.iterdir()):
+        remove_leftovers(self.folder)  # all that a process killed in its first write leaves
+        if not kept and any(self.folder.iterdir()):
             raise ValueError(f"{where} holds something else than shards; name a new folder")
         for name, value in self.identity.items():
             if kept and (other := kept["identity"].get(name)) != value:
                 raise ValueError(f"{where} has shards of another run: {name} {other}, not {value}")
-        remove_leftovers(self.folder)
         if any(self.folder.glob("*.tar")):  # else all images are read anew
             self.unreadable = kept["unreadable"]
         self.scan()
@@ -225,13 +213,12 @@ class _Work:
         """Yield (split, sample) of what is left; stop at more than ``most`` unreadable images."""
         workers = workers or len(os.sched_getaffinity(0))
         total, window = len(self.images), 2 * CHUNK * workers
-        progress = Progress("shard", total, initial=total - len(self.left), shows=not self.quiet)
-        if progress.done:
-            progress.write(f"continues after {progress.done:,} images")
-        pool = ProcessPoolExecutor(workers, get_context("fork"), _begin_worker, (lock,))
         change = partial(convert, **{k: self.options[k] for k in ("short_side", "quality")})
+        pool = ProcessPoolExecutor(workers, get_context("fork"), _begin_worker, (lock,))
+        bar = Progress("shard", total, initial=total - len(self.left), shows=not self.quiet)
         ahead: Iterator[Any] = iter(())
-        try:
+        with bar as progress, contextlib.ExitStack() as stack:
+            stack.callback(pool.shutdown, cancel_futures=True)
             for start in range(0, len(self.left) + window, window):
                 images = self.left[start : start + window]
                 paths = [os.path.join(self.source, file) for _, _, file, _ in images]
@@ -240,19 +227,15 @@ class _Work:
                 for (split, key, file, label), content in ready:
                     progress.advance(lost=int(isinstance(content, str)))
                     if isinstance(content, dict):
-                        name = json.dumps({"filename": file}).encode()
-                        target = {} if label is None else {"cls": str(label).encode()}
-                        yield split, {"__key__": key, "json": name, **target, **content}
+                        members = {"json": json.dumps({"filename": file}).encode(), **content}
+                        members |= {} if label is None else {"cls": str(label).encode()}
+                        yield split, {"__key__": key, **members}
                         continue
                     self.unreadable[file] = content
                     if len(self.unreadable) > most:
-                        raise OSError(
-                            f"shard: source: {len(self.unreadable)} of {total} images cannot be "
-                            f"read, more than max_unreadable ({most}); the last: {file}: {content}"
-                        )
-        finally:
-            progress.close()
-            pool.shutdown(cancel_futures=True)
+                        lost = f"{len(self.unreadable)} of {total} images cannot be read, more"
+                        lost += f" than max_unreadable ({most}); the last: {file}: {content}"
+                        raise OSError(f"shard: source: {lost}")
 
     def write(self, samples: Iterator[tuple[str, Any]], writer: Any) -> None:
         """Write samples, given split by split, to shards."""
@@ -264,7 +247,7 @@ class _Work:
                 with replacing(path) as file, writer(file, encoder=False, mtime=0) as tar:
                     for length, (_, sample) in enumerate(chain([first], group), start=1):
                         tar.write(sample)
-                        if length == count or (size and file.tell() >= size * 1e6):
+                        if length == count or (count is None and file.tell() >= size * 1e6):
                             break
                     self.save()  # what this shard lacks is known before it has its name
                 self.shards[split][path.name] = length
@@ -323,5 +306,4 @@ def convert(path: str, short_side: int | None, quality: int) -> dict[str, bytes]
             stored.save(buffer, "JPEG", quality=quality, exif=exif)
             return {"jpg": buffer.getvalue()}
     except PILLOW_ERRORS as error:
-        unknown = isinstance(error, UnidentifiedImageError)  # its text has an address in memory
-        return "no image" if unknown else " ".join(str(error).split()) or type(error).__name__
+        return reason_of(error)

@@ -10,22 +10,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import UnidentifiedImageError
 from timm.data.readers.img_extensions import get_img_extensions
 from torch.utils.data import DataLoader, Dataset
 
 from fastkd.config import DataConfig
 from fastkd.data.datasets import DataPair
 from fastkd.data.loader import SampleDataset, eval_samples
-from fastkd.data.readers import PILLOW_ERRORS, FileReader, ReadableImages, list_images
+from fastkd.data.readers import FileReader, ReadableImages, list_images, reason_of
 from fastkd.data.samplers import SampleKey
 from fastkd.data.samples import Batch, Collate, Fault, Sample, collate, loader_options
 from fastkd.data.transforms import InputSpec
 from fastkd.utils.io import writable
 
 Images = str | os.PathLike[str] | Iterable[str | os.PathLike[str]]
-
-SHOWN_REASON = 200  # characters
 
 
 def find_images(images: Images) -> tuple[list[str], list[Fault]]:
@@ -88,17 +85,6 @@ class SamplesAndFaults(Dataset[Sample | Fault]):
             reason = f"is {list(shape)}, expected {list(self.size)}"
             return Fault(index, self.samples.name(index), reason)
         return sample._replace(label=None)
-
-
-def reason_of(error: BaseException) -> str:
-    """Say in one line why an image cannot be read."""
-    while error.__cause__ is not None and str(error).startswith("data: "):
-        error = error.__cause__  # of Pillow or the system, which fastkd.data wraps
-    if isinstance(error, UnidentifiedImageError):
-        return "no image that Pillow can read"  # its own words name an address in memory
-    text = " ".join(str(getattr(error, "strerror", None) or error).split())
-    known = text and isinstance(error, PILLOW_ERRORS)
-    return (text if known else f"{type(error).__name__}: {text or 'no message'}")[:SHOWN_REASON]
 
 
 def image_loader(
