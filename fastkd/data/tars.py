@@ -43,10 +43,7 @@ class Member(NamedTuple):
 
 
 def list_members(path: str | os.PathLike[str]) -> list[Member]:
-    """List the regular files of an uncompressed tar and of the tars in it, in order.
-
-    Raise an OSError if it cannot be read, is truncated, or is no uncompressed tar.
-    """
+    """List the regular files of a whole, uncompressed tar and of the tars in it, or raise."""
     with open(path, "rb") as file:
         return list(_members(file, os.fspath(path)))
 
