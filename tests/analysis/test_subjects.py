@@ -109,7 +109,7 @@ def test_a_run_is_rebuilt_with_its_own_preprocessing(named_run):
 def test_the_weights_of_a_run_can_be_chosen(named_run, kind):
     subject = resolve(named_run / "last.pth", weights=kind)
     state = torch.load(named_run / "last.pth", weights_only=True)
-    expected = state["student" if kind == "raw" else "ema"]
+    expected = state["state_dict" if kind == "raw" else "state_dict_ema"]
     assert all(torch.equal(subject.model.state_dict()[n], expected[n]) for n in expected)
     assert subject.weights == f"last.pth ({kind})"
 
