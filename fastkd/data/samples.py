@@ -24,6 +24,7 @@ from fastkd.data.transforms import InputSpec, Transform, eval_transform, train_t
 DEATHS = (RuntimeError, ConnectionError, EOFError)
 
 TORCH_SECONDS = 2.0  # within which torch hears of it
+END, END_SECONDS = signal.SIGUSR2, 2.0  # ends a loader process that is not stuck
 
 SHOWN_PIDS = re.compile(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\)")
 
@@ -237,13 +238,16 @@ def _leave_signals_to_the_main_process(_: int) -> None:
     """
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
+    signal.signal(END, lambda *_: os._exit(0))
 
 
 class _Killable(popen_fork.Popen):
-    """A child that ignores SIGTERM, which is how multiprocessing ends one that hangs."""
+    """A child that ignores SIGTERM, by which multiprocessing ends those that are left."""
 
     def terminate(self) -> None:
-        self.kill()
+        os.kill(self.pid, END)  # torch raises an error for a process that dies by a signal
+        if self.wait(END_SECONDS) is None:
+            self.kill()
 
 
 class _LoaderProcess(ForkProcess):

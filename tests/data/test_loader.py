@@ -5,6 +5,8 @@ import os
 import random
 import re
 import signal
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -408,3 +410,17 @@ def test_gray_images_are_brought_to_the_students_channels():
     data = [(Image.new("L", (40, 40), 7), 0)] * 4
     images, _ = batches((data, data), RANDAUGMENT)[0]
     assert images.shape == (4, 3, 32, 32)
+
+
+def test_loader_processes_that_are_left_at_exit_end_without_a_word():
+    script = """
+import torch
+from torch.utils.data import DataLoader, TensorDataset
+from fastkd.data.samples import loader_options
+options = loader_options(6, torch.device("cpu"))
+batches = iter(DataLoader(TensorDataset(torch.zeros(60, 1)), batch_size=1, **options))
+next(batches)
+raise SystemExit(3)
+"""
+    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert (ended.returncode, ended.stderr) == (3, "")
