@@ -123,4 +123,7 @@ def move_best(resumed: Path | None, output: Path, best: dict[str, Any]) -> None:
 
 def is_best(path: Path, best: dict[str, Any]) -> bool:
     """Whether a checkpoint is there and is the epoch that a run calls its best."""
-    return path.exists() and load_checkpoint(path).get("best") == best
+    try:
+        return load_checkpoint(path).get("best") == best
+    except CheckpointError:  # not there, or torn
+        return False

@@ -107,7 +107,7 @@ def evaluate_model(
             classes = logits.shape[-1]
             sums += _scores(logits.float(), target)
     top1, top5, loss, count = world.sum(sums).tolist()
-    _check_whole(loader, int(count))
+    check_whole(loader, int(count))
     count = max(count, 1)
     return {
         "top1": 100 * top1 / count,
@@ -128,7 +128,7 @@ def evaluating(model: nn.Module) -> Iterator[nn.Module]:
             module.training = training
 
 
-def _check_whole(loader: Any, count: int) -> None:
+def check_whole(loader: Any, count: int) -> None:
     """Refuse a figure of fewer images than there are; only streams can lose some unseen."""
     source = getattr(getattr(loader, "dataset", None), "source", None)
     if source is not None and source.num_samples not in (None, count):

@@ -20,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from fastkd.config import OptimConfig
 from fastkd.data.samples import Batch
-from fastkd.inference.evaluate import _check_whole
+from fastkd.inference.evaluate import check_whole
 from fastkd.models import TapOutput, Teacher
 from fastkd.training.meter import Meter, Reading, Skipped
 from fastkd.training.task import DistillationTask
@@ -103,6 +103,7 @@ class Engine:
         )
         self.parameters = [p for p in task.parameters() if p.requires_grad]
         self.statistics = _running_statistics(task)
+        self._average_statistics = [] if ema is None else _running_statistics(ema.module)
         self.position = Position()
         self.meter = Meter((*task.terms.names, "grad_norm"), world.device)
         self.changing = False
@@ -226,7 +227,16 @@ class Engine:
         own = torch.cat([self.meter.sums, self.meter.skips])
         *sums, skipped, _, longest = (self.world.sum(own) / self.world.size).tolist()
         named = dict(zip(self.meter.names, sums, strict=True))
-        reading = Reading(named, self.meter.count - int(skipped), int(skipped), int(longest))
+        meter = self.meter
+        reading = Reading(
+            named,
+            meter.count - int(skipped),
+            int(skipped),
+            int(longest),
+            meter.images,
+            meter.waited,
+            meter.elapsed,
+        )
         limit = self.config.max_nonfinite
         if self.config.amp == "fp16":
             limit += FP16_SETTLING
@@ -234,13 +244,24 @@ class Engine:
             raise self.non_finite(f"{reading.longest_row} updates in a row were skipped")
         return reading
 
-    def load_meters(self, meters: list[dict[str, Any]]) -> None:
-        """Put back what every process had summed; its mean where there were more or fewer."""
-        own = meters[self.world.rank % len(meters)]
-        if len(meters) != self.world.size:
-            columns = zip(*(meter["sums"] for meter in meters), strict=True)
-            own = own | {"sums": [sum(column) / len(meters) for column in columns]}
-        self.meter.load_state_dict(own)
+    def process_state(self) -> dict[str, Any]:
+        """What every process has of its own: sums, and running statistics of batch norms."""
+        kept = (*self.statistics, *self._average_statistics)
+        statistics = [buffer.cpu() for buffer in kept] if self.world.size > 1 else []
+        return {"meter": self.meter.state_dict(), "statistics": statistics}
+
+    def load_process_states(self, states: list[dict[str, Any]]) -> None:
+        """Put back what each process had; where there were more or fewer, the sums' mean."""
+        own = states[self.world.rank % len(states)]
+        if len(states) == self.world.size:
+            self.meter.load_state_dict(own["meter"])
+            kept = (*self.statistics, *self._average_statistics)
+            for buffer, value in zip(kept, own["statistics"], strict=False):
+                buffer.copy_(value)
+            return
+        columns = zip(*(state["meter"]["sums"] for state in states), strict=True)
+        sums = [sum(column) / len(states) for column in columns]
+        self.meter.load_state_dict(own["meter"] | {"sums": sums})
 
     def non_finite(self, what: str) -> NonFiniteError:
         """The error that ends a run whose losses or gradients stay infinite or NaN."""
@@ -252,8 +273,8 @@ class Engine:
         )
 
     def skipped_updates(self) -> list[Skipped]:
-        """Updates skipped since this was asked last; synchronises with the host alone."""
-        unread, self._unread = self._unread, []
+        """Updates skipped since `forget_skipped`; synchronizes with the host alone."""
+        unread = self._unread
         if not unread:
             return []
         flags = torch.stack([torch.stack([done.applied, done.finite_loss]) for done in unread])
@@ -262,6 +283,10 @@ class Engine:
             for done, (applied, finite) in zip(unread, flags.tolist(), strict=True)
             if not applied
         ]
+
+    def forget_skipped(self) -> None:
+        """Drop what `skipped_updates` lists, once it is reported."""
+        self._unread = []
 
 
 def knows_found_inf(optimizer: torch.optim.Optimizer) -> bool:
@@ -308,6 +333,6 @@ def evaluate_terms(engine: Engine, loader: Iterable[Batch]) -> dict[str, Any]:
             sums += torch.cat([values * images_seen, images_seen])
     task.train(was_training)
     *totals, count = world.sum(sums).tolist()
-    _check_whole(loader, int(count))
+    check_whole(loader, int(count))
     averages = [total / max(count, 1) for total in totals]
     return {**dict(zip(names, averages, strict=True)), "count": int(count)}

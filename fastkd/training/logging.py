@@ -16,7 +16,7 @@ from typing import Any, Protocol, TextIO
 
 from fastkd.config import Recipe
 from fastkd.data.samples import Fault
-from fastkd.training.meter import Skipped, now
+from fastkd.training.meter import Skipped, timestamp
 from fastkd.utils.distributed import ALONE, World
 from fastkd.utils.io import write_text
 from fastkd.utils.progress import Progress
@@ -77,14 +77,14 @@ class RunLogger:
         return self.recipe.epochs * self.updates_per_epoch
 
     def mend(self, updates: int, history: list[dict[str, Any]]) -> None:
-        """Make the files say what a checkpoint says: no more, and no epoch less.
+        """Rewrite the files to hold what a checkpoint holds: no more, and no epoch less.
 
         A kill between two writes, or a run continued in a new folder, leaves them different.
         """
         if self.output is None:
             return
         if not updates:  # of another run that was here
-            for name in (RESULT, PLOT):
+            for name in (RESULT, PLOT, LOG):
                 (self.output / name).unlink(missing_ok=True)
         _mend_log(self.output / LOG, updates, history)
         if history:
@@ -95,6 +95,7 @@ class RunLogger:
     def start(self, updates: int) -> None:
         """Open the log, the bar and the trackers of a run with so many updates done."""
         if self.output is not None:
+            (self.output / PLOT).unlink(missing_ok=True)  # of a part of the run
             self._log = open(self.output / LOG, "a", encoding="utf-8")  # noqa: SIM115
             config = self.recipe.to_dict()
             self._trackers = open_trackers(self.recipe.track, self.output, config, updates)
@@ -108,7 +109,7 @@ class RunLogger:
         for heading, value in values.items():
             self.message(f"{heading}: {value}")
         if where["update"]:
-            self.message(f"resumed after update {where['update']}, in epoch {where['epoch']}")
+            self.message(f"resumed after update {where['update']} (epoch {where['epoch']})")
         decay = self.recipe.ema_decay
         moved = 1.0 if decay is None or self.recipe.ema_warmup else 1 - decay**self.total_updates
         if moved < EMA_MOVED:
@@ -120,7 +121,8 @@ class RunLogger:
 
     def message(self, text: str) -> None:
         """Show a line of text, with the time where it goes to a file."""
-        self.progress.write(text if self.progress.has_bar else f"{now():%Y-%m-%d %H:%M:%S} {text}")
+        stamp = "" if self.progress.has_bar else f"{timestamp()[:19].replace('T', ' ')} "
+        self.progress.write(stamp + text)
 
     def advance(self, faults: Iterable[Fault], update: int) -> None:
         """Count an update, and keep what could not be read for it until the next `report`."""
@@ -137,14 +139,13 @@ class RunLogger:
 
         All processes call it with the same updates. Too many unreadable images end the run.
         """
-        faults, self._faults = self._faults, []
-        if self.peers.size == 1 and not (faults or skipped):
+        if self.peers.size == 1 and not (self._faults or skipped):
             return
-        shares = self.peers.gather((faults, skipped))
-        events = []
+        shares = self.peers.gather((self._faults, skipped))
+        events, names = [], dict.fromkeys(self.unreadable)
         for update, fault in (item for share, _ in shares for item in share):
-            if fault.name not in self.unreadable:
-                self.unreadable.append(fault.name)
+            if fault.name not in names:
+                names[fault.name] = None
                 reason = f"cannot read {fault.name} ({fault.reason}); another image takes its place"
                 events.append(("unreadable", update, fault._asdict(), f"data: {reason}"))
         for same in zip(*(theirs for _, theirs in shares), strict=True):
@@ -157,6 +158,8 @@ class RunLogger:
         for kind, update, what, text in sorted(events, key=lambda event: event[1]):
             epoch = (update - 1) // self.updates_per_epoch + 1
             self.event(kind, {"epoch": epoch, "update": update, **what}, text)
+        # After they are written: an interrupt in between is followed by another report.
+        self.unreadable[:], self._faults = names, []
         if len(self.unreadable) > self.recipe.max_unreadable:
             raise OSError(
                 f"data: {len(self.unreadable)} training images cannot be read, more than "
@@ -187,7 +190,7 @@ class RunLogger:
 
     def event(self, kind: str, record: dict[str, Any], text: str) -> None:
         """Log and show something that should not happen, and that the run survived."""
-        self._write_line({"kind": kind, **record})
+        self._write_line({"kind": kind, **record, "time": timestamp()})
         self.message(text)
 
     def close(self) -> None:
@@ -237,12 +240,17 @@ class RunLogger:
 
 
 def _mend_log(path: Path, updates: int, history: list[dict[str, Any]]) -> None:
-    """Drop lines that will be written again or that a kill tore; add epochs that are missing."""
-    kept = [record for record in whole_records(path) if record["update"] <= updates]
-    written = {record["epoch"] for record in kept if record.get("kind") == "epoch"}
-    missing = [{"kind": "epoch", **r} for r in history if r["epoch"] not in written]
+    """Drop lines that will be written again or that a kill tore; take epochs from the history."""
+    kept = [
+        record
+        for record in whole_records(path)
+        if record["update"] <= updates and record.get("kind") != "epoch"
+    ]
     # Stable, so that an epoch's line stays behind the last interval's.
-    records = sorted(kept + missing, key=lambda record: record["update"])
+    records = sorted(
+        kept + [{"kind": "epoch", **record} for record in history],
+        key=lambda record: record["update"],
+    )
     if path.exists() or records:
         write_text(path, "".join(json.dumps(record) + "\n" for record in records))
 
@@ -254,7 +262,9 @@ def whole_records(path: Path) -> list[dict[str, Any]]:
     records = []
     for line in path.read_text(encoding="utf-8").splitlines():
         with contextlib.suppress(json.JSONDecodeError):
-            records.append(json.loads(line))
+            record = json.loads(line)
+            if isinstance(record, dict) and isinstance(record.get("update"), int):
+                records.append(record)
     return records
 
 

@@ -197,7 +197,7 @@ def _create_optimizer(module: nn.Module, config: OptimConfig) -> torch.optim.Opt
     options = dict(config.opt_kwargs or {})
     if takes_adam_eps(config.opt):
         options["eps"] = config.adam_eps
-    if "fused" in _arguments(config.opt):
+    if skips_on_device(config.opt.removeprefix(LOOKAHEAD)):
         options["fused"] = True
     return create_optimizer_v2(
         module,

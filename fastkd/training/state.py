@@ -85,9 +85,10 @@ class RunState:
         return self._saved == vars(self.engine.position)
 
     def where(self) -> dict[str, int]:
-        """Epoch (from 1) and updates of the whole run, as logs have them."""
+        """Epoch (from 1) of the last update, and its number in the run, as logs have them."""
         position = self.engine.position
-        return {"epoch": position.epoch + 1, "update": position.total}
+        begun = position.update > 0 or position.total == 0
+        return {"epoch": position.epoch + begun, "update": position.total}
 
     def finish_epoch(self, record: dict[str, Any]) -> bool:
         """Add an epoch to the history; returns whether it is the best so far."""
@@ -100,7 +101,8 @@ class RunState:
         engine.position.epoch += 1
         engine.position.update = 0
         engine.meter.reset()
-        engine.changing = False
+        # Until best.pth is written: last.pth must not name an epoch that is in no file.
+        engine.changing = improved
         return improved
 
     def _rank(self, record: dict[str, Any]) -> float:
@@ -114,24 +116,26 @@ class RunState:
 
         Where it cannot be written the run may go on, for the next one may be: returns the error.
         """
-        if self.output is None:
-            return None
         engine = self.engine
+        if self.output is None:
+            engine.changing = False
+            return None
         engine.read()
-        meters = engine.world.gather(engine.meter.state_dict())
+        processes = engine.world.gather(engine.process_state())
         position = vars(engine.position).copy()
         try:
             if engine.world.is_main and name == BEST:
                 save_checkpoint(self._best_state(), self.output / name)
             elif engine.world.is_main:
                 keep = self.identity.recipe.keep_checkpoints
-                save_checkpoint(self._state(meters), self.output / name, keep)
+                save_checkpoint(self._state(processes), self.output / name, keep)
         except OSError as error:
             self.unsaved[name] = error
-            return error
-        self.unsaved.pop(name, None)
-        self._saved = position if name == LAST else self._saved
-        return None
+        else:
+            self.unsaved.pop(name, None)
+            self._saved = position if name == LAST else self._saved
+        engine.changing = False
+        return self.unsaved.get(name)
 
     def _student_state(self) -> dict[str, Any]:
         """What rebuilds the student, without weights."""
@@ -162,7 +166,7 @@ class RunState:
         averaged = both.pop("state_dict_ema")
         return both | {"weights": weights} | ({"state_dict": averaged} if weights == "ema" else {})
 
-    def _state(self, meters: list[dict[str, Any]]) -> dict[str, Any]:
+    def _state(self, processes: list[dict[str, Any]]) -> dict[str, Any]:
         """Everything that the rest of the run depends on."""
         engine, identity = self.engine, self.identity
         return {
@@ -176,13 +180,14 @@ class RunState:
             "rng": rng_state(engine.world.device),
             "train_images": identity.train_images,
             "stream": identity.stream,
-            "meters": meters,  # of every process
+            "processes": processes,
             "history": self.history,
             "unreadable": self.unreadable,
         }
 
     def resume(self, resume: str) -> Path | None:
         """Take up the run that ``resume`` names; returns its checkpoint, None to start afresh."""
+        self._check_output(resume)
         found = self._find(resume)
         if found is not None:
             self._restore(*found)
@@ -215,6 +220,17 @@ class RunState:
         path = Path(resume) / LAST if Path(resume).is_dir() else Path(resume)
         return load_checkpoint(path), path
 
+    def _check_output(self, resume: str) -> None:
+        """Refuse to go on with one run in the folder of another."""
+        if resume in ("auto", "never") or self.output is None:
+            return
+        folder = Path(resume) if Path(resume).is_dir() else Path(resume).parent
+        if folder.resolve() != self.output.resolve() and (self.output / LAST).exists():
+            raise CheckpointError(
+                f"resume: {self.output} holds a run of its own, which {resume} is not of: choose "
+                f"another output, or resume='auto' to continue the one that is there"
+            )
+
     def _restore(self, state: dict[str, Any], path: Path) -> None:
         """Put the run where a checkpoint left it."""
         _check_same_run(path, state, self.identity)
@@ -231,7 +247,7 @@ class RunState:
             ) from error
         engine.scheduler.load_state_dict(state["scheduler"])
         engine.scaler.load_state_dict(state["scaler"])
-        engine.load_meters(state["meters"])
+        engine.load_process_states(state["processes"])
         for name, value in state["position"].items():
             setattr(engine.position, name, value)
         self.history, self.best = state["history"], state["best"]

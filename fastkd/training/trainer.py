@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,8 +31,8 @@ from fastkd.training.build import (
 )
 from fastkd.training.dry_run import effective_values
 from fastkd.training.engine import NonFiniteError, evaluate_terms
-from fastkd.training.logging import RESULT, Result, RunLogger
-from fastkd.training.meter import Stopwatch
+from fastkd.training.logging import PLOT, RESULT, Result, RunLogger
+from fastkd.training.meter import Reading, timestamp
 from fastkd.training.plots import plot_run
 from fastkd.training.state import RunState
 from fastkd.utils.distributed import StopRequest, world
@@ -93,19 +94,19 @@ def train(
         KeyboardInterrupt: stopped by SIGINT, after writing a checkpoint.
         SystemExit: stopped by SIGTERM or SIGUSR1, after writing a checkpoint.
     """
-    asked = resolve_run(student, teacher, data, output, recipe, resume, overrides)
-    recipe, output = asked.recipe, asked.output
+    given = resolve_run(student, teacher, data, output, recipe, resume, overrides)
+    recipe, output = given.recipe, given.output
     with preserved_rng(), world(device) as peers:
-        opened = open_data(asked.data, recipe.data_root, labels=recipe.labels)
+        opened = open_data(given.data, recipe.data_root, labels=recipe.labels)
         check_data(opened, overrides)
-        built = open_student(asked.student, recipe, opened, peers)
-        guide = resolve_teacher(asked.teacher, recipe, built.spec)
+        built = open_student(given.student, recipe, opened, peers)
+        opened_teacher = resolve_teacher(given.teacher, recipe, built.spec)
         batches = train_loader(opened, recipe, built.spec, peers)
         eval_batches = eval_loader(opened, recipe, built.spec, peers)
         schedule = schedule_of(batches)
         engine = build_engine(
             built.module,
-            guide,
+            opened_teacher,
             recipe,
             built.spec,
             peers,
@@ -127,7 +128,7 @@ def train(
         logger.mend(engine.position.total, run.history)
         with _running(run, logger, checkpoint, (batches, eval_batches)) as stop:
             if not run.finished:
-                parts = (recipe, built.module, opened, peers.size, guide, built.spec)
+                parts = (recipe, built.module, opened, peers.size, opened_teacher, built.spec)
                 values = effective_values(*parts) if logger.shows else {}
                 logger.announce(values, run.where(), run.torn)
             for epoch in range(engine.position.epoch + 1, recipe.epochs + 1):
@@ -155,32 +156,42 @@ def train_one_epoch(
     engine.task.train()
     # A host-side check costs nothing where the host computes, and stops at the very update.
     check_always = peers.device.type == "cpu" and peers.size == 1
-    watch = Stopwatch(engine.meter, peers.device)
-    last = logger.updates_per_epoch
+    meter, last = engine.meter, logger.updates_per_epoch
     trained = engine.position.update == last  # and stopped in the evaluation
-    for slices in watch.updates(() if trained else batches, recipe.accumulation):
+    for slices in meter.timed(() if trained else batches, recipe.accumulation):
         engine.update(slices)
         update, total = engine.position.update, engine.position.total
         logger.advance([fault for batch in slices for fault in batch.faults], total)
         if check_always:
             engine.read()
         if update % recipe.log_interval == 0:
-            logger.report(engine.skipped_updates())
-            logger.interval(run.where() | watch.interval(engine.read(), peers.size))
+            report(run, logger)
+            reading = engine.read()
+            logger.interval(_record(run, reading, meter.interval))
+            meter.interval = reading
         if update == last:
             continue  # the epoch's own checkpoint is due after its evaluation
         if logger.has_faults and peers.size == 1:
-            logger.report(engine.skipped_updates())
+            report(run, logger)
         asked = stop.poll(peers)
         if asked or (recipe.checkpoint_interval and update % recipe.checkpoint_interval == 0):
             save(run, logger)
         if asked:
             stop.raise_as_exception()
-    logger.report(engine.skipped_updates())
-    record = run.where() | watch.epoch(engine.read(), peers.size)
-    if record["skipped_updates"] == engine.meter.count > 0 and recipe.amp != "fp16":
+    report(run, logger)
+    record = _record(run, engine.read(), None)
+    if record["skipped_updates"] == meter.count > 1 and recipe.amp != "fp16":
         raise engine.non_finite("every update was skipped")
     return record
+
+
+def _record(run: RunState, reading: Reading, since: Reading | None) -> dict[str, Any]:
+    """Put together a line of the log: means and speed since an earlier reading."""
+    engine, device = run.engine, run.engine.world.device
+    record = run.where() | {"lr": engine.meter.lr} | reading.record(since, engine.world.size)
+    if device.type == "cuda":  # the most that tensors have held, in GiB
+        record["gpu_memory"] = torch.cuda.max_memory_allocated(device) / 2**30
+    return record | {"time": timestamp()}
 
 
 def evaluate(
@@ -189,6 +200,7 @@ def evaluate(
     """Measure the raw and the averaged weights, and every term where accuracy does not rank."""
     engine, peers, amp = run.engine, run.engine.world, run.identity.recipe.amp
     record: dict[str, Any] = {}
+    began = time.perf_counter()
     if labelled:
         peers.average_norms(run.student)
         raw = evaluate_model(run.student, batches, peers, amp)
@@ -203,12 +215,18 @@ def evaluate(
         terms = evaluate_terms(engine, batches)
         record["eval_images"] = terms.pop("count")
         record |= {f"eval_{name}": value for name, value in terms.items()}
-    return record
+    return record | {"eval_seconds": time.perf_counter() - began}
+
+
+def report(run: RunState, logger: RunLogger) -> None:
+    """Log unreadable images and skipped updates; called by all processes."""
+    logger.report(run.engine.skipped_updates())
+    run.engine.forget_skipped()
 
 
 def save(run: RunState, logger: RunLogger, name: str = LAST) -> None:
     """Write a checkpoint, and the log's lines of everything that it holds."""
-    logger.report(run.engine.skipped_updates())
+    report(run, logger)
     error = run.save(name)
     if error is not None:
         logger.event("unsaved", run.where() | {"file": name}, str(error))
@@ -238,7 +256,7 @@ def _running(
                 _save_before_stop(run, logger)
                 raise
             except NonFiniteError:
-                logger.report(run.engine.skipped_updates())
+                report(run, logger)
                 raise
             except DEATHS as error:
                 # The signal that asked to stop may have ended loader processes, too.
@@ -249,8 +267,6 @@ def _running(
                 if death is None:
                     raise
                 raise RuntimeError(death) from error
-        if output is not None and peers.is_main:
-            plot_run(output, logger.message)
     finally:
         logger.close()
 
@@ -260,21 +276,21 @@ def _save_before_stop(run: RunState, logger: RunLogger) -> None:
     if run.output is None or run.finished:
         return
     last, total = run.output / LAST, run.engine.position.total
-    if not run.is_saved and (run.engine.world.size > 1 or run.engine.changing):
-        lost = f"what came after {last} was written is lost"
-        return logger.message(f"stopped in the middle of an update: {lost}")
-    if not run.is_saved:
+    if not run.is_saved and run.engine.world.size == 1 and not run.engine.changing:
         save(run, logger)
     if run.is_saved:
-        logger.message(f"stopped after update {total}; the same call continues from {last}")
+        return logger.message(f"stopped after update {total}; the same call continues from {last}")
+    reason = "" if LAST in run.unsaved else " in the middle of an update"
+    kept = f"what came after {last} was written is lost" if last.exists() else "nothing was saved"
+    logger.message(f"stopped{reason}: {kept}")
 
 
 def _finish(run: RunState, logger: RunLogger) -> Result:
-    """Write the result."""
-    if LAST in run.unsaved:
-        raise run.unsaved[LAST]
+    """Write the result, and its figure."""
     output, peers, recipe = run.output, run.engine.world, run.identity.recipe
-    peers.barrier()  # the files that the result names are written
+    unsaved = peers.gather(str(run.unsaved.get(LAST, "")))[0]  # the main process writes
+    if unsaved:
+        raise OSError(unsaved)
     best = None if output is None else output / BEST
     result = Result.of(
         run.history,
@@ -288,5 +304,7 @@ def _finish(run: RunState, logger: RunLogger) -> Result:
     )
     if output is not None and peers.is_main:
         result.save(output / RESULT)
+        if not (output / PLOT).exists():
+            plot_run(output, logger.message)
     peers.barrier()
     return result

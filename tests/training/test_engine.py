@@ -140,6 +140,7 @@ def test_a_skipped_update_is_listed_once_with_its_samples():
     for images in (IMAGES, BROKEN, IMAGES):
         engine.update([batch(images)])
     (skipped,) = engine.skipped_updates()
+    engine.forget_skipped()
     assert (skipped.update, skipped.samples, skipped.finite_loss) == (2, list(range(8)), False)
     assert engine.skipped_updates() == []
 
@@ -149,7 +150,8 @@ def test_a_skipped_update_leaves_the_means_alone():
     for images in (IMAGES, BROKEN):
         mixed.update([batch(images)])
     clean.update([batch()])
-    assert mixed.read().means() == clean.read().means()
+    means = [engine.read().record(None, 1) for engine in (mixed, clean)]
+    assert means[0] | {"skipped_updates": 0, "seconds": means[1]["seconds"]} == means[1]
 
 
 class Intervals(RunLogger):

@@ -146,7 +146,7 @@ def test_a_torn_checkpoint_gives_way_to_the_one_before_it(data, fast, tmp_path, 
     again = train(vit(seed=9), None, data, tmp_path / "torn", **options)
     told = capsys.readouterr().err
     assert "last.pth is torn" in told
-    assert "resumed after update 12, in epoch 3" in told
+    assert "resumed after update 12 (epoch 3)" in told
     assert [r["loss"] for r in again.history] == [r["loss"] for r in whole.history]
 
 

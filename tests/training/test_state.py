@@ -1,25 +1,29 @@
 """What a run leaves in its folder: the same whether or not it was stopped, and what timm reads."""
 
 import ast
+import contextlib
 import csv
 import inspect
 import json
 import os
 import signal
+from functools import partial
 
 import pytest
 import timm
 import torch
+from timm.data import create_dataset, create_loader, resolve_data_config
 from timm.models import load_checkpoint as timm_load_checkpoint
 from torch.utils.data import TensorDataset
 
 from fastkd import evaluate
-from fastkd.training import load_checkpoint, train, trainer
+from fastkd.training import CheckpointError, load_checkpoint, train, trainer
 from tests.harness.tiny import FAST, Interrupting, image_folder, tensor_data, vit
 from tests.harness.torchrun import run_ranks
+from tests.utils.test_distributed import with_batch_norm
 
 # What depends on the clock, or on where the folder is.
-TIMES = {"images_per_second", "data_wait", "seconds", "time"}
+TIMES = {"images_per_second", "data_wait", "seconds", "eval_seconds", "waited", "time"}
 PLACES = {"output", "last", "best"}
 OPTIONS = {"alpha": 0.5, "mixup": 0.8, "mixup_prob": 0.7, "epochs": 3, "log_interval": 2}
 
@@ -86,16 +90,19 @@ def stopped_and_resumed(data, output, stopping, error, **options):
 
 
 @pytest.mark.parametrize(
-    "at",
+    ("at", "changed"),
     [
-        3,  # in the first update
-        16 * 2 + 5,  # between two intervals' ends
-        16 * 3 + 1,  # in the middle of an interval
-        16 * 6 + 9,  # in the second epoch
+        (3, {}),  # in the first update
+        (16 * 2 + 5, {}),  # between two intervals' ends
+        (16 * 3 + 1, {}),  # in the middle of an interval
+        (16 * 6 + 9, {"eval_interval": 2}),  # in the second epoch
+        (16 * 6 + 9, {"opt": "nesterov", "lr": 1e-3, "accumulation": 2}),
+        (16 * 6 + 9, {"opt": "lamb", "checkpoint_interval": 1}),  # its step asks the host
+        (16 * 6 + 9, {"amp": "fp16", "ema_warmup": True}),
     ],
 )
-def test_a_run_stopped_in_training_leaves_the_same_files(data, fast, tmp_path, at):
-    options = fast | OPTIONS
+def test_a_run_stopped_in_training_leaves_the_same_files(data, fast, tmp_path, at, changed):
+    options = fast | OPTIONS | changed
     train(vit(proj_drop_rate=0.2), vit(seed=1), data, tmp_path / "whole", **options)
     stopping = (Interrupting(data[0], at, kill(signal.SIGTERM)), data[1])
     stopped_and_resumed(data, tmp_path / "parts", stopping, SystemExit, **options)
@@ -154,25 +161,96 @@ def test_unreadable_images_and_skipped_updates_are_the_same_lines_after_a_stop(
     assert_same_files(tmp_path / "parts", tmp_path / "whole")
 
 
-def stop_one_of_two(rank, output):
-    """Whole and stopped runs of two processes, one of which is asked to stop."""
-    data, options = tensor_data(70, 31), FAST | OPTIONS | {"accumulation": 2, "log_interval": 3}
+def test_a_run_that_goes_back_to_an_earlier_checkpoint_leaves_the_same_files(data, fast, tmp_path):
+    for name in ("whole", "parts"):
+        train(vit(), None, data, tmp_path / name, **fast | OPTIONS | {"alpha": 0.0})
+    os.truncate(tmp_path / "parts" / "last.pth", 500)
+    train(vit(seed=9), None, data, tmp_path / "parts", **fast | OPTIONS | {"alpha": 0.0})
+    log = (tmp_path / "parts" / "log.jsonl").read_text().splitlines(keepends=True)
+    assert sum('"torn"' in line for line in log) == 1
+    text = "".join(line for line in log if '"torn"' not in line)
+    (tmp_path / "parts" / "log.jsonl").write_text(text)
+    assert_same_files(tmp_path / "parts", tmp_path / "whole")
+
+
+def test_an_interrupt_while_the_best_is_written_does_not_lose_it(data, fast, tmp_path, monkeypatch):
+    run_save, calls = trainer.RunState.save, []
+
+    def interrupted(run, name="last.pth"):
+        calls.append(name)
+        if name == "best.pth" and calls.count(name) == 1:
+            raise KeyboardInterrupt
+        return run_save(run, name)
+
+    train(vit(), None, data, tmp_path / "whole", **fast | {"lr": 1e-2})
+    monkeypatch.setattr(trainer.RunState, "save", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        train(vit(), None, data, tmp_path / "parts", **fast | {"lr": 1e-2})
+    train(vit(seed=9), None, data, tmp_path / "parts", **fast | {"lr": 1e-2})
+    assert_same_files(tmp_path / "parts", tmp_path / "whole")
+
+
+def test_a_run_is_not_continued_in_the_folder_of_another(data, fast, tmp_path):
+    for name in "ab":
+        train(vit(), None, data, tmp_path / name, **fast | {"epochs": 1})
+    before = {path.name: path.read_bytes() for path in (tmp_path / "b").iterdir()}
+    with pytest.raises(CheckpointError, match=r"b holds a run of its own"):
+        train(vit(), None, data, tmp_path / "b", resume=str(tmp_path / "a"), **fast | {"epochs": 1})
+    assert {path.name: path.read_bytes() for path in (tmp_path / "b").iterdir()} == before
+
+
+def test_a_log_of_something_else_does_not_enter_the_runs(data, fast, tmp_path):
+    (tmp_path / "log.jsonl").write_text('{"a": 1}\n[2]\n3\n{"update": 1, "kind": "interval"}\n')
+    train(vit(), None, data, tmp_path, **fast | {"epochs": 1})
+    lines = contents(tmp_path)["log.jsonl"]
+    assert [line["kind"] for line in lines] == ["epoch"]
+
+
+def test_a_torn_best_checkpoint_is_not_named_and_ends_nothing(data, fast, tmp_path):
+    result = train(vit(), None, data, tmp_path, **fast)
+    os.truncate(tmp_path / "best.pth", 100)
+    again = train(vit(seed=9), None, data, tmp_path, **fast)
+    assert (again.best, again.top1) == (None, result.top1)
+
+
+def test_the_speed_of_an_epoch_is_that_of_all_its_parts(data, fast, tmp_path):
+    options = fast | OPTIONS | {"epochs": 1}
+    stopping = (data[0], Interrupting(data[1], 2, kill(signal.SIGUSR1)))
+    stopped_and_resumed(data, tmp_path, stopping, SystemExit, **options)
+    record = load_checkpoint(tmp_path)["history"][0]
+    assert record["seconds"] * record["images_per_second"] == pytest.approx(64)
+    assert record["seconds"] > 0.01
+
+
+def train_one_of_two(rank, output, student, stops, options):
+    """A run of two processes, one of which may be asked to stop."""
+    data = tensor_data(70, 31)
     images = data[0].tensors[0].clone()
     images[5] = float("nan")  # an update of each epoch is skipped
     data = (TensorDataset(images, data[0].tensors[1]), data[1])
-    train(vit(proj_drop_rate=0.2), vit(seed=1), data, f"{output}/whole", **options)
-    asked = kill(signal.SIGTERM) if rank == 1 else lambda: None
-    stopping = (Interrupting(data[0], 8 * 5 + 3, asked), data[1])
-    stopped_and_resumed(data, f"{output}/parts", stopping, SystemExit, **options)
+    if stops:
+        asked = kill(signal.SIGTERM) if rank == 1 else lambda: None
+        data = (Interrupting(data[0], 8 * 5 + 3, asked), data[1])
+    with contextlib.suppress(SystemExit):
+        train(student(), None, data, output, **FAST | {"log_interval": 3} | options)
 
 
 @pytest.mark.slow
-def test_two_processes_that_were_stopped_leave_the_same_files(tmp_path):
-    run_ranks(stop_one_of_two, str(tmp_path))
+@pytest.mark.parametrize(
+    ("student", "options"),
+    [
+        (partial(vit, proj_drop_rate=0.2), OPTIONS | {"alpha": 0.0, "accumulation": 2}),
+        # Every process has running statistics of its own.
+        (with_batch_norm, {"opt": "lamb"}),
+    ],
+)
+def test_two_processes_that_were_stopped_leave_the_same_files(tmp_path, student, options):
+    for folder, stops in (("whole", False), ("parts", True), ("parts", False)):
+        run_ranks(train_one_of_two, str(tmp_path / folder), student, stops, options)
     assert_same_files(tmp_path / "parts", tmp_path / "whole")
     lines = contents(tmp_path / "whole")["log.jsonl"]
     skipped = [line for line in lines if line["kind"] == "skipped"]
-    assert len(skipped) == 3
+    assert skipped
     assert all(len(line["samples"]) == 2 for line in skipped)
 
 
@@ -223,20 +301,40 @@ def test_last_holds_raw_and_averaged_weights_and_best_the_better_alone(run):
     assert not {"state_dict_ema", "optimizer"} & set(best)
 
 
+def measured_by_timm(model, folder):
+    """Top-1 by timm's loader and accuracy, as its validate.py computes it."""
+    config = resolve_data_config({"img_size": 32, "crop_pct": 0.875}, model=model)
+    images = create_dataset("", root=str(folder / "val"))
+    loader = create_loader(
+        images, batch_size=4, use_prefetcher=False, num_workers=0, device=torch.device("cpu"),
+        **{name: config[name] for name in ("interpolation", "mean", "std", "crop_pct")},
+        input_size=(3, 32, 32),
+    )  # fmt: skip
+    with torch.no_grad():
+        hits = [(model.eval()(x).argmax(-1) == y).sum().item() for x, y in loader]
+    return 100 * sum(hits) / len(images)
+
+
 @pytest.mark.parametrize("name", ["last.pth", "best.pth"])
 @pytest.mark.parametrize("use_ema", [False, True])
 def test_timm_measures_what_evaluate_reports(run, name, use_ema):
     folder, output = run
     model = timm.create_model("test_vit", num_classes=3, img_size=32)
     timm_load_checkpoint(model, output / name, use_ema=use_ema)  # as timm's validate.py does
-    held = load_checkpoint(output / name)
-    weights = held.get("weights", "ema" if use_ema else "raw")
-    options = {"device": "cpu", "workers": 0}
-    ours = evaluate(output / name, folder, weights=weights, **options)
-    same = {"img_size": 32, "mean": held["input"]["mean"], "std": held["input"]["std"]}
-    theirs = evaluate(model, folder, **options, **same, crop_pct=0.875, interpolation="bicubic")
-    assert (ours["top1"], ours["loss"]) == (theirs["top1"], theirs["loss"])
+    weights = load_checkpoint(output / name).get("weights", "ema" if use_ema else "raw")
+    ours = evaluate(output / name, folder, weights=weights, device="cpu", workers=0)
     assert ours["weights"] == weights
+    assert ours["top1"] == pytest.approx(measured_by_timm(model, folder))
+
+
+@pytest.mark.parametrize(
+    ("name", "key"), [("last.pth", "state_dict_ema"), ("best.pth", "state_dict")]
+)
+def test_timm_builds_a_student_from_a_runs_checkpoint(run, name, key):
+    path = run[1] / name
+    model = timm.create_model("test_vit", checkpoint_path=path, num_classes=3, img_size=32)
+    held = load_checkpoint(path)[key]
+    assert all(torch.equal(value, held[key]) for key, value in model.state_dict().items())
 
 
 def test_weights_that_a_checkpoint_does_not_hold_are_named(run):
@@ -251,6 +349,8 @@ def test_the_epoch_loop_stands_in_train():
     loops = [node for node in ast.walk(tree) if isinstance(node, ast.For | ast.While)]
     names = [{call.func.id for call in ast.walk(loop) if _calls_by_name(call)} for loop in loops]
     assert any({"train_one_epoch", "evaluate", "save"} <= called for called in names)
+    for name in ("train_one_epoch", "evaluate", "save"):
+        assert getattr(trainer, name).__module__ == trainer.__name__
 
 
 def _calls_by_name(node):
