@@ -539,7 +539,7 @@ class EvalConfig(Section):
     )
     log_interval: Count = Field(
         default=50,
-        description="updates between lines of log.jsonl (and of the output, without a terminal)",
+        description="updates of an epoch between lines of log.jsonl, and of output to a file",
     )
     track: Literal["tensorboard", "wandb", "both"] | None = Field(
         default=None, description="where else metrics go, if installed"

@@ -58,7 +58,7 @@ class Exported:
     load: str | None = None  # Python that loads it with timm; None where timm cannot
 
     def summary(self) -> str:
-        """Say in plain lines what was written, how it was checked, and how to load it."""
+        """Summarize in lines what was written, how it was checked, and how to load it."""
         arguments = ", ".join(f"{name}={value!r}" for name, value in self.model_args.items())
         lines = [
             f"student: {self.architecture}({arguments}), {self.weights} weights, "
@@ -67,10 +67,7 @@ class Exported:
             f"checked: logits differ by {self.difference:.1e} at most, on random images",
         ]
         if self.opset is not None:
-            lines.append(
-                f"opset {self.opset}: images [batch, C, H, W], normalized by the metadata's mean "
-                "and std, to logits [batch, classes]"
-            )
+            lines.append(f"opset {self.opset}: images [batch, C, H, W] to logits [batch, classes]")
         return "\n".join(lines if self.load is None else [*lines, f"load: {self.load}"])
 
 
@@ -107,6 +104,9 @@ def export(
         opset: of ONNX, from `OPSET`, the default, on.
         overwrite: replace an earlier export in this format, which its metadata shows.
 
+    Returns:
+        What was written, and how it was checked.
+
     Raises:
         ValueError: an option, the checkpoint, or a student that the format cannot hold.
         FileExistsError: ``output`` exists, and is no export that ``overwrite`` may replace.
@@ -130,6 +130,7 @@ def export(
     student = _open_student(run, weights, img_size, model)
     with replacing_path(target, folder=format == "timm") as temporary:
         difference = _write(student, format, temporary, opset or OPSET)
+        _check_output(target, format, overwrite)  # what came in between is not replaced, either
     files = target.iterdir() if target.is_dir() else [target]
     return Exported(
         path=target,
@@ -325,14 +326,10 @@ _WRITERS = {"timm": _write_timm, "safetensors": _write_safetensors, "onnx": _wri
 def _metadata(student: Model) -> dict[str, str]:
     """Describe a student in text; what is no string is JSON."""
     described = {
-        "architecture": student.name,
-        "model_args": student.arguments,
-        "num_classes": student.num_classes,
-        "label_names": student.classes,
-        "weights": student.weights,
-        VERSION_KEY: version("fastkd"),
-        **_data_config(student),
-    }
+        "architecture": student.name, "model_args": student.arguments,
+        "num_classes": student.num_classes, "label_names": student.classes,
+        "weights": student.weights, VERSION_KEY: version("fastkd"), **_data_config(student),
+    }  # fmt: skip
     known = {name: value for name, value in described.items() if value is not None}
     return {n: v if isinstance(v, str) else json.dumps(v) for n, v in known.items()}
 

@@ -9,7 +9,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from fastkd.config import DataConfig, Recipe
-from fastkd.data.readers import DataPair, Fault, StreamSource
+from fastkd.data.readers import DataPair, Fault, StreamSource, reason_of
 from fastkd.data.samplers import (
     EvalSampler,
     SampleKey,
@@ -111,7 +111,7 @@ class SampleDataset(Dataset[Any]):
             try:
                 return *self._read(index), tuple(faults)
             except (OSError, Image.DecompressionBombError) as error:
-                faults.append(Fault(index, self.name(index), str(error)))
+                faults.append(Fault(index, self.name(index), reason_of(error)))
             place = derive_seed("sample", self.replacing, key.epoch, key.sample, 0, attempt)
             index = place % len(self.dataset)
         raise OSError(
@@ -138,7 +138,7 @@ def train_loader(
 ) -> DataLoader[Any]:
     """Batches of one rank; the ``batch_sampler``, of a stream the ``dataset``, is a `Schedule`.
 
-    What cannot be read is replaced, in a stream by what follows, and told in a batch's ``faults``.
+    What cannot be read is replaced, in a stream by what follows; a batch's ``faults`` list it.
     """
     share = slice_size(recipe, peers.size)
     transform = train_sample_transform(recipe, spec, data)

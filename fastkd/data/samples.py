@@ -144,7 +144,7 @@ def collate(data: DataPair, spec: InputSpec, classes: int | None = None) -> Coll
 
 
 def label_bound(data: DataPair, num_classes: int | None, labelled: bool) -> int | None:
-    """What labels must lie below; None where nobody looks at them."""
+    """What labels must lie below; None if labels are not used."""
     return (num_classes or data.num_classes or ANY_CLASS) if labelled else None
 
 

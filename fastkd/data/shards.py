@@ -89,6 +89,9 @@ def shard(
         seed: of the order, which puts images of many classes into every shard.
         quiet: show no progress.
 
+    Returns:
+        What was written.
+
     Raises:
         ValueError: an option out of range, no readable images, a ``destination`` of other content.
         RuntimeError: verification failed, a worker died, or another process is writing there.

@@ -116,7 +116,9 @@ class HubStream(StreamSource):
             stream = stream.shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER)
         for row in split_dataset_by_node(stream, rank, world_size):
             image = row[self.image] or {}
-            file = image.get("path") or f"image {zlib.crc32(image.get('bytes') or b''):08x}"
+            file = image.get("path") or "image"
+            if image.get("bytes"):  # then the path need not be of one image alone
+                file += f" {zlib.crc32(image['bytes']):08x}"
             yield f"{file} of {self}", partial(self._load, row)
 
     def _load(self, row: dict[str, Any]) -> tuple[Any, Any]:

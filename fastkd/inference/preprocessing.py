@@ -19,7 +19,7 @@ class Shape:
     """What the student has to be built for.
 
     Attributes:
-        num_classes: None where nobody says.
+        num_classes: None if unknown.
         channels: of the images.
         img_size: None for the model's own.
     """

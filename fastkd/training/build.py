@@ -62,13 +62,13 @@ FEATURE_FIELDS = (
     *("student_prefix", "teacher_prefix"),
 )
 LOGIT_FIELDS = ("tau", "logit_loss", "logit_options")
-# Given as 0, they say what a run without a teacher does anyway.
+# Given as 0, they change nothing in a run without a teacher.
 WEIGHT_FIELDS = ("alpha", "feature_weight")
 _DEFAULTS = dict(Recipe())  # asking for one asks for nothing
 
 
 class FromRecipe(enum.Enum):
-    """Default of an argument that stands for what the recipe says; None means none."""
+    """Default of an argument that the recipe decides; None means none."""
 
     TEACHER = "the recipe's teacher"
 
@@ -104,6 +104,9 @@ def resolve_run(
     if source is None:
         raise ValueError("train: data is missing: a folder, a timm data set name or two data sets")
     folder = None if output is None else Path(output)
+    files = [] if folder is None else [path for path in (folder, *folder.parents) if path.is_file()]
+    if files:
+        raise ValueError(f"train: output must be a folder, but {files[0]} is a file")
     check_trackers(resolved.track, folder)
     if folder is None:
         idle = ("checkpoint_interval", "keep_checkpoints")
@@ -114,7 +117,7 @@ def resolve_run(
 def check_data(data: DataPair, overrides: Mapping[str, Any]) -> None:
     """Refuse overrides that have no effect on these data."""
     if overrides.get("train_samples") is not None and not data.streams:
-        raise ValueError("train_samples: only streamed data need to be told their length")
+        raise ValueError("train_samples: only streamed data have no length of their own")
     if data.yields_tensors:
         refuse_image_options(overrides)
 
@@ -179,7 +182,7 @@ def resolve_recipe(recipe: Any, student: Any, teacher: Any, data: Any, overrides
     check_optimizer(resolved)
     teacher = chosen_teacher(loaded, teacher)
     _check_effect(resolved, student, teacher, overrides)
-    if teacher is None:  # and the record says so, whatever terms the recipe asks for
+    if teacher is None:  # recorded, whatever terms the recipe has
         none: Any = dict.fromkeys((*TEACHER_FIELDS, "ce_weight"))
         resolved = resolved.override(alpha=0.0, feature_weight=0.0, **none)
     if student is not None:
@@ -294,11 +297,13 @@ def build_engine(
     num_classes: int | None,
     updates_per_epoch: int,
 ) -> Engine:
-    """Put task, optimiser, schedule, EMA and augmentation together."""
+    """Put task, optimizer, schedule, EMA and augmentation together."""
     mixup = None
     if recipe.mixes:
         if num_classes is None:
-            raise ValueError("num_classes: Mixup needs the number of classes, nobody says it")
+            raise ValueError(
+                "num_classes is required with Mixup: student and data do not define it"
+            )
         mixup = create_mixup(recipe, num_classes, recipe.label_smoothing)
     # Before taps look at the student, so that the copy is of the bare model.
     ema = None

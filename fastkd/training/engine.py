@@ -72,7 +72,7 @@ class Engine:
             ``max_nonfinite`` and ``seed`` are the engine's.
         world: this process among its peers.
         ema: average of the student's weights, or None.
-        augment: (uint8 images on the device, plan on the host) -> normalised images, or None.
+        augment: (uint8 images on the device, plan on the host) -> normalized images, or None.
         mixup: timm's, or None.
     """
 
@@ -129,7 +129,7 @@ class Engine:
         return self.optimizer.param_groups[0]["lr"]
 
     def update(self, slices: list[Batch]) -> None:
-        """One optimiser update from the slices of its batch; advances the position."""
+        """One optimizer update from the slices of its batch; advances the position."""
         seed = derive_seed("update", self.config.seed, self.position.total, self.world.rank)
         seed_all(seed)
         self.optimizer.zero_grad(set_to_none=True)
@@ -137,7 +137,7 @@ class Engine:
         with self._reversible_statistics() as statistics:
             for number, batch in enumerate(slices):
                 last = number == len(slices) - 1
-                losses += self.backward(batch, share=1 / len(slices), synchronise=last)
+                losses += self.backward(batch, share=1 / len(slices), synchronize=last)
             self.changing = True
             applied = self.apply(losses, statistics)
         samples = [batch.samples for batch in slices]
@@ -156,7 +156,7 @@ class Engine:
             raise
 
     def inputs(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """A batch as the student takes it: on the device, augmented, normalised and mixed."""
+        """A batch as the student takes it: on the device, augmented, normalized and mixed."""
         device = self.world.device
         images = batch.images.to(device, non_blocking=True)
         target = batch.labels.to(device, non_blocking=True)
@@ -173,15 +173,15 @@ class Engine:
         return None if self.teacher is None else self.teacher(images)
 
     def begin_pass(self) -> None:
-        """Say that what compiled models gave before may be overwritten (CUDA graphs reuse it)."""
+        """Allow compiled models to overwrite their earlier outputs (CUDA graphs reuse memory)."""
         if self.config.compile != "none":
             torch.compiler.cudagraph_mark_step_begin()
 
-    def backward(self, batch: Batch, share: float, synchronise: bool) -> Tensor:
+    def backward(self, batch: Batch, share: float, synchronize: bool) -> Tensor:
         """Add a slice's gradient; returns its terms, each times the slice's share."""
         images, target = self.inputs(batch)
         self.begin_pass()
-        hold = not synchronise and isinstance(self.wrapped, DistributedDataParallel)
+        hold = not synchronize and isinstance(self.wrapped, DistributedDataParallel)
         with self.wrapped.no_sync() if hold else nullcontext():  # type: ignore[operator]
             with autocast(self.world.device, self.config.amp):
                 output = self.wrapped(images, target, self.teach(images))
@@ -190,13 +190,13 @@ class Engine:
         return terms.to(self.meter.sums.dtype) * share
 
     def apply(self, losses: Tensor, statistics: list[Tensor] | None = None) -> Tensor:
-        """Step optimiser, schedule and EMA on the gradients there are; `update` does all of it."""
+        """Step optimizer, schedule and EMA on the gradients there are; `update` does all of it."""
         self.scaler.unscale_(self.optimizer)
         norm = self._gradient_norm().detach().to(losses.dtype)
         broken = (~torch.cat([losses, norm.reshape(1)]).isfinite()).any().float()
         broken = self.world.sum(broken).clamp(max=1)
         if knows_found_inf(self.optimizer):
-            # What GradScaler tells a fused optimizer: where this is 1, it leaves all as it is.
+            # As GradScaler does: a fused optimizer changes nothing where this is 1.
             self.optimizer.found_inf = broken  # type: ignore[attr-defined]
             self.optimizer.grad_scale = None  # type: ignore[attr-defined]
             self.optimizer.step()
@@ -223,7 +223,7 @@ class Engine:
         return nn.utils.get_total_norm(gradients)
 
     def read(self) -> Reading:
-        """The epoch's sums so far over all processes; synchronises, with them and with the host."""
+        """The epoch's sums so far over all processes; synchronizes, with them and with the host."""
         own = torch.cat([self.meter.sums, self.meter.skips])
         *sums, skipped, _, longest = (self.world.sum(own) / self.world.size).tolist()
         named = dict(zip(self.meter.names, sums, strict=True))

@@ -179,7 +179,7 @@ class RunLogger:
             self.message(self._interval_line(record))
 
     def epoch(self, record: dict[str, Any], history: list[dict[str, Any]]) -> None:
-        """Log an epoch, rewrite the table of epochs, and say how it went."""
+        """Log an epoch, rewrite the table of epochs, and print a line."""
         self._write_line({"kind": "epoch", **record})
         self._track("epoch", record)
         if self.output is not None:
@@ -198,9 +198,10 @@ class RunLogger:
         for tracker in self._trackers:
             tracker.close()
         self._trackers = ()
-        if self._log is not None:
-            self._log.close()
-            self._log = None
+        log, self._log = self._log, None
+        if log is not None:
+            with self._surviving(LOG):  # it writes what a full disk has kept back
+                log.close()
         self.progress.close()
 
     def _interval_line(self, record: dict[str, Any]) -> str:
@@ -423,25 +424,6 @@ class Result:
     best: str | None = None
     history: list[dict[str, Any]] = field(default_factory=list, repr=False)
 
-    @classmethod
-    def of(
-        cls, history: list[dict[str, Any]], ranking: dict[str, Any], ranked_by: str, **known: Any
-    ) -> Result:
-        """Sum up a finished run by its history; ``known`` are fields that it does not hold."""
-        last, by_loss = history[-1], ranked_by == "eval_loss"
-        weights = "EMA" if ranked_by == "ema_top1" else "raw"
-        measure = f"{'lowest loss' if by_loss else 'highest top-1'} of the {weights} weights"
-        known |= {name: last.get(name) for name in ("top1", "top5", "ema_top1", "ema_top5")}
-        return cls(
-            eval_loss=last["eval_loss"],
-            best_top1=None if by_loss else ranking[ranked_by],
-            best_epoch=ranking["epoch"],
-            best_rule=f"{measure} on the evaluation set itself, earliest of equals",
-            images=last["eval_images"],
-            history=history,
-            **known,
-        )
-
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the result as JSON, atomically.
 
@@ -465,7 +447,7 @@ class Result:
         return cls(**json.loads(file.read_text(encoding="utf-8")))
 
     def summary(self) -> str:
-        """Say in plain lines what was measured, on what, and how the best epoch was picked."""
+        """Summarize in lines what was measured, on what, and how the best epoch was picked."""
         lines = []
         if self.top1 is not None:
             lines.append(
@@ -491,3 +473,22 @@ class Result:
 
 def _accuracies(top1: float, top5: float | None) -> str:
     return f"{top1:.2f} %" if top5 is None else f"{top1:.2f} % (top-5 {top5:.2f} %)"
+
+
+def result_of(
+    history: list[dict[str, Any]], ranking: dict[str, Any], ranked_by: str, **known: Any
+) -> Result:
+    """Sum up a finished run by its history; ``known`` are fields that it does not hold."""
+    last, by_loss = history[-1], ranked_by == "eval_loss"
+    weights = "EMA" if ranked_by == "ema_top1" else "raw"
+    measure = f"{'lowest loss' if by_loss else 'highest top-1'} of the {weights} weights"
+    known |= {name: last.get(name) for name in ("top1", "top5", "ema_top1", "ema_top5")}
+    return Result(
+        eval_loss=last["eval_loss"],
+        best_top1=None if by_loss else ranking[ranked_by],
+        best_epoch=ranking["epoch"],
+        best_rule=f"{measure} on the evaluation set itself, earliest of equals",
+        images=last["eval_images"],
+        history=history,
+        **known,
+    )

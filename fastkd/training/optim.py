@@ -117,6 +117,8 @@ def _check_arguments(
             fits, expected = number, "a number"
         elif isinstance(default, tuple):
             fits, expected = isinstance(value, tuple), f"a list such as {list(default)}"
+            if isinstance(value, tuple) and field == "opt_kwargs":
+                fits = len(value) == len(default)
         if not fits:
             raise ValueError(f"{field}: {name} of {owner!r}: expected {expected}, got {value!r}")
 

@@ -234,7 +234,7 @@ def _works(engine: Engine, slices: list[Batch]) -> dict[str, Callable[[], Any]]:
     def backward() -> None:
         engine.optimizer.zero_grad(set_to_none=True)
         for number, batch in enumerate(prepared, start=1):
-            student.backward(batch, share=1 / len(prepared), synchronise=number == len(prepared))
+            student.backward(batch, share=1 / len(prepared), synchronize=number == len(prepared))
 
     works: dict[str, Callable[[], Any]] = {
         INPUT: lambda: [engine.inputs(batch) for batch in slices],

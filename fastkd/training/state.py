@@ -160,7 +160,7 @@ class RunState:
         return {"state_dict": self.student.state_dict(), "state_dict_ema": averaged}
 
     def _best_state(self) -> dict[str, Any]:
-        """The better weights alone, for whoever takes ``state_dict``, and which they are."""
+        """The better weights alone, and which of the two they are."""
         both = {**self._student_state(), **self._weights()}
         weights = better_weights(both)
         averaged = both.pop("state_dict_ema")

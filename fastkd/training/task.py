@@ -30,7 +30,7 @@ class DistillationTask(nn.Module):
 
     Args:
         student: any timm model, or a module whose taps are named.
-        terms: what is minimised.
+        terms: what is minimized.
         taps: the student's taps; None where no term compares features.
 
     Raises:
@@ -64,7 +64,7 @@ class DistillationTask(nn.Module):
         """One forward pass of the student and of every term.
 
         Args:
-            images: [B, C, H, W], normalised for the student.
+            images: [B, C, H, W], normalized for the student.
             target: [B] class indices or [B, classes] soft targets.
             teacher_output: the teacher's logits and tokens for the same images, where needed.
 
@@ -114,7 +114,7 @@ class DistillationTask(nn.Module):
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
-        """Parameters that timm's optimiser factory must not decay, beside the 1-d ones."""
+        """Parameters that timm's optimizer factory must not decay, beside the 1-d ones."""
         listed = getattr(self.student, "no_weight_decay", None)
         embeddings = set() if self.decay_embeddings or listed is None else listed()
         return {

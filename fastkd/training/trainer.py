@@ -31,7 +31,7 @@ from fastkd.training.build import (
 )
 from fastkd.training.dry_run import effective_values
 from fastkd.training.engine import NonFiniteError, evaluate_terms
-from fastkd.training.logging import PLOT, RESULT, Result, RunLogger
+from fastkd.training.logging import PLOT, RESULT, Result, RunLogger, result_of
 from fastkd.training.meter import Reading, timestamp
 from fastkd.training.plots import plot_run
 from fastkd.training.state import RunState
@@ -79,7 +79,7 @@ def train(
         device: ``"cpu"``, ``"cuda"``, ``"cuda:1"``; None takes CUDA where there is a device.
         quiet: show nothing.
         **overrides: recipe fields by name. Unknown ones are errors, and so are those that have no
-            effect where the run would be another one than asked for; of others a warning tells.
+            effect where the run would not be the one asked for; others are warnings.
 
     Returns:
         What was measured, and where the files are.
@@ -158,17 +158,16 @@ def train_one_epoch(
     check_always = peers.device.type == "cpu" and peers.size == 1
     meter, last = engine.meter, logger.updates_per_epoch
     trained = engine.position.update == last  # and stopped in the evaluation
+    if _interval_is_due(run):  # an interrupt came between the update and its line
+        _log_interval(run, logger)
     for slices in meter.timed(() if trained else batches, recipe.accumulation):
         engine.update(slices)
         update, total = engine.position.update, engine.position.total
         logger.advance([fault for batch in slices for fault in batch.faults], total)
         if check_always:
             engine.read()
-        if update % recipe.log_interval == 0:
-            report(run, logger)
-            reading = engine.read()
-            logger.interval(_record(run, reading, meter.interval))
-            meter.interval = reading
+        if _interval_is_due(run):
+            _log_interval(run, logger)
         if update == last:
             continue  # the epoch's own checkpoint is due after its evaluation
         if logger.has_faults and peers.size == 1:
@@ -183,6 +182,19 @@ def train_one_epoch(
     if record["skipped_updates"] == meter.count > 1 and recipe.amp != "fp16":
         raise engine.non_finite("every update was skipped")
     return record
+
+
+def _interval_is_due(run: RunState) -> bool:
+    update, before = run.engine.position.update, run.engine.meter.interval
+    logged = 0 if before is None else before.applied + before.skipped
+    return update % run.identity.recipe.log_interval == 0 and update > logged
+
+
+def _log_interval(run: RunState, logger: RunLogger) -> None:
+    report(run, logger)
+    reading, meter = run.engine.read(), run.engine.meter
+    logger.interval(_record(run, reading, meter.interval))
+    meter.interval = reading
 
 
 def _record(run: RunState, reading: Reading, since: Reading | None) -> dict[str, Any]:
@@ -272,7 +284,7 @@ def _running(
 
 
 def _save_before_stop(run: RunState, logger: RunLogger) -> None:
-    """Save after an interrupt from anywhere, where this process alone can say what is done."""
+    """Save after an interrupt, unless other processes or half an update are involved."""
     if run.output is None or run.finished:
         return
     last, total = run.output / LAST, run.engine.position.total
@@ -292,7 +304,7 @@ def _finish(run: RunState, logger: RunLogger) -> Result:
     if unsaved:
         raise OSError(unsaved)
     best = None if output is None else output / BEST
-    result = Result.of(
+    result = result_of(
         run.history,
         run.best,
         run.ranked_by,

@@ -47,8 +47,10 @@ def replacing(path: str | os.PathLike[str], previous: int | None = None) -> Iter
 def replacing_path(target: Path, folder: bool) -> Iterator[Path]:
     """Yield a path to write a file or folder to, which then takes the place of ``target``.
 
-    Unlike that of `replacing`, a file has the name that it will have, for readers that go by it.
+    Unlike that of `replacing`, a file has the name that it will have, for readers that go by it. Of
+    a link the target is replaced.
     """
+    target = Path(os.path.realpath(target))
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     aside = target.with_name(f".{target.name}.old")
     shutil.rmtree(temporary, ignore_errors=True)  # of a killed process that had this number

@@ -181,7 +181,7 @@ def test_the_student_alone_neither_prepares_nor_asks_the_teacher_and_makes_the_u
         seen["student"] = [p.grad.clone() for p in engine.parameters]
         engine.optimizer.zero_grad()
         for batch in batches:
-            engine.backward(batch, share=0.5, synchronise=True)
+            engine.backward(batch, share=0.5, synchronize=True)
         seen["engine"] = [p.grad.clone() for p in engine.parameters]
         monkeypatch.setattr(engine.teacher, "forward", lambda images: pytest.fail("asked"))
         works[STUDENT]()
