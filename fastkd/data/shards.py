@@ -30,8 +30,7 @@ from fastkd.utils.io import remove_leftovers, replacing, write_text
 from fastkd.utils.progress import Progress, track
 
 CHUNK = 16  # images that a worker converts at a time
-# By Pillow's name of the format; MPO is a JPEG followed by other images.
-EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
+EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}  # MPO: several JPEGs
 
 
 @dataclass(frozen=True)
@@ -51,9 +50,9 @@ class ShardReport:
         splits = ", ".join(f"{k} {self.samples[k]:,} in {n:,}" for k, n in self.shards.items())
         labels = f" of {self.classes:,} classes" if self.classes else ", unlabelled"
         lost = f"; {len(self.unreadable)} unreadable, see unreadable.txt" if self.unreadable else ""
-        images, shards = sum(self.samples.values()), sum(self.shards.values())
-        total = f"{images:,} images{labels} in {shards:,} shards ({splits})"
-        return f"{self.folder}: {total}, {self.size / 1e6:,.1f} MB, verified{lost}"
+        total = f"{sum(self.samples.values()):,} images{labels} in {sum(self.shards.values()):,}"
+        total += f" shards ({splits}), {self.size / 1e6:,.1f} MB, verified"
+        return f"{self.folder}: {total}{lost}"
 
 
 def shard(
@@ -101,11 +100,10 @@ def shard(
         from webdataset import TarWriter
     except ImportError as error:
         raise ImportError(f"shard: {error}: pip install webdataset") from error
-    bounds: dict[str, Any] = {"short_side": (short_side, 1), "quality": (quality, 1, 95)}
-    bounds |= {"samples_per_shard": (samples_per_shard, 1), "workers": (workers, 1)}
-    bounds |= {"max_unreadable": (max_unreadable, 0), "seed": (seed, 0)}
-    bounds["shard_size"] = (shard_size, 1e-6)
-    for name, (value, low, *high) in bounds.items():
+    least: dict[str, Any] = {"short_side": (short_side, 1), "quality": (quality, 1, 95)}
+    least |= {"samples_per_shard": (samples_per_shard, 1), "shard_size": (shard_size, 1e-6)}
+    least |= {"max_unreadable": (max_unreadable, 0), "workers": (workers, 1), "seed": (seed, 0)}
+    for name, (value, low, *high) in least.items():
         if value is not None and not low <= value <= max(high, default=value):
             limit = f"{low} to {high[0]}" if high else f"at least {low}"
             raise ValueError(f"shard: {name} must be {limit}, got {value}")
@@ -120,16 +118,11 @@ def shard(
                 work.write(images, TarWriter)
             work.scan()
         work.finish()
-    counts = work.shards.items()
-    return ShardReport(
-        work.folder,
-        samples={split: sum(shards.values()) for split, shards in counts},
-        shards={split: len(shards) for split, shards in counts},
-        classes=len(work.classes),
-        size=sum(path.stat().st_size for path in work.folder.glob("*.tar")),
-        unreadable=sorted(work.unreadable.items()),
-        converted=left,
-    )
+    samples = {split: sum(done.values()) for split, done in work.shards.items()}
+    shards = {split: len(done) for split, done in work.shards.items()}
+    size = sum(path.stat().st_size for path in work.folder.glob("*.tar"))
+    lost = sorted(work.unreadable.items())
+    return ShardReport(work.folder, samples, shards, len(work.classes), size, lost, left)
 
 
 @contextlib.contextmanager
@@ -224,8 +217,8 @@ class _Work:
             stack.callback(pool.shutdown, cancel_futures=True)
             for start in range(0, len(self.left) + window, window):
                 images = self.left[start : start + window]
-                paths = [os.path.join(self.source, file) for _, _, file, _ in images]
-                results = pool.map(change, paths, chunksize=CHUNK)
+                files = (os.path.join(self.source, file) for _, _, file, _ in images)
+                results = pool.map(change, files, chunksize=CHUNK)
                 ready, ahead = ahead, zip(images, results, strict=True)
                 for (split, key, file, label), content in ready:
                     progress.advance(lost=int(isinstance(content, str)))
