@@ -522,3 +522,31 @@ def test_models_of_other_channels_are_built_for_them(tmp_path, format):
     images = torch.randn(2, 1, 32, 32)
     with torch.no_grad():
         assert torch.equal(loaded(images), grey(images))
+
+
+def test_of_a_link_the_target_is_replaced(tmp_path):
+    run = made_run(tmp_path / "run")
+    export(run, output=tmp_path / "real", weights="raw")
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    for _ in range(2):
+        export(run, output=tmp_path / "link", overwrite=True)
+    assert (tmp_path / "link").is_symlink()
+    assert {path.name for path in tmp_path.iterdir()} == {"run", "real", "link"}
+    config = json.loads((tmp_path / "real" / "config.json").read_text())
+    assert config["weights"] == "ema"
+
+
+def test_a_folder_that_appears_while_an_export_is_written_is_kept(tmp_path, monkeypatch):
+    run, output = made_run(tmp_path / "run"), tmp_path / "student"
+    write = exporting._write
+
+    def writing(*arguments):
+        difference = write(*arguments)
+        output.mkdir()
+        (output / "thesis.tex").write_text("precious")
+        return difference
+
+    monkeypatch.setattr(exporting, "_write", writing)
+    with pytest.raises(FileExistsError, match="is not replaced"):
+        export(run, output=output)
+    assert (output / "thesis.tex").read_text() == "precious"

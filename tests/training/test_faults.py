@@ -183,6 +183,22 @@ def test_a_full_disk_costs_a_line_of_the_logs_and_not_the_run(
     assert "epochs.csv could not be written" in capsys.readouterr().err
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full")
+def test_a_log_on_a_full_disk_costs_no_run(data, fast, tmp_path, monkeypatch, capsys):
+    start = logger.RunLogger.start
+
+    def start_on_a_full_disk(run_logger, updates):
+        start(run_logger, updates)
+        run_logger._log.close()
+        run_logger._log = open("/dev/full", "a")  # noqa: SIM115
+
+    monkeypatch.setattr(logger.RunLogger, "start", start_on_a_full_disk)
+    result = train(vit(), None, data, tmp_path, **fast | {"quiet": False})
+    assert "log.jsonl could not be written" in capsys.readouterr().err
+    assert (tmp_path / "result.json").exists()
+    assert result.best is not None
+
+
 def test_a_best_checkpoint_that_could_not_be_written_is_not_claimed(
     data, fast, tmp_path, monkeypatch
 ):

@@ -3,6 +3,7 @@
 import pytest
 
 from fastkd.config import Recipe
+from fastkd.training import train
 from fastkd.training.build import FromRecipe, resolve_recipe
 from tests.harness.tiny import vit
 
@@ -267,3 +268,10 @@ def test_options_of_a_recipes_optimizer_and_schedule_leave_with_them():
 
 def test_a_schedule_of_steps_needs_no_min_lr_below_its_peak():
     assert resolve(sched="step", batch_size=8).scaled_lr < Recipe().min_lr
+
+
+def test_an_output_below_a_file_is_refused_by_name(data, fast, tmp_path):
+    (tmp_path / "file").write_text("")
+    for output in (tmp_path / "file", tmp_path / "file" / "run"):
+        with pytest.raises(ValueError, match=r"train: output must be a folder.*file is a file"):
+            train(vit(), None, data, output, **fast)
