@@ -250,7 +250,7 @@ def test_an_unreadable_training_image_is_replaced_and_told(tmp_path, augment, co
     assert len(batch.images) == len(batch.labels) == 36
     assert fault.name == str(broken)
     assert fault.sample in batch.samples
-    assert "cannot read" in fault.reason
+    assert "no image" in fault.reason or "truncated" in fault.reason
 
 
 def test_an_image_that_its_data_set_opened_only_is_replaced_too():

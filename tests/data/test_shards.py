@@ -158,7 +158,9 @@ def test_a_full_disk_stops_the_work_which_then_goes_on(source, tmp_path, monkeyp
 def test_killed_work_goes_on_and_leaves_no_process_behind(source, tmp_path, number):
     folder = tmp_path / "shards"
     slow = (
-        "import sys, time, webdataset; from fastkd.data.shards import shard\n"
+        "import signal, sys, time, webdataset; from fastkd.data.shards import shard\n"
+        # What starts the tests may have it ignored.
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "whole = webdataset.TarWriter.write\n"
         "def write(*a): time.sleep(0.05); whole(*a)\n"
         "webdataset.TarWriter.write = write\n"

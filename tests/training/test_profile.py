@@ -188,15 +188,15 @@ def test_the_student_alone_neither_prepares_nor_asks_the_teacher_and_makes_the_u
         monkeypatch.undo()
         return works
 
-    def record(engine, batch, share, synchronise):
-        seen.setdefault("synchronised", []).append(synchronise)
-        return backward(engine, batch, share, synchronise)
+    def record(engine, batch, share, synchronize):
+        seen.setdefault("synchronized", []).append(synchronize)
+        return backward(engine, batch, share, synchronize)
 
     original, backward = steps._works, Engine.backward
     monkeypatch.setattr(steps, "_works", compare)
     bench_step(None, str(folder), "test_vit2", untrained=True, steps=2, device="cpu", **TINY)
     torch.testing.assert_close(seen["student"], seen["engine"])
-    assert seen["synchronised"] == [False, True]
+    assert seen["synchronized"] == [False, True]
 
 
 def test_untrained_leaves_a_local_run_as_it_is(folder, tmp_path, monkeypatch):
