@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import signal
 import threading
@@ -98,27 +99,32 @@ ALONE = World(torch.device("cpu"))  # one process, without an accelerator
 
 @contextmanager
 def world(device: str | torch.device | None = None) -> Iterator[World]:
-    """Join torchrun's process group if there is one; leave it at the end."""
+    """Join torchrun's process group, which then stays for other runs until the process ends.
+
+    Left and joined again, it would find the addresses of the earlier group in torchrun's store.
+    """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     chosen = _device(device, int(os.environ.get("LOCAL_RANK", "0")))
     if size == 1 and not (dist.is_available() and dist.is_initialized()):
         yield World(chosen)
         return
-    joined_before = dist.is_initialized()
-    if not joined_before:
+    if not dist.is_initialized():
         dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
-    failed = False
+        atexit.register(_leave)
     try:
         control: Any = dist.new_group(backend="gloo") if dist.get_backend() != "gloo" else None
         yield World(chosen, dist.get_rank(), dist.get_world_size(), control)
     except Exception:
-        failed = True
-        raise
-    finally:
         # After an error others may still wait in a collective: NCCL's farewell would wait for them,
         # while this process' end is what lets torchrun end them, too.
-        if not joined_before and not (failed and chosen.type == "cuda"):
-            dist.destroy_process_group()
+        if chosen.type == "cuda":
+            atexit.unregister(_leave)
+        raise
+
+
+def _leave() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def _device(device: str | torch.device | None, local_rank: int) -> torch.device:
