@@ -13,12 +13,11 @@ import signal
 import threading
 from collections.abc import Generator, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
 from functools import partial
 from itertools import chain, groupby, islice
 from multiprocessing import get_context, parent_process
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from PIL import ExifTags, Image
 
@@ -33,8 +32,7 @@ CHUNK = 16  # images that a worker converts at a time
 EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}  # MPO: several JPEGs
 
 
-@dataclass(frozen=True)
-class ShardReport:
+class ShardReport(NamedTuple):
     """What `shard` wrote."""
 
     folder: Path
@@ -71,10 +69,9 @@ def shard(
     """Write a folder's images as WebDataset shards, which `open_data` and timm read.
 
     A sample is ``KEY.jpg`` (or png, webp), ``KEY.cls`` (class number, if any) and ``KEY.json``
-    (file name); KEY is the image's number in the sorted split. ``_info.json`` lists shards, lengths
-    and class names, ``unreadable.txt`` the images left out. Images larger than ``short_side`` are
-    resized (bicubic) and stored as JPEG with their orientation tag; others are copied byte for
-    byte. The same call continues interrupted work, and ends with the bytes of uninterrupted work.
+    (file name). ``_info.json`` lists shards and class names, ``unreadable.txt`` images left out.
+    Images larger than ``short_side`` are resized (bicubic) and stored as JPEG; others are copied.
+    The same call continues interrupted work, and ends with the bytes of uninterrupted work.
 
     Args:
         source: folder with ``train`` and ``val`` (or ``validation``), of classes, or of images.
@@ -228,10 +225,9 @@ class _Work:
                         yield split, {"__key__": key, **members}
                         continue
                     self.unreadable[file] = content
-                    if len(self.unreadable) > most:
-                        lost = f"{len(self.unreadable)} of {total} images cannot be read, more"
-                        lost += f" than max_unreadable ({most}); the last: {file}: {content}"
-                        raise OSError(f"shard: source: {lost}")
+                    if (n := len(self.unreadable)) > most:
+                        why = f"{n} of {total} images cannot be read, more than max_unreadable"
+                        raise OSError(f"shard: source: {why} ({most}); the last: {file}: {content}")
 
     def write(self, samples: Iterator[tuple[str, Any]], writer: Any) -> None:
         """Write samples, given split by split, to shards."""
@@ -293,8 +289,7 @@ def convert(path: str, short_side: int | None, quality: int) -> dict[str, bytes]
             exif = Image.Exif()
             if orientation := image.getexif().get(ExifTags.Base.Orientation):
                 exif[ExifTags.Base.Orientation] = orientation
-            # As the loaders do, so that alpha and palettes give the same image from shards.
-            stored = image if image.mode in ("L", "RGB") else image.convert("RGB")
+            stored = image if image.mode in ("L", "RGB") else image.convert("RGB")  # as loaders do
             if short_side is not None and not fits:
                 width, height = (round(n * short_side / min(image.size)) for n in image.size)
                 stored = stored.resize((width, height), Image.Resampling.BICUBIC)
