@@ -85,10 +85,18 @@ def test_a_run_in_float32_gives_the_losses_of_the_cpu(folder, exact):
     assert found == pytest.approx(exact, rel=2e-3)
 
 
+@pytest.mark.parametrize("opt", ["nesterov", "adagrad", "lamb"])
+def test_a_run_with_another_optimizer_gives_the_losses_of_the_cpu(folder, opt):
+    options = {"amp": "none", "compile": "none", "opt": opt}
+    on_cpu = losses(folder, "cpu", **options)
+    assert losses(folder, "cuda", **options) == pytest.approx(on_cpu, rel=2e-3)
+
+
 WITHOUT_WAITING = [
     *({"amp": amp, "compile": mode} for amp in ("bf16", "fp16") for mode in ("none", "default")),
     {"compile": "reduce-overhead"},
     {"accumulation": 2},
+    {"opt": "nesterov", "compile": "none"},
     {"accumulation": 2, "compile": "none", "amp": "fp16"},
     {"mixup": 0.8, "cutmix": 1.0, "compile": "none"},
     {"clip_grad": 1.0},
