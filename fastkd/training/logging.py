@@ -76,14 +76,15 @@ class RunLogger:
         """Updates of the whole run."""
         return self.recipe.epochs * self.updates_per_epoch
 
-    def mend(self, updates: int, history: list[dict[str, Any]]) -> None:
+    def mend(self, updates: int, history: list[dict[str, Any]], *, foreign: bool = False) -> None:
         """Rewrite the files to hold what a checkpoint holds: no more, and no epoch less.
 
         A kill between two writes, or a run continued in a new folder, leaves them different.
+        ``foreign`` files are of another run and removed first.
         """
         if self.output is None:
             return
-        if not updates:  # of another run that was here
+        if foreign:
             for name in (RESULT, PLOT, LOG):
                 (self.output / name).unlink(missing_ok=True)
         _mend_log(self.output / LOG, updates, history)

@@ -84,6 +84,12 @@ class RunState:
         """Whether last.pth holds everything that is done."""
         return self._saved == vars(self.engine.position)
 
+    def is_in_output(self, checkpoint: Path | None) -> bool:
+        """Whether a run that resumes from this checkpoint goes on in the folder where it was."""
+        if checkpoint is None or self.output is None:
+            return False
+        return checkpoint.parent.resolve() == self.output.resolve()
+
     def where(self) -> dict[str, int]:
         """Epoch (from 1) of the last update, and its number in the run, as logs have them."""
         position = self.engine.position

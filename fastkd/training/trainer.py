@@ -125,7 +125,7 @@ def train(
             quiet=quiet,
         )
         checkpoint = run.resume(resume)
-        logger.mend(engine.position.total, run.history)
+        logger.mend(engine.position.total, run.history, foreign=not run.is_in_output(checkpoint))
         with _running(run, logger, checkpoint, (batches, eval_batches)) as stop:
             if not run.finished:
                 parts = (recipe, built.module, opened, peers.size, opened_teacher, built.spec)

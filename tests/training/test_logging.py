@@ -104,7 +104,7 @@ def test_an_epoch_that_a_kill_kept_from_the_files_is_added(tmp_path):
 
 def test_a_table_of_epochs_that_are_not_of_this_run_is_removed(tmp_path):
     (tmp_path / "epochs.csv").write_text("epoch\n1\n")
-    RunLogger(tmp_path, RECIPE, 5, quiet=True).mend(0, [])
+    RunLogger(tmp_path, RECIPE, 5, quiet=True).mend(0, [], foreign=True)
     assert not (tmp_path / "epochs.csv").exists()
 
 

@@ -206,6 +206,19 @@ def test_a_log_of_something_else_does_not_enter_the_runs(data, fast, tmp_path):
     assert [line["kind"] for line in lines] == ["epoch"]
 
 
+def test_a_run_continued_in_a_new_folder_leaves_no_line_of_what_was_there(data, fast, tmp_path):
+    options = fast | {"epochs": 2, "log_interval": 1}
+    stopping = (Interrupting(data[0], 16 * 5 + 3, kill(signal.SIGTERM)), data[1])
+    with pytest.raises(SystemExit):
+        train(vit(), None, stopping, tmp_path / "first", **options)
+    (tmp_path / "second").mkdir()
+    line = {"kind": "interval", "epoch": 1, "update": 2, "loss": -1.0}
+    (tmp_path / "second" / "log.jsonl").write_text(json.dumps(line) + "\n")
+    first = str(tmp_path / "first")
+    train(vit(), None, data, tmp_path / "second", resume=first, **options)
+    assert all(line["loss"] > 0 for line in contents(tmp_path / "second")["log.jsonl"])
+
+
 def test_a_torn_best_checkpoint_is_not_named_and_ends_nothing(data, fast, tmp_path):
     result = train(vit(), None, data, tmp_path, **fast)
     os.truncate(tmp_path / "best.pth", 100)
