@@ -392,9 +392,9 @@ class Result:
 
     Attributes:
         top1: of the raw weights after the last epoch; None where the evaluation set has no labels.
-        top5: likewise; None below five classes.
+        top5: of the raw weights after the last epoch; None below five classes.
         ema_top1: of the averaged weights after the last epoch; None without EMA.
-        ema_top5: likewise.
+        ema_top5: of the averaged weights after the last epoch; None without EMA.
         best_top1: the highest top-1 that `best_rule` saw; None where it goes by the loss.
         best_epoch: the epoch it belongs to, from 1.
         best_rule: how the best epoch was picked.
@@ -405,7 +405,8 @@ class Result:
             what the best epoch is picked by.
         output: the run's folder; None where nothing was written.
         last: the checkpoint after the last epoch; None where none was written.
-        best: the checkpoint of the best epoch; None likewise.
+        best: the checkpoint of the best epoch, whose weights may be raw or averaged (its
+            ``weights``); None where none was written.
         history: one record per epoch, as in epochs.csv.
     """
 

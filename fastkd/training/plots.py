@@ -31,8 +31,8 @@ _LOG_RATIO = 20  # largest to smallest loss, above which the axis is logarithmic
 Records = Sequence[dict[str, Any]]
 
 
-def plot_run(folder: Path, message: Callable[[str], None] = print) -> Path | None:
-    """Write results.png for a finished or stopped run; a failure is a message, not an exception."""
+def plot_run(folder: Path, message: Callable[[str], None]) -> Path | None:
+    """Write results.png from the files in a run's folder; a failure is a message."""
     try:
         figure = draw_run(folder)
         with replacing(folder / PLOT) as file:
