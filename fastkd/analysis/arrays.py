@@ -21,7 +21,7 @@ from fastkd.analysis.tokens import (
     checked_places,
     parse_layers,
 )
-from fastkd.data.readers import find_files, is_image
+from fastkd.data.files import find_files, is_image
 
 SUFFIXES = (".npy", ".npz")
 Shape = tuple[int, int]

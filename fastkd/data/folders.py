@@ -15,7 +15,8 @@ from typing import Any, NamedTuple
 from timm.data.readers.img_extensions import get_img_extensions
 
 from fastkd.data.classes import UNLABELLED, map_classes, number_classes
-from fastkd.data.readers import FileReader, ReadableImages, is_hidden, list_images
+from fastkd.data.files import is_hidden, list_images
+from fastkd.data.readers import FileReader, ReadableImages
 from fastkd.data.tars import TarImages, holds_samples
 
 VALIDATION_FOLDERS = ("val", "validation", "valid")

@@ -24,7 +24,7 @@ import numpy as np
 from timm.data.readers.img_extensions import get_img_extensions
 
 from fastkd.data.classes import UNLABELLED, map_classes, number_classes
-from fastkd.data.readers import is_hidden, is_image
+from fastkd.data.files import is_hidden, is_image
 from fastkd.utils.io import replacing
 from fastkd.utils.progress import track
 
