@@ -16,7 +16,8 @@ from torch.utils.data import Subset, TensorDataset
 from fastkd.config import DataConfig
 from fastkd.data.datasets import Data, DataPair, open_data
 from fastkd.data.folders import VALIDATION_FOLDERS
-from fastkd.data.readers import FileReader, ReadableImages, reason_of
+from fastkd.data.images import reason_of
+from fastkd.data.readers import FileReader, ReadableImages
 from fastkd.data.tars import TarImages
 from fastkd.data.transforms import InputSpec
 from fastkd.inference.images import image_loader

@@ -9,7 +9,8 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from fastkd.config import DataConfig, Recipe
-from fastkd.data.readers import DataPair, Fault, StreamSource, reason_of
+from fastkd.data.images import reason_of
+from fastkd.data.readers import DataPair, Fault, StreamSource
 from fastkd.data.samplers import (
     EvalSampler,
     SampleKey,

@@ -17,7 +17,8 @@ from torch.utils.data import default_collate, get_worker_info
 
 from fastkd.config import DataConfig
 from fastkd.data.gpu_augment import Planned, plan_transform
-from fastkd.data.readers import PILLOW_ERRORS, DataPair, Fault, refuse_deep
+from fastkd.data.images import PILLOW_ERRORS, refuse_deep
+from fastkd.data.readers import DataPair, Fault
 from fastkd.data.transforms import InputSpec, Transform, eval_transform, train_transform
 
 # What a loop over a loader may see of a process that died.

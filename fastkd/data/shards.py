@@ -23,7 +23,7 @@ from PIL import ExifTags, Image
 
 from fastkd.data.datasets import open_data
 from fastkd.data.folders import SHARD_LISTS, UNFINISHED, VALIDATION_FOLDERS
-from fastkd.data.readers import PILLOW_ERRORS, open_image, reason_of, refuse_deep
+from fastkd.data.images import PILLOW_ERRORS, open_image, reason_of, refuse_deep
 from fastkd.data.tars import TarImages, list_shard
 from fastkd.utils.io import remove_leftovers, replacing, write_text
 from fastkd.utils.progress import Progress, track

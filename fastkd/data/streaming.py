@@ -17,7 +17,8 @@ from typing import Any
 from torch.utils.data import IterableDataset, get_worker_info
 
 from fastkd.data.folders import SHARD_LISTS, SPLITS, parse_shard_list
-from fastkd.data.readers import NO_SAMPLE, Fault, Item, StreamSource, image_column, open_image
+from fastkd.data.images import open_image
+from fastkd.data.readers import NO_SAMPLE, Fault, Item, StreamSource, image_column
 from fastkd.data.samplers import Schedule
 from fastkd.data.samples import Sample, SampleTransform, WorkerNotes
 from fastkd.data.tars import SHARD_IMAGES, parse_label

@@ -16,8 +16,9 @@ from torch.utils.data import DataLoader, Dataset
 from fastkd.config import DataConfig
 from fastkd.data.datasets import DataPair
 from fastkd.data.files import list_images
+from fastkd.data.images import reason_of
 from fastkd.data.loader import SampleDataset, eval_samples
-from fastkd.data.readers import FileReader, ReadableImages, reason_of
+from fastkd.data.readers import FileReader, ReadableImages
 from fastkd.data.samplers import SampleKey
 from fastkd.data.samples import Batch, Collate, Fault, Sample, collate, loader_options
 from fastkd.data.transforms import InputSpec

@@ -3,7 +3,7 @@
 import pytest
 from PIL import Image, UnidentifiedImageError
 
-from fastkd.data.readers import open_image
+from fastkd.data.images import open_image
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ from PIL import Image
 
 from fastkd import analyze, evaluate, predict
 from fastkd.data.datasets import open_data
-from fastkd.data.readers import reason_of
+from fastkd.data.images import reason_of
 from fastkd.utils.io import writable
 from tests.harness.tiny import vit
 
