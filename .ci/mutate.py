@@ -191,8 +191,9 @@ def stages(copy: Path, module: Path) -> dict[str, list[str]]:
         own = sorted(place.glob(f"test_{name.lstrip('_')}*.py")) if place.is_dir() else []
         if own:
             break
-    room = copy / "tests" / (parts[0] if len(parts) > 1 else ".")
-    found = {"own": own, "room": [room] if len(parts) > 1 and room.is_dir() else [], "all": [copy]}
+    room = copy / "tests" / parts[0] if len(parts) > 1 else None
+    top = sorted((copy / "tests").glob("test_*.py"))  # of the package itself
+    found = {"own": own, "room": [room] if room and room.is_dir() else top, "all": [copy]}
     return {stage: [str(path) for path in paths] for stage, paths in found.items() if paths}
 
 
