@@ -38,10 +38,13 @@ def print_options(self: nn.Module) -> str:
 class LogitTerm(nn.Module):
     """Base of losses between two batches of logits.
 
+    Calling one gives ``weight`` times its distance. Subclasses implement `compare`, the distance
+    alone, which is what `DistillationLoss` takes, weights and reports.
+
     Attributes:
         name: key of the loss in what `DistillationLoss` returns.
         needs_target: whether the loss needs labels.
-        weight: factor that `DistillationLoss` applies.
+        weight: factor of the loss.
     """
 
     name: str
@@ -50,7 +53,7 @@ class LogitTerm(nn.Module):
     extra_repr = print_options
 
     def forward(self, student: Tensor, teacher: Tensor, target: Tensor | None = None) -> Tensor:
-        """Compare two batches of logits.
+        """Compute ``weight`` times the distance of two batches of logits.
 
         Args:
             student: [B, classes]; receives the gradient.
@@ -60,24 +63,28 @@ class LogitTerm(nn.Module):
                 one-hot), of which the largest is the target class.
 
         Returns:
-            Scalar, unweighted, in float32 or float64. An empty batch gives 0.
+            Scalar in float32 or float64. An empty batch gives 0.
 
         Raises:
             ValueError: shapes differ, there are too few classes, or a target is missing or boolean.
             RuntimeError: a class index is out of range (on CUDA, a failed device-side assertion).
         """
-        raise NotImplementedError
+        return self.weight * self.compare(student, teacher, target)
+
+    def compare(self, student: Tensor, teacher: Tensor, target: Tensor | None = None) -> Tensor:
+        """Compute the distance without its weight; arguments as for `forward`."""
+        raise NotImplementedError(f"{type(self).__name__} must implement compare()")
 
 
 class FeatureTerm(nn.Module):
     """Base of losses between the token maps of pairs of blocks.
 
-    Subclasses implement ``forward(student, teacher)``, which takes `Tokens` by key and returns a
-    scalar. The student's receive the gradient; the teacher's are frozen.
+    Calling one gives ``weight`` times its distance. Subclasses implement `compare`, the distance
+    alone, which is what `DistillationLoss` takes, weights and reports.
 
     Args:
         pairs: (student key, teacher key), resolved to the keys of the taps.
-        weight: factor that `DistillationLoss` applies.
+        weight: factor of the loss.
         resample: None refuses different grids; otherwise the mode in which the teacher's map is
             resampled to the student's grid (`fastkd.tokens.match_grids`).
 
@@ -103,6 +110,25 @@ class FeatureTerm(nn.Module):
         self.pairs = tuple((student, teacher) for student, teacher in pairs)
         self.weight = weight
         self.resample: ResampleMode | None = resample
+
+    def forward(self, student: Mapping[Key, Tokens], teacher: Mapping[Key, Tokens]) -> Tensor:
+        """Compute ``weight`` times the distance of the token maps.
+
+        Args:
+            student: tokens by key; receive the gradient.
+            teacher: tokens by key; frozen, they receive none.
+
+        Returns:
+            Scalar, float32 (float64 for float64 tokens).
+
+        Raises:
+            ValueError: a key is missing, grids differ without ``resample``, or widths do not fit.
+        """
+        return self.weight * self.compare(student, teacher)
+
+    def compare(self, student: Mapping[Key, Tokens], teacher: Mapping[Key, Tokens]) -> Tensor:
+        """Compute the distance without its weight; arguments as for `forward`."""
+        raise NotImplementedError(f"{type(self).__name__} must implement compare()")
 
     def matched(
         self, student: Mapping[Key, Tokens], teacher: Mapping[Key, Tokens], index: int = 0

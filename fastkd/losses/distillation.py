@@ -109,7 +109,7 @@ class DistillationLoss(nn.Module):
         if self.feature is not None:
             if student_tokens is None or teacher_tokens is None:
                 raise ValueError("DistillationLoss: feature needs student_tokens, teacher_tokens")
-            distance = self.feature(student_tokens, teacher_tokens)
+            distance = self.feature.compare(student_tokens, teacher_tokens)
         return self.combine(logits, target, teacher_logits, distance)
 
     def combine(
@@ -138,7 +138,7 @@ class DistillationLoss(nn.Module):
             if teacher_logits is None:
                 raise ValueError(f"DistillationLoss: {self.logit.name} needs teacher_logits")
             labels = target if self.logit.needs_target else None
-            parts[self.logit.name] = self.logit(logits, teacher_logits, labels)
+            parts[self.logit.name] = self.logit.compare(logits, teacher_logits, labels)
             weighted.append(self.logit.weight * parts[self.logit.name])
         if self.feature is not None:
             if distance is None:

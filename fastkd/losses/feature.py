@@ -53,7 +53,7 @@ class FeatureKD(FeatureTerm):
             ``loss(student, teacher, grid=(H, W))`` with [B, N, D] tokens (without ``grid`` where
             its forward has no such argument, like `torch.nn.MSELoss`).
         pairs: (student key, teacher key), resolved to the keys of the taps.
-        weight: factor that `DistillationLoss` applies.
+        weight: factor of the loss, the paper's by default.
         projector: one of the six above.
         student_dims: channels per student key; needed by learned projectors and distances, and for
             checking widths early.
@@ -94,21 +94,10 @@ class FeatureKD(FeatureTerm):
         self._with_grid = all(_takes_grid(distance) for distance in self.distances)
         self.projectors = nn.ModuleList(self._build_projectors(widths))
 
-    def forward(self, student: Mapping[Key, Tokens], teacher: Mapping[Key, Tokens]) -> Tensor:
-        """Compare the token maps of every pair.
-
-        Args:
-            student: tokens by key; receive the gradient.
-            teacher: tokens by key; frozen, they receive none.
-
-        Returns:
-            Scalar float32, unweighted.
-
-        Raises:
-            ValueError: a key is missing, grids differ without ``resample``, or widths differ.
-        """
+    def compare(self, student: Mapping[Key, Tokens], teacher: Mapping[Key, Tokens]) -> Tensor:
+        """Compare the token maps of every pair, without the weight; see `FeatureTerm.forward`."""
         distances = [
-            self._compare(index, *self.matched(student, teacher, index))
+            self._compare_pair(index, *self.matched(student, teacher, index))
             for index in range(len(self.pairs))
         ]
         return torch.stack(distances).mean()
@@ -178,7 +167,7 @@ class FeatureKD(FeatureTerm):
     def _distance(self, index: int) -> nn.Module:
         return self.distances[index if len(self.distances) > 1 else 0]
 
-    def _compare(self, index: int, student: Tokens, teacher: Tokens) -> Tensor:
+    def _compare_pair(self, index: int, student: Tokens, teacher: Tokens) -> Tensor:
         self._check_widths(index, student.dim, teacher.dim)
         distance = self._distance(index)
         if self.projector in _LEARNED:

@@ -158,7 +158,7 @@ class LiftKD(nn.Module):
         student_dim: channels of the student's tokens, Ds.
         teacher_dim: channels of the teacher's tokens, Dt.
         loss: the distance d: ``"mse"``, ``"spectral"``, ``"smooth_l1"`` or ``"cosine"``.
-        weight: factor for the caller to apply (the Linear's weight is ``projector.proj.weight``).
+        weight: factor of the distance (the Linear's weight is ``projector.proj.weight``).
         bias: whether the Linear has a bias; the paper's has none.
         norm: whether there is a LayerNorm.
         lift_eps: of the LayerNorm.
@@ -184,7 +184,7 @@ class LiftKD(nn.Module):
         student_dim: int,
         teacher_dim: int,
         loss: LossName = "mse",
-        weight: float = 0.2,
+        weight: float = 1.0,
         *,
         bias: bool = False,
         norm: bool = True,
@@ -225,7 +225,7 @@ class LiftKD(nn.Module):
             grid: (H, W) of [B, N, D] tensors, for ``"spectral"``; square if omitted.
 
         Returns:
-            Scalar, unweighted; with ``pool`` the pair of it and [B, Dt].
+            ``weight`` times the distance; with ``pool`` the pair of it and [B, Dt].
 
         Raises:
             TypeError: one side is `Tokens` and the other is not.
@@ -235,15 +235,12 @@ class LiftKD(nn.Module):
         width, channels = self.projector.operands()["weight"].shape
         self._check_width("student_tokens", student, channels)
         self._check_width("teacher_tokens", teacher, width)
-        return self.projector.compare(
-            student,
-            teacher,
-            self.loss,
-            grid=grid,
-            beta=self.beta,
-            pool=self.pool,
-            backend=self.backend,
-        )
+        options: dict[str, Any] = {"grid": grid, "beta": self.beta, "backend": self.backend}
+        found = self.projector.compare(student, teacher, self.loss, pool=self.pool, **options)
+        if isinstance(found, Tensor):
+            return self.weight * found
+        distance, pooled = found
+        return self.weight * distance, pooled
 
     def lift(self, tokens: Tensor | Tokens, pool: bool = True) -> Tensor:
         """Lift the student's tokens without a teacher, as at inference.

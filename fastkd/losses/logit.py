@@ -22,7 +22,7 @@ class SoftKD(LogitTerm):
 
     Args:
         tau: temperature, > 0.
-        weight: factor that `DistillationLoss` applies.
+        weight: factor of the loss.
 
     Raises:
         ValueError: ``tau`` is not positive.
@@ -36,7 +36,7 @@ class SoftKD(LogitTerm):
         self.tau = tau
         self.weight = weight
 
-    def forward(self, student: Tensor, teacher: Tensor, target: Tensor | None = None) -> Tensor:
+    def compare(self, student: Tensor, teacher: Tensor, target: Tensor | None = None) -> Tensor:
         """Compare logits; see `LogitTerm.forward`."""
         _check_logits(self, student, teacher)
         return self.tau**2 * _mean_kl(_soften(student, self.tau), _frozen(teacher, self.tau))
@@ -50,7 +50,7 @@ class HardKD(LogitTerm):
     Source: Touvron et al. 2021 (DeiT, arXiv 2012.12877), eq. 3, without a distillation token.
 
     Args:
-        weight: factor that `DistillationLoss` applies.
+        weight: factor of the loss.
     """
 
     name = "hard_kd"
@@ -59,7 +59,7 @@ class HardKD(LogitTerm):
         super().__init__()
         self.weight = weight
 
-    def forward(self, student: Tensor, teacher: Tensor, target: Tensor | None = None) -> Tensor:
+    def compare(self, student: Tensor, teacher: Tensor, target: Tensor | None = None) -> Tensor:
         """Compare logits; see `LogitTerm.forward`."""
         _check_logits(self, student, teacher)
         choice = teacher.argmax(dim=-1)
@@ -90,7 +90,7 @@ class DIST(LogitTerm):
         inter: weight of the correlation between an image's classes, >= 0.
         intra: weight of the correlation between a class's images, >= 0.
         eps: added to the product of norms, > 0.
-        weight: factor that `DistillationLoss` applies.
+        weight: factor of the loss.
 
     Raises:
         ValueError: ``tau`` or ``eps`` is not positive, or a weight is negative.
@@ -117,7 +117,7 @@ class DIST(LogitTerm):
         self.eps = eps
         self.weight = weight
 
-    def forward(self, student: Tensor, teacher: Tensor, target: Tensor | None = None) -> Tensor:
+    def compare(self, student: Tensor, teacher: Tensor, target: Tensor | None = None) -> Tensor:
         """Compare logits of two classes or more; see `LogitTerm.forward`."""
         _check_logits(self, student, teacher, min_classes=2)
         of_student = _soften(student, self.tau).softmax(dim=-1)
@@ -150,7 +150,7 @@ class DKD(LogitTerm):
         tau: temperature, > 0.
         target_weight: of the target class against the rest, >= 0.
         other_weight: of the other classes among each other, >= 0.
-        weight: factor that `DistillationLoss` applies.
+        weight: factor of the loss.
 
     Raises:
         ValueError: ``tau`` is not positive, or a weight is negative.
@@ -175,7 +175,7 @@ class DKD(LogitTerm):
         self.other_weight = other_weight
         self.weight = weight
 
-    def forward(self, student: Tensor, teacher: Tensor, target: Tensor | None = None) -> Tensor:
+    def compare(self, student: Tensor, teacher: Tensor, target: Tensor | None = None) -> Tensor:
         """Compare logits of two classes or more; see `LogitTerm.forward`."""
         label = _label(self, student, teacher, target)
         student_target, student_others = _split(_soften(student, self.tau), label)
@@ -205,7 +205,7 @@ class NKD(LogitTerm):
     Args:
         tau: temperature of the others, > 0.
         gamma: weight of the others, >= 0.
-        weight: factor that `DistillationLoss` applies.
+        weight: factor of the loss.
 
     Raises:
         ValueError: ``tau`` is not positive, or ``gamma`` is negative.
@@ -222,7 +222,7 @@ class NKD(LogitTerm):
         self.gamma = gamma
         self.weight = weight
 
-    def forward(self, student: Tensor, teacher: Tensor, target: Tensor | None = None) -> Tensor:
+    def compare(self, student: Tensor, teacher: Tensor, target: Tensor | None = None) -> Tensor:
         """Compare logits of two classes or more; see `LogitTerm.forward`."""
         label = _label(self, student, teacher, target)
         log_student, _ = _split(F.log_softmax(_soften(student), dim=-1), label)

@@ -119,7 +119,7 @@ def create_logit_loss(
 
     Args:
         name: of a logit loss (``fastkd losses`` lists them).
-        weight: factor that `DistillationLoss` applies.
+        weight: factor of the loss.
         tau: temperature, ignored by losses that have none; None is the loss's default.
         options: other arguments of the loss.
 
@@ -155,7 +155,7 @@ def create_feature_loss(
     Args:
         name: of a feature loss (``fastkd losses`` lists them).
         pairs: (student key, teacher key).
-        weight: factor that `DistillationLoss` applies.
+        weight: factor of the loss.
         projector: from student to teacher width; "none" for a loss that projects by itself.
         student_dims: channels per student key.
         teacher_dims: channels per teacher key.

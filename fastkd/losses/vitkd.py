@@ -52,7 +52,7 @@ class ViTKD(FeatureTerm):
 
     Args:
         pairs: (student key, teacher key); the last one is generated, the others are mimicked.
-        weight: factor that `DistillationLoss` applies.
+        weight: factor of the loss.
         student_dims: channels per student key.
         teacher_dims: channels per teacher key.
         resample: see `FeatureTerm`.
@@ -94,19 +94,11 @@ class ViTKD(FeatureTerm):
         self.aligners = nn.ModuleList(_aligner(*dims) for dims in self._dims[:mimicked])
         self.generator = _Generator(*self._dims[-1]) if generate_weight > 0 else None
 
-    def forward(self, student: Mapping[Key, Tokens], teacher: Mapping[Key, Tokens]) -> Tensor:
-        """Mimic the shallow pairs and generate the last.
-
-        Args:
-            student: tokens by key; receive the gradient.
-            teacher: tokens by key; frozen, they receive none.
-
-        Returns:
-            Scalar float32 (float64 for float64 tokens and parameters), unweighted.
+    def compare(self, student: Mapping[Key, Tokens], teacher: Mapping[Key, Tokens]) -> Tensor:
+        """Mimic the shallow pairs and generate the last; see `FeatureTerm.forward`.
 
         Raises:
-            ValueError: a key is missing, grids differ without ``resample``, or tokens do not have
-                the channels given to the constructor.
+            ValueError: tokens do not have the channels given to the constructor, too.
         """
         parts = [
             self.mimic_weight * _squared_distance(aligner, *self._pair(student, teacher, index))

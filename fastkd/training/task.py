@@ -92,7 +92,7 @@ class DistillationTask(nn.Module):
         if feature.lifts:
             return self._run_lifting_student(images, taps, feature, teacher_output.tokens)
         output = taps(images)
-        return output.logits, feature(output.tokens, teacher_output.tokens)
+        return output.logits, feature.compare(output.tokens, teacher_output.tokens)
 
     def _run_lifting_student(
         self, images: Tensor, taps: Taps, feature: FeatureTerm, teacher: dict[Key, Tokens]
@@ -110,7 +110,7 @@ class DistillationTask(nn.Module):
                 "DistillationTask: projector='lift' needs a student with lifted tokens, such as "
                 "variant='lift'"
             )
-        return output.logits, feature({key: output.final}, teacher)
+        return output.logits, feature.compare({key: output.final}, teacher)
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:

@@ -158,7 +158,7 @@ class OnTheLabelledClass(LogitTerm):
     needs_target = True
     weight = 0.7
 
-    def forward(self, student, teacher, target=None):
+    def compare(self, student, teacher, target=None):
         labelled = [logits.gather(1, target[:, None]) for logits in (student, teacher)]
         return nn.functional.mse_loss(*labelled)
 

@@ -142,7 +142,7 @@ def test_timms_optimisers_decay_plain_projectors():
 def test_a_distance_computed_on_the_way_takes_the_place_of_the_tokens():
     terms = DistillationLoss(SoftKD(weight=0.9), FeatureKD(pairs=((0, 0),), weight=0.2), 0.1)
     expected = terms(LOGITS, TARGET, TEACHER_LOGITS, STUDENT, TEACHER)
-    distance = terms.feature(STUDENT, TEACHER)
+    distance = terms.feature.compare(STUDENT, TEACHER)
     assert terms.combine(LOGITS, TARGET, TEACHER_LOGITS, distance) == expected
 
 

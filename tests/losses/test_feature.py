@@ -1,5 +1,7 @@
 """FeatureKD against the definitions of its distances, and what it refuses."""
 
+import functools
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -8,6 +10,7 @@ from timm.optim import create_optimizer_v2
 from fastkd.losses import FeatureKD, pool_side
 from fastkd.tokens import Tokens, match_grids
 
+unit = functools.partial(FeatureKD, weight=1.0)
 GRID = (3, 4)
 
 
@@ -39,7 +42,7 @@ DEFINITIONS = {
 @pytest.mark.parametrize("loss", DEFINITIONS)
 def test_each_distance_equals_its_definition(loss):
     student, teacher = tokens(0), tokens(1)
-    term = FeatureKD(loss, pairs=((11, 23),))
+    term = unit(loss, pairs=((11, 23),))
     torch.testing.assert_close(
         term({11: student}, {23: teacher}), DEFINITIONS[loss](student, teacher)
     )
@@ -47,7 +50,7 @@ def test_each_distance_equals_its_definition(loss):
 
 def test_pairs_are_averaged():
     students, teachers = {0: tokens(0), 1: tokens(1)}, {5: tokens(2), 7: tokens(3)}
-    term = FeatureKD("mse", pairs=((0, 5), (1, 7), (1, 5)))
+    term = unit("mse", pairs=((0, 5), (1, 7), (1, 5)))
     expected = sum(
         F.mse_loss(students[s].data, teachers[t].data) for s, t in ((0, 5), (1, 7), (1, 5))
     )
@@ -59,13 +62,13 @@ def test_pool_averages_the_wider_side_as_adaptive_pooling_does(widths):
     student, teacher = tokens(0, widths[0]), tokens(1, widths[1])
     narrow = min(widths)
     pooled = [F.adaptive_avg_pool1d(one.data, narrow) for one in (student, teacher)]
-    term = FeatureKD("mse", pairs=((0, 0),), projector="pool")
+    term = unit("mse", pairs=((0, 0),), projector="pool")
     torch.testing.assert_close(term({0: student}, {0: teacher}), F.mse_loss(*pooled))
 
 
 def test_linear_projects_the_student_to_the_teachers_width():
     student, teacher = tokens(0, 6), tokens(1, 10)
-    term = FeatureKD(
+    term = unit(
         pairs=((0, 0),), projector="linear", student_dims={0: 6}, teacher_dims={0: 10}
     ).double()
     linear = term.projectors[0]
@@ -77,7 +80,7 @@ def test_linear_projects_the_student_to_the_teachers_width():
 def test_linear_has_the_gradients_of_its_layer_before_the_distance(loss):
     student, teacher = tokens(0, 6), tokens(1, 10)
     student.data.requires_grad_()
-    term = FeatureKD(
+    term = unit(
         loss, ((0, 0),), projector="linear", student_dims={0: 6}, teacher_dims={0: 10}
     ).double()
     projected = Tokens(term.projectors[0](student.data), GRID)
@@ -89,7 +92,7 @@ def test_linear_has_the_gradients_of_its_layer_before_the_distance(loss):
 
 
 def test_linear_never_calls_its_layer_and_so_writes_no_projected_map(monkeypatch):
-    term = FeatureKD(
+    term = unit(
         pairs=((0, 0),), projector="linear", student_dims={0: 6}, teacher_dims={0: 10}
     ).double()
     failing = lambda *_: pytest.fail("the projected map is written")  # noqa: E731
@@ -99,7 +102,7 @@ def test_linear_never_calls_its_layer_and_so_writes_no_projected_map(monkeypatch
 
 def test_linear_resamples_the_teacher_as_the_others_do():
     student, teacher = tokens(0, 6), tokens(1, 10, grid=(6, 8))
-    term = FeatureKD(
+    term = unit(
         "spectral", ((0, 0),), projector="linear", student_dims={0: 6}, teacher_dims={0: 10},
         resample="area",
     ).double()  # fmt: skip
@@ -110,7 +113,7 @@ def test_linear_resamples_the_teacher_as_the_others_do():
 
 def test_linear_keeps_the_names_of_its_parameters():
     dims = {0: 6, 1: 6}
-    term = FeatureKD(
+    term = unit(
         pairs=((0, 0), (1, 1)), projector="linear", student_dims=dims, teacher_dims=dims
     )
     names = [f"projectors.{index}.{name}" for index in (0, 1) for name in ("weight", "bias")]
@@ -119,7 +122,7 @@ def test_linear_keeps_the_names_of_its_parameters():
 
 def test_linear_has_one_projector_per_pair_and_each_receives_a_gradient():
     dims = {0: 6, 1: 6}
-    term = FeatureKD(
+    term = unit(
         pairs=((0, 0), (1, 1)), projector="linear", student_dims=dims, teacher_dims={0: 8, 1: 10}
     ).double()
     term({0: tokens(0), 1: tokens(1)}, {0: tokens(2, 8), 1: tokens(3, 10)}).backward()
@@ -129,61 +132,61 @@ def test_linear_has_one_projector_per_pair_and_each_receives_a_gradient():
 
 @pytest.mark.parametrize("projector", ["none", "pool", "lift"])
 def test_other_projectors_hold_no_parameters(projector):
-    term = FeatureKD(pairs=((0, 0),), projector=projector, student_dims={0: 6}, teacher_dims={0: 6})
+    term = unit(pairs=((0, 0),), projector=projector, student_dims={0: 6}, teacher_dims={0: 6})
     assert list(term.parameters()) == []
 
 
 def test_different_grids_are_refused_without_resample():
     with pytest.raises(ValueError, match="resample"):
-        FeatureKD(pairs=((0, 0),))({0: tokens(0)}, {0: tokens(1, grid=(6, 8))})
+        unit(pairs=((0, 0),))({0: tokens(0)}, {0: tokens(1, grid=(6, 8))})
 
 
 def test_resample_brings_the_teacher_to_the_students_grid():
     student, teacher = tokens(0), tokens(1, grid=(6, 8))
-    term = FeatureKD(pairs=((0, 0),), resample="bilinear")
+    term = unit(pairs=((0, 0),), resample="bilinear")
     expected = F.mse_loss(student.data, match_grids(student, teacher, "bilinear")[1].data)
     torch.testing.assert_close(term({0: student}, {0: teacher}), expected)
 
 
 def test_unequal_widths_without_projector_name_the_projectors_to_choose():
     with pytest.raises(ValueError, match=r"6 channels, teacher 12.*'linear'.*'pool'"):
-        FeatureKD(pairs=((0, 0),), student_dims={0: 6}, teacher_dims={0: 12})
+        unit(pairs=((0, 0),), student_dims={0: 6}, teacher_dims={0: 12})
 
 
 def test_unequal_widths_are_refused_in_forward_where_none_were_declared():
     with pytest.raises(ValueError, match="projector='none' needs equal widths"):
-        FeatureKD(pairs=((0, 0),))({0: tokens(0, 6)}, {0: tokens(1, 12)})
+        unit(pairs=((0, 0),))({0: tokens(0, 6)}, {0: tokens(1, 12)})
 
 
 def test_a_lift_of_another_width_names_the_width_to_choose():
     with pytest.raises(ValueError, match="width=12"):
-        FeatureKD(pairs=((0, 0),), projector="lift", student_dims={0: 6}, teacher_dims={0: 12})
+        unit(pairs=((0, 0),), projector="lift", student_dims={0: 6}, teacher_dims={0: 12})
 
 
 def test_lift_takes_one_pair():
     with pytest.raises(ValueError, match="one lifted map"):
-        FeatureKD(pairs=((0, 0), (1, 1)), projector="lift")
+        unit(pairs=((0, 0), (1, 1)), projector="lift")
 
 
 def test_empty_pairs_are_refused():
     with pytest.raises(ValueError, match="at least one"):
-        FeatureKD(pairs=())
+        unit(pairs=())
 
 
 def test_linear_without_widths_is_refused():
     with pytest.raises(ValueError, match="student_dims and teacher_dims"):
-        FeatureKD(pairs=((0, 0),), projector="linear")
+        unit(pairs=((0, 0),), projector="linear")
 
 
 def test_a_missing_key_is_named():
     with pytest.raises(ValueError, match=r"teacher has no key 3, only \[0\]"):
-        FeatureKD(pairs=((0, 3),))({0: tokens(0)}, {0: tokens(1)})
+        unit(pairs=((0, 3),))({0: tokens(0)}, {0: tokens(1)})
 
 
 @pytest.mark.parametrize("option", [{"loss": "l2"}, {"projector": "cnn"}, {"resample": "lanczos"}])
 def test_unknown_options_are_refused(option):
     with pytest.raises(ValueError, match="must be one of"):
-        FeatureKD(**option)
+        unit(**option)
 
 
 @pytest.mark.parametrize(
@@ -200,7 +203,7 @@ class Doubled(torch.nn.Linear):
 
 def test_an_exchanged_projector_is_called():
     student, teacher = tokens(0), tokens(1, dim=8)
-    term = FeatureKD("mse", ((11, 23),), projector="linear", student_dims={11: 6},
+    term = unit("mse", ((11, 23),), projector="linear", student_dims={11: 6},
                      teacher_dims={23: 8}).double()  # fmt: skip
     layer = Doubled(6, 8).double()
     term.projectors[0] = layer
@@ -210,7 +213,7 @@ def test_an_exchanged_projector_is_called():
 
 def test_hooks_on_a_projector_run():
     student, teacher = tokens(0), tokens(1, dim=8)
-    term = FeatureKD("mse", ((11, 23),), projector="linear", student_dims={11: 6},
+    term = unit("mse", ((11, 23),), projector="linear", student_dims={11: 6},
                      teacher_dims={23: 8}).double()  # fmt: skip
     seen = []
     term.projectors[0].register_forward_hook(lambda *arguments: seen.append(1))
@@ -232,7 +235,7 @@ class Gap(torch.nn.Module):
 
 def test_a_module_may_be_the_distance_and_all_pairs_share_it():
     students, teachers = {0: tokens(0), 1: tokens(1, 8)}, {0: tokens(2), 1: tokens(3)}
-    term = FeatureKD(Gap(), ((0, 0), (1, 1)))
+    term = unit(Gap(), ((0, 0), (1, 1)))
     gaps = [2 * (students[key].data.mean() - teachers[key].data.mean()).abs() for key in (0, 1)]
     torch.testing.assert_close(term(students, teachers), sum(gaps) / 2)
     assert [name for name, _ in term.named_parameters()] == ["distances.0.scale"]
@@ -241,12 +244,12 @@ def test_a_module_may_be_the_distance_and_all_pairs_share_it():
 @pytest.mark.parametrize("given", [{"beta": 1.0}, {"backend": "torch"}])
 def test_a_module_takes_no_options(given):
     with pytest.raises(ValueError, match="options of a named loss"):
-        FeatureKD(Gap(), **given)
+        unit(Gap(), **given)
 
 
 def test_a_module_need_not_know_of_grids():
     student, teacher = tokens(0), tokens(1)
-    term = FeatureKD(torch.nn.MSELoss(), ((0, 0),))
+    term = unit(torch.nn.MSELoss(), ((0, 0),))
     torch.testing.assert_close(
         term({0: student}, {0: teacher}), F.mse_loss(student.data, teacher.data)
     )
@@ -255,7 +258,7 @@ def test_a_module_need_not_know_of_grids():
 @pytest.mark.parametrize("projector", ["none", "pool", "linear", "orthogonal", "mlp"])
 def test_hooks_on_a_distance_run_whatever_the_projector(projector):
     dims = {"student_dims": {0: 6}, "teacher_dims": {0: 6}}
-    term = FeatureKD("mse", ((0, 0),), projector=projector, **dims).double()
+    term = unit("mse", ((0, 0),), projector=projector, **dims).double()
     seen = []
     term.distances[0].register_forward_hook(lambda *arguments: seen.append(1))
     term({0: tokens(0)}, {0: tokens(1)})
@@ -266,7 +269,7 @@ def test_hooks_on_a_distance_run_whatever_the_projector(projector):
 @pytest.mark.parametrize("loss", ["vkd", "rkd", "crd"])
 def test_what_only_sees_the_mean_token_has_it_projected_alone(loss, projector):
     dims = {"student_dims": {0: 6}, "teacher_dims": {0: 8}}
-    term = FeatureKD(loss, ((0, 0),), projector=projector, **dims).double()
+    term = unit(loss, ((0, 0),), projector=projector, **dims).double()
     student, teacher = tokens(0, batch=4), tokens(1, 8, batch=4)
     layer, shapes = term.projectors[0], []
     expected = term.distances[0](layer(student.data), teacher.data, grid=GRID)
@@ -280,7 +283,7 @@ def test_what_only_sees_the_mean_token_has_it_projected_alone(loss, projector):
 
 def test_timms_optimisers_spare_orthogonal_projectors():
     dims = {"student_dims": {0: 6}, "teacher_dims": {0: 8}}
-    term = FeatureKD("vkd", ((0, 0),), projector="orthogonal", **dims)
+    term = unit("vkd", ((0, 0),), projector="orthogonal", **dims)
     groups = create_optimizer_v2(term, opt="adamw", lr=1e-3, weight_decay=0.05).param_groups
     decayed = [p for group in groups if group["weight_decay"] for p in group["params"]]
     assert decayed == []
@@ -290,7 +293,7 @@ def test_timms_optimisers_spare_orthogonal_projectors():
 @pytest.mark.parametrize("loss", DEFINITIONS)
 def test_learned_projectors_come_before_any_distance(loss, projector):
     student, teacher = tokens(0), tokens(1, dim=8)
-    term = FeatureKD(
+    term = unit(
         loss, ((0, 0),), projector=projector, student_dims={0: 6}, teacher_dims={0: 8}
     ).double()
     projected = Tokens(term.projectors[0](student.data), GRID)
@@ -308,7 +311,7 @@ def test_learned_projectors_come_before_any_distance(loss, projector):
 @pytest.mark.parametrize("projector", ["linear", "mlp", "orthogonal"])
 def test_half_precision_tokens_meet_float32_projectors_without_autocast(loss, projector):
     dims = {"student_dims": {0: 6}, "teacher_dims": {0: 8}}
-    term = FeatureKD(loss, ((0, 0),), projector=projector, **dims)
+    term = unit(loss, ((0, 0),), projector=projector, **dims)
     halves = [Tokens(one.data.bfloat16(), GRID) for one in (tokens(0), tokens(1, 8))]
     exact = [Tokens(one.data.float(), GRID) for one in halves]
     value = term({0: halves[0]}, {0: halves[1]})
@@ -316,7 +319,7 @@ def test_half_precision_tokens_meet_float32_projectors_without_autocast(loss, pr
 
 
 def test_orthogonal_writes_no_projected_map_either(monkeypatch):
-    term = FeatureKD(
+    term = unit(
         pairs=((0, 0),), projector="orthogonal", student_dims={0: 6}, teacher_dims={0: 10}
     ).double()
     failing = lambda *_: pytest.fail("the projected map is written")  # noqa: E731
@@ -326,15 +329,15 @@ def test_orthogonal_writes_no_projected_map_either(monkeypatch):
 
 def test_pool_averages_channels_before_a_distance_that_no_operator_computes():
     student, teacher = tokens(0, 6), tokens(1, 12)
-    term = FeatureKD("vkd", ((0, 0),), projector="pool")
+    term = unit("vkd", ((0, 0),), projector="pool")
     pooled = Tokens(F.adaptive_avg_pool1d(teacher.data, 6), GRID)
-    expected = FeatureKD("vkd", ((0, 0),))({0: student}, {0: pooled})
+    expected = unit("vkd", ((0, 0),))({0: student}, {0: pooled})
     torch.testing.assert_close(term({0: student}, {0: teacher}), expected)
 
 
 @pytest.mark.parametrize("loss", ["attention", "rkd", "manifold"])
 def test_distances_that_look_at_no_channels_need_no_projector(loss):
-    term = FeatureKD(loss, ((0, 0),), student_dims={0: 6}, teacher_dims={0: 12})
+    term = unit(loss, ((0, 0),), student_dims={0: 6}, teacher_dims={0: 12})
     value = term({0: tokens(0, 6, batch=4)}, {0: tokens(1, 12, batch=4)})
     assert torch.isfinite(value)
     assert value > 0
@@ -342,7 +345,7 @@ def test_distances_that_look_at_no_channels_need_no_projector(loss):
 
 def test_a_learned_distance_is_built_for_the_widths_it_will_see():
     dims = {"student_dims": {0: 6, 1: 6}, "teacher_dims": {0: 12, 1: 8}}
-    term = FeatureKD("crd", ((0, 0), (1, 1)), dim=4, **dims).double()
+    term = unit("crd", ((0, 0), (1, 1)), dim=4, **dims).double()
     assert len(term.distances) == 2
     term(
         {0: tokens(0, batch=4), 1: tokens(1, batch=4)},
@@ -352,7 +355,7 @@ def test_a_learned_distance_is_built_for_the_widths_it_will_see():
 
 
 def test_a_learned_distance_sees_what_the_projector_leaves():
-    term = FeatureKD(
+    term = unit(
         "crd", ((0, 0),), projector="linear", student_dims={0: 6}, teacher_dims={0: 12}
     ).double()
     assert torch.isfinite(term({0: tokens(0, batch=4)}, {0: tokens(1, 12, batch=4)}))
@@ -360,19 +363,19 @@ def test_a_learned_distance_sees_what_the_projector_leaves():
 
 def test_a_learned_distance_without_widths_is_refused():
     with pytest.raises(ValueError, match="'crd' needs student_dims and teacher_dims"):
-        FeatureKD("crd")
+        unit("crd")
 
 
 def test_an_option_of_another_distance_is_refused():
     with pytest.raises(ValueError, match="'mse' has no option 'beta'; it has none"):
-        FeatureKD("mse", beta=2.0)
+        unit("mse", beta=2.0)
 
 
 def test_a_backend_for_what_no_operator_computes_is_refused():
     with pytest.raises(ValueError, match="'rkd' has one implementation"):
-        FeatureKD("rkd", backend="triton")
+        unit("rkd", backend="triton")
 
 
 def test_a_term_of_its_own_is_no_distance():
     with pytest.raises(ValueError, match="got 'vitkd'"):
-        FeatureKD("vitkd")
+        unit("vitkd")

@@ -319,13 +319,5 @@ def test_autocast_changes_nothing(term):
     assert torch.equal(loss, term(student, teacher, LABELS))
 
 
-@pytest.mark.parametrize("term", TERMS, ids=name_of)
-def test_the_weight_is_kept_and_not_applied(term):
-    heavy = type(term)(weight=3.0)
-    assert heavy.weight == 3.0
-    light = type(term)()
-    assert torch.equal(heavy(logits(0), logits(1), LABELS), light(logits(0), logits(1), LABELS))
-
-
 def test_every_term_has_a_name_of_its_own():
     assert len({term.name for term in TERMS}) == len(TERMS)

@@ -236,12 +236,6 @@ def test_a_linear_that_somebody_listens_to_is_called(features):
     assert calls
 
 
-def test_the_weight_is_kept_and_not_applied(features):
-    light, heavy = build(), build()
-    heavy.weight = 7.0
-    assert torch.equal(run(light, *features), run(heavy, *features))
-
-
 def test_the_teacher_gets_no_gradient(features):
     student, teacher = features
     leaves = [one.data.requires_grad_() for one in (*student.values(), *teacher.values())]
