@@ -331,6 +331,13 @@ def mean_of(total: Tensor, images: int) -> Tensor:
     return total / max(1, images)
 
 
+def expected(probabilities: Tensor, logarithms: Tensor) -> Tensor:
+    """Sum p log q over all, where a class without probability (a masked one) counts 0: 0 log 0 = 0."""
+    absent = probabilities == 0
+    # Masked on both sides of the product, because the gradient of 0 * inf is NaN.
+    return (probabilities * logarithms.masked_fill(absent, 0)).sum()
+
+
 def check_choice(term: nn.Module, argument: str, value: str, choices: Sequence[str]) -> None:
     """Raise unless the value is one of the choices."""
     if value not in choices:

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastkd.losses.base import FeatureTerm, Key, LogitTerm, check_not_negative
+from fastkd.losses.base import FeatureTerm, Key, LogitTerm, check_not_negative, expected
 from fastkd.losses.projectors import undecayed
 from fastkd.ops.checks import at_least_float32
 from fastkd.tokens import Tokens
@@ -159,5 +159,6 @@ class DistillationLoss(nn.Module):
         logits = at_least_float32(logits)
         if len(logits) == 0:
             return logits.sum()  # 0, where the mean over no image is NaN
-        smoothing = 0.0 if target.is_floating_point() else self.label_smoothing
-        return F.cross_entropy(logits, target, label_smoothing=smoothing)
+        if target.is_floating_point():
+            return -expected(target, F.log_softmax(logits, dim=-1)) / len(logits)
+        return F.cross_entropy(logits, target, label_smoothing=self.label_smoothing)

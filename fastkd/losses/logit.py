@@ -10,7 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastkd.losses.base import LogitTerm, check_not_negative, check_positive, mean_of
+from fastkd.losses.base import (
+    LogitTerm,
+    check_not_negative,
+    check_positive,
+    expected,
+    mean_of,
+)
 from fastkd.ops.checks import at_least_float32
 
 
@@ -62,9 +68,11 @@ class HardKD(LogitTerm):
     def compare(self, student: Tensor, teacher: Tensor, target: Tensor | None = None) -> Tensor:
         """Compare logits; see `LogitTerm.forward`."""
         _check_logits(self, student, teacher)
-        choice = teacher.argmax(dim=-1)
+        largest, choice = teacher.detach().max(dim=-1)
         total = F.cross_entropy(at_least_float32(student), choice, reduction="sum")
-        return mean_of(total, len(student))
+        # A row of NaN or of -inf alone has no largest class, though arg max names one.
+        lost = torch.where((largest > -torch.inf).all(), 0.0, torch.nan)
+        return mean_of(total + lost, len(student))
 
 
 class DIST(LogitTerm):
@@ -227,11 +235,11 @@ class NKD(LogitTerm):
         label = _label(self, student, teacher, target)
         log_student, _ = _split(F.log_softmax(_soften(student), dim=-1), label)
         log_teacher, _ = _split(F.log_softmax(_frozen(teacher), dim=-1), label)
-        of_target = -(log_teacher.exp() * log_student).sum()
+        of_target = -expected(log_teacher.exp(), log_student)
         _, student_others = _split(_soften(student, self.tau), label)
         _, teacher_others = _split(_frozen(teacher, self.tau), label)
         shares = teacher_others.softmax(dim=-1)
-        of_others = F.cross_entropy(student_others, shares, reduction="sum")
+        of_others = -expected(shares, F.log_softmax(student_others, dim=-1))
         return mean_of(of_target + self.gamma * self.tau**2 * of_others, len(student))
 
 
@@ -246,8 +254,7 @@ def _frozen(logits: Tensor, tau: float = 1.0) -> Tensor:
 def _mean_kl(student: Tensor, teacher: Tensor) -> Tensor:
     """KL(teacher || student) of the softmax of logits: the mean over images."""
     log_student, log_teacher = F.log_softmax(student, dim=-1), F.log_softmax(teacher, dim=-1)
-    kl = F.kl_div(log_student, log_teacher, reduction="sum", log_target=True)
-    return mean_of(kl, len(student))
+    return mean_of(expected(log_teacher.exp(), log_teacher - log_student), len(student))
 
 
 def _pearson(x: Tensor, y: Tensor, dim: int, eps: float) -> Tensor:

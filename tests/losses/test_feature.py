@@ -113,9 +113,7 @@ def test_linear_resamples_the_teacher_as_the_others_do():
 
 def test_linear_keeps_the_names_of_its_parameters():
     dims = {0: 6, 1: 6}
-    term = unit(
-        pairs=((0, 0), (1, 1)), projector="linear", student_dims=dims, teacher_dims=dims
-    )
+    term = unit(pairs=((0, 0), (1, 1)), projector="linear", student_dims=dims, teacher_dims=dims)
     names = [f"projectors.{index}.{name}" for index in (0, 1) for name in ("weight", "bias")]
     assert list(term.state_dict()) == names
 

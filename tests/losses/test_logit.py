@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from fastkd.losses import DistillationLoss
 from fastkd.losses.base import LogitTerm
 from fastkd.losses.logit import DIST, DKD, NKD, HardKD, SoftKD
 
@@ -321,3 +322,77 @@ def test_autocast_changes_nothing(term):
 
 def test_every_term_has_a_name_of_its_own():
     assert len({term.name for term in TERMS}) == len(TERMS)
+
+
+def masked(rows: torch.Tensor, *classes: int) -> torch.Tensor:
+    return rows.index_fill(1, torch.tensor(classes, dtype=torch.long), -math.inf)
+
+
+HIDDEN = [2, 5]  # classes that no label of LABELS names
+SEEN = [c for c in range(11) if c not in HIDDEN]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64])
+@pytest.mark.parametrize("student_masks", [[], HIDDEN], ids=["teacher", "both"])
+@pytest.mark.parametrize("term", TERMS, ids=name_of)
+def test_masked_classes_count_as_those_of_probability_zero(term, student_masks, dtype):
+    """-inf is the limit of ever lower logits, which are finite."""
+    student = masked(logits(0), *student_masks).to(dtype).requires_grad_()
+    loss = term(student, masked(logits(1), *HIDDEN).to(dtype), LABELS)
+    (gradient,) = torch.autograd.grad(loss, student)
+    sides = student.detach(), masked(logits(1), *HIDDEN)
+    low = [x.masked_fill(x == -math.inf, -6e4) for x in sides]
+    low[0].requires_grad_()
+    expected = term(low[0], low[1].to(dtype), LABELS)
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(gradient, torch.autograd.grad(expected, low[0])[0])
+    assert gradient.isfinite().all()
+
+
+def test_soft_kd_of_a_masked_teacher_is_torchs_kl_div():
+    student, teacher = logits(0), masked(logits(1), *HIDDEN)
+    expected = F.kl_div(student.log_softmax(-1), teacher.softmax(-1), reduction="batchmean")
+    torch.testing.assert_close(SoftKD()(student, teacher), expected)
+
+
+@pytest.mark.parametrize("term", [SoftKD(2.0), HardKD(), DKD(2.0), NKD(2.0)], ids=name_of)
+def test_classes_that_neither_side_has_might_as_well_not_be_there(term):
+    labels = torch.tensor([SEEN.index(label) for label in LABELS.tolist()])
+    student, teacher = logits(0), logits(1)
+    loss = term(masked(student, *HIDDEN), masked(teacher, *HIDDEN), LABELS)
+    torch.testing.assert_close(loss, term(student[:, SEEN], teacher[:, SEEN], labels))
+
+
+@pytest.mark.parametrize("term", TERMS, ids=name_of)
+def test_a_label_that_neither_side_has_leaves_value_and_gradient_finite(term):
+    student = masked(logits(0), 3).requires_grad_()
+    loss = term(student, masked(logits(1), 3), LABELS)
+    (gradient,) = torch.autograd.grad(loss, student)
+    assert loss.isfinite() and gradient.isfinite().all()
+
+
+@pytest.mark.parametrize("term", [SoftKD(2.0), DKD(2.0), NKD(2.0)], ids=name_of)
+def test_a_student_without_a_class_that_the_teacher_sees_is_infinitely_far(term):
+    assert term(masked(logits(0), 2), logits(1), LABELS).item() == math.inf
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("term", SOFT_TERMS, ids=name_of)
+def test_a_teacher_without_a_distribution_gives_nan(term, bad):
+    teacher = logits(1)
+    teacher[2] = bad
+    assert term(logits(0), teacher, LABELS).isnan()
+
+
+@pytest.mark.parametrize("row", [[math.nan] * 11, [math.nan] + [0.0] * 10, [-math.inf] * 11])
+def test_hard_kd_takes_no_class_from_a_teacher_that_has_none(row):
+    teacher = logits(1)
+    teacher[2] = torch.tensor(row)
+    assert HardKD()(logits(0), teacher).isnan()
+
+
+def test_a_soft_label_of_zero_at_a_masked_class_costs_nothing():
+    soft = torch.rand(7, 11).index_fill(1, torch.tensor(HIDDEN), 0)
+    soft = soft / soft.sum(-1, keepdim=True)
+    found = DistillationLoss()(masked(logits(0), *HIDDEN), soft)["ce"]
+    torch.testing.assert_close(found, F.cross_entropy(logits(0)[:, SEEN], soft[:, SEEN]))

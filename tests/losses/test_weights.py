@@ -34,7 +34,9 @@ def logits(seed: int) -> Tensor:
 
 def maps(seed: int, dims: dict[int, int]) -> dict[int, Tokens]:
     generator = torch.Generator().manual_seed(seed)
-    return {k: Tokens(torch.randn(4, 12, dim, generator=generator), GRID) for k, dim in dims.items()}
+    return {
+        k: Tokens(torch.randn(4, 12, dim, generator=generator), GRID) for k, dim in dims.items()
+    }
 
 
 def feature_term(name: str, weight: float) -> FeatureTerm:
@@ -114,9 +116,7 @@ def test_a_sum_weights_once_and_reports_without_weights(logit, feature):
 
 def test_torchdistills_kd_loss_is_the_cross_entropy_and_a_weighted_soft_kd():
     student, teacher, alpha, tau = logits(0), logits(1), 0.3, 4.0
-    kl = F.kl_div(
-        (student / tau).log_softmax(1), (teacher / tau).softmax(1), reduction="batchmean"
-    )
+    kl = F.kl_div((student / tau).log_softmax(1), (teacher / tau).softmax(1), reduction="batchmean")
     cross_entropy = F.cross_entropy(student, LABELS)
     theirs = alpha * cross_entropy + (1 - alpha) * tau**2 * kl
     ours = alpha * cross_entropy + SoftKD(tau=tau, weight=0.7)(student, teacher)
