@@ -13,7 +13,6 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from fastkd.losses.attention import AttentionTransfer
 from fastkd.losses.crd import CRD
 from fastkd.losses.manifold import ManifoldKD
 from fastkd.losses.rkd import RKD
@@ -34,12 +33,6 @@ def eager_manifold(student: Tensor, teacher: Tensor) -> Tensor:
     across = relation_error(s.transpose(0, 1), t.transpose(0, 1))
     random = relation_error(*(x.flatten(0, 1)[drawn][None] for x in (s, t)))
     return 4 * relation_error(s, t) + 0.1 * across + 0.2 * random
-
-
-def eager_attention(student: Tensor, teacher: Tensor) -> Tensor:
-    """The authors' formula, left to autograd."""
-    s, t = (F.normalize(x.float().square().mean(dim=2), dim=1) for x in (student, teacher))
-    return (s - t).square().mean()
 
 
 def eager_rkd(student: Tensor, teacher: Tensor) -> Tensor:
@@ -87,7 +80,6 @@ def case(name: str, batch: int, tokens: int, device: str) -> harness.Case:
     teacher = torch.randn(*shape, TEACHER, device=device)
     crd = CRD(STUDENT, TEACHER).to(device)
     losses: dict[str, tuple[Loss, Loss]] = {
-        "attention": (eager_attention, AttentionTransfer()),
         "manifold": (eager_manifold, ManifoldKD()),
         "angles": (eager_angles, RKD(distance_weight=0)),
         "rkd": (eager_rkd, RKD()),
@@ -128,7 +120,7 @@ def main() -> None:
     else:
         maps, images, contrast = [(32, 196), (64, 196), (128, 196)], [64, 256], [1024, 4096]
     shapes = [
-        *[(name, *shape) for name in ("attention", "manifold") for shape in maps],
+        *[("manifold", *shape) for shape in maps],
         *[(name, batch, 1) for name in ("angles", "rkd") for batch in images],
         *[("contrast", batch, 1) for batch in contrast],
     ]

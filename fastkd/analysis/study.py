@@ -27,9 +27,9 @@ from fastkd.analysis.accumulators.sep import TokenPattern
 from fastkd.analysis.accumulators.shared_basis import SUBSPACES, InSharedBasis
 from fastkd.analysis.results import LayerResult, ModelResult
 from fastkd.analysis.tokens import Batch, TokenSource
+from fastkd.ops.checks import levels_of
 from fastkd.ops.sep import CONVENTIONS
 from fastkd.ops.spectrum import LEVELS, MOST_LEVELS
-from fastkd.ops.spectrum.measures import levels_of
 from fastkd.ops.threads import each
 from fastkd.utils.distributed import StopRequest, World
 from fastkd.utils.io import replacing

@@ -332,7 +332,7 @@ def mean_of(total: Tensor, images: int) -> Tensor:
 
 
 def expected(probabilities: Tensor, logarithms: Tensor) -> Tensor:
-    """Sum p log q over all, where a class without probability (a masked one) counts 0: 0 log 0 = 0."""
+    """Sum p log q over all; a class of probability 0 (a masked one) counts 0, as 0 log 0 = 0."""
     absent = probabilities == 0
     # Masked on both sides of the product, because the gradient of 0 * inf is NaN.
     return (probabilities * logarithms.masked_fill(absent, 0)).sum()

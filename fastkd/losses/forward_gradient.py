@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from fastkd.ops.checks import exact_float32, refuse_forward_mode
+from fastkd.ops.checks import exact_float32, refuse_transforms
 from fastkd.ops.feature_kd.reference import ACCELERATOR_CHUNK_BYTES, CHUNK_BYTES
 
 # A shorter vector has no direction: its similarities are 0, and it gets no gradient.
@@ -73,8 +73,7 @@ class _Registration:
         @functools.wraps(self.function)
         def call(*arguments: Any) -> Tensor:
             for x in arguments[:of]:
-                refuse_forward_mode(name, x)
-                _refuse_transforms(name, x)
+                refuse_transforms(name, x)
             needs = torch.is_grad_enabled() and any(x.requires_grad for x in arguments[:of])
             value: Tensor = operator(*arguments, needs)[0]
             return value
@@ -132,16 +131,6 @@ def _graph_is_freed() -> bool:
 def _is_plain(x: Tensor) -> bool:
     """Whether it is neither a tracing compiler's tensor nor a wrapper of `torch.func`."""
     return type(x) is Tensor and not torch._C._functorch.is_functorch_wrapped_tensor(x)
-
-
-def _refuse_transforms(name: str, x: Tensor) -> None:
-    if torch.compiler.is_compiling():
-        return
-    if torch._C._functorch.is_functorch_wrapped_tensor(x):
-        raise NotImplementedError(
-            f"{name}: torch.func's transforms (grad, vmap, ...) are not supported; take "
-            "torch.autograd"
-        )
 
 
 def wide_dtype(*tensors: Tensor) -> torch.dtype:

@@ -17,6 +17,8 @@ from typing import Any, Generic, Literal, TypeVar, get_args
 import torch
 from torch import Tensor
 
+from fastkd.ops import checks
+
 LIBRARY_STEM = "_C"
 
 NOT_BUILT = "_not_built.txt"  # setup.py's reason
@@ -98,8 +100,7 @@ class Operator(Generic[AnyImplementation]):
         """
         if requested == "auto":
             requested = os.environ.get(ENVIRONMENT_CHOICE, "auto")
-        if requested not in NAMES:
-            raise ValueError(f"{self.name}: backend must be one of {NAMES}, got {requested!r}")
+        check_backend(self.name, requested)
         if requested != "auto":
             reason = self.why_not(requested, tensors, *options)
             if reason is not None:
@@ -187,6 +188,11 @@ class Operator(Generic[AnyImplementation]):
         if message not in self._told:
             self._told.add(message)
             logger.info(message)
+
+
+def check_backend(function: str, backend: object) -> None:
+    """Refuse what is no backend's name."""
+    checks.check_choice(function, "backend", backend, NAMES)
 
 
 def unavailable(name: str, device: torch.device) -> str | None:

@@ -5,8 +5,11 @@
 
 from __future__ import annotations
 
+import math
+import numbers
+import textwrap
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -26,18 +29,20 @@ _depth = 0
 _before: list[tuple[Any, str]] = []
 
 
+def describe(value: object) -> str:
+    """Say in a few words what was given; never the numbers of a tensor."""
+    if isinstance(value, Tensor):
+        where = "" if value.device.type == "cpu" else f" on {value.device}"
+        return f"{list(value.shape)} of {value.dtype}{where}"
+    if isinstance(value, type):
+        return f"the class {value.__name__}"
+    if value is None or isinstance(value, bool | int | float | str):
+        return textwrap.shorten(repr(value), 60, placeholder="...")
+    return type(value).__name__
+
+
 def check_map(function: str, name: str, x: object) -> None:
-    """Refuse what is no map.
-
-    Args:
-        function: the operator's name, for messages.
-        name: the argument's name.
-        x: what was given.
-
-    Raises:
-        TypeError: no floating-point tensor.
-        ValueError: neither three nor four dimensions.
-    """
+    """Refuse what is no [B, N, D] or [B, D, H, W]; see `check_tensor`."""
     check_tensor(function, name, x)
     assert isinstance(x, Tensor)
     if x.ndim not in (3, 4):
@@ -47,15 +52,57 @@ def check_map(function: str, name: str, x: object) -> None:
 
 
 def check_tensor(function: str, name: str, x: object) -> None:
-    """Refuse what is no floating-point tensor, with a TypeError; arguments as for `check_map`.
+    """Refuse what an operator cannot take: no floating-point tensor, or one of `torch.func`."""
+    check_float(function, name, x)
+    assert isinstance(x, Tensor)
+    refuse_transforms(function, x)
 
-    A tensor that carries a tangent is refused, too: see `refuse_forward_mode`.
-    """
+
+def check_float(function: str, name: str, x: object) -> None:
+    """Refuse what is no floating-point tensor, with a TypeError."""
     if not isinstance(x, Tensor):
-        raise TypeError(f"{function}: {name} must be a tensor, got {type(x).__name__}")
+        raise TypeError(f"{function}: {name} must be a tensor, got {describe(x)}")
     if not x.is_floating_point():
-        raise TypeError(f"{function}: {name} must have a float dtype, got {x.dtype}")
-    refuse_forward_mode(function, x)
+        raise TypeError(f"{function}: {name} must have a float dtype, got {describe(x)}")
+
+
+def check_number(
+    function: str, name: str, value: object, least: float | None = None, *, whole: bool = False
+) -> None:
+    """Refuse what is no number (an integer, if ``whole``), and one that is too small or no end."""
+    kind = numbers.Integral if whole else numbers.Real
+    if isinstance(value, bool) or not isinstance(value, kind):
+        expected = "an integer" if whole else "a number"
+        raise TypeError(f"{function}: {name} must be {expected}, got {describe(value)}")
+    if least is not None and not least <= value < math.inf:  # type: ignore[operator]
+        raise ValueError(f"{function}: {name} must be finite and >= {least}, got {value}")
+
+
+def check_flag(function: str, name: str, value: object) -> None:
+    """Refuse what is neither True nor False."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{function}: {name} must be True or False, got {describe(value)}")
+
+
+def check_choice(function: str, name: str, value: object, choices: Sequence[str]) -> None:
+    """Refuse what is none of some words."""
+    if not isinstance(value, str) or value not in choices:
+        raise ValueError(
+            f"{function}: {name} must be one of {tuple(choices)}, got {describe(value)}"
+        )
+
+
+def levels_of(function: str, q: object, name: str = "q") -> tuple[float, ...]:
+    """Get parts of an energy, in (0, 1], as a tuple, be it one or several."""
+    if isinstance(q, Tensor):
+        q = q.tolist()
+    given = tuple(q) if isinstance(q, Iterable) and not isinstance(q, str) else (q,)
+    for level in given:
+        check_number(function, name, level)
+    levels = tuple(map(float, given))
+    if not levels or not all(0 < level <= 1 for level in levels):
+        raise ValueError(f"{function}: {name} must be in (0, 1], got {list(levels)}")
+    return levels
 
 
 def check_pair(function: str, names: tuple[str, str], student: Tensor, teacher: Tensor) -> None:
@@ -102,6 +149,10 @@ def grid_of(function: str, x: Tensor, grid: tuple[int, int] | None, rows: bool) 
     Raises:
         ValueError: ``grid`` does not fit, or is needed and not known.
     """
+    if grid is not None and not _is_grid(grid):
+        error = ValueError if isinstance(grid, tuple | list) else TypeError
+        got = grid if error is ValueError else describe(grid)
+        raise error(f"{function}: grid must be (H, W), two integers, got {got}")
     if x.ndim == 4:
         if grid is not None and tuple(grid) != tuple(x.shape[2:]):
             raise ValueError(
@@ -111,7 +162,7 @@ def grid_of(function: str, x: Tensor, grid: tuple[int, int] | None, rows: bool) 
     tokens = x.shape[1]
     if grid is None:
         grid = _square(function, tokens) if rows else (1, tokens)
-    if len(grid) != 2 or grid[0] * grid[1] != tokens or min(grid) < 1:
+    if grid[0] * grid[1] != tokens or min(grid) < 1:
         raise ValueError(f"{function}: grid {tuple(grid)} does not match {tokens} tokens")
     return grid
 
@@ -119,6 +170,11 @@ def grid_of(function: str, x: Tensor, grid: tuple[int, int] | None, rows: bool) 
 def as_map(x: Tensor, grid: tuple[int, int]) -> Tensor:
     """[B, N, D] or [B, D, H, W] as a [B, H, W, D] view."""
     return x.permute(0, 2, 3, 1) if x.ndim == 4 else x.unflatten(1, grid)
+
+
+def _is_grid(grid: object) -> bool:
+    whole = (int, torch.SymInt)
+    return isinstance(grid, tuple | list) and [isinstance(n, whole) for n in grid] == [True, True]
 
 
 def _square(function: str, tokens: int) -> tuple[int, int]:
@@ -131,23 +187,33 @@ def _square(function: str, tokens: int) -> tuple[int, int]:
     return side, side
 
 
-def refuse_forward_mode(function: str, x: Tensor) -> None:
-    """Refuse a tensor that carries a tangent: the result's would silently be zero.
-
-    Args:
-        function: the caller, for messages.
-        x: one of its inputs.
-
-    Raises:
-        NotImplementedError: it is a dual tensor of forward-mode differentiation.
-    """
-    if torch.compiler.is_compiling() or forward_ad._current_level < 0:
+def refuse_transforms(function: str, x: Tensor) -> None:
+    """Refuse a tensor inside `torch.func` or with a tangent, which custom operators cannot take."""
+    if torch.compiler.is_compiling():
         return
-    if forward_ad.unpack_dual(x).tangent is not None:
+    if forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None:
+        # The result's tangent would silently be zero.
         raise NotImplementedError(
             f"{function}: has no forward-mode derivative (torch.func.jvp, "
             "torch.autograd.forward_ad); differentiate in reverse mode"
         )
+    if torch._C._functorch.is_functorch_wrapped_tensor(x):
+        raise NotImplementedError(
+            f"{function}: torch.func's transforms (grad, vmap, ...) are not supported; take "
+            "torch.autograd, and leading dimensions for batches"
+        )
+
+
+def refuse_second_derivatives(backward: Any, function: str) -> None:
+    """Let an operator that computes a gradient say that it has none itself."""
+
+    def refuse(*_: Any) -> None:
+        raise RuntimeError(
+            f"{function}: its gradient cannot be differentiated again (create_graph=True); take "
+            "torch's own operations where second derivatives are needed"
+        )
+
+    backward.register_autograd(refuse)
 
 
 def at_least_float32(tensor: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fastkd.analysis.accumulators.base import Accumulator, mean_and_std
 from fastkd.analysis.results import Curve, Ranks
+from fastkd.ops.checks import levels_of
 from fastkd.ops.spectrum import (
     LEVELS,
     effective_rank,
@@ -23,7 +24,6 @@ from fastkd.ops.spectrum import (
     spectral_ranks,
     stable_rank,
 )
-from fastkd.ops.spectrum.measures import levels_of
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from torch import Tensor
 from fastkd.analysis.accumulators.base import Accumulator, Rows, only
 from fastkd.analysis.accumulators.second_moment import SharedBasis
 from fastkd.analysis.results import Curve, Ranks, SharedView, Subspaces
-from fastkd.ops.checks import exact_float32
+from fastkd.ops.checks import exact_float32, levels_of
 from fastkd.ops.spectrum import (
     LEVELS,
     energy_curve,
@@ -27,7 +27,6 @@ from fastkd.ops.spectrum import (
     rank_at,
     subspace,
 )
-from fastkd.ops.spectrum.measures import levels_of
 
 SUBSPACES = (1, 4, 16, 64)
 RANDOM_SAMPLES = 64  # pairs of random subspaces whose angles are averaged

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fastkd.ops import checks
-from fastkd.ops.backend import Backend, Implementation, Operator
+from fastkd.ops.backend import Backend, Implementation, Operator, check_backend
 from fastkd.ops.feature_kd import cuda, reference
 from fastkd.ops.feature_kd.reference import LOSSES, LossName
 
@@ -66,30 +66,24 @@ def feature_kd(
         Scalar on the inputs' device: float64 if an input is float64, else float32. 0 for B = 0.
 
     Raises:
-        TypeError: an input is no floating-point tensor.
+        TypeError: an input is no floating-point tensor, or an option is of another type.
         ValueError: shapes, devices, grid, widths or options do not fit; the message names both.
         RuntimeError: ``backend`` names one that cannot run here, and why.
+        NotImplementedError: an input comes from `torch.func` or carries a tangent.
     """
-    _check_options(loss, pool, beta, eps)
     checks.check_map("feature_kd", "student", student)
     checks.check_map("feature_kd", "teacher", teacher)
+    checks.check_choice("feature_kd", "loss", loss, LOSSES)
+    checks.check_choice("feature_kd", "pool", pool, POOLS)
+    checks.check_number("feature_kd", "beta", beta, least=0)
+    checks.check_number("feature_kd", "eps", eps, least=0)
+    check_backend("feature_kd", backend)
     checks.check_pair("feature_kd", ("student", "teacher"), student, teacher)
     _check_widths(student, teacher, pool)
     size = checks.grid_of("feature_kd", student, grid, loss == "spectral")
     student_map, teacher_map = checks.as_map(student, size), checks.as_map(teacher, size)
     value, _ = _operator(student_map, teacher_map, loss, float(beta), float(eps), backend)
     return value
-
-
-def _check_options(loss: str, pool: str, beta: float, eps: float) -> None:
-    if loss not in LOSSES:
-        raise ValueError(f"feature_kd: loss must be one of {LOSSES}, got {loss!r}")
-    if pool not in POOLS:
-        raise ValueError(f"feature_kd: pool must be one of {POOLS}, got {pool!r}")
-    if not 0 <= beta < math.inf:
-        raise ValueError(f"feature_kd: beta must be finite and >= 0, got {beta}")
-    if not 0 <= eps < math.inf:
-        raise ValueError(f"feature_kd: eps must be finite and >= 0, got {eps}")
 
 
 def _check_widths(student: Tensor, teacher: Tensor, pool: str) -> None:
@@ -195,6 +189,7 @@ def _differentiate(ctx, upstream, _):  # type: ignore[no-untyped-def]
 
 
 _operator.register_autograd(_differentiate, setup_context=_save_for_backward)
+checks.refuse_second_derivatives(_backward_operator, "feature_kd")
 
 
 # [B, H, W, Ds] and Dt: packed channels and an even row; and nothing even, with overlapping windows.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Literal, overload
 
 import torch
@@ -10,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastkd.ops import checks
-from fastkd.ops.backend import NAMES, Backend
+from fastkd.ops.backend import Backend, check_backend
 from fastkd.ops.feature_kd.reference import LOSSES, LossName
 from fastkd.ops.lift_kd import op
 from fastkd.ops.lift_kd.op import OPERATOR
@@ -139,11 +138,10 @@ def lift_kd(
     _check_tokens("lift_kd", "student_tokens", student_tokens)
     _check_projection("lift_kd", student_tokens, weight, bias, norm_weight, norm_bias, lift_eps)
     _check_teacher(student_tokens, weight, teacher_tokens)
-    if loss not in LOSSES:
-        raise ValueError(f"lift_kd: loss must be one of {LOSSES}, got {loss!r}")
-    if not 0 <= beta < math.inf:
-        raise ValueError(f"lift_kd: beta must be finite and >= 0, got {beta}")
-    _check_backend("lift_kd", backend)
+    checks.check_choice("lift_kd", "loss", loss, LOSSES)
+    checks.check_number("lift_kd", "beta", beta, least=0)
+    checks.check_flag("lift_kd", "pool", pool)
+    check_backend("lift_kd", backend)
     size = checks.grid_of("lift_kd", student_tokens, grid, loss == "spectral")
     tokens, teacher = checks.as_map(student_tokens, size), checks.as_map(teacher_tokens, size)
     parameters = weight, bias, norm_weight, norm_bias
@@ -197,7 +195,8 @@ def lift(
     """
     _check_tokens("lift", "tokens", tokens)
     _check_projection("lift", tokens, weight, bias, norm_weight, norm_bias, lift_eps)
-    _check_backend("lift", backend)
+    checks.check_flag("lift", "pool", pool)
+    check_backend("lift", backend)
     view = checks.as_map(tokens, checks.grid_of("lift", tokens, None, rows=False))
     parameters = weight, bias, norm_weight, norm_bias
     compute = _compute_dtype(tokens, *parameters)
@@ -260,11 +259,6 @@ def _autocasts(device: str) -> bool:
     return device != "meta" and torch.is_autocast_enabled(device)  # which meta refuses to answer
 
 
-def _check_backend(function: str, backend: str) -> None:
-    if backend not in NAMES:
-        raise ValueError(f"{function}: backend must be one of {NAMES}, got {backend!r}")
-
-
 def _check_tokens(function: str, name: str, tokens: Tensor) -> None:
     checks.check_map(function, name, tokens)
     if 0 in tokens.shape[1:]:
@@ -307,8 +301,7 @@ def _check_projection(
             )
     if norm_bias is not None and norm_weight is None:
         raise ValueError(f"{function}: norm_bias needs norm_weight (no norm_weight, no LayerNorm)")
-    if not 0 <= lift_eps < math.inf:
-        raise ValueError(f"{function}: lift_eps must be finite and >= 0, got {lift_eps}")
+    checks.check_number(function, "lift_eps", lift_eps, least=0)
 
 
 def _check_teacher(student: Tensor, weight: Tensor, teacher: Tensor) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fastkd.ops import checks
-from fastkd.ops.backend import Backend, Implementation, Operator
+from fastkd.ops.backend import Backend, Implementation, Operator, check_backend
 from fastkd.ops.second_moment import reference
 from fastkd.ops.second_moment.reference import WEIGHTS, Weight
 
@@ -52,8 +52,8 @@ def second_moment(tokens: Tensor, weight: Weight = "none", *, backend: Backend =
         RuntimeError: ``backend`` names one that cannot run here, and why.
     """
     check_tokens("second_moment", tokens)
-    if weight not in WEIGHTS:
-        raise ValueError(f"second_moment: weight must be one of {WEIGHTS}, got {weight!r}")
+    checks.check_choice("second_moment", "weight", weight, WEIGHTS)
+    check_backend("second_moment", backend)
     return _operator(tokens, weight, backend)
 
 

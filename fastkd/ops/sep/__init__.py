@@ -9,7 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastkd.ops.backend import Backend
+from fastkd.ops import checks
+from fastkd.ops.backend import Backend, check_backend
 from fastkd.ops.second_moment import check_tokens, second_moment
 from fastkd.ops.second_moment.reference import as_images, row_chunks
 from fastkd.ops.sep.reference import (
@@ -79,6 +80,8 @@ def sep(
     """
     check_tokens("sep", tokens)
     check_convention("sep", convention)
+    checks.check_flag("sep", "std", std)
+    check_backend("sep", backend)
     moment = second_moment(tokens, "row_norm", backend=backend)
     mean = sep_from_moment(moment, convention)
     return (mean, _deviation(tokens, mean, convention)) if std else mean

@@ -92,6 +92,7 @@ def sep_from_power(power: Tensor, dim: int, convention: Convention = "full") -> 
     """
     checks.check_tensor("sep_from_power", "power", power)
     check_convention("sep_from_power", convention)
+    checks.check_number("sep_from_power", "dim", dim, whole=True)
     if dim < 1 or power.ndim == 0 or power.shape[-1] != dim // 2 + 1:
         raise ValueError(
             f"sep_from_power: power must be [..., {dim // 2 + 1}] for dim {dim}, got "
@@ -125,12 +126,12 @@ def sep_curves(tokens: Tensor, convention: Convention = "full") -> Tensor:
     return curves / total.masked_fill(total == 0, 1.0)
 
 
-def bandwidth(curve: Tensor, q: Sequence[float] = LEVELS) -> Tensor:
+def bandwidth(curve: Tensor, q: float | Sequence[float] = LEVELS) -> Tensor:
     """Part of the bins after which a SEP curve has reached each level.
 
     Args:
         curve: [..., F], non-decreasing from bin to bin, ending at 1.
-        q: levels in (0, 1].
+        q: levels in (0, 1]; a single one counts as a list of it.
 
     Returns:
         [..., len(q)] float64: d / F with the first d, counted from 1, where the curve is at least q
@@ -144,10 +145,9 @@ def bandwidth(curve: Tensor, q: Sequence[float] = LEVELS) -> Tensor:
     checks.check_tensor("bandwidth", "curve", curve)
     if curve.ndim == 0 or curve.shape[-1] == 0:
         raise ValueError(f"bandwidth: curve must be [..., F], got {list(curve.shape)}")
-    if len(q) == 0 or not all(0 < level <= 1 for level in q):
-        raise ValueError(f"bandwidth: q must be levels in (0, 1], got {list(q)}")
+    wanted = checks.levels_of("bandwidth", q)
     bins = curve.shape[-1]
-    levels = torch.tensor(q, dtype=torch.float64, device=curve.device) - TIE_TOLERANCE
+    levels = torch.tensor(wanted, dtype=torch.float64, device=curve.device) - TIE_TOLERANCE
     below = (curve.double()[..., None, :] < levels[:, None]).sum(dim=-1)
     width = (below + 1).clamp(max=bins).double() / bins
     return width.masked_fill(curve.isnan().any(dim=-1, keepdim=True), torch.nan)
@@ -195,16 +195,14 @@ def white_noise_sep(dim: int, convention: Convention = "full") -> Tensor:
         ValueError: ``dim`` is not positive, or the convention is unknown.
     """
     check_convention("white_noise_sep", convention)
-    if dim < 1:
-        raise ValueError(f"white_noise_sep: dim must be at least 1, got {dim}")
+    checks.check_number("white_noise_sep", "dim", dim, least=1, whole=True)
     even = torch.ones(dim // 2 + 1, dtype=torch.float64)
     return _bins(even, dim, convention).cumsum(dim=-1) / dim
 
 
 def check_convention(function: str, convention: str) -> None:
     """Refuse an unknown convention with a ValueError; ``function`` is the caller, for messages."""
-    if convention not in CONVENTIONS:
-        raise ValueError(f"{function}: convention must be one of {CONVENTIONS}, got {convention!r}")
+    checks.check_choice(function, "convention", convention, CONVENTIONS)
 
 
 def _token_power(function: str, tokens: Tensor) -> Tensor:

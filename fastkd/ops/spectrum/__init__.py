@@ -9,13 +9,12 @@ import torch
 from torch import Tensor
 
 from fastkd.ops import checks
-from fastkd.ops.backend import Backend, Implementation, Operator
+from fastkd.ops.backend import Backend, Implementation, Operator, check_backend
 from fastkd.ops.spectrum import cuda, reference
 from fastkd.ops.spectrum.measures import (
     LEVELS,
     effective_rank,
     energy_curve,
-    levels_of,
     overlap,
     principal_angles,
     rank_at,
@@ -92,6 +91,7 @@ def spectrum(x: Tensor, *, backend: Backend = "auto") -> Tensor:
         RuntimeError: ``backend`` names one that cannot run here, and why.
     """
     _check("spectrum", x)
+    check_backend("spectrum", backend)
     energies, _, _ = _operator(_batched(x), [], backend)
     return energies.view(*x.shape[:-2], energies.shape[-1])
 
@@ -116,7 +116,8 @@ def spectral_ranks(
         RuntimeError: ``backend`` names one that cannot run here, and why.
     """
     _check("spectral_ranks", x)
-    levels = levels_of("spectral_ranks", q)
+    check_backend("spectral_ranks", backend)
+    levels = checks.levels_of("spectral_ranks", q)
     if len(levels) > MOST_LEVELS:
         raise ValueError(
             f"spectral_ranks: q may hold {MOST_LEVELS} levels, got {len(levels)}; "
@@ -146,6 +147,7 @@ def singular_values(x: Tensor, *, backend: Backend = "auto") -> Tensor:
         RuntimeError: ``backend`` names one that cannot run here, and why.
     """
     _check("singular_values", x)
+    check_backend("singular_values", backend)
     return singular_values_of(spectrum(x, backend=backend))
 
 
@@ -197,6 +199,7 @@ def _differentiate_gram(ctx, upstream):  # type: ignore[no-untyped-def]
 
 
 _gram.register_autograd(_differentiate_gram, setup_context=_save_tokens)
+checks.refuse_second_derivatives(_gram_backward, "gram")
 
 
 @torch.library.custom_op("fastkd::spectrum", mutates_args=())
@@ -254,6 +257,7 @@ def _differentiate(ctx, upstream, _ranks, _product):  # type: ignore[no-untyped-
 
 
 _operator.register_autograd(_differentiate, setup_context=_save_for_backward)
+checks.refuse_second_derivatives(_backward_operator, "spectrum")
 
 
 # Of the total energy, as the solvers are exact to a few units of rounding of the largest.

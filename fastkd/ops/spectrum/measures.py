@@ -37,7 +37,7 @@ def rank_at(energies: Tensor, q: float | Sequence[float] = LEVELS) -> Tensor:
         ValueError: they are empty, or a q is out of range or missing.
     """
     check_energies("rank_at", energies)
-    ranks = reference.ranks_of(_wide(energies.detach()), levels_of("rank_at", q))
+    ranks = reference.ranks_of(_wide(energies.detach()), checks.levels_of("rank_at", q))
     return ranks if isinstance(q, Iterable) else ranks[..., 0]
 
 
@@ -114,23 +114,6 @@ def singular_values_of(energies: Tensor) -> Tensor:
     """Square roots of energies, whose gradient at 0 is 0 instead of infinite."""
     zero = energies == 0
     return torch.where(zero, 0.0, torch.where(zero, 1.0, energies).sqrt())
-
-
-def levels_of(caller: str, q: float | Sequence[float], name: str = "q") -> tuple[float, ...]:
-    """Parts of the energy as a tuple, be it one or several.
-
-    Args:
-        caller: named in errors.
-        q: what was given.
-        name: the argument's name.
-
-    Raises:
-        ValueError: one is outside (0, 1], or there is none.
-    """
-    levels = tuple(map(float, q)) if isinstance(q, Iterable) else (float(q),)
-    if not levels or not all(0 < level <= 1 for level in levels):
-        raise ValueError(f"{caller}: {name} must be in (0, 1], got {list(levels)}")
-    return levels
 
 
 def check_energies(caller: str, energies: Tensor) -> None:
