@@ -36,8 +36,10 @@ def describe(value: object) -> str:
         return f"{list(value.shape)} of {value.dtype}{where}"
     if isinstance(value, type):
         return f"the class {value.__name__}"
-    if value is None or isinstance(value, bool | int | float | str):
+    if value is None or isinstance(value, str):
         return textwrap.shorten(repr(value), 60, placeholder="...")
+    if isinstance(value, bool | int | float):
+        return f"{type(value).__name__} {value}"
     return type(value).__name__
 
 

@@ -182,3 +182,71 @@ def test_bad_subspaces_are_refused():
         subspace(x.requires_grad_(), 2)
     with pytest.raises(TypeError, match="principal_angles: b must be a tensor, got int"):
         principal_angles(axes(0), 3)
+
+
+def with_values(shape: tuple[int, int], values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """A float64 matrix of given singular values, and its right singular vectors as columns."""
+    generator = torch.Generator().manual_seed(3)
+    size = min(shape)
+    left, right = (
+        torch.linalg.qr(torch.randn(n, size, dtype=torch.float64, generator=generator)).Q
+        for n in shape
+    )
+    return (left * values) @ right.mT, right
+
+
+SMALLEST = [1e-3, 1e-4, 1e-5, 1e-6, 2e-7]
+
+
+@pytest.mark.parametrize("smallest", SMALLEST)
+@pytest.mark.parametrize("shape", [(12, 20), (20, 12), (16, 16)])
+def test_weak_directions_are_orthonormal_and_where_they_are(shape, smallest):
+    values = torch.logspace(0, math.log10(smallest), min(shape), dtype=torch.float64)
+    x, right = with_values(shape, values)
+    for k in (3, min(shape) - 1, min(shape)):
+        found = subspace(x, k)
+        assert (found.mT @ found - torch.eye(k, dtype=torch.float64)).abs().max() < 1e-12
+        beyond = found - right[:, :k] @ (right[:, :k].mT @ found)  # sines of the angles
+        assert torch.linalg.matrix_norm(beyond, 2) < 1e-6
+        assert 1 - 1e-12 < overlap(found, right[:, :k]) <= 1
+        assert principal_angles(found, right[:, :k]).max() < 1e-6
+    in_float32 = subspace(x.float(), min(shape))
+    held = in_float32[:, in_float32.ne(0).any(0)]
+    assert (held.mT @ held - torch.eye(held.shape[1])).abs().max() < 1e-6
+
+
+def test_weak_matrices_in_a_batch_change_no_other():
+    strong, _ = with_values((8, 12), torch.linspace(2, 1, 8, dtype=torch.float64))
+    weak, _ = with_values((8, 12), torch.logspace(0, -6, 8, dtype=torch.float64))
+    empty = torch.zeros_like(weak)
+    found = subspace(torch.stack([strong, weak, empty]), 8)
+    for ours, alone in zip(found, (strong, weak, empty)):
+        torch.testing.assert_close(ours @ ours.mT, subspace(alone, 8) @ subspace(alone, 8).mT)
+    assert (found[2] == 0).all()
+
+
+def test_a_subspace_overlaps_with_itself_by_one_and_not_more():
+    for seed in range(20):
+        x = torch.randn(9, 30, generator=torch.Generator().manual_seed(seed))
+        own = subspace(x * torch.logspace(0, -6, 30), 9)
+        assert 1 - 1e-12 < overlap(own, own).item() <= 1
+        assert overlap(own.float(), own.float()).item() <= 1
+
+
+@pytest.mark.parametrize("measure", [overlap, principal_angles])
+def test_columns_that_are_not_orthonormal_have_no_overlap(measure):
+    """Features themselves, say, whose overlap would be any number."""
+    features = torch.randn(30, 9, generator=torch.Generator().manual_seed(0))
+    assert measure(features, axes(0, 1, dim=30)).isnan().all()
+    assert measure(axes(0, 1, dim=30), 1.1 * axes(0, 1, dim=30)).isnan().all()
+    assert measure(axes(0, 1, dim=30).half(), axes(0, 1, dim=30)).isfinite().all()
+
+
+@pytest.mark.parametrize("k", ["2", 2.0, None, True, [2]])
+def test_a_k_that_is_no_integer_is_refused(k):
+    with pytest.raises(TypeError, match="subspace: k must be an integer, got"):
+        subspace(torch.randn(4, 6), k)
+
+
+def test_stable_rank_of_energies_whose_sum_float32_cannot_hold():
+    assert stable_rank(torch.full((4,), 3e38)).item() == pytest.approx(4)

@@ -14,6 +14,12 @@ from fastkd.ops.threads import over_shares
 # Of the largest singular value; below it a direction is rounding, as for numpy.linalg.matrix_rank.
 _RANK_TOLERANCE = 1e-7
 
+# Of the largest singular value; a Gram matrix squares values, so that directions below are lost in
+# the rounding of the largest.
+_GRAM_TOLERANCE = 3e-4
+
+_ORTHONORMAL = 1e-2  # how far from it columns may be: they may have been kept in half precision
+
 LEVELS = (0.80, 0.90, 0.95, 0.99)
 
 
@@ -107,7 +113,7 @@ def stable_rank(energies: Tensor) -> Tensor:
     check_energies("stable_rank", energies)
     wide = _wide(energies)
     largest = wide.amax(dim=-1)
-    return wide.sum(dim=-1) / torch.where(largest == 0, 1.0, largest)
+    return (wide / torch.where(largest == 0, 1.0, largest).unsqueeze(-1)).sum(dim=-1)
 
 
 def singular_values_of(energies: Tensor) -> Tensor:
@@ -137,15 +143,16 @@ def _wide(energies: Tensor) -> Tensor:
 def subspace(x: Tensor, k: int) -> Tensor:
     """Top-k right singular vectors of every matrix: the k channel directions with most energy.
 
-    Through the eigenvectors of the smaller Gram matrix. Allocates x and [..., n, n] in float64; the
-    library's solver may synchronise with the host.
+    By the eigenvectors of the smaller Gram matrix where they are exact enough, else by a singular
+    value decomposition. Allocates x and [..., n, n] in float64; synchronizes with the host.
 
     Args:
         x: [..., N, D] in any float dtype, any strides.
         k: how many, from 1 to min(N, D).
 
     Returns:
-        [..., D, k] float64, orthonormal columns, the most energetic first; signs are arbitrary.
+        [..., D, k] float64, columns that are orthonormal to rounding, the most energetic first;
+        signs are arbitrary.
         Columns past a matrix's rank are zero: nothing says where they point (singular values below
         1e-7 of the largest do not count). All NaN for a matrix with a NaN or an infinity.
 
@@ -155,6 +162,7 @@ def subspace(x: Tensor, k: int) -> Tensor:
         RuntimeError: a gradient is asked for.
     """
     _check_matrix("subspace", "x", x)
+    checks.check_number("subspace", "k", k, whole=True)
     if 0 in x.shape[-2:] or not 1 <= k <= min(x.shape[-2:]):
         raise ValueError(f"subspace: k must be from 1 to min(N, D) of {list(x.shape)}, got {k}")
     tokens = x.detach().reshape(-1, *x.shape[-2:])
@@ -168,12 +176,19 @@ def _top(tokens: Tensor, k: int) -> Tensor:
     rows = reference.smaller_side(tokens.double())
     gram = rows @ rows.mT
     finite = reference.finite(gram)
-    energies, vectors = torch.linalg.eigh(torch.where(finite, gram, 0.0))
-    energies, vectors = energies[..., -k:].flip(-1), vectors[..., -k:].flip(-1)
-    values = energies.clamp_min(0).sqrt().unsqueeze(-2)
-    known = values > _RANK_TOLERANCE * values[..., :1]
+    gram, rows = (torch.where(finite, x, 0.0) for x in (gram, rows))
+    energies, vectors = torch.linalg.eigh(gram)
+    values = energies[..., -k:].flip(-1).clamp_min(0).sqrt()
+    vectors = vectors[..., -k:].flip(-1)
     if tokens.shape[-2] <= tokens.shape[-1]:
-        vectors = rows.mT @ vectors / torch.where(known, values, 1.0)
+        # Not divided by their lengths: beside large values, small ones are not at right angles.
+        vectors = torch.linalg.qr(rows.mT @ vectors).Q
+    weak = values[:, -1] < _GRAM_TOLERANCE * values[:, 0]
+    if weak.any():
+        matrices = torch.where(finite[weak], tokens[weak].double(), 0.0)
+        _, exact, right = torch.linalg.svd(matrices, full_matrices=False)
+        values[weak], vectors[weak] = exact[:, :k], right[:, :k].mT
+    known = (values > _RANK_TOLERANCE * values[:, :1]).unsqueeze(-2)
     return torch.where(finite, torch.where(known, vectors, 0.0), torch.nan)
 
 
@@ -186,7 +201,8 @@ def principal_angles(a: Tensor, b: Tensor) -> Tensor:
         b: [..., D, l], likewise; leading dimensions broadcast.
 
     Returns:
-        [..., min(k, l)] float64, radians in [0, pi / 2], ascending, exact to about 1e-8.
+        [..., min(k, l)] float64, radians in [0, pi / 2], ascending, exact to about 1e-8. NaN where
+        columns are not orthonormal.
 
     Raises:
         TypeError: an input is no floating-point tensor.
@@ -212,7 +228,7 @@ def overlap(a: Tensor, b: Tensor) -> Tensor:
         b: [..., D, l], likewise; leading dimensions broadcast.
 
     Returns:
-        [...] float64 in [0, 1].
+        [...] float64 in [0, 1]. NaN where columns are not orthonormal.
 
     Raises:
         TypeError: an input is no floating-point tensor.
@@ -220,7 +236,7 @@ def overlap(a: Tensor, b: Tensor) -> Tensor:
         RuntimeError: a gradient is asked for.
     """
     products = _products("overlap", a, b)
-    return products.square().sum(dim=(-2, -1)) / min(products.shape[-2:])
+    return (products.square().sum(dim=(-2, -1)) / min(products.shape[-2:])).clamp(0, 1)
 
 
 def _products(caller: str, a: Tensor, b: Tensor) -> Tensor:
@@ -231,7 +247,17 @@ def _products(caller: str, a: Tensor, b: Tensor) -> Tensor:
             f"{caller}: a and b must be [..., D, k] with one D, got {list(a.shape)} and "
             f"{list(b.shape)}"
         )
-    return a.double().mT @ b.double()
+    a, b = a.double(), b.double()
+    comparable = _is_orthonormal(a) & _is_orthonormal(b)
+    return torch.where(comparable, a.mT @ b, torch.nan)
+
+
+def _is_orthonormal(x: Tensor) -> Tensor:
+    """[..., 1, 1]: whether all columns are of length 1, or 0, and at right angles."""
+    products = x.mT @ x
+    lengths = products.diagonal(dim1=-2, dim2=-1)
+    ideal = torch.diag_embed((lengths > 0.5).double())
+    return ((products - ideal).abs() < _ORTHONORMAL).all(dim=-1, keepdim=True).all(-2, True)
 
 
 def _check_matrix(caller: str, name: str, x: Tensor) -> None:
