@@ -73,6 +73,11 @@ def open_data(
     image, labelled_val = _look(val, "evaluation", labels)
     if train is not None:
         image, _ = _look(train, "training", labels)
+        if labels and _num_classes(train) == 1:
+            raise ValueError(
+                "data: the training set has one class, which teaches nothing; a recipe with "
+                "labels=false needs no classes"
+            )
     first = val if train is None else train
     return DataPair(
         train=train,

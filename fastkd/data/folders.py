@@ -6,22 +6,34 @@ The layout is decided first, from names alone; then the splits are opened.
 from __future__ import annotations
 
 import json
+import logging
 import os
+import posixpath
 import re
 from collections.abc import Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
-from timm.data.readers.img_extensions import get_img_extensions
-
 from fastkd.data.classes import UNLABELLED, map_classes, number_classes
-from fastkd.data.files import is_hidden, list_images
+from fastkd.data.files import (
+    LeftOut,
+    image_endings,
+    is_hidden,
+    list_folders,
+    list_images,
+    tell_left_out,
+)
 from fastkd.data.readers import FileReader, ReadableImages
 from fastkd.data.tars import TarImages, holds_samples
+from fastkd.utils.io import writable
+
+logger = logging.getLogger("fastkd")
 
 VALIDATION_FOLDERS = ("val", "validation", "valid")
 SPLITS = {"train": ("train", "training"), "validation": ("validation", "val", "valid", "test")}
+MOST_SAMPLES = 10**12  # that a list of shards may state
 SHARD_LISTS = ("_info.json", "info.json")  # beside WebDataset shards, as timm reads them
+LISTS = (".txt", ".csv", ".tsv", ".json")  # beside images, may say what their classes are
 UNFINISHED = ".fastkd-shard.json"  # beside shards that are still being written
 # How a split's images are kept: files; one tar; tars that stand for folders; WebDataset shards.
 IMAGES, TAR, TARS, SHARDS = "images", "tar", "tars", "shards"
@@ -43,8 +55,13 @@ def open_folder(folder: Path, need_train: bool, labels: bool) -> tuple[Any, Any]
     if train is None or (not need_train and train.form == SHARDS):
         return None, _open(val, labels)
     training = _open(train, labels and need_train)
+    if labels and need_train:
+        refuse_empty_classes(training, train.place)
     # The training set's numbering, so that a class without validation images shifts no label.
     evaluation = _open(val, labels, training if training.labelled else None)
+    # One folder is no classification.
+    if not labels and training.labelled and len(training.reader.class_to_idx) == 1:
+        training.labelled = evaluation.labelled = False
     return (training if need_train else None), evaluation
 
 
@@ -105,13 +122,19 @@ def _archive(path: Path) -> _Part:
 
 def _tars(folder: Path) -> tuple[Path, ...]:
     """List a folder's archives; raise if it has images, too, for either may be meant."""
-    tars = tuple(sorted(path for path in folder.glob("*.tar") if not is_hidden(path.name)))
+    found = sorted(path for path in folder.glob("*.tar") if not is_hidden(path.name))
+    tars = tuple(path for path in found if path.is_file() or not path.exists())
     images = list_images(folder) if tars else []
     if images:
         raise ValueError(
             f"data: {folder} has images, such as {Path(images[0]).relative_to(folder)}, and the "
             f"archive {tars[0].name}: take one of them away"
         )
+    if tars:
+        left_out = LeftOut()
+        for path in set(found).difference(tars):
+            left_out.add(LeftOut.IRREGULAR, str(path))
+        tell_left_out(folder, left_out)
     return tars
 
 
@@ -120,7 +143,7 @@ def _listed_splits(folder: Path) -> dict[str, _Part] | None:
     path = next((folder / name for name in SHARD_LISTS if (folder / name).is_file()), None)
     if path is None:
         return None
-    listed = parse_shard_list(path.read_text(), str(path))
+    listed = parse_shard_list(path.read_bytes(), str(path))
     return {
         name: _Part(folder, SHARDS, tuple(folder / file for file in part.files), *part[2:])
         for name, part in listed.items()
@@ -136,11 +159,11 @@ class ListedSplit(NamedTuple):
     target: str | None  # field of the shards' .json that holds labels; None: .cls does
 
 
-def parse_shard_list(text: str, where: str) -> dict[str, ListedSplit]:
+def parse_shard_list(text: bytes, where: str) -> dict[str, ListedSplit]:
     """Read the text of an ``_info.json``; empty if it lists no splits."""
     try:
         info = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"data: {where} is no JSON: {error}") from error
     if not isinstance(info, dict) or "splits" not in info:
         return {}
@@ -161,11 +184,20 @@ def _listed(where: str, name: str, split: Any, classes: int) -> ListedSplit:
         )
     if not files:
         raise ValueError(f"data: {where}: split {name} lists no shards")
-    if not isinstance(samples, int | None):
+    for file in files:
+        parts = PurePosixPath(posixpath.normpath(file)).parts
+        if not parts or parts[0] in ("/", "//", "..") or "\0" in file:
+            raise ValueError(
+                f"data: {where}: split {name} lists {file!r}, which leaves the list's folder"
+            )
+    if not isinstance(samples, int | None) or not 0 <= (samples or 0) < MOST_SAMPLES:
         raise ValueError(
-            f"data: {where}: num_samples of split {name} must be a number, got {samples!r}"
+            f"data: {where}: num_samples of split {name} must be a number, got {samples!r:.50}"
         )
-    return ListedSplit(files, samples or None, classes, split.get("alt_label") or None)
+    target = split.get("alt_label") or None
+    if not isinstance(target, str | None):
+        raise ValueError(f"data: {where}: alt_label of split {name} must be a name, got {target!r}")
+    return ListedSplit(files, samples or None, classes, target)
 
 
 def _named_splits(folder: Path, tars: Sequence[Path]) -> dict[str, _Part]:
@@ -207,42 +239,83 @@ def _open(part: _Part, labels: bool, like: ReadableImages | None = None) -> Read
 
 
 def _open_images(folder: Path, labels: bool, like: ReadableImages | None = None) -> ReadableImages:
-    reader = _image_folder(folder)
-    outside = next((path for path, _ in reader.samples if Path(path).parent == folder), None)
-    if outside is not None:
-        if labels:
-            raise ValueError(
-                f"data: {folder} has images in no class's folder, such as {outside}; a recipe with "
-                f"labels=false needs no classes"
-            )
-        return ReadableImages(reader, labelled=False)
-    if like is not None and like.reader.class_to_idx:
-        training = like.reader.class_to_idx
-        numbers = map_classes(reader.class_to_idx, training, folder)
-        reader.samples = [(path, numbers[own]) for path, own in reader.samples]
-        reader.class_to_idx = training
-    return ReadableImages(reader)
-
-
-def _image_folder(folder: Path) -> FileReader:
-    """List a folder's images; the name of the folder that an image is in is its class."""
-    paths = list_images(folder)
+    left_out = LeftOut()
+    paths = list_images(folder, left_out)
+    tell_left_out(folder, left_out)
     if not paths:
         raise ValueError(
-            f"data: {folder} has no images ({', '.join(get_img_extensions())}; hidden ones do not "
-            f"count)"
+            f"data: {folder} has no images ({', '.join(image_endings())}; hidden ones do not count)"
         )
-    root = str(folder)
-    parents = [os.path.dirname(path) for path in paths]
-    names = ["" if parent == root else os.path.basename(parent) for parent in parents]
+    above = len(os.path.join(folder, ""))
+    inner = [path[above:].split(os.sep) for path in paths]
+    outside = next((path for path, parts in zip(paths, inner, strict=True) if len(parts) == 1), "")
+    if outside and labels:
+        raise ValueError(
+            f"data: {folder} has images in no class's folder, such as {outside}; a recipe with "
+            f"labels=false needs no classes"
+        )
+    names = ["" if outside else parts[0] for parts in inner]
     numbers = number_classes(set(names))
     samples = [(path, numbers[name]) for path, name in zip(paths, names, strict=True)]
-    return FileReader(root, samples, numbers)
+    empty = sorted(set(list_folders(folder)) - set(names))
+    dataset = ReadableImages(FileReader(str(folder), samples, numbers, empty), labelled=not outside)
+    if dataset.labelled:
+        _tell_depth(folder, len(numbers), len({os.path.dirname(path) for path in paths}))
+        _number_like(dataset, like, folder, labels)
+    return dataset
+
+
+def refuse_empty_classes(dataset: ReadableImages, place: Path) -> None:
+    """Raise if a labelled training split has class folders without images, as torchvision does."""
+    if dataset.labelled and (empty := dataset.reader.empty):
+        more = f" and {len(empty) - 3} more" if len(empty) > 3 else ""
+        raise ValueError(
+            f"data: {place} has class folders without images: {', '.join(empty[:3])}{more}; remove "
+            f"them, or hide them (.name)"
+        )
+
+
+def _tell_depth(place: Path, classes: int, folders: int) -> None:
+    """Say so where the folders that images are in are no classes, but folders above them are."""
+    if folders > classes and os.environ.get("RANK", "0") == "0":
+        logger.warning(
+            "data: %s: images are in %d folders, but the classes are the %d at the top",
+            writable(place), folders, classes,
+        )  # fmt: skip
+
+
+def _number_like(
+    dataset: ReadableImages, like: ReadableImages | None, place: Path, labels: bool
+) -> None:
+    """Give a validation split the class numbers of the training split, by name."""
+    training = like.reader.class_to_idx if like is not None else {}
+    if not training:
+        return
+    reader = dataset.reader
+    name, *others = reader.class_to_idx
+    if not others and name not in training:
+        dataset.labelled = labels
+        if not labels:
+            return
+        lists = sorted(path.name for path in place.glob("*.*") if path.suffix in LISTS)
+        beside = f" (and labels in {lists[0]}?)" if lists else ""
+        raise ValueError(
+            f"data: {place} has all images in one folder, {name!r}{beside}, which is no class of "
+            f"the training set: move each image to a folder named as its class is in training"
+        )
+    if isinstance(reader, TarImages):
+        reader.renumber(training)
+        return
+    numbers = map_classes(reader.class_to_idx, training, place)
+    reader.samples = [(path, numbers[own]) for path, own in reader.samples]
+    reader.class_to_idx = training
 
 
 def _open_tars(part: _Part, labels: bool, like: ReadableImages | None) -> ReadableImages:
-    numbers = None if like is None else like.reader.class_to_idx or None
-    reader = TarImages(part.tars, layout=part.form, class_to_idx=numbers, target=part.target)
+    reader = TarImages(part.tars, layout=part.form, target=part.target)
+    if not len(reader):
+        some = ", ".join(path.name for path in part.tars[:3])
+        raise ValueError(f"data: {part.place} has no images in its archives ({some})")
     without = (reader.targets == UNLABELLED).nonzero()[0]
     if len(without) and labels:
         raise ValueError(
@@ -250,12 +323,17 @@ def _open_tars(part: _Part, labels: bool, like: ReadableImages | None) -> Readab
             f"{reader.filename(without[0], absolute=True)}; a recipe with labels=false needs none"
         )
     dataset = ReadableImages(reader, labelled=len(without) == 0)
-    if part.form == SHARDS and dataset.labelled and len(reader):
-        _check_labels(reader, part.classes, "its list of shards")
-        if like is not None:
-            training = like.num_classes or len(like.reader.class_to_idx)
-            _check_labels(reader, training, "the training set")
-        dataset.num_classes = part.classes or 1 + int(reader.targets.max())
+    if not dataset.labelled:
+        return dataset
+    if part.form != SHARDS:
+        _tell_depth(part.place, len(reader.class_to_idx), reader.folders)
+        _number_like(dataset, like, part.place, labels)
+        return dataset
+    _check_labels(reader, part.classes, "its list of shards")
+    if like is not None:
+        training = like.num_classes or len(like.reader.class_to_idx)
+        _check_labels(reader, training, "the training set")
+    dataset.num_classes = part.classes or 1 + int(reader.targets.max())
     return dataset
 
 

@@ -11,6 +11,7 @@ from timm.data.readers.reader_image_folder import ReaderImageFolder
 from torch.utils.data import Dataset
 
 from fastkd.data.classes import UNLABELLED
+from fastkd.data.files import open_file
 from fastkd.data.images import PILLOW_ERRORS, open_image, reason_of
 from fastkd.utils.io import writable
 
@@ -21,11 +22,20 @@ class FileReader(ReaderImageFolder):
     """timm's reader of image folders, for (path, class number) that are listed already."""
 
     def __init__(
-        self, root: str, samples: Sequence[tuple[str, Any]], class_to_idx: dict[str, int]
+        self,
+        root: str,
+        samples: Sequence[tuple[str, Any]],
+        class_to_idx: dict[str, int],
+        empty: Sequence[str] = (),
     ) -> None:
         self.root = root
         self.samples = samples
         self.class_to_idx = class_to_idx
+        self.empty = empty  # names of classes without images, which have no number
+
+    def __getitem__(self, index: int) -> tuple[BinaryIO, Any]:
+        path, label = self.samples[index]
+        return open_file(path), label
 
 
 class ReadableImages(Dataset[tuple[Any, Any]]):

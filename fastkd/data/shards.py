@@ -22,7 +22,13 @@ from typing import Any, NamedTuple
 from PIL import ExifTags, Image
 
 from fastkd.data.datasets import open_data
-from fastkd.data.folders import SHARD_LISTS, UNFINISHED, VALIDATION_FOLDERS
+from fastkd.data.files import open_file
+from fastkd.data.folders import (
+    SHARD_LISTS,
+    UNFINISHED,
+    VALIDATION_FOLDERS,
+    refuse_empty_classes,
+)
 from fastkd.data.images import PILLOW_ERRORS, open_image, reason_of, refuse_deep
 from fastkd.data.tars import TarImages, list_shard
 from fastkd.utils.io import remove_leftovers, replacing, write_text
@@ -158,6 +164,8 @@ class _Work:
         for split, data in (("train", pair.train), (second, pair.val))[0 if parted else 1 :]:
             if isinstance(data.reader, TarImages):
                 raise ValueError(f"shard: source: {source} holds tars, not image files")
+            if split == "train":
+                refuse_empty_classes(data, source)
             if data.labelled:
                 self.classes = sorted(data.reader.class_to_idx, key=data.reader.class_to_idx.get)
             images: list[Any] = []
@@ -278,7 +286,8 @@ def _begin_worker(lock: int) -> None:
 
 def convert(path: str, short_side: int | None, quality: int) -> dict[str, bytes] | str:
     """Return {extension: content} of an image as it is stored, or the reason why it cannot be."""
-    content = Path(path).read_bytes()  # an error here says nothing about the image
+    with open_file(path) as file:
+        content = file.read()  # an error here says nothing about the image
     try:
         with open_image(content) as image:
             image.load()  # truncated files are found here, copied or not

@@ -7,21 +7,24 @@ an uninterrupted run, with as many processes and loader processes as before; els
 from __future__ import annotations
 
 import random
+import shlex
+import tarfile
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import count
+from itertools import count, groupby
 from typing import Any
 
 from torch.utils.data import IterableDataset, get_worker_info
 
+from fastkd.data.files import LeftOut, is_hidden, tell_left_out
 from fastkd.data.folders import SHARD_LISTS, SPLITS, parse_shard_list
-from fastkd.data.images import open_image
+from fastkd.data.images import open_image, reason_of
 from fastkd.data.readers import NO_SAMPLE, Fault, Item, StreamSource, image_column
 from fastkd.data.samplers import Schedule
 from fastkd.data.samples import Sample, SampleTransform, WorkerNotes
-from fastkd.data.tars import SHARD_IMAGES, parse_label
+from fastkd.data.tars import parse_label, samples_of
 from fastkd.utils.random import derive_seed, preserved_rng, seed_cpu
 
 SHUFFLE_BUFFER = 4096  # encoded images that a loader process draws from; 110 kB each in ImageNet
@@ -36,8 +39,13 @@ class ShardStream(StreamSource):
         split = _pick_split(name, part, splits)
         files, samples, classes, self.target = splits[split]
         shown = name if address in name else f"{name} at {address}"
+        if address.startswith("pipe:"):  # a shell reads what follows
+            for file in files:
+                if shlex.quote(file) != file:
+                    raise ValueError(f"data: {name} lists {file!r}, which is no plain file name")
         urls = [f"{address}/{file}" for file in files]
         super().__init__(shown, split, samples, classes or None, urls)
+        self.told = False  # what is left out of it
 
     def items(self, rank: int, world_size: int, seed: int | None) -> Iterator[Item | Fault]:
         """Split by shard; evaluation on more ranks than shards by sample."""
@@ -52,35 +60,67 @@ class ShardStream(StreamSource):
         if not urls:
             return
         faults: list[Fault] = []
-
-        def report(error: Exception) -> bool:
-            # webdataset appends the address to the error's arguments.
-            said = [part for part in error.args if isinstance(part, str)]
-            address = said.pop() if len(said) > 1 else "a shard"
-            faults.append(Fault(NO_SAMPLE, address, " ".join(said) or type(error).__name__))
-            return True  # continue
-
-        stages = [webdataset.SimpleShardList(urls), webdataset.tarfile_to_samples(handler=report)]
+        samples = self._samples(urls, faults)
         if seed is not None:
             rng = random.Random(derive_seed("stream", seed, rank, worker))
-            stages.append(webdataset.shuffle(SHUFFLE_BUFFER, initial=SHUFFLE_BUFFER // 2, rng=rng))
-        for number, sample in enumerate(webdataset.DataPipeline(*stages)):
+            shuffle = webdataset.shuffle(SHUFFLE_BUFFER, initial=SHUFFLE_BUFFER // 2, rng=rng)
+            samples = shuffle(samples)
+        for number, (name, image, label) in enumerate(samples):
             yield from faults
             faults.clear()
             if not by_sample or number % world_size == rank:
-                yield f"{sample['__url__']}:{sample['__key__']}", partial(self._load, sample)
+                yield name, partial(self._load, name, image, label)
         yield from faults
 
-    def _load(self, sample: dict[str, Any]) -> tuple[Any, Any] | None:
-        content = next((sample[kind[1:]] for kind in SHARD_IMAGES if kind[1:] in sample), None)
-        if content is None:
+    def _samples(self, urls: Sequence[str], faults: list[Fault]) -> Iterator[tuple[Any, ...]]:
+        """Yield (name, image, label) encoded, None for what a sample lacks, as `list_shard` does.
+
+        Members of a sample are those in a row whose names are equal up to the first dot.
+        """
+        for url in urls:
+            left_out = LeftOut()
+            try:
+                for _, group in groupby(self._members(url, left_out), _first_key):
+                    members: dict[str, bytes] = {}
+                    for name, content in group:
+                        if name in members:
+                            faults.append(Fault(NO_SAMPLE, f"{url}:{name}", "is there twice"))
+                        members.setdefault(name, content)
+                    for key, (image, fields) in samples_of(members, url, left_out).items():
+                        label = fields.get("cls" if self.target is None else "json")
+                        if image or label:
+                            yield f"{url}:{key}", members.get(image or ""), members.get(label or "")
+            except Exception as error:  # of the fetching process, or a broken archive
+                faults.append(Fault(NO_SAMPLE, url, reason_of(error)))
+            if str(left_out) and not self.told:  # one line, not one for each shard
+                self.told = True
+                tell_left_out(url, left_out)
+
+    def _members(self, url: str, left_out: LeftOut) -> Iterator[tuple[str, bytes]]:
+        import webdataset
+
+        stream = webdataset.gopen(url)
+        with tarfile.open(fileobj=stream, mode="r|*") as archive:
+            for info in archive:
+                archive.members = []  # type: ignore[attr-defined] # which grow with the archive
+                if info.isreg() and not is_hidden(info.name):
+                    yield info.name, archive.extractfile(info).read()  # type: ignore[union-attr]
+                elif not info.isreg() and not info.isdir() and not is_hidden(info.name):
+                    left_out.add(LeftOut.IRREGULAR, f"{url}:{info.name}")
+
+    def _load(self, name: str, image: bytes | None, label: bytes | None) -> tuple[Any, Any] | None:
+        if image is None:
             raise OSError("no image")
-        text = sample.get("cls" if self.target is None else "json", b"")
-        label = parse_label(text, self.target, sample["__key__"])
+        number = parse_label(label or b"", self.target, name, self.num_classes or 0)
         # A target below zero marks images of other splits.
-        if self.target is not None and label is None:
+        if self.target is not None and number is None:
             return None
-        return open_image(content), label
+        return open_image(image), number
+
+
+def _first_key(member: tuple[str, bytes]) -> str:
+    folder, slash, file = member[0].rpartition("/")
+    return folder + slash + file.partition(".")[0]
 
 
 class HubStream(StreamSource):
@@ -135,7 +175,7 @@ def _fetch_shard_list(name: str, address: str) -> dict[str, Any]:
     for place in (f"{address}/{file}" for file in SHARD_LISTS):
         try:
             with webdataset.gopen(place) as stream:
-                text = stream.read().decode()
+                text = stream.read()
         except (OSError, ValueError) as error:
             errors.append(error)
         else:

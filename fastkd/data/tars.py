@@ -10,28 +10,31 @@ import hashlib
 import io
 import json
 import os
-import re
+import posixpath
 import tarfile
-import zipfile
-import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
-from timm.data.readers.img_extensions import get_img_extensions
 
 from fastkd.data.classes import UNLABELLED, map_classes, number_classes
-from fastkd.data.files import is_hidden, is_image
+from fastkd.data.files import (
+    LeftOut,
+    image_endings,
+    is_hidden,
+    is_image,
+    open_file,
+    tell_left_out,
+)
 from fastkd.utils.io import replacing
 from fastkd.utils.progress import track
 
-_VERSION = 3  # of the listing kept beside the archives
+_VERSION = 4  # of the listing kept beside the archives
 _PEEKED = 64  # headers that tell a shard from another tar
-SHARD_IMAGES = (".jpg", ".jpeg", ".png", ".webp")  # as timm's reader of shards
-_KEY = re.compile(r"((?:.*/)?[^./][^./]*)(\.[^/]*)")  # WebDataset: up to the name's first dot
+MOST_CLASSES = 10**6  # labels of shards lie below it, where their number of classes is not known
 
 
 class Member(NamedTuple):
@@ -44,41 +47,59 @@ class Member(NamedTuple):
 
 def list_members(path: str | os.PathLike[str]) -> list[Member]:
     """List the regular files of a whole, uncompressed tar and of the tars in it, or raise."""
-    with open(path, "rb") as file:
-        return list(_members(file, os.fspath(path)))
+    with open_file(path) as file:
+        return [member for member in _members(file, os.fspath(path)) if member.name[-1] != "/"]
 
 
-def _members(file: BinaryIO, path: str, start: int = 0, prefix: str = "") -> Iterator[Member]:
-    """List the archive that starts at a byte of an open file."""
+def _members(
+    file: BinaryIO, path: str, left_out: LeftOut | None = None, start: int = 0, prefix: str = ""
+) -> Iterator[Member]:
+    """List the archive that starts at a byte of an open file; the names of folders end in "/"."""
     file.seek(start)
+    left_out = LeftOut() if left_out is None else left_out
     try:
         with tarfile.open(fileobj=file, mode="r:") as archive:
-            found = list(_files(archive, path))
+            found = [
+                member for member in _files(archive, path, left_out) if not is_hidden(member.name)
+            ]
             end = archive.offset
     except tarfile.TarError as error:
         raise OSError(f"{path} is no whole, uncompressed tar: {error}") from error
     _check_end(file, path, end, inner=start > 0)
     for member in found:
         if member.name.lower().endswith(".tar"):
-            yield from _members(file, path, member.offset, f"{prefix}{member.name[:-4]}/")
+            inner = f"{prefix}{member.name[:-4]}/"
+            yield from _members(file, path, left_out, member.offset, inner)
         else:
             yield member._replace(name=prefix + member.name)
 
 
-def _files(archive: tarfile.TarFile, path: str) -> Iterator[Member]:
-    """List one archive's files; a hard link stands for the file that it names."""
+def _files(archive: tarfile.TarFile, path: str, left_out: LeftOut) -> Iterator[Member]:
+    """List one archive's files and folders; a link stands for the file that it names."""
     found: dict[str, Member] = {}
+    links: list[tarfile.TarInfo] = []
     for info in archive:
-        if info.isreg():
+        if info.isreg() and not info.issparse():  # whose content is not in one piece
             member = Member(info.name, info.offset_data, info.size)
         elif info.islnk() and info.linkname in found:
             member = found[info.linkname]._replace(name=info.name)
         elif info.islnk():
             raise OSError(f"{path}: {info.name} links to {info.linkname}, which is not before it")
+        elif info.isdir():
+            yield Member(f"{info.name}/", 0, 0)
+            continue
         else:
+            links.append(info)
             continue
         found[info.name] = member
         yield member
+    targets = {posixpath.normpath(name): member for name, member in found.items() if links}
+    for info in links:
+        target = posixpath.normpath(posixpath.join(posixpath.dirname(info.name), info.linkname))
+        if info.issym() and target in targets:
+            yield targets[target]._replace(name=info.name)
+        elif not is_hidden(info.name):
+            left_out.add(LeftOut.IRREGULAR, f"{path}:{info.name}")
 
 
 def _check_end(file: BinaryIO, path: str, end: int, inner: bool) -> None:
@@ -96,40 +117,109 @@ class Listing(NamedTuple):
 
     members: list[Member]  # one image each
     labels: list[str | int | None]  # a class name, a number, or None
+    empty: list[str]  # classes without images
+    folders: int = 0  # that the images are in
 
 
-def list_classes(path: Path, in_folder: bool) -> Listing:
-    """List the images of a plain tar, labelled by their folders; None without a folder.
+def list_classes(path: Path, in_folder: bool, left_out: LeftOut | None = None) -> Listing:
+    """List the images of a plain tar, labelled by the folders at its top; None without a folder.
 
-    With ``in_folder`` the archive stands for a folder: images in none inside it have its name.
+    Folders that all images are in, such as ``train/``, do not count, unless they would be the only
+    ones of an image. With ``in_folder`` the archive stands for a folder, which is the class.
     """
-    above = f"{path.stem}/" if in_folder else ""
-    members = [
-        member
-        for member in list_members(path)
-        if is_image(member.name) and not any(map(is_hidden, PurePosixPath(member.name).parts))
-    ]
-    return Listing(members, [PurePosixPath(above + m.name).parent.name or None for m in members])
+    images: list[Member] = []
+    others: list[Member] = []
+    with open_file(path) as file:
+        for member in _members(file, os.fspath(path), left_out):
+            (images if is_image(member.name) else others).append(member)
+    if left_out is not None:
+        for member in others:
+            if member.name[-1] != "/":
+                left_out.add(LeftOut.NO_IMAGE, f"{path}:{member.name}")
+    within = len({posixpath.dirname(member.name) for member in images})
+    if in_folder:
+        return Listing(images, [path.stem] * len(images), [] if images else [path.stem], within)
+    places = [_parts(member.name) for member in images]
+    shared = 0
+    while places and all(
+        len(place) > shared + 2 and place[shared] == places[0][shared] for place in places
+    ):
+        shared += 1
+    names: list[str | int | None] = [p[shared] if len(p) > shared + 1 else None for p in places]
+    other = (_parts(member.name) for member in others)
+    lead = places[0][:shared] if places else []
+    folders = {part[shared] for part in other if len(part) > shared + 1 and part[:shared] == lead}
+    return Listing(images, names, sorted(folders - set(names)), within)
 
 
-def list_shard(path: Path, target: str | None = None) -> Listing:
+def _parts(name: str) -> list[str]:
+    """Split a member's path; that of a folder ends in an empty part, for the files in it."""
+    return [*filter(None, posixpath.normpath(name).split("/")), *[""] * name.endswith("/")]
+
+
+def list_shard(path: Path, target: str | None = None, left_out: LeftOut | None = None) -> Listing:
     """List the images of a WebDataset shard with their labels; None without one, or below zero.
 
     Labels are in the field ``target`` of the samples' ``.json``, or in ``.cls`` without a target.
     """
-    images: dict[str, Member] = {}
-    labels: dict[str, int | None] = {}
-    kind = ".cls" if target is None else ".json"
-    with open(path, "rb") as file:
-        for member in _members(file, os.fspath(path)):
-            match = _KEY.fullmatch(member.name)
-            key, extension = match.groups() if match else (member.name, "")
-            if extension.lower() in SHARD_IMAGES:
-                images.setdefault(key, member)
-            elif extension.lower() == kind:
-                file.seek(member.offset)
-                labels[key] = parse_label(file.read(member.size), target, f"{path}:{member.name}")
-    return Listing(list(images.values()), [labels.get(key) for key in images])
+    images: list[Member] = []
+    labels: list[str | int | None] = []
+    left_out = LeftOut() if left_out is None else left_out
+    with open_file(path) as file:
+        members: dict[str, Member] = {}
+        for member in _members(file, os.fspath(path), left_out):
+            if member.name in members:
+                raise OSError(f"{path} has two members with the name {member.name}")
+            if member.name[-1] != "/":
+                members[member.name] = member
+        for image, fields in samples_of(members, os.fspath(path), left_out).values():
+            if image is None:
+                continue
+            images.append(members[image])
+            labels.append(None)
+            if label := members.get(fields.get("cls" if target is None else "json", "")):
+                file.seek(label.offset)
+                name = f"{path}:{label.name}"
+                labels[-1] = parse_label(file.read(label.size), target, name)
+    return Listing(images, labels, [])
+
+
+class Fields(NamedTuple):
+    """Members of one sample of a shard."""
+
+    image: str | None
+    members: dict[str, str]  # by field, in lower case
+
+
+def samples_of(names: Iterable[str], shard: str, left_out: LeftOut) -> dict[str, Fields]:
+    """Group the members of a shard by the key of their sample.
+
+    WebDataset's keys end at the first dot of a file's name, but c.v2.jpg is an image of its own
+    where there is no c.jpg, or where there is a c.v2.cls, too.
+    """
+    names = list(names)
+    images = {os.path.splitext(name)[0] for name in names if is_image(name)}
+    described = {os.path.splitext(name)[0] for name in names if not is_image(name)}
+    grouped: dict[str, dict[str, str]] = {}
+    for name in names:
+        folder, slash, file = name.rpartition("/")
+        parts = file.split(".")
+        keys = [f"{folder}{slash}{'.'.join(parts[:n])}" for n in range(1, len(parts))] or [name]
+        with_image = [key for key in keys if key in images]
+        own = [key for key in with_image if key in described or key == with_image[0]]
+        key = own[-1] if own else keys[0]
+        grouped.setdefault(key, {}).setdefault(name[len(key) + 1 :].lower(), name)
+    samples = {}
+    for key, members in grouped.items():
+        kinds = (ending[1:] for ending in image_endings())
+        image = next((members[kind] for kind in kinds if kind in members), None)
+        samples[key] = Fields(image, members)
+        for name in members.values():
+            if image is None:
+                left_out.add(LeftOut.ALONE, f"{shard}:{name}")
+            elif name != image and is_image(name):
+                left_out.add(LeftOut.FIELD, f"{shard}:{name}")
+    return samples
 
 
 def holds_samples(path: str | os.PathLike[str]) -> bool:
@@ -139,23 +229,30 @@ def holds_samples(path: str | os.PathLike[str]) -> bool:
     a plain tar may hold descriptions of anything, too.
     """
     try:
-        with tarfile.open(path, "r:") as archive:
-            paths = [PurePosixPath(info.name) for info in islice(archive, _PEEKED)]
+        with open_file(path) as file, tarfile.open(fileobj=file, mode="r:") as archive:
+            names = [info.name for info in islice(archive, _PEEKED) if not is_hidden(info.name)]
     except tarfile.TarError as error:
         raise OSError(f"{path} is no whole, uncompressed tar: {error}") from error
-    if any(path.suffix.lower() == ".cls" for path in paths):
+    parts = [os.path.splitext(name) for name in names]
+    if any(ending.lower() == ".cls" for _, ending in parts):
         return True
-    images = {str(path.with_suffix("")) for path in paths if path.suffix.lower() in SHARD_IMAGES}
-    described = {str(path.with_suffix("")) for path in paths if path.suffix.lower() == ".json"}
+    images = {key for key, ending in parts if is_image(f"a{ending}")}
+    described = {key for key, ending in parts if ending.lower() == ".json"}
     return any("/" not in key.removeprefix("./") for key in images & described)
 
 
-def parse_label(content: bytes, target: str | None, name: str) -> int | None:
+def parse_label(content: bytes, target: str | None, name: str, classes: int = 0) -> int | None:
     """Read the label in a shard's ``.cls``, or in a field of its ``.json``; None below zero."""
     try:
-        label = int(content) if target is None else int(json.loads(content)[target])
-    except (ValueError, KeyError, TypeError) as error:
-        raise OSError(f"{name} holds no label: {error!r}") from error
+        value = content if target is None else json.loads(content)[target]
+        label = int(value)
+        if isinstance(value, bool) or (isinstance(value, float) and value != label):
+            raise ValueError(f"{value} is no class")
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
+        raise OSError(f"{name} holds no label: {error!r:.200}") from error
+    if label >= (classes or MOST_CLASSES):
+        known = f"there are {classes} classes" if classes else f"labels lie below {MOST_CLASSES}"
+        raise OSError(f"{name} holds the label {label}, but {known}")
     return label if label >= 0 else None
 
 
@@ -170,6 +267,9 @@ class _Table:
     names: np.ndarray  # [bytes] the members' names, joined; UTF-8, or whatever bytes they are
     name_end: np.ndarray  # where each name ends
     classes: list[str]  # names by number; empty if classes have none
+    empty: list[str]  # names of classes without images
+    folders: int  # that the images are in
+    left_out: str  # what is no part of the data
 
     def name(self, index: int) -> str:
         start = self.name_end[index - 1] if index else 0
@@ -196,18 +296,25 @@ class TarImages:
         self._table = _listed(self.tars, found, layout, target)
         self.targets = self._table.label  # [samples]
         self.class_to_idx = {name: number for number, name in enumerate(self._table.classes)}
+        self.empty, self.folders = self._table.empty, self._table.folders
+        several = layout == "shards" or len(self.tars) > 1
+        tell_left_out(self.tars[0].parent if several else self.tars[0], self._table.left_out)
         if class_to_idx is not None and layout != "shards":
-            numbers = map_classes(self.class_to_idx, class_to_idx, self.tars[0].parent)
-            # The last entry is what -1 picks.
-            self.targets = np.array([*numbers.values(), UNLABELLED])[self._table.label]
-            self.class_to_idx = class_to_idx
+            self.renumber(class_to_idx)
+
+    def renumber(self, class_to_idx: dict[str, int]) -> None:
+        """Take the class numbers of a training set."""
+        numbers = map_classes(self.class_to_idx, class_to_idx, self.tars[0].parent)
+        # The last entry is what -1 picks.
+        self.targets = np.array([*numbers.values(), UNLABELLED])[self._table.label]
+        self.class_to_idx = class_to_idx
 
     def __len__(self) -> int:
         return len(self.targets)
 
     def __getitem__(self, index: int) -> tuple[BinaryIO, int | None]:
         tar = int(self._table.tar[index])
-        with open(self.tars[tar], "rb", buffering=0) as file:
+        with open_file(self.tars[tar], buffering=0) as file:
             if _state(os.fstat(file.fileno())) != self.states[tar]:
                 raise OSError(f"{self.tars[tar]} has changed since its samples were listed")
             file.seek(int(self._table.offset[index]))
@@ -239,7 +346,7 @@ def _listed(
             [path.name, *_state(status), status.st_ctime_ns]
             for path, status in zip(tars, found, strict=True)
         ],
-        "extensions": sorted(get_img_extensions()),
+        "extensions": [*image_endings()],
         "layout": layout,
         "target": target,
     }
@@ -254,8 +361,11 @@ def _listed(
 
 
 def _make(tars: list[Path], layout: str, target: str | None) -> _Table:
+    left_out = LeftOut()
     listings = [
-        list_shard(path, target) if layout == "shards" else list_classes(path, layout == "tars")
+        list_shard(path, target, left_out)
+        if layout == "shards"
+        else list_classes(path, layout == "tars", left_out)
         for path in track(tars, "listing", "tar")
     ]
     members = [member for listing in listings for member in listing.members]
@@ -271,6 +381,9 @@ def _make(tars: list[Path], layout: str, target: str | None) -> _Table:
         names=np.frombuffer(b"".join(names), np.uint8),
         name_end=np.cumsum([len(name) for name in names], dtype=np.int64),
         classes=list(classes),
+        empty=[name for listing in listings for name in listing.empty],
+        folders=sum(listing.folders for listing in listings),
+        left_out=str(left_out),
     )
 
 
@@ -278,7 +391,8 @@ _ARRAYS = ("tar", "offset", "size", "label", "names", "name_end")
 
 
 def _save(path: Path, of: dict[str, Any], table: _Table) -> None:
-    header = json.dumps({"of": of, "classes": table.classes}).encode()
+    plain = {name: getattr(table, name) for name in ("classes", "empty", "folders", "left_out")}
+    header = json.dumps({"of": of, **plain}).encode()
     arrays = {name: getattr(table, name) for name in _ARRAYS}
     with replacing(path) as file:
         np.savez(file, header=np.frombuffer(header, np.uint8), **arrays)
@@ -289,10 +403,9 @@ def _load(path: Path, of: dict[str, Any]) -> _Table | None:
     try:
         with np.load(path, allow_pickle=False) as kept:
             header = json.loads(kept["header"].tobytes())
-            if header["of"] != of:
+            if header.pop("of") != of:
                 return None
             arrays = {name: kept[name] for name in _ARRAYS}
-            return _Table(**arrays, classes=header["classes"])
-    # RuntimeError: compressed by a method that Python does not know.
-    except (OSError, ValueError, KeyError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error):
+            return _Table(**arrays, **header)
+    except Exception:  # no listing of ours, or a broken one, of which anything may come
         return None

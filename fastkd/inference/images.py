@@ -10,12 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from timm.data.readers.img_extensions import get_img_extensions
 from torch.utils.data import DataLoader, Dataset
 
 from fastkd.config import DataConfig
 from fastkd.data.datasets import DataPair
-from fastkd.data.files import list_images
+from fastkd.data.files import LeftOut, image_endings, list_images, tell_left_out
 from fastkd.data.images import reason_of
 from fastkd.data.loader import SampleDataset, eval_samples
 from fastkd.data.readers import FileReader, ReadableImages
@@ -32,10 +31,12 @@ def find_images(images: Images) -> tuple[list[str], list[Fault]]:
     files: list[str] = []
     faults = []
     for place in _places(images):
-        found = list_images(place) if place.is_dir() else [str(place)]
+        left_out = LeftOut()
+        found = list_images(place, left_out) if place.is_dir() else [str(place)]
+        tell_left_out(place, left_out)
         files += found
         if not found:
-            reason = f"a folder without images ({', '.join(get_img_extensions())})"
+            reason = f"a folder without images ({', '.join(image_endings())})"
             faults.append(Fault(-1, writable(place), reason))
     if not files and not faults:
         raise ValueError("predict: no images were given")
