@@ -74,9 +74,10 @@ def open_data(
     if train is not None:
         image, _ = _look(train, "training", labels)
         if labels and _num_classes(train) == 1:
+            names = getattr(getattr(train, "reader", train), "class_to_idx", None) or [0]
             raise ValueError(
-                "data: the training set has one class, which teaches nothing; a recipe with "
-                "labels=false needs no classes"
+                f"data: the training set has one class ({', '.join(map(str, names))}), which teaches "
+                f"nothing; a recipe with labels=false needs no classes"
             )
     first = val if train is None else train
     return DataPair(

@@ -182,7 +182,8 @@ class _Work:
         kept: dict[str, Any] = {}
         for name in (SHARD_LISTS[0], UNFINISHED):  # the second, if there, is newer
             with contextlib.suppress(FileNotFoundError, ValueError, KeyError, TypeError):
-                kept = json.loads((self.folder / name).read_text())["fastkd"]
+                found = json.loads((self.folder / name).read_text())["fastkd"]
+                kept = {part: dict(found[part]) for part in ("identity", "unreadable")}
         where = f"shard: destination: {self.folder}"
         remove_leftovers(self.folder)  # all that a process killed in its first write leaves
         if not kept and any(self.folder.iterdir()):

@@ -401,7 +401,7 @@ def _save(path: Path, of: dict[str, Any], table: _Table) -> None:
 def _load(path: Path, of: dict[str, Any]) -> _Table | None:
     """Load a table; None where there is none, it is broken, or it is of other archives."""
     try:
-        with np.load(path, allow_pickle=False) as kept:
+        with open_file(path) as file, np.load(file, allow_pickle=False) as kept:
             header = json.loads(kept["header"].tobytes())
             if header.pop("of") != of:
                 return None

@@ -104,9 +104,9 @@ def _shift(path: Path, previous: int) -> None:
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
-    """Write a small text file atomically."""
+    """Write a small text file atomically; bytes of names that are no UTF-8 become escapes."""
     with replacing(path) as file:
-        file.write(text.encode())
+        file.write(text.encode(errors="backslashreplace"))
 
 
 def writable(name: str | os.PathLike[str]) -> str:

@@ -14,6 +14,7 @@ from timm.data.readers.img_extensions import add_img_extensions, del_img_extensi
 
 from fastkd.data import tars
 from fastkd.data.datasets import open_data
+from fastkd.data.readers import Fault
 from fastkd.data.tars import TarImages, list_members
 from tests.harness.tiny import image_folder, tensor_data
 
@@ -363,12 +364,22 @@ def test_a_label_of_evaluation_that_training_lacks_is_refused(folder, tmp_path):
         ({"splits": {"train": {"filenames": [3]}}}, "split train must have a list of filenames"),
         ({"splits": {"train": {"filenames": []}}}, "split train lists no shards"),
         ({"splits": {"val": {"filenames": ["a.tar"]}}, "classes": 3}, "classes must be a list"),
+        ({"splits": {"val": {"filenames": ["a.tar"], "num_samples": -1}}}, "num_samples of split"),
+        ({"splits": {"val": {"filenames": ["a.tar"], "num_samples": 10**40}}}, "num_samples of"),
+        ({"splits": {"val": {"filenames": ["a.tar"], "alt_label": ["a"]}}}, "alt_label of split"),
     ],
 )
 def test_a_malformed_list_of_shards_is_refused(tmp_path, info, told):
     (tmp_path / "_info.json").write_text(json.dumps(info))
     with pytest.raises(ValueError, match=rf"_info\.json: {told}"):
         open_data(tmp_path, need_train=False)
+
+
+@pytest.mark.parametrize("text", [b"", b"{", b"\xff", b"[" * 100_000])
+def test_a_list_of_shards_that_is_no_json_is_refused(tmp_path, text):
+    (tmp_path / "_info.json").write_bytes(text)
+    with pytest.raises(ValueError, match=r"_info\.json is no JSON"):
+        open_data(tmp_path)
 
 
 @pytest.mark.parametrize("content", [b"", b"no listing", b"PK\x03\x04"])
@@ -453,6 +464,345 @@ def test_labels_of_a_class_map_are_those_of_the_map(folder, tmp_path):
         [tars / "val.tar"], layout="tar", class_to_idx={"blue": 7, "green": 3, "red": 5}
     )
     assert sorted(set(reader.targets.tolist())) == [3, 5, 7]
+
+
+def both_splits(root, *names):
+    """Folders of one image under many names in both splits, and other files by their ending."""
+    buffer = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(buffer, "JPEG")
+    for split in ("train", "val"):
+        for name in names:
+            path = root / split / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(b"text" if path.suffix in (".txt", ".mp4") else buffer.getvalue())
+    return root
+
+
+def both_tars(root, *names):
+    """The same in train.tar and val.tar; a name that ends in a slash is a folder."""
+    both_splits(root, *(name for name in names if name[-1] != "/"))
+    for split in ("train", "val"):
+        with tarfile.open(root / f"{split}.tar", "w") as archive:
+            for name in names:
+                if name[-1] == "/":
+                    info = tarfile.TarInfo(name[:-1])
+                    info.type = tarfile.DIRTYPE
+                    archive.addfile(info)
+                else:
+                    archive.add(root / split / name, name)
+        shutil.rmtree(root / split)
+    return root
+
+
+def classes_and_labels(dataset):
+    labels = [dataset[index][1] for index in range(len(dataset))]
+    return dataset.reader.class_to_idx, labels
+
+
+@pytest.mark.parametrize("kept", [both_splits, both_tars])
+@pytest.mark.parametrize(
+    "names, classes, labels",
+    [
+        (["b/images/1.JPEG", "b/images/2.JPEG", "a/images/1.JPEG"], ["a", "b"], [0, 1, 1]),
+        (["a/x/y/1.jpg", "b/2.jpg", "a/3.jpg"], ["a", "b"], [0, 0, 1]),
+        (["a/same/1.jpg", "b/same/1.jpg", "10/same/1.jpg"], ["10", "a", "b"], [0, 1, 2]),
+    ],
+)
+def test_classes_are_the_folders_at_the_top(tmp_path, kept, names, classes, labels):
+    data = open_data(kept(tmp_path, *names))
+    for dataset in (data.train, data.val):
+        numbers, found = classes_and_labels(dataset)
+        assert list(numbers) == classes and sorted(found) == labels
+
+
+@pytest.mark.parametrize("lead", ["./", "train/", "./a/set/train/"])
+def test_folders_that_all_members_of_a_tar_are_in_do_not_count(tmp_path, lead):
+    data = open_data(both_tars(tmp_path, *(f"{lead}{n}" for n in ("a/x/1.jpg", "b/x/2.jpg"))))
+    assert classes_and_labels(data.train) == ({"a": 0, "b": 1}, [0, 1])
+
+
+def test_a_tar_in_a_split_is_a_class_whatever_folders_are_in_it(tmp_path):
+    both_splits(tmp_path / "from", "images/1.jpg")
+    image = tmp_path / "from" / "train" / "images" / "1.jpg"
+    for split in ("train", "val"):
+        (tmp_path / split).mkdir()
+        for name in ("n1", "n2"):
+            tar_of(tmp_path / split / f"{name}.tar", [("images/1.jpg", image)])
+    assert classes_and_labels(open_data(tmp_path).train) == ({"n1": 0, "n2": 1}, [0, 1])
+
+
+def test_folders_below_the_classes_are_told(tmp_path, caplog):
+    open_data(both_splits(tmp_path, "a/abbey/1.jpg", "a/airfield/2.jpg", "b/bank/1.jpg"))
+    told = [record.getMessage() for record in caplog.records]
+    assert all("images are in 3 folders, but the classes are the 2 at the top" in t for t in told)
+    assert len(told) == 2
+
+
+@pytest.mark.parametrize("kept", [both_splits, both_tars])
+def test_class_folders_without_images_are_refused_in_training_alone(tmp_path, kept):
+    empty = ["c/1.txt", "d/1.mp4"] if kept is both_splits else ["c/1.txt", "d/"]
+    root = kept(tmp_path, "a/1.jpg", "b/2.jpg", ".e/3.jpg", *empty)
+    with pytest.raises(ValueError, match=r"train(\.tar)? has class folders without images: c, d;"):
+        open_data(root)
+    assert open_data(root, labels=False).num_classes == 2
+    assert open_data(root, need_train=False).num_classes == 2
+
+
+@pytest.mark.parametrize("kept", [both_splits, both_tars])
+def test_one_class_teaches_nothing(tmp_path, kept):
+    root = kept(tmp_path, "images/1.jpg", "images/2.jpg")
+    with pytest.raises(ValueError, match=r"training set has one class \(images\)"):
+        open_data(root)
+    data = open_data(root, labels=False)
+    assert not data.labelled_val and data.num_classes is None and data.train[0][1] == -1
+
+
+def test_one_class_of_the_users_own_data_or_of_shards_is_refused(tmp_path):
+    class Own(list):
+        classes = ("cat",)
+
+    data = Own([(Image.new("RGB", (8, 8)), 0)])
+    with pytest.raises(ValueError, match="training set has one class"):
+        open_data((data, data))
+    image = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(image, "JPEG")
+    for split in ("train", "val"):
+        tar_of(tmp_path / f"{split}-0.tar", [("a.jpg", image.getvalue()), ("a.cls", b"0")])
+    with pytest.raises(ValueError, match="training set has one class"):
+        open_data(tmp_path)
+
+
+@pytest.mark.parametrize("kept", [both_splits, both_tars])
+def test_an_unsorted_validation_split_is_named(tmp_path, kept):
+    root = kept(tmp_path, "n1/images/1.JPEG", "n2/images/2.JPEG")
+    other = kept(tmp_path / "other", "images/1.JPEG", "val_annotations.txt")
+    for place in (*root.glob("val*"), *root.glob(".fastkd*")):
+        shutil.rmtree(place) if place.is_dir() else place.unlink()
+    (found,) = other.glob("val*")
+    found.rename(root / found.name)
+    with pytest.raises(
+        ValueError, match=r"val(\.tar)? has all images in one folder, 'images'"
+    ) as told:
+        open_data(root)
+    assert kept is both_tars or "val_annotations.txt" in str(told.value)
+    data = open_data(root, labels=False)
+    assert not data.labelled_val and data.num_classes == 2
+
+
+ENDINGS = ("a/1.webp", "a/2.bmp", "b/3.tif", "b/4.TIFF", "c/5.gif", "c/6.pgm", "c/7.ppm")
+
+
+def test_shards_tars_and_folders_have_the_same_endings(tmp_path, caplog):
+    files = []
+    for number, name in enumerate(ENDINGS):
+        for split in ("train", "val"):
+            path = tmp_path / "folder" / split / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (8, 8), (number * 30, 0, 0)).save(path)
+        files.append((name, path))
+    shard_files = [
+        member
+        for number, (name, path) in enumerate(files)
+        for member in (
+            (f"{number}{path.suffix}", path),
+            (f"{number}.cls", str("abc".index(name[0])).encode()),
+        )
+    ]
+    for folder in ("tars", "shards"):
+        (tmp_path / folder).mkdir()
+    for split in ("train", "val"):
+        tar_of(tmp_path / "tars" / f"{split}.tar", files)
+        tar_of(tmp_path / "shards" / f"{split}-0.tar", shard_files)
+    expected = contents(open_data(tmp_path / "folder").train)
+    assert [label for label, _ in expected] == [0, 0, 1, 1, 2, 2, 2]
+    for folder in ("tars", "shards"):
+        assert contents(open_data(tmp_path / folder).train) == expected
+    assert not caplog.records
+
+
+def test_other_files_in_folders_and_tars_are_told(tmp_path, caplog):
+    names = ("a/1.jpg", "b/1.jpg", "a/1.txt", "b/1.mp4", "b/2.mp4")
+    open_data(both_splits(tmp_path / "folder", *names))
+    open_data(both_tars(tmp_path / "tars", *names))
+    open_data(tmp_path / "tars")  # from the listing that was kept
+    told = [record.getMessage() for record in caplog.records]
+    assert len(told) == 6
+    assert all("left out 3 files that are no images: 2 .mp4, 1 .txt" in text for text in told)
+
+
+# Members of a shard; key -> label of the samples; what is told.
+KEYS = [
+    (["a.jpg", "a.cls=0", "c.v2.jpg", "c.v2.cls=1"], {"a.jpg": 0, "c.v2.jpg": 1}, None),
+    (["i.1.jpg", "i.1.cls=0", "i.2.jpg", "i.2.cls=1"], {"i.1.jpg": 0, "i.2.jpg": 1}, None),
+    (["c.jpg", "c.cls=0", "c.2.jpg", "c.2.cls=1"], {"c.jpg": 0, "c.2.jpg": 1}, None),
+    (["x.y/G.V2.JPG", "x.y/G.V2.CLS=1"], {"x.y/G.V2.JPG": 1}, None),
+    (["e.jpg", "e.cls=0", "e.seg.png"], {"e.jpg": 0}, "1 image beside its sample's own"),
+    (["e.1.jpg", "e.1.seg.png", "e.1.cls=0"], {"e.1.jpg": 0}, "e.1.seg.png"),
+    (["j.png", "j.jpg", "j.cls=1"], {"j.jpg": 1}, "j.png"),
+    (["a.jpg", "a.cls=0", "README"], {"a.jpg": 0}, "README"),
+    (["a.jpg", "a.cls=0", "b.mp4"], {"a.jpg": 0}, "1 member of no image's sample"),
+    (["a.jpg", "a.cls=0", "._a.jpg", ".x/b.jpg", "__MACOSX/c.jpg"], {"a.jpg": 0}, None),
+    (["a.jpg", "a.cls=0", "a.txt", "a.json={}"], {"a.jpg": 0}, None),
+]
+
+
+def shard_of(path, members):
+    """A shard of members "name=content"; images where there is no content."""
+    image = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(image, "JPEG")
+    parts = (member.partition("=") for member in members)
+    return tar_of(
+        path, [(n, c.encode() if is_text else image.getvalue()) for n, is_text, c in parts]
+    )
+
+
+@pytest.mark.parametrize("members, samples, told", KEYS)
+def test_every_member_of_a_shard_belongs_to_a_sample_or_is_named(
+    tmp_path, caplog, members, samples, told
+):
+    shard_of(tmp_path / "val-0.tar", members)
+    data = open_data(tmp_path, need_train=False).val
+    found = {data.filename(i).partition("val-0.tar:")[2]: data[i][1] for i in range(len(data))}
+    assert found == samples
+    assert len(caplog.records) == (told is not None)
+    assert told is None or (told in caplog.text and "val-0.tar:" in caplog.text)
+
+
+@pytest.mark.parametrize("members, samples, told", KEYS)
+def test_a_stream_has_the_samples_of_the_listed_shard(tmp_path, caplog, members, samples, told):
+    pytest.importorskip("webdataset")
+    shard_of(tmp_path / "val-0.tar", members)
+    splits = {"validation": {"filenames": ["val-0.tar"]}}
+    (tmp_path / "_info.json").write_text(json.dumps({"splits": splits}))
+    source = open_data(f"wds/pipe:cat {tmp_path}", need_train=False).val
+    read = source.items(0, 1, None)
+    keys = {name.partition("val-0.tar:")[2]: load()[1] for name, load in read}
+    assert keys == {os.path.splitext(name)[0]: label for name, label in samples.items()}
+    assert len(caplog.records) == (told is not None)
+    assert told is None or (told in caplog.text and "val-0.tar" in caplog.text)
+
+
+def test_a_member_that_is_there_twice_is_an_error_of_lists_and_a_fault_of_streams(tmp_path):
+    pytest.importorskip("webdataset")
+    shard_of(tmp_path / "val-0.tar", ["a.jpg", "a.cls=0", "a.jpg"])
+    with pytest.raises(OSError, match=r"val-0\.tar has two members with the name a\.jpg"):
+        open_data(tmp_path, need_train=False)
+    splits = {"validation": {"filenames": ["val-0.tar"]}}
+    (tmp_path / "_info.json").write_text(json.dumps({"splits": splits}))
+    source = open_data(f"wds/pipe:cat {tmp_path}", need_train=False).val
+    faults = [item for item in source.items(0, 1, None) if isinstance(item, Fault)]
+    assert [fault.name.endswith("val-0.tar:a.jpg") for fault in faults] == [True]
+
+
+def test_links_in_a_tar_are_the_files_they_name_or_told(tmp_path, caplog):
+    both_splits(tmp_path, "a/1.jpg")
+    with tarfile.open(tmp_path / "val.tar", "w") as archive:
+        for name, target in (("b/2.jpg", "../a/1.jpg"), ("b/3.jpg", "nowhere.jpg")):
+            info = tarfile.TarInfo(name)
+            info.type, info.linkname = tarfile.SYMTYPE, target
+            archive.addfile(info)
+        archive.add(tmp_path / "val" / "a" / "1.jpg", "a/1.jpg")
+        pipe = tarfile.TarInfo("a/pipe.jpg")
+        pipe.type = tarfile.FIFOTYPE
+        archive.addfile(pipe)
+    data = open_data(tmp_path / "val.tar", need_train=False).val
+    assert classes_and_labels(data) == ({"a": 0, "b": 1}, [0, 1])
+    assert "left out 2 pipes, devices or broken links" in caplog.text
+
+
+LABELS = [
+    (b"1000000000000", "holds the label 1000000000000, but labels lie below 1000000"),
+    (b"1000000", "holds the label 1000000"),
+    (b"1" + b"0" * 30, "holds the label 1"),
+    (b"9" * 5000, "holds no label"),
+    (b"1e12", "holds no label"),
+    (b"0.9", "holds no label"),
+]
+
+
+@pytest.mark.parametrize("content, told", LABELS)
+@pytest.mark.parametrize("target", [None, "kind"])
+def test_a_label_that_cannot_be_is_refused_with_shard_and_member(tmp_path, content, told, target):
+    described = b'{"kind": %s}' % content if target else content
+    name = "a.json" if target else "a.cls"
+    tar_of(tmp_path / "val-0.tar", [("a.jpg", b""), (name, described)])
+    split = {"filenames": ["val-0.tar"], "alt_label": target}
+    (tmp_path / "_info.json").write_text(json.dumps({"splits": {"val": split}}))
+    if target and content == b"1e12":
+        told = "holds the label 1000000000000"
+    with pytest.raises(OSError, match=rf"val-0\.tar:{name} {told}"):
+        open_data(tmp_path, need_train=False)
+
+
+@pytest.mark.parametrize("value", ["true", "NaN", "Infinity", "null", "[]", "[" * 100_000])
+def test_what_is_no_number_in_a_description_is_no_label(tmp_path, value):
+    tar_of(tmp_path / "val-0.tar", [("a.jpg", b""), ("a.json", b'{"kind": %s}' % value.encode())])
+    split = {"filenames": ["val-0.tar"], "alt_label": "kind"}
+    (tmp_path / "_info.json").write_text(json.dumps({"splits": {"val": split}}))
+    with pytest.raises(OSError, match=r"val-0\.tar:a\.json holds no label"):
+        open_data(tmp_path, need_train=False)
+
+
+OUTSIDE = ["../../x.tar", "/etc/x.tar", "//host/x.tar", "a/../../x.tar", "..", ".", "", "x\0.tar"]
+
+
+@pytest.mark.parametrize("file", OUTSIDE)
+def test_shards_outside_the_folder_of_their_list_are_refused(tmp_path, file):
+    place = tmp_path / "x" / "y"
+    place.mkdir(parents=True)
+    tar_of(tmp_path / "x.tar", [("a.jpg", b""), ("a.cls", b"0")])
+    splits = {"val": {"filenames": [file]}}
+    (place / "_info.json").write_text(json.dumps({"splits": splits}))
+    for data in (place, f"wds/{place}", f"wds/pipe:cat {place}"):
+        with pytest.raises(ValueError, match=r"split val lists .*leaves the list's folder"):
+            open_data(data, need_train=False)
+    assert not list(tmp_path.rglob(".fastkd*"))
+
+
+def test_a_shard_that_is_a_link_is_the_users_own(tmp_path):
+    (tmp_path / "far").mkdir()
+    shard_of(tmp_path / "far" / "x.tar", ["a.jpg", "a.cls=0"])
+    (tmp_path / "near").mkdir()
+    (tmp_path / "near" / "x.tar").symlink_to("../far/x.tar")
+    splits = {"val": {"filenames": ["./x.tar"]}}
+    (tmp_path / "near" / "_info.json").write_text(json.dumps({"splits": splits}))
+    assert len(open_data(tmp_path / "near", need_train=False).val) == 1
+    assert list((tmp_path / "near").glob(".fastkd*"))
+
+
+@pytest.mark.parametrize("file", ["x.tar; touch y", "$(touch y).tar", "a b.tar", "x.tar|y", "'x"])
+def test_names_that_a_shell_would_run_are_refused(tmp_path, file):
+    pytest.importorskip("webdataset")
+    splits = {"val": {"filenames": [file]}}
+    (tmp_path / "_info.json").write_text(json.dumps({"splits": splits}))
+    with pytest.raises(ValueError, match=r"lists .* no plain file name"):
+        open_data(f"wds/pipe:cat {tmp_path}", need_train=False)
+
+
+def test_pipes_for_archives_lists_and_listings_are_waited_for_by_nobody(folder, tmp_path, caplog):
+    place = write_shards(folder, tmp_path / "shards")
+    os.mkfifo(place / "made-train-9999.tar")
+    os.mkfifo(place / "_info.json")
+    assert len(open_data(place).train) == 9
+    assert caplog.text.count("left out 1 pipe, device or broken link") == 1
+    for path in place.glob(".fastkd*"):
+        path.unlink()
+        os.mkfifo(path)
+    assert len(open_data(place).train) == 9
+    splits = {"val": {"filenames": ["made-train-9999.tar"]}}
+    (place / "_info.json").unlink()
+    (place / "_info.json").write_text(json.dumps({"splits": splits}))
+    with pytest.raises(OSError, match="no regular file: .*9999"):
+        open_data(place, need_train=False)
+
+
+@pytest.mark.parametrize("name", ["train", "train.tar", "_info.json"])
+def test_pipes_in_the_place_of_splits_are_none(tmp_path, name):
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(ValueError, match="has no folder train"):
+        open_data(tmp_path)
+    with pytest.raises(ValueError, match="neither a folder nor a tar"):
+        open_data(tmp_path / name)
 
 
 def unlabelled(folder, split):
