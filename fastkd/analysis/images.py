@@ -86,9 +86,9 @@ class ImageSelection:
             seed_cpu(derive_seed("fingerprint", self.seed, place))
             try:
                 image = self.data.val[int(self.indices[place])][0]
+                pixels = image.numpy() if isinstance(image, Tensor) else np.asarray(image)
             except Exception as error:  # whatever a data set raises, as where it is read
                 return reason_of(error)
-        pixels = image.numpy() if isinstance(image, Tensor) else np.asarray(image)
         return hashlib.sha256(np.ascontiguousarray(pixels).tobytes()).hexdigest()
 
     def read(

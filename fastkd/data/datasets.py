@@ -12,9 +12,11 @@ from PIL import Image
 from timm.data import create_dataset
 from torch import Tensor
 from torch.utils.data import IterableDataset
+from torchvision.datasets.folder import default_loader
 
 from fastkd.data.classes import is_missing
 from fastkd.data.folders import SPLITS, open_folder, open_tar
+from fastkd.data.images import load_rgb
 from fastkd.data.readers import DataPair, ReadableImages, StreamSource, image_column
 from fastkd.data.streaming import HubStream, ShardStream
 from fastkd.utils.random import preserved_rng
@@ -204,7 +206,10 @@ def open_hub(name: str, root: str | None, part: str, labels: bool) -> Any:
     if importlib.util.find_spec(module) is None:
         raise ImportError(f"data: {name!r} is read by {module}: pip install {package}")
     if scheme == "torch":
-        return create_dataset(name, root=root, split=part)
+        dataset = create_dataset(name, root=root, split=part)
+        if getattr(dataset, "loader", None) is default_loader:
+            dataset.loader = load_rgb
+        return dataset
     if scheme == "hfds":
         return _open_listed(name, root, part, labels)
     return (HubStream if scheme == "hfids" else ShardStream)(name, root, part)

@@ -146,4 +146,7 @@ def open_file(path: str | os.PathLike[str], buffering: int = -1) -> BinaryIO:
     mode = os.stat(path).st_mode
     if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
         raise OSError(errno.EINVAL, "no regular file", os.fspath(path))
-    return open(path, "rb", buffering)
+    # Not even one that has taken the file's place since is waited for.
+    return open(
+        path, "rb", buffering, opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)
+    )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 from PIL import Image
 from timm.data.readers.reader_image_folder import ReaderImageFolder
@@ -12,7 +12,7 @@ from torch.utils.data import Dataset
 
 from fastkd.data.classes import UNLABELLED
 from fastkd.data.files import open_file
-from fastkd.data.images import PILLOW_ERRORS, open_image, reason_of
+from fastkd.data.images import open_image, reason_of
 from fastkd.utils.io import writable
 
 NO_SAMPLE = -1  # the index of what a stream skips
@@ -60,8 +60,7 @@ class ReadableImages(Dataset[tuple[Any, Any]]):
             with file:
                 image = open_image(file)
                 image.load()
-        # AssertionError: timm's, for a row without an image.
-        except (*PILLOW_ERRORS, AssertionError) as error:
+        except Exception as error:  # what Pillow, its plugins and readers raise has no common base
             name = writable(self.filename(index))
             raise OSError(f"data: cannot read {name} (sample {index}): {error}") from error
         return image, label if self.labelled and label is not None else UNLABELLED
@@ -77,6 +76,10 @@ class Fault(NamedTuple):
     sample: int  # its index in the dataset; -1 in a stream
     name: str  # its file, or whatever else the dataset calls it
     reason: str  # the reader's error
+
+
+class LostPart(Fault):
+    """A part of a stream, with any number of samples, that cannot be read."""
 
 
 # (name, what opens it: (image, label), or None if it is not of this split)
@@ -125,7 +128,7 @@ class StreamSource:
             try:
                 sample = load()
                 sample = sample and (decode(sample[0]), sample[1])
-            except PILLOW_ERRORS as error:
+            except Exception as error:  # as in `ReadableImages`
                 yield Fault(NO_SAMPLE, writable(name), reason_of(error))
             else:
                 if sample:

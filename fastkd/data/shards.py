@@ -29,7 +29,7 @@ from fastkd.data.folders import (
     VALIDATION_FOLDERS,
     refuse_empty_classes,
 )
-from fastkd.data.images import PILLOW_ERRORS, open_image, reason_of, refuse_deep
+from fastkd.data.images import MAX_FILE, open_image, reason_of, refuse_deep
 from fastkd.data.tars import TarImages, list_shard
 from fastkd.utils.io import remove_leftovers, replacing, write_text
 from fastkd.utils.progress import Progress, track
@@ -287,8 +287,8 @@ def _begin_worker(lock: int) -> None:
 
 def convert(path: str, short_side: int | None, quality: int) -> dict[str, bytes] | str:
     """Return {extension: content} of an image as it is stored, or the reason why it cannot be."""
-    with open_file(path) as file:
-        content = file.read()  # an error here says nothing about the image
+    with open_file(path) as file:  # an error here says nothing about the image
+        content = file.read(MAX_FILE + 1)
     try:
         with open_image(content) as image:
             image.load()  # truncated files are found here, copied or not
@@ -306,5 +306,5 @@ def convert(path: str, short_side: int | None, quality: int) -> dict[str, bytes]
             buffer = io.BytesIO()
             stored.save(buffer, "JPEG", quality=quality, exif=exif)
             return {"jpg": buffer.getvalue()}
-    except PILLOW_ERRORS as error:
+    except Exception as error:  # what Pillow and its plugins raise has no common base
         return reason_of(error)

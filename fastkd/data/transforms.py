@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from timm.data import Mixup, create_transform
 from timm.data.auto_augment import AugmentOp
+from timm.data.constants import DEFAULT_CROP_PCT
 from torchvision.transforms import Compose
 
 from fastkd.config import DataConfig
@@ -69,6 +71,18 @@ def eval_transform(config: DataConfig, spec: InputSpec) -> Transform:
         mean=spec.mean,
         std=spec.std,
     )
+
+
+def resized_size(config: DataConfig, spec: InputSpec) -> tuple[int, int, bool] | None:
+    """What `eval_transform` resizes images to, in proportion: (height, width, whether they fit).
+
+    They lie within it, or else cover it. None where proportions change.
+    """
+    if config.crop_mode == "squash":
+        return None
+    crop = config.crop_pct or DEFAULT_CROP_PCT
+    height, width = (math.floor(side / crop) for side in spec.size[1:])
+    return height, width, config.crop_mode == "border"
 
 
 def keep_one_bit(transform: Any) -> None:

@@ -792,7 +792,7 @@ def test_pipes_for_archives_lists_and_listings_are_waited_for_by_nobody(folder, 
     splits = {"val": {"filenames": ["made-train-9999.tar"]}}
     (place / "_info.json").unlink()
     (place / "_info.json").write_text(json.dumps({"splits": splits}))
-    with pytest.raises(OSError, match="no regular file: .*9999"):
+    with pytest.raises(OSError, match=r"no regular file: .*9999"):
         open_data(place, need_train=False)
 
 
