@@ -80,7 +80,9 @@ def _asked_weights(options: argparse.Namespace) -> tuple[str, ...]:
 
 def _accuracy_line(model: str, measured: dict[str, Any]) -> str:
     top5 = "" if measured["top5"] is None else f", top-5 {measured['top5']:.2f} %"
+    kinds = {"unreadable": "unreadable", "nonfinite": "without finite logits"}
+    lost = "".join(f", {measured[key]:,} {kind}" for key, kind in kinds.items() if measured[key])
     return (
         f"top-1 {measured['top1']:.2f} %{top5}, cross-entropy {measured['loss']:.4f}, "
-        f"{measured['count']:,} images ({model}, weights {measured['weights']})"
+        f"{measured['count']:,} images{lost} ({model}, weights {measured['weights']})"
     )

@@ -35,6 +35,8 @@ from fastkd.utils.distributed import ALONE, World
 from fastkd.utils.io import writable
 from fastkd.utils.random import derive_seed, preserved_rng, seed_cpu
 
+# What a dataset may raise over an image that cannot be read; anything else is its own mistake.
+UNREADABLE = (OSError, Image.DecompressionBombError)
 REPLACEMENTS = 16  # images that are tried in the place of one that cannot be read
 ENOUGH_SHARDS = 8  # for each process, so that their shares of a stream's epoch are about even
 logger = logging.getLogger("fastkd")
@@ -53,7 +55,7 @@ class SampleDataset(Dataset[Any]):
         transform: SampleTransform,
         seed: int | None = None,  # the run's; None where nothing is random
         *,
-        replacing: int | None = None,  # seed of the images that replace unreadable ones, or raise
+        replacing: int | None = None,  # seed of the images that replace unreadable ones
         decode_once: bool = False,  # a dataset that draws at random gives all copies the same
         notes: WorkerNotes | None = None,
     ) -> None:
@@ -70,10 +72,12 @@ class SampleDataset(Dataset[Any]):
     def __getitem__(self, key: SampleKey) -> tuple[Any, Any]:
         """One (image, label), as of any dataset."""
         sample = self.__getitems__([key])[0]
+        if isinstance(sample, Fault):
+            raise OSError(f"data: cannot read {sample.name}: {sample.reason}")
         return sample.image, sample.label
 
-    def __getitems__(self, keys: list[SampleKey]) -> list[Sample]:
-        """Fetch a batch, as torch's loader asks for it."""
+    def __getitems__(self, keys: list[SampleKey]) -> list[Sample | Fault]:
+        """Fetch a batch, as torch's loader asks for it; faults unless they are replaced."""
         if self.seed is None:
             return [self._sample(key, {}) for key in keys]
         decoded: dict[int, tuple[Any, ...]] = {}
@@ -85,14 +89,20 @@ class SampleDataset(Dataset[Any]):
         filename = getattr(self.dataset, "filename", None)
         return f"sample {index}" if filename is None else writable(str(filename(index)))
 
-    def _sample(self, key: SampleKey, decoded: dict[int, tuple[Any, ...]]) -> Sample:
+    def _sample(self, key: SampleKey, decoded: dict[int, tuple[Any, ...]]) -> Sample | Fault:
         if self.notes is not None:
             self.notes.note(key.sample)
         self._seed(key)
         if key.sample in decoded:
             image, label, faults = decoded[key.sample]
+        elif self.replacing is None:
+            try:
+                image, label = self._read(key.sample)
+            except UNREADABLE as error:
+                return Fault(key.sample, self.name(key.sample), reason_of(error))
+            faults = ()
         else:
-            image, label, faults = self._read_or_replace(key)
+            image, label, faults = self._read_or_replace(key, self.replacing)
             if self.decode_once:
                 decoded[key.sample] = image, label, ()
                 self._seed(key)  # what reading drew is not drawn for the other copies
@@ -102,18 +112,18 @@ class SampleDataset(Dataset[Any]):
         if self.seed is not None:
             seed_cpu(derive_seed("sample", self.seed, *key))
 
-    def _read_or_replace(self, key: SampleKey) -> tuple[Any, Any, tuple[Fault, ...]]:
+    def _read_or_replace(
+        self, key: SampleKey, replacing: int
+    ) -> tuple[Any, Any, tuple[Fault, ...]]:
         """Image, label, and what could not be read; the same for all copies of a sample."""
-        if self.replacing is None:
-            return *self._read(key.sample), ()
         index = key.sample
         faults: list[Fault] = []
         for attempt in range(1, REPLACEMENTS + 2):
             try:
                 return *self._read(index), tuple(faults)
-            except (OSError, Image.DecompressionBombError) as error:
+            except UNREADABLE as error:
                 faults.append(Fault(index, self.name(index), reason_of(error)))
-            place = derive_seed("sample", self.replacing, key.epoch, key.sample, 0, attempt)
+            place = derive_seed("sample", replacing, key.epoch, key.sample, 0, attempt)
             index = place % len(self.dataset)
         raise OSError(
             f"data: cannot read {faults[0].name} (sample {key.sample}), nor any of {REPLACEMENTS} "
@@ -180,7 +190,10 @@ def eval_loader(
     spec: InputSpec,
     peers: World = ALONE,
 ) -> DataLoader[Any]:
-    """This rank's share of the evaluation set, no sample twice."""
+    """This rank's share of the evaluation set, no sample twice.
+
+    A batch's ``faults`` list what cannot be read, and is not in it.
+    """
     notes = WorkerNotes(recipe.workers)
     dataset: SampleDataset | EvalStream
     if data.streams:

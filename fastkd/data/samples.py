@@ -12,14 +12,21 @@ from multiprocessing.context import ForkContext, ForkProcess
 from typing import Any, NamedTuple
 
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import default_collate, get_worker_info
 
 from fastkd.config import DataConfig
 from fastkd.data.gpu_augment import Planned, plan_transform
-from fastkd.data.images import PILLOW_ERRORS, refuse_deep
+from fastkd.data.images import refuse_deep, refuse_thin
 from fastkd.data.readers import DataPair, Fault
-from fastkd.data.transforms import InputSpec, Transform, eval_transform, train_transform
+from fastkd.data.transforms import (
+    InputSpec,
+    Transform,
+    eval_transform,
+    resized_size,
+    train_transform,
+)
 
 # What a loop over a loader may see of a process that died.
 DEATHS = (RuntimeError, ConnectionError, EOFError)
@@ -49,19 +56,27 @@ class Sample(NamedTuple):
 class SampleTransform:
     """(image, label) as a dataset yields them -> `Sample`."""
 
-    def __init__(self, transform: Transform | None = None, mode: str | None = None) -> None:
-        self.transform = transform  # image -> tensor or `Planned`; None for tensors
-        self.mode = mode  # PIL mode that images are brought to; None for tensors
+    def __init__(
+        self,
+        transform: Transform | None = None,  # image -> tensor or `Planned`; None for tensors
+        mode: str | None = None,  # PIL mode that images are brought to; None for tensors
+        resized: tuple[int, int, bool] | None = None,  # as in `resized_size`; None: crops first
+    ) -> None:
+        self.transform = transform
+        self.mode = mode
+        self.resized = resized
 
     def decode(self, image: Any) -> Any:
         """Decode an image that its dataset only opened, and bring it to the mode."""
-        if self.mode is None:
+        if self.mode is None or not isinstance(image, Image.Image):
             return image
         try:
+            if self.resized is not None:
+                refuse_thin(image, *self.resized)
             image.load()
             refuse_deep(image)
             return image if image.mode == self.mode else image.convert(self.mode)
-        except PILLOW_ERRORS as error:
+        except Exception as error:  # what Pillow and its plugins raise has no common base
             raise OSError(f"data: cannot decode an image: {error}") from error
 
     def __call__(
@@ -75,7 +90,7 @@ class SampleTransform:
 
 
 class Collate:
-    """Stack samples; normalize the batch where the dataset yields tensors."""
+    """Stack samples, and list faults; normalize the batch where the dataset yields tensors."""
 
     def __init__(
         self,
@@ -89,19 +104,20 @@ class Collate:
             self.statistics = torch.tensor(mean).view(-1, 1, 1), torch.tensor(std).view(-1, 1, 1)
 
     def __call__(self, samples: Sequence[tuple[Any, ...]]) -> Batch:
-        """Stack samples."""
-        parts = [Sample(*sample) for sample in samples]
+        """Stack samples; images are [0] where there are only faults."""
+        unreadable = [part for part in samples if isinstance(part, Fault)]
+        parts = [Sample(*part) for part in samples if not isinstance(part, Fault)]
         # default_collate: in a loader process it stacks into memory shared with the main process.
-        images = default_collate([part.image for part in parts])
-        if self.statistics is not None:
+        images = default_collate([part.image for part in parts]) if parts else torch.empty(0)
+        if parts and self.statistics is not None:
             images = (images - self.statistics[0]) / self.statistics[1]
         plans = [part.plan for part in parts if part.plan is not None]
         return Batch(
             images=images,
-            labels=torch.tensor([self._class(part) for part in parts]),
-            samples=torch.tensor([part.sample for part in parts]),
+            labels=torch.tensor([self._class(part) for part in parts], dtype=torch.int64),
+            samples=torch.tensor([part.sample for part in parts], dtype=torch.int64),
             plan=default_collate(plans) if plans else None,
-            faults=tuple(dict.fromkeys(fault for part in parts for fault in part.faults)),
+            faults=(*dict.fromkeys(f for part in parts for f in part.faults), *unreadable),
         )
 
     def _class(self, part: Sample) -> int:
@@ -126,7 +142,8 @@ def train_sample_transform(config: DataConfig, spec: InputSpec, data: DataPair) 
             )
         return SampleTransform()
     make = plan_transform if config.augment == "gpu" else train_transform
-    return SampleTransform(make(config, spec), _mode(spec))
+    resized = None if config.augment in ("cpu", "gpu") else resized_size(config, spec)
+    return SampleTransform(make(config, spec), _mode(spec), resized)
 
 
 def eval_sample_transform(
@@ -135,7 +152,7 @@ def eval_sample_transform(
     """What happens to an evaluation image before it is stacked."""
     if data is not None and data.yields_tensors:
         return SampleTransform()
-    return SampleTransform(eval_transform(config, spec), _mode(spec))
+    return SampleTransform(eval_transform(config, spec), _mode(spec), resized_size(config, spec))
 
 
 def collate(data: DataPair, spec: InputSpec, classes: int | None = None) -> Collate:
@@ -162,7 +179,7 @@ class Batch(NamedTuple):
     labels: Tensor  # [B] int64; -1 where a sample has none
     samples: Tensor  # [B] int64, indices asked for; of a stream positions, -1 in its evaluation
     plan: dict[str, Tensor] | None = None  # what the device does to each image, [B, ...] by name
-    faults: tuple[Fault, ...] = ()  # what could not be read, and was replaced
+    faults: tuple[Fault, ...] = ()  # what could not be read; replaced in training, else left out
 
 
 class WorkerNotes:

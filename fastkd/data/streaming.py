@@ -16,12 +16,20 @@ from functools import partial
 from itertools import count, groupby
 from typing import Any
 
+from PIL import ExifTags, Image, ImageOps
 from torch.utils.data import IterableDataset, get_worker_info
 
 from fastkd.data.files import LeftOut, is_hidden, tell_left_out
 from fastkd.data.folders import SHARD_LISTS, SPLITS, parse_shard_list
 from fastkd.data.images import open_image, reason_of
-from fastkd.data.readers import NO_SAMPLE, Fault, Item, StreamSource, image_column
+from fastkd.data.readers import (
+    NO_SAMPLE,
+    Fault,
+    Item,
+    LostPart,
+    StreamSource,
+    image_column,
+)
 from fastkd.data.samplers import Schedule
 from fastkd.data.samples import Sample, SampleTransform, WorkerNotes
 from fastkd.data.tars import parse_label, samples_of
@@ -91,7 +99,7 @@ class ShardStream(StreamSource):
                         if image or label:
                             yield f"{url}:{key}", members.get(image or ""), members.get(label or "")
             except Exception as error:  # of the fetching process, or a broken archive
-                faults.append(Fault(NO_SAMPLE, url, reason_of(error)))
+                faults.append(LostPart(NO_SAMPLE, url, reason_of(error)))
             if str(left_out) and not self.told:  # one line, not one for each shard
                 self.told = True
                 tell_left_out(url, left_out)
@@ -140,7 +148,6 @@ class HubStream(StreamSource):
                 f"labels"
             )
         self.image = image_column(name, columns)
-        self.decode = columns[self.image].decode_example
         stated = (stream.info.splits or {}).get(split)
         classes = getattr(columns["label"], "num_classes", None)
         super().__init__(name, split, getattr(stated, "num_examples", None) or None, classes)
@@ -162,10 +169,20 @@ class HubStream(StreamSource):
                 file += f" {zlib.crc32(image['bytes']):08x}"
             yield f"{file} of {self}", partial(self._load, row)
 
-    def _load(self, row: dict[str, Any]) -> tuple[Any, Any]:
-        if row[self.image] is None:
+    def _load(self, row: dict[str, Any]) -> tuple[Image.Image, Any]:
+        from datasets.utils.file_utils import xopen
+
+        found = row[self.image]
+        if found is None:
             raise OSError("no image")
-        return self.decode(row[self.image]), row["label"]
+        content = found["bytes"]
+        if content is None and "://" in found["path"]:
+            with xopen(found["path"], "rb") as file:
+                content = file.read()
+        image = open_image(content or found["path"])
+        if ExifTags.Base.Orientation in image.getexif():  # turned, as datasets does
+            image = ImageOps.exif_transpose(image)
+        return image, row["label"]
 
 
 def _fetch_shard_list(name: str, address: str) -> dict[str, Any]:
@@ -259,7 +276,10 @@ class TrainStream(Schedule, IterableDataset[Any]):
 
 @dataclass(eq=False)
 class EvalStream(IterableDataset[Any]):
-    """One rank's share of a dataset; what cannot be read is an OSError that names it."""
+    """One rank's share of a dataset, with a fault for every sample that cannot be read.
+
+    A part that cannot be read is an OSError: nobody knows how many samples are missing.
+    """
 
     source: StreamSource
     transform: SampleTransform
@@ -271,13 +291,13 @@ class EvalStream(IterableDataset[Any]):
         """Name a sample by its place among those of one loader process."""
         return f"the sample behind {sample} others that the process read of {self.source}"
 
-    def __iter__(self) -> Iterator[Sample]:
+    def __iter__(self) -> Iterator[Sample | Fault]:
         samples = self.source.read(self.transform.decode, self.rank, self.world_size)
         for position in count():
             self.notes.note(position)
             read = next(samples, None)
             if read is None:
                 return
-            if isinstance(read, Fault):
+            if isinstance(read, LostPart):
                 raise OSError(f"data: cannot read {read.name}: {read.reason}")
-            yield self.transform(*read)
+            yield read if isinstance(read, Fault) else self.transform(*read)

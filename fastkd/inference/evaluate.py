@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator
+import logging
+import math
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,12 +17,15 @@ from typing_extensions import Unpack
 from fastkd.config import IMAGE_OPTIONS, EvaluateOptions, refuse_image_options
 from fastkd.data.datasets import Data, open_data
 from fastkd.data.loader import eval_loader
-from fastkd.data.samples import Batch
+from fastkd.data.samples import Batch, Fault
 from fastkd.inference.loading import open_model
 from fastkd.inference.preprocessing import Shape, class_count
 from fastkd.utils.distributed import World, autocast, world
 
 OPTIONS = (*IMAGE_OPTIONS, "data_root")
+SHOWN = 3  # names of unreadable images that are said
+
+logger = logging.getLogger("fastkd")
 
 
 def evaluate(
@@ -58,10 +63,13 @@ def evaluate(
 
     Returns:
         ``top1`` and ``top5`` in % (``top5`` None below five classes), ``loss`` (plain
-        cross-entropy), ``count`` (images), ``weights`` (``"raw"``, ``"ema"`` or ``"as given"``).
+        cross-entropy), ``count`` (images), ``unreadable`` (images that cannot be read),
+        ``nonfinite`` (images whose logits are NaN or infinite), ``weights`` (``"raw"``, ``"ema"``
+        or ``"as given"``). Those two kinds count as wrong, have no loss, and are warned of.
 
     Raises:
         ValueError: options or data that do not fit, or a checkpoint that cannot be used.
+        OSError: no image can be read.
     """
     unknown = set(options) - set(OPTIONS)
     if unknown:
@@ -89,31 +97,47 @@ def evaluate(
 
 @torch.no_grad()
 def evaluate_model(
-    model: nn.Module, loader: Iterable[Batch], world: World, amp: str = "none"
+    model: nn.Module,
+    loader: Iterable[Batch],
+    world: World,
+    amp: str = "none",
+    warn: Callable[[str], None] = logger.warning,
 ) -> dict[str, Any]:
     """Accuracy and cross-entropy over the shares of all processes; synchronizes once, at the end.
 
-    ``top1`` and ``top5`` are in percent (``top5`` is None below five classes), ``loss`` is the
-    plain cross-entropy, ``count`` the number of images.
+    Returns what `evaluate` does, but ``weights``; ``warn`` takes its lines, on the main process.
     """
-    sums = torch.zeros(4, dtype=torch.float64, device=world.device)
+    sums = torch.zeros(5, dtype=torch.float64, device=world.device)
+    faults: list[Fault] = []
     classes = 0
     with evaluating(model):
         for batch in loader:
+            faults += batch.faults
+            if not len(batch.labels):
+                continue
             images = batch.images.to(world.device, non_blocking=True)
             target = batch.labels.to(world.device, non_blocking=True)
             with autocast(world.device, amp):
                 logits = model(images)
             classes = logits.shape[-1]
             sums += _scores(logits.float(), target)
-    top1, top5, loss, count = world.sum(sums).tolist()
-    check_whole(loader, int(count))
-    count = max(count, 1)
+    known = sums.new_tensor([len(faults), classes >= 5])
+    *totals, unreadable, has_top5 = world.sum(torch.cat([sums, known])).tolist()
+    top1, top5, loss, finite, read = totals
+    count, nonfinite = int(read + unreadable), int(read - finite)
+    check_readable(loader, faults, int(unreadable), count, world, warn)
+    if nonfinite and world.is_main:
+        warn(
+            f"{nonfinite:,} of {count:,} evaluation images have logits that are NaN or infinite: "
+            "they count as wrong, and have no loss"
+        )
     return {
-        "top1": 100 * top1 / count,
-        "top5": 100 * top5 / count if classes >= 5 else None,
-        "loss": loss / count,
-        "count": int(count),
+        "top1": 100 * top1 / max(count, 1),
+        "top5": 100 * top5 / max(count, 1) if has_top5 else None,
+        "loss": loss / finite if finite else math.nan,
+        "count": count,
+        "unreadable": int(unreadable),
+        "nonfinite": nonfinite,
     }
 
 
@@ -128,19 +152,45 @@ def evaluating(model: nn.Module) -> Iterator[nn.Module]:
             module.training = training
 
 
-def check_whole(loader: Any, count: int) -> None:
-    """Refuse a figure of fewer images than there are; only streams can lose some unseen."""
+def check_readable(
+    loader: Any,
+    faults: list[Fault],
+    unreadable: int,
+    count: int,
+    world: World,
+    warn: Callable[[str], None],
+) -> None:
+    """Name what no process could read, and refuse a figure of too few images to mean anything.
+
+    ``faults`` are this process' own, ``unreadable`` and ``count`` of all.
+    """
     source = getattr(getattr(loader, "dataset", None), "source", None)
-    if source is not None and source.num_samples not in (None, count):
+    if source is not None and source.num_samples not in (None, count):  # streams can lose some
         raise ValueError(
             f"data: evaluated {count} of the {source.num_samples} images that {source} lists"
         )
+    if not unreadable:
+        return
+    found = sorted(fault for share in world.gather(faults) for fault in share)
+    named = "; ".join(f"{fault.name} ({fault.reason})" for fault in found[:SHOWN])
+    rest = "; ..." if unreadable > SHOWN else ""
+    line = f"{unreadable:,} of {count:,} evaluation images cannot be read"
+    if unreadable == count:
+        raise OSError(f"data: {line}: {named}{rest}")
+    if world.is_main:
+        warn(f"{line} and count as wrong: {named}{rest}")
+
+
+def have_finite_logits(logits: Tensor) -> Tensor:
+    """[B] bool: no NaN nor +inf, and not all -inf, which one masked class may be."""
+    return logits.amax(dim=-1).isfinite()
 
 
 def _scores(logits: Tensor, target: Tensor) -> Tensor:
-    """[top-1 hits, top-5 hits, summed cross-entropy, images] of a batch, float64."""
+    """[top-1 hits, top-5 hits, summed cross-entropy, finite, images] of a batch, float64."""
+    finite = have_finite_logits(logits)
     ranked = logits.topk(min(5, logits.shape[-1]), dim=-1).indices
-    hits = ranked == target.unsqueeze(-1)
-    loss = F.cross_entropy(logits, target, reduction="sum")
-    count = torch.full_like(loss, len(target))
-    return torch.stack([hits[:, 0].sum(), hits.any(dim=-1).sum(), loss, count]).double()
+    hits = (ranked == target.unsqueeze(-1)) & finite.unsqueeze(-1)
+    loss = F.cross_entropy(logits, target, reduction="none").where(finite, 0).sum()
+    sums = hits[:, 0].sum(), hits.any(dim=-1).sum(), loss, finite.sum()
+    return torch.stack([*sums, torch.full_like(loss, len(target))]).double()

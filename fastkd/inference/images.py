@@ -81,8 +81,10 @@ class SamplesAndFaults(Dataset[Sample | Fault]):
                 # Pillow reads large pictures and odd palettes, and the user meant them.
                 warnings.filterwarnings("ignore", module=r"PIL\.")
                 (sample,) = self.samples.__getitems__([SampleKey(0, index, 0)])
-        except Exception as error:  # what Pillow, its plugins and datasets raise has no common base
+        except Exception as error:  # what datasets raise has no common base
             return Fault(index, self.samples.name(index), reason_of(error))
+        if isinstance(sample, Fault):
+            return sample
         shape = tuple(sample.image.shape)
         if shape != self.size:
             reason = f"is {list(shape)}, expected {list(self.size)}"

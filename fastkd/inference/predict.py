@@ -18,7 +18,7 @@ from typing_extensions import Unpack
 
 from fastkd.config import IMAGE_OPTIONS, ImageOptions
 from fastkd.data.samples import Batch, Fault
-from fastkd.inference.evaluate import evaluating
+from fastkd.inference.evaluate import evaluating, have_finite_logits
 from fastkd.inference.images import Images, find_images, image_loader, open_files
 from fastkd.inference.loading import open_model
 from fastkd.utils.distributed import World, autocast, world
@@ -129,11 +129,14 @@ def predict(
     Under torchrun the processes share the images; the main one writes ``output``.
 
     Args:
-        images: files of any format that Pillow reads, and folders. A folder stands for the .png,
-            .jpg and .jpeg files in it and below, but hidden ones, as in `evaluate`;
-            ``timm.data.readers.add_img_extensions`` adds endings. Images are brought to as many
-            channels as the model takes, and not turned by their EXIF orientation, as in training.
-            Grayscale of more than 8 bits counts as unreadable: no value in it means white.
+        images: files and folders. A folder stands for the .png, .jpg and .jpeg files in it and
+            below, but hidden ones, as in `evaluate`; ``timm.data.readers.add_img_extensions`` adds
+            endings. A file that is named may be JPEG, PNG, WebP, GIF, BMP, PPM, TIFF, JPEG 2000 or
+            AVIF by its content, of at most 1.5 times PIL.Image.MAX_IMAGE_PIXELS, which is 134
+            million pixels (a JPEG of up to 179 million is read at half size). Images are brought
+            to as many channels as the model takes, and not turned by their EXIF orientation, as in
+            training. Grayscale of more than 8 bits counts as unreadable: no value in it means
+            white.
         model: as in `evaluate`.
         checkpoint: as in `evaluate`.
         weights: as in `evaluate`.
@@ -317,7 +320,7 @@ def likeliest(
     images = batch.images.to(peers.device, non_blocking=True)
     with autocast(peers.device, amp):
         logits = _logits(network, images)
-    finite = logits.isfinite().all(-1)
+    finite = have_finite_logits(logits)
     probabilities, classes = logits.float().softmax(-1).topk(min(top, logits.shape[-1]))
     rows = zip(
         batch.samples.tolist(), classes.tolist(), probabilities.tolist(), finite.tolist(),

@@ -19,8 +19,8 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parallel import DistributedDataParallel
 
 from fastkd.config import OptimConfig
-from fastkd.data.samples import Batch
-from fastkd.inference.evaluate import check_whole
+from fastkd.data.samples import Batch, Fault
+from fastkd.inference.evaluate import check_readable
 from fastkd.models import TapOutput, Teacher
 from fastkd.training.meter import Meter, Reading, Skipped
 from fastkd.training.task import DistillationTask
@@ -313,16 +313,25 @@ def _data_parallel(task: DistillationTask, world: World) -> DistributedDataParal
 
 
 @torch.no_grad()
-def evaluate_terms(engine: Engine, loader: Iterable[Batch]) -> dict[str, Any]:
-    """Every term of the task on an evaluation set; needs its labels only for a cross-entropy."""
+def evaluate_terms(
+    engine: Engine, loader: Iterable[Batch], warn: Callable[[str], None]
+) -> dict[str, Any]:
+    """Every term of the task on an evaluation set; needs its labels only for a cross-entropy.
+
+    Means over the images that can be read; ``warn`` takes a line about the others.
+    """
     task, world = engine.task, engine.world
     was_training = task.training
     task.eval()
     names = task.terms.names
     sums = torch.zeros(len(names) + 1, dtype=torch.float64, device=world.device)
+    faults: list[Fault] = []
     # Terms that draw (masks, patches) draw the same in every evaluation: epochs are compared by it.
     with seeded(engine.config.seed, world.device):
         for batch in loader:
+            faults += batch.faults
+            if not len(batch.labels):
+                continue
             images = batch.images.to(world.device, non_blocking=True)
             target = batch.labels.to(world.device, non_blocking=True)
             engine.begin_pass()
@@ -332,7 +341,13 @@ def evaluate_terms(engine: Engine, loader: Iterable[Batch]) -> dict[str, Any]:
             images_seen = torch.full_like(values[:1], len(images))
             sums += torch.cat([values * images_seen, images_seen])
     task.train(was_training)
-    *totals, count = world.sum(sums).tolist()
-    check_whole(loader, int(count))
-    averages = [total / max(count, 1) for total in totals]
-    return {**dict(zip(names, averages, strict=True)), "count": int(count)}
+    known = sums.new_tensor([len(faults)])
+    *totals, read, unreadable = world.sum(torch.cat([sums, known])).tolist()
+    count = int(read + unreadable)
+    check_readable(loader, faults, int(unreadable), count, world, warn)
+    averages = [total / max(read, 1) for total in totals]
+    return {
+        **dict(zip(names, averages, strict=True)),
+        "count": count,
+        "unreadable": int(unreadable),
+    }

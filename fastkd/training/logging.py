@@ -246,7 +246,10 @@ def _mend_log(path: Path, updates: int, history: list[dict[str, Any]]) -> None:
     kept = [
         record
         for record in whole_records(path)
-        if record["update"] <= updates and record.get("kind") != "epoch"
+        if record["update"] <= updates
+        and record.get("kind") != "epoch"
+        # An evaluation whose epoch is not in the history is done again.
+        and not (record.get("kind") == "evaluation" and record["epoch"] > len(history))
     ]
     # Stable, so that an epoch's line stays behind the last interval's.
     records = sorted(
@@ -400,6 +403,7 @@ class Result:
         best_rule: how the best epoch was picked.
         epochs: epochs trained.
         images: images in the evaluation set.
+        unreadable: how many of them cannot be read, and count as wrong.
         parameters: of the student, without projectors that are dropped at inference.
         eval_loss: after the last epoch: plain cross-entropy, or the objective where accuracy is not
             what the best epoch is picked by.
@@ -421,6 +425,7 @@ class Result:
     images: int
     parameters: int
     eval_loss: float | None = None
+    unreadable: int = 0
     output: str | None = None
     last: str | None = None
     best: str | None = None
@@ -463,6 +468,11 @@ class Result:
                 f"loss after epoch {self.epochs}: {self.eval_loss:.4f} ({self.images:,} evaluation "
                 f"images)"
             )
+        if self.unreadable:
+            lines.append(f"evaluation images that cannot be read: {self.unreadable:,}")
+        if self.best_epoch == 0:
+            lines.append("best: none, since no epoch's logits or losses were finite")
+        elif self.best_top1 is None:
             lines.append(f"best: epoch {self.best_epoch} ({self.best_rule})")
         else:
             best = f"{self.best_top1:.2f} % at epoch {self.best_epoch}"
@@ -491,6 +501,7 @@ def result_of(
         best_epoch=ranking["epoch"],
         best_rule=f"{measure} on the evaluation set itself, earliest of equals",
         images=last["eval_images"],
+        unreadable=last.get("eval_unreadable", 0),
         history=history,
         **known,
     )

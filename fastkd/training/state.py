@@ -113,8 +113,9 @@ class RunState:
 
     def _rank(self, record: dict[str, Any]) -> float:
         value = record.get(self.ranked_by)
-        if value is None:
-            return -math.inf
+        broken = record.get("ema_nonfinite" if self.ranked_by == "ema_top1" else "eval_nonfinite")
+        if value is None or math.isnan(value) or (broken and value == 0):
+            return -math.inf  # nothing was measured, or no image with finite logits was right
         return -value if self.ranked_by == "eval_loss" else value
 
     def save(self, name: str = LAST) -> OSError | None:

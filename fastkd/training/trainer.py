@@ -90,7 +90,8 @@ def train(
         NonFiniteError: the gradient was infinite or NaN in more than ``max_nonfinite`` updates in a
             row; single ones are skipped, counted and listed in log.jsonl.
         OSError: more than ``max_unreadable`` training images cannot be read (fewer are replaced and
-            listed), an evaluation image cannot, or the last checkpoint cannot be written.
+            listed), no evaluation image can (single ones count as wrong, and are named), or the
+            last checkpoint cannot be written.
         KeyboardInterrupt: stopped by SIGINT, after writing a checkpoint.
         SystemExit: stopped by SIGTERM or SIGUSR1, after writing a checkpoint.
     """
@@ -137,7 +138,9 @@ def train(
                 if epoch % recipe.eval_interval == 0 or epoch == recipe.epochs:
                     save(run, logger)  # an evaluation may take longer than a stop may wait
                     stop.raise_if_asked(peers)
-                    record |= evaluate(run, eval_batches, stop, labelled=opened.labelled_val)
+                    record |= evaluate(
+                        run, eval_batches, logger, stop, labelled=opened.labelled_val
+                    )
                 if run.finish_epoch(record):
                     save(run, logger, BEST)
                 # Last: a kill before it lets the epoch be done again, with the same best.
@@ -207,26 +210,40 @@ def _record(run: RunState, reading: Reading, since: Reading | None) -> dict[str,
 
 
 def evaluate(
-    run: RunState, batches: DataLoader[Any], stop: StopRequest, *, labelled: bool
+    run: RunState,
+    batches: DataLoader[Any],
+    logger: RunLogger,
+    stop: StopRequest,
+    *,
+    labelled: bool,
 ) -> dict[str, Any]:
     """Measure the raw and the averaged weights, and every term where accuracy does not rank."""
     engine, peers, amp = run.engine, run.engine.world, run.identity.recipe.amp
     record: dict[str, Any] = {}
+    lost = {"eval_unreadable": 0, "eval_nonfinite": 0, "ema_nonfinite": 0}
+    lines: list[str] = []
     began = time.perf_counter()
     if labelled:
         peers.average_norms(run.student)
-        raw = evaluate_model(run.student, batches, peers, amp)
+        raw = evaluate_model(run.student, batches, peers, amp, lines.append)
         record = {name: raw[name] for name in ("top1", "top5")}
         record |= {"eval_loss": raw["loss"], "eval_images": raw["count"]}
+        lost |= {f"eval_{name}": raw[name] for name in ("unreadable", "nonfinite")}
         stop.raise_if_asked(peers)
         if engine.ema is not None:
             peers.average_norms(engine.ema.module)
-            ema = evaluate_model(engine.ema.module, batches, peers, amp)
+            averaged: list[str] = []
+            ema = evaluate_model(engine.ema.module, batches, peers, amp, averaged.append)
             record |= {f"ema_{name}": ema[name] for name in ("top1", "top5", "loss")}
+            lost["ema_nonfinite"] = ema["nonfinite"]
+            lines += [f"EMA: {line}" for line in averaged if line not in lines]
     if run.ranked_by == "eval_loss":
-        terms = evaluate_terms(engine, batches)
-        record["eval_images"] = terms.pop("count")
+        terms = evaluate_terms(engine, batches, lines.append)
+        record["eval_images"], lost["eval_unreadable"] = terms.pop("count"), terms.pop("unreadable")
         record |= {f"eval_{name}": value for name, value in terms.items()}
+    for line in dict.fromkeys(lines):
+        logger.event("evaluation", run.where() | {"reason": line}, f"evaluation: {line}")
+    record |= {name: count for name, count in lost.items() if count}
     return record | {"eval_seconds": time.perf_counter() - began}
 
 

@@ -234,10 +234,15 @@ def broken_image(folder, split, content=b"no image"):
 
 
 @pytest.mark.parametrize("content", [b"", b"no image", "half"])
-def test_an_unreadable_image_stops_an_evaluation_naming_its_file(tmp_path, content):
-    broken_image(tmp_path, "val", content)
-    with pytest.raises(OSError, match=r"cannot read .*val/green/1\.jpg"):
-        list(eval_loader(open_data(tmp_path), RANDAUGMENT, SPEC))
+def test_an_unreadable_image_of_an_evaluation_is_left_out_and_told(tmp_path, content):
+    broken = broken_image(tmp_path, "val", content)
+    batches = list(eval_loader(open_data(tmp_path), RANDAUGMENT.override(eval_batch_size=1), SPEC))
+    (fault,) = [fault for batch in batches for fault in batch.faults]
+    assert fault.name == str(broken)
+    assert [len(batch.images) for batch in batches] == [
+        int(index != fault.sample) for index in range(len(batches))
+    ]
+    assert all(len(batch.images) == len(batch.labels) == len(batch.samples) for batch in batches)
 
 
 @pytest.mark.parametrize("content", [b"", b"no image", "half"])

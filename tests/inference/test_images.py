@@ -7,8 +7,10 @@ import pytest
 from PIL import Image
 
 from fastkd import analyze, evaluate, predict
+from fastkd.config import Recipe
 from fastkd.data.datasets import open_data
-from fastkd.data.images import reason_of
+from fastkd.data.loader import eval_loader
+from fastkd.data.transforms import InputSpec
 from fastkd.utils.io import writable
 from tests.harness.tiny import vit
 
@@ -47,20 +49,16 @@ def predicted(folder, model):
 
 
 def evaluated(folder, model):
-    """Remove one unreadable image after the other, for an evaluation ends at the first."""
-    bad = {}
-    while True:
-        data = open_data(folder, need_train=False).val
-        names = [data.filename(index) for index in range(len(data))]
-        try:
-            count = evaluate(model, folder, device="cpu", workers=0)["count"]
-        except OSError as error:
-            (name,) = (name for name in names if f"{name} (sample" in str(error))
-            bad[os.path.relpath(name, folder)] = reason_of(error)
-            os.unlink(name)
-        else:
-            assert count == len(names)
-            return [writable(os.path.relpath(name, folder)) for name in names], bad
+    data = open_data(folder, need_train=False)
+    recipe = Recipe(workers=0, eval_batch_size=3)
+    batches = list(eval_loader(data, recipe, InputSpec((3, 32, 32), (0.5,) * 3, (0.5,) * 3)))
+    bad = {fault.name: fault.reason for batch in batches for fault in batch.faults}
+    names = [data.val.filename(index) for batch in batches for index in batch.samples.tolist()]
+    measured = evaluate(model, folder, device="cpu", workers=0)
+    assert (measured["unreadable"], measured["count"]) == (len(bad), len(bad) + len(names))
+    return [writable(os.path.relpath(name, folder)) for name in names], {
+        os.path.relpath(name, folder): reason for name, reason in bad.items()
+    }
 
 
 def analyzed(folder, model):

@@ -58,10 +58,25 @@ def test_replacements_do_not_depend_on_workers(broken_folder, tmp_path):
     assert all(torch.equal(left[name], right[name]) for name in left)
 
 
-def test_an_unreadable_evaluation_image_is_an_error(tmp_path):
+def test_an_unreadable_evaluation_image_counts_as_wrong_and_is_named(tmp_path):
     folder = image_folder(tmp_path / "images", train=4, val=2)
     (folder / "val" / "blue" / "0.jpg").write_bytes(b"no image")
-    with pytest.raises(OSError, match=r"val/blue/0\.jpg"):
+    options = IMAGES | {"ema_decay": 0.5}
+    result = train("test_vit", None, folder, tmp_path / "run", **options)
+    (event,) = events(tmp_path / "run", "evaluation")  # of two, the raw and the averaged weights
+    assert event["reason"].startswith("1 of 6 evaluation images cannot be read")
+    assert f"{folder}/val/blue/0.jpg" in event["reason"]
+    assert (result.images, result.unreadable) == (6, 1)
+    assert result.history[-1]["eval_unreadable"] == 1
+    assert "that cannot be read: 1" in result.summary()
+    assert result.top1 * 6 / 100 == pytest.approx(round(result.top1 * 6 / 100))
+
+
+def test_evaluation_images_of_which_none_can_be_read_end_the_run(tmp_path):
+    folder = image_folder(tmp_path / "images", train=4, val=2)
+    for image in (folder / "val").glob("*/*.jpg"):
+        image.write_bytes(b"no image")
+    with pytest.raises(OSError, match=r"6 of 6 evaluation images .*val/blue/0\.jpg .*; \.\.\."):
         train("test_vit", None, folder, tmp_path / "run", **IMAGES)
 
 
