@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import functools
 import os
 import re
@@ -13,7 +12,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypedDict
 
-from annotated_types import Ge, Gt, Le, Lt, MinLen
+from annotated_types import Ge, Gt, Le, Lt, MaxLen, MinLen
 from pydantic import (
     AfterValidator,
     BaseModel,
@@ -28,6 +27,8 @@ from pydantic_core import PydanticCustomError, core_schema
 from typing_extensions import Unpack
 
 from fastkd.losses.registry import FEATURE_LOSSES, LOGIT_LOSSES, PROJECTORS, names
+from fastkd.utils.arguments import FLOAT32, LARGEST, LARGEST_IMAGE, MOST_WORKERS
+from fastkd.utils.hints import suggestion
 from fastkd.utils.io import write_text
 
 IMAGE_FIELDS = ("interpolation", "crop_pct", "crop_mode")
@@ -47,7 +48,16 @@ OPERATIONAL_FIELDS = frozenset(
         *("eval_batch_size", "log_interval", "track", "checkpoint_interval", "keep_checkpoints"),
     }
 )
-LARGEST = 2**63  # whole numbers lie below it
+
+# What timm's parser knows: it passes over sections without a number, and takes any letters after t.
+_STD = r"-mstd\d+(\.\d+)?"
+AUTO_AUGMENT = (
+    rf"^(rand(-m\d{{1,3}}|-n[1-9]\d?|-p(0|1|0?\.\d+)|-mmax[1-9]\d{{0,2}}|-inc[01]|-t(weights|3aw?)|{_STD})*"
+    rf"|augmix(-m\d{{1,3}}|-[wd][1-9]|-a\d+(\.\d+)?|-b[01]|{_STD})*"
+    rf"|(original|originalr|v0|v0r|3a)({_STD})?)$"
+)
+RECIPE_BYTES = 100_000  # a whole recipe has 3,000
+RECIPE_DEPTH = 6  # pairs and options have 3
 
 
 class _FrozenOptions(dict[str, Any]):
@@ -82,7 +92,7 @@ def parse_pairs(text: str) -> Pairs:
     Raises:
         ValueError: a pair without its colon.
     """
-    return tuple(_pair([_key(end) for end in part.split(":")]) for part in text.split(","))
+    return tuple(map(_pair, text.split(",")))
 
 
 def parse_options(text: str) -> Options:
@@ -141,6 +151,8 @@ def _scalar(text: str) -> int | float | bool | str | None:
 
 
 def _pair(items: Any) -> tuple[Key, Key]:
+    if isinstance(items, str):  # of a list such as [0:0, 11:23]
+        items = [_key(end) for end in items.split(":")]
     keys = tuple(items) if isinstance(items, list | tuple) else ()
     if len(keys) != 2 or not all(_is_key(key) for key in keys):
         raise ValueError(f"a pair is student:teacher, got {items!r}")
@@ -206,16 +218,20 @@ class _Named:
 # Each type ends with the words that errors and the command line's help describe it by.
 Count = Annotated[int, Ge(1), Lt(LARGEST), "an integer of at least 1"]
 Whole = Annotated[int, Ge(0), Lt(LARGEST), "an integer of at least 0"]
-Positive = Annotated[float, Gt(0), "a finite number above 0"]
-NonNegative = Annotated[float, Ge(0), "a finite number of at least 0"]
+Positive = Annotated[float, Ge(FLOAT32[0]), Le(FLOAT32[1]), "a finite number above 0"]
+NonNegative = Annotated[float, Ge(0), Le(FLOAT32[1]), "a finite number of at least 0"]
+Pixels = Annotated[int, Ge(1), Le(LARGEST_IMAGE), "an integer between 1 and 16,384"]
 Share = Annotated[float, Ge(0), Le(1), "a number between 0 and 1"]
 PositiveShare = Annotated[float, Gt(0), Le(1), "a number in (0, 1]"]
 BelowOne = Annotated[float, Ge(0), Lt(1), "a number in [0, 1)"]
 Switch = Annotated[bool, "true or false"]
 Text = Annotated[str, Field(pattern=r"\S"), "a text that is not empty"]
+_Statistics = Annotated[
+    tuple[Annotated[float, Ge(-FLOAT32[1]), Le(FLOAT32[1])], ...], MinLen(1), MaxLen(1024)
+]
 Channels = Annotated[
-    Annotated[tuple[float, ...], MinLen(1)],
-    BeforeValidator(_items, json_schema_input_type=str | Annotated[tuple[float, ...], MinLen(1)]),
+    _Statistics,
+    BeforeValidator(_items, json_schema_input_type=str | _Statistics),
     "a list of numbers",
 ]
 Range = Annotated[
@@ -283,11 +299,11 @@ class StudentConfig(Section):
     variant: Literal["plain", "lift", "widelast", "uniform"] = Field(
         default="plain", description="student architecture"
     )
-    width: Count | None = Field(
+    width: Annotated[int, Ge(1), Le(65_536), "an integer between 1 and 65,536"] | None = Field(
         default=None,
         description="of a variant; none: 384 for lift and widelast, uniform must be given one",
     )
-    img_size: Count | None = Field(
+    img_size: Pixels | None = Field(
         default=None, description="input pixels a side; none: the student's own"
     )
     num_classes: Count | None = Field(default=None, description="classes; none: as the data say")
@@ -308,7 +324,7 @@ class TeacherConfig(Section):
     teacher_checkpoint: Text | None = Field(
         default=None, description="local weights for a timm name"
     )
-    teacher_img_size: Count | None = Field(
+    teacher_img_size: Pixels | None = Field(
         default=None, description="pixels a side that images are resized to for it; none: its own"
     )
 
@@ -361,6 +377,8 @@ class DistillConfig(Section):
         return max(0.0, 1 - self.alpha) if self.ce_weight is None else self.ce_weight
 
     def _misfits(self) -> Iterator[tuple[str, str]]:
+        if len(set(self.pairs)) < len(self.pairs):
+            yield "pairs", "each pair once"
         for side, name in enumerate(("student_prefix", "teacher_prefix")):
             if getattr(self, name) and not all(isinstance(pair[side], str) for pair in self.pairs):
                 yield name, "0 where blocks are paired by number (their prefix is known)"
@@ -408,9 +426,13 @@ class DataConfig(Section):
     color_jitter: NonNegative = Field(
         default=0.3, description="used only where auto_augment is none"
     )
-    auto_augment: Text | None = Field(
-        default="rand-m9-mstd0.5-inc1", description="timm's auto augment policy string"
-    )
+    auto_augment: (
+        Annotated[
+            Annotated[str, Field(pattern=AUTO_AUGMENT)],
+            "a policy of timm's such as rand-m9-mstd0.5-inc1, augmix-m5-w4, original, v0r or 3a",
+        ]
+        | None
+    ) = Field(default="rand-m9-mstd0.5-inc1", description="timm's auto augment policy string")
     reprob: Share = Field(
         default=0.25, description="probability of random erasing, with pixel noise"
     )
@@ -423,7 +445,7 @@ class DataConfig(Section):
     mixup_switch_prob: Share = Field(
         default=0.5, description="probability of CutMix where both are on"
     )
-    workers: Whole = Field(
+    workers: Annotated[int, Ge(0), Le(MOST_WORKERS), "an integer between 0 and 1,024"] = Field(
         default=8, description="loader processes per rank; 0: in the main process"
     )
 
@@ -442,8 +464,11 @@ class DataConfig(Section):
             yield "std", f"a value beside mean, {self.mean}" if self.mean else "none, as mean is"
         elif self.mean and self.std and len({len(self.mean), len(self.std)} - {1}) > 1:
             yield "std", f"{len(self.mean)} numbers, as mean has"
-        if self.std is not None and min(self.std) <= 0:
+        if self.std is not None and min(self.std) < FLOAT32[0]:
             yield "std", "numbers above 0"
+        sections = re.findall(r"-([a-z]+)", self.auto_augment or "")
+        if len(set(sections)) < len(sections):
+            yield "auto_augment", "each of its sections once"
 
 
 class OptimConfig(Section):
@@ -519,7 +544,7 @@ class OptimConfig(Section):
     def _misfits(self) -> Iterator[tuple[str, str]]:
         if self.warmup_epochs and self.warmup_epochs >= self.epochs:
             yield "warmup_epochs", f"fewer than epochs ({self.epochs})"
-        if self.scaled_lr == float("inf"):
+        if self.scaled_lr > FLOAT32[1]:
             yield "lr", "a number that is finite once it is scaled by batch_size / 512"
         if self.batch_size % self.accumulation:
             yield "batch_size", f"a multiple of accumulation ({self.accumulation})"
@@ -822,6 +847,8 @@ class Recipe(
     def _misfits(self) -> Iterator[tuple[str, str]]:
         if self.alpha > 1 and self.ce_weight is None and self.labels:
             yield "alpha", "at most 1 where ce_weight is 1 - alpha"
+        if self.repeated_aug > self.batch_size:
+            yield "repeated_aug", f"at most batch_size ({self.batch_size})"
         if self.best == "ema" and self.ema_decay is None:
             yield "best", "raw without ema_decay"
 
@@ -863,20 +890,6 @@ def describe(name: str) -> str:
         name: of a field.
     """
     return _words(_hints()[name])
-
-
-def suggestion(word: str, known: Iterable[str]) -> str:
-    """``(did you mean ...?)`` where a known word is close.
-
-    Args:
-        word: unknown.
-        known: what there is.
-
-    Returns:
-        The hint after a space, or an empty text.
-    """
-    close = difflib.get_close_matches(word, list(known), n=1)
-    return f" (did you mean {close[0]!r}?)" if close else ""
 
 
 @functools.cache
@@ -935,7 +948,24 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     import yaml
 
     class Loader(yaml.BaseLoader):
-        """Keeps texts, tells quoted ones apart, and refuses keys that are given twice."""
+        """Keeps texts, tells quoted ones apart, and refuses what a recipe has no use for."""
+
+        depth = 0
+
+        def compose_node(self, parent: Any, index: Any) -> Any:
+            event = self.peek_event()
+            unused = f"more than {RECIPE_DEPTH} levels" if self.depth == RECIPE_DEPTH else None
+            if isinstance(event, yaml.AliasEvent):  # of lists of lists they may stand for billions
+                unused = f"an alias (*{event.anchor})"
+            elif event.tag is not None:
+                unused = f"a tag ({event.tag})"
+            if unused is not None:
+                line = event.start_mark.line + 1
+                raise ValueError(f"line {line} has {unused}, which a recipe must not have")
+            self.depth += 1
+            node = super().compose_node(parent, index)
+            self.depth -= 1
+            return node
 
         def construct_scalar(self, node: yaml.ScalarNode) -> Any:
             text = super().construct_scalar(node)
@@ -952,9 +982,11 @@ def _read_yaml(path: Path) -> dict[str, Any]:
                 seen.add(str(key.value))
             return super().construct_mapping(node, deep)
 
+    if path.stat().st_size > RECIPE_BYTES:
+        raise ValueError(f"is no recipe: it has more than {RECIPE_BYTES:,} bytes")
     try:
         content = yaml.load(path.read_text(encoding="utf-8"), Loader=Loader)
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"no YAML: {' '.join(str(error).split())}") from None
     if not isinstance(content, dict):
         raise ValueError("must hold a mapping of fields to values")
@@ -996,12 +1028,27 @@ def _refusal(name: str, value: Any) -> str:
     hint = ""
     if several and isinstance(value, str):
         hint = suggestion(value, words.removesuffix(" or none").split(", "))
-    shown = f"{value!r} ({type(value).__name__})" if not isinstance(value, str) else repr(value)
+    shown = repr(value)
+    shown = shown if len(shown) <= 200 else f"{shown[:200]} ..."
+    if not isinstance(value, str):
+        shown += f" ({type(value).__name__})"
+    if _is_beyond_float32(value):
+        hint = ", which is 0 or infinite in float32"
     return f"{name}: expected {describe(name)}, got {shown}{hint}"
 
 
+def _is_beyond_float32(value: Any) -> bool:
+    try:
+        number = abs(float(value))
+    except (TypeError, ValueError, OverflowError):
+        return False
+    return 0 < number < FLOAT32[0] or FLOAT32[1] < number < float("inf")
+
+
 def _unknown(name: str, model: type[Section]) -> str:
-    return f"unknown recipe field {name!r}{suggestion(name, model.model_fields)}"
+    # The arguments that stand beside the fields: they may be meant, too.
+    known = [*model.model_fields, "output", "recipe", "resume"]
+    return f"unknown recipe field {name!r}{suggestion(name, known)}"
 
 
 def _plain(value: Any) -> Any:

@@ -28,6 +28,7 @@ from fastkd.models.hub import fetched, is_hub_name
 from fastkd.models.pretrained import LOCAL, fixed_input_size, is_export
 from fastkd.models.weights import VERSION_KEY, FileKind, file_kind, short_misfit
 from fastkd.ops.environment import version
+from fastkd.utils.arguments import LARGEST_IMAGE, check_numbers, refuse_blank
 from fastkd.utils.io import replacing_path
 from fastkd.utils.random import preserved_rng
 
@@ -118,8 +119,8 @@ def export(
         raise ValueError(f"export: format must be one of {FORMATS}, got {format!r}")
     if opset is not None and format != "onnx":
         raise ValueError(f"export: opset={opset} has no effect: format is {format!r}")
-    if opset is not None and opset < OPSET:
-        raise ValueError(f"export: opset must be at least {OPSET}, got {opset}")
+    check_numbers("export", opset=(opset, OPSET), img_size=(img_size, 1, LARGEST_IMAGE))
+    refuse_blank("export", run=run, output=output)
     if format == "onnx":
         opset, needed = opset or OPSET, ("onnx", "onnxscript", "onnxruntime")
         missing = " ".join(name for name in needed if importlib.util.find_spec(name) is None)

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from fastkd.cli import main
+from fastkd.cli import _parsers, main
 from fastkd.config import Recipe
 from fastkd.losses import registry
 from tests.harness.tiny import image_folder, vit
@@ -165,9 +165,46 @@ def test_recipes_lists_every_recipe_and_shows_one(capsys):
         ("train --amp fp8 --output x", "amp: expected one of none, bf16, fp16"),
         ("train --epochs many --output x", "epochs: expected an integer of at least 1, got 'many'"),
         ("train --lr fast --epochs 0 --output x", "got '0'; lr: expected a finite number above 0"),
-        ("train --lr -1e-3 --output x", "written --flag=VALUE"),
-        ("train --recipe= --output x", "recipe: expected a name"),
-        ("train --output=", "output must not be empty"),
+        ("train --lr -1e-3 --output x", "lr: expected a finite number above 0, got '-1e-3'"),
+        ("train --lr -inf --output x", "written --flag=VALUE"),
+        ("train --pairs -1:-1,-1:-1 --output x", "pairs: expected each pair once"),
+        ("train --recipe= --output x", "recipe must not be empty, got ''"),
+        ("train --output=", "output must not be empty, got ''"),
+        ("train --output= --resume never", "output must not be empty, got ''"),
+        ("train --resume= --output x", "resume must not be empty, got ''"),
+        ("train --data= --output x", "data must not be empty, got ''"),
+        ("evaluate x --data=", "data must not be empty, got ''"),
+        ("predict a.jpg --model test_vit --output=", "output must not be empty, got ''"),
+        ("analyze test_vit --data y --output=", "output must not be empty, got ''"),
+        ("export x --output=", "output must not be empty, got ''"),
+        ("bench-step --output=", "output must not be empty, got ''"),
+        ("train --workers 1000000 --output x", "workers: expected an integer between 0 and 1,024"),
+        ("predict a.jpg --model test_vit --top 0", "predict: error: top must be at least 1, got 0"),
+        ("predict a.jpg --model test_vit --workers -1", "workers must be 0 to 1024, got -1"),
+        ("analyze test_vit --data y --batch-size 0", "batch_size must be at least 1, got 0"),
+        ("analyze test_vit --data y --images -3", "images must be at least 1, got -3"),
+        ("analyze test_vit --data y --img-size 0", "img_size must be 1 to 16384, got 0"),
+        ("analyze test_vit --data y --memory nan", "memory must be at least 0.0, got nan"),
+        ("evaluate x --data y --batch-size 0", "batch_size must be at least 1, got 0"),
+        ("export x --img-size 0", "img_size must be 1 to 16384, got 0"),
+        ("bench-step --steps 0", "steps must be at least 2, got 0"),
+        ("train --learning-rate 1e-3", "--learning-rate (here it is --lr)"),
+        ("train --learning_rate=1e-3", "--learning_rate=1e-3 (here it is --lr)"),
+        ("train --per_device_train_batch_size 8", "(here it is --batch-size; images of an update"),
+        ("train --layer-decay 0.7", "there is no decay of the learning rate by layer"),
+        ("train --pretrained", "a student starts from weights if model is"),
+        ("train --model-ema", "(here it is --ema-decay; none switches it off)"),
+        ("train --num_train_epochs 3", "(here it is --epochs)"),
+        ("train --output_dir x", "(here it is --output;"),
+        ("train --aa rand", "(here it is --auto-augment)"),
+        ("train --smoothing 0.1", "(here it is --label-smoothing)"),
+        ("train --drop-path-rate 0.1", "(here it is --drop-path)"),
+        ("train --opt-eps 1e-8", "(here it is --adam-eps)"),
+        ("train --native-amp", "(here it is --amp; none, bf16 or fp16)"),
+        ("train --input-size 3 224 224", "(here it is --img-size)"),
+        ("train --batch_size 8", "(did you mean --batch-size?)"),
+        ("evaluate x --data y --num-workers 3", "(here it is --workers)"),
+        ("predict a.jpg --topk 3", "(here it is --top)"),
         ("train --alpha 0.9 --output x", "alpha: needs a teacher"),
         ("train --recipe nothing --output x", "no recipe 'nothing'"),
         ("train --data nowhere --output x", "no folder 'nowhere'"),
@@ -178,7 +215,7 @@ def test_recipes_lists_every_recipe_and_shows_one(capsys):
             "evaluate x --data y --wieghts raw",
             "unknown argument --wieghts (did you mean --weights?)",
         ),
-        ("tarin", "invalid choice: 'tarin' (did you mean train?)"),
+        ("tarin", "invalid choice: 'tarin' (did you mean 'train'?)"),
         ("nothing", "invalid choice: 'nothing' (choose from train, evaluate,"),
         ("export nowhere", "there is no nowhere"),
         ("export nowhere --opset 18", "opset=18 has no effect"),
@@ -192,6 +229,72 @@ def test_a_users_error_is_one_line_and_status_2(capsys, arguments, message):
     assert err.startswith("fastkd")
     assert ": error: " in err
     assert message in err
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "shown"),
+    [
+        (KeyError("x"), 1, "KeyError: 'x' (FASTKD_DEBUG=1 shows where)"),
+        (AttributeError("no y"), 1, "AttributeError: no y (FASTKD_DEBUG=1 shows where)"),
+        (AssertionError(), 2, "AssertionError (FASTKD_DEBUG=1 shows where)"),
+        (MemoryError("much"), 1, "MemoryError: much (FASTKD_DEBUG=1 shows where)"),
+        (ValueError("a\nb \x1b]0;title\x07"), 2, r"a b \x1b]0;title\x07"),
+        (OSError(2, "missing", "\u202ea\x9b"), 2, r"[Errno 2] missing: '\u202ea\x9b'"),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_no_error_is_a_traceback_or_steers_the_terminal(capsys, monkeypatch, error, status, shown):
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr("fastkd.config.Recipe.names", fail)
+    monkeypatch.delenv("FASTKD_DEBUG", raising=False)
+    assert run(capsys, "recipes") == (status, "", f"fastkd recipes: error: {shown}\n")
+
+
+def test_codes_of_exits_are_kept(capsys, monkeypatch):
+    def leave():
+        raise SystemExit(143)
+
+    monkeypatch.setattr("fastkd.config.Recipe.names", leave)
+    assert run(capsys, "recipes")[0] == 143
+
+
+@pytest.mark.parametrize(
+    ("arguments", "name", "value"),
+    [
+        ("train --pairs -1:-1", "pairs", "-1:-1"),
+        ("train --mean -0.5,0.5,0.5 --std .5", "mean", "-0.5,0.5,0.5"),
+        ("train --mean -.5", "mean", "-.5"),
+        ("analyze test_vit --layers -2,-1", "layers", "-2,-1"),
+        ("bench-step --pairs -2:-2,-1:-1", "pairs", "-2:-2,-1:-1"),
+        ("train --labels --pairs -1:-1", "labels", "true"),
+    ],
+)
+def test_a_value_may_begin_with_a_minus(monkeypatch, arguments, name, value):
+    words, taken = arguments.split(), []
+    parser, commands = _parsers(words[0])
+    commands[words[0]].set_defaults(run=taken.append)
+    monkeypatch.setattr("fastkd.cli._parsers", lambda _: (parser, commands))
+    assert main(words) == 0
+    assert getattr(taken[0], name) == value
+
+
+def test_a_reader_that_leaves_ends_the_command_without_an_error(capsys, monkeypatch, tmp_path):
+    with open(tmp_path / "out", "w") as file:
+
+        class Left:
+            fileno = file.fileno
+
+            def write(self, _):
+                raise BrokenPipeError
+
+            def flush(self):
+                raise BrokenPipeError
+
+        monkeypatch.setattr(sys, "stdout", Left())
+        assert main(["recipes"]) == 0
+    assert capsys.readouterr().err == ""
 
 
 def test_debug_shows_the_traceback(capsys, monkeypatch):

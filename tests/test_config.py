@@ -362,7 +362,20 @@ def test_an_empty_scalar_in_yaml_is_none_and_an_empty_text_is_refused(tmp_path):
         ("epochs: 1.5\n", "epochs: expected an integer"),
         ("pairs: [[[1], 2]]\n", "pairs: expected pairs of blocks"),
         ("pairs: [{1: 2, 3: 4}]\n", "pairs: expected pairs of blocks"),
-        ("[" * 3000, "no YAML"),
+        ("lr: " + "[" * 5000 + "]" * 5000, "line 1 has more than 6 levels"),
+        ("- " * 5000, "line 1 has more than 6 levels"),
+        ("epochs: 1\nlr: " + "{a: " * 3000, "line 2 has more than 6 levels"),
+        ("lr: [" + "1, " * 40_000 + "]", "is no recipe: it has more than 100,000 bytes"),
+        ("lr:\t1e-3\n", "no YAML.*line 1"),
+        ("lr: \0\n", "no YAML.*#x0000"),
+        ("lr: 1\n---\nlr: 2\n", "no YAML.*single document"),
+        ("%YAML 3.0\n---\nlr: 1\n", "no YAML.*incompatible"),
+        ("[1]: 2\n", "no YAML.*unhashable key"),
+        ("epochs: 1\nlr: *x\n", r"line 2 has an alias \(\*x\)"),
+        ("lr: &a [*a]\n", r"line 1 has an alias \(\*a\)"),
+        ("lr: !!python/name:os.system x\n", "line 1 has a tag .*python/name:os.system"),
+        ("data: !mine x\n", r"line 1 has a tag \(!mine\)"),
+        ("learning_rate: 1e-3\n", r"unknown recipe field 'learning_rate' \(here it is 'lr'\)"),
         ("epocs: 5\n", r"unknown recipe field 'epocs' \(did you mean 'epochs'\?\)"),
     ],
 )
@@ -420,6 +433,37 @@ def test_yaml_may_write_pairs_as_lists_or_text(tmp_path):
     for pairs in ([[0, 0], [11, 23]], "0:0,11:23"):
         (tmp_path / "r.yaml").write_text(yaml.safe_dump({"pairs": pairs}))
         assert Recipe.load(tmp_path / "r.yaml").pairs == ((0, 0), (11, 23))
+
+
+@pytest.mark.parametrize("text", ["11:23", "[11:23]", "- 11:23", "[[11, 23]]", "'11:23'"])
+def test_one_pair_is_read_however_yaml_spells_it(tmp_path, text):
+    (tmp_path / "r.yaml").write_text(f"pairs:\n  {text}\n")
+    assert Recipe.load(tmp_path / "r.yaml").pairs == ((11, 23),)
+
+
+@pytest.mark.parametrize("word", ["none", "None", "NULL", "~", "null", ""])
+@pytest.mark.parametrize("name", ["ema_decay", "teacher", "auto_augment", "track", "opt_kwargs"])
+def test_none_is_none_however_yaml_spells_it(tmp_path, name, word):
+    (tmp_path / "r.yaml").write_text(f"{name}: {word}\n")
+    assert getattr(Recipe.load(tmp_path / "r.yaml"), name) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("learning_rate", "here it is 'lr'"),
+        ("per-device-train-batch-size", "here it is 'batch_size'; images of an update"),
+        ("output_dir", "here it is 'output'; an argument beside the recipe"),
+        ("layer_decay", "no decay of the learning rate by layer"),
+        ("temperature", "here it is 'tau'"),
+        ("EPOCHS", "did you mean 'epochs'"),
+        ("lr_scheduler_type", "here it is 'sched'"),
+        ("gradient_accumulation_steps", "here it is 'accumulation'"),
+    ],
+)
+def test_a_name_of_another_trainer_gets_the_name_that_it_has_here(name, hint):
+    with pytest.raises(ValueError, match=f"{name}.*{hint}"):
+        Recipe(**{name: 1})
 
 
 def test_an_unknown_field_is_an_error_with_a_suggestion():
@@ -505,6 +549,19 @@ def test_a_wrong_type_names_field_expected_and_got(field, value, expected):
         {"feature_options": {"beta": INF}},
         {"feature_options": {" ": 1}},
         {"lr": 1e308},
+        {"lr_scaling": False, "lr": 1e300},
+        {"tau": 1e-300},
+        {"adam_eps": 1e-46},
+        {"std": [1.0], "mean": [1e300]},
+        {"mean": [0.5], "std": [1e-300]},
+        {"workers": 1_000_000},
+        {"img_size": 10**6},
+        {"width": 10**6},
+        {"pairs": [(0, 0), (1, 1), (0, 0)]},
+        {"pairs": "11:23,11:23"},
+        {"batch_size": 8, "repeated_aug": 1000},
+        {"ratio": [4.0, 3.0]},
+        {"ratio": [0.0, 0.0]},
         {"batch_size": 2**63},
         {"pairs": [(10**30, 1)]},
         {"pairs": [("a", "")]},
@@ -526,6 +583,66 @@ def test_no_number_is_infinite_or_nan(name, value):
     several = isinstance(getattr(Recipe(), name), tuple) or name in ("mean", "std")
     with pytest.raises(ValueError, match=f"{name}: expected"):
         Recipe(**{name: [value, value] if several else value})
+
+
+@pytest.mark.parametrize(
+    "policy",
+    [
+        "rand-mABC",  # timm passes over sections without a number
+        "rand-m",
+        "rand-",
+        "rand--m9",
+        "rand-m9-m5",  # the last counts
+        "rand-m9.5",
+        "rand-m9-w0",
+        "rand-m9-mstd",
+        "rand-m9-mstd.5",
+        "rand-m9-inc2",
+        "rand-m9-n0",
+        "rand-m9-p2",
+        "rand-tx",  # timm takes its default for a set that it does not know
+        "random",
+        "Rand-m9",
+        "rand-m9 ",
+        "augmix-m5-w",
+        "augmix-mABC",
+        "original-m9",
+        "v1",
+        "3a-mstdABC",
+        "rand-m9-mstdinf",
+        "trivialaugment",
+    ],
+)
+def test_an_augmentation_that_timm_would_misread_is_refused(policy):
+    with pytest.raises(ValueError, match="auto_augment: expected") as refused:
+        Recipe(auto_augment=policy)
+    assert repr(policy) in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "policy",
+    [
+        *("rand", "rand-m9-mstd0.5-inc1", "rand-m9-n3-mstd0.5", "rand-mstd1-tweights"),
+        *("rand-m15-n2-mmax20-p0.8", "rand-n2-m10-t3a", "augmix", "augmix-m5-w4-d2-b1-a1.5-mstd2"),
+        *("original", "originalr", "v0", "v0r-mstd0.5", "3a"),
+    ],
+)
+def test_an_augmentation_of_timm_is_taken(policy):
+    from timm.data import create_transform
+
+    assert create_transform(32, is_training=True, auto_augment=policy)
+    assert Recipe(auto_augment=policy).auto_augment == policy
+
+
+def test_a_number_beyond_float32_is_said_to_be():
+    with pytest.raises(ValueError, match=r"tau: .*got 1e-300 .*in float32"):
+        Recipe(tau=1e-300)
+
+
+def test_a_long_value_is_shown_by_its_beginning():
+    with pytest.raises(ValueError, match="epochs: expected") as refused:
+        parse_value("epochs", "9" * 5000)
+    assert len(str(refused.value)) < 300
 
 
 def test_every_fault_has_a_line_of_its_own():

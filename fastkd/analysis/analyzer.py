@@ -25,6 +25,7 @@ from fastkd.data.datasets import Data
 from fastkd.ops.environment import version
 from fastkd.ops.sep import LEVELS as BANDWIDTH_LEVELS
 from fastkd.ops.spectrum import LEVELS
+from fastkd.utils.arguments import LARGEST_IMAGE, MOST_WORKERS, check_numbers, refuse_blank
 from fastkd.utils.distributed import World, world
 from fastkd.utils.io import remove_leftovers, write_text
 from fastkd.utils.progress import Progress
@@ -142,6 +143,15 @@ def analyze(
         memory=memory,
         max_unreadable=max_unreadable,
     )
+    check_numbers(
+        "analyze",
+        images=(images, 1),
+        batch_size=(batch_size, 1),
+        workers=(workers, 0, MOST_WORKERS),
+        img_size=(img_size, 1, LARGEST_IMAGE),
+        num_prefix=(num_prefix, 0),
+    )
+    refuse_blank("analyze", data=data, output=output, checkpoint=checkpoint)
     several = not isinstance(model, str | Path | nn.Module)
     subjects: list[Any] = [*(model if several else [model]), *compare]  # type: ignore[misc]
     _check_arguments(subjects, data, checkpoint, output, resume)

@@ -31,6 +31,7 @@ from fastkd.ops.checks import levels_of
 from fastkd.ops.sep import CONVENTIONS
 from fastkd.ops.spectrum import LEVELS, MOST_LEVELS
 from fastkd.ops.threads import each
+from fastkd.utils.arguments import check_numbers
 from fastkd.utils.distributed import StopRequest, World
 from fastkd.utils.io import replacing
 from fastkd.utils.progress import Progress
@@ -82,15 +83,15 @@ class Settings:
             raise ValueError(f"analyze: sep must be one of {known}, got {self.convention!r}")
         if self.shared not in SHARED:
             raise ValueError(f"analyze: shared must be one of {SHARED}, got {self.shared!r}")
-        if any(k < 1 for k in self.subspaces):
-            raise ValueError(f"analyze: subspaces must be >= 1, got {self.subspaces}")
-        for name in ("permutations", "memory"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"analyze: {name} must be >= 0, got {getattr(self, name)}")
-        if not 0 <= self.max_unreadable <= 1:
-            raise ValueError(
-                f"analyze: max_unreadable must be a part from 0 to 1, got {self.max_unreadable}"
-            )
+        for k in self.subspaces:
+            check_numbers("analyze", subspaces=(k, 1))
+        check_numbers(
+            "analyze",
+            permutations=(self.permutations, 0),
+            memory=(self.memory, 0.0),
+            max_unreadable=(self.max_unreadable, 0.0, 1.0),
+            seed=(self.seed, 0),
+        )
 
 
 class Study:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
+
+from fastkd.utils.io import csv_text, printable
 
 MISSING = "\u2013"  # an en dash
 _MINUS = "\u2212"
@@ -31,7 +31,6 @@ _LATEX = str.maketrans(
         "°": r"$^\circ$",
         "θ": r"$\theta$",
         MISSING: "--",
-        "\n": " ",
     }
 )
 _MARKDOWN = str.maketrans(
@@ -112,20 +111,18 @@ class Table:
 
     def to_csv(self) -> str:
         """Comma-separated values in full precision: a column for each part, no blanked groups."""
-        text = io.StringIO()
-        writer = csv.writer(text, lineterminator="\n")
-        writer.writerow([title for column in self.columns for title in _part_titles(column)])
+        rows = [[title for column in self.columns for title in _part_titles(column)]]
         for row in self.rows:
             pairs = zip(self.columns, row, strict=True)
-            writer.writerow([_exact(p) for column, cell in pairs for p in _parts(column, cell)])
-        return text.getvalue()
+            rows.append([_exact(p) for column, cell in pairs for p in _parts(column, cell)])
+        return csv_text(rows)
 
     def to_latex(self) -> str:
         """A ``table`` environment for the booktabs package, with caption, label and notes."""
-        titles = [_title(column).translate(_LATEX) for column in self.columns]
-        body = [[cell.translate(_LATEX) for cell in row] for row in self._shown()]
+        titles = [_escaped_latex(_title(column)) for column in self.columns]
+        body = [[_escaped_latex(cell) for cell in row] for row in self._shown()]
         notes = " ".join(f"{note}." for note in self.notes)
-        caption = f"{self.title}. {self.explanation} {notes}".strip().translate(_LATEX)
+        caption = _escaped_latex(f"{self.title}. {self.explanation} {notes}".strip())
         return "\n".join(
             [
                 r"\begin{table}",
@@ -166,7 +163,11 @@ class Table:
 
 def escaped_markdown(text: str) -> str:
     """Text that Markdown shows as it is, in a table's cell as elsewhere."""
-    return text.translate(_MARKDOWN)
+    return printable(text.translate(_MARKDOWN))
+
+
+def _escaped_latex(text: str) -> str:
+    return printable(text.replace("\n", " ")).translate(_LATEX)
 
 
 def _title(column: Column) -> str:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import importlib
 import os
+import re
 import sys
 from collections.abc import Iterable, Sequence
 from importlib import metadata
 from typing import Any, NoReturn
+
+from fastkd.utils.hints import suggestion
+from fastkd.utils.io import printable
 
 # By name, in the order of ``fastkd --help``: what adds its options, imported for that
 # command alone, and what it does.
@@ -42,73 +45,102 @@ COMMANDS = {
     "demo": ("", "distil digits on this machine, in minutes"),
 }
 
-# AssertionError: how timm's models refuse an image of another size.
-USER_ERRORS = (
-    *(ValueError, TypeError, OSError, RuntimeError, ArithmeticError, ImportError),
-    AssertionError,
-)
+# Errors whose text says it all; others are shown with their type, and a hint for a bug report.
+SELF_EXPLAINED = (ValueError, OSError, RuntimeError, ImportError)
+# Of wrong arguments; AssertionError is how timm's models refuse an image of another size.
+USER_ERRORS = (*SELF_EXPLAINED, TypeError, ArithmeticError, AssertionError)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    if arguments[:1] == ["demo"]:
-        return _guarded("demo", _demo, arguments[1:])
-    parser, commands = _parsers(arguments[0] if arguments else "")
-    _check_command(parser, commands, arguments)
-    options, unknown = parser.parse_known_args(arguments)
-    if unknown:
-        commands[options.command].refuse(unknown[0])
-    return _guarded(options.command, options.run, options)
+    command = arguments[0] if arguments and arguments[0] in COMMANDS else ""
+    try:
+        try:
+            return _run(command, arguments)
+        finally:
+            sys.stdout.flush()
+    except KeyboardInterrupt:
+        print(f"fastkd {command}: interrupted", file=sys.stderr)
+        return 130
+    except Exception as error:
+        if isinstance(error, BrokenPipeError) and _reader_left():
+            return 0
+        if os.environ.get("FASTKD_DEBUG") == "1":
+            raise
+        named = " ".join(["fastkd", command]).strip()
+        text = printable(_one_line(error).removeprefix(f"{command}: "))
+        print(f"{named}: error: {text}", file=sys.stderr)
+        return 2 if isinstance(error, USER_ERRORS) else 1
+
+
+def _reader_left() -> bool:
+    """Whether who reads the output has read enough, as ``head`` does."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # What is left in the buffer would be tried again, and complained about, at the exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return True
+    return False
 
 
 def print_once(text: str) -> None:
     """Print on the main process of torchrun alone."""
     if os.environ.get("RANK", "0") == "0":
-        print(text)
+        print(printable(text, lines=True))
 
 
-def _demo(arguments: Sequence[str]) -> int:
-    """Run the demo, which has a parser of its own for everything after its name."""
-    from fastkd.demo import main
+def _run(command: str, arguments: list[str]) -> int:
+    if command == "demo":  # which has a parser of its own for everything after its name
+        from fastkd.demo import main
 
-    return main(arguments)
-
-
-def _guarded(command: str, run: Any, argument: Any) -> int:
-    try:
-        return run(argument) or 0
-    except KeyboardInterrupt:
-        print(f"fastkd {command}: interrupted", file=sys.stderr)
-        return 130
-    except USER_ERRORS as error:
-        if os.environ.get("FASTKD_DEBUG") == "1":
-            raise
-        text = _one_line(error).removeprefix(f"{command}: ")
-        print(f"fastkd {command}: error: {text}", file=sys.stderr)
-        return 2
+        return main(arguments[1:])
+    parser, commands = _parsers(command)
+    _check_command(parser, commands, arguments)
+    options, unknown = parser.parse_known_args(arguments)
+    if unknown:
+        commands[command].refuse(unknown[0])
+    commands[command].refuse_blanks(vars(options))
+    return options.run(options) or 0
 
 
 def _one_line(error: Exception) -> str:
     text = str(error).strip()
     if "Original Traceback" in text:  # a loader's worker sends the traceback along
         text = text.splitlines()[-1]
-    return " ".join(text.split()) or type(error).__name__
+    text = " ".join(text.split())
+    if text and isinstance(error, SELF_EXPLAINED):
+        return text
+    named = ": ".join(filter(None, (type(error).__name__, text)))
+    return f"{named} (FASTKD_DEBUG=1 shows where)"
 
 
 class _Parser(argparse.ArgumentParser):
     """Errors in one line, like every other error of the command line."""
 
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        # What is taken for a value, not for a flag: --pairs -1:-1, --mean -0.5,0.5, --layers -2,-1.
+        self._negative_number_matcher = re.compile(r"-\.?\d")
+
     def error(self, message: str) -> NoReturn:
         """Print the message and leave with status 2."""
         if message.endswith("expected one argument"):
             message += " (a value that begins with - is written --flag=VALUE)"
-        self.exit(2, f"{self.prog}: error: {message}\n")
+        self.exit(2, f"{self.prog}: error: {printable(message)}\n")
 
     def refuse(self, argument: str) -> NoReturn:
         """Leave because of an argument that is none of this parser's."""
-        hint = _hint(argument.split("=")[0], self._option_string_actions)
+        hint = suggestion(argument.split("=")[0], self._option_string_actions)
         self.error(f"unknown argument {argument}{hint}")
+
+    def refuse_blanks(self, options: dict[str, Any]) -> None:
+        """Leave because of an empty value: as a path it would be the current folder."""
+        for name, value in options.items():
+            for item in value if isinstance(value, list) else [value]:
+                if isinstance(item, str) and not item.strip():
+                    self.error(f"{name.replace('_', '-')} must not be empty, got {item!r}")
 
 
 def _parsers(chosen: str) -> tuple[_Parser, dict[str, _Parser]]:
@@ -129,13 +161,8 @@ def _parsers(chosen: str) -> tuple[_Parser, dict[str, _Parser]]:
 def _check_command(parser: _Parser, commands: Iterable[str], arguments: list[str]) -> None:
     command = arguments[0] if arguments else "-"
     if not command.startswith("-") and command not in commands:
-        hint = _hint(command, commands) or f" (choose from {', '.join(commands)})"
+        hint = suggestion(command, commands) or f" (choose from {', '.join(commands)})"
         parser.error(f"invalid choice: {command!r}{hint}")
-
-
-def _hint(given: str, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(given, list(known), n=1)
-    return f" (did you mean {close[0]}?)" if close else ""
 
 
 def _version() -> str:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 
+from fastkd.cli import print_once
+
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the options of ``fastkd export``."""
@@ -57,5 +59,5 @@ def _run(options: argparse.Namespace) -> int:
         opset=options.opset,
         overwrite=options.overwrite,
     )
-    print(exported.summary())
+    print_once(exported.summary())
     return 0

@@ -19,6 +19,7 @@ from fastkd.losses.registry import (
     has_temperature,
     options_of,
 )
+from fastkd.utils.io import printable
 
 _AIM = re.compile(r"# Aims at: (\d[\d.]* %)")  # in a recipe's head; some have none to aim at
 
@@ -56,7 +57,8 @@ def _recipes(options: argparse.Namespace) -> int:
     if options.schema:
         print(json.dumps(Recipe.json_schema(), indent=1))
     elif options.name is not None:
-        print(Recipe.path(options.name).read_text(encoding="utf-8"), end="")
+        text = Recipe.path(options.name).read_text(encoding="utf-8", errors="backslashreplace")
+        print(printable(text, lines=True), end="")
     else:
         for name in Recipe.names():
             print(f"{name:<26} {_aim_and_title(Recipe.path(name))}")

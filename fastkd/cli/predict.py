@@ -8,6 +8,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from fastkd.cli.evaluate import add_image_options, given_image_options
+from fastkd.utils.io import printable
 
 if TYPE_CHECKING:
     from fastkd.inference.predict import Guess, Prediction, Predictions
@@ -80,45 +81,39 @@ def _run(options: argparse.Namespace) -> int:
     )
     if os.environ.get("RANK", "0") != "0":  # the main process speaks for all
         return 0
-    _print(_report(predictions, model, options.output))
+    print(_report(predictions, model, options.output))
     for fault in predictions.unreadable:
-        print(f"fastkd predict: passed over {fault.name}: {fault.reason}", file=sys.stderr)
+        print(
+            f"fastkd predict: passed over {printable(fault.name)}: {printable(fault.reason)}",
+            file=sys.stderr,
+        )
     return 1 if predictions.unreadable else 0
 
 
-def _print(text: str) -> None:
-    """Print to whoever reads; ``head`` may have read enough."""
-    try:
-        print(text, flush=True)
-    except BrokenPipeError:
-        # What is left in the buffer would be tried again, and complained about, at the exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
 def _report(predictions: Predictions, model: str, output: str | None) -> str:
-    from fastkd.utils.io import writable
-
     count = len(predictions.images)
     told = (
         f"{count:,} {'image' if count == 1 else 'images'} ({model}, weights {predictions.weights})"
     )
     if output is not None:
         told += f", written to {output}"
-    return "\n".join([*_table(predictions.images), writable(told)])
+    return "\n".join([*_table(predictions.images), printable(told)])
 
 
 def _table(images: tuple[Prediction, ...]) -> list[str]:
     """A line for an image with one guess, else one for every guess below the image's name."""
+    names = [printable(prediction.image) for prediction in images]
     if all(len(prediction.guesses) == 1 for prediction in images):
-        width = max((len(prediction.image) for prediction in images), default=0)
-        return [f"{p.image:<{width}}{_line(p.guesses[0])}" for p in images]
+        width = max(map(len, names), default=0)
+        pairs = zip(names, images, strict=True)
+        return [f"{name:<{width}}{_line(p.guesses[0])}" for name, p in pairs]
     lines = []
-    for prediction in images:
-        lines += [prediction.image, *map(_line, prediction.guesses), ""]
+    for name, prediction in zip(names, images, strict=True):
+        lines += [name, *map(_line, prediction.guesses), ""]
     return lines
 
 
 def _line(guess: Guess) -> str:
     number = f"class {guess.index}"
-    called = number if guess.name == str(guess.index) else f"{guess.name} ({number})"
+    called = number if guess.name == str(guess.index) else f"{printable(guess.name)} ({number})"
     return f"  {100 * guess.probability:6.2f} %  {called}"

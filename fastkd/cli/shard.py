@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 
+from fastkd.cli import print_once
+
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the options of ``fastkd shard``."""
@@ -63,5 +65,5 @@ def _run(options: argparse.Namespace) -> int:
         seed=options.seed,
         quiet=options.quiet,
     )
-    print(report.summary())
+    print_once(report.summary())
     return 0

@@ -19,6 +19,7 @@ from fastkd.data.folders import SPLITS, open_folder, open_tar
 from fastkd.data.images import load_rgb
 from fastkd.data.readers import DataPair, ReadableImages, StreamSource, image_column
 from fastkd.data.streaming import HubStream, ShardStream
+from fastkd.utils.arguments import refuse_blank
 from fastkd.utils.random import preserved_rng
 
 # By the scheme of timm's dataset names: the module that reads it, and its packages for pip.
@@ -66,6 +67,7 @@ def open_data(
         OSError: an archive is truncated, or no tar.
         ImportError: the package that reads the data is missing.
     """
+    refuse_blank("open_data", data=data)
     if isinstance(data, str | Path):
         train, val = _open_named(str(data), root, need_train, labels)
     else:

@@ -31,6 +31,7 @@ from fastkd.data.folders import (
 )
 from fastkd.data.images import MAX_FILE, open_image, reason_of, refuse_deep
 from fastkd.data.tars import TarImages, list_shard
+from fastkd.utils.arguments import MOST_WORKERS, check_numbers, refuse_blank
 from fastkd.utils.io import remove_leftovers, replacing, write_text
 from fastkd.utils.progress import Progress, track
 
@@ -103,13 +104,17 @@ def shard(
         from webdataset import TarWriter
     except ImportError as error:
         raise ImportError(f"shard: {error}: pip install webdataset") from error
-    least: dict[str, Any] = {"short_side": (short_side, 1), "quality": (quality, 1, 95)}
-    least |= {"samples_per_shard": (samples_per_shard, 1), "shard_size": (shard_size, 1e-6)}
-    least |= {"max_unreadable": (max_unreadable, 0), "workers": (workers, 1), "seed": (seed, 0)}
-    for name, (value, low, *high) in least.items():
-        if value is not None and not low <= value <= max(high, default=value):
-            limit = f"{low} to {high[0]}" if high else f"at least {low}"
-            raise ValueError(f"shard: {name} must be {limit}, got {value}")
+    check_numbers(
+        "shard",
+        short_side=(short_side, 1),
+        quality=(quality, 1, 95),
+        samples_per_shard=(samples_per_shard, 1),
+        shard_size=(shard_size, 1e-6),
+        max_unreadable=(max_unreadable, 0),
+        workers=(workers, 1, MOST_WORKERS),
+        seed=(seed, 0),
+    )
+    refuse_blank("shard", source=source, destination=destination)
     options: dict[str, Any] = {"short_side": short_side, "quality": quality, "seed": seed}
     options |= {"samples_per_shard": samples_per_shard, "shard_size": shard_size}
     work = _Work(Path(source), Path(destination), options, quiet)

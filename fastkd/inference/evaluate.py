@@ -20,7 +20,9 @@ from fastkd.data.loader import eval_loader
 from fastkd.data.samples import Batch, Fault
 from fastkd.inference.loading import open_model
 from fastkd.inference.preprocessing import Shape, class_count
+from fastkd.utils.arguments import MOST_WORKERS, check_numbers
 from fastkd.utils.distributed import World, autocast, world
+from fastkd.utils.hints import suggestion
 
 OPTIONS = (*IMAGE_OPTIONS, "data_root")
 SHOWN = 3  # names of unreadable images that are said
@@ -73,7 +75,10 @@ def evaluate(
     """
     unknown = set(options) - set(OPTIONS)
     if unknown:
-        raise ValueError(f"evaluate: unknown option {sorted(unknown)[0]!r}; there are {OPTIONS}")
+        name = sorted(unknown)[0]
+        hint = suggestion(name, ("batch_size", "checkpoint", "workers", "weights", *OPTIONS))
+        raise ValueError(f"evaluate: unknown option {name!r}{hint}; there are {OPTIONS}")
+    check_numbers("evaluate", batch_size=(batch_size, 1), workers=(workers, 0, MOST_WORKERS))
     opened = open_data(data, options.get("data_root"), need_train=False)
     if opened.yields_tensors:
         refuse_image_options(options)

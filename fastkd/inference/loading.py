@@ -43,6 +43,7 @@ from fastkd.models.weights import (
     run_weights,
     short_misfit,
 )
+from fastkd.utils.arguments import LARGEST_IMAGE, check_numbers, refuse_blank
 
 Source = str | Path | nn.Module
 Size = int | tuple[int, int]
@@ -108,6 +109,10 @@ def open_model(
         alternative: what to do without published weights, for errors about them.
         **timm_kwargs: of the timm model, where a name is built.
     """
+    refuse_blank(caller, model=source, checkpoint=checkpoint)
+    sides = img_size if isinstance(img_size, tuple | list) else (img_size,)
+    for side in sides:
+        check_numbers(caller, img_size=(side, 1, LARGEST_IMAGE), num_classes=(num_classes, 0))
     options = {name: value for name, value in timm_kwargs.items() if value is not None}
     if isinstance(source, nn.Module):
         refuse_for_modules(caller, {"num_classes": num_classes, **options})

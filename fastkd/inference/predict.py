@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -21,8 +19,10 @@ from fastkd.data.samples import Batch, Fault
 from fastkd.inference.evaluate import evaluating, have_finite_logits
 from fastkd.inference.images import Images, find_images, image_loader, open_files
 from fastkd.inference.loading import open_model
+from fastkd.utils.arguments import MOST_WORKERS, check_numbers
 from fastkd.utils.distributed import World, autocast, world
-from fastkd.utils.io import writable, write_text
+from fastkd.utils.hints import suggestion
+from fastkd.utils.io import csv_text, writable, write_text
 from fastkd.utils.progress import Progress
 
 BAR_AFTER = 2.0  # seconds: what is done sooner needs no bar
@@ -87,15 +87,12 @@ class Predictions:
         write_text(path, self._csv() if _format(path) == ".csv" else self._json())
 
     def _csv(self) -> str:
-        text = io.StringIO()
-        rows = csv.writer(text, lineterminator="\n")
-        rows.writerow(("image", "rank", "index", "name", "probability"))
+        rows: list[tuple[Any, ...]] = [("image", "rank", "index", "name", "probability")]
         for prediction in self.images:
             for rank, guess in enumerate(prediction.guesses, start=1):
-                rows.writerow(
-                    (prediction.image, rank, guess.index, guess.name, f"{guess.probability:.6g}")
-                )
-        return text.getvalue()
+                probability = f"{guess.probability:.6g}"
+                rows.append((prediction.image, rank, guess.index, guess.name, probability))
+        return csv_text(rows)
 
     def _json(self) -> str:
         content = {
@@ -158,7 +155,15 @@ def predict(
         TypeError: an argument of the wrong type.
         FileNotFoundError: there is no such model, or no folder for ``output``.
     """
-    _check({"top": (top, 1), "batch_size": (batch_size, 1), "workers": (workers, 0)}, options)
+    check_numbers(
+        "predict", top=(top, 1), batch_size=(batch_size, 1), workers=(workers, 0, MOST_WORKERS)
+    )
+    unknown = sorted(set(options) - set(IMAGE_OPTIONS))
+    if unknown:
+        hint = suggestion(
+            unknown[0], ("batch_size", "checkpoint", "top", "workers", *IMAGE_OPTIONS)
+        )
+        raise ValueError(f"predict: unknown option {unknown[0]!r}{hint}; there are {IMAGE_OPTIONS}")
     _check_output(output)
     files, empty_folders = find_images(images)
     with world(device) as peers:
@@ -203,20 +208,6 @@ def predict(
         if output is not None and peers.is_main:
             predictions.save(output)
     return predictions
-
-
-def _check(least: dict[str, tuple[Any, int]], options: Mapping[str, object]) -> None:
-    """Whole numbers with the least that each may be, and the names of options."""
-    unknown = set(options) - set(IMAGE_OPTIONS)
-    if unknown:
-        raise ValueError(
-            f"predict: unknown option {sorted(unknown)[0]!r}; there are {IMAGE_OPTIONS}"
-        )
-    for name, (value, lowest) in least.items():
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise TypeError(f"predict: {name} must be an int, got {value!r}")
-        if value < lowest:
-            raise ValueError(f"predict: {name} must be at least {lowest}, got {value}")
 
 
 def _check_output(output: str | Path | None) -> None:

@@ -6,7 +6,6 @@ answer at once.
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import inspect
 import typing
@@ -14,6 +13,8 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
+
+from fastkd.utils.hints import suggestion
 
 if TYPE_CHECKING:
     from fastkd.losses.base import FeatureTerm, Key, LogitTerm, Pairs, ResampleMode
@@ -199,9 +200,9 @@ def find_loss(name: str) -> Loss:
     """Look up a logit or feature loss, or raise with the names there are."""
     known = {loss.name: loss for loss in (*LOGIT_LOSSES, *FEATURE_LOSSES)}
     if name not in known:
-        close = difflib.get_close_matches(name.lower(), list(known), n=1)
-        hint = f" (did you mean {close[0]!r}?)" if close else ""
-        raise ValueError(f"no loss {name!r}{hint}; there are: {', '.join(known)}")
+        raise ValueError(
+            f"no loss {name!r}{suggestion(name, known)}; there are: {', '.join(known)}"
+        )
     return known[name]
 
 

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import csv
 import importlib
-import io
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -18,7 +16,7 @@ from fastkd.config import Recipe
 from fastkd.data.samples import Fault
 from fastkd.training.meter import Skipped, timestamp
 from fastkd.utils.distributed import ALONE, World
-from fastkd.utils.io import write_text
+from fastkd.utils.io import csv_text, printable, write_text
 from fastkd.utils.progress import Progress
 
 RESULT = "result.json"
@@ -123,7 +121,7 @@ class RunLogger:
     def message(self, text: str) -> None:
         """Show a line of text, with the time where it goes to a file."""
         stamp = "" if self.progress.has_bar else f"{timestamp()[:19].replace('T', ' ')} "
-        self.progress.write(stamp + text)
+        self.progress.write(stamp + printable(text))
 
     def advance(self, faults: Iterable[Fault], update: int) -> None:
         """Count an update, and keep what could not be read for it until the next `report`."""
@@ -275,11 +273,8 @@ def whole_records(path: Path) -> list[dict[str, Any]]:
 
 def _write_csv(path: Path, history: list[dict[str, Any]]) -> None:
     columns = list(dict.fromkeys(name for record in history for name in record))
-    text = io.StringIO()
-    writer = csv.DictWriter(text, columns, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(history)
-    write_text(path, text.getvalue())
+    rows = [[record.get(name) for name in columns] for record in history]
+    write_text(path, csv_text([columns, *rows]))
 
 
 def _epoch_line(record: dict[str, Any], epochs: int) -> str:

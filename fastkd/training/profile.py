@@ -31,6 +31,7 @@ from fastkd.training.build import (
     resolve_teacher,
 )
 from fastkd.training.engine import Engine
+from fastkd.utils.arguments import check_numbers
 from fastkd.utils.distributed import World, autocast, world
 from fastkd.utils.random import derive_seed, preserved_rng, seed_all
 
@@ -122,6 +123,7 @@ def bench_step(
     **overrides: Any,
 ) -> Breakdown:
     """Time the step that `fastkd.train` would run with the same arguments."""
+    check_numbers("bench_step", steps=(steps, 2))
     loaded = Recipe.load(recipe)
     guide = chosen_teacher(loaded, teacher)
     if untrained and guide is None:

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+import csv
+import io
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 _TEMPORARY = re.compile(r"\..+\.\d+\.tmp")
+# C0 and C1, line and paragraph separators, and what turns the direction of writing around.
+_CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
+_LONE = re.compile("[\ud800-\udc7f\udd00-\udfff]")  # surrogates that stand for no byte
+_FORMULA = re.compile("[=+@\uff1d\uff0b\uff0d\uff20-]")  # begins one; those of full width, too
+_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?|-?(inf|nan)", re.IGNORECASE)
 
 
 def remove_leftovers(folder: str | os.PathLike[str]) -> None:
@@ -110,5 +117,34 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
 
 
 def writable(name: str | os.PathLike[str]) -> str:
-    r"""A name as it can be printed and encoded, whatever bytes a file system has for it."""
-    return os.fsencode(name).decode("utf-8", "backslashreplace")
+    r"""A name as it can be encoded, whatever bytes a file system or a file of JSON has for it."""
+    text = _LONE.sub(lambda found: f"\\u{ord(found[0]):x}", os.fsdecode(name))
+    return os.fsencode(text).decode("utf-8", "backslashreplace")
+
+
+def printable(name: str | os.PathLike[str], *, lines: bool = False) -> str:
+    r"""A name or text as a terminal may show it: what would steer it is ``\x1b``, ``\n``, ....
+
+    With ``lines`` it may consist of several lines.
+    """
+    text = writable(name)
+    kept = "\n\t" if lines else ""
+    return _CONTROL.sub(lambda found: found[0] if found[0] in kept else _escaped(found[0]), text)
+
+
+def csv_text(rows: Iterable[Iterable[Any]]) -> str:
+    """Comma-separated values; a spreadsheet takes no text of them for a formula."""
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows([map(_cell, row) for row in rows])
+    return text.getvalue()
+
+
+def _cell(value: Any) -> Any:
+    if not isinstance(value, str):
+        return value
+    text = printable(value)
+    return f"'{text}" if _FORMULA.match(text) and not _NUMBER.fullmatch(text) else text
+
+
+def _escaped(character: str) -> str:
+    return character.encode("unicode_escape").decode()

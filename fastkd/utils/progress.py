@@ -9,6 +9,8 @@ from typing import TextIO, TypeVar
 
 from tqdm import tqdm
 
+from fastkd.utils.io import printable
+
 LINE_EVERY_SECONDS = 10.0
 SLOW_SECONDS = 3.0  # `track` shows nothing of what is done sooner
 
@@ -61,7 +63,7 @@ class Progress:
         self._begun = self._line_at = time.monotonic()
         if total and self.shows and self.stream.isatty():
             self._bar = _Bar(
-                total=total, initial=initial, desc=label or None, unit=self.unit,
+                total=total, initial=initial, desc=printable(label) or None, unit=self.unit,
                 file=self.stream, delay=self.delay, leave=self.leave, dynamic_ncols=True,
             )  # fmt: skip
 
@@ -89,11 +91,12 @@ class Progress:
         """Show a text behind the bar and change the label; nothing without a terminal."""
         if self._bar is not None:
             if label is not None:
-                self._bar.set_description_str(label)
-            self._bar.set_postfix_str(text)
+                self._bar.set_description_str(printable(label))
+            self._bar.set_postfix_str(printable(text))
 
     def write(self, line: str) -> None:
         """Print a line above the bar."""
+        line = printable(line, lines=True)
         if self._bar is not None:
             self._bar.write(line, file=self.stream)
         elif self.shows:

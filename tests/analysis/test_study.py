@@ -250,10 +250,13 @@ def test_images_that_are_not_finite_in_any_layer_are_counted():
         ({"shared": "first"}, "shared must be one of"),
         ({"levels": (2,)}, "levels must be in"),
         ({"levels": (0.5,) * 9}, "levels may be 8 at most, got 9"),
-        ({"subspaces": (0,)}, "subspaces must be >= 1"),
-        ({"permutations": -1}, "permutations must be >= 0, got -1"),
-        ({"memory": -1.0}, "memory must be >= 0"),
-        ({"max_unreadable": 5}, "max_unreadable must be a part from 0 to 1, got 5"),
+        ({"subspaces": (0,)}, "subspaces must be at least 1, got 0"),
+        ({"permutations": -1}, "permutations must be at least 0, got -1"),
+        ({"memory": -1.0}, "memory must be at least 0.0, got -1.0"),
+        ({"memory": float("nan")}, "memory must be at least 0.0, got nan"),
+        ({"memory": float("inf")}, "memory must be at least 0.0, got inf"),
+        ({"max_unreadable": 5}, "max_unreadable must be 0.0 to 1.0, got 5"),
+        ({"seed": -1}, "seed must be at least 0, got -1"),
     ],
 )
 def test_settings_that_mean_nothing_are_refused(settings, message):

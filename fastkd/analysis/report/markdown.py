@@ -13,6 +13,7 @@ from typing import Any
 from fastkd.analysis import results as readings
 from fastkd.analysis.results import ModelResult
 from fastkd.analysis.table import Table, escaped_markdown
+from fastkd.utils.io import printable
 
 
 @dataclass(frozen=True)
@@ -207,4 +208,4 @@ def _json(value: Any) -> str:
 
 
 def _code(value: Any) -> str:
-    return "`" + str(value).replace("`", "'").replace("\n", " ") + "`"
+    return "`" + printable(str(value).replace("`", "'").replace("\n", " ")) + "`"

@@ -31,7 +31,7 @@ from fastkd.analysis.results import (
     Subspaces,
     measured,
 )
-from fastkd.utils.io import replacing
+from fastkd.utils.io import printable, replacing
 
 # Okabe and Ito's colours.
 _OWN, _SHARED, _PAIRS, _WARNING = "#0072B2", "#E69F00", "#009E73", "#D55E00"
@@ -603,7 +603,7 @@ def _shortened(name: str, width: int) -> str:
 
 
 def _escaped(text: str) -> str:
-    return text.replace("$", r"\$")
+    return printable(text).replace("$", r"\$")
 
 
 def _kind_of_layer(layers: Sequence[LayerResult]) -> str:
