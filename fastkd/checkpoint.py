@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from fastkd.models.weights import FASTKD_FORMAT as FORMAT
-from fastkd.models.weights import UnreadableError, read_file
+from fastkd.models.weights import UnreadableError, UnsafeError, read_file
 from fastkd.utils.io import earlier, replacing
 
 VERSION = 2
@@ -87,8 +87,8 @@ def load_checkpoint(
         The state.
 
     Raises:
-        TornCheckpointError: torn, not fastkd's, or holding more than plain state.
-        CheckpointError: not there, or of another version.
+        TornCheckpointError: torn, or not fastkd's.
+        CheckpointError: not there, of another version, or holding more than plain state.
         PermissionError: this user may not read it.
     """
     path = Path(path)
@@ -98,13 +98,15 @@ def load_checkpoint(
         state = read_file(path, device)
     except FileNotFoundError:
         raise CheckpointError(f"checkpoint: there is no {path}") from None
+    except UnsafeError as error:
+        raise CheckpointError(f"checkpoint: {error}") from error
     except UnreadableError as error:
         raise TornCheckpointError(f"checkpoint: {error}") from error
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise TornCheckpointError(f"checkpoint: {path} was not written by fastkd's trainer")
-    if state["version"] != VERSION:
+    if state.get("version") != VERSION:
         raise CheckpointError(
-            f"checkpoint: {path} has version {state['version']}, this fastkd reads {VERSION}"
+            f"checkpoint: {path} has version {state.get('version')}, this fastkd reads {VERSION}"
         )
     return state
 

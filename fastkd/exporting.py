@@ -26,7 +26,16 @@ from fastkd.inference.preprocessing import change_input_size
 from fastkd.models.factory import default_cfgs, rebuilt_by, registered_name
 from fastkd.models.hub import fetched, is_hub_name
 from fastkd.models.pretrained import LOCAL, fixed_input_size, is_export
-from fastkd.models.weights import VERSION_KEY, FileKind, file_kind, short_misfit
+from fastkd.models.weights import (
+    CRC_KEY,
+    NO_CRC,
+    VERSION_KEY,
+    FileKind,
+    file_kind,
+    short_misfit,
+    verifying,
+    write_crc,
+)
 from fastkd.ops.environment import version
 from fastkd.utils.arguments import LARGEST_IMAGE, check_numbers, refuse_blank
 from fastkd.utils.io import replacing_path
@@ -82,6 +91,7 @@ def export(
     model: Source | None = None,
     opset: int | None = None,
     overwrite: bool = False,
+    verify: bool = True,
 ) -> Exported:
     """Write the student of a run, and nothing else of it, for use elsewhere.
 
@@ -104,6 +114,7 @@ def export(
             name.
         opset: of ONNX, from `OPSET`, the default, on.
         overwrite: replace an earlier export in this format, which its metadata shows.
+        verify: as in `fastkd.evaluate`.
 
     Returns:
         What was written, and how it was checked.
@@ -128,7 +139,8 @@ def export(
             raise ImportError(f"export: the format onnx needs packages: pip install {missing}")
     target = _default_output(run, format) if output is None else Path(output)
     _check_output(target, format, overwrite)
-    student = _open_student(run, weights, img_size, model)
+    with verifying(verify):
+        student = _open_student(run, weights, img_size, model)
     with replacing_path(target, folder=format == "timm") as temporary:
         difference = _write(student, format, temporary, opset or OPSET)
         _check_output(target, format, overwrite)  # what came in between is not replaced, either
@@ -291,7 +303,9 @@ def _save_weights(student: Model, path: Path) -> None:
     # safetensors refuses tensors that share memory or are channels_last.
     layout, state = torch.contiguous_format, student.network.state_dict()
     state = {name: tensor.clone(memory_format=layout) for name, tensor in state.items()}
-    save_file(state, path, {"format": "pt", **_metadata(student)})  # "pt" for Hugging Face's tools
+    # "pt" for Hugging Face's tools.
+    save_file(state, path, {"format": "pt", **_metadata(student), CRC_KEY: NO_CRC})
+    write_crc(path)
 
 
 def _write_onnx(student: Model, path: Path, opset: int) -> Any:

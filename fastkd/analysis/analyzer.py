@@ -22,6 +22,7 @@ from fastkd.analysis.study import Resume, Settings, Study, difference, plain_jso
 from fastkd.analysis.tokens import LayerChoice, ModelSource, TokenSource, resolve
 from fastkd.checkpoint import LAST
 from fastkd.data.datasets import Data
+from fastkd.models.weights import verifying
 from fastkd.ops.environment import version
 from fastkd.ops.sep import LEVELS as BANDWIDTH_LEVELS
 from fastkd.ops.spectrum import LEVELS
@@ -66,6 +67,7 @@ def analyze(
     data_root: str | None = None,
     num_prefix: int = 0,
     quiet: bool = False,
+    verify: bool = True,
     command: str | None = None,
 ) -> Report:
     r"""What do the features of these models look like? Measured in one streamed run.
@@ -121,6 +123,7 @@ def analyze(
         data_root: where a named data set keeps its files.
         num_prefix: of module names as layers: tokens at the front that are no patches.
         quiet: show no progress.
+        verify: as in `fastkd.evaluate`.
         command: how the run was started, for the report.
 
     Returns:
@@ -157,7 +160,7 @@ def analyze(
     _check_arguments(subjects, data, checkpoint, output, resume)
     if figures and output is not None:
         _need_matplotlib()
-    with world(device) as peers:
+    with world(device) as peers, verifying(verify):
         feed = _Feed(
             data=data,
             data_root=data_root,

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fastkd.cli import print_once
+from fastkd.cli.evaluate import add_verify_option
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -50,6 +51,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     models.add_argument(
         "--weights", choices=("auto", "raw", "ema"), default="auto", help="of a fastkd run"
     )
+    add_verify_option(models)
     models.add_argument(
         "--layers", default="all", help="all, last, or numbers and names: 0,5,final (default: all)"
     )

@@ -21,12 +21,19 @@ def configure(parser: argparse.ArgumentParser) -> None:
         choices=("auto", "raw", "ema"),
         help="of a run; auto: what the run measured to be better (default: raw and EMA, each)",
     )
+    add_verify_option(parser)
     parser.add_argument("--device", help="cpu, cuda, cuda:1 (default: cuda where there is one)")
     parser.add_argument("--amp", default="none", choices=("none", "bf16", "fp16"))
     parser.add_argument("--batch-size", type=int, default=256)
     parser.add_argument("--workers", type=int, default=4)
     add_image_options(parser, "data_root")
     parser.set_defaults(run=_run)
+
+
+def add_verify_option(parser: argparse._ActionsContainer) -> None:
+    """Add the flag that loads weights in spite of their checksum."""
+    text = "load weights whose checksum is wrong or was left out, too"
+    parser.add_argument("--no-verify", dest="verify", action="store_false", help=text)
 
 
 def add_image_options(parser: argparse.ArgumentParser, *others: str) -> None:
@@ -63,6 +70,7 @@ def _run(options: argparse.Namespace) -> int:
             amp=options.amp,
             batch_size=options.batch_size,
             workers=options.workers,
+            verify=options.verify,
             **given_image_options(options, "data_root"),
         )
         print_once(_accuracy_line(options.model, measured))
@@ -72,10 +80,12 @@ def _run(options: argparse.Namespace) -> int:
 def _asked_weights(options: argparse.Namespace) -> tuple[str, ...]:
     """All that a run has, unless one is asked for."""
     from fastkd.inference.loading import weights_to_choose
+    from fastkd.models.weights import verifying
 
     if options.weights is not None:
         return (options.weights,)
-    return weights_to_choose("evaluate", options.model, options.checkpoint) or ("auto",)
+    with verifying(options.verify):
+        return weights_to_choose("evaluate", options.model, options.checkpoint) or ("auto",)
 
 
 def _accuracy_line(model: str, measured: dict[str, Any]) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 from fastkd.cli import print_once
+from fastkd.cli.evaluate import add_verify_option
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -42,6 +43,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--img-size", type=int, metavar="N", help="pixels a side to change to (default: as trained)"
     )
+    add_verify_option(parser)
     parser.add_argument("--opset", type=int, metavar="N", help="of ONNX, 18 (default) or later")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier export")
     parser.set_defaults(run=_run)
@@ -58,6 +60,7 @@ def _run(options: argparse.Namespace) -> int:
         img_size=options.img_size,
         opset=options.opset,
         overwrite=options.overwrite,
+        verify=options.verify,
     )
     print_once(exported.summary())
     return 0

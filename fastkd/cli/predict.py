@@ -7,7 +7,7 @@ import os
 import sys
 from typing import TYPE_CHECKING
 
-from fastkd.cli.evaluate import add_image_options, given_image_options
+from fastkd.cli.evaluate import add_image_options, add_verify_option, given_image_options
 from fastkd.utils.io import printable
 
 if TYPE_CHECKING:
@@ -48,6 +48,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         default="auto",
         help="of a run; auto: what the run measured to be better (default: auto)",
     )
+    add_verify_option(parser)
     parser.add_argument("--device", help="cpu, cuda, cuda:1 (default: cuda where there is one)")
     parser.add_argument("--amp", default="none", choices=("none", "bf16", "fp16"))
     parser.add_argument("--batch-size", type=int, default=64)
@@ -77,6 +78,7 @@ def _run(options: argparse.Namespace) -> int:
         batch_size=options.batch_size,
         workers=options.workers,
         quiet=options.quiet,
+        verify=options.verify,
         **given_image_options(options),
     )
     if os.environ.get("RANK", "0") != "0":  # the main process speaks for all

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from fastkd.cli import print_once
+from fastkd.cli.evaluate import add_verify_option
 from fastkd.config import SECTIONS, Recipe, describe, parse_value
 
 
@@ -27,6 +28,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--resume", default="auto", help="auto, never, or a checkpoint (default: auto)"
     )
     parser.add_argument("--device", help="cpu, cuda, cuda:1 (default: cuda where there is one)")
+    add_verify_option(parser)
     parser.add_argument("--quiet", action="store_true", help="show no progress")
     parser.add_argument(
         "--dry-run", action="store_true", help="print the recipe and its effective values, and stop"
@@ -108,6 +110,7 @@ def _run(options: argparse.Namespace) -> int:
             resume=options.resume,
             device=options.device,
             quiet=options.quiet,
+            verify=options.verify,
             **given,
         )
     print_once(result.summary())

@@ -20,6 +20,7 @@ from fastkd.data.images import load_rgb
 from fastkd.data.readers import DataPair, ReadableImages, StreamSource, image_column
 from fastkd.data.streaming import HubStream, ShardStream
 from fastkd.utils.arguments import refuse_blank
+from fastkd.utils.io import printable
 from fastkd.utils.random import preserved_rng
 
 # By the scheme of timm's dataset names: the module that reads it, and its packages for pip.
@@ -80,8 +81,8 @@ def open_data(
         if labels and _num_classes(train) == 1:
             names = getattr(getattr(train, "reader", train), "class_to_idx", None) or [0]
             raise ValueError(
-                f"data: the training set has one class ({', '.join(map(str, names))}), which teaches "
-                f"nothing; a recipe with labels=false needs no classes"
+                f"data: the training set has one class ({', '.join(map(printable, map(str, names)))}), which "
+                f"teaches nothing; a recipe with labels=false needs no classes"
             )
     first = val if train is None else train
     return DataPair(

@@ -20,6 +20,7 @@ from fastkd.data.loader import eval_loader
 from fastkd.data.samples import Batch, Fault
 from fastkd.inference.loading import open_model
 from fastkd.inference.preprocessing import Shape, class_count
+from fastkd.models.weights import verifying
 from fastkd.utils.arguments import MOST_WORKERS, check_numbers
 from fastkd.utils.distributed import World, autocast, world
 from fastkd.utils.hints import suggestion
@@ -40,6 +41,7 @@ def evaluate(
     amp: Literal["none", "bf16", "fp16"] = "none",
     batch_size: int = 256,
     workers: int = 4,
+    verify: bool = True,
     **options: Unpack[EvaluateOptions],
 ) -> dict[str, Any]:
     """Measure accuracy on an evaluation set, every image once.
@@ -59,6 +61,8 @@ def evaluate(
         amp: ``"none"``, ``"bf16"`` or ``"fp16"``.
         batch_size: images per step and process.
         workers: loader processes.
+        verify: refuse weights whose checksum is wrong or was left out; formats without one are not
+            checked.
         **options: ``img_size``, ``crop_pct``, ``crop_mode``, ``interpolation``, ``mean``, ``std``,
             ``data_root`` as in a recipe; what is not given comes from the run's recipe, or is
             timm's for evaluation. Models from a name or a run are built for ``img_size``.
@@ -82,7 +86,7 @@ def evaluate(
     opened = open_data(data, options.get("data_root"), need_train=False)
     if opened.yields_tensors:
         refuse_image_options(options)
-    with world(device) as peers:
+    with world(device) as peers, verifying(verify):
         subject = open_model(
             model,
             checkpoint=checkpoint,

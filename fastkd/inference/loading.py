@@ -42,6 +42,7 @@ from fastkd.models.weights import (
     read_file,
     run_weights,
     short_misfit,
+    verifying,
 )
 from fastkd.utils.arguments import LARGEST_IMAGE, check_numbers, refuse_blank
 
@@ -259,7 +260,7 @@ class _Opener:
         try:
             released = read_released(path)
         except UnreadableError as error:
-            raise UnreadableError(f"{self.caller}: {error}") from error
+            raise type(error)(f"{self.caller}: {error}") from error
         except ValueError as error:
             raise ValueError(
                 f"{self.caller}: {path} is no released checkpoint and was not written by fastkd "
@@ -463,6 +464,7 @@ def create_teacher(
     mean: Statistics | None = None,
     std: Statistics | None = None,
     input_size: Size | None = None,
+    verify: bool = True,
     **timm_kwargs: Any,
 ) -> Teacher:
     """Open a model and freeze it as a teacher that is fed what it was trained on.
@@ -489,6 +491,7 @@ def create_teacher(
         input_size: what images are resized to, (H, W) or a side; None takes the size that a run or
             an exported student was fed, or that the model is fixed to, if it is. To run a timm
             model at another size than its own, pass ``img_size``.
+        verify: as in `fastkd.evaluate`.
         **timm_kwargs: of the timm model. With ``img_size``, images are resized to it, also for
             models that are not built for a size; it is the only one for a file that says itself
             what it holds.
@@ -505,15 +508,16 @@ def create_teacher(
     """
     if isinstance(source, nn.Module):
         refuse_for_modules("create_teacher", {"num_classes": num_classes, **timm_kwargs})
-    opened = open_model(
-        source,
-        checkpoint=checkpoint,
-        weights=weights,
-        num_classes=num_classes,
-        pretrained=pretrained,
-        caller="create_teacher",
-        **timm_kwargs,
-    )
+    with verifying(verify):
+        opened = open_model(
+            source,
+            checkpoint=checkpoint,
+            weights=weights,
+            num_classes=num_classes,
+            pretrained=pretrained,
+            caller="create_teacher",
+            **timm_kwargs,
+        )
     img_size = timm_kwargs.get("img_size")
     return as_teacher(opened, mean=mean, std=std, input_size=input_size, built_for=img_size)
 

@@ -19,6 +19,7 @@ from fastkd.data.samples import Batch, Fault
 from fastkd.inference.evaluate import evaluating, have_finite_logits
 from fastkd.inference.images import Images, find_images, image_loader, open_files
 from fastkd.inference.loading import open_model
+from fastkd.models.weights import verifying
 from fastkd.utils.arguments import MOST_WORKERS, check_numbers
 from fastkd.utils.distributed import World, autocast, world
 from fastkd.utils.hints import suggestion
@@ -119,6 +120,7 @@ def predict(
     batch_size: int = 64,
     workers: int = 4,
     quiet: bool = False,
+    verify: bool = True,
     **options: Unpack[ImageOptions],
 ) -> Predictions:
     """Classify images, read and transformed as in `evaluate`.
@@ -144,6 +146,7 @@ def predict(
         batch_size: images per step and process.
         workers: loader processes, where there is more than one batch.
         quiet: show no progress.
+        verify: as in `evaluate`.
         **options: ``img_size``, ``crop_pct``, ``crop_mode``, ``interpolation``, ``mean``, ``std``.
 
     Returns:
@@ -166,7 +169,7 @@ def predict(
         raise ValueError(f"predict: unknown option {unknown[0]!r}{hint}; there are {IMAGE_OPTIONS}")
     _check_output(output)
     files, empty_folders = find_images(images)
-    with world(device) as peers:
+    with world(device) as peers, verifying(verify):
         opened = open_model(
             model,
             checkpoint=checkpoint,

@@ -30,8 +30,10 @@ from fastkd.models.students import LiftVisionTransformer
 from fastkd.models.taps import model_name
 from fastkd.models.weights import (
     VERSION_KEY,
+    ChecksumError,
     FileKind,
     UnreadableError,
+    check_sum,
     file_kind,
     held_weights,
     looks_like_a_path,
@@ -65,9 +67,13 @@ def build_timm_model(
     local = name.startswith(LOCAL) or "state_dict" in given or "file" in given
     downloads = is_hub_name(name) or (pretrained and not local)
     try:
+        if name.startswith(LOCAL) and pretrained and not given.keys() & {"state_dict", "file"}:
+            _check_folder(Path(name.removeprefix(LOCAL)))
         if is_hub_name(name):
             return _create_from_hub(caller, name, pretrained, kwargs)
         return _create_published(name, kwargs) if downloads else _create(name, pretrained, kwargs)
+    except ChecksumError as error:
+        raise ChecksumError(f"{caller}: {error}") from error
     except Exception as error:
         told = explained(caller, name, error)
         if told is not None:
@@ -77,6 +83,15 @@ def build_timm_model(
             told = not_downloaded(caller, what, error)
             raise DownloadError(f"{told}{_or_else(alternative)}") from error
         raise
+
+
+def _check_folder(folder: Path) -> None:
+    """Verify the file of weights that timm takes from a folder."""
+    named = [folder / name for name in _WEIGHT_FILES]
+    others = (file for end in ("safetensors", "pth", "bin") for file in folder.glob(f"*.{end}"))
+    found = next(filter(Path.is_file, (*named, *others)), None)
+    if found is not None:
+        check_sum(found)
 
 
 def _create(name: str, pretrained: bool, kwargs: dict[str, Any]) -> Any:
@@ -160,6 +175,7 @@ def _read_by_timm(path: Path) -> dict[str, Any]:
     """Entries of ``pretrained_cfg`` by which timm loads a file of this machine."""
     # A safetensors file is not handed over as tensors, of which timm would make a second copy.
     if path.suffix == ".safetensors":
+        check_sum(path)
         return {"file": str(path), "custom_load": False}
     return {"state_dict": read_file(path), "custom_load": False}
 
@@ -276,7 +292,7 @@ def _held(caller: str, file: Path) -> dict[str, Tensor]:
     try:
         return held_weights(read_file(file), file)
     except UnreadableError as error:
-        raise UnreadableError(f"{caller}: {error}") from error
+        raise type(error)(f"{caller}: {error}") from error
 
 
 def _classes_in(state: Mapping[str, Tensor], name: str) -> int:

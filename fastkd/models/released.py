@@ -14,7 +14,7 @@ import timm
 from torch import Tensor, nn
 
 from fastkd.models.hub import fetched
-from fastkd.models.weights import UnreadableError, first_names, held_weights, read_file
+from fastkd.models.weights import UnreadableError, first_names, held_weights, read_file, verifying
 
 State = Mapping[str, Tensor]
 Rename = Callable[[str], str]
@@ -29,7 +29,11 @@ _PROJECTION = re.compile(r"projections\.(\d+)\.weight")
 
 
 def load_released_checkpoint(
-    source: str | Path | State, *, num_classes: int | None = None, head_dim: int = _HEAD_DIM
+    source: str | Path | State,
+    *,
+    num_classes: int | None = None,
+    head_dim: int = _HEAD_DIM,
+    verify: bool = True,
 ) -> nn.Module:
     """A Lift or WideLast student with the weights of the paper's released checkpoint.
 
@@ -50,6 +54,7 @@ def load_released_checkpoint(
         num_classes: None keeps the checkpoint's head; another number gets a new, untrained head,
             for fine-tuning.
         head_dim: channels per attention head, 64 in the paper's schedules.
+        verify: as in `fastkd.evaluate`.
 
     Returns:
         `LiftVisionTransformer` or `WideLastVisionTransformer`, in train mode as any new model.
@@ -61,7 +66,8 @@ def load_released_checkpoint(
             neither student, or some are missing, unexpected or of another shape, of which the first
             are listed.
     """
-    model: Any = read_released(source, head_dim=head_dim).model
+    with verifying(verify):
+        model: Any = read_released(source, head_dim=head_dim).model
     if num_classes not in (None, model.num_classes):
         model.reset_classifier(num_classes)
     return model
@@ -108,7 +114,7 @@ def _read(source: str | Path | State) -> dict[str, Tensor]:
     try:
         return held_weights(read_file(file), file, averaged=False)
     except UnreadableError as error:
-        raise UnreadableError(f"{_CALLER}: {error}") from error
+        raise type(error)(f"{_CALLER}: {error}") from error
 
 
 def _lift_name(ours: str, last: int) -> str:

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import argparse
+import pathlib
 import pickle
 import re
 import textwrap
-from collections.abc import Mapping
+import zipfile
+import zlib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from enum import Enum
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
@@ -21,20 +27,43 @@ from torch import Tensor
 FASTKD_FORMAT = "fastkd-checkpoint"
 # What every file that `fastkd.export` writes carries in its metadata.
 VERSION_KEY = "fastkd_version"
+# Beside it: CRC-32 of the file, in hexadecimal, computed with zeros in its own place.
+CRC_KEY = "fastkd_crc32"
+NO_CRC = "00000000"
 SHOWN_NAMES = 5
 
 _SAFETENSORS = ".safetensors"
 _AVERAGED = ("state_dict_ema", "model_ema")
 _RAW = ("state_dict", "model")
 # In what torch says of a pickle that names anything but tensors and plain values.
-_UNSAFE_GLOBAL = re.compile(r"(?:GLOBAL|class|global:?) ([\w.]+\.\w+)")
+_UNSAFE_GLOBAL = re.compile(r"(?:GLOBAL|class|global:?) '?([\w.]+\.\w+)")
 _ANSI = re.compile(r"\x1b\[[0-9;]*m")
 _WEIGHT_SUFFIXES = (".pth", ".pt", ".ckpt", ".bin", ".safetensors")
 _NAME_LIST = re.compile(r'(?:"[^"]+",?\s*)+')
+_CRC = re.compile(rf'"{CRC_KEY}":"([0-9a-f]{{8}})"'.encode())
+_verify: ContextVar[bool] = ContextVar("verify", default=True)
 
 
 class UnreadableError(ValueError):
     """A file that is no whole file of weights, or that would run code; the message says which."""
+
+
+class ChecksumError(UnreadableError):
+    """A file whose bytes are not those of its checksum."""
+
+
+class UnsafeError(UnreadableError):
+    """A file with more than tensors and plain values in it."""
+
+
+@contextmanager
+def verifying(verify: bool) -> Iterator[None]:
+    """Let `read_file` compare checksums within the block, or not; this thread's reads alone."""
+    token = _verify.set(verify)
+    try:
+        yield
+    finally:
+        _verify.reset(token)
 
 
 class FileKind(Enum):
@@ -77,35 +106,118 @@ def metadata(path: str | Path) -> dict[str, str]:
 def read_file(path: str | Path, device: str | torch.device = "cpu") -> Any:
     """Read a .pth or .safetensors file, without unpickling code.
 
-    DeiT's trainer and those after it keep their command line beside the weights as an
-    `argparse.Namespace`, which holds no code and is let through. A torn file, or one with more than
-    plain state, is an UnreadableError.
+    Beside tensors and plain values, an `argparse.Namespace` (as DeiT's trainer keeps it), paths and
+    NumPy's numbers are let through. A torn file, or one with more than that, is an UnreadableError.
+    On the device "meta" the file says what it holds, and its checksum is not compared.
     """
     path = Path(path)
     try:
+        if torch.device(device).type != "meta":
+            check_sum(path)
         if path.suffix == _SAFETENSORS:
             return load_file(path, str(device))
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        with torch.serialization.safe_globals(_PLAIN):
             return torch.load(path, map_location=device, weights_only=True)
-    except (FileNotFoundError, PermissionError, MemoryError):
+    except (FileNotFoundError, PermissionError, MemoryError, ChecksumError):
         raise
     except Exception as error:  # bytes that are no checkpoint fail in any way
-        raise UnreadableError(f"{path} {_why_unreadable(path, error)}") from error
+        raise _unreadable(path, error) from error
 
 
-def _why_unreadable(path: Path, error: Exception) -> str:
+def check_sum(path: Path) -> None:
+    """Raise a ChecksumError where a file has changed since it was written, unless `verifying` not.
+
+    A .pth file has a CRC of each of its records, unless torch was told to leave them out, and an
+    export one of its whole. Other .safetensors files and torch's format before 1.6 have none.
+    """
+    if not _verify.get() or not path.is_file():
+        return
+    wrong = None
+    if path.suffix == _SAFETENSORS:
+        stored, actual = _file_crc(path)
+        wrong = None if stored in (None, actual) else "the file"
+    elif zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            wrong = archive.testzip()
+    if wrong is not None:
+        raise ChecksumError(
+            f"{path} is damaged, or saved without CRC (that of {wrong} does not fit); verify=False "
+            "(--no-verify) loads it anyway"
+        )
+
+
+def write_crc(path: Path) -> None:
+    """Fill in the CRC of an export that was saved with `NO_CRC`."""
+    _, crc = _file_crc(path)
+    with open(path, "r+b") as file:
+        place = _CRC.search(file.read())
+        assert place is not None
+        file.seek(place.start(1))
+        file.write(crc.encode())
+
+
+def _file_crc(path: Path) -> tuple[str | None, str]:
+    """The CRC-32 in the header of an export, and that of the file; the former None elsewhere.
+
+    An export without it is damaged, and has "".
+    """
+    with open(path, "rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        file.seek(0)
+        head = file.read(8 + min(size, path.stat().st_size))
+        found = _CRC.search(head)
+        if found is not None:
+            head = head[: found.start(1)] + NO_CRC.encode() + head[found.end(1) :]
+        elif not any(f'"{key}"'.encode() in head for key in (VERSION_KEY, CRC_KEY)):
+            return None, ""
+        crc = zlib.crc32(head)
+        while chunk := file.read(1 << 20):
+            crc = zlib.crc32(chunk, crc)
+    return "" if found is None else found[1].decode(), f"{crc:08x}"
+
+
+def _number(dtype: np.dtype[Any], data: bytes) -> Any:
+    """A NumPy scalar in a pickle, as Python's."""
+    return np.frombuffer(data, dtype, count=1)[0].item()
+
+
+def _plain_types() -> list[Any]:
+    """Classes that `torch.load` may build, under the names that pickles know them by."""
+    modules = ("pathlib", "pathlib._local")  # the latter in Python 3.13
+    paths = [
+        (getattr(pathlib, f"Pure{kind}Path"), f"{module}.{pure}{kind}Path")
+        for module in modules
+        for kind in ("Posix", "Windows")
+        for pure in ("", "Pure")
+    ]
+    numbers = [(_number, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]
+    # Numbers and texts alone: other types may refer to objects.
+    codes = np.typecodes["AllInteger"] + np.typecodes["AllFloat"] + "?SU"
+    dtypes = dict.fromkeys(type(np.dtype(code)) for code in codes)
+    return [argparse.Namespace, *paths, *numbers, (np.dtype, "numpy.dtype"), *dtypes]
+
+
+_PLAIN = _plain_types()
+
+
+def _unreadable(path: Path, error: Exception) -> UnreadableError:
     if path.is_dir():
-        return "is a folder, and no file of weights"
+        return UnreadableError(f"{path} is a folder, and no file of weights")
     if path.stat().st_size == 0:
-        return "is torn or no file of weights (it is empty)"
+        return UnreadableError(f"{path} is torn or no file of weights (it is empty)")
     text = " ".join(_ANSI.sub("", str(error)).split())
     unsafe = _UNSAFE_GLOBAL.search(text)
     if unsafe is not None:
-        return f"holds more than plain state, {unsafe[1]}, and is not loaded for safety"
+        return UnsafeError(
+            f"{path} holds more than plain state, {unsafe[1]}, and is not loaded for safety; if "
+            "you trust it, load it by torch.load(..., weights_only=False) and save its state dict "
+            "alone"
+        )
     reason = text.split(". ")[0]
     if isinstance(error, pickle.UnpicklingError | LookupError) or not reason:
         reason = "its content is of another kind"  # torch's text is of pickles and their options
-    return f"is torn or no file of weights ({textwrap.shorten(reason, 160, placeholder=' ...')})"
+    reason = textwrap.shorten(reason, 160, placeholder=" ...")
+    return UnreadableError(f"{path} is torn or no file of weights ({reason})")
 
 
 def held_weights(content: Any, path: str | Path, *, averaged: bool = True) -> dict[str, Tensor]:

@@ -20,6 +20,7 @@ from fastkd.data.loader import eval_loader, schedule_of, train_loader
 from fastkd.data.samples import DEATHS, describe_worker_death
 from fastkd.inference.evaluate import evaluate_model
 from fastkd.inference.preprocessing import parameter_count
+from fastkd.models.weights import verifying
 from fastkd.training.build import (
     FromRecipe,
     build_engine,
@@ -51,6 +52,7 @@ def train(
     resume: str = "auto",
     device: str | torch.device | None = None,
     quiet: bool = False,
+    verify: bool = True,
     **overrides: Unpack[Overrides],
 ) -> Result:
     """Train a student, by a teacher or without one.
@@ -78,6 +80,8 @@ def train(
             afresh, a path continues from that checkpoint.
         device: ``"cpu"``, ``"cuda"``, ``"cuda:1"``; None takes CUDA where there is a device.
         quiet: show nothing.
+        verify: as in `fastkd.evaluate`, for the weights of student and teacher; the run's own
+            checkpoints are always verified.
         **overrides: recipe fields by name. Unknown ones are errors, and so are those that have no
             effect where the run would not be the one asked for; others are warnings.
 
@@ -95,13 +99,15 @@ def train(
         KeyboardInterrupt: stopped by SIGINT, after writing a checkpoint.
         SystemExit: stopped by SIGTERM or SIGUSR1, after writing a checkpoint.
     """
-    given = resolve_run(student, teacher, data, output, recipe, resume, overrides)
+    with verifying(verify):
+        given = resolve_run(student, teacher, data, output, recipe, resume, overrides)
     recipe, output = given.recipe, given.output
     with preserved_rng(), world(device) as peers:
         opened = open_data(given.data, recipe.data_root, labels=recipe.labels)
         check_data(opened, overrides)
         built = open_student(given.student, recipe, opened, peers)
-        opened_teacher = resolve_teacher(given.teacher, recipe, built.spec)
+        with verifying(verify):
+            opened_teacher = resolve_teacher(given.teacher, recipe, built.spec)
         batches = train_loader(opened, recipe, built.spec, peers)
         eval_batches = eval_loader(opened, recipe, built.spec, peers)
         schedule = schedule_of(batches)

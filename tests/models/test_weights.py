@@ -1,22 +1,30 @@
 """Files of weights: one reader, and one wording for what cannot be read."""
 
 import os
+import zipfile
 from argparse import Namespace
-from pathlib import Path
+from datetime import date
+from pathlib import Path, PurePosixPath
 
+import numpy as np
 import pytest
 import timm
 import torch
 from safetensors.torch import save_file
 
 from fastkd import create_teacher
-from fastkd.models import load_released_checkpoint
+from fastkd.models import load_released_checkpoint, weights
 from fastkd.models.weights import (
+    CRC_KEY,
+    NO_CRC,
+    ChecksumError,
     FileKind,
     UnreadableError,
     file_kind,
     held_weights,
     read_file,
+    verifying,
+    write_crc,
 )
 
 
@@ -52,9 +60,17 @@ UNREADABLE = {
         write_harmful,
         r"holds more than plain state, \w+\.mkdir, and is not loaded for safety",
     ),
-    "path": (
-        lambda path: torch.save({"from": Path("a")}, path),
-        r"holds more than plain state, pathlib[\w.]*\.\w+, and is not loaded for safety",
+    "date": (
+        lambda path: torch.save({"from": date(2026, 1, 1)}, path),
+        r"holds more than plain state, datetime\.date, and is not loaded.*weights_only=False",
+    ),
+    "array": (
+        lambda path: torch.save({"from": np.zeros(2)}, path),
+        r"holds more than plain state, numpy\.\S+, and is not loaded.*weights_only=False",
+    ),
+    "moment": (  # of a type that the reader of scalars does not know
+        lambda path: torch.save({"from": np.datetime64("2026")}, path),
+        r"holds more than plain state, numpy\.dtypes\.\w+, and is not loaded.*weights_only=False",
     ),
 }
 
@@ -134,3 +150,108 @@ def test_files_are_known_by_what_they_say(tmp_path):
         "ours.safetensors": FileKind.EXPORT,
     }
     assert file_kind(tmp_path) is None and file_kind(tmp_path / "none.pth") is None
+
+
+@pytest.mark.parametrize(
+    ("value", "read"),
+    [
+        (np.float64(1.5), 1.5),
+        (np.float32(0.5), 0.5),
+        (np.int64(7), 7),
+        (np.bool_(True), True),
+        (np.str_("cat"), "cat"),
+        (Path("/data/run"), PurePosixPath("/data/run")),
+    ],
+)
+def test_numbers_of_numpy_and_paths_beside_the_weights_are_read(tmp_path, value, read):
+    torch.save({"model": {"a": torch.ones(2)}, "args": {"x": [value]}}, tmp_path / "x.pth")
+    content = read_file(tmp_path / "x.pth")
+    assert content["args"]["x"] == [read]
+    assert type(content["args"]["x"][0]) is type(read)
+    assert torch.equal(held_weights(content, "x")["a"], torch.ones(2))
+
+
+WEIGHTS = {f"w{n}": torch.arange(2000.0) + n for n in range(12)}
+
+
+def write_pth(path):
+    torch.save({"model": WEIGHTS, "epoch": 3}, path)
+
+
+def write_export(path):
+    """As `export` does; the mean is what a wrong accuracy could come from."""
+    save_file(WEIGHTS, path, {"fastkd_version": "0.1", "mean": "[0.5, 0.5, 0.5]", CRC_KEY: NO_CRC})
+    write_crc(path)
+
+
+def content_of(path):
+    held = read_file(path)
+    if path.suffix == ".pth":
+        return {**held["model"], "rest": {k: v for k, v in held.items() if k != "model"}}
+    return {**held, "rest": weights.metadata(path)}
+
+
+@pytest.mark.parametrize(("name", "write"), [("x.pth", write_pth), ("x.safetensors", write_export)])
+def test_no_single_wrong_bit_is_loaded(tmp_path, name, write):
+    path = tmp_path / name
+    write(path)
+    whole_bytes, right = path.read_bytes(), content_of(path)
+    random = np.random.default_rng(0)
+    head = 8 + int.from_bytes(whole_bytes[:8], "little")  # of safetensors: names, shapes, metadata
+    tail = len(whole_bytes) - 2500  # of a zip: its directory
+    first, last = (0, head) if name == "x.safetensors" else (tail, len(whole_bytes))
+    places = [*random.integers(len(whole_bytes), size=100), *random.integers(first, last, size=100)]
+    refused = 0
+    for place in places:
+        changed = bytearray(whole_bytes)
+        changed[place] ^= 1 << int(random.integers(8))
+        path.write_bytes(changed)
+        try:
+            held = content_of(path)
+        except UnreadableError:
+            refused += 1
+            continue
+        assert held["rest"] == right["rest"]
+        assert all(torch.equal(held[key], right[key]) for key in WEIGHTS)
+    assert refused > 140  # the others were in what nothing reads
+
+
+@pytest.mark.parametrize(("name", "write"), [("x.pth", write_pth), ("x.safetensors", write_export)])
+def test_zeros_in_the_middle_of_a_file_are_found(tmp_path, name, write):
+    path = tmp_path / name
+    write(path)
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2 : len(content) // 2 + 512] = bytes(512)
+    path.write_bytes(content)
+    with pytest.raises(ChecksumError, match=f"{name} is damaged, or saved without CRC.*no-verify"):
+        read_file(path)
+    with verifying(False):
+        assert len(read_file(path)) == {"x.pth": 2, "x.safetensors": 12}[name]
+    with pytest.raises(ChecksumError):
+        read_file(path)
+
+
+def test_a_checkpoint_saved_without_crc_needs_the_flag(tmp_path):
+    torch.serialization.set_crc32_options(False)
+    try:
+        torch.save({"model": model().state_dict()}, tmp_path / "x.pth")
+    finally:
+        torch.serialization.set_crc32_options(True)
+    for taker in ("test_vit", model()):
+        with pytest.raises(ChecksumError, match=r"x\.pth .*saved without CRC.*verify=False"):
+            create_teacher(taker, checkpoint=tmp_path / "x.pth")
+    create_teacher("test_vit", checkpoint=tmp_path / "x.pth", verify=False)
+
+
+def test_formats_without_a_checksum_are_read_as_they_are(tmp_path):
+    torch.save({"a": torch.ones(2)}, tmp_path / "x.pth", _use_new_zipfile_serialization=False)
+    assert not zipfile.is_zipfile(tmp_path / "x.pth")
+    save_file({"a": torch.ones(2)}, tmp_path / "x.safetensors")
+    for name in ("x.pth", "x.safetensors"):
+        assert torch.equal(read_file(tmp_path / name)["a"], torch.ones(2))
+
+
+def test_an_export_without_its_checksum_is_damaged(tmp_path):
+    save_file(WEIGHTS, tmp_path / "x.safetensors", {"fastkd_version": "0.1"})
+    with pytest.raises(ChecksumError):
+        read_file(tmp_path / "x.safetensors")
