@@ -47,6 +47,8 @@ def load_latest(folder: Path, on_torn: Callable[[str], None]) -> tuple[dict[str,
     first_error: TornCheckpointError | None = None
     for path in _versions(folder / LAST):
         try:
+            if path.is_dir():
+                raise TornCheckpointError(f"checkpoint: {path} is a folder")
             state = load_checkpoint(path)
         except TornCheckpointError as error:
             first_error = first_error or error
@@ -127,5 +129,5 @@ def is_best(path: Path, best: dict[str, Any]) -> bool:
     """Whether a checkpoint is there and is the epoch that a run calls its best."""
     try:
         return load_checkpoint(path).get("best") == best
-    except CheckpointError:  # not there, or torn
+    except (CheckpointError, OSError):  # not there, torn, or not to be read
         return False

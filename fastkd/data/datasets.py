@@ -80,9 +80,10 @@ def open_data(
         image, _ = _look(train, "training", labels)
         if labels and _num_classes(train) == 1:
             names = getattr(getattr(train, "reader", train), "class_to_idx", None) or [0]
+            shown = ", ".join(printable(str(name)) for name in names)
             raise ValueError(
-                f"data: the training set has one class ({', '.join(map(printable, map(str, names)))}), which "
-                f"teaches nothing; a recipe with labels=false needs no classes"
+                f"data: the training set has one class ({shown}), which teaches nothing; a recipe "
+                f"with labels=false needs no classes"
             )
     first = val if train is None else train
     return DataPair(

@@ -144,12 +144,23 @@ def open_student(
     return BuiltStudent(module, input_spec(module, recipe, data), num_classes, shape.img_size)
 
 
-def identify(built: BuiltStudent, recipe: Recipe, data: DataPair, peers: World) -> Identity:
+def identify(
+    built: BuiltStudent, recipe: Recipe, data: DataPair, peers: World, updates_per_epoch: int
+) -> Identity:
     """Describe what a checkpoint of the run must agree with."""
     samples = recipe.train_samples or len(data.train) if data.streams else len(data.train)
     stream = (peers.size, recipe.workers) if data.streams else None
     classes = class_names(data)
-    return Identity(recipe, built.spec, built.num_classes, built.img_size, classes, samples, stream)
+    return Identity(
+        recipe=recipe,
+        spec=built.spec,
+        num_classes=built.num_classes,
+        img_size=built.img_size,
+        classes=classes,
+        train_images=samples,
+        stream=stream,
+        updates_per_epoch=updates_per_epoch,
+    )
 
 
 def chosen_teacher(recipe: TeacherConfig, teacher: Any) -> Any:

@@ -33,7 +33,7 @@ FP16_SETTLING = 17
 
 
 class NonFiniteError(FloatingPointError):
-    """Losses or gradients stayed infinite or NaN; nothing of them is in weights or files."""
+    """Losses, gradients or weights are infinite or NaN; nothing of them is in files."""
 
 
 class _Done(NamedTuple):
@@ -244,6 +244,23 @@ class Engine:
             raise self.non_finite(f"{reading.longest_row} updates in a row were skipped")
         return reading
 
+    def is_finite(self) -> bool:
+        """Whether weights, averages, statistics and moments are, in all processes.
+
+        Synchronizes once, with them and with the host.
+        """
+        averages = () if self.ema is None else self.ema.module.parameters()
+        states = self.optimizer.state.values()
+        moments = (value for state in states for value in state.values())
+        buffers = (*self.task.terms.buffers(), *self.statistics, *self._average_statistics)
+        held = (*self.task.parameters(), *averages, *buffers, *moments)
+        finite = [
+            value.isfinite().all().to(self.world.device)
+            for value in held
+            if isinstance(value, Tensor) and value.is_floating_point()
+        ]
+        return not self.world.sum((~torch.stack(finite)).any().float())
+
     def process_state(self) -> dict[str, Any]:
         """What every process has of its own: sums, and running statistics of batch norms."""
         kept = (*self.statistics, *self._average_statistics)
@@ -264,12 +281,14 @@ class Engine:
         self.meter.load_state_dict(own["meter"] | {"sums": sums})
 
     def non_finite(self, what: str) -> NonFiniteError:
-        """The error that ends a run whose losses or gradients stay infinite or NaN."""
+        """The error that ends a run whose losses, gradients or weights are infinite or NaN."""
+        weights = "finite, from before" if self.is_finite() else "infinite or NaN, too"
         return NonFiniteError(
             f"train: {what}, at or before update {self.position.total} in epoch "
             f"{self.position.epoch + 1}: the loss or its gradient was infinite or NaN (learning "
-            f"rate {self.lr:.3g}, amp {self.config.amp}). The weights are from before. Try a lower "
-            f"lr, clip_grad=1.0, or amp='none'; max_nonfinite is {self.config.max_nonfinite}"
+            f"rate {self.lr:.3g}, amp {self.config.amp}). The weights in memory are {weights}. Try "
+            f"a lower lr, clip_grad=1.0, or amp='none'; max_nonfinite is "
+            f"{self.config.max_nonfinite}"
         )
 
     def skipped_updates(self) -> list[Skipped]:

@@ -68,6 +68,7 @@ class RunLogger:
         self._log: TextIO | None = None
         self._trackers: Sequence[Tracker] = ()
         self._faults: list[tuple[int, Fault]] = []
+        self._epochs = 0  # that are in the log
 
     @property
     def total_updates(self) -> int:
@@ -85,7 +86,10 @@ class RunLogger:
         if foreign:
             for name in (RESULT, PLOT, LOG):
                 (self.output / name).unlink(missing_ok=True)
-        _mend_log(self.output / LOG, updates, history)
+        dropped = _mend_log(self.output / LOG, updates, history)
+        if dropped:
+            self.message(f"{LOG}: {dropped} line{'s'[: dropped - 1]} of no run left out")
+        self._epochs = len(history)
         if history:
             _write_csv(self.output / EPOCHS, history)
         else:
@@ -100,11 +104,20 @@ class RunLogger:
             self._trackers = open_trackers(self.recipe.track, self.output, config, updates)
         self.progress.start("", self.total_updates, updates)
 
+    def reopen(self, updates: int, history: list[dict[str, Any]]) -> None:
+        """Write the files anew where they are gone."""
+        log, self._log = self._log, None
+        with contextlib.suppress(OSError):
+            if log is not None:
+                log.close()
+        self.mend(updates, history[: self._epochs])
+        if self.output is not None and log is not None:
+            self._log = open(self.output / LOG, "a", encoding="utf-8")  # noqa: SIM115
+
     def announce(self, values: dict[str, str], where: dict[str, int], torn: list[str]) -> None:
         """Show what is trained and how, where a resumed run stands, and what may surprise."""
         for reason in torn:
-            text = f"{reason}; the checkpoint before it is taken"
-            self.event("torn", where | {"reason": reason}, text)
+            self.event("torn", where | {"reason": reason}, reason)
         for heading, value in values.items():
             self.message(f"{heading}: {value}")
         if where["update"]:
@@ -180,6 +193,7 @@ class RunLogger:
     def epoch(self, record: dict[str, Any], history: list[dict[str, Any]]) -> None:
         """Log an epoch, rewrite the table of epochs, and print a line."""
         self._write_line({"kind": "epoch", **record})
+        self._epochs = len(history)
         self._track("epoch", record)
         if self.output is not None:
             with self._surviving(EPOCHS):
@@ -239,11 +253,17 @@ class RunLogger:
             self.message(f"{what} could not be written ({error})")
 
 
-def _mend_log(path: Path, updates: int, history: list[dict[str, Any]]) -> None:
-    """Drop lines that will be written again or that a kill tore; take epochs from the history."""
+def _mend_log(path: Path, updates: int, history: list[dict[str, Any]]) -> int:
+    """Drop lines that will be written again or that a kill tore; take epochs from the history.
+
+    Returns how many lines are none of a log's.
+    """
+    records = whole_records(path)
+    lines = path.read_bytes().count(b"\n") if path.exists() else 0  # a torn one has no end
+    dropped = max(0, lines - len(records))
     kept = [
         record
-        for record in whole_records(path)
+        for record in records
         if record["update"] <= updates
         and record.get("kind") != "epoch"
         # An evaluation whose epoch is not in the history is done again.
@@ -256,6 +276,7 @@ def _mend_log(path: Path, updates: int, history: list[dict[str, Any]]) -> None:
     )
     if path.exists() or records:
         write_text(path, "".join(json.dumps(record) + "\n" for record in records))
+    return dropped
 
 
 def whole_records(path: Path) -> list[dict[str, Any]]:
@@ -263,10 +284,11 @@ def whole_records(path: Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     records = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        with contextlib.suppress(json.JSONDecodeError):
+    for line in path.read_bytes().split(b"\n"):
+        with contextlib.suppress(ValueError, RecursionError):
             record = json.loads(line)
-            if isinstance(record, dict) and isinstance(record.get("update"), int):
+            known = isinstance(record, dict) and isinstance(record.get("kind"), str)
+            if known and isinstance(record.get("update"), int):
                 records.append(record)
     return records
 

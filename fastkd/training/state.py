@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,8 +23,10 @@ from fastkd.config import Recipe
 from fastkd.data.transforms import InputSpec
 from fastkd.inference.loading import recipe_of
 from fastkd.models.weights import better_weights, short_misfit
-from fastkd.training.engine import Engine
+from fastkd.training.engine import Engine, Position
+from fastkd.utils.distributed import World
 from fastkd.utils.io import remove_leftovers
+from fastkd.utils.lock import FolderInUseError, FolderLock, holding
 from fastkd.utils.random import rng_state, set_rng_state
 
 
@@ -38,7 +42,26 @@ class Identity:
     train_images: int  # samples of an epoch's one pass
     # (processes, loader processes of each) that share a stream, whose order depends on them; None
     # for data that are read by number.
-    stream: tuple[int, int] | None = None
+    stream: tuple[int, int] | None
+    updates_per_epoch: int
+
+
+@contextmanager
+def locked(output: Path | None, peers: World) -> Iterator[FolderLock | None]:
+    """Hold the output on the main process; all raise where another run writes there."""
+    if output is None:
+        yield None
+        return
+    lock, error = None, None
+    with ExitStack() as stack:
+        if peers.is_main:
+            try:
+                lock = stack.enter_context(holding(output))
+            except (OSError, FolderInUseError) as raised:
+                error = raised
+        if (error := peers.gather(error)[0]) is not None:
+            raise error
+        yield lock
 
 
 class RunState:
@@ -57,6 +80,7 @@ class RunState:
         unreadable: names of training images that could not be read.
         torn: what was wrong with checkpoints that an earlier one stood in for.
         unsaved: by file name, why its last version could not be written.
+        lock: of the output, on the process that writes there.
     """
 
     def __init__(
@@ -72,6 +96,7 @@ class RunState:
         self.unreadable: list[str] = []
         self.torn: list[str] = []
         self.unsaved: dict[str, OSError] = {}
+        self.lock: FolderLock | None = None
         self._saved: dict[str, int] | None = None  # position of last.pth
 
     @property
@@ -124,10 +149,12 @@ class RunState:
         Where it cannot be written the run may go on, for the next one may be: returns the error.
         """
         engine = self.engine
+        engine.read()
+        if not engine.is_finite():
+            raise engine.non_finite("weights or moments of the optimizer are not finite")
         if self.output is None:
             engine.changing = False
             return None
-        engine.read()
         processes = engine.world.gather(engine.process_state())
         position = vars(engine.position).copy()
         try:
@@ -143,6 +170,12 @@ class RunState:
             self._saved = position if name == LAST else self._saved
         engine.changing = False
         return self.unsaved.get(name)
+
+    def kept(self) -> str:
+        """Which checkpoint holds how much of the run."""
+        if self._saved is None or self.output is None:
+            return "Nothing of this run was saved"
+        return f"{self.output / LAST} holds the run after update {self._saved['total']}"
 
     def _student_state(self) -> dict[str, Any]:
         """What rebuilds the student, without weights."""
@@ -206,9 +239,18 @@ class RunState:
                 f"output must be on a file system that all of them see"
             )
         path = None if found is None else found[1]
+        if path is not None and not self.engine.is_finite():
+            raise CheckpointError(
+                f"resume: {path} holds weights or moments of the optimizer that are not finite; "
+                f"remove it to go on from the one before it, if there is one"
+            )
         if self.engine.world.is_main and self.output is not None:
             self.output.mkdir(parents=True, exist_ok=True)
             remove_leftovers(self.output)
+            for file in (self.output / LAST, self.output / BEST):
+                if file.is_dir():
+                    aside = file.rename(f"{file}.folder")
+                    self.torn.append(f"checkpoint: {file} was a folder and is {aside.name} now")
             if path is None:
                 remove_checkpoints(self.output)
             move_best(path, self.output, self.best)
@@ -221,11 +263,14 @@ class RunState:
             return None
         folder = self.output if resume == "auto" else Path(resume)
         if folder is not None and (resume == "auto" or folder.is_dir()):
-            found = load_latest(folder, self.torn.append)
+            found = load_latest(folder, self._passed_over)
             if found is not None or resume == "auto":
                 return found
         path = Path(resume) / LAST if Path(resume).is_dir() else Path(resume)
         return load_checkpoint(path), path
+
+    def _passed_over(self, reason: str) -> None:
+        self.torn.append(f"{reason}; the checkpoint before it is taken")
 
     def _check_output(self, resume: str) -> None:
         """Refuse to go on with one run in the folder of another."""
@@ -243,23 +288,51 @@ class RunState:
         _check_same_run(path, state, self.identity)
         engine = self.engine
         try:
+            self._check_position(state)
             self.student.load_state_dict(state["state_dict"])
             engine.task.terms.load_state_dict(state["terms"])
             engine.optimizer.load_state_dict(state["optimizer"])
             if engine.ema is not None:
                 engine.ema.module.load_state_dict(state["state_dict_ema"])
+            engine.scheduler.load_state_dict(state["scheduler"])
+            engine.scaler.load_state_dict(state["scaler"])
+            engine.load_process_states(state["processes"])
+            set_rng_state(state["rng"], engine.world.device)
+            self.unreadable[:] = state["unreadable"]
         except (RuntimeError, ValueError) as error:
             raise CheckpointError(
                 f"resume: {path} does not fit this student: {short_misfit(error)}"
             ) from error
-        engine.scheduler.load_state_dict(state["scheduler"])
-        engine.scaler.load_state_dict(state["scaler"])
-        engine.load_process_states(state["processes"])
-        for name, value in state["position"].items():
-            setattr(engine.position, name, value)
+        except (LookupError, TypeError, AttributeError, ArithmeticError) as error:
+            raise CheckpointError(
+                f"resume: {path} is not what a run saves ({type(error).__name__}: {error})"
+            ) from error
+        engine.position = Position(**state["position"])
         self.history, self.best = state["history"], state["best"]
-        self.unreadable[:] = state["unreadable"]
-        set_rng_state(state["rng"], engine.world.device)
+
+    def _check_position(self, state: dict[str, Any]) -> None:
+        """Refuse a position that the run never has, or whose history is another's."""
+        position, length = Position(**state["position"]), self.identity.updates_per_epoch
+        epochs = [record["epoch"] for record in state["history"]]
+        last = self.identity.recipe.epochs
+        if (
+            not 0 <= position.epoch <= last
+            or not 0 <= position.update <= (length if position.epoch < last else 0)
+            or position.total != position.epoch * length + position.update
+            or epochs != list(range(1, position.epoch + 1))
+            or not 0 <= state["best"]["epoch"] <= position.epoch
+            or self.ranked_by not in state["best"]
+        ):
+            raise ValueError(
+                f"its position is {vars(position)}, with {len(epochs)} epochs of history and "
+                f"{state['best']} as the best, in a run of {last} epochs of {length} updates"
+            )
+
+
+_NEEDED = (
+    *("recipe", "train_images", "classes", "stream", "position", "history", "best", "unreadable"),
+    *("state_dict", "state_dict_ema", "terms", "scheduler", "scaler", "rng", "processes"),
+)
 
 
 def _check_same_run(path: Path, state: dict[str, Any], identity: Identity) -> None:
@@ -267,6 +340,8 @@ def _check_same_run(path: Path, state: dict[str, Any], identity: Identity) -> No
         raise CheckpointError(
             f"resume: {path} holds a student alone, no run to continue (take {LAST})"
         )
+    if missing := [name for name in _NEEDED if name not in state]:
+        raise CheckpointError(f"resume: {path} lacks {', '.join(missing)}")
     if state["train_images"] != identity.train_images:
         raise CheckpointError(
             f"resume: {path} is of a run on {state['train_images']} training images, these "

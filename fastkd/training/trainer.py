@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,7 @@ from fastkd.training.engine import NonFiniteError, evaluate_terms
 from fastkd.training.logging import PLOT, RESULT, Result, RunLogger, result_of
 from fastkd.training.meter import Reading, timestamp
 from fastkd.training.plots import plot_run
-from fastkd.training.state import RunState
+from fastkd.training.state import RunState, locked
 from fastkd.utils.distributed import StopRequest, world
 from fastkd.utils.random import preserved_rng
 
@@ -90,9 +90,11 @@ def train(
 
     Raises:
         ValueError: options or data that do not fit, or a checkpoint of another run.
+        RuntimeError: another run is writing into ``output``.
         TypeError: a field of the wrong type.
         NonFiniteError: the gradient was infinite or NaN in more than ``max_nonfinite`` updates in a
-            row; single ones are skipped, counted and listed in log.jsonl.
+            row (single ones are skipped, counted and listed in log.jsonl), or weights are, which
+            are not saved.
         OSError: more than ``max_unreadable`` training images cannot be read (fewer are replaced and
             listed), no evaluation image can (single ones count as wrong, and are named), or the
             last checkpoint cannot be written.
@@ -102,7 +104,7 @@ def train(
     with verifying(verify):
         given = resolve_run(student, teacher, data, output, recipe, resume, overrides)
     recipe, output = given.recipe, given.output
-    with preserved_rng(), world(device) as peers:
+    with preserved_rng(), world(device) as peers, ExitStack() as stack:
         opened = open_data(given.data, recipe.data_root, labels=recipe.labels)
         check_data(opened, overrides)
         built = open_student(given.student, recipe, opened, peers)
@@ -122,7 +124,9 @@ def train(
         )
         by_loss = not (opened.labelled_val and (recipe.labels or engine.task.needs_logits))
         ranked_by = "eval_loss" if by_loss else "ema_top1" if recipe.best == "ema" else "top1"
-        run = RunState(engine, identify(built, recipe, opened, peers), output, ranked_by)
+        identity = identify(built, recipe, opened, peers, schedule.updates_per_epoch)
+        run = RunState(engine, identity, output, ranked_by)
+        run.lock = stack.enter_context(locked(output, peers))
         logger = RunLogger(
             output,
             recipe,
@@ -261,10 +265,29 @@ def report(run: RunState, logger: RunLogger) -> None:
 
 def save(run: RunState, logger: RunLogger, name: str = LAST) -> None:
     """Write a checkpoint, and the log's lines of everything that it holds."""
+    _remake_output(run, logger)
     report(run, logger)
     error = run.save(name)
     if error is not None:
         logger.event("unsaved", run.where() | {"file": name}, str(error))
+
+
+def _remake_output(run: RunState, logger: RunLogger) -> None:
+    """Make a deleted output again, with what is still known."""
+    lock, output = run.lock, run.output
+    if lock is None or output is None or lock.is_held():
+        return
+    lost = f", and {BEST} of epoch {run.best['epoch']} is lost" if run.best["epoch"] else ""
+    try:
+        lock.release()
+        lock.acquire()
+        run.identity.recipe.save(output / RECIPE)
+        logger.reopen(run.engine.position.total, run.history)
+    except OSError as error:
+        logger.message(f"{output} was deleted and cannot be made again ({error})")
+    else:
+        text = f"{output} was deleted and is made again: its log has epochs alone{lost}"
+        logger.event("remade", run.where(), text)
 
 
 @contextmanager
@@ -277,6 +300,8 @@ def _running(
     elsewhere = output is not None and checkpoint != output / LAST
     if output is not None and peers.is_main and (elsewhere or not run.finished):
         run.identity.recipe.save(output / RECIPE)
+    if run.lock is not None and run.lock.note:
+        logger.message(run.lock.note)
     if run.finished:
         if elsewhere:
             save(run, logger)
@@ -290,9 +315,9 @@ def _running(
             except (KeyboardInterrupt, SystemExit):
                 _save_before_stop(run, logger)
                 raise
-            except NonFiniteError:
+            except NonFiniteError as error:
                 report(run, logger)
-                raise
+                raise NonFiniteError(f"{error}. {run.kept()}") from error
             except DEATHS as error:
                 # The signal that asked to stop may have ended loader processes, too.
                 if stop.received is not None:
@@ -312,7 +337,10 @@ def _save_before_stop(run: RunState, logger: RunLogger) -> None:
         return
     last, total = run.output / LAST, run.engine.position.total
     if not run.is_saved and run.engine.world.size == 1 and not run.engine.changing:
-        save(run, logger)
+        try:
+            save(run, logger)
+        except NonFiniteError as error:
+            return logger.message(f"stopped: {error}. {run.kept()}")
     if run.is_saved:
         return logger.message(f"stopped after update {total}; the same call continues from {last}")
     reason = "" if LAST in run.unsaved else " in the middle of an update"

@@ -18,7 +18,7 @@ from torch.utils.data import Dataset, IterableDataset, TensorDataset
 from fastkd.config import DataConfig, Recipe
 from fastkd.data.datasets import DataPair, open_data
 from fastkd.data.loader import SampleDataset, eval_loader, train_loader
-from fastkd.data.samplers import slice_size
+from fastkd.data.samplers import SampleKey, slice_size
 from fastkd.data.samples import DEATHS, Fault, SampleTransform, WorkerNotes, describe_worker_death
 from fastkd.data.transforms import (
     InputSpec,
@@ -47,6 +47,34 @@ def same(left, right):
         torch.equal(a, b) and torch.equal(la, lb)
         for (a, la), (b, lb) in zip(left, right, strict=True)
     )
+
+
+class DrawsWhenRead(TensorDataset):
+    """Images whose reading draws random numbers, as many as there have been reads."""
+
+    reads = 0
+
+    def __getitem__(self, index):
+        self.reads += 1
+        torch.rand(self.reads)
+        return super().__getitem__(index)
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0), (1, 0, 1)])
+def test_a_copy_draws_the_same_whether_or_not_its_image_was_decoded_before(order):
+    tensors = tensor_data()[0].tensors
+    transform = SampleTransform(lambda image: image + torch.rand(()))
+    together = SampleDataset(DrawsWhenRead(*tensors), transform, 3, decode_once=True)
+    keys = [SampleKey(epoch=1, sample=5, copy=copy) for copy in order]
+    samples = together.__getitems__(keys)
+    alone = []
+    for key in keys:
+        dataset = SampleDataset(TensorDataset(*tensors), transform, 3, decode_once=True)
+        alone += dataset.__getitems__([key])
+    assert together.dataset.reads == 1
+    for sample, expected in zip(samples, alone, strict=True):
+        assert torch.equal(sample.image, expected.image)
+    assert not torch.equal(samples[0].image, samples[1].image)
 
 
 class ReadablePairs(Dataset):

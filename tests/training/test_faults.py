@@ -13,9 +13,17 @@ from PIL import Image
 from torch.utils.data import TensorDataset
 
 from fastkd import checkpoint as checkpoints
-from fastkd.training import NonFiniteError, load_checkpoint, train
+from fastkd.training import NonFiniteError, load_checkpoint, train, trainer
 from fastkd.training import logging as logger
-from tests.harness.tiny import FAST, each_optimizer, image_folder, tensor_data, vit
+from fastkd.training.engine import Engine
+from tests.harness.tiny import (
+    FAST,
+    Interrupting,
+    each_optimizer,
+    image_folder,
+    tensor_data,
+    vit,
+)
 from tests.harness.torchrun import run_ranks
 
 IMAGES = FAST | {"augment": "cpu", "img_size": 32, "batch_size": 6, "epochs": 1}
@@ -151,6 +159,71 @@ def test_nothing_but_poison_ends_the_run_and_keeps_the_good_checkpoint(data, fas
     assert state["position"]["epoch"] == 1
     assert all(value.isfinite().all() for value in state["state_dict"].values())
     assert len(events(tmp_path, "skipped")) == 3
+
+
+POISONED = {
+    "weights": lambda engine: engine.task.student.head.weight.data.fill_(float("nan")),
+    "average": lambda engine: engine.ema.module.head.weight.data.fill_(float("inf")),
+    "terms": lambda engine: next(engine.task.terms.parameters()).data.fill_(float("inf")),
+    "moments": lambda engine: next(iter(engine.optimizer.state.values()))["exp_avg"].fill_(
+        float("inf")
+    ),
+}
+
+
+@pytest.mark.parametrize("part", POISONED)
+def test_what_is_not_finite_is_in_no_file(data, fast, tmp_path, monkeypatch, part):
+    train_one_epoch = trainer.train_one_epoch
+
+    def poisoning(run, *others):
+        record = train_one_epoch(run, *others)
+        if record["epoch"] == 2:
+            before.update({path.name: path.read_bytes() for path in tmp_path.glob("*.pth")})
+            POISONED[part](run.engine)
+        return record
+
+    before = {}
+    monkeypatch.setattr(trainer, "train_one_epoch", poisoning)
+    options = fast | {"epochs": 3, "projector": "linear", "feature_weight": 1.0, "alpha": 0.0}
+    with pytest.raises(NonFiniteError) as error:
+        train(vit(), vit(24, seed=1), data, tmp_path, **options)
+    assert "last.pth holds the run after update 4" in str(error.value)
+    assert "from before" not in str(error.value)
+    assert len(before) >= 2
+    assert {path.name: path.read_bytes() for path in tmp_path.glob("*.pth")} == before
+
+
+def test_an_infinite_rate_leaves_the_files_of_before_and_says_what_is_in_memory(
+    data, fast, tmp_path, monkeypatch
+):
+    update = Engine.update
+
+    def infinite(engine, slices):
+        if engine.position.total >= 4:
+            engine.optimizer.param_groups[0]["lr"] = float("inf")
+        update(engine, slices)
+
+    monkeypatch.setattr(Engine, "update", infinite)
+    with pytest.raises(NonFiniteError, match=r"in memory are infinite or NaN.*after update 4"):
+        train(vit(), None, data, tmp_path, **fast | {"epochs": 3, "keep_checkpoints": 3})
+    for path in tmp_path.glob("*.pth"):
+        state = load_checkpoint(path)
+        assert state["position"]["total"] <= 4
+        assert all(value.isfinite().all() for value in state["state_dict"].values())
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_stop_saves_nothing_that_is_not_finite(data, fast, tmp_path, number):
+    student = vit()
+
+    def poison_and_stop():
+        student.pos_embed.data.fill_(float("nan"))
+        os.kill(os.getpid(), number)
+
+    stopping = (Interrupting(data[0], 16 * 5 + 3, poison_and_stop), data[1])
+    with pytest.raises(NonFiniteError, match=r"last\.pth holds the run after update 4"):
+        train(student, None, stopping, tmp_path, **fast | {"max_nonfinite": 9})
+    assert load_checkpoint(tmp_path)["position"]["total"] == 4
 
 
 def test_a_torn_checkpoint_gives_way_to_the_one_before_it(data, fast, tmp_path, capsys):

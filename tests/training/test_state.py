@@ -6,9 +6,13 @@ import csv
 import inspect
 import json
 import os
+import shutil
 import signal
 from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -17,7 +21,11 @@ from timm.models import load_checkpoint as timm_load_checkpoint
 from torch.utils.data import TensorDataset
 
 from fastkd import evaluate
+from fastkd.checkpoint import save_checkpoint
 from fastkd.training import CheckpointError, load_checkpoint, train, trainer
+from fastkd.training.engine import Position
+from fastkd.training.state import RunState
+from fastkd.utils.lock import holding
 from tests.harness.tiny import FAST, Interrupting, image_folder, tensor_data, vit
 from tests.harness.torchrun import run_ranks
 from tests.utils.test_distributed import with_batch_norm
@@ -368,3 +376,201 @@ def test_the_epoch_loop_stands_in_train():
 
 def _calls_by_name(node):
     return isinstance(node, ast.Call) and isinstance(node.func, ast.Name)
+
+
+@pytest.mark.parametrize(
+    ("ranked_by", "values", "best"),
+    [
+        ("top1", [50.0, 60.0, 60.0, 40.0], 2),
+        ("ema_top1", [60.0, 60.0, 60.0], 1),
+        ("eval_loss", [1.0, 0.5, 0.5, 0.7], 2),
+        ("top1", [0.0, 0.0], 1),
+        ("eval_loss", [float("nan"), 0.5, 0.5], 2),
+    ],
+)
+def test_of_equal_epochs_the_earliest_is_the_best(ranked_by, values, best):
+    engine = SimpleNamespace(
+        task=SimpleNamespace(student=None),
+        meter=SimpleNamespace(reset=lambda: None),
+        position=Position(),
+        changing=False,
+    )
+    run = RunState(engine, None, None, ranked_by)
+    improved = [
+        run.finish_epoch({"epoch": epoch, ranked_by: value})
+        for epoch, value in enumerate(values, start=1)
+    ]
+    assert run.best == {"epoch": best, ranked_by: values[best - 1]}
+    assert [epoch for epoch, better in enumerate(improved, start=1) if better][-1] == best
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A run of two epochs of four updates, the last two checkpoints of which are kept."""
+    output = tmp_path_factory.mktemp("finished") / "run"
+    train(vit(), None, tensor_data(), output, **FAST)
+    return output
+
+
+@pytest.fixture
+def copied(finished, tmp_path):
+    return Path(shutil.copytree(finished, tmp_path / "run"))
+
+
+def bytes_of(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+
+
+def changed(output, change):
+    state = load_checkpoint(output)
+    change(state)
+    save_checkpoint(state, output / "last.pth")
+
+
+NOT_A_RUNS = {
+    "epoch": lambda s: s["position"].update(epoch=99),
+    "total": lambda s: s["position"].update(total=10**6),
+    "update": lambda s: s["position"].update(epoch=1, update=10**6, total=10**6 + 4),
+    "negative": lambda s: s["position"].update(epoch=1, update=-1, total=3),
+    "text": lambda s: s["position"].update(epoch="2"),
+    "more": lambda s: s["position"].update(step=3),
+    "less": lambda s: s["position"].pop("total"),
+    "short history": lambda s: s["history"].pop(),
+    "other history": lambda s: s["history"][0].update(epoch=2),
+    "best of later": lambda s: s["best"].update(epoch=3),
+    "best by what": lambda s: s["best"].pop("top1"),
+    "no processes": lambda s: s["processes"].clear(),
+    "no meter": lambda s: s["processes"][0].pop("meter"),
+    "empty meter": lambda s: s["processes"][0]["meter"].clear(),
+    "no moments": lambda s: s["optimizer"].clear(),
+    "no generator": lambda s: s.update(rng=None),
+    **{
+        f"without {name}": partial(lambda s, name: s.pop(name), name=name)
+        for name in ("recipe", "scheduler", "terms", "history", "state_dict_ema", "train_images")
+    },
+}
+
+
+@pytest.mark.parametrize("change", NOT_A_RUNS)
+def test_a_resume_checks_what_it_needs(copied, change):
+    changed(copied, NOT_A_RUNS[change])
+    before = bytes_of(copied)
+    with pytest.raises(CheckpointError, match=r"last\.pth") as error:
+        train(vit(), None, tensor_data(), copied, **FAST)
+    if change.startswith("without "):
+        assert change.removeprefix("without ") in str(error.value)
+    assert bytes_of(copied) == before
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda s: s["state_dict"]["head.bias"].fill_(float("nan")),
+        lambda s: s["state_dict_ema"]["head.bias"].fill_(float("inf")),
+        lambda s: s["optimizer"]["state"][0]["exp_avg"].fill_(float("-inf")),
+    ],
+    ids=["weights", "average", "moments"],
+)
+def test_a_checkpoint_that_is_not_finite_is_not_resumed(copied, change):
+    changed(copied, change)
+    before = bytes_of(copied)
+    with pytest.raises(CheckpointError, match=r"last\.pth holds .* not finite"):
+        train(vit(), None, tensor_data(), copied, **FAST)
+    assert bytes_of(copied) == before
+
+
+def test_a_checkpoint_with_more_in_it_is_resumed(copied):
+    changed(copied, lambda s: s.update(mine=[Path("x")], top1=np.float64(3)))
+    assert train(vit(seed=9), None, tensor_data(), copied, **FAST).epochs == 2
+
+
+@pytest.mark.parametrize(
+    "best", [b"", b"PK", b"\xff" * 999, None, {"format": "fastkd-checkpoint"}, {"version": 2}, 3]
+)
+def test_a_best_checkpoint_that_is_none_ends_nothing(copied, best):
+    path = copied / "best.pth"
+    path.unlink()
+    if best is None:
+        path.mkdir()
+    elif isinstance(best, bytes):
+        path.write_bytes(best)
+    else:
+        torch.save(best, path)
+    again = train(vit(seed=9), None, tensor_data(), copied, **FAST)
+    assert again.best is None and again.top1 is not None
+
+
+def test_a_folder_called_like_the_last_checkpoint_hides_nothing(copied, capsys):
+    (copied / "last.pth").unlink()
+    (copied / "last.pth").mkdir()
+    (copied / "last.pth" / "data.pkl").touch()
+    result = train(vit(seed=9), None, tensor_data(), copied, **FAST | {"quiet": False})
+    told = capsys.readouterr().err
+    assert "last.pth is a folder; the checkpoint before it is taken" in told
+    assert "last.pth.folder" in told and (copied / "last.pth.folder" / "data.pkl").exists()
+    assert load_checkpoint(copied / "last.pth")["position"]["epoch"] == result.epochs
+
+
+def test_zeros_in_the_last_checkpoint_let_the_one_before_it_serve(copied, capsys):
+    content = bytearray((copied / "last.pth").read_bytes())
+    content[len(content) // 2 : len(content) // 2 + 512] = bytes(512)
+    (copied / "last.pth").write_bytes(content)
+    before = load_checkpoint(copied / "last-1.pth")["position"]
+    train(vit(seed=9), None, tensor_data(), copied, **FAST | {"quiet": False})
+    told = capsys.readouterr().err
+    assert "last.pth is damaged" in told and f"resumed after update {before['total']}" in told
+
+
+FOREIGN = [
+    b"\xff\xfe\x00",
+    b"[" * 100_000,
+    b"9" * 5000,
+    b'{"update": 1}',
+    b'{"update": "x", "kind": "interval"}',
+    b'{"update": 1, "kind": ["epoch"]}',
+    b"null",
+    b"12:00 hello",
+]
+
+
+@pytest.mark.parametrize("line", FOREIGN, ids=range(len(FOREIGN)))
+def test_a_foreign_line_in_the_log_is_counted_and_left_out(copied, capsys, line):
+    text = (copied / "log.jsonl").read_bytes()
+    (copied / "log.jsonl").write_bytes(line + b"\n" + text)
+    train(vit(seed=9), None, tensor_data(), copied, **FAST | {"quiet": False})
+    assert (copied / "log.jsonl").read_bytes() == text
+    assert "log.jsonl: 1 line" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("resume", ["auto", "never"])
+def test_a_second_run_in_a_folder_is_refused_before_it_removes_anything(copied, resume):
+    with holding(copied):
+        before = bytes_of(copied)
+        with pytest.raises(RuntimeError, match=rf"process {os.getpid()}") as error:
+            train(vit(), None, tensor_data(), copied, resume=resume, **FAST | {"lr": 1.0})
+        assert str(copied) in str(error.value)
+        assert bytes_of(copied) == before
+
+
+@pytest.mark.parametrize("again", [False, True], ids=["deleted", "deleted and made again"])
+def test_a_folder_deleted_in_mid_run_is_made_again(data, fast, tmp_path, capsys, again):
+    output = tmp_path / "a" / "run"
+
+    def delete():
+        shutil.rmtree(tmp_path / "a")
+        if again:
+            output.mkdir(parents=True)
+
+    options = fast | {"epochs": 3, "log_interval": 1, "quiet": False}
+    deleting = (Interrupting(data[0], 16 * 5 + 3, delete), data[1])
+    result = train(vit(), None, deleting, output, **options)
+    assert f"{output} was deleted and is made again" in capsys.readouterr().err
+    files = {"recipe.yaml", "log.jsonl", "epochs.csv", "last.pth", "result.json"}
+    assert files <= set(os.listdir(output)) and ".fastkd.lock" not in os.listdir(output)
+    lines = [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
+    kinds = [line["kind"] for line in lines]
+    assert kinds.count("epoch") == 3 and kinds.count("remade") == 1
+    assert [line["epoch"] for line in lines if line["kind"] == "epoch"] == [1, 2, 3]
+    assert load_checkpoint(output)["position"]["total"] == 12
+    repeated = train(vit(seed=9), None, data, output, **options)
+    assert repeated.top1 == result.top1

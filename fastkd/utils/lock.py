@@ -1,0 +1,187 @@
+"""A lock on an output folder that forked processes do not hold and that survives a kill."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+NAME = ".fastkd.lock"
+RENEW_SECONDS = 30.0
+STALE_SECONDS = 180.0  # after which the holder on another host is taken for dead
+PATIENCE_SECONDS = 5.0  # a killed process that had a GPU takes seconds to end
+
+_RECORD_BYTES = 512  # of one size, so that it is replaced in one write
+_held: set[str] = set()  # by this process, which POSIX locks do not keep from itself
+
+
+class FolderInUseError(RuntimeError):
+    """Another run writes into the folder."""
+
+
+class FolderLock:
+    """The right to write into a folder.
+
+    A POSIX record lock ends with its process and is not inherited by loader processes. For file
+    systems without locks, and for hosts that do not share them, the file says who holds it, and a
+    thread renews its time.
+
+    Attributes:
+        note: what is to be said about how the lock was obtained; empty as a rule.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.path = folder / NAME
+        self.note = ""
+        self._who = {
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "job": os.environ.get("SLURM_JOB_ID"),
+        }
+        self._file = -1
+        self._made = False  # the folder, by this lock
+        self._ended = threading.Event()
+
+    def acquire(self) -> None:
+        """Take the lock, or raise a FolderInUseError that says who holds it."""
+        key = os.path.realpath(self.folder)
+        if key in _held:
+            raise self._in_use(self._who)
+        self._made = not self.folder.exists()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        deadline = time.monotonic() + PATIENCE_SECONDS
+        while (holder := self._try()) is not None:
+            if time.monotonic() > deadline:
+                raise self._in_use(holder)
+            time.sleep(0.1)
+        _held.add(key)
+        self._ended = threading.Event()
+        threading.Thread(target=self._renew, args=(self._ended,), daemon=True).start()
+
+    def _try(self) -> dict[str, Any] | None:
+        """Take the lock; returns the record of the process that has it, None once it is taken."""
+        self._file = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            try:
+                fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                locks = True
+            except (BlockingIOError, PermissionError):
+                holder = self._read() or {}
+                self._close()
+                return holder
+            except OSError:  # a file system without locks
+                locks = False
+            if not self._is_same_file():  # removed by its holder in between
+                self._close()
+                return {}
+            self._check_record(locks)
+            self._write()
+            if not locks:
+                time.sleep(0.5)  # for another that read the file at the same time
+                self._check_record(locks)
+        except BaseException:
+            self._close()
+            raise
+        return None
+
+    def _check_record(self, locks: bool) -> None:
+        """Refuse a folder whose last record is of a run that may be alive."""
+        record = self._read()
+        if record is None:
+            return
+        age = abs(time.time() - record["time"])
+        here = record["host"] == self._who["host"]
+        same_job = record["job"] is not None and record["job"] == self._who["job"]
+        if here and (locks or record["pid"] == self._who["pid"] or not _is_alive(record["pid"])):
+            return
+        if age < STALE_SECONDS and (here or not same_job):
+            until = f"; one that is silent for {STALE_SECONDS:.0f} s is taken over"
+            raise self._in_use(record, "" if here else until)
+        reason = "of the same SLURM job" if same_job else f"silent for {age / 60:.0f} minutes"
+        self.note = f"{self.folder} is taken over from {record['host']} ({reason})"
+
+    def _in_use(self, record: dict[str, Any], hint: str = "") -> FolderInUseError:
+        host, pid = record.get("host", "unknown"), record.get("pid", "unknown")
+        return FolderInUseError(
+            f"output: another run is writing into {self.folder} (host {host}, process {pid}): "
+            f"choose another output{hint}"
+        )
+
+    def is_held(self) -> bool:
+        """Whether the folder is there and still this run's; FolderInUseError if it is another's."""
+        if not self._is_same_file():
+            return False
+        record = self._read()
+        if record is not None and any(record[name] != self._who[name] for name in self._who):
+            raise self._in_use(record)
+        return True
+
+    def release(self) -> None:
+        """Give the folder back as it is, without the file; an empty one that was made goes, too."""
+        self._ended.set()
+        _held.discard(os.path.realpath(self.folder))
+        with contextlib.suppress(OSError, FolderInUseError):
+            if self.is_held():
+                self.path.unlink()
+            if self._made:
+                self.folder.rmdir()
+        self._close()
+
+    def _renew(self, ended: threading.Event) -> None:
+        while not ended.wait(RENEW_SECONDS):
+            with contextlib.suppress(OSError, FolderInUseError):
+                if self.is_held():
+                    self._write()
+
+    def _is_same_file(self) -> bool:
+        try:
+            return os.path.samestat(os.stat(self.path), os.fstat(self._file))
+        except OSError:
+            return False
+
+    def _read(self) -> dict[str, Any] | None:
+        """The record in the file; None where it is none."""
+        try:
+            record = json.loads(os.pread(self._file, _RECORD_BYTES, 0))
+            host, pid, job = str(record["host"]), int(record["pid"]), record.get("job")
+            return {"host": host, "pid": pid, "job": job, "time": float(record["time"])}
+        except (OSError, ValueError, TypeError, KeyError):
+            return None
+
+    def _write(self) -> None:
+        text = json.dumps({**self._who, "time": time.time()}).ljust(_RECORD_BYTES)
+        os.pwrite(self._file, text.encode(), 0)
+
+    def _close(self) -> None:
+        if self._file >= 0:
+            os.close(self._file)
+        self._file = -1
+
+
+@contextlib.contextmanager
+def holding(folder: Path) -> Iterator[FolderLock]:
+    """Hold the lock of a folder, made if needed, within the block."""
+    lock = FolderLock(folder)
+    lock.acquire()
+    try:
+        yield lock
+    finally:
+        lock.release()
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
