@@ -25,7 +25,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "images",
         nargs="+",
         metavar="IMAGE",
-        help="file of any format that Pillow reads, or folder with .png, .jpg and .jpeg files",
+        help="image file, or folder with images in it and below",
     )
     parser.add_argument(
         "--checkpoint",

@@ -40,15 +40,19 @@ def open_data(
 ) -> DataPair:
     """Open the training and the evaluation set that ``data`` means.
 
-    Samples of tars are listed once: an index (``.fastkd-*.npz``) is kept beside them if possible.
-    Hidden files (``.name``) and empty folders are ignored. Datasets opened by name or path have
+    Classes are the folders at the top of a split, as for torchvision's ImageFolder, in natural
+    order; images are those of `fastkd.data.files.ENDINGS` in them and below. Hidden names
+    (``.name``, ``__MACOSX``), files that are not regular and links to a folder that they are in are
+    left out; one line counts what is. Samples of tars are listed once: an index
+    (``.fastkd-*.npz``) is kept beside them if possible. Datasets opened by name or path have
     ``filename(index)``, and raise an OSError with it for a sample that they cannot read.
 
     Args:
         data: one of
 
             - a folder with ``train`` and ``val`` (or ``validation``, ``valid``): folders of images,
-              one per class; folders of tars; or ``train.tar`` and ``val.tar``;
+              one per class; tars, one per class; or ``train.tar`` and ``val.tar``, in which folders
+              that all images are in do not count;
             - a folder of WebDataset shards: with an ``_info.json`` (as ``fastkd shard`` and timm
               write), or named by their split (``train-0000.tar``, ``val-0000.tar``);
             - ``wds/FOLDER`` of the same, or streamed: ``wds/https://...``, ``wds/pipe:cat ...``;
@@ -64,7 +68,9 @@ def open_data(
 
     Raises:
         ValueError: data or labels are missing, a label is out of range, samples are of another
-            form, shards are unfinished, or tars lie beside images.
+            form, shards are unfinished, or tars lie beside images. With labels: a class folder of
+            the training set has no images, it has only one class, or validation classes that it
+            lacks.
         OSError: an archive is truncated, or no tar.
         ImportError: the package that reads the data is missing.
     """

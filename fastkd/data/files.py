@@ -69,7 +69,7 @@ class LeftOut:
 
     def __str__(self) -> str:
         parts = []
-        for kind, endings in self._endings.items():
+        for kind, endings in sorted(self._endings.items()):
             shown = [f"{count:,} {ending}" for ending, count in endings.most_common()]
             if kind != self.NO_IMAGE:
                 shown = self._names[kind] + ["..."] * (endings.total() > NAMED)

@@ -128,9 +128,10 @@ def predict(
     Under torchrun the processes share the images; the main one writes ``output``.
 
     Args:
-        images: files and folders. A folder stands for the .png, .jpg and .jpeg files in it and
-            below, but hidden ones, as in `evaluate`; ``timm.data.readers.add_img_extensions`` adds
-            endings. A file that is named may be JPEG, PNG, WebP, GIF, BMP, PPM, TIFF, JPEG 2000 or
+        images: files and folders. A folder stands for the images in it and below, but hidden ones,
+            as in `evaluate`: .jpg, .jpeg, .png, .webp, .bmp, .gif, .tif, .tiff, .ppm and .pgm;
+            ``timm.data.readers.add_img_extensions`` adds endings. Pipes and devices are unreadable.
+            A file that is named may be JPEG, PNG, WebP, GIF, BMP, PPM, TIFF, JPEG 2000 or
             AVIF by its content, of at most 1.5 times PIL.Image.MAX_IMAGE_PIXELS, which is 134
             million pixels (a JPEG of up to 179 million is read at half size). Images are brought
             to as many channels as the model takes, and not turned by their EXIF orientation, as in

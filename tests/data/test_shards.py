@@ -376,6 +376,39 @@ def test_names_that_are_no_text_are_kept(tmp_path):
     assert (tmp_path / "shards" / "unreadable.txt").read_bytes().startswith(b"val/red/\xff.jpg\t")
 
 
+def test_pipes_are_not_waited_for_and_other_files_are_told(tmp_path, caplog):
+    source = image_folder(tmp_path / "source", train=1, val=1, size=12)
+    os.mkfifo(source / "train" / "blue" / "pipe.jpg")
+    (source / "val" / "blue" / "notes.txt").write_text("no image")
+    Image.new("RGB", (9, 9)).save(source / "val" / "red" / "1.bmp")
+    (source / "val" / "red" / "again").symlink_to(".")
+    assert shard(source, tmp_path / "shards", **SMALL).samples == {"train": 3, "validation": 4}
+    told = sorted(record.getMessage().partition(": left out ")[2] for record in caplog.records)
+    assert told[0].startswith("1 file that is no image: 1 .txt; 1 link to a folder that it is in")
+    assert told[1].startswith("1 pipe, device or broken link: ") and len(told) == 2
+    with pytest.raises(OSError, match="no regular file"):
+        convert(str(source / "train" / "blue" / "pipe.jpg"), 24, 95)
+
+
+def test_a_class_folder_without_images_is_refused(tmp_path):
+    source = image_folder(tmp_path / "source", train=1, val=1, size=12)
+    (source / "val" / "amber").mkdir()
+    (source / "train" / "violet" / "empty").mkdir(parents=True)
+    with pytest.raises(ValueError, match="has class folders without images: violet"):
+        shard(source, tmp_path / "shards", **SMALL)
+    shutil.rmtree(source / "train" / "violet")
+    assert shard(source, tmp_path / "shards", **SMALL).classes == 3
+
+
+@pytest.mark.parametrize(
+    "kept", [[], "text", {"identity": "a"}, {"identity": {}, "unreadable": 3}, {"identity": {}}]
+)
+def test_what_another_program_calls_fastkd_is_no_work_of_ours(source, tmp_path, kept):
+    (tmp_path / "_info.json").write_text(json.dumps({"fastkd": kept}))
+    with pytest.raises(ValueError, match="holds something else than shards"):
+        shard(source, tmp_path, **SMALL)
+
+
 def test_a_folder_of_classes_is_one_split(source, tmp_path):
     report = shard(source / "val", tmp_path / "val", **SMALL)
     assert report.samples == {"validation": 6}

@@ -153,6 +153,21 @@ def test_a_folder_gives_images_of_the_endings_that_timm_lists(run, tmp_path):
         del_img_extensions(".jfif")
 
 
+def test_pipes_and_devices_are_unreadable_and_those_in_a_folder_are_told(run, tmp_path, caplog):
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.webp")
+    (tmp_path / "notes.txt").write_text("no image")
+    os.mkfifo(tmp_path / "pipe.jpg")
+    (tmp_path / "link.jpg").symlink_to("pipe.jpg")
+    places = [tmp_path, tmp_path / "pipe.jpg", tmp_path / "link.jpg", "/dev/zero"]
+    predictions = predict(places, run, **CPU)
+    assert [prediction.image for prediction in predictions.images] == [str(tmp_path / "a.webp")]
+    assert [fault.name for fault in predictions.unreadable] == [str(name) for name in places[1:]]
+    assert {fault.reason for fault in predictions.unreadable} == {"no regular file"}
+    (record,) = caplog.records
+    assert "left out " in record.getMessage() and "1 file that is no image: 1 .txt" in caplog.text
+    assert "2 pipes, devices or broken links: " in caplog.text
+
+
 @pytest.mark.parametrize("name", ["a.h5", "a.mpg", "a.eps", "a.pdf", "a.npy"])
 def test_a_folder_gives_no_files_that_pillow_recognises_but_cannot_read(run, tmp_path, name):
     Image.new("RGB", (8, 8)).save(tmp_path / "good.png")

@@ -1,11 +1,12 @@
 """Text of others where it is printed or becomes a cell."""
 
 import csv
+import json
 import os
 
 import pytest
 
-from fastkd.utils.io import csv_text, printable, writable
+from fastkd.utils.io import csv_text, printable, writable, write_text
 
 STEERING = [
     ("\x1b[2J", r"\x1b[2J"),  # clears the screen
@@ -63,3 +64,9 @@ def test_a_text_of_several_lines_keeps_them():
 )
 def test_no_text_of_a_cell_is_a_formula(cell, written):
     assert list(csv.reader(csv_text([[cell, 1]]).splitlines())) == [[written, "1"]]
+
+
+def test_names_that_are_no_utf8_are_written_as_escapes(tmp_path):
+    name = os.fsdecode(b"d\xe9ta")
+    write_text(tmp_path / "a.json", json.dumps({"data": name}, ensure_ascii=False))
+    assert json.loads((tmp_path / "a.json").read_text()) == {"data": name}
