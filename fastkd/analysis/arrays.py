@@ -21,7 +21,7 @@ from fastkd.analysis.tokens import (
     checked_places,
     parse_layers,
 )
-from fastkd.data.files import find_files, is_image
+from fastkd.data.files import LeftOut, find_files, is_image, tell_left_out
 
 SUFFIXES = (".npy", ".npz")
 Shape = tuple[int, int]
@@ -199,7 +199,10 @@ class ArraySource:
 
 
 def _files(folder: Path) -> list[Path]:
-    return sorted(Path(file) for file in find_files(folder) if file.lower().endswith(SUFFIXES))
+    left_out = LeftOut()
+    found = [file for file in find_files(folder, left_out) if file.lower().endswith(SUFFIXES)]
+    tell_left_out(folder, left_out)
+    return sorted(map(Path, found))
 
 
 def _first_shapes(files: list[Path]) -> list[Shape]:

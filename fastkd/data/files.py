@@ -44,6 +44,15 @@ def is_hidden(path: str) -> bool:
     )
 
 
+def is_inside(path: str, folder: str | os.PathLike[str]) -> bool:
+    """Return whether a path that somebody else wrote names something in a folder.
+
+    Links are not followed: what they lead to is the user's own decision.
+    """
+    inner = os.path.relpath(os.path.join(folder, path), folder)
+    return inner != os.curdir and inner.split(os.sep)[0] != os.pardir and "\0" not in path
+
+
 class LeftOut:
     """Counts what lies among the data and is no part of them, for one line about it."""
 

@@ -8,10 +8,9 @@ from __future__ import annotations
 import json
 import logging
 import os
-import posixpath
 import re
 from collections.abc import Sequence
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from fastkd.data.classes import UNLABELLED, map_classes, number_classes
@@ -19,6 +18,7 @@ from fastkd.data.files import (
     LeftOut,
     image_endings,
     is_hidden,
+    is_inside,
     list_folders,
     list_images,
     tell_left_out,
@@ -185,8 +185,7 @@ def _listed(where: str, name: str, split: Any, classes: int) -> ListedSplit:
     if not files:
         raise ValueError(f"data: {where}: split {name} lists no shards")
     for file in files:
-        parts = PurePosixPath(posixpath.normpath(file)).parts
-        if not parts or parts[0] in ("/", "//", "..") or "\0" in file:
+        if os.path.isabs(file) or not is_inside(file, os.path.dirname(where) or "."):
             raise ValueError(
                 f"data: {where}: split {name} lists {file!r}, which leaves the list's folder"
             )

@@ -19,7 +19,7 @@ from typing import Any
 from PIL import ExifTags, Image, ImageOps
 from torch.utils.data import IterableDataset, get_worker_info
 
-from fastkd.data.files import LeftOut, is_hidden, tell_left_out
+from fastkd.data.files import LeftOut, is_hidden, is_inside, tell_left_out
 from fastkd.data.folders import SHARD_LISTS, SPLITS, parse_shard_list
 from fastkd.data.images import open_image, reason_of
 from fastkd.data.readers import (
@@ -148,6 +148,7 @@ class HubStream(StreamSource):
                 f"labels"
             )
         self.image = image_column(name, columns)
+        self.folder = place  # of a data set on this machine
         stated = (stream.info.splits or {}).get(split)
         classes = getattr(columns["label"], "num_classes", None)
         super().__init__(name, split, getattr(stated, "num_examples", None) or None, classes)
@@ -176,6 +177,10 @@ class HubStream(StreamSource):
         if found is None:
             raise OSError("no image")
         content = found["bytes"]
+        # In "zip://a.png::/data/b.zip" the last part is the file.
+        file = str(found["path"]).split("::")[-1].removeprefix("file://")
+        if content is None and "://" not in file and not is_inside(file, self.folder):
+            raise OSError(f"{file} is outside the data set's folder")
         if content is None and "://" in found["path"]:
             with xopen(found["path"], "rb") as file:
                 content = file.read()

@@ -11,6 +11,7 @@ from fastkd.data.files import (
     LeftOut,
     image_endings,
     is_hidden,
+    is_inside,
     list_folders,
     list_images,
     open_file,
@@ -76,6 +77,26 @@ def test_a_folder_that_cannot_be_listed_is_an_error(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "scandir", refuse)
     with pytest.raises(PermissionError, match="locked"):
         listed(tmp_path, "a.png")
+
+
+@pytest.mark.parametrize("folder", ["/a/b", "b", ".", "pipe:cat /a"])
+@pytest.mark.parametrize(
+    "path, inside",
+    [
+        ("x.tar", True),
+        ("./c/../x.tar", True),
+        ("..x/y.tar", True),
+        ("../x.tar", False),
+        ("c/../../x.tar", False),
+        ("/etc/x.tar", False),
+        ("..", False),
+        (".", False),
+        ("", False),
+        ("x\0.tar", False),
+    ],
+)
+def test_a_path_of_somebody_else_is_inside_a_folder_or_not(path, inside, folder):
+    assert is_inside(path, folder) == inside
 
 
 @pytest.mark.parametrize("ending", ENDINGS)

@@ -369,6 +369,24 @@ def test_evaluation_lists_an_image_of_a_streamed_hub_set_that_it_cannot_read(tmp
     assert re.match(r"broken\.jpg \w{8} of hfids/", fault.name)
 
 
+def test_a_hub_set_reads_no_file_of_this_machine_but_its_own(hub, tmp_path):
+    for path in (tmp_path / "far.png", tmp_path / "set" / "near.png"):
+        Image.new("RGB", (8, 8)).save(path)
+    os.mkfifo(tmp_path / "set" / "pipe.png")
+
+    def load(place):
+        return hub.val._load({"image": {"bytes": None, "path": place}, "label": 1})
+
+    image, label = load(str(tmp_path / "set" / "near.png"))
+    assert image.size == (8, 8) and label == 1
+    for place in ("far.png", "set/../far.png", "set/../../x.png"):
+        for scheme in ("", "file://", "zip://a.png::"):
+            with pytest.raises(OSError, match="is outside the data set's folder"):
+                load(f"{scheme}{tmp_path}/{place}")
+    with pytest.raises(OSError, match="no regular file"):
+        load(str(tmp_path / "set" / "pipe.png"))
+
+
 def test_a_streamed_hub_set_goes_on_exactly(hub):
     recipe = RECIPE.override(workers=2, train_samples=36)
     unbroken = epoch(hub, recipe, (1, 0))
