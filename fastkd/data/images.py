@@ -43,7 +43,8 @@ def open_image(source: str | os.PathLike[str] | BinaryIO | bytes) -> Image.Image
             source = opened.read(MAX_FILE + 1)
     file = _Frugal(io.BytesIO(source) if isinstance(source, bytes) else source)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # decided below
+        # One for every odd tag; what is too large is decided below.
+        warnings.filterwarnings("ignore", module=r"PIL\.")
         image = Image.open(file, formats=_formats())
     # A PNG has chunks behind its pixels, too. BMP and PPM are decoded by small reads.
     file.share, file.most = PIXEL_READ if image.format == "PNG" else None, None

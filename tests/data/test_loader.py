@@ -19,7 +19,14 @@ from fastkd.config import DataConfig, Recipe
 from fastkd.data.datasets import DataPair, open_data
 from fastkd.data.loader import SampleDataset, eval_loader, train_loader
 from fastkd.data.samplers import SampleKey, slice_size
-from fastkd.data.samples import DEATHS, Fault, SampleTransform, WorkerNotes, describe_worker_death
+from fastkd.data.samples import (
+    DEATHS,
+    Fault,
+    SampleTransform,
+    WorkerNotes,
+    describe_worker_death,
+    eval_sample_transform,
+)
 from fastkd.data.transforms import (
     InputSpec,
     create_mixup,
@@ -286,6 +293,46 @@ def test_an_unreadable_training_image_is_replaced_and_told(tmp_path, augment, co
     assert "no image" in fault.reason or "truncated" in fault.reason
 
 
+@pytest.mark.parametrize(
+    ("size", "options", "reason"),
+    [
+        ((400_000, 1), {}, "400,000 x 1 pixels"),
+        ((1, 400_000), {}, "1 x 400,000 pixels"),
+        ((2, 120_000), {"crop_mode": "center"}, "at most 67,108,864"),
+        ((1, 400_000), {"crop_mode": "border"}, "resized 0 x 36"),
+        ((1, 400_000), {"crop_mode": "squash"}, None),
+        ((40, 400), {}, None),
+        ((400, 40), {"crop_mode": "border"}, None),
+    ],
+)
+@pytest.mark.parametrize("augment", ["none", "cpu", "gpu"])
+def test_an_image_too_thin_to_be_resized_is_unreadable(size, options, reason, augment):
+    spec = InputSpec((3, 32, 32), (0.5,) * 3, (0.2,) * 3)
+    data = [(Image.new("L", size if number == 2 else (40, 40)), number) for number in range(4)]
+    recipe = RANDAUGMENT.override(augment=augment, **options)
+    pair = open_data((data, data))
+    for loader in (train_loader(pair, recipe, spec), eval_loader(pair, recipe, spec)):
+        (batch,) = loader
+        evaluates = loader.batch_size is not None or augment == "none"
+        assert len(batch.faults) == (reason is not None and evaluates)
+        assert all(fault.sample == 2 and reason in fault.reason for fault in batch.faults)
+
+
+@pytest.mark.parametrize(
+    ("size", "reason"),
+    [((40, 4000), None), ((4, 60_000), "resized 73 x 1,095,000"), ((60_000, 4), None)],
+)
+def test_a_thin_image_is_judged_by_the_rectangle_that_it_covers(size, reason):
+    spec = InputSpec((1, 32, 64), (0.5,), (0.2,))
+    transform = eval_sample_transform(DataConfig(), spec, None)
+    image = Image.new("L", size)
+    if reason is None:
+        assert transform(transform.decode(image)).image.shape == (1, 32, 64)
+    else:
+        with pytest.raises(OSError, match=reason):
+            transform.decode(image)
+
+
 def test_an_image_that_its_data_set_opened_only_is_replaced_too():
     torn = io.BytesIO()
     Image.effect_noise((40, 40), 80).convert("RGB").save(torn, "png")
@@ -333,6 +380,35 @@ def test_data_of_which_nothing_can_be_read_are_an_error():
     loader = train_loader(pair, RANDAUGMENT, SPEC)
     with pytest.raises(OSError, match="nor any of 16 images tried in its place: torn"):
         next(iter(loader))
+
+
+class Faulty(ReadablePairs):
+    """A data set that raises an error over one of its samples."""
+
+    def __init__(self, error):
+        super().__init__(8)
+        self.error = error
+
+    def __getitem__(self, index):
+        if index == 5:
+            raise self.error
+        return super().__getitem__(index)
+
+
+@pytest.mark.parametrize("error", [OSError("torn"), Image.DecompressionBombError("torn")])
+def test_what_a_data_set_says_it_cannot_read_is_told(error):
+    pair = open_data((Faulty(error), Faulty(error)))
+    for loader in (train_loader, eval_loader):
+        (batch,) = loader(pair, RANDAUGMENT.override(batch_size=8), SPEC)
+        assert batch.faults == (Fault(5, "sample 5", "torn"),)
+
+
+@pytest.mark.parametrize("error", [ValueError("mine"), KeyError("mine"), MemoryError("mine")])
+def test_a_mistake_in_a_data_set_of_the_user_is_not_taken_for_a_broken_image(error):
+    pair = open_data((Faulty(error), Faulty(error)))
+    for loader in (train_loader, eval_loader):
+        with pytest.raises(type(error), match="mine"):
+            list(loader(pair, RANDAUGMENT.override(batch_size=8), SPEC))
 
 
 def test_a_label_that_is_missing_is_minus_one():

@@ -436,6 +436,14 @@ def test_an_image_without_finite_logits_is_told_and_the_rest_predicted(pictures)
     assert fault.reason == "its logits are not finite"
 
 
+def test_a_class_that_a_model_masks_is_no_broken_image(pictures):
+    predictions = predict(
+        pictures, Gives(lambda x: x.mean((2, 3)) - torch.tensor([0, 0, 1e999])), **CPU
+    )
+    assert len(predictions.images) == 6 and predictions.unreadable == ()
+    assert all(prediction.guesses[-1].probability == 0 for prediction in predictions.images)
+
+
 def test_logits_of_earlier_batches_are_not_kept(pictures):
     made = []
 

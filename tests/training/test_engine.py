@@ -2,6 +2,8 @@
 
 import copy
 import math
+import threading
+from dataclasses import dataclass
 from types import SimpleNamespace
 
 import pytest
@@ -11,7 +13,7 @@ from timm.utils import ModelEmaV3
 from torch import nn
 
 from fastkd.config import Recipe
-from fastkd.data.readers import StreamSource
+from fastkd.data.readers import Fault, StreamSource
 from fastkd.data.samples import Batch
 from fastkd.data.transforms import InputSpec
 from fastkd.inference.evaluate import evaluate_model
@@ -322,6 +324,143 @@ def test_evaluation_counts_hits_and_averages_the_loss():
 def test_top5_is_left_out_below_five_classes():
     measured = evaluate_model(vit(num_classes=4), [batch(IMAGES[:3], LABELS[:3])], WORLD)
     assert measured["top5"] is None
+
+
+class Gives(nn.Module):
+    """Gives logits whatever the images are, a batch's after the other's."""
+
+    def __init__(self, *logits):
+        super().__init__()
+        self.logits = iter(logits)
+
+    def forward(self, images):
+        return next(self.logits)
+
+
+NAN, INF = math.nan, math.inf
+
+
+@pytest.mark.parametrize(
+    ("row", "finite"),
+    [
+        ([NAN, 0, 0], False),
+        ([0, 0, NAN], False),
+        ([INF, 0, 0], False),
+        ([INF, -INF, 0], False),
+        ([-INF, -INF, -INF], False),
+        ([9, 0, -INF], True),  # a class that the model masks
+    ],
+)
+def test_an_image_without_finite_logits_counts_as_wrong_and_is_told(row, finite):
+    logits, labels = torch.tensor([[5.0, 0, 0], row]), torch.tensor([0, 0])
+    told = []
+    measured = evaluate_model(Gives(logits), [batch(IMAGES[:2], labels)], WORLD, warn=told.append)
+    used = logits if finite else logits[:1]
+    assert measured == {
+        "top1": 100.0 if finite else 50.0,
+        "top5": None,
+        "loss": pytest.approx(F.cross_entropy(used, labels[: len(used)]).item()),
+        "count": 2,
+        "unreadable": 0,
+        "nonfinite": int(not finite),
+    }
+    assert [line[:6] for line in told] == ([] if finite else ["1 of 2"])
+
+
+def test_a_model_of_nan_has_no_hit_and_no_loss():
+    logits = torch.full((8, 6), NAN)
+    measured = evaluate_model(Gives(logits), [batch()], WORLD, warn=lambda _: None)
+    assert (measured["top1"], measured["top5"], measured["nonfinite"]) == (0, 0, 8)
+    assert math.isnan(measured["loss"])
+
+
+def lost(*numbers):
+    return tuple(Fault(number, f"{number}.jpg", "torn") for number in numbers)
+
+
+EMPTY = Batch(torch.empty(0), torch.empty(0, dtype=torch.int64), torch.empty(0))
+
+
+def test_unreadable_images_count_as_wrong_and_three_are_named():
+    sure = torch.eye(10)[LABELS] * 30
+    loader = [batch()._replace(faults=lost(9, 8)), EMPTY._replace(faults=lost(7, 3))]
+    told = []
+    measured = evaluate_model(Gives(sure), loader, WORLD, warn=told.append)
+    assert (measured["count"], measured["unreadable"], measured["nonfinite"]) == (12, 4, 0)
+    assert measured["top1"] == measured["top5"] == pytest.approx(100 * 8 / 12)
+    assert measured["loss"] < 1e-3
+    (line,) = told
+    assert line == (
+        "4 of 12 evaluation images cannot be read and count as wrong: "
+        "3.jpg (torn); 7.jpg (torn); 8.jpg (torn); ..."
+    )
+
+
+@dataclass(frozen=True)
+class Rank(World):
+    """One of two processes, which are threads here."""
+
+    meeting: threading.Barrier | None = None
+    given: list | None = None
+
+    def gather(self, value):
+        self.given[self.rank] = value
+        self.meeting.wait(20)
+        values = list(self.given)
+        self.meeting.wait(20)
+        return values
+
+    def sum(self, values):
+        return sum(self.gather(values))
+
+
+@pytest.mark.parametrize(
+    "shares",
+    [
+        ([batch()], [batch()._replace(faults=lost(3))]),
+        ([EMPTY._replace(faults=lost(0, 1, 2))], [batch(), EMPTY._replace(faults=lost(5))]),
+        ([batch()], []),  # fewer images than processes
+    ],
+)
+def test_all_processes_agree_on_what_is_unreadable(shares):
+    meeting, given, told = threading.Barrier(2), [None, None], ([], [])
+    measured = [None, None]
+
+    def evaluated(rank):
+        world = Rank(torch.device("cpu"), rank, 2, None, meeting, given)
+        model = Gives(*(torch.full((8, 6), NAN) for _ in range(2)))
+        measured[rank] = evaluate_model(model, shares[rank], world, warn=told[rank].append)
+
+    threads = [threading.Thread(target=evaluated, args=(rank,)) for rank in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert str(measured[0]) == str(measured[1])  # NaN is not equal to itself
+    faults = sum(len(part.faults) for share in shares for part in share)
+    images = sum(len(part.labels) for share in shares for part in share)
+    assert (measured[0]["count"], measured[0]["unreadable"]) == (images + faults, faults)
+    assert measured[0]["nonfinite"] == images and measured[0]["top5"] == 0
+    assert (len(told[0]), len(told[1])) == (1 + bool(faults), 0)
+
+
+def test_an_evaluation_of_nothing_but_unreadable_images_is_an_error():
+    with pytest.raises(OSError, match=r"2 of 2 evaluation images .*: 0\.jpg \(torn\); 4\.jpg"):
+        evaluate_model(vit(), [EMPTY._replace(faults=lost(4, 0))], WORLD)
+
+
+@pytest.mark.parametrize("ranked_by", ["top1", "ema_top1", "eval_loss"])
+def test_an_epoch_without_finite_logits_is_never_the_best(ranked_by):
+    recipe = Recipe(epochs=3, warmup_epochs=0)
+    identity = Identity(recipe, InputSpec((3, 32, 32), None, None), 10, 32, None, 8)
+    run = RunState(engine_for(vit()), identity, None, ranked_by)
+    broken = {"epoch": 1, "top1": 0.0, "ema_top1": 0.0, "eval_loss": NAN}
+    broken |= {"eval_nonfinite": 8, "ema_nonfinite": 8}
+    assert not run.finish_epoch(broken)
+    assert run.best["epoch"] == 0
+    assert run.finish_epoch({"epoch": 2, "top1": 0.0, "ema_top1": 0.0, "eval_loss": 9.0})
+    assert not run.finish_epoch(broken | {"epoch": 3})
+    assert run.best["epoch"] == 2
 
 
 def test_evaluation_puts_the_training_mode_back():
