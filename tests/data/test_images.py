@@ -15,6 +15,7 @@ import torch
 from PIL import EpsImagePlugin, Image, JpegImagePlugin, UnidentifiedImageError
 
 from fastkd.data import images
+from fastkd.data.datasets import open_data
 from fastkd.data.images import load_rgb, open_file, open_image, reason_of
 from fastkd.data.readers import FileReader, ReadableImages
 from fastkd.data.samples import SampleTransform
@@ -337,3 +338,17 @@ def test_whatever_an_image_raises_makes_it_unreadable(tmp_path, monkeypatch, err
 def test_what_is_no_image_of_pillow_is_left_to_its_transform():
     tensor = torch.zeros(3, 8, 8)
     assert SampleTransform(mode="RGB").decode(tensor) is tensor
+
+
+def test_torchvisions_folders_are_read_by_the_same_rules(tmp_path):
+    for split in ("train", "val"):
+        (tmp_path / split / "red").mkdir(parents=True)
+        NOISE.save(tmp_path / split / "red" / "0.jpg")
+        (tmp_path / split / "red" / "1.jpg").write_bytes(POSTSCRIPT)
+        os.mkfifo(tmp_path / split / "red" / "2.jpg")
+    data = open_data("torch/image_folder", str(tmp_path))
+    assert data.val[0][0].size == (64, 48)
+    for number, reason in ((1, "no image"), (2, "not a regular file")):
+        with pytest.raises(OSError, match=rf"{number}\.jpg") as caught:
+            data.val[number]
+        assert reason in reason_of(caught.value)
