@@ -16,7 +16,8 @@ from PIL import EpsImagePlugin, Image, JpegImagePlugin, UnidentifiedImageError
 
 from fastkd.data import images
 from fastkd.data.datasets import open_data
-from fastkd.data.images import load_rgb, open_file, open_image, reason_of
+from fastkd.data.files import open_file
+from fastkd.data.images import load_rgb, open_image, reason_of
 from fastkd.data.readers import FileReader, ReadableImages
 from fastkd.data.samples import SampleTransform
 from fastkd.data.shards import convert
@@ -160,13 +161,14 @@ def test_what_is_no_regular_file_is_never_opened(tmp_path, monkeypatch, kind):
         path.symlink_to("/dev/zero")  # without end
     elif real != path:
         path.symlink_to(real)
-    with pytest.raises(OSError, match="not a regular file"):
+    with pytest.raises(OSError, match="no regular file"):
         open_file(path)
-    with pytest.raises(OSError, match="not a regular file"):
+    with pytest.raises(OSError, match="no regular file"):
         open_image(path)
-    with pytest.raises(OSError, match=r"a\.jpg .*not a regular file"):
+    with pytest.raises(OSError, match=r"a\.jpg .*no regular file"):
         ReadableImages(FileReader("", [(str(path), 0)], {}))[0]
-    assert convert(str(path), 64, 90) == "not a regular file"
+    with pytest.raises(OSError, match="no regular file"):
+        convert(str(path), 64, 90)
     assert find_images(path) == ([str(path)], [])  # which is found unreadable as above
 
 
@@ -341,14 +343,14 @@ def test_what_is_no_image_of_pillow_is_left_to_its_transform():
 
 
 def test_torchvisions_folders_are_read_by_the_same_rules(tmp_path):
-    for split in ("train", "val"):
-        (tmp_path / split / "red").mkdir(parents=True)
-        NOISE.save(tmp_path / split / "red" / "0.jpg")
-        (tmp_path / split / "red" / "1.jpg").write_bytes(POSTSCRIPT)
-        os.mkfifo(tmp_path / split / "red" / "2.jpg")
-    data = open_data("torch/image_folder", str(tmp_path))
+    folder = tmp_path / "val" / "red"
+    folder.mkdir(parents=True)
+    NOISE.save(folder / "0.jpg")
+    (folder / "1.jpg").write_bytes(POSTSCRIPT)
+    os.mkfifo(folder / "2.jpg")
+    data = open_data("torch/image_folder", str(tmp_path), need_train=False)
     assert data.val[0][0].size == (64, 48)
-    for number, reason in ((1, "no image"), (2, "not a regular file")):
+    for number, reason in ((1, "no image"), (2, "no regular file")):
         with pytest.raises(OSError, match=rf"{number}\.jpg") as caught:
             data.val[number]
         assert reason in reason_of(caught.value)

@@ -14,7 +14,7 @@ from fastkd.data.transforms import InputSpec
 from fastkd.utils.io import writable
 from tests.harness.tiny import vit
 
-GOOD = ["blue/10.JPEG", r"blue/caf\xff.png", "red/9.png", "red/rgba.png"]
+GOOD = ["blue/10.JPEG", r"blue/caf\xff.png", "blue/picture.webp", "red/9.png", "red/rgba.png"]
 BAD = ["blue/deep.png", "blue/empty.jpg", "red/lost.png", "red/torn.jpg"]
 
 
