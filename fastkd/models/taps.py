@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import inspect
-import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -45,8 +44,9 @@ class Taps:
     patch blocks; the class-attention blocks have no patch tokens to give) and a stage of a Swin or
     CNN, counted as timm's ``feature_info`` does: where the stem is among them it is number 0 (of a
     ResNet, 0 is the stem's ``act1`` and 4 is ``layer4``). Any other `nn.Module` is read by module
-    name, with forward hooks that live as long as the call; of a 4-D output the channels are taken
-    to come second.
+    name, with forward hooks that live as long as the call. Where the channels of a 4-D output are
+    is told by timm's ``feature_info``, by the images' aspect ratio or by the model's attribute
+    ``output_fmt`` ("NCHW" or "NHWC"), in this order.
 
     Taps are no `nn.Module`: a module that holds both a model and its taps registers the model once.
 
@@ -55,8 +55,9 @@ class Taps:
         indices: numbers, negative ones from the end, or module names; not both. Repeated ones are
             read once. Empty: logits and final tokens only.
         num_prefix: for module names: how many tokens at the front of a [B, N, D] output are no
-            patches (class token, registers).
-        grid: for module names: (H, W) of [B, N, D] outputs; None takes them for square.
+            patches (class token, registers); timm's ViTs say it themselves.
+        grid: for module names: (H, W) of [B, N, D] outputs; None takes that of the patch embedding
+            of timm's ViTs, else the one grid with the images' aspect ratio.
 
     Attributes:
         indices: the resolved keys of `TapOutput.tokens`, in the order asked for.
@@ -65,6 +66,8 @@ class Taps:
         ValueError: a number out of range or a name that the model does not have.
         TypeError: numbers and names are mixed, or numbers are given for a model without timm's
             feature interface.
+
+    A call raises a ValueError for an output whose layout or grid cannot be told.
     """
 
     def __init__(
@@ -141,9 +144,7 @@ def _choose_reader(
     numbers = [index for index in indices if isinstance(index, int)]
     if len(names) + len(numbers) < len(indices) or (names and numbers):
         raise TypeError(f"Taps: indices must be all numbers or all names, got {list(indices)}")
-    has_interface = all(
-        hasattr(model, name) for name in ("forward_intermediates", "forward_head", "feature_info")
-    )
+    has_interface = _has_interface(model)
     if numbers and not has_interface:
         raise TypeError(
             f"Taps: {type(model).__name__} has no forward_intermediates, forward_head and "
@@ -161,7 +162,7 @@ class _NumberReader:
     def __init__(self, model: Any, indices: Sequence[int]) -> None:
         self.model = model
         self.name = model_name(model)
-        infos = [model.feature_info[i] for i in range(len(model.feature_info))]
+        infos = _infos(model)
         modules = [str(info["module"]) for info in infos]
         self.keys = list(dict.fromkeys(_resolve(index, modules, self.name) for index in indices))
         self.dims: dict[TapKey, int] = {key: int(infos[key]["num_chs"]) for key in self.keys}
@@ -237,7 +238,7 @@ class _NameReader:
 
     def __init__(
         self,
-        model: nn.Module,
+        model: Any,
         names: Sequence[str],
         num_prefix: int,
         grid: tuple[int, int] | None,
@@ -248,12 +249,19 @@ class _NameReader:
         self.dims: dict[TapKey, int] = {}
         self.num_prefix = num_prefix
         self.grid = grid
+        infos = _infos(model) if _has_interface(model) else []
+        self.channels: dict[str, set[int]] = {}  # of the modules that timm lists
+        for info in infos:
+            self.channels.setdefault(str(info["module"]), set()).add(int(info["num_chs"]))
+        self.on_one_grid = bool(infos) and _gives_tokens_on_one_grid(model, infos)
         _check_names(self.keys, model, self.name)
 
     def __call__(self, images: Tensor) -> TapOutput:
         with self._hooks() as captured:
             output = self.model(images)
-        tokens: dict[TapKey, Tokens] = {key: self._tokens(key, captured) for key in self.keys}
+        tokens: dict[TapKey, Tokens] = {
+            key: self._tokens(key, captured, images) for key in self.keys
+        }
         self.dims = {key: read.dim for key, read in tokens.items()}
         return TapOutput(_logits(output, self.name), tokens)
 
@@ -280,37 +288,96 @@ class _NameReader:
             for handle in handles:
                 handle.remove()
 
-    def _tokens(self, key: str, captured: dict[str, Any]) -> Tokens:
+    def _tokens(self, key: str, captured: dict[str, Any], images: Tensor) -> Tokens:
         source = f"{self.name} {key}"
         if key not in captured:
             raise RuntimeError(f"Taps: {source} did not run in the forward pass")
         output = captured[key]
         features = output[0] if isinstance(output, (tuple, list)) else output
-        if isinstance(features, Tensor) and features.ndim == 4:
-            return _tokens_of_map(features, source)
-        if isinstance(features, Tensor) and features.ndim == 3:
-            patches = features[:, self.num_prefix :]
-            return Tokens(patches, self._grid(patches, source), self.num_prefix, source)
-        found = list(features.shape) if isinstance(features, Tensor) else type(features).__name__
-        raise ValueError(f"Taps: {source} must give [B, C, H, W] or [B, N, D], got {found}")
-
-    def _grid(self, patches: Tensor, source: str) -> tuple[int, int]:
-        if self.grid is not None:
-            return self.grid
-        count = patches.shape[1]
-        side = math.isqrt(count)
-        if side * side != count:
-            raise ValueError(
-                f"Taps: {source} gives {count} tokens, which is no square; set grid=(H, W), or "
-                f"num_prefix (now {self.num_prefix}) if a class token or registers are among them"
+        if not (isinstance(features, Tensor) and features.ndim in (3, 4)):
+            found = (
+                list(features.shape) if isinstance(features, Tensor) else type(features).__name__
             )
-        return side, side
+            raise ValueError(f"Taps: {source} must give [B, C, H, W] or [B, N, D], got {found}")
+        shape, channels = list(features.shape), self.channels.get(key, set())
+        if shape[0] != len(images):
+            raise ValueError(
+                f"Taps: {source} gives {shape} for {len(images)} images: its windows or patches "
+                "are no maps of whole images; tap the block around it"
+            )
+        one_of_several = isinstance(output, (tuple, list)) and not channels & {shape[1], shape[-1]}
+        if len(channels) > 1 or (channels and one_of_several):  # CrossViT's and HRNet's branches
+            raise ValueError(f"Taps: {source} gives several maps; tap {self.name} by number")
+        if hasattr(self.model, "reroll") and features.ndim == 3:  # Hiera
+            raise ValueError(f"Taps: {source} orders tokens by windows; tap {self.name} by number")
+        if features.ndim == 4:
+            if self._channels_come_last(shape, channels, images, source):
+                features = features.permute(0, 3, 1, 2)
+            return _tokens_of_map(features, source)
+        grid, num_prefix = self._grid(shape[1], images, source)
+        return Tokens(features[:, num_prefix:], grid, num_prefix, source)
+
+    def _channels_come_last(
+        self, shape: list[int], channels: set[int], images: Tensor, source: str
+    ) -> bool:
+        first, last = shape[1] in channels, shape[-1] in channels
+        if first == last:
+            size = images.shape[-2:]
+            first, last = _has_aspect(shape[2:], size), _has_aspect(shape[1:3], size)
+        if first != last:
+            return last
+        # timm's models without the attribute give NCHW, but not all of the modules inside do.
+        output_fmt = getattr(self.model, "output_fmt", "NCHW" if channels else None)
+        if output_fmt not in ("NCHW", "NHWC"):
+            raise ValueError(
+                f"Taps: {source} gives {shape}, which may be [B, C, H, W] or [B, H, W, C]; set the "
+                'attribute output_fmt of the model to "NCHW" or "NHWC"'
+            )
+        return output_fmt == "NHWC"
+
+    def _grid(self, count: int, images: Tensor, source: str) -> tuple[tuple[int, int], int]:
+        """The grid of [B, N, D] tokens, and how many of them come before the patches."""
+        if self.grid is not None:
+            return self.grid, self.num_prefix
+        height, width = (int(side) for side in images.shape[-2:])
+        fitting = []
+        if self.on_one_grid:
+            rows, columns = self.model.patch_embed.dynamic_feat_size((height, width))
+            found = count - rows * columns  # not every block of a model carries its prefix
+            if found in (0, _num_prefix_tokens(self.model)) and self.num_prefix in (0, found):
+                return (int(rows), int(columns)), found
+        else:
+            patches = count - self.num_prefix
+            grids = [(h, patches // h) for h in range(1, patches + 1) if patches % h == 0]
+            fitting = [grid for grid in grids if _has_aspect(grid, (height, width))]
+        if len(fitting) != 1:
+            raise ValueError(
+                f"Taps: {source} gives {count} tokens, which are no grid of images of {height} x "
+                f"{width}; set grid=(H, W), or num_prefix (now {self.num_prefix}) if a class token "
+                "or registers are among them"
+            )
+        return fitting[0], self.num_prefix
 
 
 def model_name(model: nn.Module) -> str:
     """The name of a model's architecture, for messages: timm's, else its class's."""
     cfg = getattr(model, "pretrained_cfg", None) or {}
     return str(cfg.get("architecture") or type(model).__name__)
+
+
+def _has_interface(model: nn.Module) -> bool:
+    """Whether a model can be read by number, as timm's can."""
+    names = ("forward_intermediates", "forward_head", "feature_info")
+    return all(hasattr(model, name) for name in names)
+
+
+def _infos(model: Any) -> list[Any]:
+    return [model.feature_info[i] for i in range(len(model.feature_info))]
+
+
+def _has_aspect(grid: Sequence[int], size: Sequence[int]) -> bool:
+    """Whether a grid may be an image's size divided by one number, rounded up or down."""
+    return abs(grid[0] * size[1] - grid[1] * size[0]) < max(size)
 
 
 def _resolve(index: int, modules: list[str], name: str) -> int:

@@ -359,15 +359,15 @@ def test_outputs_with_logits_and_tuples_of_tensors_are_understood(images):
         def forward(self, images):
             return Answer(super().forward(images))
 
-    class Pair(nn.Linear):
+    class Pair(nn.Conv2d):
         def forward(self, x):
             return super().forward(x), None
 
     model = Wrapped()
     assert Taps(model)(images).logits.shape == (2, 5)
-    sequence = nn.Sequential(Pair(32, 4))
+    sequence = nn.Sequential(Pair(1, 4, 4, stride=4))
     sequence.forward = lambda x: sequence[0](x)[0]
-    assert Taps(sequence, ["0"])(images[:, :1]).tokens["0"].data.shape == (2, 128, 1)
+    assert Taps(sequence, ["0"])(images[:, :1]).tokens["0"].data.shape == (2, 64, 4)
 
 
 def test_an_output_without_logits_is_refused(images):
@@ -396,3 +396,150 @@ def test_the_stem_of_a_resnet_is_stage_0(images):
     taps = Taps(model, [0, 4])
     assert taps.dims == {0: 64, 4: 512}
     assert taps(images).tokens[4].source.endswith("layer4")
+
+
+# Small models of timm's families, by how their modules lay out what they give:
+# (timm name, arguments, image side, a module that feature_info lists).
+ONE_HEAD = {"embed_dim": 32, "num_heads": 1}
+VIT_64 = {"img_size": 64, "depth": 2, **ONE_HEAD}
+VIT_28 = VIT_64 | {"img_size": 28}
+LEVIT = {"embed_dim": (16, 32, 32), "num_heads": (1, 2, 2), "depth": (1, 1, 1), "key_dim": 16}
+CONVIT = VIT_64 | {"num_heads": 2, "local_up_to_layer": 1}
+FAMILIES = [
+    # [B, H, W, C]
+    ("swin_tiny_patch4_window7_224", SWIN | {"img_size": 64}, 64, "layers.1"),
+    ("swinv2_tiny_window8_256", SWIN | {"img_size": 64}, 64, "layers.2"),
+    ("test_mambaout", {}, 64, "stages.1"),
+    # [B, C, H, W]
+    ("swinv2_cr_tiny_224", SWIN | {"img_size": 64}, 64, "stages.1"),
+    ("test_convnext", {}, 64, "stages.2"),
+    ("test_resnet", {}, 64, "layer2"),
+    ("test_efficientnet", {}, 64, "blocks.1"),
+    # [B, N, D]
+    ("levit_128s", LEVIT | {"img_size": 64}, 64, "stages.1"),
+    ("xcit_nano_12_p16_224", VIT_64, 64, "blocks.1"),
+    ("cait_xxs24_224", VIT_64, 64, "blocks.1"),
+    ("convit_tiny", CONVIT, 64, "blocks.0"),
+    # [B, prefix + N, D]
+    ("convit_tiny", CONVIT, 64, "blocks.1"),
+    ("vit_tiny_patch16_224", VIT_64, 64, "blocks.1"),
+    ("deit_tiny_distilled_patch16_224", VIT_64, 64, "blocks.0"),
+    ("vit_small_patch14_reg4_dinov2", VIT_28, 28, "blocks.1"),  # 5 + 4 tokens: not 3 x 3
+    ("vit_medium_patch16_reg4_gap_256", VIT_64, 64, "blocks.1"),
+    ("beit_base_patch16_224", VIT_64, 64, "blocks.1"),
+    ("eva02_tiny_patch14_224", VIT_28, 28, "blocks.1"),
+    *(
+        pytest.param(name, {}, side, module, marks=pytest.mark.slow)
+        for name, side, module in (
+            ("davit_tiny", 64, "stages.1"),
+            ("pvt_v2_b0", 64, "stages.1"),
+            ("maxvit_pico_rw_256", 256, "stages.1"),
+            ("pit_ti_224", 224, "transformers.1"),
+            ("sequencer2d_s", 64, "stages.1"),  # [B, H, W, C], as the next
+            ("volo_d1_224", 224, "network.2"),
+            ("sam2_hiera_tiny", 224, "blocks.2"),
+            ("focalnet_tiny_srf", 64, "layers.1"),
+            ("poolformer_s12", 64, "stages.1"),
+            ("caformer_s18", 64, "stages.1"),
+            ("nest_tiny", 224, "levels.1"),
+            ("gcvit_xxtiny", 224, "stages.1"),
+            ("coatnet_pico_rw_224", 224, "stages.2"),
+            ("edgenext_xx_small", 64, "stages.1"),
+            ("tiny_vit_5m_224", 224, "stages.1"),
+            ("mobilevit_xxs", 64, "stages.2"),
+            ("regnetx_002", 64, "s2"),
+            ("efficientformer_l1", 224, "stages.3"),  # [B, N, D], the stages before it are maps
+            ("mixer_s32_224", 224, "blocks.1"),
+        )
+    ),
+]
+
+
+@pytest.mark.parametrize(("name", "options", "side", "module"), FAMILIES)
+@torch.no_grad()
+def test_a_module_by_name_gives_what_it_gives_by_number(name, options, side, module):
+    model = timm.create_model(name, **options).eval()
+    images = torch.randn(1, 3, side, side)
+    modules = [str(info["module"]) for info in Taps(model, [0]).model.feature_info]
+    index = modules.index(module)
+    expected = Taps(model, [index])(images).tokens[index]
+    tokens = Taps(model, [module])(images).tokens[module]
+    assert tokens.grid == expected.grid
+    torch.testing.assert_close(tokens.data, expected.data)
+
+
+class Given(nn.Module):
+    """A model whose only module gives a map of a shape."""
+
+    def __init__(self, *shape):
+        super().__init__()
+        self.part = nn.Identity()
+        self.map = torch.arange(float(torch.Size(shape).numel())).reshape(shape)
+
+    def forward(self, images):
+        return self.part(self.map).flatten(1)
+
+
+@pytest.mark.parametrize(
+    ("shape", "size", "grid", "dim"),
+    [
+        ((2, 5, 4, 4), (32, 32), (4, 4), 5),
+        ((2, 4, 4, 5), (32, 32), (4, 4), 5),
+        ((2, 96, 1, 1), (32, 32), (1, 1), 96),
+        ((2, 7, 7, 49), (224, 224), (7, 7), 49),
+        ((2, 16, 4, 2), (64, 32), (4, 2), 16),
+        ((2, 4, 2, 8), (64, 32), (4, 2), 8),
+        ((2, 12, 5, 8), (33, 50), (5, 8), 12),  # a stride of 7, rounded up
+        ((2, 8, 5), (64, 32), (4, 2), 5),
+        ((2, 16, 5), (16, 256), (1, 16), 5),  # a square number, but no square image
+    ],
+)
+def test_the_images_aspect_tells_where_channels_are(shape, size, grid, dim):
+    tokens = Taps(Given(*shape), ["part"])(torch.zeros(2, 3, *size)).tokens["part"]
+    assert (tokens.grid, tokens.dim) == (grid, dim)
+
+
+@pytest.mark.parametrize(
+    ("shape", "size"),
+    [
+        ((2, 4, 4, 4), (32, 32)),
+        ((2, 3, 5, 6), (32, 32)),  # neither way a square
+        ((2, 2, 4, 8), (32, 64)),  # either way twice as wide as high
+    ],
+)
+def test_a_layout_that_nobody_knows_is_refused_until_the_model_says_it(shape, size):
+    model, images = Given(*shape), torch.zeros(2, 3, *size)
+    with pytest.raises(ValueError, match=rf"Given part gives \[{str(shape)[1:-1]}\].*output_fmt"):
+        Taps(model, ["part"])(images)
+    model.output_fmt = "NHWC"
+    tokens = Taps(model, ["part"])(images).tokens["part"]
+    torch.testing.assert_close(tokens.data, model.map.flatten(1, 2))
+    model.output_fmt = "NCHW"
+    assert Taps(model, ["part"])(images).tokens["part"].grid == shape[2:]
+
+
+@pytest.mark.parametrize("shape", [(8, 4, 4, 5), (8, 16, 5), (1, 16, 5)])
+def test_windows_are_not_taken_for_images(shape):
+    with pytest.raises(ValueError, match=r"Given part gives \[.*\] for 2 images"):
+        Taps(Given(*shape), ["part"])(torch.zeros(2, 3, 32, 32))
+
+
+HIERA = {"img_size": (64, 64), "stages": (1, 1, 1, 1), "embed_dim": 16}
+CROSSVIT = {"img_scale": (1.0, 224 / 240), "embed_dim": (8, 16), "num_heads": (1, 1)}
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "side", "module", "reason"),
+    [
+        # Hiera's blocks order tokens by windows; CrossViT's have two branches.
+        ("hiera_tiny_224", HIERA, 64, "blocks.0", "orders tokens by windows"),
+        ("crossvit_tiny_240", CROSSVIT, 240, "blocks.1", "several maps"),
+        ("swin_tiny_patch4_window7_224", SWIN | {"img_size": 64}, 64, "layers.0.blocks.0.attn",
+         "windows or patches"),
+    ],
+)  # fmt: skip
+@torch.no_grad()
+def test_maps_that_only_a_number_can_name_are_refused_by_name(name, options, side, module, reason):
+    model = timm.create_model(name, **options).eval()
+    with pytest.raises(ValueError, match=rf"Taps: {name} {module}.*{reason}"):
+        Taps(model, [module])(torch.randn(1, 3, side, side))
