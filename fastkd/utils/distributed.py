@@ -19,6 +19,10 @@ from torch import Tensor, nn
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
+# Tasks of one launch, by the variable that its launcher sets in each of them. SLURM_NTASKS is not
+# among them: it is the allocation's in a batch script or an interactive shell, which run once.
+TASK_COUNTS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
+
 AMP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -103,7 +107,7 @@ def world(device: str | torch.device | None = None) -> Iterator[World]:
 
     Left and joined again, it would find the addresses of the earlier group in torchrun's store.
     """
-    size = int(os.environ.get("WORLD_SIZE", "1"))
+    size = process_count()
     chosen = _device(device, int(os.environ.get("LOCAL_RANK", "0")))
     if size == 1 and not (dist.is_available() and dist.is_initialized()):
         yield World(chosen)
@@ -122,21 +126,57 @@ def world(device: str | torch.device | None = None) -> Iterator[World]:
         raise
 
 
+def process_count() -> int:
+    """How many processes torchrun started; raises where another launcher started copies of one."""
+    if "WORLD_SIZE" in os.environ or (dist.is_available() and dist.is_initialized()):
+        return int(os.environ.get("WORLD_SIZE", "1"))
+    found = {name: os.environ[name] for name in TASK_COUNTS if os.environ.get(name, "1") != "1"}
+    if os.environ.get("SLURM_PROCID", "0") != "0":
+        found["SLURM_PROCID"] = os.environ["SLURM_PROCID"]
+    if found:
+        shown = ", ".join(f"{name}={value}" for name, value in found.items())
+        raise ValueError(
+            f"this is one of several tasks ({shown}) without a process group, so that each would "
+            "do all of the work: start one task a node (srun --ntasks-per-node=1, mpirun -n 1) of "
+            "torchrun --nproc-per-node=GPUS -m fastkd ..., or set WORLD_SIZE=1 for independent runs"
+        )
+    return 1
+
+
 def _leave() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
-def _device(device: str | torch.device | None, local_rank: int) -> torch.device:
+def check_device(device: str | torch.device | None) -> torch.device:
+    """The device that is meant, of a kind that can train, whether it is there or not."""
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    chosen = torch.device(device)
+    try:
+        chosen = torch.device(device)
+    except (RuntimeError, TypeError):
+        chosen = None
+    if chosen is None or not hasattr(torch, chosen.type):  # "meta" and others that compute nothing
+        raise ValueError(f"device: expected cpu, cuda or cuda:NUMBER, got {str(device)!r}")
+    count = torch.cuda.device_count()
+    if chosen.type == "cuda" and 0 < count <= (chosen.index or 0):
+        raise ValueError(f"device: {device} asked for, but torch sees {count} CUDA device(s)")
+    return chosen
+
+
+def _device(device: str | torch.device | None, local_rank: int) -> torch.device:
+    chosen = check_device(device)
     if chosen.type == "cuda":
         if not torch.cuda.is_available():
             raise ValueError(f"device: {device} asked for, but torch sees no CUDA device")
         if chosen.index is None:
             chosen = torch.device("cuda", local_rank)
         torch.cuda.set_device(chosen)
+        return chosen
+    try:
+        torch.empty(1, device=chosen)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device: torch cannot use {chosen} here: {error}") from None
     return chosen
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from fastkd.training import CheckpointError, Result, load_checkpoint, train
-from fastkd.utils.distributed import world
+from fastkd.utils.distributed import TASK_COUNTS, process_count, world
 from tests.harness.tiny import FAST, tensor_data, vit
 from tests.harness.torchrun import run_ranks
 
@@ -87,3 +87,55 @@ def test_one_process_needs_no_process_group():
 def test_cuda_where_there_is_none_is_an_error():
     with pytest.raises(ValueError, match="no CUDA device"), world("cuda"):
         pass
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    """Set the variables of a launcher, and those of no other."""
+    for name in ("WORLD_SIZE", "RANK", "SLURM_NTASKS", "SLURM_PROCID", *TASK_COUNTS):
+        monkeypatch.delenv(name, raising=False)
+
+    def launch(**variables):
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+
+    return launch
+
+
+@pytest.mark.parametrize(
+    "variables",
+    [
+        {"SLURM_STEP_NUM_TASKS": "4", "SLURM_NTASKS": "4", "SLURM_PROCID": "0"},  # srun -n 4
+        {"SLURM_NTASKS": "4", "SLURM_PROCID": "3"},  # as a container may hand them on
+        {"OMPI_COMM_WORLD_SIZE": "2"},
+        {"PMI_SIZE": "2", "PMI_RANK": "0"},
+        {"MV2_COMM_WORLD_SIZE": "8"},
+    ],
+)
+def test_several_tasks_without_a_process_group_are_refused(variables, launched):
+    launched(**variables)
+    name, value = next(iter(variables.items()))
+    if name == "SLURM_NTASKS":
+        name, value = "SLURM_PROCID", "3"
+    with pytest.raises(ValueError, match=f"{name}={value}.*torchrun.*WORLD_SIZE=1"), world("cpu"):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("variables", "size"),
+    [
+        ({}, 1),
+        # An interactive shell of salloc, and the same as a step of its own; sbatch without srun.
+        ({"SLURM_NTASKS": "4"}, 1),
+        ({"SLURM_NTASKS": "4", "SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"}, 1),
+        ({"SLURM_NTASKS": "4", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}, 1),
+        ({"SLURM_STEP_NUM_TASKS": "1", "SLURM_NTASKS": "1", "SLURM_PROCID": "0"}, 1),
+        ({"OMPI_COMM_WORLD_SIZE": "1", "PMI_SIZE": "1"}, 1),
+        # torchrun in each of two tasks; a task that says that it is alone.
+        ({"SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "1", "WORLD_SIZE": "8", "RANK": "5"}, 8),
+        ({"SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "1", "WORLD_SIZE": "1"}, 1),
+    ],
+)
+def test_what_runs_once_or_under_torchrun_goes_on(variables, size, launched):
+    launched(**variables)
+    assert process_count() == size
