@@ -59,16 +59,23 @@ def add_recipe_fields(parser: argparse.ArgumentParser) -> None:
 
 def given_fields(options: argparse.Namespace) -> dict[str, Any]:
     """The recipe fields that were asked for."""
-    given, faults = {}, []
+    given, faults = parse_fields(options)
+    if faults:
+        raise ValueError("; ".join(faults))
+    return given
+
+
+def parse_fields(options: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
+    """Read the recipe fields that were asked for; returns also a line for each that is none."""
+    given: dict[str, Any] = {}
+    faults = []
     for name in Recipe.model_fields:
         if hasattr(options, name):
             try:
                 given[name] = parse_value(name, getattr(options, name))
             except ValueError as error:
                 faults.append(str(error))
-    if faults:
-        raise ValueError("; ".join(faults))
-    return given
+    return given, faults
 
 
 @contextlib.contextmanager
@@ -93,11 +100,11 @@ def _run(options: argparse.Namespace) -> int:
     from fastkd.training.build import FromRecipe
     from fastkd.training.trainer import train
 
+    if options.dry_run:
+        return _dry_run(options)
     given = given_fields(options)
     recipe = Recipe.load(options.recipe)
     teacher = given.pop("teacher", FromRecipe.TEACHER)
-    if options.dry_run:
-        return _dry_run(recipe, teacher, given)
     if options.output is None:
         raise ValueError("--output is missing: the folder that the run is kept in")
     with naming_flags("--teacher-checkpoint PATH"):
@@ -117,10 +124,22 @@ def _run(options: argparse.Namespace) -> int:
     return 0
 
 
-def _dry_run(recipe: Recipe, teacher: Any, given: dict[str, Any]) -> int:
+def _dry_run(options: argparse.Namespace) -> int:
+    from fastkd.models.weights import verifying
+    from fastkd.training.build import FromRecipe
     from fastkd.training.dry_run import dry_run
 
-    resolved, values = dry_run(recipe, teacher, given)
+    given, faults = parse_fields(options)
+    with verifying(options.verify):
+        resolved, values = dry_run(
+            options.recipe,
+            given.pop("teacher", FromRecipe.TEACHER),
+            given,
+            output=options.output,
+            resume=options.resume,
+            device=options.device,
+            problems=faults,
+        )
     lines = [f"{heading + ':':<16} {text}" for heading, text in values.items()]
     print_once("\n".join([resolved.to_yaml(), *lines]))
     return 0

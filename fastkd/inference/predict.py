@@ -218,6 +218,8 @@ def _check_output(output: str | Path | None) -> None:
     if output is None:
         return
     _format(output)
+    if Path(output).is_dir():
+        raise ValueError(f"predict: output must be a file, but {str(output)!r} is a folder")
     if not Path(output).absolute().parent.is_dir():
         raise FileNotFoundError(f"predict: there is no folder {str(Path(output).parent)!r}")
 

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import timm
 import torch
 from timm.utils import ModelEmaV3
 from torch import nn
@@ -31,7 +32,13 @@ from fastkd.inference.loading import (
     open_model,
     starts_from_weights,
 )
-from fastkd.inference.preprocessing import class_count, class_names, input_spec, student_shape
+from fastkd.inference.preprocessing import (
+    Shape,
+    class_count,
+    class_names,
+    input_spec,
+    student_shape,
+)
 from fastkd.losses.registry import check_options, find_loss, has_temperature
 from fastkd.models import Teacher
 from fastkd.models.factory import rebuilt_by
@@ -44,6 +51,7 @@ from fastkd.training.optim import (
     ends_at_min_lr,
     takes_adam_eps,
 )
+from fastkd.training.probe import naming
 from fastkd.training.state import Identity
 from fastkd.training.task import build_task
 from fastkd.utils.distributed import World
@@ -90,28 +98,39 @@ def resolve_run(
     student: Any, teacher: Any, data: Any, output: Any, recipe: Any, resume: str, overrides: Any
 ) -> Asked:
     """Resolve the arguments of `train`; refuse what cannot work before anything is opened."""
-    for name, path in (("output", output), ("resume", resume)):
-        if path is not None and not str(path).strip():
-            raise ValueError(f"train: {name} must not be empty, got {path!r}")
+    folder = check_output(output, resume)
     loaded = Recipe.load(recipe)
-    given = loaded.model if student is None else student
-    if isinstance(given, str | Path) and starts_from_weights("train", given):
-        size = overrides.get("img_size", loaded.img_size)
-        with preserved_rng():
-            student = open_model(given, img_size=size, caller="train").network
+    given = overrides.get("model", loaded.model) if student is None else student
+    student = with_weights(given, overrides.get("img_size", loaded.img_size)) or student
     resolved = resolve_recipe(loaded, student, teacher, data, overrides)
     source = resolved.data if data is None else data
     if source is None:
         raise ValueError("train: data is missing: a folder, a timm data set name or two data sets")
-    folder = None if output is None else Path(output)
-    files = [] if folder is None else [path for path in (folder, *folder.parents) if path.is_file()]
-    if files:
-        raise ValueError(f"train: output must be a folder, but {files[0]} is a file")
     check_trackers(resolved.track, folder)
     if folder is None:
         idle = ("checkpoint_interval", "keep_checkpoints")
         warn_idle(overrides, idle, "without an output no checkpoint is written")
     return Asked(resolved, student, chosen_teacher(loaded, teacher), source, folder)
+
+
+def check_output(output: Any, resume: str) -> Path | None:
+    """The folder of a run; refuses what cannot become one."""
+    for name, path in (("output", output), ("resume", resume)):
+        if path is not None and not str(path).strip():
+            raise ValueError(f"train: {name} must not be empty, got {path!r}")
+    folder = None if output is None else Path(output)
+    files = [] if folder is None else [path for path in (folder, *folder.parents) if path.is_file()]
+    if files:
+        raise ValueError(f"train: output must be a folder, but {files[0]} is a file")
+    return folder
+
+
+def with_weights(student: Any, img_size: int | None, pretrained: bool = True) -> nn.Module | None:
+    """Open a student that has weights to start from; None for a timm name or a module."""
+    if not (isinstance(student, str | Path) and starts_from_weights("train", student)):
+        return None
+    with preserved_rng():
+        return open_model(student, img_size=img_size, pretrained=pretrained, caller="train").network
 
 
 def check_data(data: DataPair, overrides: Mapping[str, Any]) -> None:
@@ -137,11 +156,28 @@ def open_student(
     """Build the student, or take the given module, for these data."""
     shape = student_shape(recipe, data)
     seed_all(derive_seed("model", recipe.seed))
-    module = student if isinstance(student, nn.Module) else build_student(recipe, shape)
+    module = student if isinstance(student, nn.Module) else new_student(recipe, shape)
+    _check_precision(module)
     num_classes = class_count(module, shape)
     module = module.to(peers.device)
     peers.share(module)  # before anything is copied from it, the EMA for one
     return BuiltStudent(module, input_spec(module, recipe, data), num_classes, shape.img_size)
+
+
+def new_student(recipe: Recipe, shape: Shape) -> nn.Module:
+    """Build a recipe's student, with errors that name the fields even where timm's do not."""
+    options = f"img_size={shape.img_size}, width={recipe.width}, drop_path={recipe.drop_path}"
+    with naming(f"student: {recipe.model} with {options}", (ValueError, TypeError, OSError)):
+        return build_student(recipe, shape)
+
+
+def _check_precision(student: nn.Module) -> None:
+    for name, weight in student.named_parameters():
+        if weight.dtype in (torch.float16, torch.bfloat16):
+            raise ValueError(
+                f"student: weights must be float32, got {name} in {weight.dtype}: hand over "
+                "student.float(); amp='bf16' computes in bfloat16"
+            )
 
 
 def identify(
@@ -199,6 +235,8 @@ def resolve_recipe(recipe: Any, student: Any, teacher: Any, data: Any, overrides
     if student is not None:
         rebuilt = rebuilt_by(student) if isinstance(student, nn.Module) else None
         resolved = resolved.override(**(rebuilt or {"model": _name(student)}))
+    if not isinstance(student, nn.Module):
+        _refuse_tag(resolved.model)
     if isinstance(data, str | Path):
         resolved = resolved.override(data=str(data))
     if not resolved.labels:
@@ -206,6 +244,16 @@ def resolve_recipe(recipe: Any, student: Any, teacher: Any, data: Any, overrides
     check_schedule(resolved)
     _check_loss_options(resolved)
     return resolved.override(teacher=None if teacher is None else _name(teacher))
+
+
+def _refuse_tag(model: str | None) -> None:
+    """Refuse a timm name with a tag, which stands for weights: a name starts from random ones."""
+    architecture, _, tag = (model or "").partition(".")
+    if tag and timm.is_model(architecture):
+        raise ValueError(
+            f"student: the tag of {model!r} is one of published weights, but a timm name starts "
+            f"from random ones: write {architecture!r} for these, 'hf_hub:timm/{model}' for those"
+        )
 
 
 def _name(model: Any) -> str:
@@ -357,7 +405,10 @@ def resolve_teacher(teacher: Any, config: TeacherConfig, spec: InputSpec) -> Tea
     elif is_module:
         resolved = create_teacher(teacher, input_size=size)
     else:
-        opened = open_model(teacher, checkpoint=checkpoint, img_size=size, caller="train")
+        with naming(
+            f"teacher: {teacher} (teacher_img_size={size})", (ValueError, TypeError, OSError)
+        ):
+            opened = open_model(teacher, checkpoint=checkpoint, img_size=size, caller="train")
         resolved = as_teacher(opened, built_for=size)
     resolved.set_input_stats(spec.mean, spec.std)
     return resolved

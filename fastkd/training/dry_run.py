@@ -4,42 +4,54 @@ from __future__ import annotations
 
 import copy
 import itertools
-import os
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import (
-    DataDependentOutputException,
-    DynamicOutputShapeException,
-    FakeTensorMode,
-    UnsupportedFakeTensorException,
-    UnsupportedOperatorException,
-)
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
-from fastkd.config import MODULE_PREFIX, OptimConfig, Recipe, TeacherConfig, refuse_image_options
+from fastkd.config import MODULE_PREFIX, OptimConfig, Recipe, TeacherConfig
 from fastkd.data.datasets import DataPair, open_data
+from fastkd.data.loader import eval_loader, train_loader
 from fastkd.data.samplers import TrainBatchSampler, slice_size
 from fastkd.data.transforms import InputSpec
-from fastkd.inference.loading import build_student, create_teacher, names_a_file
-from fastkd.inference.preprocessing import Shape, input_spec, parameter_count, student_shape
+from fastkd.inference.loading import create_teacher, names_a_file
+from fastkd.inference.preprocessing import (
+    Shape,
+    class_count,
+    input_spec,
+    parameter_count,
+    student_shape,
+)
 from fastkd.losses.registry import find_loss, has_temperature
 from fastkd.models import Teacher
-from fastkd.training.build import FromRecipe, resolve_recipe, resolve_teacher
-from fastkd.training.optim import ends_at_min_lr, skips_on_device
-from fastkd.training.task import DistillationTask, build_task
-from fastkd.utils.distributed import autocast
-
-# Raised by passes that depend on values, which tensors without storage do not have.
-NEEDS_VALUES = (
-    DataDependentOutputException,
-    DynamicOutputShapeException,
-    UnsupportedFakeTensorException,
-    UnsupportedOperatorException,
+from fastkd.models.hub import is_hub_name
+from fastkd.training.build import (
+    FromRecipe,
+    check_data,
+    check_output,
+    new_student,
+    resolve_recipe,
+    resolve_teacher,
+    with_weights,
 )
+from fastkd.training.optim import ends_at_min_lr, skips_on_device
+from fastkd.training.probe import (
+    NEEDS_VALUES,
+    check_inputs,
+    naming,
+    student_words,
+    teacher_words,
+    terms_words,
+)
+from fastkd.training.task import DistillationTask, build_task
+from fastkd.utils.distributed import autocast, check_device, process_count
+
 CPU = torch.device("cpu")
 
 # FLOP formulas of attention on CPUs, which not every version of torch has.
@@ -55,26 +67,108 @@ CPU_ATTENTION = {
 }
 
 Module = TypeVar("Module", bound=nn.Module)
+Given = TypeVar("Given")
 
 
 def dry_run(
-    recipe: Recipe, teacher: str | FromRecipe | None, overrides: dict[str, Any]
+    recipe: str | Path | Recipe | None,
+    teacher: str | FromRecipe | None,
+    overrides: dict[str, Any],
+    *,
+    output: str | Path | None = None,
+    resume: str = "auto",
+    device: str | None = None,
+    problems: Sequence[str] = (),
 ) -> tuple[Recipe, dict[str, str]]:
-    """Describe a run without loading a teacher's weights, using a device or writing output."""
-    resolved = resolve_recipe(recipe, None, teacher, None, overrides)
+    """Describe a run without loading a teacher's weights, using a device or writing output.
+
+    Raises one ValueError of all that a run would be refused for, ``problems`` among it.
+    """
+    run = _Attempts(list(problems))
+    run.attempt(check_output, output, resume)
+    if resume not in ("auto", "never") and resume.strip() and not Path(resume).exists():
+        run.problems.append(f"resume: there is no checkpoint {resume!r}")
+    chosen = run.attempt(check_device, device)
+    world_size = run.attempt(process_count) or 1
+    loaded = run.attempt(Recipe.load, recipe)
+    if loaded is None:
+        run.finish()
+    size = overrides.get("img_size", loaded.img_size)
+    model = overrides.get("model", loaded.model)
+    published = model is not None and is_hub_name(model)
+    known = len(run.problems)
+    student = run.attempt(with_weights, model, size, pretrained=not published)
+    lost = len(run.problems) > known
+    resolved = run.resolve(loaded, student, teacher, overrides)
     data = None
     if resolved.data is not None:
-        data = open_data(resolved.data, resolved.data_root, labels=resolved.labels)
-    if data is None:
-        shape = Shape(resolved.num_classes, 3, resolved.img_size)
-    else:
-        if data.yields_tensors:
-            refuse_image_options(overrides)
-        shape = student_shape(resolved, data)
-    student = build_student(resolved, shape)
-    spec = input_spec(student, resolved, data)
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    return resolved, effective_values(resolved, student, data, world_size, spec=spec)
+        data = run.attempt(open_data, resolved.data, resolved.data_root, labels=resolved.labels)
+    shape: Shape | None = Shape(resolved.num_classes, 3, resolved.img_size)
+    if data is not None:
+        run.attempt(check_data, data, overrides)
+        shape = run.attempt(student_shape, resolved, data)
+    elif resolved.data is not None and resolved.num_classes is None:
+        shape = Shape(1000, 3, resolved.img_size)  # the data are a problem already
+    if student is None and shape is not None and not lost:
+        student = run.attempt(new_student, resolved, shape)
+    if student is None or shape is None:
+        run.finish()
+    spec = run.attempt(input_spec, student, resolved, data)
+    values = run.attempt(effective_values, resolved, student, data, world_size)
+    costs = None
+    if spec is not None:
+        classes = run.attempt(class_count, student, shape)
+        before = len(run.problems)
+        run.attempt(check_inputs, resolved, spec, data, classes)
+        if data is not None and len(run.problems) == before:
+            run.attempt(train_loader, data, resolved, spec)
+            run.attempt(eval_loader, data, resolved, spec)
+        guide = run.attempt(sketch_teacher, resolved, spec)
+        costs = run.attempt(cost_lines, resolved, student, guide, spec, world_size)
+    if run.problems or values is None or costs is None:
+        run.finish()
+    published |= resolved.teacher is not None and not names_a_file("train", resolved.teacher)
+    absent = chosen is not None and chosen.type == "cuda" and not torch.cuda.is_available()
+    unchecked = {
+        "data (none are given)": data is None,
+        "published weights": published,
+        f"{device} (not on this machine)": absent,
+    }
+    left = [what for what, is_left in unchecked.items() if is_left]
+    return resolved, values | costs | ({"not checked": ", ".join(left)} if left else {})
+
+
+@dataclass
+class _Attempts:
+    """Go on after an error, and raise all of them together."""
+
+    problems: list[str]
+
+    def attempt(self, step: Callable[..., Given], *arguments: Any, **options: Any) -> Given | None:
+        """Return what a step gives; None after an error."""
+        try:
+            return step(*arguments, **options)
+        except Exception as error:
+            self.problems.append(" ".join(str(error).split()) or type(error).__name__)
+        return None
+
+    def resolve(self, loaded: Recipe, student: Any, teacher: Any, given: dict[str, Any]) -> Recipe:
+        """Resolve the recipe with those overrides that are no problem."""
+        given = dict(given)
+        while True:
+            try:
+                return resolve_recipe(loaded, student, teacher, None, given)
+            except (ValueError, TypeError) as error:
+                lines = str(error).splitlines()
+            self.problems += lines
+            named = {re.split("[:=]", line)[0] for line in lines} & given.keys()
+            if not named:
+                self.finish()
+            given = {name: value for name, value in given.items() if name not in named}
+
+    def finish(self) -> NoReturn:
+        """Raise the problems."""
+        raise ValueError("; ".join(dict.fromkeys(self.problems)))
 
 
 def effective_values(
@@ -114,7 +208,6 @@ def effective_values(
             values["evaluation set"] = f"{len(data.val):,} images"
         values["in all"] = f"{recipe.epochs} epochs, {recipe.epochs * updates:,} updates"
     if spec is not None:
-        teacher = teacher or sketch_teacher(recipe, spec)
         values |= cost_lines(recipe, student, teacher, spec, world_size)
     return values
 
@@ -148,7 +241,8 @@ def estimate(
         guide = None if teacher is None else _outlined(teacher)
         images = torch.empty(batch, *spec.size)
         # Before the task taps the student, whose inference has no terms.
-        student_flops = _inference_flops(student, images[:1])
+        with naming(student_words(recipe, spec.size)):
+            student_flops = _inference_flops(student, images[:1])
     # Outside the fake mode, because initializing projectors reads values.
     task = build_task(student, guide, recipe, images[:1]).train()
     needed = guide if task.needs_logits or task.needs_tokens else None
@@ -156,9 +250,11 @@ def estimate(
         task.terms = _outlined(task.terms)
         with _flop_counter() as counter:
             with autocast(CPU, recipe.amp):
-                output = None if needed is None else needed(images)
+                with naming(teacher_words(recipe)):
+                    output = None if needed is None else needed(images)
                 teacher_flops = counter.get_total_flops()
-                losses = task(images, _targets(task, recipe, images), output)
+                with naming(terms_words(recipe)):
+                    losses = task(images, _targets(task, recipe, images), output)
             losses["loss"].backward()
     return Cost(
         student_parameters=parameter_count(student),
@@ -200,7 +296,8 @@ def sketch_teacher(config: TeacherConfig, spec: InputSpec) -> Teacher | None:
         return None
     if names_a_file("train", name):
         return resolve_teacher(name, config, spec)
-    with torch.device("meta"):
+    described = f"teacher: {name} (teacher_img_size={config.teacher_img_size})"
+    with naming(described, (ValueError, TypeError, OSError)), torch.device("meta"):
         teacher = create_teacher(name, pretrained=False, img_size=config.teacher_img_size)
         teacher.set_input_stats(spec.mean, spec.std)
     return teacher

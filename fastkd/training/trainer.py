@@ -35,6 +35,7 @@ from fastkd.training.engine import NonFiniteError, evaluate_terms
 from fastkd.training.logging import PLOT, RESULT, Result, RunLogger, result_of
 from fastkd.training.meter import Reading, timestamp
 from fastkd.training.plots import plot_run
+from fastkd.training.probe import check_inputs, check_pass
 from fastkd.training.state import RunState, locked
 from fastkd.utils.distributed import StopRequest, world
 from fastkd.utils.random import preserved_rng
@@ -108,6 +109,7 @@ def train(
         opened = open_data(given.data, recipe.data_root, labels=recipe.labels)
         check_data(opened, overrides)
         built = open_student(given.student, recipe, opened, peers)
+        check_inputs(recipe, built.spec, opened, built.num_classes)
         with verifying(verify):
             opened_teacher = resolve_teacher(given.teacher, recipe, built.spec)
         batches = train_loader(opened, recipe, built.spec, peers)
@@ -122,6 +124,7 @@ def train(
             num_classes=built.num_classes,
             updates_per_epoch=schedule.updates_per_epoch,
         )
+        check_pass(engine, recipe, batches, opened)
         by_loss = not (opened.labelled_val and (recipe.labels or engine.task.needs_logits))
         ranked_by = "eval_loss" if by_loss else "ema_top1" if recipe.best == "ema" else "top1"
         identity = identify(built, recipe, opened, peers, schedule.updates_per_epoch)

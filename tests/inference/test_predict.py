@@ -371,6 +371,13 @@ def test_options_that_do_not_fit_are_refused(run, pictures, options, error, mess
         predict(pictures, run, **CPU | options)
 
 
+@pytest.mark.parametrize("name", ["found.csv", "found.json"])
+def test_an_output_that_is_a_folder_is_refused_by_name(run, pictures, tmp_path, name):
+    (tmp_path / name).mkdir()
+    with pytest.raises(ValueError, match=f"output must be a file.*{name}"):
+        predict(pictures, run, **CPU, output=tmp_path / name)
+
+
 def test_no_images_at_all_are_refused(run):
     with pytest.raises(ValueError, match="no images were given"):
         predict([], run, **CPU)

@@ -1,6 +1,7 @@
 """What a caller asks for: the recipe of a run, and what is refused because it could do nothing."""
 
 import pytest
+import timm
 
 from fastkd.config import Recipe
 from fastkd.training import train
@@ -275,3 +276,22 @@ def test_an_output_below_a_file_is_refused_by_name(data, fast, tmp_path):
     for output in (tmp_path / "file", tmp_path / "file" / "run"):
         with pytest.raises(ValueError, match=r"train: output must be a folder.*file is a file"):
             train(vit(), None, data, output, **fast)
+
+
+@pytest.mark.parametrize(
+    "name", ["vit_tiny_patch16_224.augreg_in21k", "deit_tiny_patch16_224.fb_in1k", "test_vit.lost"]
+)
+@pytest.mark.parametrize("given", ["student", "recipe", "model"])
+def test_a_tag_of_weights_in_a_students_name_is_refused_with_what_to_write(name, given):
+    architecture = name.partition(".")[0]
+    student = name if given == "student" else None
+    overrides = {"model": name} if given == "model" else {}
+    recipe = Recipe(model=name) if given == "recipe" else None
+    expected = rf"student: .*{name}.*'{architecture}'.*'hf_hub:timm/{name}'"
+    with pytest.raises(ValueError, match=expected):
+        resolve_recipe(recipe, student, None, None, overrides)
+
+
+def test_a_module_that_was_built_by_a_name_with_a_tag_has_its_weights():
+    student = timm.create_model("test_vit.r160_in1k", num_classes=3)
+    assert resolve_recipe(None, student, None, None, {}).model == "test_vit"

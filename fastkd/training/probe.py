@@ -1,0 +1,266 @@
+"""Take two images through a run's transforms, models and terms before its folder is touched."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    UnsupportedFakeTensorException,
+    UnsupportedOperatorException,
+)
+from torch.utils.data import DataLoader
+
+from fastkd.config import DataConfig, Recipe
+from fastkd.data.gpu_augment import device_augment
+from fastkd.data.readers import DataPair, ReadableImages
+from fastkd.data.samplers import SampleKey
+from fastkd.data.samples import (
+    Batch,
+    Collate,
+    Sample,
+    SampleTransform,
+    eval_sample_transform,
+    train_sample_transform,
+)
+from fastkd.data.transforms import InputSpec, create_mixup
+from fastkd.ops.backend import ENVIRONMENT_CHOICE
+from fastkd.training.engine import Engine
+from fastkd.utils.distributed import ALONE, autocast
+from fastkd.utils.random import seeded
+
+IMAGES = 2
+MADE_SIZE = (160, 120)  # pixels of a made image, width and height
+LARGEST_SIDE = 2**14  # pixels a side that images may be resized to
+
+# What timm makes transforms from.
+TRANSFORM_FIELDS = (
+    *("auto_augment", "ratio", "scale", "color_jitter", "hflip", "reprob"),
+    *("interpolation", "crop_pct", "crop_mode"),
+)
+
+# Raised by passes that depend on values, which tensors without storage do not have.
+NEEDS_VALUES = (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    UnsupportedFakeTensorException,
+    UnsupportedOperatorException,
+)
+IMAGE_FILES = DataPair(None, None, None, yields_tensors=False, image_size=None)
+
+
+@contextmanager
+def naming(what: str, passing: tuple[type[Exception], ...] = ()) -> Iterator[None]:
+    """Begin errors, which may be timm's or torch's own, with the fields that they come from."""
+    try:
+        yield
+    except Exception as error:
+        unchanged = (torch.OutOfMemoryError, *NEEDS_VALUES, *passing)
+        if isinstance(error, unchanged) or type(error).__module__.startswith("fastkd."):
+            raise
+        kept = type(error) in (ValueError, TypeError, RuntimeError)
+        kind = type(error) if kept else ValueError
+        raise kind(f"{what}: {_reason(error)}") from error
+
+
+def student_words(recipe: Recipe, size: Any) -> str:
+    """The student and what its forward pass depends on, for `naming`."""
+    shape = " x ".join(map(str, size))
+    return f"student: {recipe.model} on images of {shape} (img_size={recipe.img_size})"
+
+
+def teacher_words(recipe: Recipe) -> str:
+    """The teacher and what its forward pass depends on, for `naming`."""
+    return f"teacher: {recipe.teacher} (teacher_img_size={recipe.teacher_img_size})"
+
+
+def terms_words(recipe: Recipe) -> str:
+    """The fields that the terms depend on, for `naming`."""
+    used = ["logit_loss"] if recipe.alpha else []
+    used += ["feature_loss", "pairs", "projector"] if recipe.feature_weight else []
+    return ", ".join(f"{name}={getattr(recipe, name)!r}" for name in used) or "terms"
+
+
+def check_inputs(
+    recipe: Recipe,
+    spec: InputSpec,
+    data: DataPair | None,
+    num_classes: int | None,
+) -> None:
+    """Take made images through the transforms and Mixup of a run; needs neither data nor device."""
+    with seeded(0, ALONE.device):
+        if data is not None and data.yields_tensors:
+            train_sample_transform(recipe, spec, data)  # refuses what has no meaning for tensors
+            images = _tensors(spec)
+        else:
+            images = _transformed_or_blamed(recipe, spec, data or IMAGE_FILES)
+            if not images.isfinite().all():
+                raise ValueError(f"std: {spec.std} makes images infinite or NaN")
+        for name, other in (("mixup", "cutmix"), ("cutmix", "mixup")):
+            if getattr(recipe, name) > 0 and num_classes is not None:
+                changes: Any = {other: 0.0, "mixup_prob": 1.0}
+                alone = recipe.override(**changes)
+                with naming(f"{name}: {getattr(recipe, name)!r} cannot be used"):
+                    mixup = create_mixup(alone, num_classes, recipe.label_smoothing)
+                    assert mixup is not None
+                    mixed, _ = mixup(images.clone(), torch.zeros(IMAGES, dtype=torch.long))
+                    if not mixed.isfinite().all():
+                        raise ValueError("it makes images NaN")
+
+
+def _transformed_or_blamed(recipe: Recipe, spec: InputSpec, data: DataPair) -> Tensor:
+    side = max(spec.size[-2:])
+    if side / recipe.crop_pct > LARGEST_SIDE:
+        raise ValueError(
+            f"crop_pct: {recipe.crop_pct!r} of images of {side} pixels a side resizes them to "
+            f"{side / recipe.crop_pct:.3g}, at most {LARGEST_SIDE} can be read"
+        )
+    try:
+        return _transformed(recipe, spec, data)
+    except Exception as error:
+        name = re.match(r"(\w+): ", str(error))
+        if name is not None and name[1] in Recipe.model_fields:
+            raise
+        changed = [n for n in TRANSFORM_FIELDS if getattr(recipe, n) != _default(n)]
+        # Those without which it works; all of them where none is to blame alone.
+        blamed = [n for n in changed if _works(recipe.override(**{n: _default(n)}), spec, data)]
+        given = ", ".join(f"{n}: {getattr(recipe, n)!r}" for n in blamed or changed)
+        raise ValueError(f"{given or 'transforms'} cannot be used: {_reason(error)}") from error
+
+
+def _default(name: str) -> Any:
+    return Recipe.model_fields[name].default
+
+
+def _works(recipe: Recipe, spec: InputSpec, data: DataPair) -> bool:
+    try:
+        _transformed(recipe, spec, data)
+    except Exception:
+        return False
+    return True
+
+
+def _transformed(config: DataConfig, spec: InputSpec, data: DataPair) -> Tensor:
+    """Made images as the student takes them, [2, C, H, W]; evaluation's transform runs, too."""
+    evaluated = eval_sample_transform(config, spec, data)
+    Collate()(_made(evaluated))
+    batch = Collate()(_made(train_sample_transform(config, spec, data)))
+    augment = device_augment(config, spec)
+    return batch.images if augment is None else augment(batch.images, batch.plan or {})
+
+
+def _made(transform: SampleTransform) -> list[Sample]:
+    """Two images of noise in the mode and form that a transform takes."""
+    noise = np.random.default_rng(0)
+    shape = (IMAGES, MADE_SIZE[1], MADE_SIZE[0], 3)
+    pixels = noise.integers(0, 256, shape, dtype=np.uint8)
+    pictures = [transform.decode(Image.fromarray(array)) for array in pixels]
+    return [transform(picture, 0, number) for number, picture in enumerate(pictures)]
+
+
+def _tensors(spec: InputSpec) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.rand(IMAGES, *spec.size, generator=generator)
+
+
+def check_pass(engine: Engine, recipe: Recipe, loader: DataLoader[Any], data: DataPair) -> None:
+    """Run student, teacher and terms once on two images, without gradient and without a trace.
+
+    Called by all processes, of which none goes on where one of them cannot.
+    """
+    fault: Exception | None = None
+    try:
+        _pass(engine, recipe, _first_images(loader, data))
+    except Exception as error:
+        fault = error
+    faults = engine.world.gather(None if fault is None else str(fault))
+    if fault is not None:
+        raise fault
+    for rank, text in enumerate(faults):
+        if text is not None:
+            raise ValueError(f"process {rank}: {text}")
+
+
+def _first_images(loader: DataLoader[Any], data: DataPair) -> Batch:
+    """A batch of the first two training images, or of made ones.
+
+    A user's own dataset may draw from a generator of its own, and a stream may be far away.
+    """
+    dataset: Any = loader.dataset
+    if isinstance(data.train, ReadableImages):
+        numbers = [number % len(data.train) for number in range(IMAGES)]
+        samples = dataset.__getitems__([SampleKey(0, number, 0) for number in numbers])
+    elif data.image_size is not None:
+        images = _tensors(InputSpec(data.image_size, None, None))
+        samples = [Sample(image, 0, number) for number, image in enumerate(images)]
+    else:
+        samples = _made(dataset.transform)
+    assert loader.collate_fn is not None
+    return loader.collate_fn(samples)
+
+
+def _pass(engine: Engine, recipe: Recipe, batch: Batch) -> None:
+    # `forward`, which is not compiled: shapes that training never has would be compiled for.
+    task, teacher, device = engine.task, engine.teacher, engine.world.device
+    with (
+        _left_as_they_were(task, teacher),
+        seeded(0, device),
+        _slow_operators(),
+        torch.no_grad(),
+    ):
+        images, target = engine.inputs(batch)
+        size = images.shape[1:]
+        with autocast(device, recipe.amp):
+            with naming(teacher_words(recipe)):
+                output = None if teacher is None else teacher.forward(images)
+            try:
+                task.forward(images, target, output)
+            except Exception:
+                with naming(student_words(recipe, size)):
+                    task.student.forward(images)
+                with naming(terms_words(recipe)):
+                    raise
+
+
+@contextmanager
+def _left_as_they_were(*modules: nn.Module | None) -> Iterator[None]:
+    """Put modules into eval mode, and give modes and buffers back."""
+    parts = [part for module in modules if module is not None for part in module.modules()]
+    modes = [(part, part.training) for part in parts]
+    buffers = [buffer for part in parts for buffer in part.buffers(recurse=False)]
+    before = [buffer.clone() for buffer in buffers]
+    try:
+        for part in parts:
+            part.training = False
+        yield
+    finally:
+        for part, training in modes:
+            part.training = training
+        with torch.no_grad():
+            for buffer, old in zip(buffers, before, strict=True):
+                buffer.copy_(old)
+
+
+@contextmanager
+def _slow_operators() -> Iterator[None]:
+    """Compile no kernels for two images, unless the user chooses the backend: then it is tried."""
+    chosen = ENVIRONMENT_CHOICE in os.environ
+    os.environ.setdefault(ENVIRONMENT_CHOICE, "torch")
+    try:
+        yield
+    finally:
+        if not chosen:
+            del os.environ[ENVIRONMENT_CHOICE]
+
+
+def _reason(error: Exception) -> str:
+    return " ".join(str(error).split()) or f"{type(error).__name__} without a message"
