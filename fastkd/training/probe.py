@@ -41,12 +41,14 @@ from fastkd.utils.random import seeded
 IMAGES = 2
 MADE_SIZE = (160, 120)  # pixels of a made image, width and height
 LARGEST_SIDE = 2**14  # pixels a side that images may be resized to
+DRAWS = 8  # of each made image: not every operation that timm draws takes every image
 
-# What timm makes transforms from.
-TRANSFORM_FIELDS = (
-    *("auto_augment", "ratio", "scale", "color_jitter", "hflip", "reprob"),
-    *("interpolation", "crop_pct", "crop_mode"),
-)
+# What timm makes transforms from, each with a value that asks for nothing.
+NEUTRAL: dict[str, Any] = {
+    **{"auto_augment": None, "color_jitter": 0.0, "reprob": 0.0, "hflip": 0.0},
+    **{name: Recipe.model_fields[name].default for name in ("ratio", "scale", "interpolation")},
+    **{name: Recipe.model_fields[name].default for name in ("crop_pct", "crop_mode")},
+}
 
 # Raised by passes that depend on values, which tensors without storage do not have.
 NEEDS_VALUES = (
@@ -91,10 +93,7 @@ def terms_words(recipe: Recipe) -> str:
 
 
 def check_inputs(
-    recipe: Recipe,
-    spec: InputSpec,
-    data: DataPair | None,
-    num_classes: int | None,
+    recipe: Recipe, spec: InputSpec, data: DataPair | None, num_classes: int | None
 ) -> None:
     """Take made images through the transforms and Mixup of a run; needs neither data nor device."""
     with seeded(0, ALONE.device):
@@ -103,8 +102,6 @@ def check_inputs(
             images = _tensors(spec)
         else:
             images = _transformed_or_blamed(recipe, spec, data or IMAGE_FILES)
-            if not images.isfinite().all():
-                raise ValueError(f"std: {spec.std} makes images infinite or NaN")
         for name, other in (("mixup", "cutmix"), ("cutmix", "mixup")):
             if getattr(recipe, name) > 0 and num_classes is not None:
                 changes: Any = {other: 0.0, "mixup_prob": 1.0}
@@ -112,7 +109,7 @@ def check_inputs(
                 with naming(f"{name}: {getattr(recipe, name)!r} cannot be used"):
                     mixup = create_mixup(alone, num_classes, recipe.label_smoothing)
                     assert mixup is not None
-                    mixed, _ = mixup(images.clone(), torch.zeros(IMAGES, dtype=torch.long))
+                    mixed, _ = mixup(images.clone(), torch.zeros(len(images), dtype=torch.long))
                     if not mixed.isfinite().all():
                         raise ValueError("it makes images NaN")
 
@@ -122,7 +119,7 @@ def _transformed_or_blamed(recipe: Recipe, spec: InputSpec, data: DataPair) -> T
     if side / recipe.crop_pct > LARGEST_SIDE:
         raise ValueError(
             f"crop_pct: {recipe.crop_pct!r} of images of {side} pixels a side resizes them to "
-            f"{side / recipe.crop_pct:.3g}, at most {LARGEST_SIDE} can be read"
+            f"{side / recipe.crop_pct:.3g}, at most {LARGEST_SIDE} are allowed"
         )
     try:
         return _transformed(recipe, spec, data)
@@ -130,41 +127,38 @@ def _transformed_or_blamed(recipe: Recipe, spec: InputSpec, data: DataPair) -> T
         name = re.match(r"(\w+): ", str(error))
         if name is not None and name[1] in Recipe.model_fields:
             raise
-        changed = [n for n in TRANSFORM_FIELDS if getattr(recipe, n) != _default(n)]
         # Those without which it works; all of them where none is to blame alone.
-        blamed = [n for n in changed if _works(recipe.override(**{n: _default(n)}), spec, data)]
-        given = ", ".join(f"{n}: {getattr(recipe, n)!r}" for n in blamed or changed)
+        used = [name for name in NEUTRAL if getattr(recipe, name) != NEUTRAL[name]]
+        blamed = [name for name in used if _works(recipe, name, spec, data)] or used
+        given = ", ".join(f"{name}: {getattr(recipe, name)!r}" for name in blamed)
         raise ValueError(f"{given or 'transforms'} cannot be used: {_reason(error)}") from error
 
 
-def _default(name: str) -> Any:
-    return Recipe.model_fields[name].default
-
-
-def _works(recipe: Recipe, spec: InputSpec, data: DataPair) -> bool:
+def _works(recipe: Recipe, without: str, spec: InputSpec, data: DataPair) -> bool:
+    changes: Any = {without: NEUTRAL[without]}
     try:
-        _transformed(recipe, spec, data)
+        _transformed(recipe.override(**changes), spec, data)
     except Exception:
         return False
     return True
 
 
 def _transformed(config: DataConfig, spec: InputSpec, data: DataPair) -> Tensor:
-    """Made images as the student takes them, [2, C, H, W]; evaluation's transform runs, too."""
-    evaluated = eval_sample_transform(config, spec, data)
-    Collate()(_made(evaluated))
-    batch = Collate()(_made(train_sample_transform(config, spec, data)))
-    augment = device_augment(config, spec)
-    return batch.images if augment is None else augment(batch.images, batch.plan or {})
+    """Made images as the student takes them, [B, C, H, W]; evaluation's transform runs, too."""
+    with seeded(0, ALONE.device):
+        Collate()(_made(eval_sample_transform(config, spec, data)))
+        batch = Collate()(_made(train_sample_transform(config, spec, data), DRAWS))
+        augment = device_augment(config, spec)
+        return batch.images if augment is None else augment(batch.images, batch.plan or {})
 
 
-def _made(transform: SampleTransform) -> list[Sample]:
-    """Two images of noise in the mode and form that a transform takes."""
+def _made(transform: SampleTransform, draws: int = 1) -> list[Sample]:
+    """Two images of noise, each transformed as often as asked for."""
     noise = np.random.default_rng(0)
     shape = (IMAGES, MADE_SIZE[1], MADE_SIZE[0], 3)
     pixels = noise.integers(0, 256, shape, dtype=np.uint8)
     pictures = [transform.decode(Image.fromarray(array)) for array in pixels]
-    return [transform(picture, 0, number) for number, picture in enumerate(pictures)]
+    return [transform(picture, 0, number) for number, picture in enumerate(pictures * draws)]
 
 
 def _tensors(spec: InputSpec) -> Tensor:

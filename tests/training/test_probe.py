@@ -122,12 +122,10 @@ def test_it_leaves_modes_buffers_gradients_and_the_environment(monkeypatch, tmp_
 
 # What a run and a dry run refuse alike: (fields, what the error names).
 REFUSED = [
-    ({"auto_augment": "rand_m9"}, "auto_augment: 'rand_m9'"),
-    ({"auto_augment": "rand-m9-foo7"}, "auto_augment: 'rand-m9-foo7'"),
-    ({"auto_augment": "augmix-w-3"}, "auto_augment: 'augmix-w-3'"),
-    ({"auto_augment": "rand_m9", "augment": "gpu"}, "auto_augment: 'rand_m9'"),
+    ({"auto_augment": "rand_m9"}, "auto_augment: .*'rand_m9'"),
+    ({"auto_augment": "augmix-w-3"}, "auto_augment: .*'augmix-w-3'"),
+    ({"auto_augment": "rand_m9", "augment": "gpu"}, "auto_augment: .*'rand_m9'"),
     ({"crop_pct": 1e-9}, "crop_pct: 1e-09"),
-    ({"mean": (0.0, 0.0, 0.0), "std": (1e-45, 1.0, 1.0)}, r"std: \(1e-45, 1.0, 1.0\)"),
     ({"mixup": 1e-320}, "mixup: 1e-320"),
     ({"cutmix": 1e-320, "mixup": 0.8}, "cutmix: 1e-320"),
     ({"mixup": 0.8, "batch_size": 5}, "batch_size: .* 5"),
@@ -239,10 +237,31 @@ def test_images_that_cannot_be_read_are_replaced_in_it_too(folder, tmp_path):
     assert len(result.history) == 1
 
 
-def test_two_fields_that_fail_together_are_both_named(monkeypatch):
-    monkeypatch.setattr(probe, "_works", lambda *_: False)
-    recipe = Recipe(auto_augment="rand_m9", hflip=0.1)
-    with pytest.raises(ValueError, match=r"auto_augment: 'rand_m9', hflip: 0\.1 cannot be used"):
+@pytest.mark.parametrize(
+    ("fields", "named"),
+    [
+        ({}, "auto_augment: 'rand-m9-mstd0.5-inc1' cannot"),  # the default
+        (
+            {"auto_augment": "original", "interpolation": "random"},
+            "auto_augment: 'original' cannot",
+        ),
+        ({"augment": "gpu"}, "augment: 'gpu'.* got 4"),
+    ],
+)
+def test_a_policy_that_cannot_augment_images_of_four_channels_is_named(fields, named):
+    spec = InputSpec((4, 32, 32), (0.5,) * 4, (0.5,) * 4)
+    check_inputs(Recipe(auto_augment=None), spec, None, 3)
+    with pytest.raises(ValueError, match=named):
+        check_inputs(Recipe(**fields), spec, None, 3)
+
+
+def test_fields_that_fail_together_are_all_named(monkeypatch):
+    def fail(*_):
+        raise KeyError("no")
+
+    monkeypatch.setattr(probe, "train_sample_transform", fail)
+    recipe = Recipe(auto_augment="augmix", hflip=0.0, reprob=0.0, color_jitter=0.0, crop_pct=0.9)
+    with pytest.raises(ValueError, match=r"^auto_augment: 'augmix', crop_pct: 0\.9 cannot"):
         check_inputs(recipe, SPEC, None, 3)
 
 
@@ -256,7 +275,7 @@ def test_a_dry_run_lists_all_problems(folder, tmp_path):
         )  # fmt: skip
     for named in (
         *("epochs: many", "output must be a folder", "resume: .*'no.pth'", "device: .*'meta'"),
-        *("lr: .*-1.0", "variant: .*'wide'", "auto_augment: 'rand_m9'", "img_size=63"),
+        *("lr: .*-1.0", "variant: .*'wide'", "auto_augment: .*'rand_m9'", "img_size=63"),
     ):
         assert re.search(named, str(refused.value)), named
 
@@ -267,12 +286,10 @@ def test_a_dry_run_says_what_it_could_not_check():
     assert values["not checked"] == "data (none are given), published weights"
 
 
-def test_a_dry_run_needs_no_data_where_they_are_wrong(tmp_path):
-    with pytest.raises(ValueError, match=r"data: .*lost.*; .*auto_augment: 'rand_m9'"):
-        dry_run(
-            None, None, {"model": "test_vit", "img_size": 32, "data": str(tmp_path / "lost"),
-                         "auto_augment": "rand_m9"},
-        )  # fmt: skip
+def test_a_dry_run_goes_on_where_the_data_are_wrong(tmp_path):
+    fields = {"model": "test_vit", "img_size": 63, "data": str(tmp_path / "lost")}
+    with pytest.raises(ValueError, match=r"data: .*lost.*; student: .*img_size=63"):
+        dry_run(None, None, fields)
 
 
 def test_a_students_weights_are_taken_from_the_field_model_too(folder, tmp_path):
