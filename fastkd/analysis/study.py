@@ -8,7 +8,6 @@ accumulators, and the tokens for the second pass where they fit into the memory 
 from __future__ import annotations
 
 import json
-import pickle
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -27,6 +26,7 @@ from fastkd.analysis.accumulators.sep import TokenPattern
 from fastkd.analysis.accumulators.shared_basis import SUBSPACES, InSharedBasis
 from fastkd.analysis.results import LayerResult, ModelResult
 from fastkd.analysis.tokens import Batch, TokenSource
+from fastkd.models.weights import UnreadableError, read_file
 from fastkd.ops.checks import levels_of
 from fastkd.ops.sep import CONVENTIONS
 from fastkd.ops.spectrum import LEVELS, MOST_LEVELS
@@ -462,9 +462,9 @@ class Resume:
             return None
         path = self._path(phase)
         try:
-            saved = torch.load(path, map_location="cpu", weights_only=True)
+            saved = read_file(path)
             before, state = saved["fingerprint"], saved["state"]
-        except (RuntimeError, EOFError, KeyError, TypeError, pickle.UnpicklingError) as error:
+        except (UnreadableError, KeyError, TypeError) as error:
             raise ValueError(
                 f"analyze: {path} cannot be read ({type(error).__name__}); remove it to start over"
             ) from error

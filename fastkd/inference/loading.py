@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -42,6 +43,7 @@ from fastkd.models.weights import (
     read_file,
     run_weights,
     short_misfit,
+    verifies,
     verifying,
 )
 from fastkd.utils.arguments import LARGEST_IMAGE, check_numbers, refuse_blank
@@ -285,10 +287,19 @@ class _Opener:
         network = self._build(f"{LOCAL}{path}", pretrained)
         opened = _as_timm_feeds_it(network, path)
         if is_export(path) and pretrained:
-            opened = _as_its_file_says(network, network.pretrained_cfg, path, self.img_size)
+            config = network.pretrained_cfg
+            opened = _as_its_file_says(network, config, path, self.img_size)
             described = read_description(path / "model.safetensors")
             if described is not None:
                 opened = replace(opened, arguments=dict(described.arguments))
+                ours, theirs = described.config, config.get  # tuples, and timm's lists
+                others = [n for n in ours if json.dumps(ours[n]) != json.dumps(theirs(n))]
+                if others and verifies():
+                    raise ValueError(
+                        f"{self.caller}: config.json and model.safetensors in {path} differ in "
+                        f"{', '.join(others)}: one is damaged, or was changed; verify=False "
+                        "(--no-verify) takes config.json"
+                    )
         return opened
 
     def _of_timm_name(self, pretrained: bool) -> Model:

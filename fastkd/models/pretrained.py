@@ -346,6 +346,7 @@ def read_description(path: str | Path) -> Description | None:
     said = metadata(path)
     if VERSION_KEY not in said:
         return None
+    check_sum(Path(path))
     values: dict[str, Any] = {
         name: json.loads(text) if name in _JSON else text for name, text in said.items()
     }

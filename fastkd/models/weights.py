@@ -124,13 +124,18 @@ def read_file(path: str | Path, device: str | torch.device = "cpu") -> Any:
         raise _unreadable(path, error) from error
 
 
+def verifies() -> bool:
+    """Whether checksums are compared here."""
+    return _verify.get()
+
+
 def check_sum(path: Path) -> None:
     """Raise a ChecksumError where a file has changed since it was written, unless `verifying` not.
 
     A .pth file has a CRC of each of its records, unless torch was told to leave them out, and an
     export one of its whole. Other .safetensors files and torch's format before 1.6 have none.
     """
-    if not _verify.get() or not path.is_file():
+    if not verifies() or not path.is_file():
         return
     wrong = None
     if path.suffix == _SAFETENSORS:

@@ -261,13 +261,14 @@ def _mend_log(path: Path, updates: int, history: list[dict[str, Any]]) -> int:
     records = whole_records(path)
     lines = path.read_bytes().count(b"\n") if path.exists() else 0  # a torn one has no end
     dropped = max(0, lines - len(records))
+    done = range(1, len(history) + 1)
     kept = [
         record
         for record in records
         if record["update"] <= updates
         and record.get("kind") != "epoch"
         # An evaluation whose epoch is not in the history is done again.
-        and not (record.get("kind") == "evaluation" and record["epoch"] > len(history))
+        and not (record.get("kind") == "evaluation" and record.get("epoch") not in done)
     ]
     # Stable, so that an epoch's line stays behind the last interval's.
     records = sorted(
@@ -287,7 +288,7 @@ def whole_records(path: Path) -> list[dict[str, Any]]:
     for line in path.read_bytes().split(b"\n"):
         with contextlib.suppress(ValueError, RecursionError):
             record = json.loads(line)
-            known = isinstance(record, dict) and isinstance(record.get("kind"), str)
+            known = isinstance(record, dict) and isinstance(record.get("kind", ""), str)
             if known and isinstance(record.get("update"), int):
                 records.append(record)
     return records

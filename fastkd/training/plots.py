@@ -53,7 +53,7 @@ def draw_run(folder: Path) -> Figure:
     recipe = Recipe.load(folder / "recipe.yaml")
     records = whole_records(folder / LOG)
     epochs = _read_epochs(folder / EPOCHS, records)
-    intervals = [record for record in records if record["kind"] == "interval"]
+    intervals = [record for record in records if record.get("kind") == "interval"]
     steps = _steps(intervals, epochs)
     if not steps:
         raise ValueError(f"{LOG} has no interval and no epoch yet")
@@ -70,7 +70,9 @@ def draw_run(folder: Path) -> Figure:
     (losses, top1), (rate, speed) = figure.subplots(2, 2)
     _draw_losses(losses, steps, terms)
     _draw_eval_losses(losses, epochs, "total" if by_loss else "ce")
-    _mark_skipped(losses, [record["update"] for record in records if record["kind"] == "skipped"])
+    _mark_skipped(
+        losses, [record["update"] for record in records if record.get("kind") == "skipped"]
+    )
     _draw_top1(top1, epochs, best_by)
     _line(rate, sorted([*intervals, *epochs], key=itemgetter("update")), "lr", _TERMS[1])
     rate.set_ylabel("learning rate")
@@ -101,7 +103,7 @@ def _read_epochs(path: Path, records: Records) -> Records:
         with open(path, encoding="utf-8", newline="") as file:
             for row in csv.DictReader(file):
                 epochs[int(row["epoch"])] = {n: _value(text) for n, text in row.items() if text}
-    epochs |= {record["epoch"]: record for record in records if record["kind"] == "epoch"}
+    epochs |= {record["epoch"]: record for record in records if record.get("kind") == "epoch"}
     return [epochs[number] for number in sorted(epochs)]
 
 

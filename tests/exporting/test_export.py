@@ -15,10 +15,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from fastkd import exporting
+from fastkd import create_teacher, exporting
 from fastkd.checkpoint import load_checkpoint, save_checkpoint
 from fastkd.cli import main
 from fastkd.exporting import export
+from fastkd.inference.loading import open_model
 from fastkd.models import create_student, load_released_checkpoint
 from fastkd.training import load_student, train
 from tests.harness.tiny import FAST, image_folder, made_run, tensor_data, vit
@@ -550,3 +551,28 @@ def test_a_folder_that_appears_while_an_export_is_written_is_kept(tmp_path, monk
     with pytest.raises(FileExistsError, match="is not replaced"):
         export(run, output=output)
     assert (output / "thesis.tex").read_text() == "precious"
+
+
+def test_a_damaged_export_is_loaded_only_where_asked(tmp_path, capsys):
+    run = made_run(tmp_path / "run")
+    file = export(run, "safetensors", tmp_path / "x.safetensors").path
+    content = bytearray(file.read_bytes())
+    content[-10] ^= 1
+    file.write_bytes(content)
+    again = ["export", str(file), "--format", "safetensors", "--output", str(tmp_path / "y")]
+    again[-1] += ".safetensors"
+    assert main(again) == 2
+    assert "x.safetensors is damaged" in capsys.readouterr().err
+    assert main([*again, "--no-verify"]) == 0
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
+def test_a_folder_whose_files_changed_is_refused(tmp_path, name):
+    folder = export(made_run(tmp_path / "run"), "timm", tmp_path / "student").path
+    content = (folder / name).read_bytes()
+    assert content.count(b"0.4") >= 1  # of the mean
+    (folder / name).write_bytes(content.replace(b"0.4", b"0.5", 1))
+    with pytest.raises(ValueError, match=name):
+        open_model(str(folder))
+    teacher = create_teacher(folder, verify=False)
+    assert teacher.mean[0] == (0.5 if name == "config.json" else 0.4)

@@ -370,6 +370,37 @@ def test_a_run_killed_at_once_resumes_and_ends_bit_identical(data, tmp_path, opt
         assert all(torch.equal(parts[kind][n], whole[kind][n]) for n in whole[kind]), kind
 
 
+class KillsItsRun(TensorDataset):
+    """Lets a loader process kill the run that it belongs to, in the second epoch."""
+
+    fetched = 0
+
+    def __getitem__(self, index):
+        self.fetched += 1
+        if self.fetched == 48 and torch.utils.data.get_worker_info() is not None:
+            os.kill(os.getppid(), signal.SIGKILL)
+        return super().__getitem__(index)
+
+
+def run_beside_workers(output):
+    train_set, val_set = tensor_data()
+    killing = (KillsItsRun(*train_set.tensors), val_set)
+    train(vit(), None, killing, output, **FAST | {"workers": 2, "epochs": 9})
+
+
+@pytest.mark.slow
+def test_a_run_killed_beside_two_workers_is_resumed_at_once(data, tmp_path, capsys):
+    call = "test_faults.run_beside_workers(sys.argv[1])"
+    script = f"import sys; from tests.training import test_faults; {call}"
+    killed = subprocess.run([sys.executable, "-c", script, str(tmp_path / "run")], timeout=120)
+    assert killed.returncode == -signal.SIGKILL
+    assert (tmp_path / "run" / ".fastkd.lock").exists()
+    options = FAST | {"workers": 2, "epochs": 9, "quiet": False}
+    train(vit(seed=9), None, data, tmp_path / "run", **options)
+    assert "resumed after update" in capsys.readouterr().err
+    assert not (tmp_path / "run" / ".fastkd.lock").exists()
+
+
 def fail_on_one_rank():
     if os.environ["RANK"] == "1":
         SuddenError.left = 40

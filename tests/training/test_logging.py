@@ -81,6 +81,13 @@ def test_quiet_and_other_ranks_show_nothing():
     assert told(Terminal(), peers=World(torch.device("cpu"), rank=1, size=2)) == ""
 
 
+@pytest.mark.parametrize("epoch", ["", ', "epoch": "x"', ', "epoch": [1]', ', "epoch": 9'])
+def test_an_evaluation_of_no_epoch_of_the_run_is_left_out(tmp_path, epoch):
+    (tmp_path / "log.jsonl").write_text(f'{{"update": 1, "kind": "evaluation"{epoch}}}\n')
+    RunLogger(tmp_path, RECIPE, 5, quiet=True).mend(3, [])
+    assert (tmp_path / "log.jsonl").read_text() == ""
+
+
 def test_a_log_torn_by_a_kill_is_mended(tmp_path):
     (tmp_path / "log.jsonl").write_text('{"update": 1}\n{"update": 5}\n{"upda')
     logger = RunLogger(tmp_path, RECIPE, 5, quiet=True)

@@ -525,7 +525,7 @@ FOREIGN = [
     b"\xff\xfe\x00",
     b"[" * 100_000,
     b"9" * 5000,
-    b'{"update": 1}',
+    b'{"kind": "interval"}',
     b'{"update": "x", "kind": "interval"}',
     b'{"update": 1, "kind": ["epoch"]}',
     b"null",
