@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastkd.losses.base import Distance, Grid, mean_of
-from fastkd.ops.checks import at_least_float32, check_number
+from fastkd.losses.base import Distance, Grid, check_number, mean_of
+from fastkd.ops.checks import at_least_float32
 
 
 class AttentionTransfer(Distance):
@@ -40,7 +40,7 @@ class AttentionTransfer(Distance):
 
     def __init__(self, power: float = 2.0) -> None:
         super().__init__()
-        check_number("AttentionTransfer", "power", power, least=1)
+        check_number(self, "power", power, least=1)
         self.power = power
 
     def compare(self, student: Tensor, teacher: Tensor, grid: Grid | None) -> Tensor:

@@ -13,8 +13,9 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from fastkd.losses.projectors import undecayed
-from fastkd.ops import feature_kd
+from fastkd.ops import checks, feature_kd
 from fastkd.ops.backend import Backend
+from fastkd.ops.checks import check_float, describe
 from fastkd.ops.feature_kd.reference import LOSSES, LossName
 from fastkd.tokens import RESAMPLE_MODES, ResampleMode, Tokens, match_grids
 
@@ -103,11 +104,8 @@ class FeatureTerm(nn.Module):
         super().__init__()
         if resample is not None:
             check_choice(self, "resample", resample, RESAMPLE_MODES)
-        if not pairs:
-            raise ValueError(
-                f"{type(self).__name__}: pairs must hold at least one (student, teacher) pair"
-            )
-        self.pairs = tuple((student, teacher) for student, teacher in pairs)
+        self.pairs = _checked_pairs(self, pairs)
+        check_number(self, "weight", weight)
         self.weight = weight
         self.resample: ResampleMode | None = resample
 
@@ -146,13 +144,28 @@ class FeatureTerm(nn.Module):
         Raises:
             ValueError: a key is missing, or grids differ without ``resample``.
         """
-        student_key, teacher_key = self.pairs[index]
-        frozen = look_up(self, "teacher", teacher, teacher_key)
-        return match_grids(
-            look_up(self, "student", student, student_key),
-            replace(frozen, data=frozen.data.detach()),
-            self.resample,
+        mine, frozen = (
+            self._tokens(side, tokens, key)
+            for side, tokens, key in zip(
+                ("student", "teacher"), (student, teacher), self.pairs[index], strict=True
+            )
         )
+        check_sides(type(self).__name__, (mine.source, frozen.source), mine.data, frozen.data)
+        return match_grids(mine, replace(frozen, data=frozen.data.detach()), self.resample)
+
+    def _tokens(self, side: str, tokens: Mapping[Key, Tokens], key: Key) -> Tokens:
+        name = type(self).__name__
+        if not isinstance(tokens, Mapping):
+            raise TypeError(
+                f"{name}: {side} must be a dict of Tokens by key, got {describe(tokens)} (tensors "
+                "are compared by fastkd.ops.feature_kd)"
+            )
+        found = look_up(self, side, tokens, key)
+        if not isinstance(found, Tokens):
+            raise TypeError(
+                f"{name}: {side}[{key!r}] must be Tokens(x, (H, W)), got {describe(found)}"
+            )
+        return found
 
     def widths(
         self, student_dims: Mapping[Key, int], teacher_dims: Mapping[Key, int]
@@ -250,10 +263,7 @@ class Distance(nn.Module):
 
     def _check_shapes(self, student: Tensor, teacher: Tensor) -> None:
         name = type(self).__name__
-        for side, x in (("student", student), ("teacher", teacher)):
-            if not isinstance(x, Tensor) or not x.is_floating_point():
-                got = x.dtype if isinstance(x, Tensor) else type(x).__name__
-                raise TypeError(f"{name}: {side} must be a floating-point tensor, got {got}")
+        check_sides(name, ("student", "teacher"), student, teacher)
         forms = "[B, N, D] or [B, D, H, W]" + (" or [B, D]" if self.takes_embeddings else "")
         if student.ndim not in ((2, 3, 4) if self.takes_embeddings else (3, 4)):
             raise ValueError(f"{name}: student must be {forms}, got {list(student.shape)}")
@@ -302,13 +312,18 @@ class MapDistance(Distance):
         super().__init__()
         check_choice(self, "loss", loss, LOSSES)
         if beta is not None and loss != "smooth_l1":
-            raise ValueError(f"MapDistance: beta is of smooth_l1, got beta={beta} with {loss!r}")
+            raise ValueError(
+                f"MapDistance: beta is of smooth_l1, got beta={describe(beta)} with {loss!r}"
+            )
+        if beta is not None:
+            check_not_negative(self, "beta", beta)
         self.loss: LossName = loss
         self.beta = 1.0 if beta is None else beta
         self.backend: Backend = backend
 
     def forward(self, student: Tensor, teacher: Tensor, *, grid: Grid | None = None) -> Tensor:
         """As `Distance.forward`; the operator checks its inputs itself."""
+        check_sides("MapDistance", ("student", "teacher"), student, teacher)
         return feature_kd(student, teacher.detach(), grid=grid, **self.options)
 
     @property
@@ -319,11 +334,47 @@ class MapDistance(Distance):
 
 def look_up(term: nn.Module, argument: str, mapping: Mapping[Key, Value], key: Key) -> Value:
     """Get the value of a key, or raise with the keys there are."""
+    name = type(term).__name__
+    if not isinstance(mapping, Mapping):
+        raise TypeError(f"{name}: {argument} must be a dict by key, got {describe(mapping)}")
     if key not in mapping:
-        raise ValueError(
-            f"{type(term).__name__}: {argument} has no key {key!r}, only {list(mapping)}"
-        )
+        raise ValueError(f"{name}: {argument} has no key {key!r}, only {list(mapping)}")
     return mapping[key]
+
+
+def check_sides(function: str, names: tuple[str, str], student: Tensor, teacher: Tensor) -> None:
+    """Raise unless both are floating-point tensors on one device."""
+    for name, x in zip(names, (student, teacher), strict=True):
+        check_float(function, name, x)
+    if student.device != teacher.device:
+        raise ValueError(
+            f"{function}: {names[1]} must be on {student.device} like {names[0]}, got "
+            f"{teacher.device}"
+        )
+
+
+def check_logits(function: str, name: str, logits: Tensor) -> None:
+    """Raise unless they are [B, classes]."""
+    check_float(function, name, logits)
+    if logits.ndim != 2:
+        hint = " (one image? unsqueeze(0))" if logits.ndim == 1 else ""
+        raise ValueError(f"{function}: {name} must be [B, classes], got {list(logits.shape)}{hint}")
+
+
+def check_target(function: str, logits: Tensor, target: Tensor) -> None:
+    """Raise unless they are class indices [B] or soft targets [B, classes] for the logits."""
+    batch, classes = logits.shape
+    expected = f"class indices [{batch}] or soft targets [{batch}, {classes}]"
+    if not isinstance(target, Tensor):
+        raise TypeError(f"{function}: target must be {expected}, got {describe(target)}")
+    indices = target.shape == (batch,) and not target.is_floating_point()
+    boolean = target.dtype == torch.bool  # as an index it would mean class 0 or 1
+    if boolean or not (indices or target.shape == (batch, classes)):
+        raise ValueError(f"{function}: target must be {expected}, got {describe(target)}")
+    if target.device != logits.device:
+        raise ValueError(
+            f"{function}: target must be on {logits.device} like the logits, got {target.device}"
+        )
 
 
 def mean_of(total: Tensor, images: int) -> Tensor:
@@ -340,22 +391,74 @@ def expected(probabilities: Tensor, logarithms: Tensor) -> Tensor:
 
 def check_choice(term: nn.Module, argument: str, value: str, choices: Sequence[str]) -> None:
     """Raise unless the value is one of the choices."""
-    if value not in choices:
-        raise ValueError(
-            f"{type(term).__name__}: {argument} must be one of {tuple(choices)}, got {value!r}"
-        )
+    refuse_inputs(term, argument, value)
+    checks.check_choice(type(term).__name__, argument, value, choices)
+
+
+def check_number(
+    term: nn.Module, option: str, value: float, least: float | None = None, *, whole: bool = False
+) -> None:
+    """Raise unless the value is a number (an integer, if ``whole``) of at least ``least``."""
+    refuse_inputs(term, option, value)
+    checks.check_number(type(term).__name__, option, value, least, whole=whole)
 
 
 def check_positive(term: nn.Module, option: str, value: float) -> None:
     """Raise unless the value is positive and finite."""
+    check_number(term, option, value)
     if not 0 < value < math.inf:
         raise ValueError(f"{type(term).__name__}: {option} must be positive, got {value}")
 
 
+def check_count(term: nn.Module, option: str, value: int) -> None:
+    """Raise unless the value is an integer of at least 1."""
+    check_number(term, option, value, whole=True)
+    if value < 1:
+        raise ValueError(f"{type(term).__name__}: {option} must be positive, got {value}")
+
+
+def check_weights(term: nn.Module, **weights: float) -> None:
+    """Raise unless all are finite and not negative, and one of them is positive."""
+    for option, weight in weights.items():
+        check_number(term, option, weight)
+    if not all(0 <= weight < math.inf for weight in weights.values()) or not any(weights.values()):
+        raise ValueError(
+            f"{type(term).__name__}: {' and '.join(weights)} must be finite and >= 0, and one of "
+            f"them > 0, got {', '.join(map(str, weights.values()))}"
+        )
+
+
 def check_not_negative(term: nn.Module, option: str, value: float) -> None:
     """Raise for a value that is negative, infinite or NaN."""
-    if not 0 <= value < math.inf:
-        raise ValueError(f"{type(term).__name__}: {option} must be finite and >= 0, got {value}")
+    check_number(term, option, value, least=0)
+
+
+def refuse_inputs(term: nn.Module, option: str, value: object) -> None:
+    """Raise for a tensor or `Tokens` given to a constructor."""
+    if isinstance(value, Tensor | Tokens):
+        name = type(term).__name__
+        raise TypeError(
+            f"{name}: {option} cannot be {describe(value)}: options build the loss, which is then "
+            f"called, {name}(...)(student, teacher)"
+        )
+
+
+def _checked_pairs(term: nn.Module, pairs: Pairs) -> tuple[tuple[Key, Key], ...]:
+    refuse_inputs(term, "pairs", pairs)
+    name = type(term).__name__
+    if not isinstance(pairs, Sequence) or isinstance(pairs, str) or len(pairs) == 0:
+        raise (ValueError if pairs == () or pairs == [] else TypeError)(
+            f"{name}: pairs must hold at least one (student, teacher) pair, such as [(11, 23)], "
+            f"got {describe(pairs)}"
+        )
+    for pair in pairs:
+        keys = isinstance(pair, tuple | list) and [isinstance(key, int | str) for key in pair]
+        if keys != [True, True]:
+            raise TypeError(
+                f"{name}: pairs must hold (student, teacher) pairs, such as [(11, 23)], got "
+                f"{describe(pair)} in them"
+            )
+    return tuple((student, teacher) for student, teacher in pairs)
 
 
 def _hint(student: Tensor, teacher: Tensor, channels: int, equal_widths: bool) -> str:

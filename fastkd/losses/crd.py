@@ -8,15 +8,15 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastkd.losses.base import Distance, Grid
+from fastkd.losses.base import Distance, Grid, check_count, check_number
 from fastkd.losses.forward_gradient import (
     check_chunk_bytes,
     chunk_limit,
     empty_gradient,
     gradient_in_forward,
+    normalized,
     slices,
     wide_dtype,
     zero_gradient,
@@ -89,11 +89,11 @@ class CRD(Distance):
             ("teacher_dim", teacher_dim),
             ("dim", dim),
         ):
-            if value < 1:
-                raise ValueError(f"CRD: {name} must be positive, got {value}")
+            check_count(self, name, value)
+        check_number(self, "temperature", temperature)
         if not 0 < temperature < math.inf:
             raise ValueError(f"CRD: temperature must be finite and positive, got {temperature}")
-        check_chunk_bytes("CRD", chunk_bytes)
+        check_chunk_bytes(self, chunk_bytes)
         self.student_dim = student_dim
         self.teacher_dim = teacher_dim
         self.student_head = nn.Linear(student_dim, dim)
@@ -137,7 +137,7 @@ def _embedding(tokens: Tensor, head: nn.Module) -> Tensor:
     """Map [B, N, D] tokens to [B, dim] unit vectors."""
     pooled = tokens.mean(dim=1, dtype=wide_dtype(tokens))
     parameter = next(head.parameters(), pooled)
-    return F.normalize(at_least_float32(head(pooled.to(parameter.dtype))), dim=1)
+    return normalized(at_least_float32(head(pooled.to(parameter.dtype))))
 
 
 def _processes() -> int:

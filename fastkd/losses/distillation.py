@@ -8,9 +8,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastkd.losses.base import FeatureTerm, Key, LogitTerm, check_not_negative, expected
+from fastkd.losses.base import (
+    FeatureTerm,
+    Key,
+    LogitTerm,
+    check_logits,
+    check_not_negative,
+    check_target,
+    expected,
+)
 from fastkd.losses.projectors import undecayed
-from fastkd.ops.checks import at_least_float32
+from fastkd.ops.checks import at_least_float32, describe
 from fastkd.tokens import Tokens
 
 
@@ -47,6 +55,8 @@ class DistillationLoss(nn.Module):
         ce_weight: float | None = None,
     ) -> None:
         super().__init__()
+        _check_term("logit", logit, LogitTerm, "SoftKD(weight=0.5)")
+        _check_term("feature", feature, FeatureTerm, 'FeatureKD("mse", [(11, 23)])')
         alpha = 0.0 if logit is None else logit.weight
         check_not_negative(self, "alpha", alpha)
         check_not_negative(self, "the feature weight", 0.0 if feature is None else feature.weight)
@@ -156,9 +166,19 @@ class DistillationLoss(nn.Module):
         return undecayed(self)
 
     def _cross_entropy(self, logits: Tensor, target: Tensor) -> Tensor:
+        check_logits("DistillationLoss", "logits", logits)
+        check_target("DistillationLoss", logits, target)
         logits = at_least_float32(logits)
         if len(logits) == 0:
             return logits.sum()  # 0, where the mean over no image is NaN
-        if target.is_floating_point():
+        if target.ndim == 2:
             return -expected(target, F.log_softmax(logits, dim=-1)) / len(logits)
         return F.cross_entropy(logits, target, label_smoothing=self.label_smoothing)
+
+
+def _check_term(argument: str, term: object, kind: type, example: str) -> None:
+    if term is not None and not isinstance(term, kind):
+        raise TypeError(
+            f"DistillationLoss: {argument} must be a {kind.__name__}, such as {example}, got "
+            f"{describe(term)}"
+        )

@@ -10,7 +10,15 @@ import torch
 from torch import Tensor, nn
 
 from fastkd.losses import registry
-from fastkd.losses.base import FeatureTerm, Grid, Key, MapDistance, Pairs, check_choice
+from fastkd.losses.base import (
+    FeatureTerm,
+    Grid,
+    Key,
+    MapDistance,
+    Pairs,
+    check_choice,
+    refuse_inputs,
+)
 from fastkd.losses.forward_gradient import wide_dtype
 from fastkd.losses.projectors import (
     PROJECTORS,
@@ -23,6 +31,7 @@ from fastkd.losses.projectors import (
 )
 from fastkd.ops import feature_kd, lift_kd
 from fastkd.ops.backend import Backend
+from fastkd.ops.checks import describe
 from fastkd.ops.feature_kd.reference import LOSSES
 from fastkd.tokens import ResampleMode, Tokens
 
@@ -78,6 +87,7 @@ class FeatureKD(FeatureTerm):
         backend: Backend = "auto",
         **options: Any,
     ) -> None:
+        refuse_inputs(self, "loss", loss)
         super().__init__(pairs, weight, resample)
         check_choice(self, "projector", projector, PROJECTORS)
         if projector == "lift" and len(pairs) > 1:
@@ -213,7 +223,7 @@ def _find_distance(name: str) -> registry.Loss:
         if entry.name == name and not entry.projects:
             return entry
     known = tuple(entry.name for entry in registry.FEATURE_LOSSES if not entry.projects)
-    raise ValueError(f"FeatureKD: loss must be one of {known} or a module, got {name!r}")
+    raise ValueError(f"FeatureKD: loss must be one of {known} or a module, got {describe(name)}")
 
 
 def _operator_options(distance: nn.Module) -> dict[str, Any] | None:

@@ -11,10 +11,12 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 from torch.utils.flop_counter import register_flop_formula
 
-from fastkd.ops.checks import exact_float32, refuse_transforms
+from fastkd.losses.base import check_number
+from fastkd.ops.checks import exact_float32, power_of_two, refuse_transforms
 from fastkd.ops.feature_kd.reference import ACCELERATOR_CHUNK_BYTES, CHUNK_BYTES
 
 # A shorter vector has no direction: its similarities are 0, and it gets no gradient.
@@ -155,10 +157,15 @@ def chunk_limit(device: torch.device, chunk_bytes: int | None) -> int:
     return CHUNK_BYTES if device.type == "cpu" else ACCELERATOR_CHUNK_BYTES
 
 
-def check_chunk_bytes(owner: str, chunk_bytes: int | None) -> None:
+def check_chunk_bytes(term: nn.Module, chunk_bytes: int | None) -> None:
     """Raise unless the size is positive or None."""
-    if chunk_bytes is not None and chunk_bytes < 1:
-        raise ValueError(f"{owner}: chunk_bytes must be positive or None, got {chunk_bytes}")
+    if chunk_bytes is None:
+        return
+    check_number(term, "chunk_bytes", chunk_bytes, whole=True)
+    if chunk_bytes < 1:
+        raise ValueError(
+            f"{type(term).__name__}: chunk_bytes must be positive or None, got {chunk_bytes}"
+        )
 
 
 def slices(length: int, bytes_each: int, limit: int) -> Iterator[slice]:
@@ -171,10 +178,19 @@ def slices(length: int, bytes_each: int, limit: int) -> Iterator[slice]:
 def directions(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Get unit vectors of [..., D], zero where shorter than `SHORTEST`, and the scale [..., 1]."""
     x = x.to(dtype)
-    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-    inverse = norm.reciprocal().masked_fill_(norm < SHORTEST, 0)
+    # A norm of squares that overflow would be infinite, and the direction lost.
+    size = power_of_two(torch.linalg.vector_norm(x, ord=torch.inf, dim=-1, keepdim=True))
     # Contiguous: tokens may come transposed, and a batched product of their strides would be slow.
-    return torch.mul(x, inverse, out=x.new_empty(x.shape)), inverse
+    unit = torch.div(x, size, out=x.new_empty(x.shape))
+    norm = torch.linalg.vector_norm(unit, dim=-1, keepdim=True)
+    inverse = norm.reciprocal().masked_fill_(norm * size < SHORTEST, 0)
+    return unit.mul_(inverse), inverse.div_(size)
+
+
+def normalized(x: Tensor) -> Tensor:
+    """`F.normalize` of [B, D] over D, for any size of float32."""
+    size = power_of_two(torch.linalg.vector_norm(x.detach(), ord=torch.inf, dim=1, keepdim=True))
+    return F.normalize(x / size.clamp_min(1), dim=1)
 
 
 def before_direction(slope: Tensor, unit: Tensor, inverse: Tensor) -> Tensor:

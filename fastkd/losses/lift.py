@@ -7,7 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastkd.losses.base import Grid, check_choice, print_options
+from fastkd.losses.base import (
+    Grid,
+    check_choice,
+    check_count,
+    check_not_negative,
+    check_number,
+    print_options,
+)
 from fastkd.losses.projectors import has_hooks, init_linear
 from fastkd.ops import lift, lift_kd
 from fastkd.ops.backend import Backend
@@ -43,6 +50,9 @@ class Lift(nn.Module):
         norm: bool = True,
     ) -> None:
         super().__init__()
+        check_count(self, "dim", dim)
+        check_count(self, "width", width)
+        check_not_negative(self, "lift_eps", lift_eps)
         self.proj = nn.Linear(dim, width, bias=bias, device=device, dtype=dtype)
         self.norm: nn.Module = nn.Identity()
         if norm:
@@ -197,7 +207,12 @@ class LiftKD(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        check_count(self, "student_dim", student_dim)
+        check_count(self, "teacher_dim", teacher_dim)
         check_choice(self, "loss", loss, LOSSES)
+        check_number(self, "weight", weight)
+        check_not_negative(self, "lift_eps", lift_eps)
+        check_not_negative(self, "beta", beta)
         if resample is not None:
             check_choice(self, "resample", resample, RESAMPLE_MODES)
         self.projector = Lift(

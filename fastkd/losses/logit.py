@@ -12,8 +12,12 @@ from torch import Tensor
 
 from fastkd.losses.base import (
     LogitTerm,
+    check_logits,
     check_not_negative,
+    check_number,
     check_positive,
+    check_sides,
+    check_target,
     expected,
     mean_of,
 )
@@ -39,6 +43,7 @@ class SoftKD(LogitTerm):
     def __init__(self, tau: float = 1.0, weight: float = 1.0) -> None:
         super().__init__()
         check_positive(self, "tau", tau)
+        check_number(self, "weight", weight)
         self.tau = tau
         self.weight = weight
 
@@ -63,6 +68,7 @@ class HardKD(LogitTerm):
 
     def __init__(self, weight: float = 1.0) -> None:
         super().__init__()
+        check_number(self, "weight", weight)
         self.weight = weight
 
     def compare(self, student: Tensor, teacher: Tensor, target: Tensor | None = None) -> Tensor:
@@ -116,6 +122,7 @@ class DIST(LogitTerm):
     ) -> None:
         super().__init__()
         check_positive(self, "tau", tau)
+        check_number(self, "weight", weight)
         check_positive(self, "eps", eps)
         check_not_negative(self, "inter", inter)
         check_not_negative(self, "intra", intra)
@@ -176,6 +183,7 @@ class DKD(LogitTerm):
     ) -> None:
         super().__init__()
         check_positive(self, "tau", tau)
+        check_number(self, "weight", weight)
         check_not_negative(self, "target_weight", target_weight)
         check_not_negative(self, "other_weight", other_weight)
         self.tau = tau
@@ -225,6 +233,7 @@ class NKD(LogitTerm):
     def __init__(self, tau: float = 1.0, gamma: float = 1.5, weight: float = 1.0) -> None:
         super().__init__()
         check_positive(self, "tau", tau)
+        check_number(self, "weight", weight)
         check_not_negative(self, "gamma", gamma)
         self.tau = tau
         self.gamma = gamma
@@ -278,29 +287,26 @@ def _against_rest(target: Tensor, others: Tensor) -> Tensor:
 def _label(term: LogitTerm, student: Tensor, teacher: Tensor, target: Tensor | None) -> Tensor:
     """Check all inputs and get the class indices [B]."""
     _check_logits(term, student, teacher, min_classes=2)
-    name, (batch, classes) = type(term).__name__, student.shape
+    name = type(term).__name__
     if target is None:
         raise ValueError(f"{name}: target must be given (the labels of the batch), got None")
-    boolean = target.dtype == torch.bool  # as an index it would mean class 0 or 1
-    if target.shape == (batch, classes) and not boolean:
-        return target.argmax(dim=-1)
-    if target.shape != (batch,) or target.is_floating_point() or boolean:
-        raise ValueError(
-            f"{name}: target must be class indices [{batch}] or soft targets [{batch}, {classes}], "
-            f"got {list(target.shape)} of {target.dtype}"
-        )
-    return target.long()
+    check_target(name, student, target)
+    return target.argmax(dim=-1) if target.ndim == 2 else target.long()
 
 
 def _check_logits(
     term: LogitTerm, student: Tensor, teacher: Tensor, *, min_classes: int = 1
 ) -> None:
     name = type(term).__name__
-    if student.ndim != 2 or student.shape != teacher.shape:
+    check_sides(name, ("student logits", "teacher logits"), student, teacher)
+    check_logits(name, "student logits", student)
+    if student.shape != teacher.shape:
+        hint = ""
+        if teacher.ndim == 2 and teacher.shape[1] != student.shape[1]:
+            hint = " (a teacher of another data set? alpha=0 distils features only)"
         raise ValueError(
-            f"{name}: teacher logits must be [B, classes] = {list(student.shape)} like the "
-            f"student's, got {list(teacher.shape)} (a teacher of another data set? alpha=0 distils "
-            "features only)"
+            f"{name}: teacher logits must be {list(student.shape)} like the student's, got "
+            f"{list(teacher.shape)}{hint}"
         )
     if student.shape[1] < min_classes:
         raise ValueError(

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from fastkd.losses.base import Distance, Grid
+from fastkd.losses.base import Distance, Grid, check_count, check_weights
 from fastkd.losses.forward_gradient import (
     before_direction,
     check_chunk_bytes,
@@ -74,15 +73,9 @@ class ManifoldKD(Distance):
         chunk_bytes: int | None = None,
     ) -> None:
         super().__init__()
-        weights = (intra, inter, random)
-        if not all(0 <= weight < math.inf for weight in weights) or not any(weights):
-            raise ValueError(
-                "ManifoldKD: intra, inter and random must be finite and >= 0, and one of them > 0, "
-                f"got {intra}, {inter}, {random}"
-            )
-        if patches < 1:
-            raise ValueError(f"ManifoldKD: patches must be positive, got {patches}")
-        check_chunk_bytes("ManifoldKD", chunk_bytes)
+        check_weights(self, intra=intra, inter=inter, random=random)
+        check_count(self, "patches", patches)
+        check_chunk_bytes(self, chunk_bytes)
         self.intra = intra
         self.inter = inter
         self.random = random

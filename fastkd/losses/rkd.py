@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from fastkd.losses.base import Distance, Grid
+from fastkd.losses.base import Distance, Grid, check_weights
 from fastkd.losses.forward_gradient import (
     SHORTEST,
     before_direction,
@@ -18,6 +16,7 @@ from fastkd.losses.forward_gradient import (
     directions,
     empty_gradient,
     gradient_in_forward,
+    normalized,
     slices,
     wide_dtype,
     zero_gradient,
@@ -75,13 +74,8 @@ class RKD(Distance):
         chunk_bytes: int | None = None,
     ) -> None:
         super().__init__()
-        weights = (distance_weight, angle_weight)
-        if not all(0 <= weight < math.inf for weight in weights) or not any(weights):
-            raise ValueError(
-                "RKD: distance_weight and angle_weight must be finite and >= 0, and one of them "
-                f"> 0, got {distance_weight}, {angle_weight}"
-            )
-        check_chunk_bytes("RKD", chunk_bytes)
+        check_weights(self, distance_weight=distance_weight, angle_weight=angle_weight)
+        check_chunk_bytes(self, chunk_bytes)
         self.distance_weight = distance_weight
         self.angle_weight = angle_weight
         self.normalize = normalize
@@ -92,7 +86,7 @@ class RKD(Distance):
         dtype = wide_dtype(student, teacher)
         student, teacher = (x.mean(dim=1, dtype=dtype) for x in (student, teacher))
         if self.normalize:
-            student, teacher = (F.normalize(x, dim=1) for x in (student, teacher))
+            student, teacher = (normalized(x) for x in (student, teacher))
         limit = chunk_limit(student.device, self.chunk_bytes)
         parts = []
         if self.distance_weight:

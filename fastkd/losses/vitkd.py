@@ -9,7 +9,15 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from fastkd.losses.base import FeatureTerm, Grid, Key, Pairs, check_not_negative, mean_of
+from fastkd.losses.base import (
+    FeatureTerm,
+    Grid,
+    Key,
+    Pairs,
+    check_not_negative,
+    check_number,
+    mean_of,
+)
 from fastkd.losses.projectors import fused_weights
 from fastkd.ops import feature_kd, lift_kd
 from fastkd.ops.checks import at_least_float32
@@ -124,6 +132,7 @@ class ViTKD(FeatureTerm):
     def _checked_mask_ratio(self, ratio: float | None) -> float:
         if ratio is None:
             return MASK_RATIO
+        check_number(self, "mask_ratio", ratio)
         if not 0 < ratio < 1:
             raise ValueError(f"ViTKD: mask_ratio must lie between 0 and 1, got {ratio}")
         if self.generate_weight == 0:

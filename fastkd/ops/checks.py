@@ -65,7 +65,7 @@ def check_float(function: str, name: str, x: object) -> None:
     if not isinstance(x, Tensor):
         raise TypeError(f"{function}: {name} must be a tensor, got {describe(x)}")
     if not x.is_floating_point():
-        raise TypeError(f"{function}: {name} must have a float dtype, got {describe(x)}")
+        raise TypeError(f"{function}: {name} must have a float dtype, got {x.dtype}")
 
 
 def check_number(
@@ -228,6 +228,12 @@ def at_least_float32(tensor: Tensor) -> Tensor:
         The tensor, or a copy of it.
     """
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def power_of_two(x: Tensor) -> Tensor:
+    """The largest that is no larger than a positive x; 1 for 0, NaN where x is not finite."""
+    # A quotient that is a power of two is exact; torch.exp2 need not be.
+    return (x / (2 * torch.frexp(x).mantissa)).masked_fill(x == 0, 1.0)
 
 
 def in_float64(tensor: Tensor) -> Tensor:

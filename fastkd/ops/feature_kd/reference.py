@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastkd.ops.checks import power_of_two
+
 LossName = Literal["mse", "spectral", "smooth_l1", "cosine"]
 LOSSES: tuple[LossName, ...] = get_args(LossName)
 
@@ -68,10 +70,21 @@ def definition(
             torch.view_as_real(torch.fft.rfft2(x, dim=(1, 2), norm="ortho")) for x in (s, t)
         )
         return F.mse_loss(student_spectrum, teacher_spectrum)
-    directed = ~((s.norm(dim=-1) < eps) | (t.norm(dim=-1) < eps))
+    # A cosine has no scale, so that each token's may be taken out first: squares do not overflow.
+    student_size, teacher_size = (_size(x.detach()) for x in (s, t))
+    s, t = s / student_size, t / teacher_size
+    short = (s.norm(dim=-1) * student_size[..., 0] < eps) | (
+        t.norm(dim=-1) * teacher_size[..., 0] < eps
+    )
+    directed = ~short | (s * t).sum(dim=-1).isnan()
     # A token without direction is replaced before the division, not after: 0 * inf is NaN.
     s, t = (torch.where(directed[..., None], x, 1.0) for x in (s, t))
     return 1 - (F.cosine_similarity(s, t, dim=-1, eps=0.0) * directed).mean()
+
+
+def _size(x: Tensor) -> Tensor:
+    """[..., 1]: the power of two of each token's largest value; dividing by it rounds nothing."""
+    return power_of_two(torch.linalg.vector_norm(x, ord=torch.inf, dim=-1, keepdim=True))
 
 
 def mean_scale(student: Tensor, teacher: Tensor, loss: str) -> float:
@@ -264,21 +277,29 @@ def _plus_half_row_mean(d: Tensor, out: Tensor | None) -> Tensor:
 
 def token_cosines(s: Tensor, t: Tensor, eps: float) -> Tensor:
     """[..., 3]: cosine, 1 / |s| and 1 / |t| of every token; zeros where one has no direction."""
+    student_size, teacher_size = _size(s), _size(t)
+    s, t = s / student_size, t / teacher_size
     student_norm, teacher_norm = s.norm(dim=-1), t.norm(dim=-1)
-    undirected = (student_norm < eps) | (teacher_norm < eps)
-    student_inverse = student_norm.reciprocal().masked_fill(undirected, 0)
-    teacher_inverse = teacher_norm.reciprocal().masked_fill(undirected, 0)
-    cosine = ((s * t).sum(dim=-1) * student_inverse * teacher_inverse).masked_fill(undirected, 0)
-    return torch.stack((cosine, student_inverse, teacher_inverse), dim=-1)
+    student_size, teacher_size = student_size.squeeze(-1), teacher_size.squeeze(-1)
+    product = (s * t).sum(dim=-1)
+    undirected = (student_norm * student_size < eps) | (teacher_norm * teacher_size < eps)
+    undirected &= ~product.isnan()  # a NaN shows, also beside a token of zeros
+    student_inverse, teacher_inverse = (
+        norm.reciprocal().masked_fill(undirected, 0) for norm in (student_norm, teacher_norm)
+    )
+    cosine = (product * student_inverse * teacher_inverse).masked_fill(undirected, 0)
+    inverses = student_inverse / student_size, teacher_inverse / teacher_size
+    return torch.stack((cosine, *inverses), dim=-1)
 
 
 def _cosine_slope(
     s: Tensor, t: Tensor, stats: Tensor, own: int, factor: Tensor | float, out: Tensor | None
 ) -> Tensor:
     cosine, own_inverse = stats[..., 0:1], stats[..., own : own + 1]
-    along = cosine * own_inverse.square() * factor
-    across = stats[..., 1:2] * stats[..., 2:3] * factor
-    return torch.mul(s, along, out=out).addcmul_(t, across, value=-1)
+    other_inverse = stats[..., 3 - own : 4 - own]
+    # Unit vectors first: the inverses' product may underflow.
+    slope = torch.mul(s, cosine * own_inverse, out=out).addcmul_(t, other_inverse, value=-1)
+    return slope.mul_(own_inverse * factor)
 
 
 def _unpool_gradient(slope: Tensor, channels: int) -> Tensor:

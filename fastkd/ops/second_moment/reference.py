@@ -13,7 +13,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from fastkd.ops.checks import exact_float32
+from fastkd.ops.checks import exact_float32, power_of_two
 
 Weight = Literal["none", "row_norm"]
 WEIGHTS: tuple[Weight, ...] = get_args(Weight)
@@ -116,16 +116,10 @@ def normalised(rows: Tensor) -> tuple[Tensor, Tensor]:
         over. Both are zero for a token of zeros, NaN for one that is not finite.
     """
     # First by the largest channel: before that, the norm itself may overflow or underflow.
-    scaled = rows / _power_of_two(rows.abs().amax(dim=-1, keepdim=True))
-    scaled = scaled / (2 * _power_of_two(scaled.square().sum(dim=-1, keepdim=True).sqrt()))
+    scaled = rows / power_of_two(rows.abs().amax(dim=-1, keepdim=True))
+    scaled = scaled / (2 * power_of_two(scaled.square().sum(dim=-1, keepdim=True).sqrt()))
     squared_norm = scaled.square().sum(dim=-1, keepdim=True)
     return scaled, scaled / squared_norm.masked_fill(squared_norm == 0, 1.0)
-
-
-def _power_of_two(x: Tensor) -> Tensor:
-    """The largest that is no larger than a positive x; 1 for 0, NaN where x is not finite."""
-    # A quotient that is a power of two is exact; torch.exp2 need not be.
-    return (x / (2 * torch.frexp(x).mantissa)).masked_fill(x == 0, 1.0)
 
 
 def _product_dtype(tokens: Tensor) -> torch.dtype:
