@@ -197,27 +197,30 @@ def samples_of(names: Iterable[str], shard: str, left_out: LeftOut) -> dict[str,
     WebDataset's keys end at the first dot of a file's name, but c.v2.jpg is an image of its own
     where there is no c.jpg, or where there is a c.v2.cls, too.
     """
-    names = list(names)
-    images = {os.path.splitext(name)[0] for name in names if is_image(name)}
-    described = {os.path.splitext(name)[0] for name in names if not is_image(name)}
+    roots = {name: os.path.splitext(name)[0] for name in names}
+    pictures = {name for name in roots if is_image(name)}
+    images = {root for name, root in roots.items() if name in pictures}
+    described = {root for name, root in roots.items() if name not in pictures}
     grouped: dict[str, dict[str, str]] = {}
-    for name in names:
+    for name, key in roots.items():
         folder, slash, file = name.rpartition("/")
         parts = file.split(".")
-        keys = [f"{folder}{slash}{'.'.join(parts[:n])}" for n in range(1, len(parts))] or [name]
-        with_image = [key for key in keys if key in images]
-        own = [key for key in with_image if key in described or key == with_image[0]]
-        key = own[-1] if own else keys[0]
-        grouped.setdefault(key, {}).setdefault(name[len(key) + 1 :].lower(), name)
+        if len(parts) > 2:
+            keys = [f"{folder}{slash}{'.'.join(parts[:n])}" for n in range(1, len(parts))]
+            with_image = [key for key in keys if key in images]
+            own = [key for key in with_image if key in described or key == with_image[0]]
+            key = own[-1] if own else keys[0]
+        members, field = grouped.setdefault(key, {}), name[len(key) + 1 :].lower()
+        members[name if field in members else field] = name
+    kinds = [ending[1:] for ending in image_endings()]
     samples = {}
     for key, members in grouped.items():
-        kinds = (ending[1:] for ending in image_endings())
         image = next((members[kind] for kind in kinds if kind in members), None)
         samples[key] = Fields(image, members)
         for name in members.values():
             if image is None:
                 left_out.add(LeftOut.ALONE, f"{shard}:{name}")
-            elif name != image and is_image(name):
+            elif name != image and name in pictures:
                 left_out.add(LeftOut.FIELD, f"{shard}:{name}")
     return samples
 

@@ -1,5 +1,6 @@
 """Selections of images: balanced, shuffled, reproducible; broken files are reported, not fatal."""
 
+import os
 from collections import Counter
 
 import numpy as np
@@ -298,3 +299,22 @@ def folder_of_two(tmp_path):
 def test_a_file_in_place_of_a_folder_is_refused(folder_of_two):
     with pytest.raises(ValueError, match=r"a\.png is a file; give the folder"):
         open_images(folder_of_two / "a.png")
+
+
+@pytest.mark.parametrize("name", ["a.tar", "a.jpg"])
+def test_a_pipe_in_place_of_data_is_refused(tmp_path, name):
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(ValueError, match="neither a folder nor a tar"):
+        open_images(tmp_path / name)
+
+
+def test_only_regular_files_of_a_folder_are_selected_whatever_their_names(tmp_path, caplog):
+    folder_of(tmp_path, cat=1, dog=1)
+    picture().save(tmp_path / "cat" / "odd.webp")
+    os.rename(tmp_path / "cat" / "odd.webp", os.fsencode(tmp_path) + b"/cat/\xe9.webp")
+    os.mkfifo(tmp_path / "dog" / "pipe.jpg")
+    (tmp_path / "dog" / "loop").symlink_to("..")
+    selection = open_images(tmp_path)
+    assert set(names(selection)) == {"cat/0.png", r"cat/\xe9.webp", "dog/0.png"}
+    assert sum(len(part.places) for part in read(selection)) == 3
+    assert selection.fingerprint["images"] == 3 and len(caplog.records) == 1

@@ -639,6 +639,7 @@ KEYS = [
     (["e.jpg", "e.cls=0", "e.seg.png"], {"e.jpg": 0}, "1 image beside its sample's own"),
     (["e.1.jpg", "e.1.seg.png", "e.1.cls=0"], {"e.1.jpg": 0}, "e.1.seg.png"),
     (["j.png", "j.jpg", "j.cls=1"], {"j.jpg": 1}, "j.png"),
+    (["a.JPG", "a.jpg", "a.cls=0", "a.CLS=1"], {"a.JPG": 0}, "a.jpg"),
     (["a.jpg", "a.cls=0", "README"], {"a.jpg": 0}, "README"),
     (["a.jpg", "a.cls=0", "b.mp4"], {"a.jpg": 0}, "1 member of no image's sample"),
     (["a.jpg", "a.cls=0", "._a.jpg", ".x/b.jpg", "__MACOSX/c.jpg"], {"a.jpg": 0}, None),
