@@ -116,12 +116,20 @@ def _open_named(data: str, root: str | None, need_train: bool, labels: bool) -> 
     if scheme not in SCHEMES:
         names = ", ".join(f"{name}/" for name in SCHEMES)
         raise ValueError(f"data: no folder {data!r}; names of datasets begin with {names}")
+    if not (rest.strip("/ ") or (root or "").strip()):
+        raise ValueError(f"data: {data!r} names no dataset after {scheme}/")
     folder = _local_shards(rest, root) if scheme == "wds" else None
     if folder is not None:
         return open_folder(folder, need_train, labels)
     name = f"{scheme}/{rest}"
-    train = open_hub(name, root, "train", labels) if need_train else None
-    return train, open_hub(name, root, "validation", labels)
+    try:
+        train = open_hub(name, root, "train", labels) if need_train else None
+        return train, open_hub(name, root, "validation", labels)
+    except (ValueError, OSError, ImportError, RuntimeError, MemoryError):
+        raise
+    except Exception as error:  # of the package that reads it
+        reason = f"{type(error).__name__}: {error}"
+        raise ValueError(f"data: {name} cannot be opened ({reason})") from error
 
 
 def _local_shards(name: str, root: str | None) -> Path | None:

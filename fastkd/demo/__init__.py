@@ -83,10 +83,16 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="one seed, short runs: under a minute")
     parser.add_argument("--seeds", type=_positive, help="runs of every student")
     parser.add_argument(
-        "--output", type=Path, help="folder (default: fastkd-demo, or fastkd-demo-quick)"
+        "--output", type=_folder, help="folder (default: fastkd-demo, or fastkd-demo-quick)"
     )
     parser.add_argument("--device", help="cpu (default) or cuda, which gains nothing at this size")
     return parser.parse_args(list(argv))
+
+
+def _folder(text: str) -> Path:
+    if not text.strip():
+        raise argparse.ArgumentTypeError("must not be empty")
+    return Path(text)
 
 
 def _positive(text: str) -> int:

@@ -20,7 +20,7 @@ from fastkd.demo.data import CLASSES, SIDE, Digits, load_digits
 from fastkd.models import LiftVisionTransformer, Taps, Teacher, create_student
 from fastkd.training import Recipe, Result, train
 from fastkd.training.logging import RESULT
-from fastkd.utils.io import write_text
+from fastkd.utils.io import read_json, write_text
 from fastkd.utils.progress import Progress
 from fastkd.utils.random import preserved_rng
 
@@ -143,7 +143,7 @@ def claim(output: Path, settings: Settings) -> None:
         output.mkdir(parents=True, exist_ok=True)
         write_text(path, json.dumps(wanted, indent=2) + "\n")
         return
-    found = json.loads(path.read_text(encoding="utf-8"))
+    found = read_json(path)
     names = [name for name in {**found, **wanted} if found.get(name) != wanted.get(name)]
     if names:
         changes = ", ".join(f"{n} {found.get(n)!r} -> {wanted.get(n)!r}" for n in names)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import json
@@ -19,6 +20,7 @@ from fastkd.data.transforms import InputSpec
 from fastkd.inference.preprocessing import LoadedStudent, Preprocessing, Shape, change_input_size
 from fastkd.models import Teacher, create_student
 from fastkd.models.factory import registered_name
+from fastkd.models.foreign import Run, checked, reading
 from fastkd.models.hub import fetched, hub_name, is_hub_name
 from fastkd.models.pretrained import (
     LOCAL,
@@ -120,10 +122,14 @@ def open_model(
     if isinstance(source, nn.Module):
         refuse_for_modules(caller, {"num_classes": num_classes, **options})
         file = None if checkpoint is None else _existing(caller, checkpoint)
-        opened = _of_module(caller, source, file, weights)
+        with contextlib.nullcontext() if file is None else reading(caller, file):
+            opened = _of_module(caller, source, file, weights)
     elif isinstance(source, str | Path):
         opener = _Opener(caller, str(source), weights, img_size, num_classes, alternative, options)
-        opened = opener.open(checkpoint, pretrained)
+        foreign = source if checkpoint is None else checkpoint
+        known = foreign is source and timm.is_model(str(source).partition(".")[0])
+        with contextlib.nullcontext() if known else reading(caller, foreign):
+            opened = opener.open(checkpoint, pretrained)
     else:
         raise TypeError(
             f"{caller}: a model must be a timm name, a file or an nn.Module, got "
@@ -164,7 +170,7 @@ def weights_to_choose(
     path = _local_path(fetched(caller, source if checkpoint is None else checkpoint))
     if not (_is_there(caller, path) and _is_run(path)):
         return ()
-    return tuple(run_weights(load_checkpoint(path)))
+    return tuple(run_weights(_load_run(path)))
 
 
 def _local_path(source: str | Path) -> Path:
@@ -347,7 +353,7 @@ class _Opener:
         """A run says all itself; the name helps where its student was given as a module."""
         if file_kind(file) is FileKind.RUN and "recipe" not in read_file(file, "meta"):
             return None  # only a part of a run's checkpoint, whose weights are read as any others
-        state = load_checkpoint(file)
+        state = _load_run(file)
         recipe = recipe_of(file, state)
         if recipe.model is not None and not recipe.model.startswith(MODULE_PREFIX):
             registered, _ = registered_name(recipe.model, recipe.variant, recipe.width)
@@ -633,7 +639,7 @@ def load_student(
         CheckpointError: the file cannot be used.
         ValueError: there are no EMA weights, they do not fit ``model``, or its size cannot change.
     """
-    state = load_checkpoint(checkpoint)
+    state = _load_run(checkpoint)
     taken = taken_weights(checkpoint, state, weights)
     recipe, spec = recipe_of(checkpoint, state), input_of(state)
     if model is None:
@@ -659,6 +665,14 @@ def load_student(
         state["num_classes"],
         state["img_size"],
     )
+
+
+def _load_run(checkpoint: str | Path) -> dict[str, Any]:
+    """A checkpoint of a run that has all that its student needs."""
+    state = load_checkpoint(checkpoint)
+    file = Path(checkpoint) / LAST if Path(checkpoint).is_dir() else checkpoint
+    checked(Run, state, f"checkpoint: {file}")
+    return state
 
 
 def taken_weights(checkpoint: str | Path, state: Mapping[str, Any], weights: str) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar, TypeVar
@@ -18,6 +17,7 @@ from fastkd.ops.backend import Backend
 from fastkd.ops.checks import check_float, describe
 from fastkd.ops.feature_kd.reference import LOSSES, LossName
 from fastkd.tokens import RESAMPLE_MODES, ResampleMode, Tokens, match_grids
+from fastkd.utils.arguments import FLOAT32
 
 Grid = tuple[int, int]
 Key = int | str
@@ -105,7 +105,7 @@ class FeatureTerm(nn.Module):
         if resample is not None:
             check_choice(self, "resample", resample, RESAMPLE_MODES)
         self.pairs = _checked_pairs(self, pairs)
-        check_number(self, "weight", weight)
+        check_not_negative(self, "weight", weight)
         self.weight = weight
         self.resample: ResampleMode | None = resample
 
@@ -398,15 +398,21 @@ def check_choice(term: nn.Module, argument: str, value: str, choices: Sequence[s
 def check_number(
     term: nn.Module, option: str, value: float, least: float | None = None, *, whole: bool = False
 ) -> None:
-    """Raise unless the value is a number (an integer, if ``whole``) of at least ``least``."""
+    """Raise unless the value is a number (an integer, if ``whole``) of at least ``least``.
+
+    It must be finite in float32, too.
+    """
     refuse_inputs(term, option, value)
-    checks.check_number(type(term).__name__, option, value, least, whole=whole)
+    name = type(term).__name__
+    checks.check_number(name, option, value, least, whole=whole)
+    if not -FLOAT32[1] <= value <= FLOAT32[1]:
+        raise ValueError(f"{name}: {option} must be finite in float32, got {value}")
 
 
 def check_positive(term: nn.Module, option: str, value: float) -> None:
     """Raise unless the value is positive and finite."""
     check_number(term, option, value)
-    if not 0 < value < math.inf:
+    if value < FLOAT32[0]:
         raise ValueError(f"{type(term).__name__}: {option} must be positive, got {value}")
 
 
@@ -420,8 +426,8 @@ def check_count(term: nn.Module, option: str, value: int) -> None:
 def check_weights(term: nn.Module, **weights: float) -> None:
     """Raise unless all are finite and not negative, and one of them is positive."""
     for option, weight in weights.items():
-        check_number(term, option, weight)
-    if not all(0 <= weight < math.inf for weight in weights.values()) or not any(weights.values()):
+        check_not_negative(term, option, weight)
+    if not any(weights.values()):
         raise ValueError(
             f"{type(term).__name__}: {' and '.join(weights)} must be finite and >= 0, and one of "
             f"them > 0, got {', '.join(map(str, weights.values()))}"
@@ -458,6 +464,8 @@ def _checked_pairs(term: nn.Module, pairs: Pairs) -> tuple[tuple[Key, Key], ...]
                 f"{name}: pairs must hold (student, teacher) pairs, such as [(11, 23)], got "
                 f"{describe(pair)} in them"
             )
+    if len(set(map(tuple, pairs))) < len(pairs):
+        raise ValueError(f"{name}: pairs must differ, got {tuple(map(tuple, pairs))}")
     return tuple((student, teacher) for student, teacher in pairs)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from fastkd.losses.base import Distance, Grid, check_count, check_number
+from fastkd.losses.base import Distance, Grid, check_count, check_positive
 from fastkd.losses.forward_gradient import (
     check_chunk_bytes,
     chunk_limit,
@@ -90,9 +89,7 @@ class CRD(Distance):
             ("dim", dim),
         ):
             check_count(self, name, value)
-        check_number(self, "temperature", temperature)
-        if not 0 < temperature < math.inf:
-            raise ValueError(f"CRD: temperature must be finite and positive, got {temperature}")
+        check_positive(self, "temperature", temperature)
         check_chunk_bytes(self, chunk_bytes)
         self.student_dim = student_dim
         self.teacher_dim = teacher_dim

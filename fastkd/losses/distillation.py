@@ -61,6 +61,11 @@ class DistillationLoss(nn.Module):
         check_not_negative(self, "alpha", alpha)
         check_not_negative(self, "the feature weight", 0.0 if feature is None else feature.weight)
         check_not_negative(self, "ce_weight", 0.0 if ce_weight is None else ce_weight)
+        check_not_negative(self, "label_smoothing", label_smoothing)
+        if label_smoothing >= 1:
+            raise ValueError(
+                f"DistillationLoss: label_smoothing must be below 1, got {label_smoothing}"
+            )
         if alpha > 1 and cross_entropy and ce_weight is None:
             raise ValueError(
                 f"DistillationLoss: alpha must lie in [0, 1], or above it with ce_weight, got "

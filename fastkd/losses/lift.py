@@ -12,7 +12,6 @@ from fastkd.losses.base import (
     check_choice,
     check_count,
     check_not_negative,
-    check_number,
     print_options,
 )
 from fastkd.losses.projectors import has_hooks, init_linear
@@ -210,7 +209,7 @@ class LiftKD(nn.Module):
         check_count(self, "student_dim", student_dim)
         check_count(self, "teacher_dim", teacher_dim)
         check_choice(self, "loss", loss, LOSSES)
-        check_number(self, "weight", weight)
+        check_not_negative(self, "weight", weight)
         check_not_negative(self, "lift_eps", lift_eps)
         check_not_negative(self, "beta", beta)
         if resample is not None:

@@ -14,7 +14,6 @@ from fastkd.losses.base import (
     LogitTerm,
     check_logits,
     check_not_negative,
-    check_number,
     check_positive,
     check_sides,
     check_target,
@@ -43,7 +42,7 @@ class SoftKD(LogitTerm):
     def __init__(self, tau: float = 1.0, weight: float = 1.0) -> None:
         super().__init__()
         check_positive(self, "tau", tau)
-        check_number(self, "weight", weight)
+        check_not_negative(self, "weight", weight)
         self.tau = tau
         self.weight = weight
 
@@ -68,7 +67,7 @@ class HardKD(LogitTerm):
 
     def __init__(self, weight: float = 1.0) -> None:
         super().__init__()
-        check_number(self, "weight", weight)
+        check_not_negative(self, "weight", weight)
         self.weight = weight
 
     def compare(self, student: Tensor, teacher: Tensor, target: Tensor | None = None) -> Tensor:
@@ -122,7 +121,7 @@ class DIST(LogitTerm):
     ) -> None:
         super().__init__()
         check_positive(self, "tau", tau)
-        check_number(self, "weight", weight)
+        check_not_negative(self, "weight", weight)
         check_positive(self, "eps", eps)
         check_not_negative(self, "inter", inter)
         check_not_negative(self, "intra", intra)
@@ -183,7 +182,7 @@ class DKD(LogitTerm):
     ) -> None:
         super().__init__()
         check_positive(self, "tau", tau)
-        check_number(self, "weight", weight)
+        check_not_negative(self, "weight", weight)
         check_not_negative(self, "target_weight", target_weight)
         check_not_negative(self, "other_weight", other_weight)
         self.tau = tau
@@ -233,7 +232,7 @@ class NKD(LogitTerm):
     def __init__(self, tau: float = 1.0, gamma: float = 1.5, weight: float = 1.0) -> None:
         super().__init__()
         check_positive(self, "tau", tau)
-        check_number(self, "weight", weight)
+        check_not_negative(self, "weight", weight)
         check_not_negative(self, "gamma", gamma)
         self.tau = tau
         self.gamma = gamma

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from fastkd.ops.checks import at_least_float32, in_float64
+from fastkd.utils.arguments import check_numbers
 
 PROJECTORS = ("none", "pool", "linear", "mlp", "orthogonal", "lift")  # as in the registry
 
@@ -39,6 +40,12 @@ def build_projector(
     Raises:
         ValueError: an unknown name, or ``hidden`` for another projector than ``"mlp"``.
     """
+    check_numbers(
+        "build_projector",
+        student_dim=(student_dim, 1),
+        teacher_dim=(teacher_dim, 1),
+        hidden=(hidden, 1),
+    )
     if name not in PROJECTORS:
         raise ValueError(f"build_projector: name must be one of {PROJECTORS}, got {name!r}")
     if hidden is not None and name != "mlp":

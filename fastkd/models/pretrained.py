@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import difflib
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from timm.models import get_pretrained_cfg, resolve_pretrained_cfg
 from torch import Tensor, nn
 
+from fastkd.models.foreign import Config, Exported, checked
 from fastkd.models.hub import (
     DownloadError,
     download,
@@ -41,11 +41,10 @@ from fastkd.models.weights import (
     read_file,
     short_misfit,
 )
+from fastkd.utils.io import read_json
 
 LOCAL = "local-dir:"  # before a folder that timm builds a model from
 
-# Metadata is text: these are JSON in it.
-_JSON = ("model_args", "num_classes", "label_names", "input_size", "mean", "std", "crop_pct")
 _CONFIG = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode", "label_names")
 _WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")  # of a model on the hub
 
@@ -95,6 +94,8 @@ def _check_folder(folder: Path) -> None:
 
 
 def _create(name: str, pretrained: bool, kwargs: dict[str, Any]) -> Any:
+    if name.startswith(LOCAL):
+        _described(Path(name.removeprefix(LOCAL)) / "config.json")
     try:
         return timm.create_model(name, pretrained=pretrained, **kwargs)
     except TypeError as error:
@@ -102,6 +103,11 @@ def _create(name: str, pretrained: bool, kwargs: dict[str, Any]) -> Any:
         if kwargs.get("img_size") is None or "'img_size'" not in str(error):
             raise
     return timm.create_model(name, pretrained=pretrained, **kwargs | {"img_size": None})
+
+
+def _described(file: Path) -> Config:
+    """What a folder in timm's layout says of its model, before timm reads it."""
+    return checked(Config, read_json(file), file)
 
 
 def _create_published(name: str, kwargs: dict[str, Any]) -> nn.Module:
@@ -143,8 +149,8 @@ def _create_from_hub(caller: str, name: str, pretrained: bool, kwargs: dict[str,
     config = download(repo, "config.json", **where)
     here: dict[str, Any] = {}
     if pretrained:
-        described = json.loads(config.read_text(encoding="utf-8"))
-        files = _weight_files(described.get("pretrained_cfg", described).get("hf_hub_filename"))
+        described = _described(config)
+        files = _weight_files((described.pretrained_cfg or described).hf_hub_filename)
         try:
             here = {"source": "", **_read_by_timm(download(repo, *files, **where))}
         except EntryNotFoundError as error:
@@ -347,17 +353,15 @@ def read_description(path: str | Path) -> Description | None:
     if VERSION_KEY not in said:
         return None
     check_sum(Path(path))
-    values: dict[str, Any] = {
-        name: json.loads(text) if name in _JSON else text for name, text in said.items()
-    }
-    arguments = {"num_classes": values.get("num_classes"), **values["model_args"]}
-    channels = values["input_size"][0]
+    values = checked(Exported, said, path)
+    arguments = {"num_classes": values.num_classes, **values.model_args}
+    channels = values.input_size[0]
     if channels != 3:
         arguments["in_chans"] = channels
-    config = {name: _as_tuple(values[name]) for name in _CONFIG if name in values}
+    config = {name: value for name in _CONFIG if (value := getattr(values, name)) is not None}
     # Of the architecture in general; this student was evaluated as it was trained.
     config |= {"test_input_size": None, "test_crop_pct": None}
-    return Description(values["architecture"], arguments, config)
+    return Description(values.architecture, arguments, config)
 
 
 def build_exported(caller: str, file: Path, described: Description | None) -> nn.Module:
@@ -380,7 +384,3 @@ def build_exported(caller: str, file: Path, described: Description | None) -> nn
 def is_export(path: Path) -> bool:
     """Whether a file, or a folder for timm, is a student that fastkd exported."""
     return file_kind(path / "model.safetensors" if path.is_dir() else path) is FileKind.EXPORT
-
-
-def _as_tuple(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value

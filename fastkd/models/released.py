@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -13,6 +14,7 @@ from typing import Any
 import timm
 from torch import Tensor, nn
 
+from fastkd.models.foreign import reading
 from fastkd.models.hub import fetched
 from fastkd.models.weights import UnreadableError, first_names, held_weights, read_file, verifying
 
@@ -66,7 +68,9 @@ def load_released_checkpoint(
             neither student, or some are missing, unexpected or of another shape, of which the first
             are listed.
     """
-    with verifying(verify):
+    given = isinstance(source, Mapping)
+    foreign = contextlib.nullcontext() if given else reading(_CALLER, source)  # type: ignore[arg-type]
+    with verifying(verify), foreign:
         model: Any = read_released(source, head_dim=head_dim).model
     if num_classes not in (None, model.num_classes):
         model.reset_classifier(num_classes)

@@ -252,7 +252,7 @@ def better_weights(checkpoint: Mapping[str, Any]) -> str:
     if "weights" in checkpoint:
         return str(checkpoint["weights"])
     measured = checkpoint.get("measured") or {}
-    if "ema" not in run_weights(checkpoint) or "ema_top1" not in measured:
+    if "ema" not in run_weights(checkpoint) or not {"top1", "ema_top1"} <= measured.keys():
         return "raw"
     return "ema" if measured["ema_top1"] > measured["top1"] else "raw"
 

@@ -16,7 +16,7 @@ from fastkd.config import Recipe
 from fastkd.data.samples import Fault
 from fastkd.training.meter import Skipped, timestamp
 from fastkd.utils.distributed import ALONE, World
-from fastkd.utils.io import csv_text, printable, write_text
+from fastkd.utils.io import csv_text, printable, read_json, write_text
 from fastkd.utils.progress import Progress
 
 RESULT = "result.json"
@@ -469,7 +469,11 @@ class Result:
         """
         path = Path(path)
         file = path / RESULT if path.is_dir() else path
-        return cls(**json.loads(file.read_text(encoding="utf-8")))
+        content = read_json(file)
+        try:
+            return cls(**content)
+        except TypeError as error:
+            raise ValueError(f"Result.load: {file} is no result of a run: {error}") from None
 
     def summary(self) -> str:
         """Summarize in lines what was measured, on what, and how the best epoch was picked."""

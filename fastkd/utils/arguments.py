@@ -25,7 +25,8 @@ def check_numbers(caller: str, **given: tuple[Any, ...]) -> None:
             what = "an int" if whole else "a number"
             raise TypeError(f"{caller}: {name} must be {what}, got {value!r}")
         if not least <= value <= max(most, default=LARGEST):
-            limit = f"{least} to {most[0]}" if most else f"at least {least}"
+            limit = "finite and below 2^63" if value >= least else f"at least {least}"
+            limit = f"{least} to {most[0]}" if most else limit
             raise ValueError(f"{caller}: {name} must be {limit}, got {value}")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import csv
 import io
+import json
 import os
 import re
 import shutil
@@ -114,6 +115,17 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
     """Write a small text file atomically; bytes of names that are no UTF-8 become escapes."""
     with replacing(path) as file:
         file.write(text.encode(errors="backslashreplace"))
+
+
+def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Read a mapping from a JSON file; what is none is a ValueError that names the file."""
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is no JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds no mapping, but a {type(content).__name__}")
+    return content
 
 
 def writable(name: str | os.PathLike[str]) -> str:

@@ -254,7 +254,7 @@ def test_images_that_are_not_finite_in_any_layer_are_counted():
         ({"permutations": -1}, "permutations must be at least 0, got -1"),
         ({"memory": -1.0}, "memory must be at least 0.0, got -1.0"),
         ({"memory": float("nan")}, "memory must be at least 0.0, got nan"),
-        ({"memory": float("inf")}, "memory must be at least 0.0, got inf"),
+        ({"memory": float("inf")}, r"memory must be finite and below 2\^63, got inf"),
         ({"max_unreadable": 5}, "max_unreadable must be 0.0 to 1.0, got 5"),
         ({"seed": -1}, "seed must be at least 0, got -1"),
     ],

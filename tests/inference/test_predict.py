@@ -336,6 +336,23 @@ def test_csv_has_a_row_for_every_guess(run, pictures, tmp_path):
     assert float(rows[1]["probability"]) == pytest.approx(guess.probability, rel=1e-5)
 
 
+def test_names_cannot_steer_the_terminal_or_a_spreadsheet(run, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    names = ["=1+1.png", "-2.png", "a\x1b]0;t\x07\n.png", "\u202egnp.png"]
+    for name in names:
+        rising().save(name)
+    predictions = predict(names, run, top=1, output="found.csv", **CPU)
+    with open("found.csv", newline="") as file:
+        cells = [row["image"] for row in csv.DictReader(file)]
+    assert cells == ["'=1+1.png", "'-2.png", r"a\x1b]0;t\x07\n.png", r"\u202egnp.png"]
+    predictions.save("found.json")
+    content = json.loads((tmp_path / "found.json").read_text())
+    assert [image["image"] for image in content["images"]] == names
+    lines = command._report(predictions, "m\x1b", None).splitlines()
+    assert [line.split("  ")[0] for line in lines[:-1]] == [*names[:2], *cells[2:]]
+    assert r"(m\x1b," in lines[-1]
+
+
 def test_json_has_everything(run, pictures, tmp_path):
     (tmp_path / "text.png").write_text("no image")
     places = [pictures, tmp_path / "text.png"]

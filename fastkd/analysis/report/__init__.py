@@ -28,7 +28,7 @@ from fastkd.analysis import results as readings
 from fastkd.analysis.report import markdown
 from fastkd.analysis.report.tables import all_tables
 from fastkd.analysis.results import Distribution, LayerResult, ModelResult, Ranks, Subspaces
-from fastkd.utils.io import replacing, write_text
+from fastkd.utils.io import read_json, replacing, write_text
 
 FORMAT = "fastkd-analysis"
 VERSION = 1
@@ -230,16 +230,13 @@ def _draw(models: Sequence[ModelResult], folder: Path) -> dict[str, list[str]]:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        return read_json(path)
     except FileNotFoundError:
         raise ValueError(
             f"Report.load: {path} does not exist (not a folder that fastkd analyze wrote?)"
         ) from None
     except (OSError, ValueError) as error:
         raise ValueError(f"Report.load: {path} cannot be read: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"Report.load: {path} is no report of fastkd analyze")
-    return content
 
 
 def _read_arrays(path: Path, sha256: object) -> dict[str, np.ndarray]:

@@ -246,6 +246,14 @@ def test_repeated_groups_are_blank_for_readers_only():
     assert table.to_csv().splitlines()[2] == "a,8,2"
 
 
+def test_names_of_models_are_no_formulas_and_steer_nothing():
+    columns = (Column("model", text=True), Column("difference", signed=True))
+    table = Table("t", "Title", "What.", columns, [("=HYPERLINK(1)\x1b[2J", -0.5)])
+    assert table.to_csv().splitlines()[1] == r"'=HYPERLINK(1)\x1b[2J,-0.5"
+    for text in (table.to_markdown(), table.to_latex()):
+        assert "\x1b" not in text
+
+
 def test_markdown_escapes_what_would_break_a_table():
     assert shown(Column("m", text=True), "a|b<c>\n*d*") == r"a\|b&lt;c&gt; \*d\*"
 
