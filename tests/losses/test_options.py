@@ -37,8 +37,8 @@ def built(name, **given):
 @pytest.mark.parametrize("value", [math.inf, math.nan, -1, -math.inf, "1", True, 1e300], ids=repr)
 @pytest.mark.parametrize(("name", "option"), OPTIONS)
 def test_no_option_is_infinite_nan_negative_or_of_another_type(name, option, value):
-    if (name, option) == ("AttentionTransfer", "power") and value in ("1", 1, 1e300):
-        pytest.skip("checked where its formula is")
+    if (name, option, value) == ("AttentionTransfer", "power", 1e300):
+        pytest.skip("a power of values of at most 1 overflows nothing")
     with pytest.raises((ValueError, TypeError), match=f": .*{option} must"):
         built(name, **{option: value})
 
