@@ -64,7 +64,7 @@ def test_the_fused_distances_are_modules_too(loss):
     ("student", "teacher", "error", "message"),
     [
         (np.zeros((2, 4, 6)), torch.zeros(2, 4, 6), TypeError, "student must be .* got ndarray"),
-        (torch.zeros(2, 4, 6), torch.zeros(2, 4, 6).int(), TypeError, "teacher must be .*int32"),
+        (torch.zeros(2, 4, 6), torch.zeros(2, 4, 6).int(), TypeError, "teacher must .*int32"),
         (torch.zeros(2, 4, 6), torch.zeros(2, 5, 6), ValueError, r"\(a CLS token left in\?\)"),
         (torch.zeros(2, 4, 6), torch.zeros(2, 4, 8), ValueError, "FeatureKD's projector"),
         (torch.zeros(2, 4, 6), torch.zeros(3, 4, 6), ValueError, r"must be \[2, 4, 6\]"),

@@ -86,14 +86,17 @@ def test_alpha_above_one_is_taken_without_cross_entropy():
 @pytest.mark.parametrize(
     ("build", "name"),
     [
-        (lambda weight: DistillationLoss(SoftKD(weight=weight), ce_weight=1.0), "alpha"),
-        (lambda weight: DistillationLoss(HardKD(weight=weight), cross_entropy=False), "alpha"),
-        (lambda weight: DistillationLoss(feature=FeatureKD(weight=weight)), "the feature weight"),
-        (lambda weight: DistillationLoss(ce_weight=weight), "ce_weight"),
+        (lambda weight: DistillationLoss(SoftKD(weight=weight), ce_weight=1.0), "SoftKD: weight"),
+        (
+            lambda weight: DistillationLoss(HardKD(weight=weight), cross_entropy=False),
+            "HardKD: weight",
+        ),
+        (lambda weight: DistillationLoss(feature=FeatureKD(weight=weight)), "FeatureKD: weight"),
+        (lambda weight: DistillationLoss(ce_weight=weight), "DistillationLoss: ce_weight"),
     ],
 )
 def test_a_weight_that_is_negative_or_no_number_is_refused(build, name, weight):
-    message = f"DistillationLoss: {name} must be finite and >= 0, got {weight}"
+    message = f"{name} must be finite and >= 0, got {weight}"
     with pytest.raises(ValueError, match=message):
         build(weight)
 
