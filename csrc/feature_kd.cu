@@ -17,6 +17,7 @@
 #include <algorithm>
 #include <utility>
 
+#include "common/cosine.cuh"
 #include "common/reduce.cuh"
 #include "feature_kd.h"
 
@@ -188,6 +189,38 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
   if (threadIdx.x == 0) partials[blockIdx.x] = sum;
 }
 
+// Sums over a token's channels, which are scaled by a power of two each.
+struct CosineSums {
+  float dot = 0.f, student_square = 0.f, teacher_square = 0.f;
+};
+
+// The channels of lane `lane`; the caller adds up the lanes.
+template <typename S, typename T, int V>
+__device__ __forceinline__ CosineSums cosine_sums(const FeatureKd& p, const Cut& cut,
+                                                  const Line& at, int offset, int lane, int lanes,
+                                                  float student_scale, float teacher_scale) {
+  CosineSums sums;
+  for (int channel = lane * V; channel < p.channels; channel += lanes * V) {
+    float s[V], t[V];
+    Reader<S, V>(p.student, cut.student, at, channel, p.channels - 1, p.channels).read(offset, s);
+    Reader<T, V>(p.teacher, cut.teacher, at, channel, p.channels - 1, p.channels).read(offset, t);
+#pragma unroll
+    for (int v = 0; v < V; ++v) {
+      s[v] *= student_scale;
+      t[v] *= teacher_scale;
+      sums.dot += s[v] * t[v];
+      sums.student_square += s[v] * s[v];
+      sums.teacher_square += t[v] * t[v];
+    }
+  }
+  if (lanes == kWarpSize) {
+    sums.dot = warp_sum(sums.dot);
+    sums.student_square = warp_sum(sums.student_square);
+    sums.teacher_square = warp_sum(sums.teacher_square);
+  }
+  return sums;
+}
+
 // One token per `lanes` threads: a whole warp where channels are neighbours in memory, else one
 // thread, so that neighbouring threads still read neighbouring addresses.
 template <typename S, typename T, int V>
@@ -196,47 +229,29 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
   const int lane = threadIdx.x % lanes;
   const int64_t tokens = p.batch * cut.lines.tokens;
   float sum = 0.f;
-  // All lanes of a warp make the same number of rounds, so that the shuffles stay converged.
+  // All lanes of a warp have the same token, so that the shuffles stay converged.
   const int64_t step = int64_t{gridDim.x} * kThreads / lanes;
-  for (int64_t base = int64_t{blockIdx.x} * kThreads / lanes; base < tokens; base += step) {
-    const int64_t token = base + threadIdx.x / lanes;
-    float dot = 0.f, student_square = 0.f, teacher_square = 0.f;
-    if (token < tokens) {
-      Line at;
-      at.image = token / cut.lines.tokens;
-      const int position = static_cast<int>(token % cut.lines.tokens);
-      at.run = position / cut.lines.length;
-      const int offset = position % cut.lines.length;
-      for (int channel = lane * V; channel < p.channels; channel += lanes * V) {
-        float s[V], t[V];
-        Reader<S, V>(p.student, cut.student, at, channel, p.channels - 1, p.channels)
-            .read(offset, s);
-        Reader<T, V>(p.teacher, cut.teacher, at, channel, p.channels - 1, p.channels)
-            .read(offset, t);
-#pragma unroll
-        for (int v = 0; v < V; ++v) {
-          dot += s[v] * t[v];
-          student_square += s[v] * s[v];
-          teacher_square += t[v] * t[v];
-        }
-      }
+  for (int64_t token = int64_t{blockIdx.x} * kThreads / lanes + threadIdx.x / lanes; token < tokens;
+       token += step) {
+    Line at;
+    at.image = token / cut.lines.tokens;
+    const int position = static_cast<int>(token % cut.lines.tokens);
+    at.run = position / cut.lines.length;
+    const int offset = position % cut.lines.length;
+    float student_scale = 1.f, teacher_scale = 1.f;
+    CosineSums sums = cosine_sums<S, T, V>(p, cut, at, offset, lane, lanes, 1.f, 1.f);
+    if (needs_rescaling(sums.student_square, sums.teacher_square, p.eps)) {
+      student_scale = rescaling(sums.student_square);
+      teacher_scale = rescaling(sums.teacher_square);
+      sums = cosine_sums<S, T, V>(p, cut, at, offset, lane, lanes, student_scale, teacher_scale);
     }
-    if (lanes == kWarpSize) {
-      dot = warp_sum(dot);
-      student_square = warp_sum(student_square);
-      teacher_square = warp_sum(teacher_square);
-    }
-    if (token < tokens && lane == 0) {
-      const float student_norm = sqrtf(student_square), teacher_norm = sqrtf(teacher_square);
-      const bool directed = !(student_norm < p.eps || teacher_norm < p.eps);
-      const float student_inverse = directed ? 1.f / student_norm : 0.f;
-      const float teacher_inverse = directed ? 1.f / teacher_norm : 0.f;
-      const float cosine = directed ? dot * student_inverse * teacher_inverse : 0.f;
-      stats[3 * token] = cosine;
-      stats[3 * token + 1] = student_inverse;
-      stats[3 * token + 2] = teacher_inverse;
-      sum += 1.f - cosine;
-    }
+    if (lane != 0) continue;
+    const Cosine found = cosine_of(sums.dot, sums.student_square, sums.teacher_square,
+                                   student_scale, teacher_scale, p.eps);
+    stats[3 * token] = found.cosine;
+    stats[3 * token + 1] = found.student_inverse;
+    stats[3 * token + 2] = found.teacher_inverse;
+    sum += 1.f - found.cosine;
   }
   sum = block_sum<kThreads>(sum);
   if (threadIdx.x == 0) partials[blockIdx.x] = sum;
@@ -292,9 +307,10 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
       if (p.loss == FeatureLoss::kCosine) {
         const float* stat =
             stats + 3 * (at.image * cut.lines.tokens + at.run * cut.lines.length + token);
-        const float across = stat[1] * stat[2], along = stat[0] * stat[own] * stat[own];
+        // Unit vectors first: the inverses' product may underflow.
+        const float along = stat[0] * stat[own], other = stat[3 - own];
 #pragma unroll
-        for (int k = 0; k < K; ++k) slope[k] = along * s[k] - across * t[k];
+        for (int k = 0; k < K; ++k) slope[k] = (along * s[k] - other * t[k]) * stat[own];
       } else {
 #pragma unroll
         for (int k = 0; k < K; ++k) {

@@ -2,6 +2,8 @@
 // Each warp has half of the outputs; they meet to add up what concerns whole tokens.
 #pragma once
 
+#include <cmath>
+
 #include "lift_kd_rows.cuh"
 
 namespace fastkd {
@@ -418,9 +420,12 @@ struct LiftTile {
 #pragma unroll
     for (int row = 0; row < 2; ++row) {
       const float student_norm = sqrtf(sums[row][1]), teacher_norm = sqrtf(sums[row][2]);
-      const bool directed =
-          filled[row] && !(student_norm < kCosineEps || teacher_norm < kCosineEps);
-      const float student_inverse = directed ? 1.f / student_norm : 0.f;
+      // A NaN shows, also beside a token of zeros.
+      const bool is_short = student_norm < kCosineEps || teacher_norm < kCosineEps;
+      const bool directed = filled[row] && !(is_short && sums[row][0] == sums[row][0]);
+      // Squares that float32 does not hold: a second walk with scaled tokens would spill.
+      const float one = student_norm + teacher_norm < INFINITY ? 1.f : NAN;
+      const float student_inverse = directed ? one / student_norm : 0.f;
       across[row] = directed ? student_inverse / teacher_norm : 0.f;
       const float cosine = directed ? sums[row][0] * across[row] : 0.f;
       along[row] = factor * cosine * student_inverse * student_inverse;

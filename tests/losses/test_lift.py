@@ -228,3 +228,24 @@ def test_ten_steps_of_the_loss_alone_follow_those_of_plain_layers():
         return seen
 
     torch.testing.assert_close(losses(True), losses(False), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("lift_eps", [1e-5, 0.3])
+def test_the_layer_norm_takes_its_eps(loss, lift_eps):
+    """Tokens so small that eps is a part of their variance that nobody can miss."""
+    tokens, teacher = 0.05 * random(2, 12, STUDENT).requires_grad_(), random(2, 12, TEACHER, seed=1)
+    term = term_for(loss, pool=True, lift_eps=lift_eps)
+    assert term.projector.norm.eps == lift_eps
+    lifted = F.layer_norm(
+        tokens @ term.projector.proj.weight.mT,
+        (TEACHER,),
+        term.projector.norm.weight,
+        term.projector.norm.bias,
+        eps=lift_eps,
+    )
+    found = term(tokens, teacher, GRID)
+    assert_same(found, [distance(loss, lifted, teacher), lifted.mean(1)], [*term.parameters()])
+    torch.testing.assert_close(term.lift(tokens), lifted.mean(1))
+    alone = term_for(loss, lift_eps=lift_eps)
+    torch.testing.assert_close(alone(tokens, teacher, GRID), found[0])

@@ -565,3 +565,57 @@ def test_a_wrong_kernel_is_switched_off_with_one_warning(backend, caplog):
     assert "disagrees with the reference" in warnings[0] and "error 1e+03, allowed 1" in warnings[0]
     with pytest.raises(RuntimeError, match="disagrees with the reference"):
         operator.select("cuda", (x, x), "mse")
+
+
+SIZES = [1e-20, 1.8e19, 1e25, 1e33]  # norms whose squares float32 does not hold
+
+
+@pytest.mark.parametrize("eps", [1e-8, 0.0])
+@pytest.mark.parametrize(
+    "sizes", [(s, 1.0) for s in SIZES] + [(1.0, s) for s in SIZES] + [(1e25,) * 2]
+)
+def test_cosine_is_right_for_tokens_of_any_size(backend, sizes, eps):
+    if eps > 0:
+        sizes = tuple(max(size, 1.0) for size in sizes)
+    noise = (x.clamp(-3, 3).unflatten(1, (2, 3)) for x in FINITE["noise"]((2, 6, 40)))
+    student, teacher = (x * size for x, size in zip(noise, sizes))
+    student[0, 0] /= sizes[0]  # a token of ordinary size among them
+    value, gradient, other = backend.call(
+        loss_and_gradients,
+        *(x.flatten(1, 2).to(backend.device) for x in (student, teacher)),
+        (True, True),
+        loss="cosine",
+        eps=eps,
+        backend=backend.name,
+    )
+    truth, *slopes = defined(student, teacher, "cosine", eps=eps)
+    assert relative_error(value.cpu(), truth) < 1e-5
+    for found, expected in zip((gradient, other), slopes):
+        for token, right in zip(
+            found.cpu().view_as(expected).flatten(0, 2), expected.flatten(0, 2)
+        ):
+            assert relative_error(token, right) < 1e-5
+    assert abs(definition(student, teacher, "cosine", eps=eps) - truth) < 1e-5
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("side", [0, 1])
+def test_a_token_that_is_not_finite_shows_beside_one_of_zeros(backend, side, bad):
+    inputs = [torch.zeros(1, 4, 8), torch.zeros(1, 4, 8)]
+    inputs[side][0, 2, 3] = bad
+    value, *_ = backend.call(
+        loss_and_gradients,
+        *(x.to(backend.device) for x in inputs),
+        loss="cosine",
+        backend=backend.name,
+    )
+    assert value.isnan()
+    assert definition(*(x.unsqueeze(1) for x in inputs), "cosine").isnan()
+
+
+def test_float64_tokens_have_cosines_of_any_size():
+    student, teacher = (x.double() for x in FINITE["noise"]((1, 4, 8)))
+    expected = feature_kd(student, teacher, "cosine")
+    for size in (1e200, 1e-200):
+        found = feature_kd(size * student, teacher / size, "cosine", eps=0.0)
+        torch.testing.assert_close(found, expected)

@@ -131,6 +131,7 @@ def defined(
     upstream: float = UPSTREAM,
     pooled_upstream: float = 1.0,
     beta: float = 1.0,
+    lift_eps: float = LIFT_EPS,
 ):
     """The same by autograd through plain layers in a dtype; the lifted tokens come fourth.
 
@@ -142,7 +143,7 @@ def defined(
     lifted = F.linear(leaves["tokens"], leaves["weight"], leaves.get("bias"))
     if "norm_weight" in leaves:
         norm = leaves["norm_weight"], leaves.get("norm_bias")
-        lifted = F.layer_norm(lifted, lifted.shape[-1:], *norm, LIFT_EPS)
+        lifted = F.layer_norm(lifted, lifted.shape[-1:], *norm, lift_eps)
     compared = [x if dtype == torch.float64 else x.float() for x in (lifted, problem.teacher)]
     value = feature_kd_definition(*compared, loss, beta)
     pooled = lifted.mean(dim=(1, 2))
@@ -290,6 +291,36 @@ def test_smooth_l1_takes_its_threshold(backend):
         expected = defined(problem, "smooth_l1", beta=beta)
         eager = defined(problem, "smooth_l1", torch.bfloat16, beta=beta)
         check_half(found, expected, eager, torch.bfloat16)
+
+
+# The widths and the dtype that the CUDA C++ kernels take, too.
+@pytest.mark.parametrize("pool", [False, True], ids=["one_pass", "pooled"])
+@pytest.mark.parametrize("lift_eps", [0.0, 0.5])
+def test_the_layer_norm_takes_its_eps(backend, lift_eps, pool):
+    problem = draw((1, 2, 3, 192), 384, ("norm_weight", "norm_bias"))
+    problem.tokens *= 0.5  # eps is a part of the variance that cannot be missed
+    problem = problem.to(torch.bfloat16)
+    found = problem.call(backend, pool=pool, lift_eps=lift_eps)
+    options = {"pooled_upstream": float(pool), "lift_eps": lift_eps}
+    truth, eager = (defined(problem, dtype=x, **options) for x in (torch.float64, torch.bfloat16))
+    check_half(found, truth, eager, torch.bfloat16)
+    default = defined(problem, pooled_upstream=float(pool))
+    assert relative_error(found[0].cpu(), default[0]) > (1e-6 if lift_eps == 0 else 1e-2)
+
+
+@pytest.mark.parametrize("size", [1e20, 1e30])
+def test_cosines_of_teachers_of_any_size(backend, size):
+    problem = draw((2, 2, 3, 192), 384, ("norm_weight", "norm_bias"))
+    problem.teacher[0] *= size  # beside an image of ordinary size
+    problem = problem.to(torch.bfloat16)
+    if backend.name == "cuda":  # it has no registers left to scale tokens, and says NaN
+        skip_if_refused(backend, problem, "cosine", torch.bfloat16)
+        assert problem.call(backend, loss="cosine")[0].isnan()
+        return
+    found = problem.call(backend, loss="cosine")
+    truth = defined(problem, "cosine", pooled_upstream=0.0)
+    eager = defined(problem, "cosine", torch.bfloat16, pooled_upstream=0.0)
+    check_half(found, truth, eager, torch.bfloat16)
 
 
 @pytest.mark.parametrize("pool", [False, True], ids=["one_pass", "pooled"])
@@ -599,7 +630,7 @@ def test_the_torch_path_is_right_however_it_is_cut(small_chunks, loss, grid, poo
 def eager_step(tokens, teacher, parameters):
     lifted = F.linear(tokens, parameters["weight"])
     norm = parameters["norm_weight"], parameters["norm_bias"]
-    value = F.mse_loss(F.layer_norm(lifted, lifted.shape[-1:], *norm, LIFT_EPS), teacher)
+    value = F.mse_loss(F.layer_norm(lifted, lifted.shape[-1:], *norm, lift_eps), teacher)
     return torch.autograd.grad(value, (tokens, *parameters.values()))
 
 

@@ -357,3 +357,23 @@ def test_an_unknown_backend_is_refused():
         spectrum(torch.ones(2, 3, 4), backend="metal")
     with pytest.raises(RuntimeError, match="backend 'triton' cannot run: not implemented"):
         spectrum(torch.ones(2, 3, 4), backend="triton")
+
+
+@EVERY_BACKEND
+@pytest.mark.parametrize("size", [1e20, 3e38])
+def test_energies_that_float32_cannot_hold_are_nan_and_spoil_no_other(backend, size):
+    x = SPECTRA["noise_matrix"]((3, 4, 6)).to(backend.device)
+    clean = spectrum(x, backend=backend.name)
+    x[1] = size
+    x.requires_grad_()
+    energies, ranks = spectral_ranks(x, backend=backend.name)
+    assert energies[1].isnan().all() and (ranks[1] == 0).all()
+    assert torch.equal(energies[[0, 2]], clean[[0, 2]])
+    assert singular_values(x, backend=backend.name)[1].isnan().all()
+    (gradient,) = torch.autograd.grad(energies[[0, 2]].sum(), x)
+    assert gradient[[0, 2]].isfinite().all()
+
+
+def test_float64_holds_the_energies_of_large_values():
+    energies = spectrum(torch.full((1, 4, 4), 1e20, dtype=torch.float64))
+    assert energies[0, 0].item() == pytest.approx(1.6e41)

@@ -108,6 +108,67 @@ def _difference_forward(
 
 
 @triton.jit
+def rescaling(square):
+    """Powers of two to scale tokens by, of which float32 does not hold the sum of squares."""
+    large, small = 1.2089258e24, 1.2676506e30  # 2^80, 2^100
+    return tl.where(square > 1e36, 1.0 / large, tl.where(square < 1e-30, small, 1.0))
+
+
+@triton.jit
+def needs_rescaling(student_square, teacher_square, eps):
+    """Whether a token must be scaled. Small ones count where eps lets them have a direction."""
+    too_large = (student_square > 1e36) | (teacher_square > 1e36)
+    return (tl.max(too_large.to(tl.int32), axis=0) > 0) | (eps < 1e-15)
+
+
+@triton.jit
+def cosine_of_sums(dot, student_square, teacher_square, student_scale, teacher_scale, eps):
+    """Cosine and inverse norms of tokens, from the sums over their scaled channels."""
+    student_norm = tl.sqrt(student_square)
+    teacher_norm = tl.sqrt(teacher_square)
+    # A NaN shows, also beside a token of zeros.
+    short = (student_norm < eps * student_scale) | (teacher_norm < eps * teacher_scale)
+    undirected = short & (dot == dot)
+    student_inverse = tl.where(undirected, 0.0, 1.0 / student_norm)
+    teacher_inverse = tl.where(undirected, 0.0, 1.0 / teacher_norm)
+    cosine = tl.where(undirected, 0.0, dot * student_inverse * teacher_inverse)
+    return cosine, student_inverse * student_scale, teacher_inverse * teacher_scale
+
+
+@triton.jit
+def _cosine_sums(
+    student, teacher, walk, student_scale, teacher_scale,
+    STUDENT_WINDOW: tl.constexpr, TEACHER_WINDOW: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """[BLOCK_T] each: s t, s s and t t of scaled tokens, summed over the channels."""
+    (
+        run, token, inside, channels, student_channels, teacher_channels,
+        student_run, student_token, student_channel, teacher_run, teacher_token, teacher_channel,
+    ) = walk  # fmt: skip
+    dot = tl.zeros([BLOCK_T], dtype=tl.float32)
+    student_square = tl.zeros([BLOCK_T], dtype=tl.float32)
+    teacher_square = tl.zeros([BLOCK_T], dtype=tl.float32)
+    for first in range(0, channels, BLOCK_C):
+        channel = first + tl.arange(0, BLOCK_C)
+        mask = inside[:, None] & (channel < channels)[None, :]
+        s = _window_mean(
+            student, run * student_run + token[:, None] * student_token,
+            channel, student_channels, channels, student_channel, mask, STUDENT_WINDOW,
+        )  # fmt: skip
+        t = _window_mean(
+            teacher, run * teacher_run + token[:, None] * teacher_token,
+            channel, teacher_channels, channels, teacher_channel, mask, TEACHER_WINDOW,
+        )  # fmt: skip
+        s *= student_scale[:, None]
+        t *= teacher_scale[:, None]
+        dot += tl.sum(s * t, axis=1)
+        student_square += tl.sum(s * s, axis=1)
+        teacher_square += tl.sum(t * t, axis=1)
+    return dot, student_square, teacher_square
+
+
+@triton.jit
 def _cosine_forward(
     student, teacher, stats, partials,
     run_length, tokens, channels, student_channels, teacher_channels,
@@ -124,29 +185,25 @@ def _cosine_forward(
     token = tl.arange(0, BLOCK_T)
     position = run * run_length + token
     inside = (token < run_length) & (position < tokens)
-    dot = tl.zeros([BLOCK_T], dtype=tl.float32)
-    student_square = tl.zeros([BLOCK_T], dtype=tl.float32)
-    teacher_square = tl.zeros([BLOCK_T], dtype=tl.float32)
-    for first in range(0, channels, BLOCK_C):
-        channel = first + tl.arange(0, BLOCK_C)
-        mask = inside[:, None] & (channel < channels)[None, :]
-        s = _window_mean(
-            student, run * student_run + token[:, None] * student_token,
-            channel, student_channels, channels, student_channel, mask, STUDENT_WINDOW,
+    walk = (
+        run, token, inside, channels, student_channels, teacher_channels,
+        student_run, student_token, student_channel, teacher_run, teacher_token, teacher_channel,
+    )  # fmt: skip
+    one = tl.full([BLOCK_T], 1.0, dtype=tl.float32)
+    dot, student_square, teacher_square = _cosine_sums(
+        student, teacher, walk, one, one, STUDENT_WINDOW, TEACHER_WINDOW, BLOCK_T, BLOCK_C
+    )
+    student_scale, teacher_scale = rescaling(student_square), rescaling(teacher_square)
+    if needs_rescaling(student_square, teacher_square, eps):
+        dot, student_square, teacher_square = _cosine_sums(
+            student, teacher, walk, student_scale, teacher_scale,
+            STUDENT_WINDOW, TEACHER_WINDOW, BLOCK_T, BLOCK_C,
         )  # fmt: skip
-        t = _window_mean(
-            teacher, run * teacher_run + token[:, None] * teacher_token,
-            channel, teacher_channels, channels, teacher_channel, mask, TEACHER_WINDOW,
-        )  # fmt: skip
-        dot += tl.sum(s * t, axis=1)
-        student_square += tl.sum(s * s, axis=1)
-        teacher_square += tl.sum(t * t, axis=1)
-    student_norm = tl.sqrt(student_square)
-    teacher_norm = tl.sqrt(teacher_square)
-    undirected = (student_norm < eps) | (teacher_norm < eps)
-    student_inverse = tl.where(undirected, 0.0, 1.0 / student_norm)
-    teacher_inverse = tl.where(undirected, 0.0, 1.0 / teacher_norm)
-    cosine = tl.where(undirected, 0.0, dot * student_inverse * teacher_inverse)
+    else:
+        student_scale, teacher_scale = one, one
+    cosine, student_inverse, teacher_inverse = cosine_of_sums(
+        dot, student_square, teacher_square, student_scale, teacher_scale, eps
+    )
     stat = stats + (image * tokens + position) * 3
     tl.store(stat, cosine, mask=inside)
     tl.store(stat + 1, student_inverse, mask=inside)
@@ -208,8 +265,9 @@ def _gradient(
                 cosine = tl.load(stat, mask=inside, other=0.0)
                 own_inverse = tl.load(stat + OWN, mask=inside, other=0.0)
                 other_inverse = tl.load(stat + 3 - OWN, mask=inside, other=0.0)
-                along = cosine * own_inverse * own_inverse
-                slope = s * along[:, None] - t * (own_inverse * other_inverse)[:, None]
+                # Unit vectors first: the inverses' product may underflow.
+                slope = s * (cosine * own_inverse)[:, None] - t * other_inverse[:, None]
+                slope *= own_inverse[:, None]
             else:
                 d = s - t
                 slope = 2.0 * d

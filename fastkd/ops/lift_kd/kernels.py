@@ -19,7 +19,14 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fastkd.ops.feature_kd.triton import COSINE, SMOOTH_L1, SPECTRAL
+from fastkd.ops.feature_kd.triton import (
+    COSINE,
+    SMOOTH_L1,
+    SPECTRAL,
+    cosine_of_sums,
+    needs_rescaling,
+    rescaling,
+)
 
 
 @triton.jit
@@ -173,6 +180,7 @@ def forward(
         rstd = 1.0 / tl.sqrt(square / width + norm_eps)
     same = _same_half_row(position, inside, image_tokens, grid_width, EVEN_ROWS)
     zero = tl.zeros([BLOCK_M], dtype=tl.float32)
+    one = tl.full([BLOCK_M], 1.0, dtype=tl.float32)
     sums = (zero, zero, zero, zero, zero, zero)
     for first in range(0, width, BLOCK_O):
         output = first + tl.arange(0, BLOCK_O)
@@ -181,25 +189,41 @@ def forward(
             bias, output, width, HAS_BIAS, COMPUTE, PRECISION, RESIDENT, BLOCK_M, BLOCK_O, BLOCK_I,
         )  # fmt: skip
         sums = _forward_chunk(
-            y, first, sums, rstd, same, position, inside, first_image, tile,
+            y, first, sums, one, one, rstd, same, position, inside, first_image, tile,
             norm_weight, norm_bias, teacher, teacher_offset, teacher_channel, pooled, lifted,
             image_tokens, images, width, beta, inverse_half_row,
             NORMED, HAS_NORM_BIAS, TEACHER, POOL, LIFT, LOSS, HALF_ROW, BLOCK_O,
         )  # fmt: skip
+    z_scale, t_scale = one, one
+    if TEACHER and LOSS == COSINE:  # noqa: SIM102 - one is for the compiler
+        if needs_rescaling(sums[2], sums[3], cosine_eps):
+            z_scale, t_scale = rescaling(sums[2]), rescaling(sums[3])
+            sums = (zero, zero, zero, zero, zero, zero)
+            for first in range(0, width, BLOCK_O):
+                output = first + tl.arange(0, BLOCK_O)
+                y = _project(
+                    tokens, resident, offset, inside, channels, tokens_channel, weight, weight_row,
+                    bias, output, width,
+                    HAS_BIAS, COMPUTE, PRECISION, RESIDENT, BLOCK_M, BLOCK_O, BLOCK_I,
+                )  # fmt: skip
+                sums = _forward_chunk(
+                    y, first, sums, z_scale, t_scale, rstd, same, position, inside, first_image,
+                    tile, norm_weight, norm_bias, teacher, teacher_offset, teacher_channel,
+                    pooled, lifted, image_tokens, images, width, beta, inverse_half_row,
+                    NORMED, HAS_NORM_BIAS, TEACHER, False, False, LOSS, HALF_ROW, BLOCK_O,
+                )  # fmt: skip
     if TEACHER:
         value, projected, zz, tt, zt, across_projected = sums
         along = tl.zeros([BLOCK_M], dtype=tl.float32)
         across = tl.zeros([BLOCK_M], dtype=tl.float32)
         if LOSS == COSINE:
-            z_norm = tl.sqrt(zz)
-            t_norm = tl.sqrt(tt)
-            undirected = (z_norm < cosine_eps) | (t_norm < cosine_eps)
-            z_inverse = tl.where(undirected, 0.0, 1.0 / z_norm)
-            across = tl.where(undirected, 0.0, z_inverse / t_norm)
-            cosine = tl.where(undirected, 0.0, zt * across)
+            cosine, z_inverse, t_inverse = cosine_of_sums(zt, zz, tt, z_scale, t_scale, cosine_eps)
             along = cosine * z_inverse * z_inverse
+            across = z_inverse * t_inverse
             value = tl.where(inside, 1.0 - cosine, 0.0)
-            projected = along * projected - across * across_projected
+            # The sums are of scaled tokens; unit vectors first, as the inverses may underflow.
+            of_units = cosine * (z_inverse / z_scale) * projected
+            projected = z_inverse * (of_units - t_inverse / t_scale * across_projected)
         tl.store(partials + tile, tl.sum(value, axis=0))
         if STATS:
             stat = stats + position.to(tl.int64) * 4
@@ -212,7 +236,7 @@ def forward(
 
 @triton.jit
 def _forward_chunk(
-    y, first, sums, rstd, same, position, inside, first_image, tile,
+    y, first, sums, z_scale, t_scale, rstd, same, position, inside, first_image, tile,
     norm_weight, norm_bias, teacher, teacher_offset, teacher_channel, pooled, lifted,
     image_tokens, images, width, beta, inverse_half_row,
     NORMED: tl.constexpr, HAS_NORM_BIAS: tl.constexpr, TEACHER: tl.constexpr, POOL: tl.constexpr,
@@ -221,7 +245,8 @@ def _forward_chunk(
     """What a chunk of lifted tokens adds to the sums over a row.
 
     ``sums`` are [BLOCK_M] each: the loss; sum of g slope x_hat, which LayerNorm's backward needs;
-    and for cosine z z, t t and z t, where the second is kept for z and, as the sixth, for t.
+    and for cosine z z, t t and z t, where the second is kept for z and, as the sixth, for t, of
+    tokens scaled by ``z_scale`` and ``t_scale``.
     """
     output = first + tl.arange(0, BLOCK_O)
     mask = inside[:, None] & (output < width)[None, :]
@@ -242,7 +267,8 @@ def _forward_chunk(
         pointer = teacher + teacher_offset[:, None] + output[None, :] * teacher_channel
         t = tl.load(pointer, mask=mask, other=0.0).to(tl.float32)
         if LOSS == COSINE:
-            z = tl.where(mask, z, 0.0)
+            z = tl.where(mask, z, 0.0) * z_scale[:, None]
+            t *= t_scale[:, None]
             scaled = normed * scale
             zz += tl.sum(z * z, axis=1)
             tt += tl.sum(t * t, axis=1)

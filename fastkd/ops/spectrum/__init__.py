@@ -216,7 +216,10 @@ def _operator(x: Tensor, levels: list[float], backend: str) -> tuple[Tensor, Ten
         dtype = reference.accumulator_dtype(x)
         if energies.dtype != dtype:  # solved in float64, but ties are those of the tokens' dtype
             energies = energies.to(dtype)
+            held = energies.isfinite().all(dim=-1, keepdim=True)
+            energies = torch.where(held, energies, torch.nan)
             ranks = reference.ranks_of(energies, tuple(levels))
+            product = torch.where(held.unsqueeze(-1), product, torch.nan)  # and so the gradient
         return energies, ranks, product
 
 
