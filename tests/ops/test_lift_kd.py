@@ -630,7 +630,7 @@ def test_the_torch_path_is_right_however_it_is_cut(small_chunks, loss, grid, poo
 def eager_step(tokens, teacher, parameters):
     lifted = F.linear(tokens, parameters["weight"])
     norm = parameters["norm_weight"], parameters["norm_bias"]
-    value = F.mse_loss(F.layer_norm(lifted, lifted.shape[-1:], *norm, lift_eps), teacher)
+    value = F.mse_loss(F.layer_norm(lifted, lifted.shape[-1:], *norm, LIFT_EPS), teacher)
     return torch.autograd.grad(value, (tokens, *parameters.values()))
 
 
