@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import errno
 import logging
 import os
 import re
-import stat
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
 
 from timm.data.readers.img_extensions import get_img_extensions, is_img_extension
 from timm.utils.misc import natural_key
@@ -148,14 +145,3 @@ def list_folders(folder: str | os.PathLike[str]) -> list[str]:
         and os.path.isdir(path := os.path.join(folder, name))
         and not (os.path.islink(path) and here.is_relative_to(os.path.realpath(path)))
     ]
-
-
-def open_file(path: str | os.PathLike[str], buffering: int = -1) -> BinaryIO:
-    """Open a regular file; raise an OSError for a pipe, which would be waited for, or a device."""
-    mode = os.stat(path).st_mode
-    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
-        raise OSError(errno.EINVAL, "no regular file", os.fspath(path))
-    # Not even one that has taken the file's place since is waited for.
-    return open(
-        path, "rb", buffering, opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)
-    )

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import io
 import os
+import stat
 import warnings
 from typing import Any, BinaryIO
 
 from PIL import Image, UnidentifiedImageError
-
-from fastkd.data.files import open_file
 
 # Whatever a file is called, no other format is looked for: Pillow would start Ghostscript for
 # PostScript. MPO, several JPEGs in a file, comes with JPEG.
@@ -31,6 +31,17 @@ JPEG_METADATA = 2**16
 # Reads beyond one for so many bytes: files with a million tags or chunks would take seconds.
 SMALL_READS = 5000
 HEADER_READ, PIXEL_READ = 4096, 512  # bytes; libpng writes chunks of 8192, which take four reads
+
+
+def open_file(path: str | os.PathLike[str], buffering: int = -1) -> BinaryIO:
+    """Open a regular file; raise an OSError for a pipe, which would be waited for, or a device."""
+    mode = os.stat(path).st_mode
+    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+        raise OSError(errno.EINVAL, "no regular file", os.fspath(path))
+    # Not even one that has taken the file's place since is waited for.
+    return open(
+        path, "rb", buffering, opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)
+    )
 
 
 def open_image(source: str | os.PathLike[str] | BinaryIO | bytes) -> Image.Image:

@@ -11,8 +11,7 @@ from timm.data.readers.reader_image_folder import ReaderImageFolder
 from torch.utils.data import Dataset
 
 from fastkd.data.classes import UNLABELLED
-from fastkd.data.files import open_file
-from fastkd.data.images import open_image, reason_of
+from fastkd.data.images import open_file, open_image, reason_of
 from fastkd.utils.io import writable
 
 NO_SAMPLE = -1  # the index of what a stream skips

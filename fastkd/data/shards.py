@@ -22,14 +22,13 @@ from typing import Any, NamedTuple
 from PIL import ExifTags, Image
 
 from fastkd.data.datasets import open_data
-from fastkd.data.files import open_file
 from fastkd.data.folders import (
     SHARD_LISTS,
     UNFINISHED,
     VALIDATION_FOLDERS,
     refuse_empty_classes,
 )
-from fastkd.data.images import MAX_FILE, open_image, reason_of, refuse_deep
+from fastkd.data.images import MAX_FILE, open_file, open_image, reason_of, refuse_deep
 from fastkd.data.tars import TarImages, list_shard
 from fastkd.utils.arguments import MOST_WORKERS, check_numbers, refuse_blank
 from fastkd.utils.io import remove_leftovers, replacing, write_text

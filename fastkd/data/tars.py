@@ -26,9 +26,9 @@ from fastkd.data.files import (
     image_endings,
     is_hidden,
     is_image,
-    open_file,
     tell_left_out,
 )
+from fastkd.data.images import open_file
 from fastkd.utils.io import replacing
 from fastkd.utils.progress import track
 

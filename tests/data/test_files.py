@@ -14,9 +14,9 @@ from fastkd.data.files import (
     is_inside,
     list_folders,
     list_images,
-    open_file,
     tell_left_out,
 )
+from fastkd.data.images import open_file
 
 
 def listed(folder, *names):

@@ -16,8 +16,7 @@ from PIL import EpsImagePlugin, Image, JpegImagePlugin, UnidentifiedImageError
 
 from fastkd.data import images
 from fastkd.data.datasets import open_data
-from fastkd.data.files import open_file
-from fastkd.data.images import load_rgb, open_image, reason_of
+from fastkd.data.images import load_rgb, open_file, open_image, reason_of
 from fastkd.data.readers import FileReader, ReadableImages
 from fastkd.data.samples import SampleTransform
 from fastkd.data.shards import convert
