@@ -11,10 +11,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.conv import _ConvNd
 
 from fastkd.tokens import Tokens
 
 TapKey = int | str
+
+# Modules that give [B, C, H, W] whatever its sides.
+CHANNELS_FIRST = (_ConvNd, _NormBase)
 
 
 @dataclass(frozen=True)
@@ -311,19 +316,21 @@ class _NameReader:
         if hasattr(self.model, "reroll") and features.ndim == 3:  # Hiera
             raise ValueError(f"Taps: {source} orders tokens by windows; tap {self.name} by number")
         if features.ndim == 4:
-            if self._channels_come_last(shape, channels, images, source):
+            if self._channels_come_last(key, shape, images, source):
                 features = features.permute(0, 3, 1, 2)
             return _tokens_of_map(features, source)
         grid, num_prefix = self._grid(shape[1], images, source)
         return Tokens(features[:, num_prefix:], grid, num_prefix, source)
 
-    def _channels_come_last(
-        self, shape: list[int], channels: set[int], images: Tensor, source: str
-    ) -> bool:
+    def _channels_come_last(self, key: str, shape: list[int], images: Tensor, source: str) -> bool:
+        channels = self.channels.get(key, set())
         first, last = shape[1] in channels, shape[-1] in channels
         if first == last:
             size = images.shape[-2:]
             first, last = _has_aspect(shape[2:], size), _has_aspect(shape[1:3], size)
+        if first == last:
+            module = self.model.get_submodule(key)
+            first, last = isinstance(module, CHANNELS_FIRST), isinstance(module, nn.Linear)
         if first != last:
             return last
         # timm's models without the attribute give NCHW, but not all of the modules inside do.

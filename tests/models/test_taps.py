@@ -518,6 +518,14 @@ def test_a_layout_that_nobody_knows_is_refused_until_the_model_says_it(shape, si
     assert Taps(model, ["part"])(images).tokens["part"].grid == shape[2:]
 
 
+def test_a_convolution_gives_its_channels_first_even_as_a_cube():
+    model = nn.Sequential(nn.Conv2d(3, 4, 8, stride=8), nn.BatchNorm2d(4), nn.Flatten()).eval()
+    images = torch.randn(2, 3, 32, 32)
+    for name, part in (("0", model[:1]), ("1", model[:2])):
+        tokens = Taps(model, [name])(images).tokens[name]
+        torch.testing.assert_close(tokens.data, part(images).flatten(2).mT)
+
+
 @pytest.mark.parametrize("shape", [(8, 4, 4, 5), (8, 16, 5), (1, 16, 5)])
 def test_windows_are_not_taken_for_images(shape):
     with pytest.raises(ValueError, match=r"Given part gives \[.*\] for 2 images"):
