@@ -361,3 +361,18 @@ def test_the_operators_pass_opcheck(needs_gradient):
     for operator, (leaves, rest) in cases_.items():
         leaves = [x.requires_grad_(needs_gradient) for x in leaves]
         torch.library.opcheck(operator.default, (*leaves, *rest, needs_gradient))
+
+
+@pytest.mark.parametrize("size", [1e20, 1e30])
+@pytest.mark.parametrize("name", ["manifold", "crd", "rkd normalized"])
+def test_directions_of_vectors_whose_squares_float32_cannot_hold(name, size):
+    made = {"manifold": ManifoldKD, "crd": crd, "rkd normalized": lambda: RKD(normalize=True)}
+    distance = made[name]()
+    if name == "crd":
+        torch.nn.init.zeros_(distance.student_head.bias)  # a direction then has no scale
+    student, teacher = pair(torch.float32)
+    value, gradient = value_and_gradient(distance, student, teacher)
+    large = (size * student.detach()).requires_grad_()
+    found, slope = value_and_gradient(distance, large, teacher)
+    torch.testing.assert_close(found, value)
+    torch.testing.assert_close(size * slope, gradient, rtol=1e-3, atol=1e-5)
