@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import IterableDataset
 from torchvision.datasets.folder import default_loader
 
-from fastkd.data.classes import is_missing
+from fastkd.data.classes import LabelError, class_names, class_number, is_missing, map_classes
 from fastkd.data.folders import SPLITS, open_folder, open_tar
 from fastkd.data.images import load_rgb
 from fastkd.data.readers import DataPair, ReadableImages, StreamSource, image_column
@@ -92,6 +92,10 @@ def open_data(
                 f"with labels=false needs no classes"
             )
     first = val if train is None else train
+    numbers, names = None, (class_names(train), class_names(val))
+    if all(names) and names[0] != names[1] and labelled_val:
+        known, own = ({name: label for label, name in side.items()} for side in names)
+        numbers = map_classes(own, known, "the evaluation set")
     return DataPair(
         train=train,
         val=val,
@@ -100,6 +104,7 @@ def open_data(
         image_size=tuple(image.shape) if isinstance(image, Tensor) else None,  # type: ignore[arg-type]
         labelled_val=labelled_val,
         streams=isinstance(first, StreamSource),
+        numbers=numbers,
     )
 
 
@@ -174,6 +179,12 @@ def _look(dataset: Any, which: str, labels: bool) -> tuple[Any, bool]:
         return None, True
     image, label = _probe(dataset)
     labelled = not is_missing(label)
+    try:
+        class_number(label, f"the {which} set ({type(dataset).__name__})")
+    except LabelError:
+        if labels:
+            raise
+        labelled = False
     if labels and not labelled:
         raise ValueError(
             f"data: samples of the {which} set have no label; a student can be trained on its "

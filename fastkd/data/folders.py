@@ -47,6 +47,7 @@ class _Part(NamedTuple):
     tars: tuple[Path, ...] = ()
     classes: int = 0  # named by a list of shards; 0: unknown
     target: str | None = None  # field of the shards' .json that holds labels; None: .cls does
+    names: tuple[str, ...] = ()  # of the classes by label, where a list of shards has them
 
 
 def open_folder(folder: Path, need_train: bool, labels: bool) -> tuple[Any, Any]:
@@ -157,6 +158,7 @@ class ListedSplit(NamedTuple):
     samples: int | None  # None: unknown
     classes: int  # 0: unknown
     target: str | None  # field of the shards' .json that holds labels; None: .cls does
+    names: tuple[str, ...]  # of the classes by label; empty: unknown
 
 
 def parse_shard_list(text: bytes, where: str) -> dict[str, ListedSplit]:
@@ -172,10 +174,10 @@ def parse_shard_list(text: bytes, where: str) -> dict[str, ListedSplit]:
         raise ValueError(f"data: {where}: classes must be a list, got {type(classes).__name__}")
     if not isinstance(splits, dict) or not splits:
         raise ValueError(f"data: {where}: splits must be named, got {splits!r}")
-    return {name: _listed(where, name, split, len(classes)) for name, split in splits.items()}
+    return {name: _listed(where, name, split, classes) for name, split in splits.items()}
 
 
-def _listed(where: str, name: str, split: Any, classes: int) -> ListedSplit:
+def _listed(where: str, name: str, split: Any, classes: Any) -> ListedSplit:
     split = split if isinstance(split, dict) else {}
     files, samples = split.get("filenames"), split.get("num_samples")
     if not isinstance(files, list) or not all(isinstance(file, str) for file in files):
@@ -196,7 +198,9 @@ def _listed(where: str, name: str, split: Any, classes: int) -> ListedSplit:
     target = split.get("alt_label") or None
     if not isinstance(target, str | None):
         raise ValueError(f"data: {where}: alt_label of split {name} must be a name, got {target!r}")
-    return ListedSplit(files, samples or None, classes, target)
+    # Labels of another field are not those that the list names.
+    names = tuple(map(str, classes)) if isinstance(classes, list) and target is None else ()
+    return ListedSplit(files, samples or None, len(classes), target, names)
 
 
 def _named_splits(folder: Path, tars: Sequence[Path]) -> dict[str, _Part]:
@@ -333,6 +337,7 @@ def _open_tars(part: _Part, labels: bool, like: ReadableImages | None) -> Readab
         training = like.num_classes or len(like.reader.class_to_idx)
         _check_labels(reader, training, "the training set")
     dataset.num_classes = part.classes or 1 + int(reader.targets.max())
+    dataset.classes = part.names
     return dataset
 
 

@@ -9,6 +9,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from fastkd.config import DataConfig, Recipe
+from fastkd.data.classes import UNLABELLED, LabelError, class_number
 from fastkd.data.images import reason_of
 from fastkd.data.readers import DataPair, Fault, StreamSource
 from fastkd.data.samplers import (
@@ -58,6 +59,7 @@ class SampleDataset(Dataset[Any]):
         replacing: int | None = None,  # seed of the images that replace unreadable ones
         decode_once: bool = False,  # a dataset that draws at random gives all copies the same
         notes: WorkerNotes | None = None,
+        labels: bool = False,  # refuse what is no label; else it is -1
     ) -> None:
         self.dataset = dataset
         self.transform = transform
@@ -65,6 +67,7 @@ class SampleDataset(Dataset[Any]):
         self.replacing = replacing
         self.decode_once = decode_once
         self.notes = notes
+        self.labels = labels
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -133,12 +136,25 @@ class SampleDataset(Dataset[Any]):
     def _read(self, index: int) -> tuple[Any, Any]:
         image, label = self.dataset[index]
         try:
-            return self.transform.decode(image), label
+            return self.transform.decode(image), self._number(label, index)
         except OSError as error:
             reason = error.__cause__ or error
             raise OSError(
                 f"data: cannot decode {self.name(index)} (sample {index}): {reason}"
             ) from error
+
+    def _number(self, label: Any, index: int) -> int | None:
+        if type(label) is int and label >= 0:
+            return label
+        where = self.name(index)
+        if not hasattr(self.dataset, "filename"):
+            where += f" of {type(self.dataset).__name__}"
+        try:
+            return class_number(label, where)
+        except LabelError:
+            if self.labels:
+                raise
+        return UNLABELLED
 
 
 def train_loader(
@@ -177,6 +193,7 @@ def train_loader(
             replacing=recipe.seed,
             decode_once=at_once,
             notes=notes,
+            labels=recipe.labels,
         )
         sampler = TrainBatchSampler(**schedule, repeats=recipe.repeated_aug, together=at_once)
         batching = {"batch_sampler": sampler}
@@ -201,12 +218,14 @@ def eval_loader(
         dataset, sampler = EvalStream(data.val, transform, notes, peers.rank, peers.size), None
     else:
         dataset = eval_samples(data, recipe, spec)
-        dataset.notes = notes
+        dataset.notes, dataset.labels = notes, data.labelled_val
         sampler = EvalSampler(len(data.val), peers.rank, peers.size)
     bound = label_bound(data, recipe.num_classes, data.labelled_val)
+    if data.numbers and bound is not None:
+        bound = 1 + max(data.numbers)
     return _Loader(
         dataset,
-        collate(data, spec, bound),
+        collate(data, spec, bound, data.numbers),
         recipe.workers,
         peers,
         sampler=sampler,

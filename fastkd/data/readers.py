@@ -10,7 +10,7 @@ from PIL import Image
 from timm.data.readers.reader_image_folder import ReaderImageFolder
 from torch.utils.data import Dataset
 
-from fastkd.data.classes import UNLABELLED
+from fastkd.data.classes import UNLABELLED, LabelError, class_number
 from fastkd.data.images import open_file, open_image, reason_of
 from fastkd.utils.io import writable
 
@@ -49,6 +49,7 @@ class ReadableImages(Dataset[tuple[Any, Any]]):
         self.name = name  # for samples that have no file
         self.labelled = labelled
         self.num_classes: int | None = None  # where it differs from the reader's class_to_idx
+        self.classes: Sequence[str] = ()  # names by label, where the reader has no class_to_idx
 
     def __len__(self) -> int:
         return len(self.reader)
@@ -94,6 +95,7 @@ class StreamSource:
     num_samples: int | None  # as the dataset states it
     num_classes: int | None  # as the dataset states it
     urls: Sequence[str] = ()  # of shards, if there are any
+    classes: Sequence[str] = ()  # names by label, as far as the dataset states them
 
     def __len__(self) -> int:
         if self.num_samples is None:
@@ -127,11 +129,13 @@ class StreamSource:
             try:
                 sample = load()
                 sample = sample and (decode(sample[0]), sample[1])
+            except LabelError:
+                raise
             except Exception as error:  # as in `ReadableImages`
                 yield Fault(NO_SAMPLE, writable(name), reason_of(error))
             else:
                 if sample:
-                    yield sample
+                    yield sample[0], class_number(sample[1], writable(name))
 
 
 @dataclass(frozen=True)
@@ -145,6 +149,7 @@ class DataPair:
     image_size: tuple[int, int, int] | None  # (C, H, W) of the first image, if it is a tensor
     labelled_val: bool = True
     streams: bool = False
+    numbers: Mapping[int, int] | None = None  # evaluation labels -> the model's; None: the same
 
 
 def image_column(name: str, features: Mapping[str, Any]) -> str:

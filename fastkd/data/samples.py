@@ -6,7 +6,7 @@ import os
 import re
 import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from multiprocessing import popen_fork
 from multiprocessing.context import ForkContext, ForkProcess
 from typing import Any, NamedTuple
@@ -97,8 +97,10 @@ class Collate:
         mean: tuple[float, ...] | None = None,  # per channel; None leaves tensors as they are
         std: tuple[float, ...] | None = None,
         classes: int | None = None,  # labels must lie below it; None does not look at them
+        numbers: Mapping[int, int] | None = None,  # labels of the data set -> of the model
     ) -> None:
         self.classes = classes
+        self.numbers = numbers
         self.statistics = None
         if mean is not None and std is not None:
             self.statistics = torch.tensor(mean).view(-1, 1, 1), torch.tensor(std).view(-1, 1, 1)
@@ -122,13 +124,16 @@ class Collate:
 
     def _class(self, part: Sample) -> int:
         label = NO_LABEL if part.label is None else int(part.label)
-        if self.classes is not None and not 0 <= label < self.classes:
+        if self.classes is None:
+            return label
+        unnamed = self.numbers is not None and label not in self.numbers
+        if unnamed or not 0 <= label < self.classes:
             allowed = f"0 to {self.classes - 1}" if self.classes < ANY_CLASS else "0 or more"
             raise ValueError(
                 f"data: the label of sample {part.sample} must be {allowed}, got {part.label}"
                 + (" (labels=False trains without them)" if label == NO_LABEL else "")
             )
-        return label
+        return label if self.numbers is None else self.numbers[label]
 
 
 def train_sample_transform(config: DataConfig, spec: InputSpec, data: DataPair) -> SampleTransform:
@@ -155,10 +160,15 @@ def eval_sample_transform(
     return SampleTransform(eval_transform(config, spec), _mode(spec), resized_size(config, spec))
 
 
-def collate(data: DataPair, spec: InputSpec, classes: int | None = None) -> Collate:
+def collate(
+    data: DataPair,
+    spec: InputSpec,
+    classes: int | None = None,
+    numbers: Mapping[int, int] | None = None,
+) -> Collate:
     """How a dataset's samples are stacked: PIL images were normalized by their transform."""
     statistics = (spec.mean, spec.std) if data.yields_tensors else (None, None)
-    return Collate(*statistics, classes)
+    return Collate(*statistics, classes, numbers)
 
 
 def label_bound(data: DataPair, num_classes: int | None, labelled: bool) -> int | None:

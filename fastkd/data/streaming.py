@@ -45,14 +45,14 @@ class ShardStream(StreamSource):
         address = (root or name.removeprefix("wds/")).rstrip("/")
         splits = _fetch_shard_list(name, address)
         split = _pick_split(name, part, splits)
-        files, samples, classes, self.target = splits[split]
+        files, samples, classes, self.target, names = splits[split]
         shown = name if address in name else f"{name} at {address}"
         if address.startswith("pipe:"):  # a shell reads what follows
             for file in files:
                 if shlex.quote(file) != file:
                     raise ValueError(f"data: {name} lists {file!r}, which is no plain file name")
         urls = [f"{address}/{file}" for file in files]
-        super().__init__(shown, split, samples, classes or None, urls)
+        super().__init__(shown, split, samples, classes or None, urls, names)
         self.told = False  # what is left out of it
 
     def items(self, rank: int, world_size: int, seed: int | None) -> Iterator[Item | Fault]:
@@ -119,7 +119,9 @@ class ShardStream(StreamSource):
     def _load(self, name: str, image: bytes | None, label: bytes | None) -> tuple[Any, Any] | None:
         if image is None:
             raise OSError("no image")
-        number = parse_label(label or b"", self.target, name, self.num_classes or 0)
+        if label is None:
+            raise OSError("no label")
+        number = parse_label(label, self.target, name, self.num_classes or 0)
         # A target below zero marks images of other splits.
         if self.target is not None and number is None:
             return None
@@ -151,7 +153,9 @@ class HubStream(StreamSource):
         self.folder = place  # of a data set on this machine
         stated = (stream.info.splits or {}).get(split)
         classes = getattr(columns["label"], "num_classes", None)
-        super().__init__(name, split, getattr(stated, "num_examples", None) or None, classes)
+        names = getattr(columns["label"], "names", None) or ()
+        samples = getattr(stated, "num_examples", None) or None
+        super().__init__(name, split, samples, classes, classes=names)
         # Decoded one by one, so that an image that cannot be read does not end the stream.
         encoded = datasets.Image(decode=False)
         self.stream = stream.select_columns([self.image, "label"]).cast_column(self.image, encoded)

@@ -20,7 +20,13 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
-from fastkd.data.classes import UNLABELLED, map_classes, number_classes
+from fastkd.data.classes import (
+    UNLABELLED,
+    LabelError,
+    class_number,
+    map_classes,
+    number_classes,
+)
 from fastkd.data.files import (
     LeftOut,
     image_endings,
@@ -180,7 +186,10 @@ def list_shard(path: Path, target: str | None = None, left_out: LeftOut | None =
             if label := members.get(fields.get("cls" if target is None else "json", "")):
                 file.seek(label.offset)
                 name = f"{path}:{label.name}"
-                labels[-1] = parse_label(file.read(label.size), target, name)
+                try:
+                    labels[-1] = parse_label(file.read(label.size), target, name)
+                except LabelError as error:
+                    raise OSError(str(error)) from error
     return Listing(images, labels, [])
 
 
@@ -245,18 +254,23 @@ def holds_samples(path: str | os.PathLike[str]) -> bool:
 
 
 def parse_label(content: bytes, target: str | None, name: str, classes: int = 0) -> int | None:
-    """Read the label in a shard's ``.cls``, or in a field of its ``.json``; None below zero."""
+    """Read the label in a shard's ``.cls``, or in a field of its ``.json``; None below zero.
+
+    Raise a LabelError for what is no whole number, an OSError for one beyond the classes.
+    """
     try:
-        value = content if target is None else json.loads(content)[target]
-        label = int(value)
-        if isinstance(value, bool) or (isinstance(value, float) and value != label):
-            raise ValueError(f"{value} is no class")
-    except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
-        raise OSError(f"{name} holds no label: {error!r:.200}") from error
-    if label >= (classes or MOST_CLASSES):
+        value = int(content) if target is None else json.loads(content)[target]
+        if target is not None and type(value) is int and value < 0:
+            return None  # of another split, as timm reads it
+        label = class_number(value, name)
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise LabelError(
+            f"{name} holds no label, which is a whole number: {error!r:.250}"
+        ) from error
+    if label is not None and label >= (classes or MOST_CLASSES):
         known = f"there are {classes} classes" if classes else f"labels lie below {MOST_CLASSES}"
         raise OSError(f"{name} holds the label {label}, but {known}")
-    return label if label >= 0 else None
+    return None if label == UNLABELLED else label
 
 
 @dataclass(frozen=True)

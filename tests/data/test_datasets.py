@@ -13,6 +13,7 @@ from PIL import Image
 from timm.data.readers.img_extensions import add_img_extensions, del_img_extensions
 
 from fastkd.data import tars
+from fastkd.data.classes import class_names
 from fastkd.data.datasets import open_data
 from fastkd.data.readers import Fault
 from fastkd.data.tars import TarImages, list_members
@@ -860,6 +861,38 @@ def test_a_label_that_is_no_number_is_an_error_naming_it(tmp_path):
     tar_of(tmp_path / "val-0.tar", [("x.jpg", b""), ("x.cls", b"cat")])
     with pytest.raises(OSError, match=r"val-0\.tar:x\.cls holds no label"):
         open_data(tmp_path, need_train=False)
+
+
+@pytest.mark.parametrize("text", [b"0.9", b"[0, 1]", b"true", b"-5", b"nan", b""])
+def test_a_cls_that_is_no_whole_number_is_an_error_naming_it(tmp_path, text):
+    tar_of(tmp_path / "val-0.tar", [("x.jpg", b""), ("x.cls", text)])
+    with pytest.raises(OSError, match=r"val-0\.tar:x\.cls .*whole number"):
+        open_data(tmp_path, need_train=False)
+
+
+@pytest.mark.parametrize("value", [0.9, True, "3", [0, 1], None])
+def test_a_field_of_a_json_that_is_no_whole_number_is_an_error_naming_it(tmp_path, value):
+    content = json.dumps({"fine": value}).encode()
+    tar_of(tmp_path / "val-0.tar", [("x.jpg", b""), ("x.json", content)])
+    split = {"filenames": ["val-0.tar"], "num_samples": 1, "alt_label": "fine"}
+    (tmp_path / "_info.json").write_text(json.dumps({"splits": {"validation": split}}))
+    if value is None:
+        with pytest.raises(ValueError, match="1 images have no label"):
+            open_data(tmp_path, need_train=False)
+        return
+    with pytest.raises(OSError, match=r"val-0\.tar:x\.json .*whole number"):
+        open_data(tmp_path, need_train=False)
+
+
+def test_shards_have_the_names_of_their_list(folder, tmp_path):
+    shards = write_shards(folder, tmp_path / "shards")
+    splits = {
+        split: {"filenames": sorted(path.name for path in shards.glob(f"made-{split}-*"))}
+        for split in ("train", "val")
+    }
+    (shards / "_info.json").write_text(json.dumps({"classes": CLASSES, "splits": splits}))
+    data = open_data(shards)
+    assert class_names(data.train) == class_names(data.val) == {0: "blue", 1: "green", 2: "red"}
 
 
 @pytest.mark.parametrize("label, labelled", [(0, True), (-1, False), (None, False)])

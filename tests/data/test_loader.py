@@ -427,6 +427,76 @@ def test_a_half_labelled_training_set_is_refused_naming_the_sample():
         batches((half, half), RANDAUGMENT)
 
 
+BAD_LABELS = [0.9, "1", True, -5, np.eye(4)[1], torch.tensor(float("nan"))]
+
+
+@pytest.mark.parametrize("label", BAD_LABELS, ids=str)
+@pytest.mark.parametrize("which", ["training", "evaluation"])
+def test_a_label_that_is_no_whole_number_is_refused_at_once(which, label):
+    sets = {
+        name: [(Image.new("RGB", (8, 8)), label if name == which else 0)]
+        for name in ("training", "evaluation")
+    }
+    with pytest.raises(ValueError, match=rf"label of the {which} set \(list\) must be a whole"):
+        open_data(tuple(sets.values()))
+
+
+@pytest.mark.parametrize("label", BAD_LABELS, ids=str)
+def test_a_later_label_that_is_no_whole_number_is_refused_naming_its_sample(label):
+    image = Image.new("RGB", (40, 40))
+    data = open_data(([(image, 0)] * 3 + [(image, label)], [(image, 0), (image, label)]))
+    with pytest.raises(ValueError, match="label of sample 3 of list must be a whole number"):
+        list(train_loader(data, RANDAUGMENT, SPEC))
+    with pytest.raises(ValueError, match="label of sample 1 of list must be a whole number"):
+        list(eval_loader(data, RANDAUGMENT, SPEC))
+
+
+def test_labels_that_are_not_used_may_be_anything():
+    image = Image.new("RGB", (40, 40))
+    recipe, data = (
+        RANDAUGMENT.override(labels=False),
+        [(image, label) for label in (0.9, "1", 2, [])],
+    )
+    opened = open_data((data, data), labels=False)
+    assert not opened.labelled_val
+    (batch,) = train_loader(opened, recipe, SPEC)
+    assert sorted(batch.labels.tolist()) == [-1, -1, -1, 2]
+
+
+def test_whole_floats_and_tensors_of_one_element_are_labels():
+    image = Image.new("RGB", (40, 40))
+    labels = [1.0, torch.tensor([0]), np.int32(3), torch.tensor(2)]
+    data = [(image, label) for label in labels]
+    (batch,) = eval_loader(open_data((data, data)), RANDAUGMENT, SPEC)
+    assert batch.labels.tolist() == [1, 0, 3, 2] and batch.labels.dtype == torch.int64
+
+
+class Named(list):
+    """Samples whose dataset names its classes, as torchvision's do."""
+
+    def __init__(self, classes, labels):
+        super().__init__((Image.new("RGB", (40, 40)), label) for label in labels)
+        self.classes = classes
+
+
+def test_an_evaluation_set_of_other_numbers_takes_those_of_training_by_name():
+    train, val = Named(["bee", "cat", "dog"], [0, 1, 2, 2]), Named(["dog", "bee"], [0, 1, 1])
+    (batch,) = eval_loader(open_data((train, val)), RANDAUGMENT, SPEC)
+    assert batch.labels.tolist() == [2, 0, 0]
+
+
+def test_an_evaluation_set_of_other_classes_is_refused():
+    train, val = Named(["bee", "cat"], [0, 1, 1, 1]), Named(["cow", "bee"], [0, 1])
+    with pytest.raises(ValueError, match=r"classes that the training set lacks: \['cow'\]"):
+        open_data((train, val))
+
+
+def test_a_label_beyond_the_named_classes_is_refused():
+    data = open_data((Named(["a", "b"], [0, 1]), Named(["b", "a"], [0, 2])))
+    with pytest.raises(ValueError, match="label of sample 1 must be 0 to 1, got 2"):
+        list(eval_loader(data, RANDAUGMENT, SPEC))
+
+
 @pytest.mark.parametrize("missing", [None, -1, torch.tensor(-1)])
 @pytest.mark.parametrize("which", ["training", "evaluation"])
 def test_a_set_without_labels_is_refused_where_they_are_needed(which, missing):

@@ -19,8 +19,10 @@ from PIL import Image
 
 from fastkd.checkpoint import CheckpointError
 from fastkd.config import Recipe
+from fastkd.data.classes import class_names
 from fastkd.data.datasets import open_data
 from fastkd.data.loader import eval_loader, train_loader
+from fastkd.data.readers import DataPair, StreamSource
 from fastkd.data.samples import DEATHS, describe_worker_death
 from fastkd.data.shards import shard
 from fastkd.data.streaming import TrainStream
@@ -443,3 +445,39 @@ def test_a_streamed_run_stops_over_more_unreadable_images_than_allowed(shards, t
     copy = rewritten(shards, tmp_path / "shards", first_broken, "train-*.tar")
     with pytest.raises(OSError, match=r"training images cannot be read, more than max_unreadable"):
         train(student(), None, f"wds/pipe:cat {copy}", tmp_path / "run", **RUN, max_unreadable=3)
+
+
+class Rows(StreamSource):
+    """A stream of images with these labels."""
+
+    def __init__(self, labels):
+        super().__init__("rows", "train", len(labels), 4)
+        self.labels = labels
+
+    def items(self, rank, world_size, seed):
+        for number, label in enumerate(self.labels):
+            image = Image.new("RGB", (20, 20))
+            yield f"row {number}", lambda image=image, label=label: (image, label)
+
+
+@pytest.mark.parametrize("label", [0.9, "1", True, [0, 1], float("nan"), -2])
+def test_a_streamed_label_that_is_no_whole_number_is_refused_and_not_replaced(label):
+    source = Rows([0, 1, 2, label, 1, 2, 3, 0])
+    data = DataPair(source, source, 4, False, None, streams=True)
+    for loader in (train_loader(data, RECIPE, SPEC), eval_loader(data, RECIPE, SPEC)):
+        with pytest.raises(ValueError, match=r"label of row 3 must be a whole number.*got"):
+            list(loader)
+
+
+@pytest.mark.parametrize("text", [b"0.9", b"cat", b"-3"])
+def test_a_cls_that_is_no_whole_number_is_refused_and_not_replaced(shards, tmp_path, text):
+    def edit(number, name, content):
+        return text if number == 0 else content
+
+    copy = rewritten(shards, tmp_path / "shards", edit, "validation-000001.tar")
+    with pytest.raises(ValueError, match=r"validation-000001\.tar:.* whole number"):
+        list(eval_loader(open_data(f"wds/pipe:cat {copy}"), RECIPE, SPEC))
+
+
+def test_streamed_shards_have_the_names_of_their_list(data):
+    assert class_names(data.train) == class_names(data.val) == {0: "blue", 1: "green", 2: "red"}
