@@ -62,7 +62,7 @@ def test_a_run_is_evaluated_with_raw_and_averaged_weights_once_each(
     evaluate = ("evaluate", output, "--data", folder, "--device", "cpu", "--workers", "0")
     _, out, _ = run(capsys, *evaluate)
     assert [line.rsplit(" ", 1)[1] for line in out.splitlines()] == ["raw)", "ema)"]
-    _, out, _ = run(capsys, *evaluate, "--weights", "ema")
+    _, out, _ = run(capsys, *evaluate, "--weights", "ema", "--classes-by", "number")
     assert [line.rsplit(" ", 1)[1] for line in out.splitlines()] == ["ema)"]
     monkeypatch.setenv("RANK", "1")
     assert run(capsys, *evaluate) == (0, "", "")

@@ -26,6 +26,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--amp", default="none", choices=("none", "bf16", "fp16"))
     parser.add_argument("--batch-size", type=int, default=256)
     parser.add_argument("--workers", type=int, default=4)
+    parser.add_argument(
+        "--classes-by",
+        default="name",
+        choices=("name", "number"),
+        help="match labels with the model's classes by name, or take them as they are numbered",
+    )
     add_image_options(parser, "data_root")
     parser.set_defaults(run=_run)
 
@@ -71,6 +77,7 @@ def _run(options: argparse.Namespace) -> int:
             batch_size=options.batch_size,
             workers=options.workers,
             verify=options.verify,
+            classes_by=options.classes_by,
             **given_image_options(options, "data_root"),
         )
         print_once(_accuracy_line(options.model, measured))

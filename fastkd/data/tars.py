@@ -263,11 +263,13 @@ def parse_label(content: bytes, target: str | None, name: str, classes: int = 0)
         if target is not None and type(value) is int and value < 0:
             return None  # of another split, as timm reads it
         label = class_number(value, name)
+        if label is None:
+            raise ValueError("null")
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise LabelError(
             f"{name} holds no label, which is a whole number: {error!r:.250}"
         ) from error
-    if label is not None and label >= (classes or MOST_CLASSES):
+    if label >= (classes or MOST_CLASSES):
         known = f"there are {classes} classes" if classes else f"labels lie below {MOST_CLASSES}"
         raise OSError(f"{name} holds the label {label}, but {known}")
     return None if label == UNLABELLED else label

@@ -6,6 +6,7 @@ import contextlib
 import logging
 import math
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,11 +16,12 @@ from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from fastkd.config import IMAGE_OPTIONS, EvaluateOptions, refuse_image_options
+from fastkd.data.classes import Classes, match_classes
 from fastkd.data.datasets import Data, open_data
 from fastkd.data.loader import eval_loader
 from fastkd.data.samples import Batch, Fault
-from fastkd.inference.loading import open_model
-from fastkd.inference.preprocessing import Shape, class_count
+from fastkd.data.transforms import InputSpec
+from fastkd.inference.loading import classes_of, open_model
 from fastkd.models.weights import verifying
 from fastkd.utils.arguments import MOST_WORKERS, check_numbers
 from fastkd.utils.distributed import World, autocast, world
@@ -42,6 +44,7 @@ def evaluate(
     batch_size: int = 256,
     workers: int = 4,
     verify: bool = True,
+    classes_by: Literal["name", "number"] = "name",
     **options: Unpack[EvaluateOptions],
 ) -> dict[str, Any]:
     """Measure accuracy on an evaluation set, every image once.
@@ -63,6 +66,10 @@ def evaluate(
         workers: loader processes.
         verify: refuse weights whose checksum is wrong or was left out; formats without one are not
             checked.
+        classes_by: ``"name"``: labels are the model's classes of the same names; for models of an
+            ImageNet, WordNet's ids and their descriptions both count. Without names on a side, or
+            if no class has one of ImageNet's, labels are taken by number, which a line says.
+            ``"number"`` takes them so without asking.
         **options: ``img_size``, ``crop_pct``, ``crop_mode``, ``interpolation``, ``mean``, ``std``,
             ``data_root`` as in a recipe; what is not given comes from the run's recipe, or is
             timm's for evaluation. Models from a name or a run are built for ``img_size``.
@@ -74,7 +81,8 @@ def evaluate(
         or ``"as given"``). Those two kinds count as wrong, have no loss, and are warned of.
 
     Raises:
-        ValueError: options or data that do not fit, or a checkpoint that cannot be used.
+        ValueError: options or data that do not fit, classes that the model does not have, labels
+            that are no whole numbers, or a checkpoint that cannot be used.
         OSError: no image can be read.
     """
     unknown = set(options) - set(OPTIONS)
@@ -97,11 +105,25 @@ def evaluate(
         of_images: Any = {name: v for name, v in options.items() if name in IMAGE_OPTIONS}
         network, preprocessing = subject.network, subject.preprocessing.override(**of_images)
         spec = preprocessing.input_spec(network, opened)
-        class_count(network, Shape(opened.num_classes, spec.size[0], None))
+        network = network.to(peers.device)
+        named = subject.named
+        if named.count is None:
+            named = classes_of(network, subject.classes, _count_logits(network, spec, peers, amp))
+        own = Classes.of_data(opened.val, opened.num_classes)
+        numbers = match_classes(own, named, by=classes_by, quiet=not peers.is_main)
         recipe = preprocessing.recipe.override(eval_batch_size=batch_size, workers=workers)
-        loader = eval_loader(opened, recipe, spec, peers)
-        measured = evaluate_model(network.to(peers.device), loader, peers, amp)
+        if recipe.num_classes is None:
+            recipe = recipe.override(num_classes=opened.num_classes or named.count or None)
+        loader = eval_loader(replace(opened, numbers=numbers), recipe, spec, peers)
+        measured = evaluate_model(network, loader, peers, amp)
     return measured | {"weights": subject.weights}
+
+
+@torch.no_grad()
+def _count_logits(network: nn.Module, spec: InputSpec, peers: World, amp: str) -> int:
+    """Run a module that does not say how many classes it has on one black image."""
+    with evaluating(network), autocast(peers.device, amp):
+        return network(torch.zeros(1, *spec.size, device=peers.device)).shape[-1]
 
 
 @torch.no_grad()

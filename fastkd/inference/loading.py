@@ -12,10 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import timm
+from timm.data import ImageNetInfo, infer_imagenet_subset
 from torch import nn
 
 from fastkd.checkpoint import LAST, CheckpointError, load_checkpoint
 from fastkd.config import MODULE_PREFIX, Recipe, StudentConfig
+from fastkd.data.classes import Classes
 from fastkd.data.transforms import InputSpec
 from fastkd.inference.preprocessing import LoadedStudent, Preprocessing, Shape, change_input_size
 from fastkd.models import Teacher, create_student
@@ -81,6 +83,11 @@ class Model:
     num_classes: int | None = None
     trained_on: InputSpec | None = None
     file: Path | None = None
+
+    @property
+    def named(self) -> Classes:
+        """Its classes, to match a data set's with them."""
+        return classes_of(self.network, self.classes, self.num_classes)
 
 
 def open_model(
@@ -454,6 +461,28 @@ def _num_classes(network: nn.Module) -> int | None:
     return found if isinstance(found, int) else None
 
 
+def classes_of(
+    network: nn.Module, names: Sequence[str] | None = None, count: int | None = None
+) -> Classes:
+    """The classes of a model, by the names that it was given or that its configuration has.
+
+    Without any, those of the ImageNet that has as many classes are a guess.
+    """
+    config = getattr(network, "pretrained_cfg", None) or {}
+    count = _num_classes(network) if count is None else count
+    sources = [names] if names else [config.get("label_names") or (), _class_names(config) or ()]
+    known: dict[int, tuple[str, ...]] = {}
+    for source in sources:
+        if count is None or len(source) <= count:  # else they are another head's
+            for label, name in enumerate(source):
+                known[label] = (*known.get(label, ()), str(name))
+    subset = infer_imagenet_subset({"num_classes": count})
+    if known or subset is None:
+        return Classes(known, count)
+    guess = ImageNetInfo(subset).label_names()
+    return Classes({label: (name,) for label, name in enumerate(guess)}, count, guessed=True)
+
+
 def _class_names(config: Mapping[str, Any]) -> tuple[str, ...] | None:
     """Class names for a reader, of an exported or published model's configuration."""
     names: Sequence[str] = config.get("label_names") or ()
@@ -560,7 +589,8 @@ def as_teacher(
             f"create_teacher: {model_name(model)} is fixed to images of {fixed}, got "
             f"input_size={input_size}; build it for another size with img_size={input_size}"
         )
-    return Teacher(model, mean=mean, std=std, input_size=wanted or fixed or _pair(built_for))
+    size = wanted or fixed or _pair(built_for)
+    return Teacher(model, mean=mean, std=std, input_size=size, classes=opened.classes)
 
 
 def _own_statistics(model: nn.Module) -> tuple[Statistics | None, Statistics | None]:

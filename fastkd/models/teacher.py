@@ -23,6 +23,8 @@ class Teacher(nn.Module):
         mean: per channel, what the model's images are normalized with; None: as they come.
         std: per channel; given together with ``mean``.
         input_size: (H, W) that images are resized to; None: as they come.
+        classes: names of the model's classes by label, to compare with a student's; None: as far as
+            the model's ``pretrained_cfg`` names them.
 
     Raises:
         ValueError: only one of ``mean`` and ``std`` is given, or they differ in length.
@@ -38,11 +40,13 @@ class Teacher(nn.Module):
         mean: Statistics | None = None,
         std: Statistics | None = None,
         input_size: int | tuple[int, int] | None = None,
+        classes: Sequence[str] | None = None,
     ) -> None:
         super().__init__()
         self.model = model.requires_grad_(False)
         self.mean, self.std = _checked_statistics("Teacher", mean, std)
         self.input_size = _pair(input_size)
+        self.classes = classes if classes is None else tuple(classes)
         self.register_buffer("scale", None, persistent=False)
         self.register_buffer("shift", None, persistent=False)
         self._taps = Taps(model)

@@ -1,12 +1,19 @@
 """Evaluation of modules, runs and their weights."""
 
+import json
+import shutil
+import tarfile
+from pathlib import Path
+
 import pytest
 import timm
 import torch
+from torch.utils.data import TensorDataset
 
 from fastkd.data.transforms import InputSpec
 from fastkd.inference import evaluate as evaluation
-from fastkd.inference.loading import weights_to_choose
+from fastkd.inference.loading import classes_of, weights_to_choose
+from fastkd.inference.predict import predict
 from fastkd.models import create_student
 from fastkd.training import Recipe, evaluate, export, load_student, train
 from fastkd.training.build import resolve_teacher
@@ -205,3 +212,98 @@ def test_a_released_checkpoint_can_be_a_runs_teacher(tmp_path):
     teacher = resolve_teacher(str(path), Recipe(), spec)
     assert torch.equal(teacher.model.head.weight, student.head.weight)
     assert resolve_teacher(path, Recipe(teacher_img_size=64), spec).input_size == (64, 64)
+
+
+class Named(TensorDataset):
+    """The evaluation set of `tensor_data` with names, in which letters stand for its classes."""
+
+    def __init__(self, classes, letters="abcdef"):
+        images, labels = tensor_data()[1].tensors
+        names = [letters[label] for label in labels]
+        kept = [index for index, name in enumerate(names) if name in classes]
+        super().__init__(images[kept], torch.tensor([classes.index(names[i]) for i in kept]))
+        self.classes = list(classes)
+
+
+def named_vit(names="abcdef"):
+    model = vit()
+    model.pretrained_cfg = {"label_names": list(names)}
+    return model
+
+
+@pytest.mark.parametrize("classes", ["fedcba", "be"], ids=["another order", "a subset"])
+def test_labels_are_a_models_classes_by_name(classes):
+    inputs, labels = Named(classes).tensors
+    mapped = TensorDataset(inputs, torch.tensor(["abcdef".index(classes[n]) for n in labels]))
+    expected = evaluate(vit(), mapped, **CPU)
+    assert evaluate(named_vit(), Named(classes), **CPU) == expected
+    by_number = evaluate(named_vit(), Named(classes), classes_by="number", **CPU)
+    assert by_number == evaluate(vit(), Named(classes), **CPU) != expected
+
+
+def test_classes_that_a_model_does_not_have_are_refused():
+    with pytest.raises(ValueError, match=r"evaluate: 1 of the 2 classes .*: 'x' .*classes_by"):
+        evaluate(named_vit(), Named("bx", "abcxef"), **CPU)
+
+
+def test_a_module_without_num_classes_is_asked_for_its_logits(caplog):
+    class Bare(torch.nn.Module):
+        def forward(self, images):
+            return images.flatten(1)[:, :3]
+
+    with pytest.raises(ValueError, match="the model has 3 logits for the 6 classes of the data"):
+        evaluate(Bare(), Named("abcdef"), **CPU)
+    assert evaluate(Bare(), Named("abc"), **CPU)["count"] == 15
+    assert "classes are taken by number, 3 of the data and 3 of the model" in caplog.text
+
+
+def test_a_label_beyond_a_models_classes_is_an_error_that_names_it():
+    images, labels = tensor_data()[1].tensors
+    with pytest.raises(ValueError, match="label of sample 5 must be 0 to 5, got 105"):
+        evaluate(vit(), TensorDataset(images, labels + 100 * (labels == 5)), **CPU)
+
+
+def test_a_runs_classes_are_found_by_name_in_every_form(run, tmp_path):
+    folder, output, _ = run
+    subset = tmp_path / "subset"
+    for name in ("green", "red"):
+        shutil.copytree(folder / "val" / name, subset / name)
+    guesses = predict(subset, output, top=1, device="cpu", workers=0, quiet=True).images
+    right = [Path(image.image).parent.name == image.guesses[0].name for image in guesses]
+    expected = 100 * sum(right) / len(right)
+    listed = {"classes": ["red", "green"], "splits": {"val": {"filenames": ["val-0.tar"]}}}
+    with tarfile.open(tmp_path / "subset.tar", "w") as tar:
+        tar.add(subset, "")
+    (tmp_path / "shards").mkdir()
+    (tmp_path / "shards" / "_info.json").write_text(json.dumps(listed))
+    with tarfile.open(tmp_path / "shards" / "val-0.tar", "w") as tar:
+        for number, path in enumerate(sorted(subset.rglob("*.jpg"))):
+            label = tmp_path / "label"
+            label.write_text(str(listed["classes"].index(path.parent.name)))
+            tar.add(path, f"{number}.jpg")
+            tar.add(label, f"{number}.cls")
+    exported = export(output, output=tmp_path / "student").path
+    for data in (subset, tmp_path / "subset.tar", tmp_path / "shards"):
+        assert evaluate(output, data, **CPU)["top1"] == pytest.approx(expected)
+    assert evaluate(exported, subset, **CPU)["top1"] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("count", [1000, 11821, 21841])
+def test_a_model_of_an_imagenet_has_its_names(count):
+    model = torch.nn.Module()
+    model.num_classes = count
+    classes = classes_of(model)
+    assert classes.guessed and len(classes.names) == count
+    assert not classes_of(model, ["a", "b"]).guessed
+    assert classes_of(torch.nn.Identity()).names == {}
+
+
+def test_names_of_another_head_are_not_a_models():
+    model = named_vit("abcdefgh")
+    assert classes_of(model).names == {}
+
+
+def test_ids_and_descriptions_of_a_configuration_both_count():
+    model = named_vit()
+    model.pretrained_cfg["label_descriptions"] = {letter: letter.upper() for letter in "abcdef"}
+    assert classes_of(model).names[1] == ("b", "B")
