@@ -327,6 +327,11 @@ class TeacherConfig(Section):
     teacher_img_size: Pixels | None = Field(
         default=None, description="pixels a side that images are resized to for it; none: its own"
     )
+    classes_by: Literal["name", "number"] = Field(
+        default="name",
+        description="match the teacher's logits with the classes by name; number: take them as "
+        "they are numbered",
+    )
 
 
 class DistillConfig(Section):
@@ -620,6 +625,7 @@ class Overrides(TypedDict, total=False):
     init_weights: Literal["released", "timm"]
     teacher_checkpoint: str | None
     teacher_img_size: int | None
+    classes_by: Literal["name", "number"]
     alpha: float
     ce_weight: float | None
     logit_loss: str

@@ -46,16 +46,6 @@ def student_shape(config: StudentConfig, data: DataPair) -> Shape:
     return Shape(num_classes, channels, (height, width))
 
 
-def class_names(data: DataPair) -> tuple[str, ...] | None:
-    """Names of the classes by label, as far as the training set says."""
-    reader = getattr(data.train, "reader", data.train)
-    indices = getattr(reader, "class_to_idx", None)
-    if isinstance(indices, dict) and sorted(indices.values()) == list(range(len(indices))):
-        return tuple(str(name) for name in sorted(indices, key=indices.__getitem__))
-    names = getattr(data.train, "classes", None)
-    return tuple(map(str, names)) if isinstance(names, list | tuple) and names else None
-
-
 def class_count(student: nn.Module, shape: Shape) -> int | None:
     """Number of the student's logits, as far as the student, recipe or data say."""
     own = getattr(student, "num_classes", None)

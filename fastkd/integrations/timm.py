@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import timm
 import torch
@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from fastkd.config import Recipe
-from fastkd.inference.loading import Source, create_teacher
+from fastkd.data.classes import require_same_classes
+from fastkd.inference.loading import Source, classes_of, create_teacher
 from fastkd.integrations.timm_terms import (
     DescribedTerms,
     ReadyTerms,
@@ -89,6 +90,8 @@ class FeatureMapDistillationTask(TrainingTask):
         device: of the terms and the criterion, and of the teacher, which is moved there.
         dtype: of the terms, and of a teacher given by name.
         verbose: log what is distilled.
+        classes_by: ``"name"``: where student and teacher name their classes and logits are
+            compared, each must be called the same; ``"number"``: whatever they are called.
         **options: single fields of that group, such as ``alpha``, ``tau``, ``feature_loss``,
             ``pairs``, ``projector``, ``feature_weight``; widths are found out. Beside a ready
             feature term: ``student_prefix`` and ``teacher_prefix``, for layers tapped by name.
@@ -100,7 +103,7 @@ class FeatureMapDistillationTask(TrainingTask):
 
     Raises:
         ValueError: nothing to distil, options beside ready terms, an option of another group, a
-            named teacher without weights or with a head of other classes, or what `fastkd.train`
+            named teacher without weights, logits of other classes, or what `fastkd.train`
             would refuse: unknown blocks, widths that do not meet.
         TypeError: ``logit`` or ``feature`` is no term, or an argument of timm's own tasks is given.
         FileNotFoundError: the teacher's file is not there.
@@ -122,6 +125,7 @@ class FeatureMapDistillationTask(TrainingTask):
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
         verbose: bool = True,
+        classes_by: Literal["name", "number"] = "name",
         **options: Any,
     ) -> None:
         super().__init__(device=device, dtype=dtype, verbose=verbose)
@@ -141,6 +145,15 @@ class FeatureMapDistillationTask(TrainingTask):
             compares_logits=terms.compares_logits,
             dtype=self.dtype,
         )
+        if terms.compares_logits:
+            require_same_classes(
+                classes_of(student),
+                classes_of(teacher.model, teacher.classes),
+                by=classes_by,
+                caller="FeatureMapDistillationTask",
+                of=("student", "teacher"),
+                quiet=not verbose,
+            )
         _say_input_statistics(teacher, student)
         self.teacher = teacher.to(self.device)
         logit, feature, taps = terms.build(student, teacher, self.device)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import enum
 import logging
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,24 +22,21 @@ from fastkd.config import (
     refuse,
     refuse_image_options,
 )
+from fastkd.data.classes import Classes, match_classes, require_same_classes
 from fastkd.data.datasets import Data, DataPair
 from fastkd.data.gpu_augment import device_augment
 from fastkd.data.transforms import InputSpec, create_mixup
 from fastkd.inference.loading import (
+    Model,
     as_teacher,
     build_student,
+    classes_of,
     create_teacher,
     names_a_file,
     open_model,
     starts_from_weights,
 )
-from fastkd.inference.preprocessing import (
-    Shape,
-    class_count,
-    class_names,
-    input_spec,
-    student_shape,
-)
+from fastkd.inference.preprocessing import Shape, class_count, input_spec, student_shape
 from fastkd.losses.registry import check_options, find_loss, has_temperature
 from fastkd.models import Teacher
 from fastkd.models.factory import rebuilt_by
@@ -69,7 +67,7 @@ FEATURE_FIELDS = (
     *("feature_loss", "feature_options", "pairs", "projector", "resample"),
     *("student_prefix", "teacher_prefix"),
 )
-LOGIT_FIELDS = ("tau", "logit_loss", "logit_options")
+LOGIT_FIELDS = ("tau", "logit_loss", "logit_options", "classes_by")
 # Given as 0, they change nothing in a run without a teacher.
 WEIGHT_FIELDS = ("alpha", "feature_weight")
 _DEFAULTS = dict(Recipe())  # asking for one asks for nothing
@@ -92,6 +90,7 @@ class Asked(NamedTuple):
     teacher: Any
     data: Data
     output: Path | None
+    classes: Classes  # of the weights that the student starts from
 
 
 def resolve_run(
@@ -101,7 +100,8 @@ def resolve_run(
     folder = check_output(output, resume)
     loaded = Recipe.load(recipe)
     given = overrides.get("model", loaded.model) if student is None else student
-    student = with_weights(given, overrides.get("img_size", loaded.img_size)) or student
+    opened = with_weights(given, overrides.get("img_size", loaded.img_size))
+    student, classes = (student, Classes()) if opened is None else (opened.network, opened.named)
     resolved = resolve_recipe(loaded, student, teacher, data, overrides)
     source = resolved.data if data is None else data
     if source is None:
@@ -110,7 +110,7 @@ def resolve_run(
     if folder is None:
         idle = ("checkpoint_interval", "keep_checkpoints")
         warn_idle(overrides, idle, "without an output no checkpoint is written")
-    return Asked(resolved, student, chosen_teacher(loaded, teacher), source, folder)
+    return Asked(resolved, student, chosen_teacher(loaded, teacher), source, folder, classes)
 
 
 def check_output(output: Any, resume: str) -> Path | None:
@@ -125,12 +125,12 @@ def check_output(output: Any, resume: str) -> Path | None:
     return folder
 
 
-def with_weights(student: Any, img_size: int | None, pretrained: bool = True) -> nn.Module | None:
+def with_weights(student: Any, img_size: int | None, pretrained: bool = True) -> Model | None:
     """Open a student that has weights to start from; None for a timm name or a module."""
     if not (isinstance(student, str | Path) and starts_from_weights("train", student)):
         return None
     with preserved_rng():
-        return open_model(student, img_size=img_size, pretrained=pretrained, caller="train").network
+        return open_model(student, img_size=img_size, pretrained=pretrained, caller="train")
 
 
 def check_data(data: DataPair, overrides: Mapping[str, Any]) -> None:
@@ -180,13 +180,60 @@ def _check_precision(student: nn.Module) -> None:
             )
 
 
+def check_classes(
+    recipe: Recipe,
+    data: DataPair,
+    num_classes: int | None,
+    weights: Classes,
+    teacher: Teacher | None,
+    quiet: bool = False,
+) -> DataPair:
+    """Compare the data's classes with a teacher's logits and with the weights to start from.
+
+    Without labels the student learns the teacher's classes, so evaluation labels are mapped to
+    those; where they are of other classes, they are not used.
+    """
+    own = replace(Classes.of_data(data.train, None), count=num_classes)
+    differences = own.differences(weights, ("data", "weights"))
+    if weights.names and not weights.guessed and differences and not quiet:
+        logger.warning("student: its weights are of other classes (%s)", differences)
+    if teacher is None or recipe.alpha == 0:
+        return data
+    theirs = classes_of(teacher.model, teacher.classes)
+    of: Any = {"caller": "teacher", "of": ("data", "teacher"), "quiet": quiet}
+    if recipe.labels:
+        require_same_classes(own, theirs, by=recipe.classes_by, **of)
+        return data
+    require_same_classes(Classes(count=num_classes), theirs, by="number", **of)
+    own = Classes.of_data(data.val, None)
+    if recipe.classes_by == "number" or not (data.labelled_val and own.names and theirs.names):
+        return data
+    try:
+        numbers = match_classes(own, theirs, **of)
+    except ValueError as error:
+        if not quiet:
+            logger.warning("no top-1 is measured: %s", error)
+        return replace(data, labelled_val=False)
+    return replace(data, numbers=numbers)
+
+
 def identify(
-    built: BuiltStudent, recipe: Recipe, data: DataPair, peers: World, updates_per_epoch: int
+    built: BuiltStudent,
+    recipe: Recipe,
+    data: DataPair,
+    peers: World,
+    teacher: Teacher | None,
+    updates_per_epoch: int,
 ) -> Identity:
     """Describe what a checkpoint of the run must agree with."""
     samples = recipe.train_samples or len(data.train) if data.streams else len(data.train)
     stream = (peers.size, recipe.workers) if data.streams else None
-    classes = class_names(data)
+    named = Classes.of_data(data.train, None)
+    if teacher is not None and recipe.alpha > 0 and not recipe.labels:
+        named = classes_of(teacher.model, teacher.classes)  # what the student learns
+    names = {} if named.guessed else named.names
+    regular = names and list(names) == list(range(len(names)))
+    classes = tuple(names[label][0] for label in names) if regular else None
     return Identity(
         recipe=recipe,
         spec=built.spec,
@@ -318,7 +365,7 @@ def warn_idle(given: Mapping[str, Any], names: Iterable[str], reason: str) -> No
 
 
 def _refuse_terms(overrides: Mapping[str, Any]) -> None:
-    for name in (*TEACHER_FIELDS, *DistillConfig.model_fields):
+    for name in (*TEACHER_FIELDS, "classes_by", *DistillConfig.model_fields):
         value = overrides.get(name)
         if name in overrides and value is not None and not (name in WEIGHT_FIELDS and value == 0):
             raise ValueError(f"{name}: needs a teacher, and there is none (got {value!r})")

@@ -16,6 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from fastkd.config import MODULE_PREFIX, OptimConfig, Recipe, TeacherConfig
+from fastkd.data.classes import Classes
 from fastkd.data.datasets import DataPair, open_data
 from fastkd.data.loader import eval_loader, train_loader
 from fastkd.data.samplers import TrainBatchSampler, slice_size
@@ -33,6 +34,7 @@ from fastkd.models import Teacher
 from fastkd.models.hub import is_hub_name
 from fastkd.training.build import (
     FromRecipe,
+    check_classes,
     check_data,
     check_output,
     new_student,
@@ -97,7 +99,8 @@ def dry_run(
     model = overrides.get("model", loaded.model)
     published = model is not None and is_hub_name(model)
     known = len(run.problems)
-    student = run.attempt(with_weights, model, size, pretrained=not published)
+    opened = run.attempt(with_weights, model, size, pretrained=not published)
+    student, weights = (None, Classes()) if opened is None else (opened.network, opened.named)
     lost = len(run.problems) > known
     resolved = run.resolve(loaded, student, teacher, overrides)
     data = None
@@ -124,6 +127,8 @@ def dry_run(
             run.attempt(train_loader, data, resolved, spec)
             run.attempt(eval_loader, data, resolved, spec)
         guide = run.attempt(sketch_teacher, resolved, spec)
+        if data is not None:
+            run.attempt(check_classes, resolved, data, classes, weights, guide)
         costs = run.attempt(cost_lines, resolved, student, guide, spec, world_size)
     if run.problems or values is None or costs is None:
         run.finish()

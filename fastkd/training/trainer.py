@@ -24,6 +24,7 @@ from fastkd.models.weights import verifying
 from fastkd.training.build import (
     FromRecipe,
     build_engine,
+    check_classes,
     check_data,
     identify,
     open_student,
@@ -112,6 +113,9 @@ def train(
         check_inputs(recipe, built.spec, opened, built.num_classes)
         with verifying(verify):
             opened_teacher = resolve_teacher(given.teacher, recipe, built.spec)
+        opened = check_classes(
+            recipe, opened, built.num_classes, given.classes, opened_teacher, not peers.is_main
+        )
         batches = train_loader(opened, recipe, built.spec, peers)
         eval_batches = eval_loader(opened, recipe, built.spec, peers)
         schedule = schedule_of(batches)
@@ -127,7 +131,9 @@ def train(
         check_pass(engine, recipe, batches, opened)
         by_loss = not (opened.labelled_val and (recipe.labels or engine.task.needs_logits))
         ranked_by = "eval_loss" if by_loss else "ema_top1" if recipe.best == "ema" else "top1"
-        identity = identify(built, recipe, opened, peers, schedule.updates_per_epoch)
+        identity = identify(
+            built, recipe, opened, peers, opened_teacher, schedule.updates_per_epoch
+        )
         run = RunState(engine, identity, output, ranked_by)
         run.lock = stack.enter_context(locked(output, peers))
         logger = RunLogger(

@@ -156,3 +156,19 @@ def test_teacher_terms_and_criterion_are_put_on_the_device():
     assert {name: tensor.device.type for name, tensor in placed.items()} == dict.fromkeys(
         placed, "meta"
     )
+
+
+def with_names(model, names):
+    model.pretrained_cfg = {"mean": (0.5,), "std": (0.5,), "label_names": list(names)}
+    return model
+
+
+def test_logits_of_a_teacher_of_other_classes_are_refused_unless_taken_by_number(caplog):
+    student, teacher = with_names(vit(), "abcdef"), with_names(vit(24, seed=1), "abcdfe")
+    with pytest.raises(ValueError, match="4 is 'e' in the student, 'f' in the teacher"):
+        make_task(student, teacher, **LINEAR)
+    make_task(student, teacher, **FEATURES_ALONE)
+    make_task(student, teacher, **LINEAR, classes_by="number")
+    assert "by number" not in caplog.text
+    make_task(vit(), teacher, **LINEAR, verbose=True)
+    assert "FeatureMapDistillationTask: classes are taken by number" in caplog.text
