@@ -98,14 +98,15 @@ class SampleDataset(Dataset[Any]):
         self._seed(key)
         if key.sample in decoded:
             image, label, faults = decoded[key.sample]
-        elif self.replacing is None:
-            try:
-                image, label = self._read(key.sample)
-            except UNREADABLE as error:
-                return Fault(key.sample, self.name(key.sample), reason_of(error))
-            faults = ()
         else:
-            image, label, faults = self._read_or_replace(key, self.replacing)
+            if self.replacing is None:
+                try:
+                    image, label = self._read(key.sample)
+                except UNREADABLE as error:
+                    return Fault(key.sample, self.name(key.sample), reason_of(error))
+                faults = ()
+            else:
+                image, label, faults = self._read_or_replace(key, self.replacing)
             if self.decode_once:
                 decoded[key.sample] = image, label, ()
                 self._seed(key)  # what reading drew is not drawn for the other copies
