@@ -170,7 +170,7 @@ class Intervals(RunLogger):
 def run_epoch(engine, batches):
     recipe = engine.config.override(log_interval=2)
     spec = InputSpec((1, 8, 8), None, None)
-    run = RunState(engine, Identity(recipe, spec, 6, 8, None, 80), None, "top1")
+    run = RunState(engine, Identity(recipe, spec, 6, 8, None, 80, None, 10), None, "top1")
     logger = Intervals(None, recipe, len(batches))
     return train_one_epoch(run, batches, logger, StopRequest()), logger.records
 
@@ -452,7 +452,7 @@ def test_an_evaluation_of_nothing_but_unreadable_images_is_an_error():
 @pytest.mark.parametrize("ranked_by", ["top1", "ema_top1", "eval_loss"])
 def test_an_epoch_without_finite_logits_is_never_the_best(ranked_by):
     recipe = Recipe(epochs=3, warmup_epochs=0)
-    identity = Identity(recipe, InputSpec((3, 32, 32), None, None), 10, 32, None, 8)
+    identity = Identity(recipe, InputSpec((3, 32, 32), None, None), 10, 32, None, 8, None, 1)
     run = RunState(engine_for(vit()), identity, None, ranked_by)
     broken = {"epoch": 1, "top1": 0.0, "ema_top1": 0.0, "eval_loss": NAN}
     broken |= {"eval_nonfinite": 8, "ema_nonfinite": 8}
