@@ -1,11 +1,14 @@
 """A run's classes, a teacher's and those of the weights that a student starts from."""
 
 import pytest
-import torch
 from torch.utils.data import TensorDataset
 
 from fastkd import create_teacher
+from fastkd.config import Recipe
+from fastkd.data.classes import Classes
+from fastkd.data.datasets import open_data
 from fastkd.training import load_checkpoint, train
+from fastkd.training.build import check_classes, resolve_run
 from tests.harness.tiny import image_folder, made_run, tensor_data, vit
 
 LOGITS = {"alpha": 0.5, "feature_weight": 0.0, "epochs": 1}
@@ -55,12 +58,15 @@ def test_classes_that_a_missing_one_shifts_are_refused(fast, tmp_path):
         train(vit(), teacher_of(*"abcdef"), data, tmp_path / "o", num_classes=6, **fast | LOGITS)
 
 
-@pytest.mark.parametrize("options", [{"classes_by": "number"}, {"alpha": 0, "feature_weight": 1}])
-def test_other_classes_are_taken_by_number_or_for_features(fast, options):
-    changed = fast | LOGITS | {"projector": "linear"} | options
-    if changed["feature_weight"] == 0:
-        del changed["projector"]
-    train(vit(), teacher_of(*"uvwxyz"), named(*"abcdef"), **changed)
+def checked(data, teacher, **fields):
+    opened = open_data(data, labels=fields.get("labels", True))
+    recipe = Recipe(**{"teacher": "module:Net", "alpha": 0.5, **fields})
+    return check_classes(recipe, opened, 6, Classes(), create_teacher(teacher))
+
+
+@pytest.mark.parametrize("options", [{"classes_by": "number"}, {"alpha": 0.0}])
+def test_other_classes_are_taken_by_number_or_for_features(options):
+    assert checked(named(*"abcdef"), teacher_of(*"uvwxyz"), **options).numbers is None
 
 
 def test_a_teacher_without_names_is_taken_by_number_which_a_line_says(fast, caplog):
@@ -74,17 +80,14 @@ def test_a_teacher_knows_the_classes_of_its_run(tmp_path):
     assert create_teacher(run).classes == ("x", "y", "z")
 
 
-def test_weights_of_other_classes_to_start_from_are_named(fast, tmp_path, caplog):
+def test_weights_of_other_classes_to_start_from_are_named(tmp_path, caplog):
     run = made_run(tmp_path / "run", classes=["blue", "red", "violet"])
-    folder = image_folder(tmp_path / "images", train=6, val=1)
-    options = {
-        name: fast[name] for name in ("lr", "lr_scaling", "amp", "workers", "device", "quiet")
-    }
-    options |= {"epochs": 1, "warmup_epochs": 0, "batch_size": 18, "img_size": 32}
-    train(run, None, folder, tmp_path / "o", **options)
-    lines = [r.getMessage() for r in caplog.records if r.getMessage().startswith("student: ")]
-    assert len(lines) == 1 and "1 is 'green' in the data, 'red' in the weights; 2 is" in lines[0]
-    assert load_checkpoint(tmp_path / "o")["classes"] == ["blue", "green", "red"]
+    folder = image_folder(tmp_path / "images", train=1, val=1)
+    given = resolve_run(run, None, folder, None, None, "never", {})
+    data = open_data(folder)
+    assert check_classes(given.recipe, data, 3, given.classes, None) is data
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert line.startswith("student: ") and "1 is 'green' in the data, 'red' in the weights" in line
 
 
 class Unlabelled(TensorDataset):
@@ -93,20 +96,26 @@ class Unlabelled(TensorDataset):
 
 
 @pytest.mark.parametrize(
-    ("classes", "counted"), [("abcdef", True), ("fedcba", True), ("uvwxyz", False)]
+    ("classes", "counted", "numbers"),
+    [
+        ("abcdef", True, {label: label for label in range(6)}),
+        ("fedcba", True, {label: 5 - label for label in range(6)}),
+        ("be", True, {0: 1, 1: 4}),
+        ("uvwxyz", False, None),
+        ("abcdex", False, None),
+    ],
 )
-def test_without_labels_the_student_has_the_classes_of_its_teacher(
-    fast, tmp_path, caplog, classes, counted
+def test_without_labels_the_evaluation_set_is_matched_with_the_teacher(
+    classes, counted, numbers, caplog
 ):
-    given, val = named(*classes)
-    given = Unlabelled(*given.tensors)
-    images, labels = val.tensors
-    letters = torch.tensor([classes.find(letter) for letter in "abcdef"])
-    val.tensors = (images, letters[labels] if counted else labels)
-    teacher = teacher_of(*"abcdef")
+    train_set, val = named(*classes)
+    data = checked((Unlabelled(*train_set.tensors), val), teacher_of(*"abcdef"), labels=False)
+    assert (data.labelled_val, data.numbers) == (counted, numbers)
+    assert ("no top-1 is measured: teacher: " in caplog.text) == (not counted)
+
+
+def test_without_labels_the_student_has_the_classes_of_its_teacher(fast, tmp_path):
+    sets = tuple(Unlabelled(*part.tensors) for part in named(*"uvwxyz"))
     options = fast | LOGITS | {"alpha": 1.0, "labels": False}
-    result = train(vit(), teacher, (given, val), tmp_path / classes, **options)
-    assert load_checkpoint(tmp_path / classes)["classes"] == list("abcdef")
-    assert ("no top-1 is measured" in caplog.text) == (not counted)
-    expected = train(vit(), teacher, (given, tensor_data()[1]), **options).top1
-    assert result.top1 == (expected if counted else None)
+    train(vit(), teacher_of(*"abcdef"), sets, tmp_path / "o", **options)
+    assert load_checkpoint(tmp_path / "o")["classes"] == list("abcdef")
