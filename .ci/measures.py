@@ -13,7 +13,7 @@ from collections import Counter
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-FILES, LINES = 140, 33_000
+FILES, LINES = 142, 33_600
 ROOM, OPS = 22, 25  # percent of the lines
 # What must not reach which package, in however many steps.
 APART = {"inference": "training", "exporting": "training", "analysis": "training"}
