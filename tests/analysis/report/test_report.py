@@ -169,7 +169,7 @@ def array_missing(path):
     [
         ("report.json", lambda path: path.unlink(), "does not exist"),
         ("report.json", truncate, "cannot be read"),
-        ("report.json", lambda path: path.write_text("[1, 2]"), "no report"),
+        ("report.json", lambda path: path.write_text("[1, 2]"), "no mapping"),
         ("report.json", lambda path: path.write_bytes(b"\xff\xfe\x00"), "cannot be read"),
         ("report.json", foreign_format, "no report"),
         ("report.json", other_version, "version 1, got 99"),
