@@ -190,8 +190,8 @@ def match_classes(
     them. ``of`` is what messages call the sides.
 
     Raises:
-        ValueError: some of the data's classes are not among the model's, or, without names, the
-            model has fewer classes.
+        ValueError: some of the data's classes are not among the model's; or, by number, the model
+            has fewer classes, or not as many as the data have names for.
     """
     if by not in ("name", "number"):
         raise ValueError(f"{caller}: classes_by must be 'name' or 'number', got {by!r}")
@@ -214,15 +214,22 @@ def match_classes(
             f"{caller}: the {theirs} has {model.count} logits for the {data.count} classes of the "
             f"{mine}"
         )
-    if by == "name" and not quiet:
+    if by == "name":
         nameless = [side for side, c in ((mine, data), (theirs, model)) if not c.names]
         reason = f"no class names of the {' and the '.join(nameless)}"
         if by_name:
             reason = f"not of ImageNet: {(model if data.guessed else data).listed()}"
-        logger.warning(
-            "%s: classes are taken by number, %s of the %s and %s of the %s (%s)",
-            *(caller, data.count or "?", mine, model.count or "?", theirs, reason),
-        )
+        # The numbers of named classes come from their order, and mean nothing among more.
+        if data.names and None not in (data.count, model.count) and data.count != model.count:
+            raise ValueError(
+                f"{caller}: the {theirs} has {model.count} logits for the {data.count} classes of "
+                f"the {mine} ({reason}); {_BY_NUMBER}"
+            )
+        if not quiet:
+            logger.warning(
+                "%s: classes are taken by number, %s of the %s and %s of the %s (%s)",
+                *(caller, data.count or "?", mine, model.count or "?", theirs, reason),
+            )
     return None
 
 

@@ -111,14 +111,26 @@ def test_classes_of_which_none_is_known_are_refused_although_they_are_as_many():
         ),
         (named("a", "b", "c"), Classes(count=3), "3 of the model .*names of the model"),
         (Classes(), Classes(), "[?] of the data and [?] .*names of the data and the model"),
-        (named("a", "b"), IMAGENET, "2 of the data and 1000 of the model .*not of ImageNet: 'a'"),
+        (
+            named(*map(str, range(1000))),
+            IMAGENET,
+            "1000 of the data and 1000 of the model .*not of ImageNet: '0'",
+        ),
+        (Classes(count=2), IMAGENET, "2 of the data and 1000 of the model .*names of the data"),
     ],
-    ids=["data", "model", "both", "guessed"],
+    ids=["data", "model", "both", "guessed", "fewer numbers"],
 )
 def test_without_names_numbers_are_kept_and_a_line_says_so(data, model, reason, caplog):
     assert match_classes(data, model) is None
     (record,) = caplog.records
     assert re.search(f"evaluate: classes are taken by number, .*{reason}", record.getMessage())
+
+
+@pytest.mark.parametrize("model", [IMAGENET, Classes(count=3)], ids=["guessed", "none"])
+def test_the_order_of_fewer_names_is_no_number(model):
+    with pytest.raises(ValueError, match=f"{model.count} logits for the 2 .*classes_by='number'"):
+        match_classes(named("a", "b"), model)
+    assert match_classes(named("a", "b"), model, by="number") is None
 
 
 def test_numbers_that_are_asked_for_need_no_line(caplog):

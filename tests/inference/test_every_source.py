@@ -145,7 +145,7 @@ def test_a_run_can_start_from_it(source, expected, made, tmp_path):
 
 
 def test_it_is_evaluated(source, expected, made):
-    measured = fastkd.evaluate(source, made[2], **CPU)
+    measured = fastkd.evaluate(source, made[2], classes_by="number", **CPU)
     assert (measured["count"], measured["weights"]) == (3, expected.weights)
 
 
