@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastkd.losses.base import Distance, Grid, check_number, mean_of
+from fastkd.losses.base import Distance, Grid, check_option, mean_of
 from fastkd.ops.checks import at_least_float32
 
 
@@ -40,7 +40,7 @@ class AttentionTransfer(Distance):
 
     def __init__(self, power: float = 2.0) -> None:
         super().__init__()
-        check_number(self, "power", power, least=1)
+        check_option(self, "power", power, 1)
         self.power = power
 
     def compare(self, student: Tensor, teacher: Tensor, grid: Grid | None) -> Tensor:

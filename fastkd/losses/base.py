@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from fastkd.losses.projectors import undecayed
 from fastkd.ops import checks, feature_kd
 from fastkd.ops.backend import Backend
-from fastkd.ops.checks import check_float, describe
+from fastkd.ops.checks import check_float
 from fastkd.ops.feature_kd.reference import LOSSES, LossName
 from fastkd.tokens import RESAMPLE_MODES, ResampleMode, Tokens, match_grids
-from fastkd.utils.arguments import FLOAT32
+from fastkd.utils.arguments import FLOAT32, check_number, describe
 
 Grid = tuple[int, int]
 Key = int | str
@@ -105,7 +105,7 @@ class FeatureTerm(nn.Module):
         if resample is not None:
             check_choice(self, "resample", resample, RESAMPLE_MODES)
         self.pairs = _checked_pairs(self, pairs)
-        check_not_negative(self, "weight", weight)
+        check_option(self, "weight", weight)
         self.weight = weight
         self.resample: ResampleMode | None = resample
 
@@ -316,7 +316,7 @@ class MapDistance(Distance):
                 f"MapDistance: beta is of smooth_l1, got beta={describe(beta)} with {loss!r}"
             )
         if beta is not None:
-            check_not_negative(self, "beta", beta)
+            check_option(self, "beta", beta)
         self.loss: LossName = loss
         self.beta = 1.0 if beta is None else beta
         self.backend: Backend = backend
@@ -395,48 +395,28 @@ def check_choice(term: nn.Module, argument: str, value: str, choices: Sequence[s
     checks.check_choice(type(term).__name__, argument, value, choices)
 
 
-def check_number(
-    term: nn.Module, option: str, value: float, least: float | None = None, *, whole: bool = False
+def check_option(
+    term: nn.Module, option: str, value: float, least: float = 0, *, whole: bool = False
 ) -> None:
-    """Raise unless the value is a number (an integer, if ``whole``) of at least ``least``.
-
-    It must be finite in float32, too.
-    """
+    """Raise unless the value is a number (an integer, if ``whole``) of at least ``least``."""
     refuse_inputs(term, option, value)
-    name = type(term).__name__
-    checks.check_number(name, option, value, least, whole=whole)
-    if not -FLOAT32[1] <= value <= FLOAT32[1]:
-        raise ValueError(f"{name}: {option} must be finite in float32, got {value}")
+    check_number(type(term).__name__, option, value, least, whole=whole)
 
 
 def check_positive(term: nn.Module, option: str, value: float) -> None:
-    """Raise unless the value is positive and finite."""
-    check_number(term, option, value)
-    if value < FLOAT32[0]:
-        raise ValueError(f"{type(term).__name__}: {option} must be positive, got {value}")
-
-
-def check_count(term: nn.Module, option: str, value: int) -> None:
-    """Raise unless the value is an integer of at least 1."""
-    check_number(term, option, value, whole=True)
-    if value < 1:
-        raise ValueError(f"{type(term).__name__}: {option} must be positive, got {value}")
+    """Raise unless the value is positive, finite, and neither of them in float32 alone."""
+    check_option(term, option, value, FLOAT32[0])
 
 
 def check_weights(term: nn.Module, **weights: float) -> None:
     """Raise unless all are finite and not negative, and one of them is positive."""
     for option, weight in weights.items():
-        check_not_negative(term, option, weight)
+        check_option(term, option, weight)
     if not any(weights.values()):
         raise ValueError(
-            f"{type(term).__name__}: {' and '.join(weights)} must be finite and >= 0, and one of "
-            f"them > 0, got {', '.join(map(str, weights.values()))}"
+            f"{type(term).__name__}: one of {' and '.join(weights)} must be positive, got "
+            f"{', '.join(map(str, weights.values()))}"
         )
-
-
-def check_not_negative(term: nn.Module, option: str, value: float) -> None:
-    """Raise for a value that is negative, infinite or NaN."""
-    check_number(term, option, value, least=0)
 
 
 def refuse_inputs(term: nn.Module, option: str, value: object) -> None:

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from fastkd.losses.base import Distance, Grid, check_count, check_positive
+from fastkd.losses.base import Distance, Grid, check_option, check_positive
 from fastkd.losses.forward_gradient import (
     check_chunk_bytes,
     chunk_limit,
@@ -88,7 +88,7 @@ class CRD(Distance):
             ("teacher_dim", teacher_dim),
             ("dim", dim),
         ):
-            check_count(self, name, value)
+            check_option(self, name, value, 1, whole=True)
         check_positive(self, "temperature", temperature)
         check_chunk_bytes(self, chunk_bytes)
         self.student_dim = student_dim

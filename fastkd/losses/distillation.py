@@ -13,13 +13,14 @@ from fastkd.losses.base import (
     Key,
     LogitTerm,
     check_logits,
-    check_not_negative,
+    check_option,
     check_target,
     expected,
 )
 from fastkd.losses.projectors import undecayed
-from fastkd.ops.checks import at_least_float32, describe
+from fastkd.ops.checks import at_least_float32
 from fastkd.tokens import Tokens
+from fastkd.utils.arguments import describe
 
 
 class DistillationLoss(nn.Module):
@@ -58,10 +59,10 @@ class DistillationLoss(nn.Module):
         _check_term("logit", logit, LogitTerm, "SoftKD(weight=0.5)")
         _check_term("feature", feature, FeatureTerm, 'FeatureKD("mse", [(11, 23)])')
         alpha = 0.0 if logit is None else logit.weight
-        check_not_negative(self, "alpha", alpha)
-        check_not_negative(self, "the feature weight", 0.0 if feature is None else feature.weight)
-        check_not_negative(self, "ce_weight", 0.0 if ce_weight is None else ce_weight)
-        check_not_negative(self, "label_smoothing", label_smoothing)
+        check_option(self, "alpha", alpha)
+        check_option(self, "the feature weight", 0.0 if feature is None else feature.weight)
+        check_option(self, "ce_weight", 0.0 if ce_weight is None else ce_weight)
+        check_option(self, "label_smoothing", label_smoothing)
         if label_smoothing >= 1:
             raise ValueError(
                 f"DistillationLoss: label_smoothing must be below 1, got {label_smoothing}"

@@ -31,9 +31,9 @@ from fastkd.losses.projectors import (
 )
 from fastkd.ops import feature_kd, lift_kd
 from fastkd.ops.backend import Backend
-from fastkd.ops.checks import describe
 from fastkd.ops.feature_kd.reference import LOSSES
 from fastkd.tokens import ResampleMode, Tokens
+from fastkd.utils.arguments import describe
 
 _LEARNED = tuple(p.name for p in registry.PROJECTORS if p.learned and not p.stays)
 

@@ -10,8 +10,7 @@ from torch import Tensor, nn
 from fastkd.losses.base import (
     Grid,
     check_choice,
-    check_count,
-    check_not_negative,
+    check_option,
     print_options,
 )
 from fastkd.losses.projectors import has_hooks, init_linear
@@ -49,9 +48,9 @@ class Lift(nn.Module):
         norm: bool = True,
     ) -> None:
         super().__init__()
-        check_count(self, "dim", dim)
-        check_count(self, "width", width)
-        check_not_negative(self, "lift_eps", lift_eps)
+        check_option(self, "dim", dim, 1, whole=True)
+        check_option(self, "width", width, 1, whole=True)
+        check_option(self, "lift_eps", lift_eps)
         self.proj = nn.Linear(dim, width, bias=bias, device=device, dtype=dtype)
         self.norm: nn.Module = nn.Identity()
         if norm:
@@ -206,12 +205,12 @@ class LiftKD(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        check_count(self, "student_dim", student_dim)
-        check_count(self, "teacher_dim", teacher_dim)
+        check_option(self, "student_dim", student_dim, 1, whole=True)
+        check_option(self, "teacher_dim", teacher_dim, 1, whole=True)
         check_choice(self, "loss", loss, LOSSES)
-        check_not_negative(self, "weight", weight)
-        check_not_negative(self, "lift_eps", lift_eps)
-        check_not_negative(self, "beta", beta)
+        check_option(self, "weight", weight)
+        check_option(self, "lift_eps", lift_eps)
+        check_option(self, "beta", beta)
         if resample is not None:
             check_choice(self, "resample", resample, RESAMPLE_MODES)
         self.projector = Lift(

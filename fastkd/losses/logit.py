@@ -13,7 +13,7 @@ from torch import Tensor
 from fastkd.losses.base import (
     LogitTerm,
     check_logits,
-    check_not_negative,
+    check_option,
     check_positive,
     check_sides,
     check_target,
@@ -42,7 +42,7 @@ class SoftKD(LogitTerm):
     def __init__(self, tau: float = 1.0, weight: float = 1.0) -> None:
         super().__init__()
         check_positive(self, "tau", tau)
-        check_not_negative(self, "weight", weight)
+        check_option(self, "weight", weight)
         self.tau = tau
         self.weight = weight
 
@@ -67,7 +67,7 @@ class HardKD(LogitTerm):
 
     def __init__(self, weight: float = 1.0) -> None:
         super().__init__()
-        check_not_negative(self, "weight", weight)
+        check_option(self, "weight", weight)
         self.weight = weight
 
     def compare(self, student: Tensor, teacher: Tensor, target: Tensor | None = None) -> Tensor:
@@ -121,10 +121,10 @@ class DIST(LogitTerm):
     ) -> None:
         super().__init__()
         check_positive(self, "tau", tau)
-        check_not_negative(self, "weight", weight)
+        check_option(self, "weight", weight)
         check_positive(self, "eps", eps)
-        check_not_negative(self, "inter", inter)
-        check_not_negative(self, "intra", intra)
+        check_option(self, "inter", inter)
+        check_option(self, "intra", intra)
         self.tau = tau
         self.inter = inter
         self.intra = intra
@@ -182,9 +182,9 @@ class DKD(LogitTerm):
     ) -> None:
         super().__init__()
         check_positive(self, "tau", tau)
-        check_not_negative(self, "weight", weight)
-        check_not_negative(self, "target_weight", target_weight)
-        check_not_negative(self, "other_weight", other_weight)
+        check_option(self, "weight", weight)
+        check_option(self, "target_weight", target_weight)
+        check_option(self, "other_weight", other_weight)
         self.tau = tau
         self.target_weight = target_weight
         self.other_weight = other_weight
@@ -232,8 +232,8 @@ class NKD(LogitTerm):
     def __init__(self, tau: float = 1.0, gamma: float = 1.5, weight: float = 1.0) -> None:
         super().__init__()
         check_positive(self, "tau", tau)
-        check_not_negative(self, "weight", weight)
-        check_not_negative(self, "gamma", gamma)
+        check_option(self, "weight", weight)
+        check_option(self, "gamma", gamma)
         self.tau = tau
         self.gamma = gamma
         self.weight = weight

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastkd.losses.base import Distance, Grid, check_count, check_weights
+from fastkd.losses.base import Distance, Grid, check_option, check_weights
 from fastkd.losses.forward_gradient import (
     before_direction,
     check_chunk_bytes,
@@ -74,7 +74,7 @@ class ManifoldKD(Distance):
     ) -> None:
         super().__init__()
         check_weights(self, intra=intra, inter=inter, random=random)
-        check_count(self, "patches", patches)
+        check_option(self, "patches", patches, 1, whole=True)
         check_chunk_bytes(self, chunk_bytes)
         self.intra = intra
         self.inter = inter

@@ -14,8 +14,7 @@ from fastkd.losses.base import (
     Grid,
     Key,
     Pairs,
-    check_not_negative,
-    check_number,
+    check_option,
     mean_of,
 )
 from fastkd.losses.projectors import fused_weights
@@ -88,7 +87,7 @@ class ViTKD(FeatureTerm):
         generate_weight: float = 3e-6,
     ) -> None:
         super().__init__(pairs, weight, resample)
-        check_not_negative(self, "generate_weight", generate_weight)
+        check_option(self, "generate_weight", generate_weight)
         self.mimic_weight = self._checked_mimic_weight(mimic_weight)
         self.generate_weight = generate_weight
         self.mask_ratio = self._checked_mask_ratio(mask_ratio)
@@ -121,7 +120,7 @@ class ViTKD(FeatureTerm):
         single = len(self.pairs) == 1
         if weight is None:
             return 0.0 if single else MIMIC_WEIGHT
-        check_not_negative(self, "mimic_weight", weight)
+        check_option(self, "mimic_weight", weight)
         if single and weight > 0:
             raise ValueError(
                 f"ViTKD: mimic_weight is of the pairs before the last, got mimic_weight={weight} "
@@ -132,7 +131,7 @@ class ViTKD(FeatureTerm):
     def _checked_mask_ratio(self, ratio: float | None) -> float:
         if ratio is None:
             return MASK_RATIO
-        check_number(self, "mask_ratio", ratio)
+        check_option(self, "mask_ratio", ratio)
         if not 0 < ratio < 1:
             raise ValueError(f"ViTKD: mask_ratio must lie between 0 and 1, got {ratio}")
         if self.generate_weight == 0:

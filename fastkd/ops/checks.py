@@ -5,9 +5,6 @@
 
 from __future__ import annotations
 
-import math
-import numbers
-import textwrap
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -16,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+
+from fastkd.utils.arguments import check_number, describe
 
 _SETTINGS: tuple[Any, ...] = (
     torch.backends.cuda.matmul,
@@ -27,20 +26,6 @@ _LOCK = threading.Lock()
 _depth = 0
 
 _before: list[tuple[Any, str]] = []
-
-
-def describe(value: object) -> str:
-    """Say in a few words what was given; never the numbers of a tensor."""
-    if isinstance(value, Tensor):
-        where = "" if value.device.type == "cpu" else f" on {value.device}"
-        return f"{list(value.shape)} of {value.dtype}{where}"
-    if isinstance(value, type):
-        return f"the class {value.__name__}"
-    if value is None or isinstance(value, str):
-        return textwrap.shorten(repr(value), 60, placeholder="...")
-    if isinstance(value, bool | int | float):
-        return f"{type(value).__name__} {value}"
-    return type(value).__name__
 
 
 def check_map(function: str, name: str, x: object) -> None:
@@ -66,18 +51,6 @@ def check_float(function: str, name: str, x: object) -> None:
         raise TypeError(f"{function}: {name} must be a tensor, got {describe(x)}")
     if not x.is_floating_point():
         raise TypeError(f"{function}: {name} must have a float dtype, got {x.dtype}")
-
-
-def check_number(
-    function: str, name: str, value: object, least: float | None = None, *, whole: bool = False
-) -> None:
-    """Refuse what is no number (an integer, if ``whole``), and one that is too small or no end."""
-    kind = numbers.Integral if whole else numbers.Real
-    if isinstance(value, bool) or not isinstance(value, kind):
-        expected = "an integer" if whole else "a number"
-        raise TypeError(f"{function}: {name} must be {expected}, got {describe(value)}")
-    if least is not None and not least <= value < math.inf:  # type: ignore[operator]
-        raise ValueError(f"{function}: {name} must be finite and >= {least}, got {value}")
 
 
 def check_flag(function: str, name: str, value: object) -> None:

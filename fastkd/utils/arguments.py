@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import numbers
+import textwrap
 from typing import Any
 
 LARGEST = 2**63  # whole numbers lie below it
@@ -11,23 +13,60 @@ MOST_WORKERS = 1024  # processes of a rank; more would only fill the machine
 FLOAT32 = (1e-37, 1e37)  # neither these numbers nor their reciprocals are 0 or infinite in float32
 
 
-def check_numbers(caller: str, **given: tuple[Any, ...]) -> None:
-    """Raise unless every value that is not None is a number in bounds, and whole where they are.
+def describe(value: Any) -> str:
+    """Say in a few words what was given; never the numbers of a tensor."""
+    if isinstance(value, type):
+        return f"the class {value.__name__}"
+    if isinstance(value, numbers.Number):
+        return f"{type(value).__name__} {value}"
+    if hasattr(value, "new_zeros"):  # a tensor, without the import of torch
+        where = "" if str(value.device) == "cpu" else f" on {value.device}"
+        return f"{list(value.shape)} of {value.dtype}{where}"
+    if value is None or isinstance(value, str):
+        return textwrap.shorten(repr(value), 60, placeholder="...")
+    return type(value).__name__
 
-    An argument is (value, least) or (value, least, most).
+
+def check_number(
+    caller: str,
+    name: str,
+    value: Any,
+    least: float | None = None,
+    most: float | None = None,
+    *,
+    whole: bool = False,
+) -> None:
+    """Raise unless a value is a number in bounds, an integer if ``whole``.
+
+    Without bounds it must be finite in float32, or be held in 64 bits if ``whole``.
     """
-    for name, (value, least, *most) in given.items():
-        if value is None:
-            continue
-        whole = isinstance(least, int)
-        kind: Any = numbers.Integral if whole else numbers.Real
-        if isinstance(value, bool) or not isinstance(value, kind):
-            what = "an int" if whole else "a number"
-            raise TypeError(f"{caller}: {name} must be {what}, got {value!r}")
-        if not least <= value <= max(most, default=LARGEST):
-            limit = "finite and below 2^63" if value >= least else f"at least {least}"
-            limit = f"{least} to {most[0]}" if most else limit
-            raise ValueError(f"{caller}: {name} must be {limit}, got {value}")
+    kind: Any = numbers.Integral if whole else numbers.Real
+    if isinstance(value, bool) or not isinstance(value, kind):
+        expected = "an integer" if whole else "a number"
+        raise TypeError(f"{caller}: {name} must be {expected}, got {describe(value)}")
+    end = LARGEST - 1 if whole else FLOAT32[1]
+    low, high = (-end if least is None else least), (end if most is None else most)
+    if low <= value <= high:
+        return
+    if most is not None:
+        limit = f"{low} to {most}"
+    elif least is None or high < value < math.inf:
+        limit = "finite and below 2^63" if whole else "finite in float32"
+    elif whole:
+        limit = f"at least {least}"
+    else:
+        limit = "positive" if least == FLOAT32[0] else f"finite and >= {least}"
+    raise ValueError(f"{caller}: {name} must be {limit}, got {value}")
+
+
+def check_numbers(caller: str, **given: tuple[Any, ...]) -> None:
+    """As `check_number`, for every argument that is not None: (value, least) or with a most.
+
+    Integers are asked for by a ``least`` that is one.
+    """
+    for name, (value, *bounds) in given.items():
+        if value is not None:
+            check_number(caller, name, value, *bounds, whole=isinstance(bounds[0], int))
 
 
 def refuse_blank(caller: str, **given: Any) -> None:

@@ -91,9 +91,9 @@ def test_large_logits_do_not_overflow():
 @pytest.mark.parametrize(
     ("option", "message"),
     [
-        ({"student_dim": 0}, "student_dim must be positive, got 0"),
-        ({"teacher_dim": -1}, "teacher_dim must be positive, got -1"),
-        ({"dim": 0}, "dim must be positive, got 0"),
+        ({"student_dim": 0}, "student_dim must be at least 1, got 0"),
+        ({"teacher_dim": -1}, "teacher_dim must be at least 1, got -1"),
+        ({"dim": 0}, "dim must be at least 1, got 0"),
         ({"temperature": 0.0}, r"temperature must be positive, got 0\.0"),
     ],
 )

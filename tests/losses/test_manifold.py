@@ -133,12 +133,12 @@ def test_a_loss_scale_saves_small_gradients_from_underflowing_in_float16():
 
 @pytest.mark.parametrize("weights", [(-1, 1, 1), (1, 1, -1), (0, 0, 0), (1, math.inf, 1)])
 def test_weights_that_leave_nothing_are_refused(weights):
-    with pytest.raises(ValueError, match="must be finite and >= 0, and one of them > 0"):
+    with pytest.raises(ValueError, match=r"must be (finite and >= 0|positive), got"):
         ManifoldKD(*weights)
 
 
 def test_no_patches_are_refused():
-    with pytest.raises(ValueError, match="patches must be positive, got 0"):
+    with pytest.raises(ValueError, match="patches must be at least 1, got 0"):
         ManifoldKD(patches=0)
 
 

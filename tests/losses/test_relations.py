@@ -184,7 +184,7 @@ def test_chunks_of_any_size_give_the_same(name, chunk_bytes):
 
 @pytest.mark.parametrize("name", OPERATORS)
 def test_chunks_of_no_size_are_refused(name):
-    with pytest.raises(ValueError, match="chunk_bytes must be positive or None, got 0"):
+    with pytest.raises(ValueError, match="chunk_bytes must be at least 1, got 0"):
         OPERATORS[name](chunk_bytes=0)
 
 

@@ -13,6 +13,7 @@ from fastkd.ops import checks
 from fastkd.ops.backend import Backend, Implementation, Operator, check_backend
 from fastkd.ops.feature_kd import cuda, reference
 from fastkd.ops.feature_kd.reference import LOSSES, LossName
+from fastkd.utils.arguments import check_number
 
 POOLS = ("none", "student", "teacher")
 
@@ -75,8 +76,8 @@ def feature_kd(
     checks.check_map("feature_kd", "teacher", teacher)
     checks.check_choice("feature_kd", "loss", loss, LOSSES)
     checks.check_choice("feature_kd", "pool", pool, POOLS)
-    checks.check_number("feature_kd", "beta", beta, least=0)
-    checks.check_number("feature_kd", "eps", eps, least=0)
+    check_number("feature_kd", "beta", beta, least=0)
+    check_number("feature_kd", "eps", eps, least=0)
     check_backend("feature_kd", backend)
     checks.check_pair("feature_kd", ("student", "teacher"), student, teacher)
     _check_widths(student, teacher, pool)

@@ -14,6 +14,7 @@ from fastkd.ops.feature_kd.reference import LOSSES, LossName
 from fastkd.ops.lift_kd import op
 from fastkd.ops.lift_kd.op import OPERATOR
 from fastkd.ops.lift_kd.projection import LIFT_EPS
+from fastkd.utils.arguments import check_number
 
 __all__ = ["LIFT_EPS", "OPERATOR", "lift", "lift_kd"]
 
@@ -139,7 +140,7 @@ def lift_kd(
     _check_projection("lift_kd", student_tokens, weight, bias, norm_weight, norm_bias, lift_eps)
     _check_teacher(student_tokens, weight, teacher_tokens)
     checks.check_choice("lift_kd", "loss", loss, LOSSES)
-    checks.check_number("lift_kd", "beta", beta, least=0)
+    check_number("lift_kd", "beta", beta, least=0)
     checks.check_flag("lift_kd", "pool", pool)
     check_backend("lift_kd", backend)
     size = checks.grid_of("lift_kd", student_tokens, grid, loss == "spectral")
@@ -301,7 +302,7 @@ def _check_projection(
             )
     if norm_bias is not None and norm_weight is None:
         raise ValueError(f"{function}: norm_bias needs norm_weight (no norm_weight, no LayerNorm)")
-    checks.check_number(function, "lift_eps", lift_eps, least=0)
+    check_number(function, "lift_eps", lift_eps, least=0)
 
 
 def _check_teacher(student: Tensor, weight: Tensor, teacher: Tensor) -> None:

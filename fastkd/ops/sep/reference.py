@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fastkd.ops import checks
 from fastkd.ops.second_moment.reference import normalised
+from fastkd.utils.arguments import check_number
 
 Convention = Literal["full", "folded"]
 CONVENTIONS: tuple[Convention, ...] = get_args(Convention)
@@ -92,7 +93,7 @@ def sep_from_power(power: Tensor, dim: int, convention: Convention = "full") -> 
     """
     checks.check_tensor("sep_from_power", "power", power)
     check_convention("sep_from_power", convention)
-    checks.check_number("sep_from_power", "dim", dim, whole=True)
+    check_number("sep_from_power", "dim", dim, whole=True)
     if dim < 1 or power.ndim == 0 or power.shape[-1] != dim // 2 + 1:
         raise ValueError(
             f"sep_from_power: power must be [..., {dim // 2 + 1}] for dim {dim}, got "
@@ -195,7 +196,7 @@ def white_noise_sep(dim: int, convention: Convention = "full") -> Tensor:
         ValueError: ``dim`` is not positive, or the convention is unknown.
     """
     check_convention("white_noise_sep", convention)
-    checks.check_number("white_noise_sep", "dim", dim, least=1, whole=True)
+    check_number("white_noise_sep", "dim", dim, least=1, whole=True)
     even = torch.ones(dim // 2 + 1, dtype=torch.float64)
     return _bins(even, dim, convention).cumsum(dim=-1) / dim
 

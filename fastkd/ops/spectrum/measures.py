@@ -10,6 +10,7 @@ from torch import Tensor
 from fastkd.ops import checks
 from fastkd.ops.spectrum import reference
 from fastkd.ops.threads import over_shares
+from fastkd.utils.arguments import check_number
 
 # Of the largest singular value; below it a direction is rounding, as for numpy.linalg.matrix_rank.
 _RANK_TOLERANCE = 1e-7
@@ -162,7 +163,7 @@ def subspace(x: Tensor, k: int) -> Tensor:
         RuntimeError: a gradient is asked for.
     """
     _check_matrix("subspace", "x", x)
-    checks.check_number("subspace", "k", k, whole=True)
+    check_number("subspace", "k", k, whole=True)
     if 0 in x.shape[-2:] or not 1 <= k <= min(x.shape[-2:]):
         raise ValueError(f"subspace: k must be from 1 to min(N, D) of {list(x.shape)}, got {k}")
     tokens = x.detach().reshape(-1, *x.shape[-2:])
