@@ -49,6 +49,7 @@ class FolderLock:
         self._file = -1
         self._made = False  # the folder, by this lock
         self._ended = threading.Event()
+        self._renewing = threading.Thread()
 
     def acquire(self) -> None:
         """Take the lock, or raise a FolderInUseError that says who holds it."""
@@ -64,7 +65,8 @@ class FolderLock:
             time.sleep(0.1)
         _held.add(key)
         self._ended = threading.Event()
-        threading.Thread(target=self._renew, args=(self._ended,), daemon=True).start()
+        self._renewing = threading.Thread(target=self._renew, args=(self._ended,), daemon=True)
+        self._renewing.start()
 
     def _try(self) -> dict[str, Any] | None:
         """Take the lock; returns the record of the process that has it, None once it is taken."""
@@ -127,6 +129,8 @@ class FolderLock:
     def release(self) -> None:
         """Give the folder back as it is, without the file; an empty one that was made goes, too."""
         self._ended.set()
+        if self._renewing.ident is not None:
+            self._renewing.join()  # or it might write to what is opened next under this number
         _held.discard(os.path.realpath(self.folder))
         with contextlib.suppress(OSError, FolderInUseError):
             if self.is_held():

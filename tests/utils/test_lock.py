@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import signal
+import threading
 import time
 
 import pytest
@@ -161,6 +162,23 @@ def test_the_time_of_the_record_is_renewed(tmp_path, monkeypatch):
         while json.loads((tmp_path / NAME).read_text())["time"] == first:
             assert time.monotonic() < deadline
             time.sleep(0.005)
+
+
+def test_nothing_is_renewed_in_a_file_that_is_closed(tmp_path, monkeypatch):
+    monkeypatch.setattr(locks, "RENEW_SECONDS", 0.001)
+    entered, written = threading.Event(), []
+
+    def slow(lock):
+        if threading.current_thread() is not threading.main_thread():
+            entered.set()
+            time.sleep(0.05)
+        written.append(lock._file)
+
+    monkeypatch.setattr(FolderLock, "_write", slow)
+    with holding(tmp_path):
+        assert entered.wait(5)
+    time.sleep(0.1)
+    assert len(written) > 1 and min(written) >= 0
 
 
 def test_a_folder_that_is_gone_or_taken_is_noticed(tmp_path):
