@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.serialization import get_crc32_options, set_crc32_options
 
 from fastkd.models.weights import FASTKD_FORMAT as FORMAT
-from fastkd.models.weights import UnreadableError, UnsafeError, read_file
+from fastkd.models.weights import LOADS_ANYWAY, UnreadableError, UnsafeError, read_file
 from fastkd.utils.io import earlier, replacing
 
 VERSION = 2
@@ -34,12 +36,23 @@ def save_checkpoint(
     Of the name, ``keep`` files stay: earlier ones become ``last-1.pth``, ``last-2.pth``, ....
     """
     try:
-        with replacing(path, None if keep is None else keep - 1) as file:
+        with replacing(path, None if keep is None else keep - 1) as file, _with_crc():
             torch.save({"format": FORMAT, "version": VERSION, **state}, file)
     except (RuntimeError, OSError) as error:  # torch's writer turns a full disk into the former
         raise OSError(
             f"checkpoint: cannot write {path} ({error}); an older one there is kept"
         ) from error
+
+
+@contextmanager
+def _with_crc() -> Iterator[None]:
+    """Let torch write checksums, which a process may have switched off for other files."""
+    chosen = get_crc32_options()
+    set_crc32_options(True)
+    try:
+        yield
+    finally:
+        set_crc32_options(chosen)
 
 
 def load_latest(folder: Path, on_torn: Callable[[str], None]) -> tuple[dict[str, Any], Path] | None:
@@ -51,8 +64,9 @@ def load_latest(folder: Path, on_torn: Callable[[str], None]) -> tuple[dict[str,
                 raise TornCheckpointError(f"checkpoint: {path} is a folder")
             state = load_checkpoint(path)
         except TornCheckpointError as error:
-            first_error = first_error or error
-            on_torn(str(error))
+            reason = str(error).removesuffix(f"; {LOADS_ANYWAY}")  # a run does not
+            first_error = first_error or TornCheckpointError(reason)
+            on_torn(reason)
         else:
             return state, path
     if first_error is not None:

@@ -4,6 +4,7 @@ import os
 
 import pytest
 import torch
+from torch.serialization import get_crc32_options, set_crc32_options
 
 from fastkd import checkpoint as checkpoints
 from fastkd.checkpoint import (
@@ -160,3 +161,30 @@ def test_plain_text_is_no_checkpoint(tmp_path):
     (tmp_path / "last.pth").write_text("epoch,loss\n1,2.0\n")
     with pytest.raises(TornCheckpointError, match="torn"):
         load_checkpoint(tmp_path)
+
+
+def test_checksums_are_written_where_torch_was_told_to_leave_them_out(tmp_path):
+    set_crc32_options(False)
+    try:
+        save_checkpoint({"a": torch.ones(9)}, tmp_path / "last.pth")
+        assert not get_crc32_options()
+    finally:
+        set_crc32_options(True)
+    assert load_checkpoint(tmp_path)["a"].sum() == 9
+
+
+def test_a_damaged_checkpoint_is_passed_over_without_a_hint_that_does_not_help(tmp_path):
+    for number in range(2):
+        save_checkpoint({"a": torch.full((4000,), float(number))}, tmp_path / "last.pth", keep=2)
+    path = tmp_path / "last.pth"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    reasons = []
+    state, found = load_latest(tmp_path, reasons.append)
+    assert found.name == "last-1.pth" and state["a"][0] == 0
+    assert len(reasons) == 1 and f"{path} is damaged" in reasons[0] and "verify" not in reasons[0]
+    (tmp_path / "last-1.pth").unlink()
+    with pytest.raises(TornCheckpointError, match="is damaged") as caught:
+        load_latest(tmp_path, reasons.append)
+    assert "verify" not in str(caught.value)

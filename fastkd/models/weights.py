@@ -30,6 +30,7 @@ VERSION_KEY = "fastkd_version"
 # Beside it: CRC-32 of the file, in hexadecimal, computed with zeros in its own place.
 CRC_KEY = "fastkd_crc32"
 NO_CRC = "00000000"
+LOADS_ANYWAY = "verify=False (--no-verify) loads it anyway"
 SHOWN_NAMES = 5
 
 _SAFETENSORS = ".safetensors"
@@ -146,8 +147,8 @@ def check_sum(path: Path) -> None:
             wrong = archive.testzip()
     if wrong is not None:
         raise ChecksumError(
-            f"{path} is damaged, or saved without CRC (that of {wrong} does not fit); verify=False "
-            "(--no-verify) loads it anyway"
+            f"{path} is damaged, or saved without CRC (that of {wrong} does not fit); "
+            f"{LOADS_ANYWAY}"
         )
 
 
