@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -35,8 +35,10 @@ from fastkd.data.samples import (
 from fastkd.data.transforms import InputSpec, create_mixup
 from fastkd.ops.backend import ENVIRONMENT_CHOICE
 from fastkd.training.engine import Engine
-from fastkd.utils.distributed import ALONE, autocast
+from fastkd.utils.distributed import ALONE, World, autocast
 from fastkd.utils.random import seeded
+
+Taken = TypeVar("Taken")
 
 IMAGES = 2
 MADE_SIZE = (160, 120)  # pixels of a made image, width and height
@@ -171,17 +173,25 @@ def check_pass(engine: Engine, recipe: Recipe, loader: DataLoader[Any], data: Da
 
     Called by all processes, of which none goes on where one of them cannot.
     """
+    # In two steps, as a pass may itself wait for the other processes' embeddings.
+    batch = _everywhere(engine.world, lambda: _first_images(loader, data))
+    _everywhere(engine.world, lambda: _pass(engine, recipe, batch))
+
+
+def _everywhere(peers: World, step: Callable[[], Taken]) -> Taken:
+    """Take a step in all processes; all raise where one of them fails."""
     fault: Exception | None = None
     try:
-        _pass(engine, recipe, _first_images(loader, data))
+        result = step()
     except Exception as error:
         fault = error
-    faults = engine.world.gather(None if fault is None else str(fault))
+    faults = peers.gather(None if fault is None else str(fault))
     if fault is not None:
         raise fault
     for rank, text in enumerate(faults):
         if text is not None:
             raise ValueError(f"process {rank}: {text}")
+    return result
 
 
 def _first_images(loader: DataLoader[Any], data: DataPair) -> Batch:
@@ -230,8 +240,10 @@ def _left_as_they_were(*modules: nn.Module | None) -> Iterator[None]:
     """Put modules into eval mode, and give modes and buffers back."""
     parts = [part for module in modules if module is not None for part in module.modules()]
     modes = [(part, part.training) for part in parts]
-    buffers = [buffer for part in parts for buffer in part.buffers(recurse=False)]
-    before = [buffer.clone() for buffer in buffers]
+    # A module may write into a buffer, and may put another in its place.
+    buffers = [(part, dict(part._buffers)) for part in parts]
+    held = [buffer for part in parts for buffer in part.buffers(recurse=False)]
+    before = [buffer.clone() for buffer in held]
     try:
         for part in parts:
             part.training = False
@@ -240,8 +252,10 @@ def _left_as_they_were(*modules: nn.Module | None) -> Iterator[None]:
         for part, training in modes:
             part.training = training
         with torch.no_grad():
-            for buffer, old in zip(buffers, before, strict=True):
+            for buffer, old in zip(held, before, strict=True):
                 buffer.copy_(old)
+        for part, own in buffers:
+            part._buffers.update(own)
 
 
 @contextmanager

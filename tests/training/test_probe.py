@@ -1,6 +1,7 @@
 """What a run is refused for before its folder is touched, and that looking leaves no trace."""
 
 import re
+from types import SimpleNamespace
 
 import pytest
 import timm
@@ -299,3 +300,29 @@ def test_a_students_weights_are_taken_from_the_field_model_too(folder, tmp_path)
     started = load_checkpoint(tmp_path / "run")["state_dict"]
     averaged = load_checkpoint(run)["state_dict_ema"]  # the better ones
     assert all(torch.allclose(value, averaged[name]) for name, value in started.items())
+
+
+def test_buffers_that_are_replaced_are_put_back():
+    module = nn.Module()
+    module.register_buffer("written", torch.zeros(2))
+    module.register_buffer("replaced", torch.zeros(2))
+    module.register_buffer("late", None)
+    replaced = module.replaced
+    with probe._left_as_they_were(module):
+        module.written += 1
+        module.replaced = module.replaced + 1
+        module.late = torch.ones(2)
+    assert module.replaced is replaced and module.late is None
+    assert not module.written.any() and not module.replaced.any()
+
+
+@pytest.mark.parametrize("failing", [0, 1], ids=["images", "pass"])
+def test_all_processes_stop_at_the_step_at_which_one_fails(monkeypatch, failing):
+    taken, answers = [], [[None, None], [None, None]]
+    answers[failing] = [None, "a disk is gone"]
+    peers = SimpleNamespace(gather=lambda _: answers[len(taken) - 1])
+    monkeypatch.setattr(probe, "_first_images", lambda *_: taken.append("images"))
+    monkeypatch.setattr(probe, "_pass", lambda *_: taken.append("pass"))
+    with pytest.raises(ValueError, match="process 1: a disk is gone"):
+        probe.check_pass(SimpleNamespace(world=peers), None, None, None)
+    assert taken == ["images", "pass"][: failing + 1]
