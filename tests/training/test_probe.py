@@ -201,7 +201,8 @@ def test_the_part_that_fails_is_named(data, tmp_path):
     with pytest.raises(ValueError, match="teacher: module:Broken"):
         train(vit(), Broken(), data, tmp_path / "run", **options)
     with pytest.raises(ValueError, match=r"logit_loss='soft'.*like the student's"):
-        train(vit(), vit(num_classes=5), data, tmp_path / "run", **options)
+        unknown = nn.Sequential(nn.Flatten(), nn.Linear(64, 5))
+        train(vit(), unknown, data, tmp_path / "run", **options)
     assert not (tmp_path / "run").exists()
 
 
