@@ -290,6 +290,8 @@ def _remake_output(run: RunState, logger: RunLogger) -> None:
     try:
         lock.release()
         lock.acquire()
+        if (output / RECIPE).exists():
+            return logger.message(f"the lock of {output} was removed and is taken again")
         run.identity.recipe.save(output / RECIPE)
         logger.reopen(run.engine.position.total, run.history)
     except OSError as error:

@@ -574,3 +574,16 @@ def test_a_folder_deleted_in_mid_run_is_made_again(data, fast, tmp_path, capsys,
     assert load_checkpoint(output)["position"]["total"] == 12
     repeated = train(vit(seed=9), None, data, output, **options)
     assert repeated.top1 == result.top1
+
+
+def test_a_removed_lock_is_taken_again_and_nothing_is_called_deleted(data, fast, tmp_path, capsys):
+    def remove():
+        (tmp_path / ".fastkd.lock").unlink()
+
+    losing = (Interrupting(data[0], 16 * 5 + 3, remove), data[1])
+    result = train(vit(), None, losing, tmp_path, **fast | {"epochs": 2, "quiet": False})
+    said = capsys.readouterr().err
+    assert f"the lock of {tmp_path} was removed and is taken again" in said
+    assert "deleted" not in said and result.best == str(tmp_path / "best.pth")
+    kinds = [json.loads(line)["kind"] for line in (tmp_path / "log.jsonl").open()]
+    assert kinds.count("epoch") == 2 and "remade" not in kinds
