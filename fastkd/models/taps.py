@@ -354,8 +354,10 @@ class _NameReader:
             if found in (0, _num_prefix_tokens(self.model)) and self.num_prefix in (0, found):
                 return (int(rows), int(columns)), found
         else:
-            patches = count - self.num_prefix
-            grids = [(h, patches // h) for h in range(1, patches + 1) if patches % h == 0]
+            patches = max(0, count - self.num_prefix)
+            shorter = [side for side in range(1, int(patches**0.5) + 1) if patches % side == 0]
+            sides = {*shorter, *(patches // side for side in shorter)}
+            grids = [(side, patches // side) for side in sides]
             fitting = [grid for grid in grids if _has_aspect(grid, (height, width))]
         if len(fitting) != 1:
             raise ValueError(

@@ -310,6 +310,8 @@ def test_no_hook_is_left_behind(images):
 def test_a_class_token_left_in_is_named_as_the_cause(images):
     with pytest.raises(ValueError, match=r"block gives 17 tokens.*num_prefix \(now 0\)"):
         Taps(Plain(), ["block"])(images)
+    with pytest.raises(ValueError, match=r"block gives 17 tokens.*num_prefix \(now 18\)"):
+        Taps(Plain(), ["block"], num_prefix=18)(images)
 
 
 def test_a_grid_that_is_no_square_can_be_given(images):
