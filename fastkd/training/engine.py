@@ -31,6 +31,8 @@ FIRST_FP16_SCALE = 2.0**16
 # Updates that fp16's scaler may skip in a row only to come down to a scale of 1.
 FP16_SETTLING = 17
 
+SKIPPED = "as the loss or its gradient was infinite or NaN"
+
 
 class NonFiniteError(FloatingPointError):
     """Losses, gradients or weights are infinite or NaN; nothing of them is in files."""
@@ -241,7 +243,7 @@ class Engine:
         if self.config.amp == "fp16":
             limit += FP16_SETTLING
         if reading.longest_row > limit:
-            raise self.non_finite(f"{reading.longest_row} updates in a row were skipped")
+            raise self.non_finite(f"{reading.longest_row} updates in a row were skipped, {SKIPPED}")
         return reading
 
     def is_finite(self) -> bool:
@@ -285,10 +287,9 @@ class Engine:
         weights = "finite, from before" if self.is_finite() else "infinite or NaN, too"
         return NonFiniteError(
             f"train: {what}, at or before update {self.position.total} in epoch "
-            f"{self.position.epoch + 1}: the loss or its gradient was infinite or NaN (learning "
-            f"rate {self.lr:.3g}, amp {self.config.amp}). The weights in memory are {weights}. Try "
-            f"a lower lr, clip_grad=1.0, or amp='none'; max_nonfinite is "
-            f"{self.config.max_nonfinite}"
+            f"{self.position.epoch + 1} (learning rate {self.lr:.3g}, amp {self.config.amp}). The "
+            f"weights in memory are {weights}. Try a lower lr, clip_grad=1.0, or amp='none'; "
+            f"max_nonfinite is {self.config.max_nonfinite}"
         )
 
     def skipped_updates(self) -> list[Skipped]:

@@ -32,7 +32,7 @@ from fastkd.training.build import (
     resolve_teacher,
 )
 from fastkd.training.dry_run import effective_values
-from fastkd.training.engine import NonFiniteError, evaluate_terms
+from fastkd.training.engine import SKIPPED, NonFiniteError, evaluate_terms
 from fastkd.training.logging import PLOT, RESULT, Result, RunLogger, result_of
 from fastkd.training.meter import Reading, timestamp
 from fastkd.training.plots import plot_run
@@ -202,7 +202,7 @@ def train_one_epoch(
     report(run, logger)
     record = _record(run, engine.read(), None)
     if record["skipped_updates"] == meter.count > 1 and recipe.amp != "fp16":
-        raise engine.non_finite("every update was skipped")
+        raise engine.non_finite(f"every update was skipped, {SKIPPED}")
     return record
 
 
