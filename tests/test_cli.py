@@ -1,5 +1,8 @@
 """The command line: what it runs, what it prints, how it fails."""
 
+import contextlib
+import io
+import os
 import re
 import subprocess
 import sys
@@ -297,6 +300,33 @@ def test_a_reader_that_leaves_ends_the_command_without_an_error(capsys, monkeypa
 
         monkeypatch.setattr(sys, "stdout", Left())
         assert main(["recipes"]) == 0
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("buffering", [-1, 0], ids=["buffered", "unbuffered"])
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_reader_that_leaves_hides_no_error(capsys, monkeypatch, buffering, fails):
+    def work(command, arguments):
+        with contextlib.suppress(BrokenPipeError if fails else ()):
+            print("a line")
+        if fails:
+            raise ValueError("the disk is full")
+        return 0
+
+    reader, writer = os.pipe()
+    os.close(reader)
+    monkeypatch.setattr("fastkd.cli._run", work)
+    with open(writer, "wb", buffering) as raw:
+        file = io.TextIOWrapper(raw, write_through=not buffering)
+        monkeypatch.setattr(sys, "stdout", file)
+        assert main(["recipes"]) == (2 if fails else 0)
+        monkeypatch.undo()
+    assert capsys.readouterr().err == "fastkd recipes: error: the disk is full\n" * fails
+
+
+def test_a_command_needs_no_output(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "stdout", None)
+    assert main(["recipes"]) == 0
     assert capsys.readouterr().err == ""
 
 

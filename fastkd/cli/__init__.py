@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import os
 import re
+import select
 import sys
 from collections.abc import Iterable, Sequence
 from importlib import metadata
@@ -55,16 +57,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     command = arguments[0] if arguments and arguments[0] in COMMANDS else ""
+    left = False
     try:
         try:
             return _run(command, arguments)
         finally:
-            sys.stdout.flush()
+            left = _reader_left()
     except KeyboardInterrupt:
         print(f"fastkd {command}: interrupted", file=sys.stderr)
         return 130
     except Exception as error:
-        if isinstance(error, BrokenPipeError) and _reader_left():
+        if left and isinstance(error, BrokenPipeError):
             return 0
         if os.environ.get("FASTKD_DEBUG") == "1":
             raise
@@ -75,14 +78,19 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _reader_left() -> bool:
-    """Whether who reads the output has read enough, as ``head`` does."""
+    """Flush the output; whether who reads it has read enough, as ``head`` does."""
+    if sys.stdout is None:  # closed from the start
+        return False
     try:
         sys.stdout.flush()
     except BrokenPipeError:
         # What is left in the buffer would be tried again, and complained about, at the exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return True
-    return False
+    pipe = select.poll()
+    with contextlib.suppress(OSError, TypeError, ValueError):  # no file, as in a notebook
+        pipe.register(sys.stdout, select.POLLERR)
+    return bool(pipe.poll(0))  # without a buffer there was nothing to flush
 
 
 def print_once(text: str) -> None:

@@ -18,6 +18,7 @@ from timm.data import ImageNetInfo
 from timm.data.readers import add_img_extensions, del_img_extensions
 from torch import nn
 
+from fastkd.cli import main
 from fastkd.cli import predict as command
 from fastkd.data.datasets import open_data
 from fastkd.data.files import ENDINGS
@@ -572,7 +573,7 @@ def test_a_reader_that_has_read_enough_ends_the_command_quietly(run, tmp_path, m
     os.close(reading)
     with os.fdopen(writing, "w") as closed:
         monkeypatch.setattr("sys.stdout", closed)
-        assert run_command(tmp_path, "--checkpoint", run) == 1
+        assert main(["predict", str(tmp_path), "--checkpoint", str(run), "--workers", "0"]) == 1
     assert capsys.readouterr().err.startswith(
         f"fastkd predict: passed over {tmp_path / 'text.png'}"
     )
