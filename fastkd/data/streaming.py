@@ -6,6 +6,7 @@ an uninterrupted run, with as many processes and loader processes as before; els
 
 from __future__ import annotations
 
+import os
 import random
 import shlex
 import tarfile
@@ -150,7 +151,8 @@ class HubStream(StreamSource):
                 f"labels"
             )
         self.image = image_column(name, columns)
-        self.folder = place  # of a data set on this machine
+        # Of a data set on this machine; `datasets` names files behind links to it, or before them.
+        self.folders = place, os.path.realpath(place)
         stated = (stream.info.splits or {}).get(split)
         classes = getattr(columns["label"], "num_classes", None)
         names = getattr(columns["label"], "names", None) or ()
@@ -183,11 +185,12 @@ class HubStream(StreamSource):
         content = found["bytes"]
         # In "zip://a.png::/data/b.zip" the last part is the file.
         file = str(found["path"]).split("::")[-1].removeprefix("file://")
-        if content is None and "://" not in file and not is_inside(file, self.folder):
+        local = content is None and "://" not in file
+        if local and not any(is_inside(file, folder) for folder in self.folders):
             raise OSError(f"{file} is outside the data set's folder")
         if content is None and "://" in found["path"]:
-            with xopen(found["path"], "rb") as file:
-                content = file.read()
+            with xopen(found["path"], "rb") as opened:
+                content = opened.read()
         image = open_image(content or found["path"])
         if ExifTags.Base.Orientation in image.getexif():  # turned, as datasets does
             image = ImageOps.exif_transpose(image)

@@ -389,6 +389,17 @@ def test_a_hub_set_reads_no_file_of_this_machine_but_its_own(hub, tmp_path):
         load(str(tmp_path / "set" / "pipe.png"))
 
 
+def test_a_folder_of_a_hub_set_may_be_a_link(tmp_path):
+    pytest.importorskip("datasets")
+    source = image_folder(tmp_path / "images", size=8, train=1, val=1)
+    (source / "val").rename(source / "test")
+    (tmp_path / "link").symlink_to(source)
+    data = open_data(f"hfids/{tmp_path / 'link'}", str(tmp_path / "cache"))
+    for part in (data.train, data.val):
+        read = part.read(lambda image: image.format, 0, 1)
+        assert list(read) == [("JPEG", 0), ("JPEG", 1), ("JPEG", 2)]
+
+
 def test_a_streamed_hub_set_goes_on_exactly(hub):
     recipe = RECIPE.override(workers=2, train_samples=36)
     unbroken = epoch(hub, recipe, (1, 0))
