@@ -256,7 +256,7 @@ def holds_samples(path: str | os.PathLike[str]) -> bool:
 def parse_label(content: bytes, target: str | None, name: str, classes: int = 0) -> int | None:
     """Read the label in a shard's ``.cls``, or in a field of its ``.json``; None below zero.
 
-    Raise a LabelError for what is no whole number, an OSError for one beyond the classes.
+    Raise a LabelError for what is no whole number, or one beyond the classes.
     """
     try:
         value = int(content) if target is None else json.loads(content)[target]
@@ -271,7 +271,7 @@ def parse_label(content: bytes, target: str | None, name: str, classes: int = 0)
         ) from error
     if label >= (classes or MOST_CLASSES):
         known = f"there are {classes} classes" if classes else f"labels lie below {MOST_CLASSES}"
-        raise OSError(f"{name} holds the label {label}, but {known}")
+        raise LabelError(f"{name} holds the label {label}, but {known}")
     return None if label == UNLABELLED else label
 
 

@@ -480,13 +480,19 @@ def test_a_streamed_label_that_is_no_whole_number_is_refused_and_not_replaced(la
             list(loader)
 
 
-@pytest.mark.parametrize("text", [b"0.9", b"cat", b"-3"])
-def test_a_cls_that_is_no_whole_number_is_refused_and_not_replaced(shards, tmp_path, text):
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        *[(text, "whole number") for text in (b"0.9", b"cat", b"-3")],
+        (b"3", "holds the label 3, but there are 3 classes"),
+    ],
+)
+def test_a_cls_that_is_no_class_number_is_refused_and_not_replaced(shards, tmp_path, text, told):
     def edit(number, name, content):
         return text if number == 0 else content
 
     copy = rewritten(shards, tmp_path / "shards", edit, "validation-000001.tar")
-    with pytest.raises(ValueError, match=r"validation-000001\.tar:.* whole number"):
+    with pytest.raises(ValueError, match=rf"validation-000001\.tar:.* {told}"):
         list(eval_loader(open_data(f"wds/pipe:cat {copy}"), RECIPE, SPEC))
 
 
