@@ -138,10 +138,14 @@ def list_images(folder: str | os.PathLike[str], left_out: LeftOut | None = None)
 def list_folders(folder: str | os.PathLike[str]) -> list[str]:
     """List the names of the folders that `find_files` enters first."""
     here = Path(os.path.realpath(folder))
-    return [
-        name
-        for name in os.listdir(folder)
-        if not is_hidden(name)
-        and os.path.isdir(path := os.path.join(folder, name))
-        and not (os.path.islink(path) and here.is_relative_to(os.path.realpath(path)))
-    ]
+    with os.scandir(folder) as entries:
+        return [
+            entry.name
+            for entry in entries
+            if not is_hidden(entry.name)
+            and (
+                os.path.isdir(entry.path) and not here.is_relative_to(os.path.realpath(entry.path))
+                if entry.is_symlink()
+                else entry.is_dir()  # does not ask the disk
+            )
+        ]

@@ -191,3 +191,19 @@ def test_what_is_left_out_is_told_by_the_main_process_if_there_is_something(
     tell_left_out(os.fsdecode(b"d\xe9ta"), left_out)
     assert len(caplog.records) == told
     assert all(record.getMessage().encode() for record in caplog.records)
+
+
+def test_folders_are_listed_without_asking_about_every_file(tmp_path, monkeypatch):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / f"{name}.jpg").touch()
+    (tmp_path / "c").symlink_to("a")
+    (tmp_path / "loop").symlink_to(".")
+    stat = os.stat
+
+    def asked(path, **options):
+        assert not str(path).endswith(".jpg")
+        return stat(path, **options)
+
+    monkeypatch.setattr(os, "stat", asked)
+    assert sorted(list_folders(tmp_path)) == ["a", "b", "c"]
