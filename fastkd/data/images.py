@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import functools
 import io
 import os
+import re
 import stat
 import warnings
+from collections.abc import Iterator
 from typing import Any, BinaryIO
 
 from PIL import Image, UnidentifiedImageError
@@ -17,6 +20,8 @@ from PIL import Image, UnidentifiedImageError
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "PPM", "TIFF", "JPEG2000", "AVIF")
 # Whose message says what is wrong with a file.
 PILLOW_ERRORS = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
+# A filter of warnings.
+_PILLOW = ("ignore", None, Warning, re.compile(r"PIL\."), 0)
 # Grayscale of more than 8 bits, all of which Pillow's conversion cuts off above 255.
 DEEP_MODES = ("I", "F", "I;16", "I;16L", "I;16B", "I;16N")
 
@@ -53,9 +58,7 @@ def open_image(source: str | os.PathLike[str] | BinaryIO | bytes) -> Image.Image
         with open_file(source) as opened:
             source = opened.read(MAX_FILE + 1)
     file = _Frugal(io.BytesIO(source) if isinstance(source, bytes) else source)
-    with warnings.catch_warnings():
-        # One for every odd tag; what is too large is decided below.
-        warnings.filterwarnings("ignore", module=r"PIL\.")
+    with without_pillow_warnings():  # one for every odd tag; what is too large is decided below
         image = Image.open(file, formats=_formats())
     # A PNG has chunks behind its pixels, too. BMP and PPM are decoded by small reads.
     file.share, file.most = PIXEL_READ if image.format == "PNG" else None, None
@@ -69,6 +72,21 @@ def open_image(source: str | os.PathLike[str] | BinaryIO | bytes) -> Image.Image
             f"{image.width:,} x {image.height:,} pixels, of which at most {most:,.0f} are decoded"
         )
     return image
+
+
+@contextlib.contextmanager
+def without_pillow_warnings() -> Iterator[None]:
+    """Ignore Pillow's warnings.
+
+    `warnings.catch_warnings` would make Python forget which others it has shown: they would come
+    again for every image.
+    """
+    filters: Any = warnings.filters
+    filters.insert(0, _PILLOW)
+    try:
+        yield
+    finally:
+        filters.remove(_PILLOW)
 
 
 def load_rgb(path: str) -> Image.Image:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
@@ -15,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 from fastkd.config import DataConfig
 from fastkd.data.datasets import DataPair
 from fastkd.data.files import LeftOut, image_endings, list_images, tell_left_out
-from fastkd.data.images import reason_of
+from fastkd.data.images import reason_of, without_pillow_warnings
 from fastkd.data.loader import SampleDataset, eval_samples
 from fastkd.data.readers import FileReader, ReadableImages
 from fastkd.data.samplers import SampleKey
@@ -77,9 +76,8 @@ class SamplesAndFaults(Dataset[Sample | Fault]):
 
     def __getitem__(self, index: int) -> Sample | Fault:
         try:
-            with warnings.catch_warnings():
-                # Pillow reads large pictures and odd palettes, and the user meant them.
-                warnings.filterwarnings("ignore", module=r"PIL\.")
+            # Pillow reads large pictures and odd palettes, and the user meant them.
+            with without_pillow_warnings():
                 (sample,) = self.samples.__getitems__([SampleKey(0, index, 0)])
         except Exception as error:  # what datasets raise has no common base
             return Fault(index, self.samples.name(index), reason_of(error))

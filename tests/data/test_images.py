@@ -291,6 +291,15 @@ def test_pixels_are_bounded_before_they_are_decoded(monkeypatch, kind, most, siz
             assert loaded(encoded(kind=kind)).size == size
 
 
+def test_opening_an_image_does_not_bring_other_warnings_back():
+    with warnings.catch_warnings(record=True) as shown:
+        warnings.simplefilter("default")
+        for _ in range(3):
+            warnings.warn("once from this place", stacklevel=1)
+            open_image(encoded())
+    assert len(shown) == 1
+
+
 def test_photographs_of_a_hundred_megapixels_are_within_the_bound():
     assert 11_648 * 8736 < images.MAX_PIXELS * Image.MAX_IMAGE_PIXELS < 13_000 * 13_000
 
