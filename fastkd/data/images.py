@@ -97,7 +97,7 @@ def load_rgb(path: str) -> Image.Image:
         refuse_deep(image)
         return image.convert("RGB")
     except Exception as error:
-        raise OSError(f"data: cannot read {path}: {error}") from error
+        raise OSError(f"data: cannot read {path}: {reason_of(error)}") from error
 
 
 @functools.cache
@@ -192,7 +192,8 @@ def reason_of(error: BaseException) -> str:
     while error.__cause__ is not None and str(error).startswith("data: "):
         error = error.__cause__  # of Pillow or the system, which fastkd.data wraps
     if isinstance(error, UnidentifiedImageError):
-        return "no image that Pillow can read"  # its own words name an address in memory
+        *formats, last = _formats()
+        return f"no {', '.join(formats)} or {last}"  # Pillow's words name an address in memory
     text = " ".join(str(getattr(error, "strerror", None) or error).split())
     known = text and isinstance(error, PILLOW_ERRORS)
     return (text if known else f"{type(error).__name__}: {text or 'no message'}")[:200]

@@ -62,7 +62,8 @@ class ReadableImages(Dataset[tuple[Any, Any]]):
                 image.load()
         except Exception as error:  # what Pillow, its plugins and readers raise has no common base
             name = writable(self.filename(index))
-            raise OSError(f"data: cannot read {name} (sample {index}): {error}") from error
+            reason = reason_of(error)
+            raise OSError(f"data: cannot read {name} (sample {index}): {reason}") from error
         return image, label if self.labelled and label is not None else UNLABELLED
 
     def filename(self, index: int) -> str:

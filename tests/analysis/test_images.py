@@ -178,7 +178,8 @@ def test_images_that_cannot_be_read_are_reported_by_name(tmp_path, workers):
     reasons = {selection.name(p): reason for batch in batches for p, reason in batch.skipped}
     assert set(reasons) == {"a/0.png", "a/1.png", "b/2.png", "b/3.png"}
     assert "truncated" in reasons["a/0.png"]
-    assert reasons["a/1.png"] == reasons["b/2.png"] == "no image that Pillow can read"
+    assert reasons["a/1.png"] == reasons["b/2.png"]
+    assert reasons["a/1.png"].startswith("no JPEG, PNG, WEBP, ")
     assert reasons["b/3.png"] == "No such file or directory"
     assert not any("\n" in reason for reason in reasons.values())
     read_places = [place for batch in batches for place in batch.places]

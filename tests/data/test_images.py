@@ -142,9 +142,9 @@ def test_other_formats_are_no_images_whatever_they_are_called(tmp_path, monkeypa
 
     monkeypatch.setattr(EpsImagePlugin, "Ghostscript", started)
     monkeypatch.setattr(subprocess, "check_call", started)
-    with pytest.raises(OSError, match="cannot read"):
+    with pytest.raises(OSError, match=r"cannot read .*a\.jpg \(sample 0\): no JPEG, PNG, WEBP, "):
         ReadableImages(FileReader("", [(str(tmp_path / "a.jpg"), 0)], {}))[0]
-    assert convert(str(tmp_path / "a.jpg"), 64, 90) == "no image that Pillow can read"
+    assert convert(str(tmp_path / "a.jpg"), 64, 90).startswith("no JPEG, PNG, WEBP, ")
 
 
 @pytest.mark.parametrize("kind", ["fifo", "link to a fifo", "socket", "device", "link to a device"])
@@ -358,7 +358,7 @@ def test_torchvisions_folders_are_read_by_the_same_rules(tmp_path):
     os.mkfifo(folder / "2.jpg")
     data = open_data("torch/image_folder", str(tmp_path), need_train=False)
     assert data.val[0][0].size == (64, 48)
-    for number, reason in ((1, "no image"), (2, "no regular file")):
+    for number, reason in ((1, "no JPEG, PNG"), (2, "no regular file")):
         with pytest.raises(OSError, match=rf"{number}\.jpg") as caught:
             data.val[number]
         assert reason in reason_of(caught.value)

@@ -182,7 +182,7 @@ def test_images_that_a_stream_cannot_read_are_told(shards, tmp_path, workers):
     recipe = RECIPE.override(workers=workers, train_samples=72, augment="none")
     faults = {fault for batch in epoch(data, recipe) for fault in batch.faults}
     (fault,) = faults
-    assert fault.sample == -1 and fault.reason == "no image that Pillow can read"
+    assert fault.sample == -1 and fault.reason.startswith("no JPEG, PNG, WEBP, ")
     assert re.fullmatch(r"pipe:cat .*/train-000003\.tar:\d{8}", fault.name)
 
 

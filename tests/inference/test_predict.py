@@ -192,7 +192,7 @@ def test_what_cannot_be_read_is_told_and_the_rest_predicted(run, pictures, tmp_p
     assert [p.image for p in predictions.images] == [str(good)]
     reasons = {fault.name.rpartition("/")[2]: fault.reason for fault in predictions.unreadable}
     assert "truncated" in reasons["torn.jpg"]
-    assert reasons["text.png"] == "no image that Pillow can read"
+    assert reasons["text.png"].startswith("no JPEG, PNG, WEBP, ")
     assert reasons["missing.jpg"] == "No such file or directory"
     assert reasons["empty"] == f"a folder without images ({', '.join(ENDINGS)})"
 
@@ -550,9 +550,8 @@ def test_one_guess_for_an_image_is_one_line(run, pictures, capsys):
 def test_the_command_names_what_it_passed_over_and_says_so_at_its_end(run, tmp_path, capsys):
     (tmp_path / "text.png").write_text("no image")
     assert run_command(tmp_path, "--checkpoint", run) == 1
-    assert capsys.readouterr().err == (
-        f"fastkd predict: passed over {tmp_path / 'text.png'}: no image that Pillow can read\n"
-    )
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"fastkd predict: passed over {tmp_path / 'text.png'}: no JPEG, PNG, ")
 
 
 def test_the_command_takes_a_name_and_weights_for_it(pictures, tmp_path, capsys):
