@@ -40,6 +40,7 @@ from fastkd.inference.preprocessing import Shape, class_count, input_spec, stude
 from fastkd.losses.registry import check_options, find_loss, has_temperature
 from fastkd.models import Teacher
 from fastkd.models.factory import rebuilt_by
+from fastkd.models.pretrained import looks_like_a_path
 from fastkd.training.engine import Engine
 from fastkd.training.logging import check_trackers
 from fastkd.training.optim import (
@@ -296,7 +297,7 @@ def resolve_recipe(recipe: Any, student: Any, teacher: Any, data: Any, overrides
 def _refuse_tag(model: str | None) -> None:
     """Refuse a timm name with a tag, which stands for weights: a name starts from random ones."""
     architecture, _, tag = (model or "").partition(".")
-    if tag and timm.is_model(architecture):
+    if tag and timm.is_model(architecture) and not looks_like_a_path(str(model)):
         raise ValueError(
             f"student: the tag of {model!r} is one of published weights, but a timm name starts "
             f"from random ones: write {architecture!r} for these, 'hf_hub:timm/{model}' for those"

@@ -292,6 +292,10 @@ def test_a_tag_of_weights_in_a_students_name_is_refused_with_what_to_write(name,
         resolve_recipe(recipe, student, None, None, overrides)
 
 
+def test_a_file_that_is_not_there_has_no_tag():
+    assert resolve_recipe(None, "test_vit.pth", None, None, {}).model == "test_vit.pth"
+
+
 def test_a_module_that_was_built_by_a_name_with_a_tag_has_its_weights():
     student = timm.create_model("test_vit.r160_in1k", num_classes=3)
     assert resolve_recipe(None, student, None, None, {}).model == "test_vit"
