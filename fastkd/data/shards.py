@@ -159,6 +159,7 @@ class _Work:
         self.left: list[Any] = []  # in no shard, and not known as unreadable
         self.shards: dict[str, dict[str, int]] = {}  # number of samples by split and file name
         self.unreadable: dict[str, str] = {}  # reasons by file
+        self.dead: set[str] = set()  # links to nothing from the start: no source that went away
         self.classes: list[str] = []  # names by number; empty without labels
         parted = (source / "train").is_dir()
         names = {source.resolve().name, *os.listdir(source)}
@@ -176,7 +177,10 @@ class _Work:
             for path, label in track(data.reader.samples, f"listing {split}", "file", not quiet):
                 file, key = os.path.relpath(path, source), f"{len(images):08d}"
                 images.append((split, key, file, label if data.labelled else None))
-                digest.update(os.fsencode(f"{images[-1]} {os.path.getsize(path)}\n"))
+                if os.path.islink(path) and not os.path.exists(path):
+                    self.dead.add(file)
+                size = None if file in self.dead else os.path.getsize(path)
+                digest.update(os.fsencode(f"{images[-1]} {size}\n"))
             random.Random(f"{options['seed']} {split}").shuffle(images)
             self.images, self.shards[split] = self.images + images, {}
         self.identity = {"source": digest.hexdigest(), **options}
@@ -227,7 +231,10 @@ class _Work:
             stack.callback(pool.shutdown, cancel_futures=True)
             for start in range(0, len(self.left) + window, window):
                 images = self.left[start : start + window]
-                files = (os.path.join(self.source, file) for _, _, file, _ in images)
+                files = (
+                    None if file in self.dead else os.path.join(self.source, file)
+                    for _, _, file, _ in images
+                )
                 results = pool.map(change, files, chunksize=CHUNK)
                 ready, ahead = ahead, zip(images, results, strict=True)
                 for (split, key, file, label), content in ready:
@@ -289,8 +296,10 @@ def _begin_worker(lock: int) -> None:
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 
-def convert(path: str, short_side: int | None, quality: int) -> dict[str, bytes] | str:
+def convert(path: str | None, short_side: int | None, quality: int) -> dict[str, bytes] | str:
     """Return {extension: content} of an image as it is stored, or the reason why it cannot be."""
+    if path is None:
+        return "link to a missing file"
     with open_file(path) as file:  # an error here says nothing about the image
         content = file.read(MAX_FILE + 1)
     try:

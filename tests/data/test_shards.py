@@ -271,6 +271,16 @@ def test_unreadable_images_are_listed_and_in_no_shard(tmp_path):
     assert len(open_data(tmp_path / "shards").train) == 11
 
 
+def test_a_link_to_nothing_is_listed_and_in_no_shard(tmp_path):
+    source = image_folder(tmp_path / "source", train=4, val=2)
+    dead = source / "train" / "green" / "9.jpg"
+    dead.symlink_to(tmp_path / "missing.jpg")
+    report = shard(source, tmp_path / "shards", **SMALL)
+    assert report.samples == {"train": 12, "validation": 6}
+    ((file, reason),) = report.unreadable
+    assert file == "train/green/9.jpg" and "missing" in reason
+
+
 def test_a_source_that_goes_away_stops_the_work_which_then_goes_on(source, tmp_path, monkeypatch):
     images = shutil.copytree(source, tmp_path / "images")
     with monkeypatch.context() as patch:
