@@ -323,6 +323,7 @@ def student_recipe(settings: Settings, contender: Contender, seed: int) -> Recip
         feature_weight=settings.feature_weight,
         pairs=_LAST_BLOCK,
         projector=contender.projector or "none",
+        classes_by="number",  # the digits have no names: without it every student warns of that
         **_COMMON,
     )
 
