@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import platform
 import shutil
 from collections.abc import Sequence
@@ -22,6 +21,7 @@ from fastkd.analysis.study import Resume, Settings, Study, difference, plain_jso
 from fastkd.analysis.tokens import LayerChoice, ModelSource, TokenSource, resolve
 from fastkd.checkpoint import LAST
 from fastkd.data.datasets import Data
+from fastkd.data.samples import default_workers
 from fastkd.models.weights import verifying
 from fastkd.ops.environment import version
 from fastkd.ops.sep import LEVELS as BANDWIDTH_LEVELS
@@ -168,7 +168,7 @@ def analyze(
             images=images,
             seed=seed,
             batch_size=batch_size,
-            workers=min(4, os.cpu_count() or 1) if workers is None else workers,
+            workers=default_workers() if workers is None else workers,
             device=peers.device,
             amp=amp,
             num_prefix=num_prefix,

@@ -52,7 +52,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", help="cpu, cuda, cuda:1 (default: cuda where there is one)")
     parser.add_argument("--amp", default="none", choices=("none", "bf16", "fp16"))
     parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--workers", type=int, default=4, help="for more than one batch")
+    parser.add_argument("--workers", type=int, help="for more than one batch (default: up to 4)")
     parser.add_argument("--quiet", action="store_true", help="show no progress")
     add_image_options(parser)
     parser.set_defaults(run=_run)

@@ -246,6 +246,11 @@ def _as_torch_tells(error: BaseException) -> BaseException:
     return error
 
 
+def default_workers() -> int:
+    """Up to four loader processes, as many as there are CPUs: torch warns of more."""
+    return min(4, len(os.sched_getaffinity(0)))
+
+
 def loader_options(workers: int, device: torch.device) -> dict[str, Any]:
     """How every `DataLoader` here runs its workers; an iteration draws from no global generator."""
     return {

@@ -19,7 +19,7 @@ from fastkd.config import IMAGE_OPTIONS, EvaluateOptions, refuse_image_options
 from fastkd.data.classes import Classes, match_classes
 from fastkd.data.datasets import Data, open_data
 from fastkd.data.loader import eval_loader
-from fastkd.data.samples import Batch, Fault
+from fastkd.data.samples import Batch, Fault, default_workers
 from fastkd.data.transforms import InputSpec
 from fastkd.inference.loading import classes_of, open_model
 from fastkd.models.weights import verifying
@@ -42,7 +42,7 @@ def evaluate(
     device: str | torch.device | None = None,
     amp: Literal["none", "bf16", "fp16"] = "none",
     batch_size: int = 256,
-    workers: int = 4,
+    workers: int | None = None,
     verify: bool = True,
     classes_by: Literal["name", "number"] = "name",
     **options: Unpack[EvaluateOptions],
@@ -63,7 +63,7 @@ def evaluate(
         device: as in `train`.
         amp: ``"none"``, ``"bf16"`` or ``"fp16"``.
         batch_size: images per step and process.
-        workers: loader processes.
+        workers: loader processes; None: up to four, as many as there are CPUs.
         verify: refuse weights whose checksum is wrong or was left out; formats without one are not
             checked.
         classes_by: ``"name"``: labels are the model's classes of the same names; for models of an
@@ -91,6 +91,7 @@ def evaluate(
         hint = suggestion(name, ("batch_size", "checkpoint", "workers", "weights", *OPTIONS))
         raise ValueError(f"evaluate: unknown option {name!r}{hint}; there are {OPTIONS}")
     check_numbers("evaluate", batch_size=(batch_size, 1), workers=(workers, 0, MOST_WORKERS))
+    workers = default_workers() if workers is None else workers
     opened = open_data(data, options.get("data_root"), need_train=False)
     if opened.yields_tensors:
         refuse_image_options(options)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from fastkd.config import IMAGE_OPTIONS, ImageOptions
-from fastkd.data.samples import Batch, Fault
+from fastkd.data.samples import Batch, Fault, default_workers
 from fastkd.inference.evaluate import evaluating, have_finite_logits
 from fastkd.inference.images import Images, find_images, image_loader, open_files
 from fastkd.inference.loading import open_model
@@ -118,7 +118,7 @@ def predict(
     device: str | torch.device | None = None,
     amp: Literal["none", "bf16", "fp16"] = "none",
     batch_size: int = 64,
-    workers: int = 4,
+    workers: int | None = None,
     quiet: bool = False,
     verify: bool = True,
     **options: Unpack[ImageOptions],
@@ -145,7 +145,8 @@ def predict(
         device: as in `evaluate`.
         amp: as in `evaluate`.
         batch_size: images per step and process.
-        workers: loader processes, where there is more than one batch.
+        workers: loader processes, where there is more than one batch; None: up to four, as many
+            as there are CPUs.
         quiet: show no progress.
         verify: as in `evaluate`.
         **options: ``img_size``, ``crop_pct``, ``crop_mode``, ``interpolation``, ``mean``, ``std``.
@@ -189,7 +190,7 @@ def predict(
             preprocessing.input_spec(opened.network, data),
             share,
             batch_size=batch_size,
-            workers=workers,
+            workers=default_workers() if workers is None else workers,
             device=peers.device,
         )
         shows = peers.is_main and not quiet
