@@ -335,6 +335,8 @@ class _Opener:
         if pretrained and ":" in name:
             found = network.pretrained_cfg.get("num_classes", network.num_classes)
             check_head(self.caller, name, found, self.num_classes)
+            # timm leaves out a head of another size: its configuration may contradict itself.
+            check_head(self.caller, name, found, _num_classes(network))
         return network
 
     def _of_checkpoint(self, file: Path) -> Model:

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 import torch
 from annotated_types import Ge, Gt, Le
-from pydantic import BaseModel, ConfigDict, Json, ValidationError
+from pydantic import BaseModel, ConfigDict, Json, Strict, ValidationError
 from torch import Tensor
 
 from fastkd.models.hub import DownloadError
@@ -22,7 +22,7 @@ Side = Annotated[int, Ge(1), Le(LARGEST_IMAGE)]
 Size = tuple[Side, Side, Side]  # (channels, height, width)
 Means = tuple[float, ...]
 Deviations = tuple[Annotated[float, Gt(0)], ...]
-Classes = Annotated[int, Ge(0), Le(10**7)]
+Classes = Annotated[int, Strict(), Ge(0), Le(10**7)]  # timm takes no text for a number
 
 
 class _Form(BaseModel):

@@ -203,3 +203,10 @@ def test_other_content_is_named(tmp_path, content):
 def test_an_argument_out_of_range_is_refused(options, name):
     with pytest.raises(ValueError, match=f"open_model: {name} must"):
         open_model(**options, pretrained=False)
+
+
+def test_a_config_whose_number_of_classes_contradicts_its_arguments_is_refused(tmp_path, weights):
+    config = {**CONFIG, "model_args": {"img_size": 32, "num_classes": 3}}
+    for count, word in ((9, "9 classes"), ("9", "num_classes")):
+        folder(tmp_path, weights, json.dumps({**config, "num_classes": count}).encode())
+        refused(f"local-dir:{tmp_path}", tmp_path, word)
