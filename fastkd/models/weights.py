@@ -6,6 +6,7 @@ import argparse
 import pathlib
 import pickle
 import re
+import sys
 import textwrap
 import zipfile
 import zlib
@@ -115,6 +116,8 @@ def read_file(path: str | Path, device: str | torch.device = "cpu") -> Any:
     try:
         if torch.device(device).type != "meta":
             check_sum(path)
+        elif _is_swapped(path):
+            device = "cpu"  # torch dies of swapping bytes that are not there
         if path.suffix == _SAFETENSORS:
             return load_file(path, str(device))
         with torch.serialization.safe_globals(_PLAIN):
@@ -123,6 +126,15 @@ def read_file(path: str | Path, device: str | torch.device = "cpu") -> Any:
         raise
     except Exception as error:  # bytes that are no checkpoint fail in any way
         raise _unreadable(path, error) from error
+
+
+def _is_swapped(path: Path) -> bool:
+    """Whether a .pth file was written by a machine of another byte order."""
+    if not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as archive:
+        order = (name for name in archive.namelist() if name.endswith("/byteorder"))
+        return any(archive.read(name) != sys.byteorder.encode() for name in order)
 
 
 def verifies() -> bool:
@@ -144,7 +156,10 @@ def check_sum(path: Path) -> None:
         wrong = None if stored in (None, actual) else "the file"
     elif zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
-            wrong = archive.testzip()
+            names = archive.namelist()
+            wrong = archive.testzip()  # looks at the last record of a name, torch at any
+        if len(set(names)) < len(names):
+            wrong = "a record that is there twice"
     if wrong is not None:
         raise ChecksumError(
             f"{path} is damaged, or saved without CRC (that of {wrong} does not fit); "
