@@ -38,7 +38,7 @@ from fastkd.data.images import open_file
 from fastkd.utils.io import replacing
 from fastkd.utils.progress import track
 
-_VERSION = 4  # of the listing kept beside the archives
+_VERSION = 5  # of the listing kept beside the archives
 _PEEKED = 64  # headers that tell a shard from another tar
 MOST_CLASSES = 10**6  # labels of shards lie below it, where their number of classes is not known
 
@@ -72,6 +72,14 @@ def _members(
     except tarfile.TarError as error:
         raise OSError(f"{path} is no whole, uncompressed tar: {error}") from error
     _check_end(file, path, end, inner=start > 0)
+    seen: set[str] = set()
+    for member in found:
+        name = posixpath.normpath(member.name)
+        if name.split("/")[0] == "..":
+            raise OSError(f"{path}: {member.name} leaves the archive")
+        if member.name[-1] != "/" and name in seen:
+            raise OSError(f"{path} has two members with the name {name}")
+        seen.add(name)
     for member in found:
         if member.name.lower().endswith(".tar"):
             inner = f"{prefix}{member.name[:-4]}/"
@@ -174,8 +182,6 @@ def list_shard(path: Path, target: str | None = None, left_out: LeftOut | None =
     with open_file(path) as file:
         members: dict[str, Member] = {}
         for member in _members(file, os.fspath(path), left_out):
-            if member.name in members:
-                raise OSError(f"{path} has two members with the name {member.name}")
             if member.name[-1] != "/":
                 members[member.name] = member
         for image, fields in samples_of(members, os.fspath(path), left_out).values():

@@ -696,6 +696,22 @@ def test_a_member_that_is_there_twice_is_an_error_of_lists_and_a_fault_of_stream
     assert [fault.name.endswith("val-0.tar:a.jpg") for fault in faults] == [True]
 
 
+@pytest.mark.parametrize("again", ["a/1.jpg", "./a/1.jpg", "b/../a/1.jpg"])
+def test_a_member_that_is_there_twice_is_an_error_of_plain_tars(folder, tmp_path, again):
+    image = images_of(folder, "val")[0]
+    path = tar_of(tmp_path / "a.tar", [("a/1.jpg", image), ("b/1.jpg", image), (again, image)])
+    with pytest.raises(OSError, match=r"a\.tar has two members with the name a/1\.jpg"):
+        open_data(path, need_train=False)
+
+
+@pytest.mark.parametrize("name", ["../b/1.jpg", "a/../../b/1.jpg"])
+def test_a_member_that_leaves_its_tar_is_refused(folder, tmp_path, name):
+    image = images_of(folder, "val")[0]
+    path = tar_of(tmp_path / "a.tar", [("a/1.jpg", image), (name, image)])
+    with pytest.raises(OSError, match=rf"a\.tar: {name} leaves the archive"):
+        open_data(path, need_train=False)
+
+
 def test_links_in_a_tar_are_the_files_they_name_or_told(tmp_path, caplog):
     both_splits(tmp_path, "a/1.jpg")
     with tarfile.open(tmp_path / "val.tar", "w") as archive:
