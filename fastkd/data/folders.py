@@ -48,6 +48,7 @@ class _Part(NamedTuple):
     classes: int = 0  # named by a list of shards; 0: unknown
     target: str | None = None  # field of the shards' .json that holds labels; None: .cls does
     names: tuple[str, ...] = ()  # of the classes by label, where a list of shards has them
+    samples: int | None = None  # as a list of shards says
 
 
 def open_folder(folder: Path, need_train: bool, labels: bool) -> tuple[Any, Any]:
@@ -146,7 +147,9 @@ def _listed_splits(folder: Path) -> dict[str, _Part] | None:
         return None
     listed = parse_shard_list(path.read_bytes(), str(path))
     return {
-        name: _Part(folder, SHARDS, tuple(folder / file for file in part.files), *part[2:])
+        name: _Part(
+            folder, SHARDS, tuple(folder / file for file in part.files), *part[2:], part.samples
+        )
         for name, part in listed.items()
     } or None
 
@@ -191,6 +194,8 @@ def _listed(where: str, name: str, split: Any, classes: Any) -> ListedSplit:
             raise ValueError(
                 f"data: {where}: split {name} lists {file!r}, which leaves the list's folder"
             )
+    if len({*map(os.path.normpath, files)}) < len(files):
+        raise ValueError(f"data: {where}: split {name} lists a shard twice")
     if not isinstance(samples, int | None) or not 0 <= (samples or 0) < MOST_SAMPLES:
         raise ValueError(
             f"data: {where}: num_samples of split {name} must be a number, got {samples!r:.50}"
@@ -319,6 +324,11 @@ def _open_tars(part: _Part, labels: bool, like: ReadableImages | None) -> Readab
     if not len(reader):
         some = ", ".join(path.name for path in part.tars[:3])
         raise ValueError(f"data: {part.place} has no images in its archives ({some})")
+    if part.samples not in (None, len(reader)) and os.environ.get("RANK", "0") == "0":
+        logger.warning(
+            "data: %s: the shards hold %d images, but their list says %d",
+            writable(part.place), len(reader), part.samples,
+        )  # fmt: skip
     without = (reader.targets == UNLABELLED).nonzero()[0]
     if len(without) and labels:
         raise ValueError(

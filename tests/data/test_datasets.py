@@ -338,6 +338,17 @@ def listed_shards(folder, into, classes):
     return shards
 
 
+@pytest.mark.parametrize(("listed", "told"), [(2, False), (None, False), (5, True)])
+def test_shards_of_fewer_images_than_listed_are_told(folder, tmp_path, caplog, listed, told):
+    image = images_of(folder, "val")[0]
+    members = [("a.jpg", image), ("a.cls", b"0"), ("b.jpg", image), ("b.cls", b"1")]
+    tar_of(tmp_path / "v.tar", members)
+    splits = {"val": {"filenames": ["v.tar"], "num_samples": listed}}
+    (tmp_path / "_info.json").write_text(json.dumps({"splits": splits}))
+    assert len(open_data(tmp_path, need_train=False).val) == 2
+    assert ("hold 2 images, but their list says 5" in caplog.text) == told
+
+
 def test_a_label_beyond_the_listed_classes_is_refused(folder, tmp_path):
     shards = listed_shards(folder, tmp_path / "shards", ["blue", "green"])
     with pytest.raises(
@@ -364,6 +375,7 @@ def test_a_label_of_evaluation_that_training_lacks_is_refused(folder, tmp_path):
         ({"splits": {"train": ["a.tar"]}}, "split train must have a list of filenames"),
         ({"splits": {"train": {"filenames": [3]}}}, "split train must have a list of filenames"),
         ({"splits": {"train": {"filenames": []}}}, "split train lists no shards"),
+        ({"splits": {"val": {"filenames": ["a.tar", "./a.tar"]}}}, "split val lists a shard twice"),
         ({"splits": {"val": {"filenames": ["a.tar"]}}, "classes": 3}, "classes must be a list"),
         ({"splits": {"val": {"filenames": ["a.tar"], "num_samples": -1}}}, "num_samples of split"),
         ({"splits": {"val": {"filenames": ["a.tar"], "num_samples": 10**40}}}, "num_samples of"),
