@@ -8,6 +8,7 @@ import math
 import numbers
 import os
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -58,8 +59,21 @@ def class_number(label: Any, where: str) -> int | None:
 
 
 def number_classes(names: Iterable[str]) -> dict[str, int]:
-    """Number class names in natural order, as timm does."""
-    return {name: number for number, name in enumerate(sorted(names, key=natural_key))}
+    """Number class names in natural order, as timm does.
+
+    Raise a ValueError for two that look the same, as macOS and others write letters with accents.
+    """
+    ordered = sorted(names, key=natural_key)
+    spelled: dict[str, str] = {}
+    for name in ordered:
+        if (other := spelled.setdefault(_spelled(name), name)) != name:
+            raise ValueError(f"data: two classes look the same: {other!a} and {name!a}")
+    return {name: number for number, name in enumerate(ordered)}
+
+
+def _spelled(name: str) -> str:
+    """A name in one of the ways in which Unicode writes letters with accents."""
+    return unicodedata.normalize("NFC", name)
 
 
 def map_classes(
@@ -70,10 +84,11 @@ def map_classes(
     A class without evaluation images then shifts no label. Raise a ValueError that names the
     folder ``place`` where it has classes that the training set lacks.
     """
-    unknown = [name for name in classes if name not in training]
+    numbers = {_spelled(name): number for name, number in training.items()}
+    unknown = [name for name in classes if _spelled(name) not in numbers]
     if unknown:
         raise ValueError(f"data: {place} has classes that the training set lacks: {unknown[:5]}")
-    return {number: training[name] for name, number in classes.items()}
+    return {number: numbers[_spelled(name)] for name, number in classes.items()}
 
 
 def class_names(dataset: Any) -> dict[int, str]:
@@ -124,7 +139,7 @@ class Classes:
 
     def aliases(self, label: int) -> tuple[str, ...]:
         """All names of a class: those that are given, and descriptions of WordNet's synsets."""
-        given = self.names.get(label, ())
+        given = tuple(map(_spelled, self.names.get(label, ())))
         return (*given, *(text for name in given for text in _descriptions(name)))
 
     def labels(self) -> dict[str, set[int]]:
@@ -253,7 +268,7 @@ def require_same_classes(
 
 def _found(data: Classes, label: int, labels: Mapping[str, set[int]]) -> int | None:
     """The model's label of a class; None if there is none, or several and none is its own."""
-    for names in (data.names[label], data.aliases(label)):
+    for names in (map(_spelled, data.names[label]), data.aliases(label)):
         candidates = {number for name in names for number in labels.get(name, ())}
         if len(candidates) == 1:
             return next(iter(candidates))

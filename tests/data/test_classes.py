@@ -49,6 +49,20 @@ def test_classes_that_training_lacks_are_refused_by_name():
         map_classes({"red": 0, "violet": 1}, {"red": 0}, "val")
 
 
+NFC, NFD = "caf\u00e9", "cafe\u0301"
+
+
+@pytest.mark.parametrize(("own", "other"), [(NFC, NFD), (NFD, NFC)])
+def test_accents_are_the_same_however_they_are_written(own, other):
+    assert map_classes({own: 0, "b": 1}, {"b": 0, other: 1}, "val") == {0: 1, 1: 0}
+    assert match_classes(named(own, "b"), named("b", other)) == {0: 1, 1: 0}
+
+
+def test_two_classes_that_look_the_same_are_refused():
+    with pytest.raises(ValueError, match=r"'cafe\\u0301' and 'caf\\xe9'"):
+        number_classes({NFC, "b", NFD})
+
+
 @pytest.mark.parametrize("label", [None, -1, np.int64(-1), torch.tensor(-1)])
 def test_a_label_of_none_or_minus_one_is_missing(label):
     assert is_missing(label)
