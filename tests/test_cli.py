@@ -68,6 +68,7 @@ def test_a_run_is_evaluated_with_raw_and_averaged_weights_once_each(
     _, out, _ = run(capsys, *evaluate, "--weights", "ema", "--classes-by", "number")
     assert [line.rsplit(" ", 1)[1] for line in out.splitlines()] == ["ema)"]
     monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "1")  # beside a RANK it is no copy of a run
     assert run(capsys, *evaluate) == (0, "", "")
 
 
@@ -122,6 +123,7 @@ def test_dry_run_tells_what_an_optimizer_and_a_schedule_amount_to(capsys):
 
 def test_one_process_speaks_for_a_dry_run(capsys, monkeypatch):
     monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "1")  # beside a RANK it is no copy of a run
     dry = ("train", "--model", "test_vit", "--num-classes", "3", "--lr-scaling", "false")
     assert run(capsys, *dry, "--dry-run") == (0, "", "")
 

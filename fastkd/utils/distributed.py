@@ -21,7 +21,10 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 # Tasks of one launch, by the variable that its launcher sets in each of them. SLURM_NTASKS is not
 # among them: it is the allocation's in a batch script or an interactive shell, which run once.
-TASK_COUNTS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
+TASK_COUNTS = (
+    *("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE"),
+    *("FLUX_JOB_SIZE", "JSM_NAMESPACE_SIZE"),
+)
 
 AMP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -108,7 +111,7 @@ def world(device: str | torch.device | None = None) -> Iterator[World]:
     Left and joined again, it would find the addresses of the earlier group in torchrun's store.
     """
     size = process_count()
-    chosen = _device(device, int(os.environ.get("LOCAL_RANK", "0")))
+    chosen = _device(device, _from_environment("LOCAL_RANK", 0))
     if size == 1 and not (dist.is_available() and dist.is_initialized()):
         yield World(chosen)
         return
@@ -128,11 +131,12 @@ def world(device: str | torch.device | None = None) -> Iterator[World]:
 
 def process_count() -> int:
     """How many processes torchrun started; raises where another launcher started copies of one."""
-    if "WORLD_SIZE" in os.environ or (dist.is_available() and dist.is_initialized()):
-        return int(os.environ.get("WORLD_SIZE", "1"))
-    found = {name: os.environ[name] for name in TASK_COUNTS if os.environ.get(name, "1") != "1"}
-    if os.environ.get("SLURM_PROCID", "0") != "0":
-        found["SLURM_PROCID"] = os.environ["SLURM_PROCID"]
+    if os.environ.get("WORLD_SIZE") or (dist.is_available() and dist.is_initialized()):
+        return _from_environment("WORLD_SIZE", 1)
+    ones = dict.fromkeys(TASK_COUNTS, "1") | {"SLURM_PROCID": "0", "RANK": "0"}
+    found = {
+        name: value for name, one in ones.items() if (value := os.environ.get(name) or one) != one
+    }
     if found:
         shown = ", ".join(f"{name}={value}" for name, value in found.items())
         raise ValueError(
@@ -141,6 +145,14 @@ def process_count() -> int:
             "torchrun --nproc-per-node=GPUS -m fastkd ..., or set WORLD_SIZE=1 for independent runs"
         )
     return 1
+
+
+def _from_environment(name: str, least: int) -> int:
+    """A whole number that a launcher sets; the least one where it is not set."""
+    text = os.environ.get(name) or str(least)
+    if not (text.isdecimal() and int(text) >= least):
+        raise ValueError(f"the environment's {name} must be a number from {least}, got {text!r}")
+    return int(text)
 
 
 def _leave() -> None:

@@ -580,6 +580,7 @@ def test_a_reader_that_has_read_enough_ends_the_command_quietly(run, tmp_path, m
 
 def test_one_process_prints_for_all(run, pictures, monkeypatch, capsys):
     monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "1")
     assert run_command(pictures, pictures / "missing.jpg", "--checkpoint", run) == 0
     told = capsys.readouterr()
     assert told.out == "" and told.err == ""

@@ -110,6 +110,9 @@ def launched(monkeypatch):
         {"OMPI_COMM_WORLD_SIZE": "2"},
         {"PMI_SIZE": "2", "PMI_RANK": "0"},
         {"MV2_COMM_WORLD_SIZE": "8"},
+        {"FLUX_JOB_SIZE": "4", "FLUX_TASK_RANK": "1"},
+        {"JSM_NAMESPACE_SIZE": "4"},
+        {"RANK": "1"},  # which would also print nothing
     ],
 )
 def test_several_tasks_without_a_process_group_are_refused(variables, launched):
@@ -130,6 +133,7 @@ def test_several_tasks_without_a_process_group_are_refused(variables, launched):
         ({"SLURM_NTASKS": "4", "SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"}, 1),
         ({"SLURM_NTASKS": "4", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}, 1),
         ({"SLURM_STEP_NUM_TASKS": "1", "SLURM_NTASKS": "1", "SLURM_PROCID": "0"}, 1),
+        ({"SLURM_PROCID": "", "OMPI_COMM_WORLD_SIZE": "", "WORLD_SIZE": "", "RANK": ""}, 1),
         ({"OMPI_COMM_WORLD_SIZE": "1", "PMI_SIZE": "1"}, 1),
         # torchrun in each of two tasks; a task that says that it is alone.
         ({"SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "1", "WORLD_SIZE": "8", "RANK": "5"}, 8),
@@ -139,3 +143,11 @@ def test_several_tasks_without_a_process_group_are_refused(variables, launched):
 def test_what_runs_once_or_under_torchrun_goes_on(variables, size, launched):
     launched(**variables)
     assert process_count() == size
+
+
+@pytest.mark.parametrize("name", ["WORLD_SIZE", "LOCAL_RANK"])
+@pytest.mark.parametrize("value", ["x", "-1", "1.0"])
+def test_a_launchers_variable_that_is_no_number_is_named(name, value, launched):
+    launched(**{name: value})
+    with pytest.raises(ValueError, match=f"{name} must be a number from .*'{value}'"), world("cpu"):
+        pass
