@@ -51,6 +51,11 @@ def check_float(function: str, name: str, x: object) -> None:
         raise TypeError(f"{function}: {name} must be a tensor, got {describe(x)}")
     if not x.is_floating_point():
         raise TypeError(f"{function}: {name} must have a float dtype, got {x.dtype}")
+    if x.itemsize < 2:  # torch promotes none of float8
+        raise TypeError(f"{function}: {name} must have at least 16 bits a value, got {x.dtype}")
+    if x.layout != torch.strided or x.is_nested:
+        kind = "a nested tensor" if x.is_nested else x.layout
+        raise TypeError(f"{function}: {name} must be a dense tensor, got {kind}")
 
 
 def check_flag(function: str, name: str, value: object) -> None:

@@ -282,3 +282,21 @@ def test_half_precision_meets_float32(name):
         student = student.bfloat16()
     value = {**DISTANCES, **TERMS}[name]()(student, teacher)
     assert value.dtype == torch.float32 and value.isfinite()
+
+
+ODD = {
+    "torch.sparse_coo": lambda x: x.to_sparse(),
+    "torch.sparse_csr": lambda x: x.to_sparse_csr(),
+    "nested": lambda x: torch.nested.nested_tensor(list(x), layout=torch.jagged),
+    "torch.float8_e4m3fn": lambda x: x.to(torch.float8_e4m3fn),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR")
+@pytest.mark.parametrize("odd", ODD)
+@pytest.mark.parametrize("loss", [*LOGIT_LOSSES, *DISTANCES])
+def test_tensors_that_torch_computes_little_with_are_refused(loss, odd):
+    student, teacher = LOGITS.values() if loss in LOGIT_LOSSES else sides(loss)
+    build = {**LOGIT_LOSSES, **DISTANCES}[loss]
+    labels = (LABELS,) if loss in LOGIT_LOSSES else ()
+    refused(lambda: build()(student, ODD[odd](teacher), *labels), "teacher", odd)
