@@ -6,6 +6,8 @@ divides the summed KL by the number of elements, `SoftKD` by the number of image
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -200,7 +202,8 @@ class DKD(LogitTerm):
             _against_rest(teacher_target, teacher_others),
         )
         of_others = _mean_kl(student_others, teacher_others)
-        return self.tau**2 * (self.target_weight * of_target + self.other_weight * of_others)
+        total = self.target_weight * of_target + self.other_weight * of_others
+        return self.tau**2 * total * _one(target)
 
 
 class NKD(LogitTerm):
@@ -248,7 +251,8 @@ class NKD(LogitTerm):
         _, teacher_others = _split(_frozen(teacher, self.tau), label)
         shares = teacher_others.softmax(dim=-1)
         of_others = -expected(shares, F.log_softmax(student_others, dim=-1))
-        return mean_of(of_target + self.gamma * self.tau**2 * of_others, len(student))
+        total = of_target + self.gamma * self.tau**2 * of_others
+        return mean_of(total, len(student)) * _one(target)
 
 
 def _soften(logits: Tensor, tau: float = 1.0) -> Tensor:
@@ -291,6 +295,13 @@ def _label(term: LogitTerm, student: Tensor, teacher: Tensor, target: Tensor | N
         raise ValueError(f"{name}: target must be given (the labels of the batch), got None")
     check_target(name, student, target)
     return target.argmax(dim=-1) if target.ndim == 2 else target.long()
+
+
+def _one(target: Tensor | None) -> Tensor | float:
+    """1, or NaN where soft targets of an image have no largest above 0, and so no class."""
+    if target is None or target.ndim == 1:
+        return 1.0
+    return torch.where((target.amax(dim=-1) > 0).all(), 1.0, math.nan)
 
 
 def _check_logits(

@@ -396,3 +396,14 @@ def test_a_soft_label_of_zero_at_a_masked_class_costs_nothing():
     soft = soft / soft.sum(-1, keepdim=True)
     found = DistillationLoss()(masked(logits(0), *HIDDEN), soft)["ce"]
     torch.testing.assert_close(found, F.cross_entropy(logits(0)[:, SEEN], soft[:, SEEN]))
+
+
+@pytest.mark.parametrize("term", [DKD(), NKD()], ids=["DKD", "NKD"])
+@pytest.mark.parametrize(
+    "row", [[0.0] * 11, [math.nan] * 11, [-1.0] * 11, [math.nan, 1.0, *[0] * 9]]
+)
+def test_soft_targets_without_a_class_give_nan(term, row):
+    target = F.one_hot(LABELS, 11).float()
+    assert term(logits(0), logits(1), target).isfinite()
+    target[2] = torch.tensor(row)
+    assert term(logits(0), logits(1), target).isnan()
