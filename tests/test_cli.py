@@ -210,6 +210,8 @@ def test_recipes_lists_every_recipe_and_shows_one(capsys):
         ("train --opt-eps 1e-8", "(here it is --adam-eps)"),
         ("train --native-amp", "(here it is --amp; none, bf16 or fp16)"),
         ("train --input-size 3 224 224", "(here it is --img-size)"),
+        ("train --no-labels", "(it is switched off by a value: --labels false, none or 0)"),
+        ("train --no-lr-scaling", "--lr-scaling false"),
         ("train --batch_size 8", "(did you mean --batch-size?)"),
         ("evaluate x --data y --num-workers 3", "(here it is --workers)"),
         ("predict a.jpg --topk 3", "(here it is --top)"),

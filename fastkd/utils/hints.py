@@ -127,6 +127,8 @@ def suggestion(word: str, known: Iterable[str]) -> str:
             return f" (here it is {_quoted(names[here[0]])}{note})"
         if given in _ABSENT and "model" in names:
             return f" ({_ABSENT[given]})"
+    if (positive := names.get(given.removeprefix("no_"))) and given.startswith("no_"):
+        return f" (it is switched off by a value: {_quoted(positive)} false, none or 0)"
     close = [given] if given in names else difflib.get_close_matches(given, names, n=1)
     return f" (did you mean {_quoted(names[close[0]])}?)" if close else ""
 
