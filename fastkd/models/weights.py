@@ -129,12 +129,15 @@ def read_file(path: str | Path, device: str | torch.device = "cpu") -> Any:
 
 
 def _is_swapped(path: Path) -> bool:
-    """Whether a .pth file was written by a machine of another byte order."""
+    """Whether a .pth file may be of a machine of another byte order."""
     if not zipfile.is_zipfile(path):
         return False
-    with zipfile.ZipFile(path) as archive:
-        order = (name for name in archive.namelist() if name.endswith("/byteorder"))
-        return any(archive.read(name) != sys.byteorder.encode() for name in order)
+    try:
+        with zipfile.ZipFile(path) as archive:
+            order = (name for name in archive.namelist() if name.endswith("/byteorder"))
+            return any(archive.read(name) != sys.byteorder.encode() for name in order)
+    except zipfile.BadZipFile:  # without CRC, or damaged
+        return True
 
 
 def verifies() -> bool:
