@@ -52,7 +52,7 @@ OPERATIONAL_FIELDS = frozenset(
 # What timm's parser knows: it passes over sections without a number, and takes any letters after t.
 _STD = r"-mstd\d+(\.\d+)?"
 AUTO_AUGMENT = (
-    rf"^(rand(-m\d{{1,3}}|-n[1-9]\d?|-p(0|1|0?\.\d+)|-mmax[1-9]\d{{0,2}}|-inc[01]|-t(weights|3aw?)|{_STD})*"
+    rf"^(rand(-m\d{{1,3}}|-n[1-9]\d?|-p(0|1(\.0+)?|0?\.\d+)|-mmax[1-9]\d{{0,2}}|-inc[01]|-t(weights|3aw?)|{_STD})*"
     rf"|augmix(-m\d{{1,3}}|-[wd][1-9]|-a\d+(\.\d+)?|-b[01]|{_STD})*"
     rf"|(original|originalr|v0|v0r|3a)({_STD})?)$"
 )

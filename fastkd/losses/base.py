@@ -73,7 +73,19 @@ class LogitTerm(nn.Module):
         return self.weight * self.compare(student, teacher, target)
 
     def compare(self, student: Tensor, teacher: Tensor, target: Tensor | None = None) -> Tensor:
-        """Compute the distance without its weight; arguments as for `forward`."""
+        """Compute the distance without its weight; implemented by subclasses.
+
+        Args:
+            student: as for `forward`.
+            teacher: as for `forward`.
+            target: as for `forward`.
+
+        Returns:
+            Scalar.
+
+        Raises:
+            ValueError: as `forward`.
+        """
         raise NotImplementedError(f"{type(self).__name__} must implement compare()")
 
 
@@ -125,7 +137,18 @@ class FeatureTerm(nn.Module):
         return self.weight * self.compare(student, teacher)
 
     def compare(self, student: Mapping[Key, Tokens], teacher: Mapping[Key, Tokens]) -> Tensor:
-        """Compute the distance without its weight; arguments as for `forward`."""
+        """Compute the distance without its weight; implemented by subclasses.
+
+        Args:
+            student: as for `forward`.
+            teacher: as for `forward`.
+
+        Returns:
+            Scalar.
+
+        Raises:
+            ValueError: as `forward`.
+        """
         raise NotImplementedError(f"{type(self).__name__} must implement compare()")
 
     def matched(

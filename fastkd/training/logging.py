@@ -466,6 +466,10 @@ class Result:
 
         Returns:
             The result.
+
+        Raises:
+            ValueError: the file holds no result.
+            OSError: it cannot be read.
         """
         path = Path(path)
         file = path / RESULT if path.is_dir() else path
