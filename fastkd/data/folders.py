@@ -25,7 +25,7 @@ from fastkd.data.files import (
 )
 from fastkd.data.readers import FileReader, ReadableImages
 from fastkd.data.tars import TarImages, holds_samples
-from fastkd.utils.io import writable
+from fastkd.utils.io import printable, writable
 
 logger = logging.getLogger("fastkd")
 
@@ -301,6 +301,12 @@ def _number_like(
         return
     reader = dataset.reader
     name, *others = reader.class_to_idx
+    without = [name for name in training if name not in reader.class_to_idx]
+    if without and os.environ.get("RANK", "0") == "0":
+        logger.warning(
+            "data: %s has no images of %d of the %d training classes: %s",
+            writable(place), len(without), len(training), ", ".join(map(printable, without[:3])),
+        )  # fmt: skip
     if not others and name not in training:
         dataset.labelled = labels
         if not labels:

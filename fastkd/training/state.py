@@ -98,6 +98,7 @@ class RunState:
         self.unsaved: dict[str, OSError] = {}
         self.lock: FolderLock | None = None
         self._saved: dict[str, int] | None = None  # position of last.pth
+        self._begun: Path | None = None  # the checkpoint that was resumed
 
     @property
     def finished(self) -> bool:
@@ -174,7 +175,8 @@ class RunState:
     def kept(self) -> str:
         """Which checkpoint holds how much of the run."""
         if self._saved is None or self.output is None:
-            return "Nothing of this run was saved"
+            nothing = "Nothing of this run was saved"
+            return nothing if self._begun is None else f"{nothing} since {self._begun}"
         return f"{self.output / LAST} holds the run after update {self._saved['total']}"
 
     def _student_state(self) -> dict[str, Any]:

@@ -54,7 +54,7 @@ def evaluated(folder, model):
     batches = list(eval_loader(data, recipe, InputSpec((3, 32, 32), (0.5,) * 3, (0.5,) * 3)))
     bad = {fault.name: fault.reason for batch in batches for fault in batch.faults}
     names = [data.val.filename(index) for batch in batches for index in batch.samples.tolist()]
-    measured = evaluate(model, folder, device="cpu", workers=0)
+    measured = evaluate(model, folder, classes_by="number", device="cpu", workers=0)
     assert (measured["unreadable"], measured["count"]) == (len(bad), len(bad) + len(names))
     return [writable(os.path.relpath(name, folder)) for name in names], {
         os.path.relpath(name, folder): reason for name, reason in bad.items()

@@ -372,8 +372,8 @@ def test_json_has_everything(run, pictures, tmp_path):
         ({"batch_size": 0}, ValueError, "batch_size must be at least 1, got 0"),
         ({"workers": -1}, ValueError, "workers must be 0 to 1024, got -1"),
         ({"top": "5"}, TypeError, "top must be an integer, got '5'"),
-        ({"top": 2.5}, TypeError, r"top must be an integer, got 2\.5"),
-        ({"batch_size": True}, TypeError, "batch_size must be an integer, got True"),
+        ({"top": 2.5}, TypeError, r"top must be an integer, got .*2\.5"),
+        ({"batch_size": True}, TypeError, "batch_size must be an integer, got .*True"),
         (
             {"output": "found.txt"},
             ValueError,
