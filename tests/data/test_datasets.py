@@ -562,6 +562,23 @@ def test_class_folders_without_images_are_refused_in_training_alone(tmp_path, ke
 
 
 @pytest.mark.parametrize("kept", [both_splits, both_tars])
+def test_training_classes_without_validation_images_are_told(tmp_path, caplog, kept):
+    root = kept(tmp_path, "a/1.jpg", "b/2.jpg", "c/3.jpg")
+    open_data(root)
+    assert not caplog.records
+    if kept is both_splits:
+        (root / "val/b/2.jpg").unlink()
+    else:
+        kept(tmp_path, "a/1.jpg", "c/3.jpg")
+        kept(tmp_path / "whole", "a/1.jpg", "b/2.jpg", "c/3.jpg")
+        (tmp_path / "whole/train.tar").replace(root / "train.tar")
+    data = open_data(root)
+    (record,) = caplog.records
+    assert "no images of 1 of the 3 training classes: b" in record.getMessage()
+    assert [data.val[index][1] for index in range(2)] == [0, 2]
+
+
+@pytest.mark.parametrize("kept", [both_splits, both_tars])
 def test_one_class_teaches_nothing(tmp_path, kept):
     root = kept(tmp_path, "images/1.jpg", "images/2.jpg")
     with pytest.raises(ValueError, match=r"training set has one class \(images\)"):

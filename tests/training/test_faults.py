@@ -228,6 +228,20 @@ def test_a_stop_saves_nothing_that_is_not_finite(data, fast, tmp_path, number):
     assert load_checkpoint(tmp_path)["position"]["total"] == 4
 
 
+def test_a_resumed_run_that_saves_nothing_names_where_it_began(data, fast, tmp_path, monkeypatch):
+    train(vit(), None, data, tmp_path, **fast | {"epochs": 3})
+    os.truncate(tmp_path / "last.pth", 500)
+    update = Engine.update
+
+    def infinite(engine, slices):
+        engine.optimizer.param_groups[0]["lr"] = float("inf")
+        update(engine, slices)
+
+    monkeypatch.setattr(Engine, "update", infinite)
+    with pytest.raises(NonFiniteError, match=r"Nothing of this run was saved since .*last-1\.pth"):
+        train(vit(), None, data, tmp_path, **fast | {"epochs": 3})
+
+
 def test_a_torn_checkpoint_gives_way_to_the_one_before_it(data, fast, tmp_path, capsys):
     options = fast | {"epochs": 3, "quiet": False}
     whole = train(vit(), None, data, tmp_path / "whole", **options)
