@@ -240,7 +240,7 @@ class RunState:
                 f"resume: the processes found different checkpoints (after updates {totals}): the "
                 f"output must be on a file system that all of them see"
             )
-        path = None if found is None else found[1]
+        path = self._begun = None if found is None else found[1]
         if path is not None and not self.engine.is_finite():
             raise CheckpointError(
                 f"resume: {path} holds weights or moments of the optimizer that are not finite; "
