@@ -63,9 +63,14 @@ def test_the_teacher_is_no_part_of_the_task():
 
 
 def test_negative_and_positive_indices_of_one_block_are_one_tap():
-    task, teacher = task_for(vit(), vit(seed=1, depth=3), pairs=((-1, 2), (1, -1), (0, 0)))
-    assert task.terms.feature.pairs == ((1, 2), (1, 2), (0, 0))
+    task, teacher = task_for(vit(), vit(seed=1, depth=3), pairs=((-1, 2), (1, 0), (0, -1)))
+    assert task.terms.feature.pairs == ((1, 2), (1, 0), (0, 2))
     assert set(task(IMAGES, TARGET, teacher(IMAGES))) == {"loss", "ce", "feature", "output"}
+
+
+def test_a_pair_in_other_numbers_is_the_same_pair():
+    with pytest.raises(ValueError, match=r"pairs must differ, got \(\(1, 2\), \(1, 2\)\)"):
+        task_for(vit(), vit(seed=1, depth=3), pairs=((-1, 2), (1, -1)))
 
 
 def test_without_a_teacher_the_loss_is_cross_entropy():
