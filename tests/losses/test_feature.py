@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from timm.optim import create_optimizer_v2
 
+from fastkd.config import Recipe
 from fastkd.losses import FeatureKD, pool_side
 from fastkd.tokens import Tokens, match_grids
 
@@ -377,3 +378,7 @@ def test_a_backend_for_what_no_operator_computes_is_refused():
 def test_a_term_of_its_own_is_no_distance():
     with pytest.raises(ValueError, match="got 'vitkd'"):
         unit("vitkd")
+
+
+def test_it_begins_with_the_weight_of_a_recipe():
+    assert FeatureKD().weight == Recipe().feature_weight == 0.2
