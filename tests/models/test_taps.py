@@ -439,7 +439,6 @@ FAMILIES = [
             ("pit_ti_224", 224, "transformers.1"),
             ("sequencer2d_s", 64, "stages.1"),  # [B, H, W, C], as the next
             ("volo_d1_224", 224, "network.2"),
-            ("sam2_hiera_tiny", 224, "blocks.2"),
             ("focalnet_tiny_srf", 64, "layers.1"),
             ("poolformer_s12", 64, "stages.1"),
             ("caformer_s18", 64, "stages.1"),
