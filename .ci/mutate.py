@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -220,6 +221,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--count", type=int, default=25, help="modules to break (default: 25)")
+    parser.add_argument("--first", type=int, default=0, help="go on from this one (default: 0)")
     parser.add_argument("--survivors", type=int, default=1, help="how many may (default: 1)")
     parser.add_argument("--until", choices=SECONDS, default="all", help="the last tests to run")
     parser.add_argument("--list", action="store_true", help="print the faults and break nothing")
@@ -232,7 +234,7 @@ def main() -> int:
             shutil.copytree(ROOT / name, copy / name, ignore=ignored)
         for name in FILES if not options.list else ():
             shutil.copy(ROOT / name, copy / name)
-        for module, fault in draw(options.seed, options.count):
+        for module, fault in islice(draw(options.seed, options.count), options.first, None):
             what = f"{module}:{fault.line}  {fault.old.splitlines()[0]!r} -> {fault.new!r}"
             if options.list:
                 print(f"{fault.kind:10s} {what}")
@@ -253,7 +255,8 @@ def main() -> int:
             print(f"{verdict:14s} {time.monotonic() - begin:5.0f} s  {fault.kind:10s} {what}")
             sys.stdout.flush()
     if not options.list:
-        print(f"{options.count - survived} of {options.count} found")
+        tried = options.count - options.first
+        print(f"{tried - survived} of {tried} found")
     return int(survived > options.survivors)
 
 
