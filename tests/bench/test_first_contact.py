@@ -31,6 +31,7 @@ def process(code: str) -> list[str]:
     return [sys.executable, "-c", code]
 
 
+@pytest.mark.slow
 def test_every_process_gets_its_line_whatever_the_others_do(capsys):
     probes = [Probe(name, process(START + code)) for name, (code, _) in ENDINGS.items()]
     start = time.monotonic()

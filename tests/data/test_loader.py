@@ -591,6 +591,7 @@ def test_gray_images_are_brought_to_the_students_channels():
     assert images.shape == (4, 3, 32, 32)
 
 
+@pytest.mark.slow
 def test_loader_processes_that_are_left_at_exit_end_without_a_word():
     script = """
 import torch

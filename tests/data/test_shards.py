@@ -154,6 +154,7 @@ def test_a_full_disk_stops_the_work_which_then_goes_on(source, tmp_path, monkeyp
     assert files_of(tmp_path / "shards") == files_of(tmp_path / "unbroken")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
 def test_killed_work_goes_on_and_leaves_no_process_behind(source, tmp_path, number):
     folder = tmp_path / "shards"

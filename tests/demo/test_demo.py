@@ -129,6 +129,7 @@ def test_the_report_has_both_tables_and_says_what_they_cannot_show(printed):
     assert text.count("±") >= 2 * len(CONTENDERS) - 3
 
 
+@pytest.mark.slow
 def test_progress_is_one_numbered_line_a_run(printed):
     lines = printed[1].splitlines()
     assert len(lines) == RUNS
@@ -136,6 +137,7 @@ def test_progress_is_one_numbered_line_a_run(printed):
     assert lines[-1].startswith(f"[{RUNS}/{RUNS}] WideLast + KD, seed 1: ")
 
 
+@pytest.mark.slow
 def test_fewer_seeds_report_those_alone(finished, trained):
     findings_before = (finished / "results.json").read_bytes()
     run_demo(TINY, 1, finished)
@@ -213,6 +215,7 @@ def test_figures_need_no_pyplot_which_would_choose_a_backend(finished, monkeypat
     assert (finished / "accuracy.png").exists()
 
 
+@pytest.mark.slow
 def test_threads_and_random_numbers_are_given_back(finished):
     torch.manual_seed(5)
     state, threads = torch.get_rng_state(), torch.get_num_threads()

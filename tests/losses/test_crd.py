@@ -241,6 +241,7 @@ def test_a_compiled_gathering_is_the_same_with_its_gradients(found):
     torch.testing.assert_close([(one + other) / 2 for one, other in both], parameters)
 
 
+@pytest.mark.slow
 def test_slices_of_an_update_gather_one_by_one(found):
     slices = [of_all_images(chosen)[2:] for chosen in ([0, 1, 3, 4], [2, 5])]
     expected = [one + other for one, other in zip(*slices)]

@@ -67,6 +67,7 @@ def cached(cache, repo, files):
         write(snapshot / name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("server", [silent_server, nobody])
 def test_a_hub_that_does_not_answer_holds_nobody_up(server, tmp_path):
     weights = timm.create_model("test_vit").state_dict()

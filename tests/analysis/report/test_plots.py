@@ -211,6 +211,7 @@ def test_long_names_lose_their_middle():
     assert "x" * 40 not in texts(figure)
 
 
+@pytest.mark.slow
 def test_reports_are_read_without_matplotlib():
     code = "import sys, fastkd.analysis.report; sys.exit('matplotlib' in sys.modules)"
 
