@@ -194,8 +194,8 @@ def test_pairs_meet_across_batches_processes_and_interruptions():
     first, second = InSharedBasis(basis, subspaces=(1, 4)), InSharedBasis(basis, subspaces=(1, 4))
     first.update(batch[[0, 2, 3]], [0, 2, 3])
     restored = first.with_state(first.state())
-    restored.update(batch[[1]], [1])
-    second.update(batch[4:], range(4, 8))
+    restored.update(batch[[1, 4]], [1, 4])
+    second.update(batch[5:], range(5, 8))
     restored.merge(second)
     for view in (odd, restored.result()):
         for ours, truth in zip(view.rotation, whole.rotation, strict=True):
