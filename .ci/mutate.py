@@ -243,11 +243,10 @@ def main() -> int:
             broken = source[: fault.start] + fault.new.encode() + source[fault.end :]
             (copy / module).write_bytes(broken)
             begin, found = time.monotonic(), None
+            allowed = list(SECONDS)[: list(SECONDS).index(options.until) + 1]
             for stage, paths in stages(copy, module).items():
-                if not passes(copy, paths, SECONDS[stage]):
+                if stage in allowed and not passes(copy, paths, SECONDS[stage]):
                     found = stage
-                    break
-                if stage == options.until:
                     break
             (copy / module).write_bytes(source)
             survived += found is None
