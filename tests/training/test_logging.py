@@ -3,11 +3,13 @@
 import io
 import json
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from fastkd.config import Recipe
+from fastkd.training import trainer
 from fastkd.training.logging import Result, RunLogger
 from fastkd.utils.distributed import World
 
@@ -122,3 +124,12 @@ def test_a_summary_says_what_was_measured_and_how_the_best_was_picked():
     assert "with EMA weights: 60.00 %" in text
     assert "55.00 % at epoch 2 (by rule)" in text
     assert "5,717,416 parameters" in text
+
+
+def test_the_memory_of_a_gpu_is_in_gib(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 3 * 2**30)
+    world = SimpleNamespace(device=torch.device("cuda"), size=1)
+    engine = SimpleNamespace(world=world, meter=SimpleNamespace(lr=0.1))
+    run = SimpleNamespace(engine=engine, where=dict)
+    reading = SimpleNamespace(record=lambda since, size: {})
+    assert trainer._record(run, reading, None)["gpu_memory"] == 3
