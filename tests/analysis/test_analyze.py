@@ -58,6 +58,7 @@ def test_a_model_on_an_image_folder_gives_a_report_with_everything(photographs, 
     assert "untrained" in (tmp_path / "out" / "report.md").read_text().lower()
 
 
+@pytest.mark.slow
 def test_models_of_every_kind_stand_side_by_side(photographs, tmp_path):
     lift = create_student("deit_tiny_patch16_224", "lift", width=64, num_classes=2, img_size=32)
     first = analyze(VIT, photographs, tmp_path / "first", **SMALL, **QUICK)

@@ -105,6 +105,7 @@ def test_ranks_are_of_the_teacher_and_of_every_distilled_student(finished):
         assert own <= shared
 
 
+@pytest.mark.slow
 def test_a_second_run_trains_nothing_and_reports_the_same(finished, trained, capsys):
     before = (finished / "results.json").read_bytes()
     run_demo(TINY, 2, finished)
@@ -115,6 +116,7 @@ def test_a_second_run_trains_nothing_and_reports_the_same(finished, trained, cap
     assert f"{RUNS} runs, {RUNS} of them kept from before" in printed.out
 
 
+@pytest.mark.slow
 def test_the_report_has_both_tables_and_says_what_they_cannot_show(printed):
     text = " ".join(printed[0].split())
     for words in (
