@@ -193,9 +193,8 @@ def test_what_is_not_finite_is_in_no_file(data, fast, tmp_path, monkeypatch, par
     assert {path.name: path.read_bytes() for path in tmp_path.glob("*.pth")} == before
 
 
-def test_an_infinite_rate_leaves_the_files_of_before_and_says_what_is_in_memory(
-    data, fast, tmp_path, monkeypatch
-):
+def make_the_rate_infinite(monkeypatch):
+    """From the fifth update on."""
     update = Engine.update
 
     def infinite(engine, slices):
@@ -204,6 +203,12 @@ def test_an_infinite_rate_leaves_the_files_of_before_and_says_what_is_in_memory(
         update(engine, slices)
 
     monkeypatch.setattr(Engine, "update", infinite)
+
+
+def test_an_infinite_rate_leaves_the_files_of_before_and_says_what_is_in_memory(
+    data, fast, tmp_path, monkeypatch
+):
+    make_the_rate_infinite(monkeypatch)
     # The loss was finite, and is not said to be the cause.
     told = r"not finite, at or before update 8 in epoch 2 \(learning.*or NaN, too.*after update 4"
     with pytest.raises(NonFiniteError, match=told):
@@ -229,14 +234,7 @@ def test_a_stop_saves_nothing_that_is_not_finite(data, fast, tmp_path, number):
 
 
 def test_a_resumed_run_that_saves_nothing_names_where_it_began(data, fast, tmp_path, monkeypatch):
-    update = Engine.update
-
-    def infinite(engine, slices):
-        if engine.position.total >= 4:
-            engine.optimizer.param_groups[0]["lr"] = float("inf")
-        update(engine, slices)
-
-    monkeypatch.setattr(Engine, "update", infinite)
+    make_the_rate_infinite(monkeypatch)
     for output, resume in (("a", "auto"), ("b", str(tmp_path / "a"))):
         with pytest.raises(NonFiniteError) as error:
             train(vit(), None, data, tmp_path / output, resume=resume, **fast | {"epochs": 3})
