@@ -84,10 +84,16 @@ class LeftOut:
         return "; ".join(parts)
 
 
+def warn(text: str, *values: object) -> None:
+    """Log a warning about the data, on the main process alone, as all of them read the same."""
+    if os.environ.get("RANK", "0") == "0":
+        logger.warning(text, *values)
+
+
 def tell_left_out(place: str | os.PathLike[str], left_out: LeftOut | str) -> None:
     """Log one line about what was left out of the data, on the main process."""
-    if str(left_out) and os.environ.get("RANK", "0") == "0":
-        logger.warning("data: %s: left out %s", writable(place), left_out)
+    if str(left_out):
+        warn("data: %s: left out %s", writable(place), left_out)
 
 
 def find_files(

@@ -6,7 +6,6 @@ The layout is decided first, from names alone; then the splits are opened.
 from __future__ import annotations
 
 import json
-import logging
 import os
 import re
 from collections.abc import Sequence
@@ -22,12 +21,11 @@ from fastkd.data.files import (
     list_folders,
     list_images,
     tell_left_out,
+    warn,
 )
 from fastkd.data.readers import FileReader, ReadableImages
 from fastkd.data.tars import TarImages, holds_samples
 from fastkd.utils.io import printable, writable
-
-logger = logging.getLogger("fastkd")
 
 VALIDATION_FOLDERS = ("val", "validation", "valid")
 SPLITS = {"train": ("train", "training"), "validation": ("validation", "val", "valid", "test")}
@@ -285,8 +283,8 @@ def refuse_empty_classes(dataset: ReadableImages, place: Path) -> None:
 
 def _tell_depth(place: Path, classes: int, folders: int) -> None:
     """Say so where the folders that images are in are no classes, but folders above them are."""
-    if folders > classes and os.environ.get("RANK", "0") == "0":
-        logger.warning(
+    if folders > classes:
+        warn(
             "data: %s: images are in %d folders, but the classes are the %d at the top",
             writable(place), folders, classes,
         )  # fmt: skip
@@ -302,8 +300,8 @@ def _number_like(
     reader = dataset.reader
     name, *others = reader.class_to_idx
     without = [name for name in training if name not in reader.class_to_idx]
-    if without and os.environ.get("RANK", "0") == "0":
-        logger.warning(
+    if without:
+        warn(
             "data: %s has no images of %d of the %d training classes: %s",
             writable(place), len(without), len(training), ", ".join(map(printable, without[:3])),
         )  # fmt: skip
@@ -330,8 +328,8 @@ def _open_tars(part: _Part, labels: bool, like: ReadableImages | None) -> Readab
     if not len(reader):
         some = ", ".join(path.name for path in part.tars[:3])
         raise ValueError(f"data: {part.place} has no images in its archives ({some})")
-    if part.samples not in (None, len(reader)) and os.environ.get("RANK", "0") == "0":
-        logger.warning(
+    if part.samples not in (None, len(reader)):
+        warn(
             "data: %s: the shards hold %d images, but their list says %d",
             writable(part.place), len(reader), part.samples,
         )  # fmt: skip
