@@ -170,7 +170,7 @@ def test_recipes_lists_every_recipe_and_shows_one(capsys):
         ("train --amp fp8 --output x", "amp: expected one of none, bf16, fp16"),
         ("train --epochs many --output x", "epochs: expected an integer of at least 1, got 'many'"),
         ("train --lr fast --epochs 0 --output x", "got '0'; lr: expected a finite number above 0"),
-        ("train --lr -1e-3 --output x", "lr: expected a finite number above 0, got '-1e-3'"),
+        ("train --lr -1e-3 --output x", "lr: expected a finite number above 0 (1e-37 to 1e37), got '-1e-3'"),
         ("train --lr -inf --output x", "written --flag=VALUE"),
         ("train --pairs -1:-1,-1:-1 --output x", "pairs: expected each pair once"),
         ("train --recipe= --output x", "recipe must not be empty, got ''"),
@@ -216,7 +216,7 @@ def test_recipes_lists_every_recipe_and_shows_one(capsys):
         ("evaluate x --data y --num-workers 3", "(here it is --workers)"),
         ("predict a.jpg --topk 3", "(here it is --top)"),
         ("train --alpha 0.9 --output x", "alpha: needs a teacher"),
-        ("train --recipe nothing --output x", "no recipe 'nothing'"),
+        ("train --recipe nothing --output x", "widelast_supervised, got 'nothing'"),
         ("train --data nowhere --output x", "no folder 'nowhere'"),
         ("train --data nowhere", "--output is missing"),
         ("evaluate nothing --data nowhere", "no folder 'nowhere'"),
@@ -336,7 +336,7 @@ def test_a_command_needs_no_output(capsys, monkeypatch):
 
 def test_debug_shows_the_traceback(capsys, monkeypatch):
     monkeypatch.setenv("FASTKD_DEBUG", "1")
-    with pytest.raises(ValueError, match="no recipe"):
+    with pytest.raises(ValueError, match="recipe: expected"):
         main(["train", "--recipe", "nothing", "--output", "x"])
 
 

@@ -5,7 +5,6 @@ import functools
 import itertools
 import pickle
 import re
-import typing
 
 import jsonschema
 import pytest
@@ -16,10 +15,7 @@ from fastkd import create_teacher
 from fastkd.config import (
     SECTIONS,
     Recipe,
-    RecipeFields,
     describe,
-    parse_options,
-    parse_pairs,
     parse_value,
 )
 from fastkd.inference.loading import build_student
@@ -362,19 +358,19 @@ def test_an_empty_scalar_in_yaml_is_none_and_an_empty_text_is_refused(tmp_path):
         ("epochs: 1.5\n", "epochs: expected an integer"),
         ("pairs: [[[1], 2]]\n", "pairs: expected pairs of blocks"),
         ("pairs: [{1: 2, 3: 4}]\n", "pairs: expected pairs of blocks"),
-        ("lr: " + "[" * 5000 + "]" * 5000, "line 1 has more than 6 levels"),
-        ("- " * 5000, "line 1 has more than 6 levels"),
-        ("epochs: 1\nlr: " + "{a: " * 3000, "line 2 has more than 6 levels"),
+        ("lr: " + "[" * 5000 + "]" * 5000, "no YAML.*recursion"),
+        ("- " * 5000, "no YAML.*recursion"),
+        ("epochs: 1\nlr: " + "{a: " * 3000, "no YAML.*recursion"),
         ("lr: [" + "1, " * 40_000 + "]", "is no recipe: it has more than 100,000 bytes"),
         ("lr:\t1e-3\n", "no YAML.*line 1"),
         ("lr: \0\n", "no YAML.*#x0000"),
         ("lr: 1\n---\nlr: 2\n", "no YAML.*single document"),
         ("%YAML 3.0\n---\nlr: 1\n", "no YAML.*incompatible"),
-        ("[1]: 2\n", "no YAML.*unhashable key"),
-        ("epochs: 1\nlr: *x\n", r"line 2 has an alias \(\*x\)"),
-        ("lr: &a [*a]\n", r"line 1 has an alias \(\*a\)"),
-        ("lr: !!python/name:os.system x\n", "line 1 has a tag .*python/name:os.system"),
-        ("data: !mine x\n", r"line 1 has a tag \(!mine\)"),
+        ("[1]: 2\n", "no YAML.*line 1 has a key"),
+        ("epochs: 1\nlr: *x\n", "line 2 has an alias"),
+        ("lr: &a [*a]\n", "line 1 has an alias"),
+        ("lr: !!python/name:os.system x\n", "line 1 has .* a tag"),
+        ("data: !mine x\n", "line 1 has .* a tag"),
         ("learning_rate: 1e-3\n", r"unknown recipe field 'learning_rate' \(here it is 'lr'\)"),
         ("epocs: 5\n", r"unknown recipe field 'epocs' \(did you mean 'epochs'\?\)"),
     ],
@@ -408,7 +404,7 @@ def test_any_text_survives_a_file(tmp_path, text):
 def test_an_empty_name_is_no_recipe_of_the_current_folder(tmp_path, monkeypatch, empty):
     Recipe(epochs=7).save(tmp_path / "recipe.yaml")
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ValueError, match="recipe: expected a name"):
+    with pytest.raises(ValueError, match=r"recipe: expected .*a run's folder"):
         Recipe.load(empty)
 
 
@@ -472,7 +468,9 @@ def test_an_unknown_field_is_an_error_with_a_suggestion():
 
 
 def test_an_unknown_name_is_an_error_with_a_suggestion():
-    with pytest.raises(ValueError, match=r"no recipe 'lift_softkd_spectrl'.*lift_softkd_spectral"):
+    with pytest.raises(
+        ValueError, match=r"recipe: .*got 'lift_softkd_spectrl'.*'lift_softkd_spectral'"
+    ):
         Recipe.load("lift_softkd_spectrl")
 
 
@@ -489,7 +487,7 @@ def test_an_error_in_a_file_names_the_file(tmp_path):
         ("epochs", True, "an integer"),
         ("lr", "fast", "a finite number"),
         ("labels", 1, "true or false"),
-        ("clip_grad", "1", "a finite number above 0 or none"),
+        ("clip_grad", "1", r"a finite number above 0 .* or none"),
         ("pairs", [[1, 2, 3]], "pairs of blocks"),
         ("logit_options", [("beta", 8)], "options such as beta=8"),
         ("logit_options", {"beta": [8]}, "options such as beta=8"),
@@ -634,8 +632,8 @@ def test_an_augmentation_of_timm_is_taken(policy):
     assert Recipe(auto_augment=policy).auto_augment == policy
 
 
-def test_a_number_beyond_float32_is_said_to_be():
-    with pytest.raises(ValueError, match=r"tau: .*got 1e-300 .*in float32"):
+def test_a_number_beyond_float32_is_refused_with_the_range():
+    with pytest.raises(ValueError, match=r"tau: .*1e-37 to 1e37.*got 1e-300"):
         Recipe(tau=1e-300)
 
 
@@ -737,7 +735,7 @@ def test_command_line_text_of_the_wrong_type_is_refused():
 
 
 def test_pairs_may_name_modules():
-    assert parse_pairs("stem.conv:3") == (("stem.conv", 3),)
+    assert parse_value("pairs", "stem.conv:3") == (("stem.conv", 3),)
 
 
 def test_differences_leave_out_where_and_how_fast():
@@ -746,8 +744,8 @@ def test_differences_leave_out_where_and_how_fast():
 
 
 def test_an_option_given_twice_is_refused():
-    with pytest.raises(ValueError, match="beta is given twice"):
-        parse_options("beta=1,beta=2")
+    with pytest.raises(ValueError, match=r"feature_options: expected.*'beta=1,beta=2'"):
+        parse_value("feature_options", "beta=1,beta=2")
 
 
 def test_a_section_stands_alone():
@@ -756,23 +754,15 @@ def test_a_section_stands_alone():
         SECTIONS["optim"](mixup=0.5)
 
 
-def test_every_field_is_in_one_section_and_known_to_type_checkers():
+def test_every_field_is_in_one_section():
     fields = [name for section in SECTIONS.values() for name in section.model_fields]
     assert fields == list(Recipe.model_fields)
     assert len(set(fields)) == len(fields)
-    assert list(RecipeFields.__annotations__) and set(RecipeFields.__annotations__) == set(fields)
 
 
 @pytest.mark.parametrize("name", Recipe.model_fields)
-def test_type_checkers_know_the_choices_of_every_field(name):
-    told, kept = typing.get_type_hints(RecipeFields)[name], typing.get_type_hints(Recipe)[name]
-    assert choices_of(told) == choices_of(kept)
-    assert (type(None) in typing.get_args(told)) == (type(None) in typing.get_args(kept))
-
-
-def choices_of(hint):
-    parts = [hint, *typing.get_args(hint)]
-    return [typing.get_args(part) for part in parts if typing.get_origin(part) is typing.Literal]
+def test_every_field_has_a_description(name):
+    assert Recipe.model_fields[name].description
 
 
 SCHEMA = jsonschema.Draft202012Validator(Recipe.json_schema())

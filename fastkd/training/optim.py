@@ -13,9 +13,11 @@ from timm.optim.kron import Kron
 from timm.scheduler import create_scheduler_v2
 from torch import nn
 
-from fastkd.config import OptimConfig, Options, refuse, suggestion
+from fastkd.config import OptimConfig, refuse
+from fastkd.fields import Options
 from fastkd.training.engine import knows_found_inf
 from fastkd.training.task import DistillationTask
+from fastkd.utils.hints import suggestion
 
 LOOKAHEAD = "lookahead_"  # timm's prefix of any optimizer's name
 # Arguments of optimizers that are fields of the recipe or the engine's business.

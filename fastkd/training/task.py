@@ -8,7 +8,8 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from fastkd.config import DistillConfig, Key, Pairs, Recipe
+from fastkd.config import DistillConfig, Recipe
+from fastkd.fields import Key, Pairs
 from fastkd.losses import (
     DistillationLoss,
     FeatureKD,

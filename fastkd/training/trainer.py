@@ -11,10 +11,9 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils.data import DataLoader
-from typing_extensions import Unpack
 
 from fastkd.checkpoint import BEST, LAST, is_best
-from fastkd.config import Overrides, Recipe
+from fastkd.config import Recipe
 from fastkd.data.datasets import Data, open_data
 from fastkd.data.loader import eval_loader, schedule_of, train_loader
 from fastkd.data.samples import DEATHS, describe_worker_death
@@ -55,7 +54,7 @@ def train(
     device: str | torch.device | None = None,
     quiet: bool = False,
     verify: bool = True,
-    **overrides: Unpack[Overrides],
+    **overrides: Any,
 ) -> Result:
     """Train a student, by a teacher or without one.
 
