@@ -31,7 +31,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add_verify_option(parser)
     parser.add_argument("--quiet", action="store_true", help="show no progress")
     parser.add_argument(
-        "--dry-run", action="store_true", help="print the recipe and its effective values, and stop"
+        "--dry-run",
+        action="store_true",
+        help="check the run, print what it amounts to and its recipe, and stop",
     )
     add_recipe_fields(parser)
     parser.set_defaults(run=_run)
@@ -141,5 +143,5 @@ def _dry_run(options: argparse.Namespace) -> int:
             problems=faults,
         )
     lines = [f"{heading + ':':<16} {text}" for heading, text in values.items()]
-    print_once("\n".join([resolved.to_yaml(), *lines]))
+    print_once("\n".join([*lines, "", resolved.to_yaml()]))
     return 0

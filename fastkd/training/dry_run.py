@@ -1,19 +1,21 @@
-"""Schedule, parameters and FLOPs of a run before it starts, from tensors without storage."""
+"""Check a run without training, and describe its schedule, parameters and FLOPs."""
 
 from __future__ import annotations
 
 import copy
 import itertools
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from fastkd.config import MODULE_PREFIX, OptimConfig, Recipe, TeacherConfig
 from fastkd.data.classes import Classes
@@ -51,22 +53,8 @@ from fastkd.training.probe import (
     teacher_words,
     terms_words,
 )
-from fastkd.training.task import DistillationTask, build_task
+from fastkd.training.task import build_task
 from fastkd.utils.distributed import autocast, check_device, process_count
-
-CPU = torch.device("cpu")
-
-# FLOP formulas of attention on CPUs, which not every version of torch has.
-CPU_ATTENTION = {
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: (
-        lambda query, key, value, *_, **__: sdpa_flop_count(query, key, value)
-    ),
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: (
-        lambda upstream, query, key, value, *_, **__: sdpa_backward_flop_count(
-            upstream, query, key, value
-        )
-    ),
-}
 
 Module = TypeVar("Module", bound=nn.Module)
 Given = TypeVar("Given")
@@ -86,7 +74,7 @@ def dry_run(
 
     Raises one ValueError of all that a run would be refused for, ``problems`` among it.
     """
-    run = _Attempts(list(problems))
+    run = _Attempts(problems)
     run.attempt(check_output, output, resume)
     if resume not in ("auto", "never") and resume.strip() and not Path(resume).exists():
         run.problems.append(f"resume: there is no checkpoint {resume!r}")
@@ -143,11 +131,11 @@ def dry_run(
     return resolved, values | costs | ({"not checked": ", ".join(left)} if left else {})
 
 
-@dataclass
 class _Attempts:
-    """Go on after an error, and raise all of them together."""
+    """Steps that are tried although others failed, and their errors."""
 
-    problems: list[str]
+    def __init__(self, problems: Sequence[str]) -> None:
+        self.problems = list(problems)
 
     def attempt(self, step: Callable[..., Given], *arguments: Any, **options: Any) -> Given | None:
         """Return what a step gives; None after an error."""
@@ -159,7 +147,6 @@ class _Attempts:
 
     def resolve(self, loaded: Recipe, student: Any, teacher: Any, given: dict[str, Any]) -> Recipe:
         """Resolve the recipe with those overrides that are no problem."""
-        given = dict(given)
         while True:
             try:
                 return resolve_recipe(loaded, student, teacher, None, given)
@@ -177,43 +164,40 @@ class _Attempts:
 
 
 def effective_values(
-    recipe: Recipe,
-    student: nn.Module,
-    data: DataPair | None,
-    world_size: int = 1,
-    teacher: Teacher | None = None,
-    spec: InputSpec | None = None,
+    recipe: Recipe, student: nn.Module, data: DataPair | None, world_size: int = 1
 ) -> dict[str, str]:
     """Describe what a recipe amounts to on these data and processes."""
-    share = slice_size(recipe, world_size)
+    share, copies = slice_size(recipe, world_size), ""
+    batch, accumulation = f"{recipe.batch_size} images", recipe.accumulation
+    if share < recipe.batch_size:
+        batch += f" = {share} x {world_size} (processes) x {accumulation} (accumulation)"
+    is_module = (recipe.model or "").startswith(MODULE_PREFIX)
     values = {
-        "student": f"{recipe.model} ({recipe.variant}), {parameter_count(student):,} parameters"
-        if not (recipe.model or "").startswith(MODULE_PREFIX)
-        else f"{type(student).__name__}, {parameter_count(student):,} parameters",
+        "student": type(student).__name__ if is_module else f"{recipe.model} ({recipe.variant})",
         "teacher": recipe.teacher or "none (no distillation)",
-        "terms": _terms_text(recipe),
-        "global batch": f"{recipe.batch_size} = {world_size} process(es) x {recipe.accumulation} "
-        f"slice(s) x {share}",
-        "optimizer": _optimizer_text(recipe),
+        "loss": _terms_text(recipe),
+        "batch size": batch,
+        "optimizer": recipe.opt + _in_brackets(recipe.opt_kwargs or {}),
         "learning rate": _schedule_text(recipe),
     }
+    if not skips_on_device(recipe.opt):
+        values["optimizer"] += "; the host waits at every update for its gradient norm"
     if data is not None:
         known = data.num_classes
         if known is not None and recipe.num_classes is not None and recipe.num_classes > known:
             values["classes"] = f"{recipe.num_classes} logits for data of {known} classes"
         samples = recipe.train_samples or len(data.train) if data.streams else len(data.train)
         sampler = TrainBatchSampler(
-            samples, share, accumulation=recipe.accumulation, world_size=world_size
+            samples, share, accumulation=accumulation, world_size=world_size
         )
         updates = sampler.updates_per_epoch
-        copies = f", {recipe.repeated_aug} copies of each" if recipe.repeated_aug > 1 else ""
+        if recipe.repeated_aug > 1:
+            copies = f" ({recipe.repeated_aug} copies of each image)"
         values["training set"] = f"{samples:,} images"
-        values["an epoch"] = f"{updates * recipe.batch_size:,} samples{copies}, {updates:,} updates"
         if not data.streams:
             values["evaluation set"] = f"{len(data.val):,} images"
-        values["in all"] = f"{recipe.epochs} epochs, {recipe.epochs * updates:,} updates"
-    if spec is not None:
-        values |= cost_lines(recipe, student, teacher, spec, world_size)
+        values["epoch"] = f"{updates:,} updates, {updates * recipe.batch_size:,} samples{copies}"
+        values["run"] = f"{recipe.epochs} epochs, {recipe.epochs * updates:,} updates"
     return values
 
 
@@ -236,30 +220,34 @@ class Cost:
 def estimate(
     student: nn.Module, teacher: Teacher | None, recipe: Recipe, spec: InputSpec, batch: int
 ) -> Cost:
-    """Count a run's parameters and FLOPs from shapes alone.
-
-    The models may be on any device, the meta device too, and are not changed.
-    """
+    """Count a run's parameters and FLOPs from shapes alone, on copies of models on any device."""
     shapes = FakeTensorMode(allow_non_fake_inputs=True)
     with shapes:
         student = _outlined(student)
         guide = None if teacher is None else _outlined(teacher)
         images = torch.empty(batch, *spec.size)
         # Before the task taps the student, whose inference has no terms.
-        with naming(student_words(recipe, spec.size)):
-            student_flops = _inference_flops(student, images[:1])
+        with naming(student_words(recipe, spec.size)), torch.no_grad(), _counting() as counter:
+            was_training = student.training
+            student.eval()(images[:1])
+            student.train(was_training)
+        student_flops = counter.get_total_flops()
     # Outside the fake mode, because initializing projectors reads values.
     task = build_task(student, guide, recipe, images[:1]).train()
     needed = guide if task.needs_logits or task.needs_tokens else None
+    classes = getattr(task.student, "num_classes", None) or recipe.num_classes
     with shapes:
         task.terms = _outlined(task.terms)
-        with _flop_counter() as counter:
-            with autocast(CPU, recipe.amp):
+        target = torch.zeros(batch, dtype=torch.long)
+        if recipe.mixes and classes:
+            target = torch.zeros(batch, classes)
+        with _counting() as counter:
+            with autocast(images.device, recipe.amp):
                 with naming(teacher_words(recipe)):
                     output = None if needed is None else needed(images)
                 teacher_flops = counter.get_total_flops()
                 with naming(terms_words(recipe)):
-                    losses = task(images, _targets(task, recipe, images), output)
+                    losses = task(images, target, output)
             losses["loss"].backward()
     return Cost(
         student_parameters=parameter_count(student),
@@ -271,6 +259,24 @@ def estimate(
     )
 
 
+@contextmanager
+def _counting() -> Iterator[FlopCounterMode]:
+    """Count FLOPs, of attention as two matrix products: that of CPUs has no formula before 2.15."""
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        yield counter
+
+
+def _outlined(module: Module) -> Module:
+    """Copy a module without the storage of its tensors; called under the fake mode."""
+    memo: dict[int, Any] = {}  # `copy.deepcopy` takes what is in it for copied already
+    for tensor in itertools.chain(module.parameters(), module.buffers()):
+        outline = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype)
+        if isinstance(tensor, nn.Parameter):
+            outline = nn.Parameter(outline, tensor.requires_grad)
+        memo[id(tensor)] = outline
+    return copy.deepcopy(module, memo)
+
+
 def cost_lines(
     recipe: Recipe,
     student: nn.Module,
@@ -278,17 +284,28 @@ def cost_lines(
     spec: InputSpec,
     world_size: int = 1,
 ) -> dict[str, str]:
-    """Format the cost of a run under ``"parameters"`` and ``"compute"``."""
+    """Format the cost of a run under ``"parameters"`` and ``"FLOPs per image"``."""
     try:
         cost = estimate(student, teacher, recipe, spec, slice_size(recipe, world_size))
     except NEEDS_VALUES as error:
         reason = f"a model's pass depends on values ({type(error).__name__})"
-        return {"compute": f"FLOPs cannot be told from shapes: {reason}"}
-    missing = recipe.teacher is not None and teacher is None
-    return {
-        "parameters": _parameters_text(cost),
-        "compute": _compute_text(cost) + ("; without the teacher" if missing else ""),
-    }
+        parameters = f"{parameter_count(student):,}"
+        return {"parameters": parameters, "FLOPs per image": f"unknown, because {reason}"}
+    parameters = f"{cost.student_parameters:,}"
+    if cost.dropped_parameters:
+        parameters += f", and {cost.dropped_parameters:,} of projectors, dropped after training"
+    flops = f"{_giga(cost.student_flops)} G, training step {_giga(cost.step_flops)} G"
+    if cost.teacher_parameters:
+        parameters += f"; teacher {cost.teacher_parameters:,}"
+    if cost.teacher_flops:
+        flops += f", teacher {_giga(cost.teacher_flops)} G"
+    elif recipe.teacher is not None and teacher is None:
+        flops += ", without the teacher"
+    return {"parameters": parameters, "FLOPs per image": f"{flops} (a multiply-add is 2)"}
+
+
+def _giga(flops: int) -> str:
+    return f"{flops / 1e9:.3g}"
 
 
 def sketch_teacher(config: TeacherConfig, spec: InputSpec) -> Teacher | None:
@@ -308,80 +325,13 @@ def sketch_teacher(config: TeacherConfig, spec: InputSpec) -> Teacher | None:
     return teacher
 
 
-def _targets(task: DistillationTask, recipe: Recipe, images: Tensor) -> Tensor:
-    """Class indices, or the soft targets that Mixup makes of them."""
-    labels = torch.zeros(len(images), dtype=torch.long)
-    classes = getattr(task.student, "num_classes", None) or recipe.num_classes
-    return torch.zeros(len(images), classes) if recipe.mixes and classes else labels
-
-
-@torch.no_grad()
-def _inference_flops(model: nn.Module, image: Tensor) -> int:
-    was_training = model.training
-    model.eval()
-    with _flop_counter() as counter:
-        model(image)
-    model.train(was_training)
-    return counter.get_total_flops()
-
-
-def _flop_counter() -> FlopCounterMode:
-    return FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION)
-
-
-def _outlined(module: Module) -> Module:
-    """A copy whose parameters and buffers have shapes and no storage; called under the fake mode.
-
-    The memo tells `copy.deepcopy` that the tensors are copied already, so that no byte of them is.
-    """
-    memo: dict[int, Any] = {}
-    for tensor in itertools.chain(module.parameters(), module.buffers()):
-        outline = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype)
-        if isinstance(tensor, nn.Parameter):
-            outline = nn.Parameter(outline, tensor.requires_grad)
-        memo[id(tensor)] = outline
-    return copy.deepcopy(module, memo)
-
-
-def _parameters_text(cost: Cost) -> str:
-    parts = [f"student {cost.student_parameters:,}"]
-    if cost.dropped_parameters:
-        parts.append(f"projectors that are dropped after training {cost.dropped_parameters:,}")
-    if cost.teacher_parameters:
-        parts.append(f"teacher {cost.teacher_parameters:,}")
-    return ", ".join(parts)
-
-
-def _compute_text(cost: Cost) -> str:
-    parts = [f"student {_scaled(cost.student_flops, 'FLOPs')}"]
-    if cost.teacher_flops:
-        parts.append(f"teacher {_scaled(cost.teacher_flops, 'FLOPs')}")
-    parts.append(f"a training step {_scaled(cost.step_flops, 'FLOPs')} an image")
-    return ", ".join(parts) + " (a multiply-add is 2)"
-
-
-def _scaled(value: int, unit: str) -> str:
-    prefix, size = "G", 1e9
-    if value < 1e8:
-        prefix, size = ("M", 1e6) if value >= 1e5 else ("k", 1e3)
-    return f"{value / size:.2f} {prefix}{unit}"
-
-
-def _optimizer_text(config: OptimConfig) -> str:
-    text = config.opt + _in_brackets(config.opt_kwargs or {})
-    if skips_on_device(config.opt):
-        return text
-    return f"{text}; the host reads at every update whether its gradient is finite"
-
-
 def _schedule_text(config: OptimConfig) -> str:
     scaled = f" = {config.lr:g} x {config.batch_size} / 512" if config.lr_scaling else ""
     warmup = f"from {config.warmup_lr:g} in {config.warmup_epochs} epochs to "
-    shape = "a cosine" if config.sched == "cosine" else config.sched
     end = f" to {config.min_lr:g}" if ends_at_min_lr(config) else ""
     return (
-        f"{warmup if config.warmup_epochs else ''}{config.scaled_lr:g}{scaled}, by {shape}"
-        f"{_in_brackets(config.sched_kwargs or {})}{end}"
+        f"{warmup if config.warmup_epochs else ''}{config.scaled_lr:g}{scaled}, then "
+        f"{config.sched}{_in_brackets(config.sched_kwargs or {})}{end}"
     )
 
 
@@ -402,11 +352,5 @@ def _terms_text(recipe: Recipe) -> str:
 
 
 def _in_brackets(options: Mapping[str, Any]) -> str:
-    if not options:
-        return ""
-    told = [f"{name} {_number(value)}" for name, value in options.items()]
-    return f" ({', '.join(told)})"
-
-
-def _number(value: Any) -> str:
-    return f"{value:g}" if isinstance(value, float) else str(value)
+    listed = ", ".join(f"{name} {value}" for name, value in options.items())
+    return f" ({listed})" if listed else ""

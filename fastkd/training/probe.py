@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -35,6 +36,7 @@ from fastkd.data.samples import (
 from fastkd.data.transforms import InputSpec, create_mixup
 from fastkd.ops.backend import ENVIRONMENT_CHOICE
 from fastkd.training.engine import Engine
+from fastkd.utils.arguments import LARGEST_IMAGE
 from fastkd.utils.distributed import ALONE, World, autocast
 from fastkd.utils.random import seeded
 
@@ -42,14 +44,13 @@ Taken = TypeVar("Taken")
 
 IMAGES = 2
 MADE_SIZE = (160, 120)  # pixels of a made image, width and height
-LARGEST_SIDE = 2**14  # pixels a side that images may be resized to
 DRAWS = 8  # of each made image: not every operation that timm draws takes every image
 
 # What timm makes transforms from, each with a value that asks for nothing.
+_DEFAULTS = ("ratio", "scale", "interpolation", "crop_pct", "crop_mode")
 NEUTRAL: dict[str, Any] = {
     **{"auto_augment": None, "color_jitter": 0.0, "reprob": 0.0, "hflip": 0.0},
-    **{name: Recipe.model_fields[name].default for name in ("ratio", "scale", "interpolation")},
-    **{name: Recipe.model_fields[name].default for name in ("crop_pct", "crop_mode")},
+    **{name: Recipe.model_fields[name].default for name in _DEFAULTS},
 }
 
 # Raised by passes that depend on values, which tensors without storage do not have.
@@ -101,13 +102,12 @@ def check_inputs(
     with seeded(0, ALONE.device):
         if data is not None and data.yields_tensors:
             train_sample_transform(recipe, spec, data)  # refuses what has no meaning for tensors
-            images = _tensors(spec)
+            images = _tensors(spec.size)
         else:
             images = _transformed_or_blamed(recipe, spec, data or IMAGE_FILES)
         for name, other in (("mixup", "cutmix"), ("cutmix", "mixup")):
             if getattr(recipe, name) > 0 and num_classes is not None:
-                changes: Any = {other: 0.0, "mixup_prob": 1.0}
-                alone = recipe.override(**changes)
+                alone = recipe.override(**{other: 0.0, "mixup_prob": 1.0})
                 with naming(f"{name}: {getattr(recipe, name)!r} cannot be used"):
                     mixup = create_mixup(alone, num_classes, recipe.label_smoothing)
                     assert mixup is not None
@@ -118,10 +118,10 @@ def check_inputs(
 
 def _transformed_or_blamed(recipe: Recipe, spec: InputSpec, data: DataPair) -> Tensor:
     side = max(spec.size[-2:])
-    if side / recipe.crop_pct > LARGEST_SIDE:
+    if side / recipe.crop_pct > LARGEST_IMAGE:
         raise ValueError(
             f"crop_pct: {recipe.crop_pct!r} of images of {side} pixels a side resizes them to "
-            f"{side / recipe.crop_pct:.3g}, at most {LARGEST_SIDE} are allowed"
+            f"{side / recipe.crop_pct:.3g}, at most {LARGEST_IMAGE} are allowed"
         )
     try:
         return _transformed(recipe, spec, data)
@@ -129,20 +129,14 @@ def _transformed_or_blamed(recipe: Recipe, spec: InputSpec, data: DataPair) -> T
         name = re.match(r"(\w+): ", str(error))
         if name is not None and name[1] in Recipe.model_fields:
             raise
-        # Those without which it works; all of them where none is to blame alone.
-        used = [name for name in NEUTRAL if getattr(recipe, name) != NEUTRAL[name]]
-        blamed = [name for name in used if _works(recipe, name, spec, data)] or used
-        given = ", ".join(f"{name}: {getattr(recipe, name)!r}" for name in blamed)
+        used = {n: neutral for n, neutral in NEUTRAL.items() if getattr(recipe, n) != neutral}
+        blamed = []
+        for name, neutral in used.items():
+            with suppress(Exception):  # those without which it works
+                _transformed(recipe.override(**{name: neutral}), spec, data)
+                blamed.append(name)
+        given = ", ".join(f"{name}: {getattr(recipe, name)!r}" for name in blamed or used)
         raise ValueError(f"{given or 'transforms'} cannot be used: {_reason(error)}") from error
-
-
-def _works(recipe: Recipe, without: str, spec: InputSpec, data: DataPair) -> bool:
-    changes: Any = {without: NEUTRAL[without]}
-    try:
-        _transformed(recipe.override(**changes), spec, data)
-    except Exception:
-        return False
-    return True
 
 
 def _transformed(config: DataConfig, spec: InputSpec, data: DataPair) -> Tensor:
@@ -163,9 +157,8 @@ def _made(transform: SampleTransform, draws: int = 1) -> list[Sample]:
     return [transform(picture, 0, number) for number, picture in enumerate(pictures * draws)]
 
 
-def _tensors(spec: InputSpec) -> Tensor:
-    generator = torch.Generator().manual_seed(0)
-    return torch.rand(IMAGES, *spec.size, generator=generator)
+def _tensors(size: Any) -> Tensor:
+    return torch.rand(IMAGES, *size, generator=torch.Generator().manual_seed(0))
 
 
 def check_pass(engine: Engine, recipe: Recipe, loader: DataLoader[Any], data: DataPair) -> None:
@@ -180,15 +173,12 @@ def check_pass(engine: Engine, recipe: Recipe, loader: DataLoader[Any], data: Da
 
 def _everywhere(peers: World, step: Callable[[], Taken]) -> Taken:
     """Take a step in all processes; all raise where one of them fails."""
-    fault: Exception | None = None
     try:
         result = step()
     except Exception as error:
-        fault = error
-    faults = peers.gather(None if fault is None else str(fault))
-    if fault is not None:
-        raise fault
-    for rank, text in enumerate(faults):
+        peers.gather(str(error))
+        raise
+    for rank, text in enumerate(peers.gather(None)):
         if text is not None:
             raise ValueError(f"process {rank}: {text}")
     return result
@@ -204,7 +194,7 @@ def _first_images(loader: DataLoader[Any], data: DataPair) -> Batch:
         numbers = [number % len(data.train) for number in range(IMAGES)]
         samples = dataset.__getitems__([SampleKey(0, number, 0) for number in numbers])
     elif data.image_size is not None:
-        images = _tensors(InputSpec(data.image_size, None, None))
+        images = _tensors(data.image_size)
         samples = [Sample(image, 0, number) for number, image in enumerate(images)]
     else:
         samples = _made(dataset.transform)
@@ -215,10 +205,12 @@ def _first_images(loader: DataLoader[Any], data: DataPair) -> Batch:
 def _pass(engine: Engine, recipe: Recipe, batch: Batch) -> None:
     # `forward`, which is not compiled: shapes that training never has would be compiled for.
     task, teacher, device = engine.task, engine.teacher, engine.world.device
+    # No kernels are compiled for two images, unless the user chooses the backend: then it is tried.
+    backend = {ENVIRONMENT_CHOICE: os.environ.get(ENVIRONMENT_CHOICE, "torch")}
     with (
         _left_as_they_were(task, teacher),
         seeded(0, device),
-        _slow_operators(),
+        patch.dict(os.environ, backend),
         torch.no_grad(),
     ):
         images, target = engine.inputs(batch)
@@ -256,18 +248,6 @@ def _left_as_they_were(*modules: nn.Module | None) -> Iterator[None]:
                 buffer.copy_(old)
         for part, own in buffers:
             part._buffers.update(own)
-
-
-@contextmanager
-def _slow_operators() -> Iterator[None]:
-    """Compile no kernels for two images, unless the user chooses the backend: then it is tried."""
-    chosen = ENVIRONMENT_CHOICE in os.environ
-    os.environ.setdefault(ENVIRONMENT_CHOICE, "torch")
-    try:
-        yield
-    finally:
-        if not chosen:
-            del os.environ[ENVIRONMENT_CHOICE]
 
 
 def _reason(error: Exception) -> str:

@@ -9,7 +9,6 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,20 +19,19 @@ from fastkd.config import Recipe
 from fastkd.data.datasets import Data, open_data
 from fastkd.data.loader import train_loader
 from fastkd.data.samples import Batch
-from fastkd.inference.loading import build_student, create_teacher
-from fastkd.inference.preprocessing import class_count, input_spec, student_shape
+from fastkd.inference.loading import create_teacher
 from fastkd.models import TapOutput
 from fastkd.training.build import (
     FromRecipe,
     build_engine,
-    chosen_teacher,
-    resolve_recipe,
+    open_student,
+    resolve_run,
     resolve_teacher,
 )
 from fastkd.training.engine import Engine
 from fastkd.utils.arguments import check_numbers
 from fastkd.utils.distributed import World, autocast, world
-from fastkd.utils.random import derive_seed, preserved_rng, seed_all
+from fastkd.utils.random import preserved_rng
 
 LOADER = "loader alone"
 INPUT = "input: copy, augment, mix"
@@ -43,7 +41,7 @@ STUDENT = "student forward + backward"
 OPTIMIZER = "optimizer + EMA"
 UPDATE = "update, batch in memory"
 FULL = "full step"
-PARTS = (LOADER, INPUT, TEACHER, FORWARD, STUDENT, OPTIMIZER, UPDATE, FULL)
+PARTS = (LOADER, INPUT, TEACHER, FORWARD, STUDENT, OPTIMIZER, UPDATE, FULL)  # in this order
 
 CONTENTION = 0.8  # a full step below this share of the slower one's speed: they compete
 UNSTEADY = 1.0  # no verdict if a part's quartiles lie further apart than this, in medians
@@ -78,15 +76,15 @@ class Part:
 class Breakdown:
     """Parts of a step and which of them limits it."""
 
-    parts: dict[str, Part]  # by name, in the order of `PARTS`; no `TEACHER` without a teacher
+    parts: dict[str, Part]  # by name, no `TEACHER` without a teacher
     images: int  # of an update, over all processes
     limit: str  # `LOADER`, or the slowest piece of the update
     peak_memory: int | None = None  # bytes of tensors on this process's GPU; None on a CPU
 
     def sentence(self) -> str:
         """Describe what limits the step, or that the times are too unsteady to tell."""
-        if any(part.spread > UNSTEADY for part in self.parts.values()):
-            worst = max(self.parts.values(), key=lambda part: part.spread)
+        worst = max(self.parts.values(), key=lambda part: part.spread)
+        if worst.spread > UNSTEADY:
             return (
                 f"Too unsteady to say what limits: the middle half of the times of {worst.name!r} "
                 f"lies {worst.spread:.1f} medians apart. Is the machine busy with something else?"
@@ -124,20 +122,14 @@ def bench_step(
 ) -> Breakdown:
     """Time the step that `fastkd.train` would run with the same arguments."""
     check_numbers("bench_step", steps=(steps, 2))
-    loaded = Recipe.load(recipe)
-    guide = chosen_teacher(loaded, teacher)
-    if untrained and guide is None:
-        raise ValueError("bench_step: untrained=True has no effect: there is no teacher")
-    if untrained and isinstance(guide, nn.Module):
-        raise ValueError("bench_step: untrained=True builds a teacher by its name, got a module")
     # The learning rate changes no time; scaled down for a small batch it might be refused.
     overrides = {"lr_scaling": False, **overrides}
-    resolved = resolve_recipe(loaded, None, teacher, data, overrides)
-    source = resolved.data if data is None else data
-    if source is None:
-        raise ValueError("bench_step: data is missing: a folder, a timm data set name or two sets")
+    given = resolve_run(None, teacher, data, None, recipe, "never", overrides)
+    if untrained and (given.teacher is None or isinstance(given.teacher, nn.Module)):
+        got = "none" if given.teacher is None else "a module"
+        raise ValueError(f"bench_step: untrained=True expects a teacher by its name, got {got}")
     with preserved_rng(), world(device) as peers:
-        engine, loader = _build(resolved, guide, untrained, source, peers)
+        engine, loader = _build(given.recipe, given.teacher, untrained, given.data, peers)
         return measure_step(engine, loader, steps, on_part=on_part)
 
 
@@ -145,24 +137,19 @@ def _build(
     recipe: Recipe, teacher: Any, untrained: bool, source: Data, peers: World
 ) -> tuple[Engine, Any]:
     data = open_data(source, recipe.data_root, labels=recipe.labels)
-    shape = student_shape(recipe, data)
-    seed_all(derive_seed("model", recipe.seed))
-    student = build_student(recipe, shape)
-    classes = class_count(student, shape)
-    spec = input_spec(student, recipe, data)
+    built = open_student(None, recipe, data, peers)
     if untrained and not Path(teacher).exists():
-        teacher = create_teacher(
-            str(teacher), pretrained=False, num_classes=classes, img_size=recipe.teacher_img_size
-        )
+        size, classes = recipe.teacher_img_size, built.num_classes
+        teacher = create_teacher(teacher, pretrained=False, num_classes=classes, img_size=size)
         recipe = recipe.override(teacher_checkpoint=None, teacher_img_size=None)
-    loader = train_loader(data, recipe, spec, peers)
+    loader = train_loader(data, recipe, built.spec, peers)
     engine = build_engine(
-        student.to(peers.device),
-        resolve_teacher(teacher, recipe, spec),
+        built.module,
+        resolve_teacher(teacher, recipe, built.spec),
         recipe,
-        spec,
+        built.spec,
         peers,
-        num_classes=classes,
+        num_classes=built.num_classes,
         updates_per_epoch=1,  # the schedule changes no time
     )
     return engine, loader
@@ -175,42 +162,48 @@ def measure_step(
     warmup: int = 3,
     on_part: Callable[[str], None] | None = None,
 ) -> Breakdown:
-    """Time a step and its parts on every process; the engine's weights are trained by it.
-
-    The device is not waited for within a part. Batches of worker processes arrive in groups, so
-    they are timed in groups, after dropping those that were prefetched during the warm-up (in
-    which models may be compiled).
-    """
-    if steps < 2:
-        raise ValueError(f"measure_step: steps must be at least 2, got {steps}")
+    """Time a step and its parts on every process; the engine's weights are trained by it."""
     engine.task.train()
     updates = _endless_updates(loader, engine.config.accumulation)
     slices = next(updates)
+    # Batches of worker processes arrive in groups, so they are timed in groups, after dropping
+    # those that were prefetched during the warm-up (in which models may be compiled).
     prefetched = loader.num_workers * (loader.prefetch_factor or 0)
-    updates_ahead = math.ceil(prefetched / engine.config.accumulation)
-    fed_by_loader = partial(
-        _Timing,
-        group=max(1, loader.num_workers),
-        prepare=lambda: list(itertools.islice(updates, updates_ahead)),
-    )
+    ahead, group = math.ceil(prefetched / engine.config.accumulation), max(1, loader.num_workers)
     device = engine.world.device
 
-    def measure(name: str, timing: _Timing) -> list[float]:
+    def measure(name: str, work: Callable[[], Any], ahead: int = 0, group: int = 1) -> list[float]:
         if on_part is not None:
             on_part(name)
-        return timing.run(device, steps, warmup)
+        for _ in range(warmup):
+            work()
+        # Before batches are dropped: it waits for the device, and workers prefetch meanwhile.
+        clock = _Clock(device)
+        for _ in range(ahead):
+            next(updates)
+        return _timed(work, clock, steps, group)
 
     # What needs the loader comes first, while its workers are busy.
-    seconds = {LOADER: measure(LOADER, fed_by_loader(lambda: next(updates)))}
+    seconds = {LOADER: measure(LOADER, lambda: next(updates), ahead, group)}
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    seconds[FULL] = measure(FULL, fed_by_loader(lambda: engine.update(next(updates))))
+    seconds[FULL] = measure(FULL, lambda: engine.update(next(updates)), ahead, group)
     peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
     # `_works` keeps a batch and the teacher's outputs on the device: only after the peak is read.
     for name, work in _works(engine, slices).items():
-        seconds[name] = measure(name, _Timing(work))
+        seconds[name] = measure(name, work)
     images = engine.world.size * sum(len(batch.images) for batch in slices)
     return _breakdown(seconds, images, peak)
+
+
+def _timed(work: Callable[[], Any], clock: _Clock, steps: int, group: int) -> list[float]:
+    """Return seconds a call, one mean for each group; at least two groups, for quartiles."""
+    clock.mark()
+    for _ in range(max(2, math.ceil(steps / group))):
+        for _ in range(group):
+            work()
+        clock.mark()
+    return [seconds / group for seconds in clock.intervals()]
 
 
 def _endless_updates(loader: Any, accumulation: int) -> Iterator[list[Batch]]:
@@ -225,7 +218,10 @@ def _works(engine: Engine, slices: list[Batch]) -> dict[str, Callable[[], Any]]:
     prepared = [Batch(*engine.inputs(batch), batch.samples) for batch in slices]
     # Copies, because the next replay of a CUDA graph overwrites its outputs.
     taught = [copy.deepcopy(_teach(engine, batch.images)) for batch in prepared]
-    student = _student_alone(engine, taught)
+    student = copy.copy(engine)  # for prepared batches and known outputs of the teacher
+    student.augment = student.mixup = None
+    outputs = itertools.cycle(taught)
+    student.teach = lambda images: next(outputs)  # type: ignore[method-assign]
 
     def forward() -> None:
         for batch, output in zip(prepared, taught, strict=True):
@@ -246,48 +242,13 @@ def _works(engine: Engine, slices: list[Batch]) -> dict[str, Callable[[], Any]]:
         OPTIMIZER: lambda: engine.apply(torch.zeros_like(engine.meter.sums[:-1])),
         UPDATE: lambda: engine.update(slices),
     }
-    if engine.teacher is None:
-        del works[TEACHER]
-    return works
-
-
-def _student_alone(engine: Engine, taught: list[TapOutput | None]) -> Engine:
-    """Copy the engine, for prepared batches and known teacher outputs."""
-    alone = copy.copy(engine)
-    alone.augment = alone.mixup = None
-    if engine.teacher is not None:
-        outputs = itertools.cycle(taught)
-        alone.teach = lambda images: next(outputs)  # type: ignore[method-assign]
-    return alone
+    return {name: work for name, work in works.items() if name != TEACHER or engine.teacher}
 
 
 def _teach(engine: Engine, images: Tensor) -> TapOutput | None:
     engine.begin_pass()
     with autocast(engine.world.device, engine.config.amp):
         return engine.teach(images)
-
-
-@dataclass(frozen=True)
-class _Timing:
-    """How one part is timed."""
-
-    work: Callable[[], Any]
-    group: int = 1  # calls between two marks
-    prepare: Callable[[], Any] = lambda: None  # once, between warm-up and timing
-
-    def run(self, device: torch.device, steps: int, warmup: int) -> list[float]:
-        """Return seconds a call, one mean for each group; at least two groups, for quartiles."""
-        for _ in range(warmup):
-            self.work()
-        # Before `prepare`, because it waits for the device and workers prefetch meanwhile.
-        clock = _Clock(device)
-        self.prepare()
-        clock.mark()
-        for _ in range(max(2, math.ceil(steps / self.group))):
-            for _ in range(self.group):
-                self.work()
-            clock.mark()
-        return [seconds / self.group for seconds in clock.intervals()]
 
 
 class _Clock:

@@ -30,7 +30,7 @@ from fastkd.training.build import (
     resolve_run,
     resolve_teacher,
 )
-from fastkd.training.dry_run import effective_values
+from fastkd.training.dry_run import cost_lines, effective_values
 from fastkd.training.engine import SKIPPED, NonFiniteError, evaluate_terms
 from fastkd.training.logging import PLOT, RESULT, Result, RunLogger, result_of
 from fastkd.training.meter import Reading, timestamp
@@ -147,8 +147,11 @@ def train(
         logger.mend(engine.position.total, run.history, foreign=not run.is_in_output(checkpoint))
         with _running(run, logger, checkpoint, (batches, eval_batches)) as stop:
             if not run.finished:
-                parts = (recipe, built.module, opened, peers.size, opened_teacher, built.spec)
-                values = effective_values(*parts) if logger.shows else {}
+                values: dict[str, str] = {}
+                if logger.shows:
+                    values = effective_values(recipe, built.module, opened, peers.size)
+                    models = (built.module, opened_teacher)
+                    values |= cost_lines(recipe, *models, built.spec, peers.size)
                 logger.announce(values, run.where(), run.torn)
             for epoch in range(engine.position.epoch + 1, recipe.epochs + 1):
                 schedule.set_position(epoch - 1, engine.position.update)
