@@ -83,7 +83,7 @@ class FromRecipe(enum.Enum):
         return f"<{self.value}>"
 
 
-class Asked(NamedTuple):
+class Given(NamedTuple):
     """The arguments of `train`, resolved; nothing is opened but a student with weights."""
 
     recipe: Recipe
@@ -96,7 +96,7 @@ class Asked(NamedTuple):
 
 def resolve_run(
     student: Any, teacher: Any, data: Any, output: Any, recipe: Any, resume: str, overrides: Any
-) -> Asked:
+) -> Given:
     """Resolve the arguments of `train`; refuse what cannot work before anything is opened."""
     folder = check_output(output, resume)
     loaded = Recipe.load(recipe)
@@ -111,7 +111,7 @@ def resolve_run(
     if folder is None:
         idle = ("checkpoint_interval", "keep_checkpoints")
         warn_idle(overrides, idle, "without an output no checkpoint is written")
-    return Asked(resolved, student, chosen_teacher(loaded, teacher), source, folder, classes)
+    return Given(resolved, student, chosen_teacher(loaded, teacher), source, folder, classes)
 
 
 def check_output(output: Any, resume: str) -> Path | None:

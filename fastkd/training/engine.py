@@ -1,11 +1,10 @@
-"""The engine: optimizer updates, an epoch of them, and the evaluation of terms.
-
-Only `Engine.read` waits for an accelerator.
-"""
+"""Optimizer updates, the sums of an epoch's losses, and the evaluation of terms."""
 
 from __future__ import annotations
 
 import inspect
+import itertools
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -22,7 +21,6 @@ from fastkd.config import OptimConfig
 from fastkd.data.samples import Batch, Fault
 from fastkd.inference.evaluate import check_readable
 from fastkd.models import TapOutput, Teacher
-from fastkd.training.meter import Meter, Reading, Skipped
 from fastkd.training.task import DistillationTask
 from fastkd.utils.distributed import World, autocast
 from fastkd.utils.random import derive_seed, seed_all, seeded
@@ -38,13 +36,105 @@ class NonFiniteError(FloatingPointError):
     """Losses, gradients or weights are infinite or NaN; nothing of them is in files."""
 
 
-class _Done(NamedTuple):
-    """An update, and on the device whether it was applied."""
+class Skipped(NamedTuple):
+    """An update whose loss or gradient was not finite, as one process saw it."""
 
-    update: int
-    samples: list[Tensor]
-    applied: Tensor
-    finite_loss: Tensor
+    update: int  # its number in the run, from 1
+    samples: list[int]  # indices in the training set of what this process fed to it
+    finite_loss: bool  # else the loss itself was not finite
+
+
+class Reading(NamedTuple):
+    """A meter's sums on the host, over all processes, and the speed of this one."""
+
+    sums: dict[str, float]  # of every term by name, mean over processes
+    applied: int = 0  # updates
+    skipped: int = 0
+    longest_row: int = 0  # the most updates skipped in a row
+    images: int = 0  # of this process, in the epoch so far
+    waited: float = 0.0  # seconds, for data
+    seconds: float = 0.0
+
+    def record(self, since: Reading | None, processes: int) -> dict[str, Any]:
+        """Means over the updates applied, and the speed, since an earlier reading or in all."""
+        before = since or Reading(dict.fromkeys(self.sums, 0.0))
+        count = max(1, self.applied - before.applied)
+        seconds = max(self.seconds - before.seconds, 1e-9)
+        return {
+            **{name: (total - before.sums[name]) / count for name, total in self.sums.items()},
+            "images_per_second": processes * (self.images - before.images) / seconds,
+            "data_wait": 100 * (self.waited - before.waited) / seconds,
+            "skipped_updates": self.skipped - before.skipped,
+            "seconds": seconds,
+        }
+
+
+class Meter:
+    """Sums of every term over the updates of an epoch, how many were skipped, and their time."""
+
+    def __init__(self, names: tuple[str, ...], device: torch.device) -> None:
+        self.names = names
+        self.count = 0
+        self.sums = torch.zeros(len(names), dtype=torch.float64, device=device)
+        # Skipped updates of the epoch, skipped ones in a row until now, and the longest such row.
+        self.skips = torch.zeros(3, dtype=torch.float64, device=device)
+        self.lr = 0.0  # of the last update
+        self.interval: Reading | None = None  # at the epoch's last interval
+        self.images = 0
+        self.waited = self.seconds = 0.0
+        self._began: float | None = None  # while an update is fetched or computed
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds of the epoch's updates, with those of an earlier part of the run."""
+        return self.seconds + (0.0 if self._began is None else time.perf_counter() - self._began)
+
+    def add(self, values: Tensor, applied: Tensor) -> None:
+        """Count an update; one that was skipped adds nothing to the sums. Does not synchronize."""
+        self.sums += torch.where(applied, values.to(self.sums.dtype), 0)
+        skipped = (~applied).to(self.skips.dtype)
+        total, row, longest = self.skips.unbind()
+        row = (row + 1) * skipped
+        self.skips = torch.stack([total + skipped, row, torch.maximum(longest, row)])
+        self.count += 1
+
+    def timed(self, batches: Iterable[Batch], accumulation: int) -> Iterator[list[Batch]]:
+        """Yield the slices of each update, and measure the time until the next is asked for."""
+        batches = iter(batches)
+        self._began = time.perf_counter()
+        while slices := list(itertools.islice(batches, accumulation)):
+            self.waited += time.perf_counter() - self._began
+            self.images += sum(len(batch.images) for batch in slices)
+            yield slices
+            self.seconds, self._began = self.elapsed, time.perf_counter()
+        self._began = None
+
+    def reset(self) -> None:
+        """Start an epoch: all at zero but the row of skipped updates, which may go on."""
+        self.sums.zero_()
+        row = self.skips[1]
+        self.skips = torch.stack([torch.zeros_like(row), row, row])
+        self.count = self.images = 0
+        self.waited = self.seconds = 0.0
+        self.interval = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain numbers, from which a resumed epoch reports means of the whole epoch."""
+        state = {name: getattr(self, name) for name in _PLAIN} | {"seconds": self.elapsed}
+        interval = None if self.interval is None else self.interval._asdict()
+        sums, skips = self.sums.tolist(), self.skips.tolist()
+        return {**state, "sums": sums, "skips": skips, "interval": interval}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Put back what `state_dict` gave."""
+        for name in _PLAIN:
+            setattr(self, name, state[name])
+        self.sums.copy_(torch.tensor(state["sums"], dtype=torch.float64))
+        self.skips.copy_(torch.tensor(state["skips"], dtype=torch.float64))
+        self.interval = None if state["interval"] is None else Reading(**state["interval"])
+
+
+_PLAIN = ("count", "lr", "images", "waited", "seconds")
 
 
 @dataclass
@@ -63,31 +153,19 @@ class Engine:
     rank), so that a run continues exactly from any finished update. An update whose loss or
     gradient is not finite leaves weights, moments and running statistics as they were; position,
     schedule and EMA go on.
-
-    Args:
-        task: student and terms, on the device.
-        teacher: on the device; None where the terms need none.
-        optimizer: over the task's parameters; one that knows ``found_inf`` (`knows_found_inf`)
-            skips an update without a synchronization.
-        scheduler: timm's, stepped per update.
-        config: ``amp``, ``clip_grad``, ``compile``, ``channels_last``, ``ema_warmup``,
-            ``max_nonfinite`` and ``seed`` are the engine's.
-        world: this process among its peers.
-        ema: average of the student's weights, or None.
-        augment: (uint8 images on the device, plan on the host) -> normalized images, or None.
-        mixup: timm's, or None.
     """
 
     def __init__(
         self,
         task: DistillationTask,
-        teacher: Teacher | None,
+        teacher: Teacher | None,  # None where the terms need none
         optimizer: torch.optim.Optimizer,
-        scheduler: Any,
+        scheduler: Any,  # timm's, stepped per update
         *,
         config: OptimConfig,
         world: World,
         ema: ModelEmaV3 | None = None,
+        # (uint8 images on the device, plan on the host) -> normalized images
         augment: Callable[[Tensor, dict[str, Tensor]], Tensor] | None = None,
         mixup: Mixup | None = None,
     ) -> None:
@@ -109,21 +187,17 @@ class Engine:
         self.position = Position()
         self.meter = Meter((*task.terms.names, "grad_norm"), world.device)
         self.changing = False
-        self._unread: list[_Done] = []
-        if config.channels_last:
-            for module in (task.student, teacher):
-                if module is not None:
-                    module.to(memory_format=torch.channels_last)
-        self._compile()
+        # (update, samples, whether applied, whether the loss was finite) since the last report
+        self._unread: list[tuple[int, list[Tensor], Tensor, Tensor]] = []
+        for module in (task, teacher):
+            if module is None:
+                continue
+            if config.channels_last:
+                (task.student if module is task else module).to(memory_format=torch.channels_last)
+            if config.compile != "none":
+                # In place: state dicts keep their names, and evaluation runs the bare student.
+                module.compile(mode=config.compile)
         self.wrapped: nn.Module = task if world.size == 1 else _data_parallel(task, world)
-
-    def _compile(self) -> None:
-        """Compile in place: state dicts keep their names, and evaluation runs the bare student."""
-        if self.config.compile == "none":
-            return
-        for module in (self.task, self.teacher):
-            if module is not None:
-                module.compile(mode=self.config.compile)
 
     @property
     def lr(self) -> float:
@@ -132,8 +206,7 @@ class Engine:
 
     def update(self, slices: list[Batch]) -> None:
         """One optimizer update from the slices of its batch; advances the position."""
-        seed = derive_seed("update", self.config.seed, self.position.total, self.world.rank)
-        seed_all(seed)
+        seed_all(derive_seed("update", self.config.seed, self.position.total, self.world.rank))
         self.optimizer.zero_grad(set_to_none=True)
         losses = torch.zeros_like(self.meter.sums[:-1])
         with self._reversible_statistics() as statistics:
@@ -143,7 +216,8 @@ class Engine:
             self.changing = True
             applied = self.apply(losses, statistics)
         samples = [batch.samples for batch in slices]
-        self._unread.append(_Done(self.position.total, samples, applied, losses.isfinite().all()))
+        finite = losses.isfinite().all()
+        self._unread.append((self.position.total, samples, applied, finite))
         self.changing = False
 
     @contextmanager
@@ -228,20 +302,11 @@ class Engine:
         """The epoch's sums so far over all processes; synchronizes, with them and with the host."""
         own = torch.cat([self.meter.sums, self.meter.skips])
         *sums, skipped, _, longest = (self.world.sum(own) / self.world.size).tolist()
-        named = dict(zip(self.meter.names, sums, strict=True))
-        meter = self.meter
-        reading = Reading(
-            named,
-            meter.count - int(skipped),
-            int(skipped),
-            int(longest),
-            meter.images,
-            meter.waited,
-            meter.elapsed,
-        )
-        limit = self.config.max_nonfinite
-        if self.config.amp == "fp16":
-            limit += FP16_SETTLING
+        meter, lost = self.meter, int(skipped)
+        named = dict(zip(meter.names, sums, strict=True))
+        speed = (meter.images, meter.waited, meter.elapsed)
+        reading = Reading(named, meter.count - lost, lost, int(longest), *speed)
+        limit = self.config.max_nonfinite + FP16_SETTLING * (self.config.amp == "fp16")
         if reading.longest_row > limit:
             raise self.non_finite(f"{reading.longest_row} updates in a row were skipped, {SKIPPED}")
         return reading
@@ -294,14 +359,14 @@ class Engine:
 
     def skipped_updates(self) -> list[Skipped]:
         """Updates skipped since `forget_skipped`; synchronizes with the host alone."""
-        unread = self._unread
-        if not unread:
+        if not self._unread:
             return []
-        flags = torch.stack([torch.stack([done.applied, done.finite_loss]) for done in unread])
+        updates, samples, *flags = zip(*self._unread, strict=True)
+        applied, finite = (torch.stack(flag).tolist() for flag in flags)
         return [
-            Skipped(done.update, torch.cat(done.samples).tolist(), finite)
-            for done, (applied, finite) in zip(unread, flags.tolist(), strict=True)
-            if not applied
+            Skipped(updates[number], torch.cat(samples[number]).tolist(), finite[number])
+            for number in range(len(updates))
+            if not applied[number]
         ]
 
     def forget_skipped(self) -> None:

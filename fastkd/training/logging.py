@@ -8,13 +8,13 @@ import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
-from datetime import timedelta
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any, Protocol, TextIO
 
 from fastkd.config import Recipe
 from fastkd.data.samples import Fault
-from fastkd.training.meter import Skipped, timestamp
+from fastkd.training.engine import Skipped
 from fastkd.utils.distributed import ALONE, World
 from fastkd.utils.io import csv_text, printable, read_json, write_text
 from fastkd.utils.progress import Progress
@@ -30,6 +30,11 @@ EMA_MOVED = 0.5  # the least that the EMA should have taken from the training at
 
 LOG = "log.jsonl"
 EPOCHS = "epochs.csv"
+
+
+def timestamp() -> str:
+    """Return the local time with its offset, in ISO 8601."""
+    return datetime.now().astimezone().isoformat("T", "seconds")
 
 
 class RunLogger:

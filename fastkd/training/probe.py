@@ -107,7 +107,7 @@ def check_inputs(
             images = _transformed_or_blamed(recipe, spec, data or IMAGE_FILES)
         for name, other in (("mixup", "cutmix"), ("cutmix", "mixup")):
             if getattr(recipe, name) > 0 and num_classes is not None:
-                alone = recipe.override(**{other: 0.0, "mixup_prob": 1.0})
+                alone = recipe.override(**{other: 0.0}, mixup_prob=1.0)
                 with naming(f"{name}: {getattr(recipe, name)!r} cannot be used"):
                     mixup = create_mixup(alone, num_classes, recipe.label_smoothing)
                     assert mixup is not None
@@ -131,11 +131,11 @@ def _transformed_or_blamed(recipe: Recipe, spec: InputSpec, data: DataPair) -> T
             raise
         used = {n: neutral for n, neutral in NEUTRAL.items() if getattr(recipe, n) != neutral}
         blamed = []
-        for name, neutral in used.items():
+        for field, neutral in used.items():
             with suppress(Exception):  # those without which it works
-                _transformed(recipe.override(**{name: neutral}), spec, data)
-                blamed.append(name)
-        given = ", ".join(f"{name}: {getattr(recipe, name)!r}" for name in blamed or used)
+                _transformed(recipe.override(**{field: neutral}), spec, data)
+                blamed.append(field)
+        given = ", ".join(f"{field}: {getattr(recipe, field)!r}" for field in blamed or used)
         raise ValueError(f"{given or 'transforms'} cannot be used: {_reason(error)}") from error
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -14,14 +14,16 @@ from torch.utils.data import DataLoader
 
 from fastkd.checkpoint import BEST, LAST, is_best
 from fastkd.config import Recipe
-from fastkd.data.datasets import Data, open_data
+from fastkd.data.datasets import Data, DataPair, open_data
 from fastkd.data.loader import eval_loader, schedule_of, train_loader
 from fastkd.data.samples import DEATHS, describe_worker_death
 from fastkd.inference.evaluate import evaluate_model
 from fastkd.inference.preprocessing import parameter_count
+from fastkd.models import Teacher
 from fastkd.models.weights import verifying
 from fastkd.training.build import (
     FromRecipe,
+    Given,
     build_engine,
     check_classes,
     check_data,
@@ -31,13 +33,12 @@ from fastkd.training.build import (
     resolve_teacher,
 )
 from fastkd.training.dry_run import cost_lines, effective_values
-from fastkd.training.engine import SKIPPED, NonFiniteError, evaluate_terms
-from fastkd.training.logging import PLOT, RESULT, Result, RunLogger, result_of
-from fastkd.training.meter import Reading, timestamp
+from fastkd.training.engine import SKIPPED, NonFiniteError, Reading, evaluate_terms
+from fastkd.training.logging import PLOT, RESULT, Result, RunLogger, result_of, timestamp
 from fastkd.training.plots import plot_run
 from fastkd.training.probe import check_inputs, check_pass
 from fastkd.training.state import RunState, locked
-from fastkd.utils.distributed import StopRequest, world
+from fastkd.utils.distributed import StopRequest, World, world
 from fastkd.utils.random import preserved_rng
 
 RECIPE = "recipe.yaml"
@@ -58,8 +59,7 @@ def train(
 ) -> Result:
     """Train a student, by a teacher or without one.
 
-    Under torchrun every process calls it and the batch is shared; the CPU's global generators of
-    random numbers are left as they were.
+    Under torchrun every process calls it and the batch is shared.
 
     Args:
         student: a timm name, which starts from random weights (its variant comes from the recipe);
@@ -71,18 +71,14 @@ def train(
         data: a folder with ``train`` and ``val`` (or ``validation``), a timm data set name with its
             scheme, or (train, val) map-style data sets of (PIL image or float tensor, label). None
             takes the recipe's.
-        output: the run's folder, made if needed: recipe.yaml, log.jsonl, epochs.csv, last.pth and
-            the checkpoint before it (``keep_checkpoints``), best.pth, result.json and, with
-            matplotlib, results.png. None writes nothing, and then nothing can be resumed.
+        output: the run's folder, made if needed. None writes nothing, so nothing can be resumed.
         recipe: a shipped name (`Recipe.names`), a YAML file, a run's folder, or a `Recipe`; None
             starts from the defaults.
-        resume: ``"auto"`` continues the run in ``output`` if there is one (a finished one is not
-            trained again; a torn checkpoint gives way to the one before it), ``"never"`` starts
+        resume: ``"auto"`` continues the run in ``output`` if there is one, ``"never"`` starts
             afresh, a path continues from that checkpoint.
         device: ``"cpu"``, ``"cuda"``, ``"cuda:1"``; None takes CUDA where there is a device.
         quiet: show nothing.
-        verify: as in `fastkd.evaluate`, for the weights of student and teacher; the run's own
-            checkpoints are always verified.
+        verify: check the hashes of downloaded weights, as in `fastkd.evaluate`.
         **overrides: recipe fields by name. Unknown ones are errors, and so are those that have no
             effect where the run would not be the one asked for; others are warnings.
 
@@ -93,83 +89,103 @@ def train(
         ValueError: options or data that do not fit, or a checkpoint of another run.
         RuntimeError: another run is writing into ``output``.
         TypeError: a field of the wrong type.
-        NonFiniteError: the gradient was infinite or NaN in more than ``max_nonfinite`` updates in a
-            row (single ones are skipped, counted and listed in log.jsonl), or weights are, which
-            are not saved.
-        OSError: more than ``max_unreadable`` training images cannot be read (fewer are replaced and
-            listed), no evaluation image can (single ones count as wrong, and are named), or the
-            last checkpoint cannot be written.
+        NonFiniteError: more than ``max_nonfinite`` updates in a row had an infinite or NaN
+            gradient, or weights are, which are not saved.
+        OSError: more than ``max_unreadable`` training images or all evaluation images cannot be
+            read, or the last checkpoint cannot be written.
         KeyboardInterrupt: stopped by SIGINT, after writing a checkpoint.
         SystemExit: stopped by SIGTERM or SIGUSR1, after writing a checkpoint.
     """
     with verifying(verify):
         given = resolve_run(student, teacher, data, output, recipe, resume, overrides)
-    recipe, output = given.recipe, given.output
-    with preserved_rng(), world(device) as peers, ExitStack() as stack:
-        opened = open_data(given.data, recipe.data_root, labels=recipe.labels)
-        check_data(opened, overrides)
-        built = open_student(given.student, recipe, opened, peers)
-        check_inputs(recipe, built.spec, opened, built.num_classes)
-        with verifying(verify):
-            opened_teacher = resolve_teacher(given.teacher, recipe, built.spec)
-        opened = check_classes(
-            recipe, opened, built.num_classes, given.classes, opened_teacher, not peers.is_main
-        )
-        batches = train_loader(opened, recipe, built.spec, peers)
-        eval_batches = eval_loader(opened, recipe, built.spec, peers)
-        schedule = schedule_of(batches)
-        engine = build_engine(
-            built.module,
-            opened_teacher,
-            recipe,
-            built.spec,
-            peers,
-            num_classes=built.num_classes,
-            updates_per_epoch=schedule.updates_per_epoch,
-        )
-        check_pass(engine, recipe, batches, opened)
-        by_loss = not (opened.labelled_val and (recipe.labels or engine.task.needs_logits))
-        ranked_by = "eval_loss" if by_loss else "ema_top1" if recipe.best == "ema" else "top1"
-        identity = identify(
-            built, recipe, opened, peers, opened_teacher, schedule.updates_per_epoch
-        )
-        run = RunState(engine, identity, output, ranked_by)
-        run.lock = stack.enter_context(locked(output, peers))
-        logger = RunLogger(
-            output,
-            recipe,
-            schedule.updates_per_epoch,
-            peers=peers,
-            unreadable=run.unreadable,
-            quiet=quiet,
-        )
-        checkpoint = run.resume(resume)
-        logger.mend(engine.position.total, run.history, foreign=not run.is_in_output(checkpoint))
-        with _running(run, logger, checkpoint, (batches, eval_batches)) as stop:
-            if not run.finished:
-                values: dict[str, str] = {}
-                if logger.shows:
-                    values = effective_values(recipe, built.module, opened, peers.size)
-                    models = (built.module, opened_teacher)
-                    values |= cost_lines(recipe, *models, built.spec, peers.size)
-                logger.announce(values, run.where(), run.torn)
-            for epoch in range(engine.position.epoch + 1, recipe.epochs + 1):
-                schedule.set_position(epoch - 1, engine.position.update)
-                record = train_one_epoch(run, batches, logger, stop)
-                if epoch % recipe.eval_interval == 0 or epoch == recipe.epochs:
-                    save(run, logger)  # an evaluation may take longer than a stop may wait
-                    stop.raise_if_asked(peers)
-                    record |= evaluate(
-                        run, eval_batches, logger, stop, labelled=opened.labelled_val
-                    )
-                if run.finish_epoch(record):
-                    save(run, logger, BEST)
-                # Last: a kill before it lets the epoch be done again, with the same best.
-                save(run, logger, LAST)
-                logger.epoch(record, run.history)
-                if epoch < recipe.epochs:
-                    stop.raise_if_asked(peers)
-        return _finish(run, logger)
+    with preserved_rng(), world(device) as peers:
+        opened = open_run(given, peers, verify, overrides)
+        with locked(given.output, peers) as opened.run.lock:
+            return train_epochs(opened, resume, quiet)
+
+
+class OpenRun(NamedTuple):
+    """A run with everything that it works on."""
+
+    run: RunState
+    data: DataPair
+    teacher: Teacher | None
+    batches: DataLoader[Any]
+    eval_batches: DataLoader[Any]
+
+
+def open_run(given: Given, peers: World, verify: bool, overrides: dict[str, Any]) -> OpenRun:
+    """Open data, student and teacher, and try them out before the output is touched."""
+    recipe = given.recipe
+    data = open_data(given.data, recipe.data_root, labels=recipe.labels)
+    check_data(data, overrides)
+    student = open_student(given.student, recipe, data, peers)
+    spec, num_classes = student.spec, student.num_classes
+    check_inputs(recipe, spec, data, num_classes)
+    with verifying(verify):
+        teacher = resolve_teacher(given.teacher, recipe, spec)
+    quiet = not peers.is_main
+    data = check_classes(recipe, data, num_classes, given.classes, teacher, quiet)
+    batches = train_loader(data, recipe, spec, peers)
+    eval_batches = eval_loader(data, recipe, spec, peers)
+    updates = schedule_of(batches).updates_per_epoch
+    engine = build_engine(
+        student.module,
+        teacher,
+        recipe,
+        spec,
+        peers,
+        num_classes=num_classes,
+        updates_per_epoch=updates,
+    )
+    check_pass(engine, recipe, batches, data)
+    ranked_by = "ema_top1" if recipe.best == "ema" else "top1"
+    if not (data.labelled_val and (recipe.labels or engine.task.needs_logits)):
+        ranked_by = "eval_loss"
+    identity = identify(student, recipe, data, peers, teacher, updates)
+    run = RunState(engine, identity, given.output, ranked_by)
+    return OpenRun(run, data, teacher, batches, eval_batches)
+
+
+def train_epochs(opened: OpenRun, resume: str, quiet: bool) -> Result:
+    """Resume a run, train and evaluate its epochs, and write what it gives."""
+    run, batches, eval_batches = opened.run, opened.batches, opened.eval_batches
+    engine, recipe, peers = run.engine, run.identity.recipe, run.engine.world
+    schedule = schedule_of(batches)
+    logger = RunLogger(
+        run.output,
+        recipe,
+        schedule.updates_per_epoch,
+        peers=peers,
+        unreadable=run.unreadable,
+        quiet=quiet,
+    )
+    checkpoint = run.resume(resume)
+    logger.mend(engine.position.total, run.history, foreign=not run.is_in_output(checkpoint))
+    with _running(run, logger, checkpoint, (batches, eval_batches)) as stop:
+        if not run.finished:
+            values: dict[str, str] = {}
+            if logger.shows:
+                values = effective_values(recipe, run.student, opened.data, peers.size)
+                spec = run.identity.spec
+                values |= cost_lines(recipe, run.student, opened.teacher, spec, peers.size)
+            logger.announce(values, run.where(), run.torn)
+        for epoch in range(engine.position.epoch + 1, recipe.epochs + 1):
+            schedule.set_position(epoch - 1, engine.position.update)
+            record = train_one_epoch(run, batches, logger, stop)
+            if epoch % recipe.eval_interval == 0 or epoch == recipe.epochs:
+                save(run, logger)  # an evaluation may take longer than a stop may wait
+                stop.raise_if_asked(peers)
+                labelled = opened.data.labelled_val
+                record |= evaluate(run, eval_batches, logger, stop, labelled=labelled)
+            if run.finish_epoch(record):
+                save(run, logger, BEST)
+            # Last: a kill before it lets the epoch be done again, with the same best.
+            save(run, logger, LAST)
+            logger.epoch(record, run.history)
+            if epoch < recipe.epochs:
+                stop.raise_if_asked(peers)
+    return _finish(run, logger)
 
 
 def train_one_epoch(
@@ -182,16 +198,14 @@ def train_one_epoch(
     check_always = peers.device.type == "cpu" and peers.size == 1
     meter, last = engine.meter, logger.updates_per_epoch
     trained = engine.position.update == last  # and stopped in the evaluation
-    if _interval_is_due(run):  # an interrupt came between the update and its line
-        _log_interval(run, logger)
+    _log_interval_if_due(run, logger)  # an interrupt may have come between an update and its line
     for slices in meter.timed(() if trained else batches, recipe.accumulation):
         engine.update(slices)
         update, total = engine.position.update, engine.position.total
         logger.advance([fault for batch in slices for fault in batch.faults], total)
         if check_always:
             engine.read()
-        if _interval_is_due(run):
-            _log_interval(run, logger)
+        _log_interval_if_due(run, logger)
         if update == last:
             continue  # the epoch's own checkpoint is due after its evaluation
         if logger.has_faults and peers.size == 1:
@@ -208,17 +222,14 @@ def train_one_epoch(
     return record
 
 
-def _interval_is_due(run: RunState) -> bool:
-    update, before = run.engine.position.update, run.engine.meter.interval
-    logged = 0 if before is None else before.applied + before.skipped
-    return update % run.identity.recipe.log_interval == 0 and update > logged
-
-
-def _log_interval(run: RunState, logger: RunLogger) -> None:
-    report(run, logger)
-    reading, meter = run.engine.read(), run.engine.meter
-    logger.interval(_record(run, reading, meter.interval))
-    meter.interval = reading
+def _log_interval_if_due(run: RunState, logger: RunLogger) -> None:
+    meter, update = run.engine.meter, run.engine.position.update
+    logged = 0 if meter.interval is None else meter.interval.applied + meter.interval.skipped
+    if update % run.identity.recipe.log_interval == 0 and update > logged:
+        report(run, logger)
+        reading = run.engine.read()
+        logger.interval(_record(run, reading, meter.interval))
+        meter.interval = reading
 
 
 def _record(run: RunState, reading: Reading, since: Reading | None) -> dict[str, Any]:
