@@ -6,11 +6,11 @@ import contextlib
 import importlib
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timedelta
 from pathlib import Path
-from typing import Any, Protocol, TextIO
+from typing import Any, TextIO
 
 from fastkd.config import Recipe
 from fastkd.data.samples import Fault
@@ -19,17 +19,12 @@ from fastkd.utils.distributed import ALONE, World
 from fastkd.utils.io import csv_text, printable, read_json, write_text
 from fastkd.utils.progress import Progress
 
+LOG = "log.jsonl"
+EPOCHS = "epochs.csv"
 RESULT = "result.json"
 PLOT = "results.png"
 
-NAMES = {"tensorboard": ("tensorboard",), "wandb": ("wandb",), "both": ("tensorboard", "wandb")}
-
-_MODULES = {"tensorboard": "torch.utils.tensorboard", "wandb": "wandb"}
-
 EMA_MOVED = 0.5  # the least that the EMA should have taken from the training at its end
-
-LOG = "log.jsonl"
-EPOCHS = "epochs.csv"
 
 
 def timestamp() -> str:
@@ -38,28 +33,18 @@ def timestamp() -> str:
 
 
 class RunLogger:
-    """Writes the run's logs and shows its progress; every process has one, the main one writes.
-
-    Args:
-        output: the run's folder; None writes no files.
-        recipe: the run's.
-        updates_per_epoch: length of an epoch.
-        peers: all processes of the run.
-        unreadable: names of the images that are known to be unreadable; new ones are added.
-        quiet: show nothing.
-        stream: where progress goes; standard error by default.
-    """
+    """Writes the run's logs and shows its progress; every process has one, the main one writes."""
 
     def __init__(
         self,
-        output: Path | None,
+        output: Path | None,  # None writes no files
         recipe: Recipe,
         updates_per_epoch: int,
         *,
         peers: World = ALONE,
-        unreadable: list[str] | None = None,
+        unreadable: list[str] | None = None,  # names of known images; new ones are added
         quiet: bool = False,
-        stream: TextIO | None = None,
+        stream: TextIO | None = None,  # of progress; standard error by default
     ) -> None:
         self.output = output if peers.is_main else None
         self.recipe = recipe
@@ -71,20 +56,15 @@ class RunLogger:
             unit="update", lines=False, leave=True, shows=self.shows, stream=stream
         )
         self._log: TextIO | None = None
-        self._trackers: Sequence[Tracker] = ()
+        self._trackers: list[Any] = []
         self._faults: list[tuple[int, Fault]] = []
         self._epochs = 0  # that are in the log
-
-    @property
-    def total_updates(self) -> int:
-        """Updates of the whole run."""
-        return self.recipe.epochs * self.updates_per_epoch
+        self.total_updates = recipe.epochs * updates_per_epoch
 
     def mend(self, updates: int, history: list[dict[str, Any]], *, foreign: bool = False) -> None:
-        """Rewrite the files to hold what a checkpoint holds: no more, and no epoch less.
+        """Rewrite the files to hold what a checkpoint holds; those of a ``foreign`` run go first.
 
         A kill between two writes, or a run continued in a new folder, leaves them different.
-        ``foreign`` files are of another run and removed first.
         """
         if self.output is None:
             return
@@ -105,8 +85,10 @@ class RunLogger:
         if self.output is not None:
             (self.output / PLOT).unlink(missing_ok=True)  # of a part of the run
             self._log = open(self.output / LOG, "a", encoding="utf-8")  # noqa: SIM115
-            config = self.recipe.to_dict()
-            self._trackers = open_trackers(self.recipe.track, self.output, config, updates)
+            self._trackers = [
+                _TRACKERS[name](self.output, self.recipe.to_dict(), updates)
+                for name in _trackers_of(self.recipe.track)
+            ]
         self.progress.start("", self.total_updates, updates)
 
     def reopen(self, updates: int, history: list[dict[str, Any]]) -> None:
@@ -131,9 +113,8 @@ class RunLogger:
         moved = 1.0 if decay is None or self.recipe.ema_warmup else 1 - decay**self.total_updates
         if moved < EMA_MOVED:
             self.message(
-                f"EMA: after the run's {self.total_updates:,} updates with ema_decay={decay}, the "
-                f"initial weights still make up {100 * (1 - moved):.3g} % of the average; a "
-                f"smaller ema_decay or ema_warmup follows the training sooner"
+                f"EMA: after {self.total_updates:,} updates with ema_decay={decay}, the initial "
+                f"weights still make up {100 * (1 - moved):.3g} % of the average (set ema_warmup)"
             )
 
     def message(self, text: str) -> None:
@@ -152,10 +133,7 @@ class RunLogger:
         return bool(self._faults)
 
     def report(self, skipped: Sequence[Skipped]) -> None:
-        """Name unreadable images, each once, and list skipped updates since the last report.
-
-        All processes call it with the same updates. Too many unreadable images end the run.
-        """
+        """Log new unreadable images and skipped updates; all processes call it after one update."""
         if self.peers.size == 1 and not (self._faults or skipped):
             return
         shares = self.peers.gather((self._faults, skipped))
@@ -166,10 +144,7 @@ class RunLogger:
                 reason = f"cannot read {fault.name} ({fault.reason}); another image takes its place"
                 events.append(("unreadable", update, fault._asdict(), f"data: {reason}"))
         for same in zip(*(theirs for _, theirs in shares), strict=True):
-            what = {
-                "samples": [one.samples for one in same],
-                "finite_loss": [one.finite_loss for one in same],
-            }
+            what = {name: [getattr(one, name) for one in same] for name in Skipped._fields[1:]}
             text = f"update {same[0].update} was skipped: its gradient was not finite"
             events.append(("skipped", same[0].update, what, f"{text} (samples: see {LOG})"))
         for kind, update, what, text in sorted(events, key=lambda event: event[1]):
@@ -215,7 +190,7 @@ class RunLogger:
         """Close the files, the trackers and the bar."""
         for tracker in self._trackers:
             tracker.close()
-        self._trackers = ()
+        self._trackers = []
         log, self._log = self._log, None
         if log is not None:
             with self._surviving(LOG):  # it writes what a full disk has kept back
@@ -224,23 +199,25 @@ class RunLogger:
 
     def _interval_line(self, record: dict[str, Any]) -> str:
         done = record["update"] - (record["epoch"] - 1) * self.updates_per_epoch
+        names = list(record)  # terms stand between the learning rate and the gradient's norm
+        terms = names[names.index("lr") + 1 : names.index("grad_norm")]
+        shown = ", ".join(f"{name} {record[name]:.4f}" for name in terms if name != "loss")
         parts = [
             f"epoch {record['epoch']}/{self.recipe.epochs}",
             f"update {done}/{self.updates_per_epoch}",
-            f"loss {record['loss']:.4f}{_terms(record)}",
+            f"loss {record['loss']:.4f}" + (f" ({shown})" if shown else ""),
             f"lr {record['lr']:.2e}",
             *_speed(record),
         ]
-        if self.progress.seconds_left is not None:
-            left = timedelta(seconds=round(self.progress.seconds_left))
-            parts.append(f"ETA {left}")
+        if (left := self.progress.seconds_left) is not None:
+            parts.append(f"ETA {timedelta(seconds=round(left))}")
         return ", ".join(parts)
 
     def _track(self, group: str, record: dict[str, Any]) -> None:
         numbers = {f"{group}/{n}": v for n, v in record.items() if isinstance(v, int | float)}
         for tracker in self._trackers:
             with self._surviving(type(tracker).__name__):
-                tracker.log(numbers, record["update"])
+                tracker.log(numbers, step=record["update"])
 
     def _write_line(self, record: dict[str, Any]) -> None:
         if self._log is None:
@@ -275,11 +252,9 @@ def _mend_log(path: Path, updates: int, history: list[dict[str, Any]]) -> int:
         # An evaluation whose epoch is not in the history is done again.
         and not (record.get("kind") == "evaluation" and record.get("epoch") not in done)
     ]
+    kept += [{"kind": "epoch", **record} for record in history]
     # Stable, so that an epoch's line stays behind the last interval's.
-    records = sorted(
-        kept + [{"kind": "epoch", **record} for record in history],
-        key=lambda record: record["update"],
-    )
+    records = sorted(kept, key=lambda record: record["update"])
     if path.exists() or records:
         write_text(path, "".join(json.dumps(record) + "\n" for record in records))
     return dropped
@@ -319,15 +294,6 @@ def _epoch_line(record: dict[str, Any], epochs: int) -> str:
     return ", ".join(parts)
 
 
-def _terms(record: dict[str, Any]) -> str:
-    """The terms of the loss in brackets: what stands between the loss and the gradient's norm."""
-    names = list(record)
-    terms = [
-        name for name in names[names.index("lr") + 1 : names.index("grad_norm")] if name != "loss"
-    ]
-    return f" ({', '.join(f'{name} {record[name]:.4f}' for name in terms)})" if terms else ""
-
-
 def _speed(record: dict[str, Any]) -> list[str]:
     parts = [
         f"{record['images_per_second']:,.0f} images/s",
@@ -338,78 +304,55 @@ def _speed(record: dict[str, Any]) -> list[str]:
     return parts
 
 
-class Tracker(Protocol):
-    """Something that takes metrics."""
-
-    def log(self, values: dict[str, float], step: int) -> None:
-        """Take metrics by name at an update."""
-
-    def close(self) -> None:
-        """Write what is left."""
-
-
-def check_trackers(track: str | None, output: Path | None) -> None:
-    """Refuse a tracker that could not run, before the run begins."""
-    for name in NAMES.get(track or "", ()):
-        if output is None:
-            raise ValueError(f"track: {name} keeps its files in the run's folder: give an output")
-        try:
-            importlib.import_module(_MODULES[name])
-        except ImportError as error:
-            raise ValueError(
-                f"track: {name} is asked for and cannot be imported ({error}); "
-                f"pip install {name}, or track=None"
-            ) from None
-
-
-def open_trackers(
-    track: str | None, output: Path, config: dict[str, Any], updates: int
-) -> list[Tracker]:
-    """Start or continue the trackers of a run."""
-    kinds: dict[str, Callable[[Path, dict[str, Any], int], Tracker]] = {
-        "tensorboard": _TensorBoard,
-        "wandb": _WandB,
-    }
-    return [kinds[name](output, config, updates) for name in NAMES.get(track or "", ())]
-
-
 class _TensorBoard:
+    module = "torch.utils.tensorboard"
+
     def __init__(self, output: Path, config: dict[str, Any], updates: int) -> None:
-        writer: Any = importlib.import_module(_MODULES["tensorboard"]).SummaryWriter
+        writer: Any = importlib.import_module(self.module).SummaryWriter
         self.writer = writer(str(output / "tensorboard"), purge_step=updates + 1)
+        self.close = self.writer.close
 
     def log(self, values: dict[str, float], step: int) -> None:
         for name, value in values.items():
             self.writer.add_scalar(name, value, step)
 
-    def close(self) -> None:
-        self.writer.close()
-
 
 class _WandB:
     """One run of Weights & Biases a folder: its id is kept there, so that it goes on."""
 
+    module = "wandb"
+
     def __init__(self, output: Path, config: dict[str, Any], updates: int) -> None:
-        wandb = importlib.import_module(_MODULES["wandb"])
         file = output / "wandb_id.txt"
         resumed = updates > 0 and file.exists()
         known = file.read_text(encoding="utf-8").strip() if resumed else None
-        self.run = wandb.init(
-            project="fastkd",
-            name=output.name,
-            dir=str(output),
-            config=config,
-            id=known,
-            resume="allow",
-        )
+        options = {"name": output.name, "dir": str(output), "id": known, "config": config}
+        init = importlib.import_module(self.module).init
+        self.run: Any = init(project="fastkd", resume="allow", **options)
+        self.log, self.close = self.run.log, self.run.finish
         if known is None:
             write_text(file, f"{self.run.id}\n")
 
-    def log(self, values: dict[str, float], step: int) -> None:
-        self.run.log(values, step=step)
 
-    def close(self) -> None:
-        self.run.finish()
+_TRACKERS: dict[str, Any] = {"tensorboard": _TensorBoard, "wandb": _WandB}
+
+
+def _trackers_of(track: str | None) -> list[str]:
+    return list(_TRACKERS) if track == "both" else [track] if track else []
+
+
+def check_trackers(track: str | None, output: Path | None) -> None:
+    """Refuse a tracker that could not run, before the run begins."""
+    for name in _trackers_of(track):
+        if output is None:
+            raise ValueError(f"track: {name} keeps its files in the run's folder: give an output")
+        try:
+            importlib.import_module(_TRACKERS[name].module)
+        except ImportError as error:
+            raise ValueError(
+                f"track: {name} is asked for and cannot be imported ({error}); "
+                f"pip install {name}, or track=None"
+            ) from None
 
 
 @dataclass(frozen=True)
@@ -503,12 +446,10 @@ class Result:
             lines.append(f"evaluation images that cannot be read: {self.unreadable:,}")
         if self.best_epoch == 0:
             lines.append("best: none, since no epoch's logits or losses were finite")
-        elif self.best_top1 is None:
-            lines.append(f"best: epoch {self.best_epoch} ({self.best_rule})")
         else:
-            best = f"{self.best_top1:.2f} % at epoch {self.best_epoch}"
-            lines.append(f"best: {best} ({self.best_rule})")
-        lines.append(f"student: {self.parameters:,} parameters")
+            best = "" if self.best_top1 is None else f"{self.best_top1:.2f} % at "
+            lines.append(f"best: {best}epoch {self.best_epoch} ({self.best_rule})")
+        lines.append(f"parameters: {self.parameters:,}")
         if self.output is not None:
             lines.append(f"files: {self.output}")
         return "\n".join(lines)
@@ -521,7 +462,7 @@ def _accuracies(top1: float, top5: float | None) -> str:
 def result_of(
     history: list[dict[str, Any]], ranking: dict[str, Any], ranked_by: str, **known: Any
 ) -> Result:
-    """Sum up a finished run by its history; ``known`` are fields that it does not hold."""
+    """Sum up a finished run by its history, and by ``known`` fields of the result."""
     last, by_loss = history[-1], ranked_by == "eval_loss"
     weights = "EMA" if ranked_by == "ema_top1" else "raw"
     measure = f"{'lowest loss' if by_loss else 'highest top-1'} of the {weights} weights"

@@ -123,7 +123,7 @@ def test_a_summary_says_what_was_measured_and_how_the_best_was_picked():
     assert "top-1 after epoch 3: 50.00 % (raw weights, 1,000 evaluation images)" in text
     assert "with EMA weights: 60.00 %" in text
     assert "55.00 % at epoch 2 (by rule)" in text
-    assert "5,717,416 parameters" in text
+    assert "parameters: 5,717,416" in text
 
 
 def test_the_memory_of_a_gpu_is_in_gib(monkeypatch):
