@@ -234,7 +234,7 @@ def identify(
         named = classes_of(teacher.model, teacher.classes)  # what the student learns
     names = {} if named.guessed else named.names
     regular = names and list(names) == list(range(len(names)))
-    classes = tuple(names[label][0] for label in names) if regular else None
+    classes = [names[label][0] for label in names] if regular else None
     return Identity(
         recipe=recipe,
         spec=built.spec,

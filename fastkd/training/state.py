@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -38,7 +39,7 @@ class Identity:
     spec: InputSpec  # the student's input
     num_classes: int | None  # None: unknown
     img_size: int | tuple[int, int] | None  # what the student was built for
-    classes: tuple[str, ...] | None  # names by label; None where the data do not name them
+    classes: list[str] | None  # names by label; None where the data do not name them
     train_images: int  # samples of an epoch's one pass
     # (processes, loader processes of each) that share a stream, whose order depends on them; None
     # for data that are read by number.
@@ -67,20 +68,8 @@ def locked(output: Path | None, peers: World) -> Iterator[FolderLock | None]:
 class RunState:
     """All of a run that changes, and its checkpoints.
 
-    Args:
-        engine: student, optimizer and position; a checkpoint is read into it.
-        identity: what a checkpoint must agree with.
-        output: the run's folder; None writes nothing.
-        ranked_by: the evaluated figure that picks the best epoch: ``"top1"``, ``"ema_top1"`` (the
-            highest) or ``"eval_loss"`` (the lowest).
-
-    Attributes:
-        history: one record per finished epoch.
-        best: ``epoch`` (from 1; 0: none yet) and the figure that ranks, None before the first.
-        unreadable: names of training images that could not be read.
-        torn: what was wrong with checkpoints that an earlier one stood in for.
-        unsaved: by file name, why its last version could not be written.
-        lock: of the output, on the process that writes there.
+    ``ranked_by`` is the evaluated figure that picks the best epoch: ``"top1"``, ``"ema_top1"`` (the
+    highest) or ``"eval_loss"`` (the lowest).
     """
 
     def __init__(
@@ -89,14 +78,15 @@ class RunState:
         self.engine = engine
         self.student = engine.task.student
         self.identity = identity
-        self.output = output
+        self.output = output  # None writes nothing
         self.ranked_by = ranked_by
-        self.history: list[dict[str, Any]] = []
+        self.history: list[dict[str, Any]] = []  # a record of each finished epoch
+        # Epoch (from 1; 0: none yet) and figure, None before the first.
         self.best: dict[str, Any] = {"epoch": 0, ranked_by: None}
-        self.unreadable: list[str] = []
-        self.torn: list[str] = []
-        self.unsaved: dict[str, OSError] = {}
-        self.lock: FolderLock | None = None
+        self.unreadable: list[str] = []  # names of training images
+        self.torn: list[str] = []  # faults of checkpoints that were replaced by an earlier one
+        self.unsaved: dict[str, OSError] = {}  # by file name
+        self.lock: FolderLock | None = None  # on the process that writes into the output
         self._saved: dict[str, int] | None = None  # position of last.pth
         self._begun: Path | None = None  # the checkpoint that was resumed
 
@@ -140,8 +130,9 @@ class RunState:
     def _rank(self, record: dict[str, Any]) -> float:
         value = record.get(self.ranked_by)
         broken = record.get("ema_nonfinite" if self.ranked_by == "ema_top1" else "eval_nonfinite")
+        # Nothing was measured, or no image with finite logits was right.
         if value is None or math.isnan(value) or (broken and value == 0):
-            return -math.inf  # nothing was measured, or no image with finite logits was right
+            return -math.inf
         return -value if self.ranked_by == "eval_loss" else value
 
     def save(self, name: str = LAST) -> OSError | None:
@@ -180,40 +171,35 @@ class RunState:
         return f"{self.output / LAST} holds the run after update {self._saved['total']}"
 
     def _student_state(self) -> dict[str, Any]:
-        """What rebuilds the student, without weights."""
-        identity, spec = self.identity, self.identity.spec
+        """What rebuilds the student, with raw and averaged weights by the names that timm has."""
+        identity, spec, ema = self.identity, self.identity.spec, self.engine.ema
         evaluated = [record for record in self.history if "top1" in record]
         last = evaluated[-1] if evaluated else {}
         return {
             "recipe": identity.recipe.to_dict(),
             "num_classes": identity.num_classes,
             "img_size": identity.img_size,
-            "classes": None if identity.classes is None else list(identity.classes),
+            "classes": identity.classes,
             "input": {"size": spec.size, "mean": spec.mean, "std": spec.std},
             "position": vars(self.engine.position).copy(),
             "best": self.best,
             "measured": {name: last[name] for name in ("top1", "ema_top1") if name in last},
+            "state_dict": self.student.state_dict(),
+            "state_dict_ema": None if ema is None else ema.module.state_dict(),
         }
-
-    def _weights(self) -> dict[str, Any]:
-        """Raw and averaged weights, by the names that timm knows."""
-        ema = self.engine.ema
-        averaged = None if ema is None else ema.module.state_dict()
-        return {"state_dict": self.student.state_dict(), "state_dict_ema": averaged}
 
     def _best_state(self) -> dict[str, Any]:
         """The better weights alone, and which of the two they are."""
-        both = {**self._student_state(), **self._weights()}
-        weights = better_weights(both)
-        averaged = both.pop("state_dict_ema")
-        return both | {"weights": weights} | ({"state_dict": averaged} if weights == "ema" else {})
+        state = self._student_state()
+        state["weights"] = better_weights(state)
+        averaged = state.pop("state_dict_ema")
+        return state | ({"state_dict": averaged} if state["weights"] == "ema" else {})
 
     def _state(self, processes: list[dict[str, Any]]) -> dict[str, Any]:
         """Everything that the rest of the run depends on."""
         engine, identity = self.engine, self.identity
         return {
             **self._student_state(),
-            **self._weights(),
             "terms": engine.task.terms.state_dict(),
             "optimizer": engine.optimizer.state_dict(),
             "scheduler": engine.scheduler.state_dict(),
@@ -265,14 +251,13 @@ class RunState:
             return None
         folder = self.output if resume == "auto" else Path(resume)
         if folder is not None and (resume == "auto" or folder.is_dir()):
-            found = load_latest(folder, self._passed_over)
+            torn: list[str] = []
+            found = load_latest(folder, torn.append)
+            self.torn += [f"{reason}; the checkpoint before it is taken" for reason in torn]
             if found is not None or resume == "auto":
                 return found
         path = Path(resume) / LAST if Path(resume).is_dir() else Path(resume)
         return load_checkpoint(path), path
-
-    def _passed_over(self, reason: str) -> None:
-        self.torn.append(f"{reason}; the checkpoint before it is taken")
 
     def _check_output(self, resume: str) -> None:
         """Refuse to go on with one run in the folder of another."""
@@ -287,9 +272,9 @@ class RunState:
 
     def _restore(self, state: dict[str, Any], path: Path) -> None:
         """Put the run where a checkpoint left it."""
-        _check_same_run(path, state, self.identity)
         engine = self.engine
         try:
+            _check_same_run(path, state, self.identity)
             self._check_position(state)
             self.student.load_state_dict(state["state_dict"])
             engine.task.terms.load_state_dict(state["terms"])
@@ -301,6 +286,8 @@ class RunState:
             engine.load_process_states(state["processes"])
             set_rng_state(state["rng"], engine.world.device)
             self.unreadable[:] = state["unreadable"]
+        except CheckpointError:
+            raise
         except (RuntimeError, ValueError) as error:
             raise CheckpointError(
                 f"resume: {path} does not fit this student: {short_misfit(error)}"
@@ -331,36 +318,20 @@ class RunState:
             )
 
 
-_NEEDED = (
-    *("recipe", "train_images", "classes", "stream", "position", "history", "best", "unreadable"),
-    *("state_dict", "state_dict_ema", "terms", "scheduler", "scaler", "rng", "processes"),
-)
-
-
 def _check_same_run(path: Path, state: dict[str, Any], identity: Identity) -> None:
     if "optimizer" not in state:
         raise CheckpointError(
             f"resume: {path} holds a student alone, no run to continue (take {LAST})"
         )
-    if missing := [name for name in _NEEDED if name not in state]:
-        raise CheckpointError(f"resume: {path} lacks {', '.join(missing)}")
-    if state["train_images"] != identity.train_images:
-        raise CheckpointError(
-            f"resume: {path} is of a run on {state['train_images']} training images, these "
-            f"data have {identity.train_images}: its position has no meaning in them"
-        )
-    classes = None if identity.classes is None else list(identity.classes)
-    if state["classes"] != classes:
-        raise CheckpointError(
-            f"resume: {path} is of a run on classes of other names or in another order than these "
-            f"data's: its labels mean something else"
-        )
-    stream = state["stream"]
-    if stream != identity.stream:
-        raise CheckpointError(
-            f"resume: {path} is of a stream shared by {stream} (processes, workers of "
-            f"each), now by {identity.stream}: it would give other samples"
-        )
+    for name, what in (
+        ("train_images", "numbers of training images"),
+        ("classes", "class names or their order"),
+        ("stream", "(processes, workers of each) that share a stream and its order"),
+    ):
+        found, ours = state[name], getattr(identity, name)
+        if found != ours:
+            shown = [textwrap.shorten(str(value), 60, placeholder="...") for value in (found, ours)]
+            raise CheckpointError(f"resume: {path} has other {what}: {shown[0]}, now {shown[1]}")
     differences = recipe_of(path, state).differences(identity.recipe)
     if differences:
         fields = ", ".join(f"{n} {a!r} -> {b!r}" for n, (a, b) in differences.items())

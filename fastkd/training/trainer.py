@@ -16,6 +16,7 @@ from fastkd.checkpoint import BEST, LAST, is_best
 from fastkd.config import Recipe
 from fastkd.data.datasets import Data, DataPair, open_data
 from fastkd.data.loader import eval_loader, schedule_of, train_loader
+from fastkd.data.samplers import Schedule
 from fastkd.data.samples import DEATHS, describe_worker_death
 from fastkd.inference.evaluate import evaluate_model
 from fastkd.inference.preprocessing import parameter_count
@@ -57,21 +58,18 @@ def train(
     verify: bool = True,
     **overrides: Any,
 ) -> Result:
-    """Train a student, by a teacher or without one.
-
-    Under torchrun every process calls it and the batch is shared.
+    """Train a student, by a teacher or without one; under torchrun every process calls it.
 
     Args:
-        student: a timm name, which starts from random weights (its variant comes from the recipe);
-            a source with weights to start from (a run, a checkpoint, an export, ``local-dir:``,
-            ``hf_hub:``); a module, which is trained in place; or None for the recipe's model.
-        teacher: a timm name (pretrained, or with ``teacher_checkpoint=``), or any other source that
-            `fastkd.create_teacher` takes. Left out, it is the recipe's. None trains on the labels
-            alone: the matched run without distillation, whatever the recipe's terms.
+        student: a timm name, which starts from random weights; a source with weights to start from
+            (a run, a checkpoint, an export, ``local-dir:``, ``hf_hub:``); a module, which is
+            trained in place; or None for the recipe's model.
+        teacher: any source that `fastkd.create_teacher` takes. Left out, it is the recipe's. None
+            trains on the labels alone, the matched run without distillation.
         data: a folder with ``train`` and ``val`` (or ``validation``), a timm data set name with its
             scheme, or (train, val) map-style data sets of (PIL image or float tensor, label). None
             takes the recipe's.
-        output: the run's folder, made if needed. None writes nothing, so nothing can be resumed.
+        output: the run's folder, made if needed; None writes nothing.
         recipe: a shipped name (`Recipe.names`), a YAML file, a run's folder, or a `Recipe`; None
             starts from the defaults.
         resume: ``"auto"`` continues the run in ``output`` if there is one, ``"never"`` starts
@@ -79,8 +77,7 @@ def train(
         device: ``"cpu"``, ``"cuda"``, ``"cuda:1"``; None takes CUDA where there is a device.
         quiet: show nothing.
         verify: check the hashes of downloaded weights, as in `fastkd.evaluate`.
-        **overrides: recipe fields by name. Unknown ones are errors, and so are those that have no
-            effect where the run would not be the one asked for; others are warnings.
+        **overrides: recipe fields by name. Those that would have no effect are errors or warnings.
 
     Returns:
         What was measured, and where the files are.
@@ -89,10 +86,8 @@ def train(
         ValueError: options or data that do not fit, or a checkpoint of another run.
         RuntimeError: another run is writing into ``output``.
         TypeError: a field of the wrong type.
-        NonFiniteError: more than ``max_nonfinite`` updates in a row had an infinite or NaN
-            gradient, or weights are, which are not saved.
-        OSError: more than ``max_unreadable`` training images or all evaluation images cannot be
-            read, or the last checkpoint cannot be written.
+        NonFiniteError: weights or too many gradients in a row are infinite or NaN.
+        OSError: too many images cannot be read, or the last checkpoint cannot be written.
         KeyboardInterrupt: stopped by SIGINT, after writing a checkpoint.
         SystemExit: stopped by SIGTERM or SIGUSR1, after writing a checkpoint.
     """
@@ -100,8 +95,23 @@ def train(
         given = resolve_run(student, teacher, data, output, recipe, resume, overrides)
     with preserved_rng(), world(device) as peers:
         opened = open_run(given, peers, verify, overrides)
-        with locked(given.output, peers) as opened.run.lock:
-            return train_epochs(opened, resume, quiet)
+        run, config = opened.run, given.recipe
+        with locked(given.output, peers) as run.lock:
+            with running(opened, resume, quiet) as (logger, stop):
+                for epoch in range(run.engine.position.epoch + 1, config.epochs + 1):
+                    opened.schedule.set_position(epoch - 1, run.engine.position.update)
+                    record = train_one_epoch(run, opened.batches, logger, stop)
+                    if epoch % config.eval_interval == 0 or epoch == config.epochs:
+                        save(run, logger)  # an evaluation may take longer than a stop may wait
+                        record |= evaluate(opened, logger, stop)
+                    if run.finish_epoch(record):
+                        save(run, logger, BEST)
+                    # Last: a kill before it lets the epoch be done again, with the same best.
+                    save(run, logger, LAST)
+                    logger.epoch(record, run.history)
+                    if epoch < config.epochs:
+                        stop.raise_if_asked(peers)
+            return _finish(run, logger)
 
 
 class OpenRun(NamedTuple):
@@ -111,6 +121,7 @@ class OpenRun(NamedTuple):
     data: DataPair
     teacher: Teacher | None
     batches: DataLoader[Any]
+    schedule: Schedule  # of the batches
     eval_batches: DataLoader[Any]
 
 
@@ -128,7 +139,8 @@ def open_run(given: Given, peers: World, verify: bool, overrides: dict[str, Any]
     data = check_classes(recipe, data, num_classes, given.classes, teacher, quiet)
     batches = train_loader(data, recipe, spec, peers)
     eval_batches = eval_loader(data, recipe, spec, peers)
-    updates = schedule_of(batches).updates_per_epoch
+    schedule = schedule_of(batches)
+    updates = schedule.updates_per_epoch
     engine = build_engine(
         student.module,
         teacher,
@@ -144,48 +156,7 @@ def open_run(given: Given, peers: World, verify: bool, overrides: dict[str, Any]
         ranked_by = "eval_loss"
     identity = identify(student, recipe, data, peers, teacher, updates)
     run = RunState(engine, identity, given.output, ranked_by)
-    return OpenRun(run, data, teacher, batches, eval_batches)
-
-
-def train_epochs(opened: OpenRun, resume: str, quiet: bool) -> Result:
-    """Resume a run, train and evaluate its epochs, and write what it gives."""
-    run, batches, eval_batches = opened.run, opened.batches, opened.eval_batches
-    engine, recipe, peers = run.engine, run.identity.recipe, run.engine.world
-    schedule = schedule_of(batches)
-    logger = RunLogger(
-        run.output,
-        recipe,
-        schedule.updates_per_epoch,
-        peers=peers,
-        unreadable=run.unreadable,
-        quiet=quiet,
-    )
-    checkpoint = run.resume(resume)
-    logger.mend(engine.position.total, run.history, foreign=not run.is_in_output(checkpoint))
-    with _running(run, logger, checkpoint, (batches, eval_batches)) as stop:
-        if not run.finished:
-            values: dict[str, str] = {}
-            if logger.shows:
-                values = effective_values(recipe, run.student, opened.data, peers.size)
-                spec = run.identity.spec
-                values |= cost_lines(recipe, run.student, opened.teacher, spec, peers.size)
-            logger.announce(values, run.where(), run.torn)
-        for epoch in range(engine.position.epoch + 1, recipe.epochs + 1):
-            schedule.set_position(epoch - 1, engine.position.update)
-            record = train_one_epoch(run, batches, logger, stop)
-            if epoch % recipe.eval_interval == 0 or epoch == recipe.epochs:
-                save(run, logger)  # an evaluation may take longer than a stop may wait
-                stop.raise_if_asked(peers)
-                labelled = opened.data.labelled_val
-                record |= evaluate(run, eval_batches, logger, stop, labelled=labelled)
-            if run.finish_epoch(record):
-                save(run, logger, BEST)
-            # Last: a kill before it lets the epoch be done again, with the same best.
-            save(run, logger, LAST)
-            logger.epoch(record, run.history)
-            if epoch < recipe.epochs:
-                stop.raise_if_asked(peers)
-    return _finish(run, logger)
+    return OpenRun(run, data, teacher, batches, schedule, eval_batches)
 
 
 def train_one_epoch(
@@ -241,21 +212,16 @@ def _record(run: RunState, reading: Reading, since: Reading | None) -> dict[str,
     return record | {"time": timestamp()}
 
 
-def evaluate(
-    run: RunState,
-    batches: DataLoader[Any],
-    logger: RunLogger,
-    stop: StopRequest,
-    *,
-    labelled: bool,
-) -> dict[str, Any]:
+def evaluate(opened: OpenRun, logger: RunLogger, stop: StopRequest) -> dict[str, Any]:
     """Measure the raw and the averaged weights, and every term where accuracy does not rank."""
+    run, batches = opened.run, opened.eval_batches
     engine, peers, amp = run.engine, run.engine.world, run.identity.recipe.amp
+    stop.raise_if_asked(peers)
     record: dict[str, Any] = {}
     lost = {"eval_unreadable": 0, "eval_nonfinite": 0, "ema_nonfinite": 0}
     lines: list[str] = []
     began = time.perf_counter()
-    if labelled:
+    if opened.data.labelled_val:
         peers.average_norms(run.student)
         raw = evaluate_model(run.student, batches, peers, amp, lines.append)
         record = {name: raw[name] for name in ("top1", "top5")}
@@ -315,27 +281,42 @@ def _remake_output(run: RunState, logger: RunLogger) -> None:
 
 
 @contextmanager
-def _running(
-    run: RunState, logger: RunLogger, checkpoint: Path | None, loaders: tuple[Any, Any]
-) -> Iterator[StopRequest]:
-    """Prepare the run's files; at an interrupt save what is done, and explain what went wrong."""
-    stop, peers, output = StopRequest(), run.engine.world, run.output
+def running(opened: OpenRun, resume: str, quiet: bool) -> Iterator[tuple[RunLogger, StopRequest]]:
+    """Resume a run, and log it; at an interrupt save what is done, and explain what went wrong."""
+    run, stop = opened.run, StopRequest()
+    recipe, peers, output = run.identity.recipe, run.engine.world, run.output
+    logger = RunLogger(
+        output,
+        recipe,
+        opened.schedule.updates_per_epoch,
+        peers=peers,
+        unreadable=run.unreadable,
+        quiet=quiet,
+    )
+    checkpoint = run.resume(resume)
+    logger.mend(run.engine.position.total, run.history, foreign=not run.is_in_output(checkpoint))
     peers.barrier()  # the folder is there
     elsewhere = output is not None and checkpoint != output / LAST
     if output is not None and peers.is_main and (elsewhere or not run.finished):
-        run.identity.recipe.save(output / RECIPE)
+        recipe.save(output / RECIPE)
     if run.lock is not None and run.lock.note:
         logger.message(run.lock.note)
     if run.finished:
         if elsewhere:
             save(run, logger)
-        yield stop
+        yield logger, stop
         return
     logger.start(run.engine.position.total)
     try:
         with stop:
             try:
-                yield stop
+                values: dict[str, str] = {}
+                if logger.shows:
+                    values = effective_values(recipe, run.student, opened.data, peers.size)
+                    spec = run.identity.spec
+                    values |= cost_lines(recipe, run.student, opened.teacher, spec, peers.size)
+                logger.announce(values, run.where(), run.torn)
+                yield logger, stop
             except (KeyboardInterrupt, SystemExit):
                 _save_before_stop(run, logger)
                 raise
@@ -347,7 +328,7 @@ def _running(
                 if stop.received is not None:
                     _save_before_stop(run, logger)
                     stop.raise_as_exception()
-                death = describe_worker_death(loaders, error)
+                death = describe_worker_death((opened.batches, opened.eval_batches), error)
                 if death is None:
                     raise
                 raise RuntimeError(death) from error

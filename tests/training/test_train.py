@@ -216,7 +216,7 @@ def test_a_checkpoint_of_another_optimizer_or_schedule_is_refused(data, fast, tm
 
 def test_a_checkpoint_of_other_data_is_refused(data, fast, tmp_path):
     train(vit(), None, data, tmp_path, **fast)
-    with pytest.raises(CheckpointError, match="70 training images, these data have 30"):
+    with pytest.raises(CheckpointError, match="training images: 70, now 30"):
         train(vit(), None, (data[1], data[1]), tmp_path, **fast)
 
 
@@ -299,7 +299,7 @@ def test_a_checkpoint_of_classes_in_another_order_is_refused(fast, tmp_path):
     train("test_vit", None, folder, tmp_path / "run", **options)
     for split in ("train", "val"):
         (folder / split / "blue").rename(folder / split / "violet")
-    with pytest.raises(CheckpointError, match="classes of other names or in another order"):
+    with pytest.raises(CheckpointError, match=r"other class names or their order: .*violet"):
         train("test_vit", None, folder, tmp_path / "run", **options)
 
 
