@@ -268,7 +268,11 @@ class Engine:
     def apply(self, losses: Tensor, statistics: list[Tensor] | None = None) -> Tensor:
         """Step optimizer, schedule and EMA on the gradients there are; `update` does all of it."""
         self.scaler.unscale_(self.optimizer)
-        norm = self._gradient_norm().detach().to(losses.dtype)
+        if self.config.clip_grad is None:
+            norm = nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
+        else:
+            norm = nn.utils.clip_grad_norm_(self.parameters, self.config.clip_grad)
+        norm = norm.detach().to(losses.dtype)
         broken = (~torch.cat([losses, norm.reshape(1)]).isfinite()).any().float()
         broken = self.world.sum(broken).clamp(max=1)
         if knows_found_inf(self.optimizer):
@@ -292,12 +296,6 @@ class Engine:
         self.meter.add(torch.cat([losses, norm.reshape(1)]), applied)
         return applied
 
-    def _gradient_norm(self) -> Tensor:
-        if self.config.clip_grad is not None:
-            return nn.utils.clip_grad_norm_(self.parameters, self.config.clip_grad)
-        gradients = [p.grad for p in self.parameters if p.grad is not None]
-        return nn.utils.get_total_norm(gradients)
-
     def read(self) -> Reading:
         """The epoch's sums so far over all processes; synchronizes, with them and with the host."""
         own = torch.cat([self.meter.sums, self.meter.skips])
@@ -312,15 +310,11 @@ class Engine:
         return reading
 
     def is_finite(self) -> bool:
-        """Whether weights, averages, statistics and moments are, in all processes.
-
-        Synchronizes once, with them and with the host.
-        """
-        averages = () if self.ema is None else self.ema.module.parameters()
-        states = self.optimizer.state.values()
-        moments = (value for state in states for value in state.values())
-        buffers = (*self.task.terms.buffers(), *self.statistics, *self._average_statistics)
-        held = (*self.task.parameters(), *averages, *buffers, *moments)
+        """Check weights, averages, statistics and moments of all processes; synchronizes once."""
+        held = [*self.task.parameters(), *self.task.terms.buffers()]
+        held += [] if self.ema is None else self.ema.module.parameters()
+        held += [*self.statistics, *self._average_statistics]
+        held += (value for state in self.optimizer.state.values() for value in state.values())
         finite = [
             value.isfinite().all().to(self.world.device)
             for value in held
@@ -401,10 +395,7 @@ def _data_parallel(task: DistillationTask, world: World) -> DistributedDataParal
 def evaluate_terms(
     engine: Engine, loader: Iterable[Batch], warn: Callable[[str], None]
 ) -> dict[str, Any]:
-    """Every term of the task on an evaluation set; needs its labels only for a cross-entropy.
-
-    Means over the images that can be read; ``warn`` takes a line about the others.
-    """
+    """Return means of all terms over the images that can be read; ``warn`` of the others."""
     task, world = engine.task, engine.world
     was_training = task.training
     task.eval()
@@ -430,9 +421,5 @@ def evaluate_terms(
     *totals, read, unreadable = world.sum(torch.cat([sums, known])).tolist()
     count = int(read + unreadable)
     check_readable(loader, faults, int(unreadable), count, world, warn)
-    averages = [total / max(read, 1) for total in totals]
-    return {
-        **dict(zip(names, averages, strict=True)),
-        "count": count,
-        "unreadable": int(unreadable),
-    }
+    averages = {n: total / max(read, 1) for n, total in zip(names, totals, strict=True)}
+    return {**averages, "count": count, "unreadable": int(unreadable)}

@@ -265,7 +265,6 @@ def _remake_output(run: RunState, logger: RunLogger) -> None:
     lock, output = run.lock, run.output
     if lock is None or output is None or lock.is_held():
         return
-    lost = f", and {BEST} of epoch {run.best['epoch']} is lost" if run.best["epoch"] else ""
     try:
         lock.release()
         lock.acquire()
@@ -274,10 +273,10 @@ def _remake_output(run: RunState, logger: RunLogger) -> None:
         run.identity.recipe.save(output / RECIPE)
         logger.reopen(run.engine.position.total, run.history)
     except OSError as error:
-        logger.message(f"{output} was deleted and cannot be made again ({error})")
-    else:
-        text = f"{output} was deleted and is made again: its log has epochs alone{lost}"
-        logger.event("remade", run.where(), text)
+        return logger.message(f"{output} was deleted and cannot be made again ({error})")
+    lost = f", and {BEST} of epoch {run.best['epoch']} is lost" if run.best["epoch"] else ""
+    text = f"{output} was deleted and is made again: its log has epochs alone{lost}"
+    logger.event("remade", run.where(), text)
 
 
 @contextmanager
@@ -359,17 +358,11 @@ def _finish(run: RunState, logger: RunLogger) -> Result:
     unsaved = peers.gather(str(run.unsaved.get(LAST, "")))[0]  # the main process writes
     if unsaved:
         raise OSError(unsaved)
-    best = None if output is None else output / BEST
-    result = result_of(
-        run.history,
-        run.best,
-        run.ranked_by,
-        epochs=recipe.epochs,
-        parameters=parameter_count(run.student),
-        output=None if output is None else str(output),
-        last=None if output is None else str(output / LAST),
-        best=str(best) if best is not None and is_best(best, run.best) else None,
-    )
+    files = {} if output is None else {"output": str(output), "last": str(output / LAST)}
+    if output is not None and is_best(output / BEST, run.best):
+        files["best"] = str(output / BEST)
+    sizes = {"epochs": recipe.epochs, "parameters": parameter_count(run.student)}
+    result = result_of(run.history, run.best, run.ranked_by, **sizes, **files)
     if output is not None and peers.is_main:
         result.save(output / RESULT)
         if not (output / PLOT).exists():
