@@ -21,7 +21,7 @@ from fastkd.analysis.study import Resume, Settings, Study, difference, plain_jso
 from fastkd.analysis.tokens import LayerChoice, ModelSource, TokenSource, resolve
 from fastkd.checkpoint import LAST
 from fastkd.data.datasets import Data
-from fastkd.data.samples import default_workers
+from fastkd.data.loader import default_workers
 from fastkd.models.weights import verifying
 from fastkd.ops.environment import version
 from fastkd.ops.sep import LEVELS as BANDWIDTH_LEVELS

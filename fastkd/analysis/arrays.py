@@ -21,7 +21,7 @@ from fastkd.analysis.tokens import (
     checked_places,
     parse_layers,
 )
-from fastkd.data.files import LeftOut, find_files, is_image, tell_left_out
+from fastkd.data.image_files import LeftOut, find_files, is_image, warn_left_out
 
 SUFFIXES = (".npy", ".npz")
 Shape = tuple[int, int]
@@ -201,7 +201,7 @@ class ArraySource:
 def _files(folder: Path) -> list[Path]:
     left_out = LeftOut()
     found = [file for file in find_files(folder, left_out) if file.lower().endswith(SUFFIXES)]
-    tell_left_out(folder, left_out)
+    warn_left_out(folder, left_out)
     return sorted(map(Path, found))
 
 

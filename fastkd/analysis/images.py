@@ -14,11 +14,9 @@ from torch import Tensor
 from torch.utils.data import Subset, TensorDataset
 
 from fastkd.config import DataConfig
-from fastkd.data.datasets import Data, DataPair, open_data
-from fastkd.data.folders import VALIDATION_FOLDERS
-from fastkd.data.images import reason_of
-from fastkd.data.readers import FileReader, ReadableImages
-from fastkd.data.tars import TarImages
+from fastkd.data.datasets import VALIDATION_FOLDERS, Data, open_data
+from fastkd.data.image_files import reason_of
+from fastkd.data.readers import DataPair, FileReader, ReadableImages, TarImages
 from fastkd.data.transforms import InputSpec
 from fastkd.inference.images import image_loader
 from fastkd.utils.io import writable

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fastkd.analysis.images import ImageSelection
-from fastkd.data.datasets import DataPair
+from fastkd.data.readers import DataPair
 from fastkd.data.transforms import InputSpec
 from fastkd.inference.evaluate import evaluating
 from fastkd.inference.loading import Model, names_a_file, open_model

@@ -95,7 +95,9 @@ def _reader_left() -> bool:
 
 def print_once(text: str) -> None:
     """Print on the main process of torchrun alone."""
-    if os.environ.get("RANK", "0") == "0":
+    from fastkd.utils.distributed import is_main_process  # imports torch
+
+    if is_main_process():
         print(printable(text, lines=True))
 
 

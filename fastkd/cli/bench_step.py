@@ -55,6 +55,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def _run(options: argparse.Namespace) -> int:
     from fastkd.training.build import FromRecipe
     from fastkd.training.profile import bench_step
+    from fastkd.utils.distributed import is_main_process
 
     given = given_fields(options)
     recipe = Recipe.load(options.recipe)
@@ -72,17 +73,15 @@ def _run(options: argparse.Namespace) -> int:
             **given,
         )
     print_once(_table(breakdown))
-    if options.output is not None and _is_main():
+    if options.output is not None and is_main_process():
         _write(options, breakdown)
     return 0
 
 
-def _is_main() -> bool:
-    return os.environ.get("RANK", "0") == "0"
-
-
 def _announce(part: str) -> None:
-    if _is_main():
+    from fastkd.utils.distributed import is_main_process
+
+    if is_main_process():
         print(f"timing: {part}", file=sys.stderr)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from typing import TYPE_CHECKING
 
@@ -18,7 +17,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     """Add the options of ``fastkd predict``."""
     parser.description = (
         "Say what images show. They reach the model as in fastkd evaluate. What cannot "
-        "be read, which greyscale of more than 8 bits counts as, is named and passed over, as is "
+        "be read, which grayscale of more than 8 bits counts as, is named and passed over, as is "
         "what the model has no finite logits for; the exit status is then 1."
     )
     parser.add_argument(
@@ -60,6 +59,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def _run(options: argparse.Namespace) -> int:
     from fastkd.inference.predict import predict
+    from fastkd.utils.distributed import is_main_process
 
     model, checkpoint = options.model, options.checkpoint
     if model is None:
@@ -81,7 +81,7 @@ def _run(options: argparse.Namespace) -> int:
         verify=options.verify,
         **given_image_options(options),
     )
-    if os.environ.get("RANK", "0") != "0":  # the main process speaks for all
+    if not is_main_process():
         return 0
     print(_report(predictions, model, options.output))
     for fault in predictions.unreadable:

@@ -51,7 +51,7 @@ _pixels.__name__ = "number of pixels, or none"  # argparse names it in its error
 
 
 def _run(options: argparse.Namespace) -> int:
-    from fastkd.data.shards import shard
+    from fastkd.data.shard_writer import shard
 
     report = shard(
         options.source,

@@ -1,12 +1,14 @@
-"""Open the ``data`` argument: folders, archives, timm's named datasets, or pairs of datasets."""
+"""Open the ``data`` argument: a folder, tars, shards, a named dataset or a pair of datasets."""
 
 from __future__ import annotations
 
 import contextlib
 import importlib.util
-from collections.abc import Callable, Sequence
+import os
+import re
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from PIL import Image
 from timm.data import create_dataset
@@ -14,76 +16,88 @@ from torch import Tensor
 from torch.utils.data import IterableDataset
 from torchvision.datasets.folder import default_loader
 
-from fastkd.data.classes import LabelError, class_names, class_number, is_missing, map_classes
-from fastkd.data.folders import SPLITS, open_folder, open_tar
-from fastkd.data.images import load_rgb
-from fastkd.data.readers import DataPair, ReadableImages, StreamSource, image_column
-from fastkd.data.streaming import HubStream, ShardStream
+from fastkd.data.classes import (
+    NO_LABEL,
+    Classes,
+    LabelError,
+    class_names,
+    class_number,
+    is_missing,
+    match_classes,
+    number_classes,
+)
+from fastkd.data.image_files import (
+    LeftOut,
+    image_endings,
+    is_hidden,
+    list_folders,
+    list_images,
+    load_rgb,
+    warn,
+    warn_left_out,
+)
+from fastkd.data.readers import DataPair, FileReader, ReadableImages, TarImages
+from fastkd.data.streaming import HubStream, ShardStream, StreamSource, image_column
+from fastkd.data.tars import SHARD_LISTS, SPLITS, ShardSplit, is_shard, parse_shard_list
 from fastkd.utils.arguments import refuse_blank
-from fastkd.utils.io import printable
+from fastkd.utils.io import printable, writable
 from fastkd.utils.random import preserved_rng
 
-# By the scheme of timm's dataset names: the module that reads it, and its packages for pip.
+# By the scheme of timm's dataset names: the module that reads it, which is its name for pip, too.
 SCHEMES = {
-    "hfds": ("datasets", "datasets"),
-    "hfids": ("datasets", "datasets"),
-    "wds": ("webdataset", "webdataset"),
-    "torch": ("torchvision", "torchvision"),
+    "hfds": "datasets",
+    "hfids": "datasets",
+    "wds": "webdataset",
+    "torch": "torchvision",
 }
-
+VALIDATION_FOLDERS = ("val", "validation", "valid")
+LABEL_FILES = (".txt", ".csv", ".tsv", ".json")  # beside images, may hold their classes
+UNFINISHED = ".fastkd-shard.json"  # beside shards that are still being written
+# How a split's images are kept: files; one tar; tars that stand for folders; WebDataset shards.
+IMAGES, TAR, TARS, SHARDS = "images", "tar", "tars", "shards"
 PROBED = 8  # samples that are tried, to see what a dataset yields
+
 Data = str | Path | Sequence[Any]
 
 
 def open_data(
     data: Data, root: str | None = None, *, need_train: bool = True, labels: bool = True
 ) -> DataPair:
-    """Open the training and the evaluation set that ``data`` means.
+    """Open a training and an evaluation set.
 
-    Classes are the folders at the top of a split, as for torchvision's ImageFolder, in natural
-    order; images are those of `fastkd.data.files.ENDINGS` in them and below. Hidden names
-    (``.name``, ``__MACOSX``), files that are not regular and links to a folder that they are in are
-    left out; one line counts what is. Samples of tars are listed once: an index
-    (``.fastkd-*.npz``) is kept beside them if possible. Datasets opened by name or path have
-    ``filename(index)``, and raise an OSError with it for a sample that they cannot read.
+    Classes are the folders at the top of a split, in natural order. Files that are left out are
+    counted in one line. An index of tars (``.fastkd-*.npz``) is kept beside them if possible.
 
     Args:
         data: one of
 
             - a folder with ``train`` and ``val`` (or ``validation``, ``valid``): folders of images,
-              one per class; tars, one per class; or ``train.tar`` and ``val.tar``, in which folders
-              that all images are in do not count;
+              one per class; tars, one per class; or ``train.tar`` and ``val.tar``;
             - a folder of WebDataset shards: with an ``_info.json`` (as ``fastkd shard`` and timm
               write), or named by their split (``train-0000.tar``, ``val-0000.tar``);
             - ``wds/FOLDER`` of the same, or streamed: ``wds/https://...``, ``wds/pipe:cat ...``;
-            - a timm dataset name with its scheme (``hfds/...``, ``torch/cifar100``; ``hfids/...``
-              is streamed); it is evaluated on the first of its splits validation, val, valid and
-              test;
+            - ``hfds/...`` or ``torch/...``, as in timm; ``hfids/...`` is streamed;
             - (train, val) map-style datasets yielding (PIL image or float tensor, label).
         root: the folder of a named dataset.
         need_train: False opens the evaluation set alone; then ``data`` may also be one dataset, one
             tar, or a folder of class folders.
-        labels: False allows samples without labels, which become -1: images outside class folders,
-            shards without ``.cls``, hubs without a label column. Streams always need labels.
-
-    Raises:
-        ValueError: data or labels are missing, a label is out of range, samples are of another
-            form, shards are unfinished, or tars lie beside images. With labels: a class folder of
-            the training set has no images, it has only one class, or validation classes that it
-            lacks.
-        OSError: an archive is truncated, or no tar.
-        ImportError: the package that reads the data is missing.
+        labels: False allows samples without labels, which become -1. Streams always need labels.
     """
     refuse_blank("open_data", data=data)
     if isinstance(data, str | Path):
         train, val = _open_named(str(data), root, need_train, labels)
+    elif isinstance(data, tuple | list) and len(data) == 2:
+        train, val = (data[0] if need_train else None), data[1]
+    elif not need_train and hasattr(data, "__getitem__") and hasattr(data, "__len__"):
+        train, val = None, data
     else:
-        train, val = _open_given(data, need_train)
-    for dataset in (train, val):
-        _check_usable(dataset)
-    image, labelled_val = _look(val, "evaluation", labels)
+        raise ValueError(
+            f"data: expected a folder, a timm dataset name or (train, val) datasets, got "
+            f"{type(data).__name__}"
+        )
+    image, labelled_val = _inspect(val, "evaluation", labels)
     if train is not None:
-        image, _ = _look(train, "training", labels)
+        image, _ = _inspect(train, "training", labels)
         if labels and _num_classes(train) == 1:
             names = getattr(getattr(train, "reader", train), "class_to_idx", None) or [0]
             shown = ", ".join(printable(str(name)) for name in names)
@@ -92,10 +106,9 @@ def open_data(
                 f"with labels=false needs no classes"
             )
     first = val if train is None else train
-    numbers, names = None, (class_names(train), class_names(val))
-    if all(names) and names[0] != names[1] and labelled_val:
-        known, own = ({name: label for label, name in side.items()} for side in names)
-        numbers = map_classes(own, known, "the evaluation set")
+    numbers, known, own = None, class_names(train), class_names(val)
+    if known and own and known != own and labelled_val:
+        numbers = _numbers_by_name(own, known, "evaluation set")
     return DataPair(
         train=train,
         val=val,
@@ -108,76 +121,30 @@ def open_data(
     )
 
 
-def _open_named(data: str, root: str | None, need_train: bool, labels: bool) -> tuple[Any, Any]:
-    path = Path(data)
-    if path.is_dir():
-        return open_folder(path, need_train, labels)
-    if path.is_file() and path.suffix == ".tar":
-        return open_tar(path, need_train, labels)
-    scheme, _, rest = data.partition("/")
-    scheme = scheme.lower()
-    if path.exists():
-        raise ValueError(f"data: {data!r} is neither a folder nor a tar")
-    if scheme not in SCHEMES:
-        names = ", ".join(f"{name}/" for name in SCHEMES)
-        raise ValueError(f"data: no folder {data!r}; names of datasets begin with {names}")
-    if not (rest.strip("/ ") or (root or "").strip()):
-        raise ValueError(f"data: {data!r} names no dataset after {scheme}/")
-    folder = _local_shards(rest, root) if scheme == "wds" else None
-    if folder is not None:
-        return open_folder(folder, need_train, labels)
-    name = f"{scheme}/{rest}"
-    try:
-        train = open_hub(name, root, "train", labels) if need_train else None
-        return train, open_hub(name, root, "validation", labels)
-    except (ValueError, OSError, ImportError, RuntimeError, MemoryError):
-        raise
-    except Exception as error:  # of the package that reads it
-        reason = f"{type(error).__name__}: {error}"
-        raise ValueError(f"data: {name} cannot be opened ({reason})") from error
-
-
-def _local_shards(name: str, root: str | None) -> Path | None:
-    """Find the folder of ``wds/NAME``; None where it is an address."""
-    if any("://" in place or place.startswith("pipe:") for place in (name, root or "")):
-        return None
-    folders = [Path(root) / name, Path(root)] if root else [Path(name)]
-    found = next((folder for folder in folders if folder.is_dir()), None)
-    if found is None:
-        raise ValueError(f"data: no folder {str(folders[0])!r} of shards")
-    return found
-
-
-def _open_given(data: Any, need_train: bool) -> tuple[Any, Any]:
-    if isinstance(data, tuple | list) and len(data) == 2:
-        return (data[0] if need_train else None), data[1]
-    if not need_train and hasattr(data, "__getitem__") and hasattr(data, "__len__"):
-        return None, data
-    raise ValueError(
-        f"data: expected a folder, a timm dataset name or (train, val) datasets, got "
-        f"{type(data).__name__}"
-    )
-
-
-def _check_usable(dataset: Any) -> None:
-    if dataset is None or isinstance(dataset, StreamSource):
-        return
+def _inspect(dataset: Any, which: str, labels: bool) -> tuple[Any, bool]:
+    """Return (image or None, whether there are labels); a user's own set is tried."""
     if isinstance(dataset, IterableDataset):
         raise ValueError(
             f"data: {type(dataset).__name__} streams its samples; exact resume and sharding need a "
             f"dataset with __getitem__ and __len__"
         )
-    if len(dataset) == 0:
-        raise ValueError(f"data: {type(dataset).__name__} is empty")
-
-
-def _look(dataset: Any, which: str, labels: bool) -> tuple[Any, bool]:
-    """Return (image or None, whether there are labels); only a user's own set has to be tried."""
-    if isinstance(dataset, ReadableImages):
-        return None, dataset.labelled
     if isinstance(dataset, StreamSource):
         return None, True
-    image, label = _probe(dataset)
+    if len(dataset) == 0:
+        raise ValueError(f"data: {type(dataset).__name__} is empty")
+    if isinstance(dataset, ReadableImages):
+        return None, dataset.labelled
+    with preserved_rng():
+        sample = _first_readable(dataset)
+    if not isinstance(sample, tuple | list) or len(sample) != 2:
+        raise ValueError(f"data: samples must be (image, label), got {type(sample).__name__}")
+    image, label = sample
+    is_tensor = isinstance(image, Tensor)
+    if not isinstance(image, Image.Image) and not (
+        is_tensor and image.is_floating_point() and image.ndim == 3
+    ):
+        got = f"{image.dtype} {list(image.shape)}" if is_tensor else type(image)
+        raise ValueError(f"data: images must be PIL images or float tensors [C, H, W], got {got}")
     labelled = not is_missing(label)
     try:
         class_number(label, f"the {which} set ({type(dataset).__name__})")
@@ -193,27 +160,13 @@ def _look(dataset: Any, which: str, labels: bool) -> tuple[Any, bool]:
     return image, labelled
 
 
-def _probe(dataset: Any) -> tuple[Any, Any]:
-    """Return the first sample that can be read, and leave the random generators as they were."""
-    with preserved_rng():
-        sample = _first_readable(dataset)
-    if not isinstance(sample, tuple | list) or len(sample) != 2:
-        raise ValueError(f"data: samples must be (image, label), got {type(sample).__name__}")
-    image, label = sample
-    if isinstance(image, Image.Image):
-        return image, label
-    if isinstance(image, Tensor) and image.is_floating_point() and image.ndim == 3:
-        return image, label
-    got = f"{image.dtype} {list(image.shape)}" if isinstance(image, Tensor) else type(image)
-    raise ValueError(f"data: images must be PIL images or float tensors [C, H, W], got {got}")
-
-
 def _first_readable(dataset: Any) -> Any:
-    # One broken file is no reason to stop; with several in a row the dataset is not there.
-    for index in range(min(len(dataset), PROBED) - 1):
+    # One broken file is no reason to stop; several in a row may be a disk that is not there.
+    last = min(len(dataset), PROBED) - 1
+    for index in range(last):
         with contextlib.suppress(OSError):
             return dataset[index]
-    return dataset[min(len(dataset), PROBED) - 1]
+    return dataset[last]
 
 
 def _num_classes(dataset: Any) -> int | None:
@@ -228,58 +181,321 @@ def _num_classes(dataset: Any) -> int | None:
     return None
 
 
-def open_hub(name: str, root: str | None, part: str, labels: bool) -> Any:
-    """Open the part ``"train"`` or ``"validation"`` of a dataset with a scheme of `SCHEMES`."""
+def _numbers_by_name(own: dict[int, str], training: dict[int, str], what: str) -> dict[int, int]:
+    """Map an evaluation set's labels to the training set's of the same name."""
+    sides = [Classes({n: (name,) for n, name in names.items()}) for names in (own, training)]
+    return match_classes(*sides, caller="data", of=(what, "training set")) or {}
+
+
+def _open_named(data: str, root: str | None, need_train: bool, labels: bool) -> tuple[Any, Any]:
+    path = Path(data)
+    if path.is_dir():
+        return _open_folder(path, need_train, labels)
+    if path.is_file() and path.suffix == ".tar":
+        if need_train:
+            raise ValueError(
+                f"data: {path} is one tar; give the folder that holds train.tar and val.tar"
+            )
+        return None, _open_split(_inspect_place(path), labels)
+    if path.exists():
+        raise ValueError(f"data: {data!r} is neither a folder nor a tar")
+    scheme, _, rest = data.partition("/")
+    scheme = scheme.lower()
+    if scheme not in SCHEMES:
+        names = ", ".join(f"{name}/" for name in SCHEMES)
+        raise ValueError(f"data: no folder {data!r}; names of datasets begin with {names}")
+    if not (rest.strip("/ ") or (root or "").strip()):
+        raise ValueError(f"data: {data!r} names no dataset after {scheme}/")
+    remote = any("://" in place or place.startswith("pipe:") for place in (rest, root or ""))
+    if scheme == "wds" and not remote:
+        folders = [Path(root) / rest, Path(root)] if root else [Path(rest)]
+        found = next((folder for folder in folders if folder.is_dir()), None)
+        if found is None:
+            raise ValueError(f"data: no folder {str(folders[0])!r} of shards")
+        return _open_folder(found, need_train, labels)
+    name = f"{scheme}/{rest}"
+    if importlib.util.find_spec(SCHEMES[scheme]) is None:
+        raise ImportError(
+            f"data: {name!r} is read by {SCHEMES[scheme]}: pip install {SCHEMES[scheme]}"
+        )
+    try:
+        train = _open_part(name, root, "train", labels) if need_train else None
+        return train, _open_part(name, root, "validation", labels)
+    except (ValueError, OSError, ImportError, RuntimeError, MemoryError):
+        raise
+    except Exception as error:  # of the package that reads it
+        reason = f"{type(error).__name__}: {error}"
+        raise ValueError(f"data: {name} cannot be opened ({reason})") from error
+
+
+def _open_part(name: str, root: str | None, part: str, labels: bool) -> Any:
+    """Open the part "train" or "validation" of a dataset with a scheme of `SCHEMES`."""
     scheme = name.partition("/")[0]
-    module, package = SCHEMES[scheme]
-    if importlib.util.find_spec(module) is None:
-        raise ImportError(f"data: {name!r} is read by {module}: pip install {package}")
-    if scheme == "torch":
-        dataset = create_dataset(name, root=root, split=part)
-        if getattr(dataset, "loader", None) is default_loader:
-            dataset.loader = load_rgb
-        return dataset
     if scheme == "hfds":
-        return _open_listed(name, root, part, labels)
-    return (HubStream if scheme == "hfids" else ShardStream)(name, root, part)
+        return _open_hub_set(name, root, part, labels)
+    if scheme != "torch":
+        return (HubStream if scheme == "hfids" else ShardStream)(name, root, part)
+    dataset = create_dataset(name, root=root, split=part)
+    if getattr(dataset, "loader", None) is default_loader:
+        dataset.loader = load_rgb
+    return dataset
 
 
-def _open_listed(name: str, root: str | None, part: str, labels: bool) -> ReadableImages:
+def _open_hub_set(name: str, root: str | None, part: str, labels: bool) -> ReadableImages:
     """Open a set of Hugging Face's hub whose samples have indexes."""
-    split, reader = _first_split(name, part, lambda split: create_dataset(name, root, split).reader)
-    reader = _reader_of_images(reader, name, root, split)
+    errors: list[Exception] = []
+    for split in SPLITS[part]:
+        try:
+            reader = create_dataset(name, root, split).reader
+            break
+        except (RuntimeError, ValueError, KeyError) as error:
+            errors.append(error)
+    else:
+        splits = " or ".join(SPLITS[part])
+        raise ValueError(f"data: {name} has no split {splits}: {errors[0]}") from errors[0]
+    # timm adds a column of nulls where the one it expects is missing.
+    if reader.dataset.data.column(reader.image_key).null_count == len(reader):
+        others = {k: kind for k, kind in reader.dataset.features.items() if k != reader.image_key}
+        image = image_column(name, others)
+        reader = create_dataset(name, root, split, input_key=image).reader
     columns = list(reader.dataset.features)
+    reason = f"no column {reader.label_key!r}, but {columns}"
     if reader.label_key in columns:
         first = reader.dataset.select_columns([reader.label_key])[0] if len(reader) else {}
         if not is_missing(first.get(reader.label_key, 0)):
             return ReadableImages(reader, f"{name}/{split}")
         reason = f"no labels in its split {split}"
-    else:
-        reason = f"no column {reader.label_key!r}, but {columns}"
     if labels:
         raise ValueError(f"data: {name} has {reason}; a recipe with labels=false needs none")
     reader.label_key = reader.image_key  # any column that exists; its values are not used
     return ReadableImages(reader, f"{name}/{split}", labelled=False)
 
 
-def _reader_of_images(reader: Any, name: str, root: str | None, split: str) -> Any:
-    """Return a hub set's reader, or one of its image column where this one took another."""
-    # timm adds a column of nulls where the one it expects is missing.
-    if reader.dataset.data.column(reader.image_key).null_count < len(reader):
-        return reader
-    columns = dict(reader.dataset.features)
-    del columns[reader.image_key]
-    return create_dataset(name, root, split, input_key=image_column(name, columns)).reader
+class _Split(NamedTuple):
+    """Where the images of one split of a folder are, and in which form."""
+
+    place: Path  # folder or archive
+    form: str  # IMAGES, TAR, TARS or SHARDS
+    tars: tuple[Path, ...] = ()
+    listed: ShardSplit = ShardSplit(())  # what a list of shards states
 
 
-def _first_split(name: str, part: str, opens: Callable[[str], Any]) -> tuple[str, Any]:
-    """Open a part under the first of its names that a set has: (name, what was opened)."""
-    errors = []
-    for split in SPLITS[part]:
-        try:
-            return split, opens(split)
-        except (RuntimeError, ValueError, KeyError) as error:
-            errors.append(error)
-    raise ValueError(
-        f"data: {name} has no split {' or '.join(SPLITS[part])}: {errors[0]}"
-    ) from errors[0]
+def _open_folder(folder: Path, need_train: bool, labels: bool) -> tuple[Any, Any]:
+    """Open a folder's (train, val); train is None where it is not needed."""
+    train, val = _find_splits(folder, need_train)
+    if train is None or (not need_train and train.form == SHARDS):
+        return None, _open_split(val, labels)
+    training = _open_split(train, labels and need_train)
+    if labels and need_train:
+        refuse_empty_classes(training, train.place)
+    # The training set's numbering, so that a class without validation images shifts no label.
+    evaluation = _open_split(val, labels, training if training.labelled else None)
+    # One folder is no classification.
+    if not labels and training.labelled and len(training.reader.class_to_idx) == 1:
+        training.labelled = evaluation.labelled = False
+    return (training if need_train else None), evaluation
+
+
+def _find_splits(folder: Path, need_train: bool) -> tuple[_Split | None, _Split]:
+    """Find a folder's splits by names alone; train may be None where it is not needed."""
+    _refuse_unfinished(folder)
+    path = next((folder / name for name in SHARD_LISTS if (folder / name).is_file()), None)
+    if path is not None and (listed := parse_shard_list(path.read_bytes(), str(path))):
+        splits = {
+            name: _Split(folder, SHARDS, tuple(folder / file for file in split.files), split)
+            for name, split in listed.items()
+        }
+        return _choose(folder, splits, need_train)
+    train, val = _find_place(folder, ("train",)), _find_place(folder, VALIDATION_FOLDERS)
+    if train is None and val is None and (tars := _tars(folder)):
+        return _choose(folder, _splits_by_name(folder, tars), need_train)
+    if train is None and not need_train:
+        return None, _inspect_place(val or folder)
+    if train is None or val is None:
+        missing = "train" if train is None else "val (or validation)"
+        raise ValueError(f"data: {folder} has no folder {missing}")
+    return _inspect_place(train), _inspect_place(val)
+
+
+def _refuse_unfinished(folder: Path) -> None:
+    if (folder / UNFINISHED).exists():
+        raise ValueError(f"data: {folder} is unfinished; run fastkd shard again")
+
+
+def _find_place(folder: Path, names: Sequence[str]) -> Path | None:
+    """Find a split's folder or else its tar, under any of its names."""
+    folders = (path for name in names if (path := folder / name).is_dir())
+    tars = (path for name in names if (path := folder / f"{name}.tar").is_file())
+    return next(folders, None) or next(tars, None)
+
+
+def _inspect_place(place: Path) -> _Split:
+    """Find out how a split's folder or tar keeps images."""
+    _refuse_unfinished(place)
+    tars = (place,) if place.is_file() else _tars(place)
+    if not tars:
+        return _Split(place, IMAGES)
+    plain = TAR if place.is_file() else TARS
+    return _Split(place, SHARDS if is_shard(tars[0]) else plain, tars)
+
+
+def _tars(folder: Path) -> tuple[Path, ...]:
+    """List a folder's archives; raise if it has images, too, for either may be meant."""
+    found = sorted(path for path in folder.glob("*.tar") if not is_hidden(path.name))
+    tars = tuple(path for path in found if path.is_file() or not path.exists())
+    if not tars:
+        return ()
+    if images := list_images(folder):
+        raise ValueError(
+            f"data: {folder} has images, such as {Path(images[0]).relative_to(folder)}, and the "
+            f"archive {tars[0].name}: move one of them away"
+        )
+    left_out = LeftOut()
+    for path in set(found).difference(tars):
+        left_out.add(LeftOut.IRREGULAR, str(path))
+    warn_left_out(folder, left_out)
+    return tars
+
+
+def _splits_by_name(folder: Path, tars: Sequence[Path]) -> dict[str, _Split]:
+    """Group shards by the split in their names."""
+    words = {word for names in SPLITS.values() for word in names}
+    splits: dict[str, list[Path]] = {}
+    for path in tars:
+        found = [word for word in re.split(r"[^a-z]+", path.name.lower()) if word in words]
+        if found:
+            splits.setdefault(found[0], []).append(path)
+    splits = splits or {"(unnamed)": list(tars)}
+    return {name: _Split(folder, SHARDS, tuple(paths)) for name, paths in splits.items()}
+
+
+def _choose(
+    folder: Path, splits: dict[str, _Split], need_train: bool
+) -> tuple[_Split | None, _Split]:
+    """Choose the splits for training and evaluation."""
+    train, val = (
+        next((splits[name] for name in SPLITS[part] if name in splits), None) for part in SPLITS
+    )
+    if not need_train:
+        train = None
+        if val is None and len(splits) == 1:
+            val = next(iter(splits.values()))
+    if val is None or (need_train and train is None):
+        missing = "validation" if val is None else "train"
+        raise ValueError(f"data: {folder} has no shards of {missing}, but of: {', '.join(splits)}")
+    return train, val
+
+
+def _open_split(split: _Split, labels: bool, like: ReadableImages | None = None) -> ReadableImages:
+    """Open one split; with ``like``, a labeled training set, by that one's class numbers."""
+    opens = _open_images if split.form == IMAGES else _open_tars
+    dataset, folders = opens(split, labels)
+    if not dataset.labelled:
+        return dataset
+    if split.form == SHARDS:
+        listed = split.listed
+        _check_labels(dataset.reader, listed.classes, "its list of shards")
+        if like is not None:
+            training = like.num_classes or len(like.reader.class_to_idx)
+            _check_labels(dataset.reader, training, "the training set")
+        dataset.num_classes = listed.classes or 1 + int(dataset.reader.targets.max())
+        dataset.classes = listed.names
+        return dataset
+    if folders > (classes := len(dataset.reader.class_to_idx)):
+        warn(
+            "data: %s: images are in %d folders, but the classes are the %d at the top",
+            *(writable(split.place), folders, classes),
+        )
+    if like is not None and like.reader.class_to_idx:
+        _number_like(dataset, like, split.place, labels)
+    return dataset
+
+
+def _open_images(split: _Split, labels: bool) -> tuple[ReadableImages, int]:
+    """Open a folder of image files: (dataset, number of folders that they are in)."""
+    folder, left_out = split.place, LeftOut()
+    paths = list_images(folder, left_out)
+    warn_left_out(folder, left_out)
+    if not paths:
+        raise ValueError(
+            f"data: {folder} has no images ({', '.join(image_endings())}; hidden ones do not count)"
+        )
+    above = len(os.path.join(folder, ""))
+    inner = [path[above:].split(os.sep) for path in paths]
+    outside = next((path for path, parts in zip(paths, inner, strict=True) if len(parts) == 1), "")
+    if outside and labels:
+        raise ValueError(
+            f"data: {folder} has images in no class's folder, such as {outside}; a recipe with "
+            f"labels=false needs no classes"
+        )
+    names = ["" if outside else parts[0] for parts in inner]
+    numbers = number_classes(set(names))
+    samples = [(path, numbers[name]) for path, name in zip(paths, names, strict=True)]
+    empty = sorted(set(list_folders(folder)) - set(names))
+    reader = FileReader(str(folder), samples, numbers, empty)
+    return ReadableImages(reader, labelled=not outside), len({*map(os.path.dirname, paths)})
+
+
+def _open_tars(split: _Split, labels: bool) -> tuple[ReadableImages, int]:
+    """Open archives: (dataset, number of folders that the images are in)."""
+    reader = TarImages(split.tars, split.form, split.listed.target)
+    if not len(reader):
+        some = ", ".join(path.name for path in split.tars[:3])
+        raise ValueError(f"data: {split.place} has no images in its archives ({some})")
+    if split.listed.samples not in (None, len(reader)):
+        warn(
+            "data: %s: the shards hold %d images, but their list states %d",
+            *(writable(split.place), len(reader), split.listed.samples),
+        )
+    without = (reader.targets == NO_LABEL).nonzero()[0]
+    if len(without) and labels:
+        raise ValueError(
+            f"data: {len(without)} images have no label, such as "
+            f"{reader.filename(without[0], absolute=True)}; a recipe with labels=false needs none"
+        )
+    return ReadableImages(reader, labelled=len(without) == 0), reader.folders
+
+
+def refuse_empty_classes(dataset: ReadableImages, place: Path) -> None:
+    """Raise if a labeled training split has class folders without images, as torchvision does."""
+    if dataset.labelled and (empty := dataset.reader.empty):
+        more = f" and {len(empty) - 3} more" if len(empty) > 3 else ""
+        raise ValueError(
+            f"data: {place} has class folders without images: {', '.join(empty[:3])}{more}; remove "
+            f"them, or hide them (.name)"
+        )
+
+
+def _number_like(dataset: ReadableImages, like: ReadableImages, place: Path, labels: bool) -> None:
+    """Give a validation split the class numbers of the training split, by name."""
+    reader, training = dataset.reader, like.reader.class_to_idx
+    without = [name for name in training if name not in reader.class_to_idx]
+    if without:
+        warn(
+            "data: %s has no images of %d of the %d training classes: %s",
+            *(writable(place), len(without), len(training)),
+            ", ".join(map(printable, without[:3])),
+        )
+    name, *others = reader.class_to_idx
+    if not others and name not in training:
+        dataset.labelled = labels
+        if not labels:
+            return
+        lists = sorted(path.name for path in place.glob("*.*") if path.suffix in LABEL_FILES)
+        beside = f" (and labels in {lists[0]}?)" if lists else ""
+        raise ValueError(
+            f"data: {place} has all images in one folder, {name!r}{beside}, which is no class of "
+            f"the training set: move each image to a folder named as its class is in training"
+        )
+    numbers = _numbers_by_name(class_names(dataset), class_names(like), f"evaluation set {place}")
+    reader.renumber(numbers, training)
+
+
+def _check_labels(reader: TarImages, classes: int, whose: str) -> None:
+    """Raise if a label is beyond the number of classes, where that is known (not 0)."""
+    highest = int(reader.targets.argmax())
+    if classes and reader.targets[highest] >= classes:
+        raise ValueError(
+            f"data: {reader.filename(highest, absolute=True)} has the label "
+            f"{reader.targets[highest]}, but {whose} has {classes} classes (0 to {classes - 1})"
+        )

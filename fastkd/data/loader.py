@@ -1,36 +1,36 @@
-"""Dataloaders for training and evaluation; batches do not depend on the number of workers."""
+"""Dataloaders for training and evaluation, and their processes."""
 
 from __future__ import annotations
 
 import logging
+import os
+import re
+import signal
+import time
+from collections.abc import Callable, Mapping, Sequence
+from multiprocessing import popen_fork
+from multiprocessing.context import ForkContext, ForkProcess
 from typing import Any
 
+import torch
 from PIL import Image
-from torch.utils.data import DataLoader, Dataset, IterableDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
 from fastkd.config import DataConfig, Recipe
-from fastkd.data.classes import UNLABELLED, LabelError, class_number
-from fastkd.data.images import reason_of
-from fastkd.data.readers import DataPair, Fault, StreamSource
-from fastkd.data.samplers import (
-    EvalSampler,
-    SampleKey,
-    Schedule,
-    TrainBatchSampler,
-    slice_size,
-)
-from fastkd.data.samples import (
+from fastkd.data.batches import (
+    ANY_CLASS,
     Collate,
+    Fault,
     Sample,
     SampleTransform,
-    WorkerNotes,
-    collate,
     eval_sample_transform,
-    label_bound,
-    loader_options,
     train_sample_transform,
 )
-from fastkd.data.streaming import EvalStream, TrainStream
+from fastkd.data.classes import NO_LABEL, LabelError, class_number
+from fastkd.data.image_files import reason_of
+from fastkd.data.readers import DataPair
+from fastkd.data.samplers import EvalSampler, SampleKey, Schedule, TrainBatchSampler, slice_size
+from fastkd.data.streaming import EvalStream, StreamSource, TrainStream
 from fastkd.data.transforms import InputSpec
 from fastkd.utils.distributed import ALONE, World
 from fastkd.utils.io import writable
@@ -40,6 +40,12 @@ from fastkd.utils.random import derive_seed, preserved_rng, seed_cpu
 UNREADABLE = (OSError, Image.DecompressionBombError)
 REPLACEMENTS = 16  # images that are tried in the place of one that cannot be read
 ENOUGH_SHARDS = 8  # for each process, so that their shares of a stream's epoch are about even
+
+DEATHS = (RuntimeError, ConnectionError, EOFError)  # what a loader raises when a process died
+TORCH_SECONDS = 2.0  # within which torch learns of it
+SHOWN_PIDS = re.compile(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\)")
+END, END_SECONDS = signal.SIGUSR2, 2.0  # ends a loader process that is not stuck
+
 logger = logging.getLogger("fastkd")
 
 
@@ -47,7 +53,7 @@ class SampleDataset(Dataset[Any]):
     """A map-style dataset addressed by `SampleKey`; (seed, epoch, sample, copy) seed a sample.
 
     Generators are left as they were, so that loading in the main process (``workers=0``) and in
-    workers are the same thing.
+    loader processes gives the same samples.
     """
 
     def __init__(
@@ -58,22 +64,18 @@ class SampleDataset(Dataset[Any]):
         *,
         replacing: int | None = None,  # seed of the images that replace unreadable ones
         decode_once: bool = False,  # a dataset that draws at random gives all copies the same
-        notes: WorkerNotes | None = None,
+        note: Callable[[int], None] | None = None,  # is called with each sample before it is read
         labels: bool = False,  # refuse what is no label; else it is -1
     ) -> None:
-        self.dataset = dataset
-        self.transform = transform
-        self.seed = seed
-        self.replacing = replacing
-        self.decode_once = decode_once
-        self.notes = notes
-        self.labels = labels
+        self.dataset, self.transform, self.seed = dataset, transform, seed
+        self.replacing, self.decode_once = replacing, decode_once
+        self.note, self.labels = note, labels
 
     def __len__(self) -> int:
         return len(self.dataset)
 
     def __getitem__(self, key: SampleKey) -> tuple[Any, Any]:
-        """One (image, label), as of any dataset."""
+        """Return one (image, label), as of any dataset."""
         sample = self.__getitems__([key])[0]
         if isinstance(sample, Fault):
             raise OSError(f"data: cannot read {sample.name}: {sample.reason}")
@@ -93,32 +95,25 @@ class SampleDataset(Dataset[Any]):
         return f"sample {index}" if filename is None else writable(str(filename(index)))
 
     def _sample(self, key: SampleKey, decoded: dict[int, tuple[Any, ...]]) -> Sample | Fault:
-        if self.notes is not None:
-            self.notes.note(key.sample)
+        if self.note is not None:
+            self.note(key.sample)
         self._seed(key)
         if key.sample in decoded:
-            image, label, faults = decoded[key.sample]
-        else:
-            if self.replacing is None:
-                try:
-                    image, label = self._read(key.sample)
-                except UNREADABLE as error:
-                    return Fault(key.sample, self.name(key.sample), reason_of(error))
-                faults = ()
-            else:
-                image, label, faults = self._read_or_replace(key, self.replacing)
-            if self.decode_once:
-                decoded[key.sample] = image, label, ()
-                self._seed(key)  # what reading drew is not drawn for the other copies
+            image, label = decoded[key.sample]
+            return self.transform(image, label, key.sample)
+        image, label, faults = self._read_or_replace(key)
+        if faults and self.replacing is None:
+            return faults[0]
+        if self.decode_once:
+            decoded[key.sample] = image, label
+            self._seed(key)  # what reading drew is not drawn for the other copies
         return self.transform(image, label, key.sample, faults)
 
     def _seed(self, key: SampleKey) -> None:
         if self.seed is not None:
             seed_cpu(derive_seed("sample", self.seed, *key))
 
-    def _read_or_replace(
-        self, key: SampleKey, replacing: int
-    ) -> tuple[Any, Any, tuple[Fault, ...]]:
+    def _read_or_replace(self, key: SampleKey) -> tuple[Any, Any, tuple[Fault, ...]]:
         """Image, label, and what could not be read; the same for all copies of a sample."""
         index = key.sample
         faults: list[Fault] = []
@@ -127,7 +122,9 @@ class SampleDataset(Dataset[Any]):
                 return *self._read(index), tuple(faults)
             except UNREADABLE as error:
                 faults.append(Fault(index, self.name(index), reason_of(error)))
-            place = derive_seed("sample", replacing, key.epoch, key.sample, 0, attempt)
+            if self.replacing is None:
+                return None, None, tuple(faults)
+            place = derive_seed("sample", self.replacing, key.epoch, key.sample, 0, attempt)
             index = place % len(self.dataset)
         raise OSError(
             f"data: cannot read {faults[0].name} (sample {key.sample}), nor any of {REPLACEMENTS} "
@@ -155,25 +152,21 @@ class SampleDataset(Dataset[Any]):
         except LabelError:
             if self.labels:
                 raise
-        return UNLABELLED
+        return NO_LABEL
 
 
 def train_loader(
-    data: DataPair,
-    recipe: Recipe,
-    spec: InputSpec,
-    peers: World = ALONE,
+    data: DataPair, recipe: Recipe, spec: InputSpec, peers: World = ALONE
 ) -> DataLoader[Any]:
-    """Batches of one rank; the ``batch_sampler``, of a stream the ``dataset``, is a `Schedule`.
+    """Create the loader of one rank's batches; what cannot be read is replaced.
 
-    What cannot be read is replaced, in a stream by what follows; a batch's ``faults`` list it.
+    Its ``batch_sampler``, of a stream its ``dataset``, is a `Schedule`.
     """
-    share = slice_size(recipe, peers.size)
     transform = train_sample_transform(recipe, spec, data)
     notes = WorkerNotes(recipe.workers)
     schedule = {
         "num_samples": recipe.train_samples or len(data.train) if data.streams else len(data.train),
-        "batch_size": share,
+        "batch_size": slice_size(recipe, peers.size),
         "seed": recipe.seed,
         "accumulation": recipe.accumulation,
         "rank": peers.rank,
@@ -183,8 +176,8 @@ def train_loader(
     batching: dict[str, Any]
     if data.streams:
         _check_stream(data.train, recipe, peers)
-        dataset = TrainStream(data.train, transform, notes, **schedule)
-        batching = {"batch_size": share}
+        dataset = TrainStream(data.train, transform, notes.note, **schedule)
+        batching = {"batch_size": schedule["batch_size"]}
     else:
         at_once = recipe.augment == "gpu"  # copies of an image are decoded once
         dataset = SampleDataset(
@@ -193,22 +186,19 @@ def train_loader(
             None if recipe.augment == "none" else recipe.seed,
             replacing=recipe.seed,
             decode_once=at_once,
-            notes=notes,
+            note=notes.note,
             labels=recipe.labels,
         )
         sampler = TrainBatchSampler(**schedule, repeats=recipe.repeated_aug, together=at_once)
         batching = {"batch_sampler": sampler}
-    bound = label_bound(data, recipe.num_classes, recipe.labels)
-    return _Loader(dataset, collate(data, spec, bound), recipe.workers, peers, **batching)
+    bound = (recipe.num_classes or data.num_classes or ANY_CLASS) if recipe.labels else None
+    return _Loader(dataset, _collate(data, spec, bound), notes, peers, **batching)
 
 
 def eval_loader(
-    data: DataPair,
-    recipe: Recipe,
-    spec: InputSpec,
-    peers: World = ALONE,
+    data: DataPair, recipe: Recipe, spec: InputSpec, peers: World = ALONE
 ) -> DataLoader[Any]:
-    """This rank's share of the evaluation set, no sample twice.
+    """Create the loader of this rank's share of the evaluation set, no sample twice.
 
     A batch's ``faults`` list what cannot be read, and is not in it.
     """
@@ -216,28 +206,23 @@ def eval_loader(
     dataset: SampleDataset | EvalStream
     if data.streams:
         transform = eval_sample_transform(recipe, spec, data)
-        dataset, sampler = EvalStream(data.val, transform, notes, peers.rank, peers.size), None
+        dataset = EvalStream(data.val, transform, notes.note, peers.rank, peers.size)
+        sampler = None
     else:
         dataset = eval_samples(data, recipe, spec)
-        dataset.notes, dataset.labels = notes, data.labelled_val
+        dataset.note, dataset.labels = notes.note, data.labelled_val
         sampler = EvalSampler(len(data.val), peers.rank, peers.size)
-    bound = label_bound(data, recipe.num_classes, data.labelled_val)
+    bound = (recipe.num_classes or data.num_classes or ANY_CLASS) if data.labelled_val else None
     if data.numbers and bound is not None:
         bound = 1 + max(data.numbers)
-    return _Loader(
-        dataset,
-        collate(data, spec, bound, data.numbers),
-        recipe.workers,
-        peers,
-        sampler=sampler,
-        batch_size=recipe.eval_batch_size,
-    )
+    stack = _collate(data, spec, bound, data.numbers)
+    return _Loader(dataset, stack, notes, peers, sampler=sampler, batch_size=recipe.eval_batch_size)
 
 
 def eval_samples(
     data: DataPair, config: DataConfig, spec: InputSpec, seed: int | None = None
 ) -> SampleDataset:
-    """The evaluation set as a model takes it in; float tensors are not normalized yet."""
+    """Return the evaluation set as a model takes it in; float tensors are not normalized yet."""
     return SampleDataset(data.val, eval_sample_transform(config, spec, data), seed)
 
 
@@ -247,15 +232,22 @@ def schedule_of(loader: DataLoader[Any]) -> Schedule:
     return schedule
 
 
+def _collate(
+    data: DataPair, spec: InputSpec, bound: int | None, numbers: Mapping[int, int] | None = None
+) -> Collate:
+    return Collate(spec if data.yields_tensors else None, bound, numbers)
+
+
 class _Loader(DataLoader[Any]):
     """A dataloader of both kinds; what a resumed stream has used already (None) is left out."""
 
     def __init__(
-        self, dataset: Any, stack: Collate, workers: int, peers: World, **batching: Any
+        self, dataset: Any, stack: Collate, notes: WorkerNotes, peers: World, **batching: Any
     ) -> None:
-        options = loader_options(workers, peers.device)
+        options = loader_options(len(notes.rows), peers.device)
         if isinstance(dataset, IterableDataset):
             options["persistent_workers"] = False  # a position reaches new processes only
+        self.notes = notes
         super().__init__(
             dataset,
             collate_fn=lambda samples: None if samples[0] is None else stack(samples),
@@ -282,8 +274,87 @@ def _check_stream(source: StreamSource, recipe: Recipe, peers: World) -> None:
             "data: %d processes share the %d shards of %s: in an epoch some samples are read "
             "twice and others not at all; use a number of processes (ranks x workers) that divides "
             "the shards, or at least %d shards for each",
-            processes,
-            shards,
-            source,
-            ENOUGH_SHARDS,
+            *(processes, shards, source, ENOUGH_SHARDS),
         )
+
+
+class WorkerNotes:
+    """The sample that every loader process reads, in memory that outlives the process."""
+
+    def __init__(self, workers: int) -> None:
+        self.rows = torch.full((workers, 2), -1, dtype=torch.int64).share_memory_()  # (pid, sample)
+
+    def note(self, sample: int) -> None:
+        """Record, in a loader process, which sample is next; does nothing in the main process."""
+        worker = get_worker_info()
+        if worker is not None:
+            self.rows[worker.id, 1] = sample
+            self.rows[worker.id, 0] = os.getpid()
+
+
+def describe_worker_death(loaders: Sequence[Any], error: BaseException) -> str | None:
+    """Name the file that a loader process died over; None for another error."""
+    if isinstance(error, (ConnectionError, EOFError)):
+        # SIGCHLD reaches torch after the process's sockets were closed, and torch's handler raises
+        # in whatever code runs then: wait for it here.
+        end = time.monotonic() + TORCH_SECONDS
+        try:
+            while time.monotonic() < end:
+                time.sleep(0.02)
+        except RuntimeError as late:
+            error = late
+    if (found := SHOWN_PIDS.search(str(error))) is None:
+        return None
+    pids = [int(pid) for pid in found.group(1).split(",")]
+    deaths = [
+        f"loader process {pid} died over {loader.dataset.name(sample)} (sample {sample})"
+        for loader in loaders
+        for pid, sample in loader.notes.rows.tolist()
+        if pid in pids
+    ]
+    return f"data: {'; '.join(deaths)}" if deaths else None
+
+
+def default_workers() -> int:
+    """Up to four loader processes, as many as there are CPUs: torch warns of more."""
+    return min(4, len(os.sched_getaffinity(0)))
+
+
+def loader_options(workers: int, device: torch.device) -> dict[str, Any]:
+    """Return the options of every `DataLoader`; an iteration draws from no global generator."""
+    return {
+        "num_workers": workers,
+        "multiprocessing_context": _LoaderContext() if workers > 0 else None,
+        "pin_memory": device.type == "cuda",
+        "persistent_workers": workers > 0,
+        "worker_init_fn": _ignore_signals,
+        "generator": torch.Generator(),  # its own: the global one would be drawn from at the start
+    }
+
+
+def _ignore_signals(_: int) -> None:
+    """Leave signals that stop a run to the main process, which finishes its update.
+
+    torchrun, SLURM and a terminal's Ctrl-C signal all processes; a loader that loses its own cannot
+    finish the update after which all ranks stop.
+    """
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+    signal.signal(END, lambda *_: os._exit(0))
+
+
+class _Killable(popen_fork.Popen):
+    """A child that ignores SIGTERM, by which multiprocessing ends those that are left."""
+
+    def terminate(self) -> None:
+        os.kill(self.pid, END)  # torch raises an error for a process that dies by a signal
+        if self.wait(END_SECONDS) is None:
+            self.kill()
+
+
+class _LoaderProcess(ForkProcess):
+    _Popen = staticmethod(_Killable)
+
+
+class _LoaderContext(ForkContext):
+    Process = _LoaderProcess

@@ -1,47 +1,57 @@
-"""Datasets of images on top of timm's readers: by index, or streamed."""
+"""Datasets of images by index, from files or tars, and the pair that `open_data` returns."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import contextlib
+import hashlib
+import io
+import json
+import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, BinaryIO, NamedTuple
+from pathlib import Path
+from typing import Any, BinaryIO
 
+import numpy as np
 from PIL import Image
 from timm.data.readers.reader_image_folder import ReaderImageFolder
 from torch.utils.data import Dataset
 
-from fastkd.data.classes import UNLABELLED, LabelError, class_number
-from fastkd.data.images import open_file, open_image, reason_of
-from fastkd.utils.io import writable
+from fastkd.data.classes import NO_LABEL, number_classes
+from fastkd.data.image_files import (
+    LeftOut,
+    image_endings,
+    open_file,
+    open_image,
+    reason_of,
+    warn_left_out,
+)
+from fastkd.data.tars import list_classes, list_shard
+from fastkd.utils.io import replacing, writable
+from fastkd.utils.progress import track
 
-NO_SAMPLE = -1  # the index of what a stream skips
+_VERSION = 5  # of the index kept beside the archives
 
 
-class FileReader(ReaderImageFolder):
-    """timm's reader of image folders, for (path, class number) that are listed already."""
+@dataclass(frozen=True)
+class DataPair:
+    """A training and an evaluation set of (image, label), by index or `StreamSource`s."""
 
-    def __init__(
-        self,
-        root: str,
-        samples: Sequence[tuple[str, Any]],
-        class_to_idx: dict[str, int],
-        empty: Sequence[str] = (),
-    ) -> None:
-        self.root = root
-        self.samples = samples
-        self.class_to_idx = class_to_idx
-        self.empty = empty  # names of classes without images, which have no number
-
-    def __getitem__(self, index: int) -> tuple[BinaryIO, Any]:
-        path, label = self.samples[index]
-        return open_file(path), label
+    train: Any  # None where only evaluation is asked for
+    val: Any
+    num_classes: int | None  # None: unknown
+    yields_tensors: bool  # float tensors [C, H, W] instead of PIL images
+    image_size: tuple[int, int, int] | None  # (C, H, W) of the first image, if it is a tensor
+    labelled_val: bool = True
+    streams: bool = False
+    numbers: Mapping[int, int] | None = None  # evaluation labels -> the model's; None: the same
 
 
 class ReadableImages(Dataset[tuple[Any, Any]]):
     """The images of a timm reader; an image that cannot be read raises an OSError naming it.
 
-    timm's own dataset takes the next image in its place, with that one's label, and a warning: an
-    accuracy would be counted on other images, and a batch would not be what its seed says.
+    timm's own dataset warns and takes the next image in its place: an accuracy would be of other
+    images, and a batch would not be what its seed gives.
     """
 
     def __init__(self, reader: Any, name: str = "data", labelled: bool = True) -> None:
@@ -64,98 +74,166 @@ class ReadableImages(Dataset[tuple[Any, Any]]):
             name = writable(self.filename(index))
             reason = reason_of(error)
             raise OSError(f"data: cannot read {name} (sample {index}): {reason}") from error
-        return image, label if self.labelled and label is not None else UNLABELLED
+        return image, label if self.labelled and label is not None else NO_LABEL
 
     def filename(self, index: int) -> str:
         """Return a sample's absolute path, ``ARCHIVE.tar:MEMBER``, or ``NAME[INDEX]``."""
         return self.reader.filename(index, absolute=True) or f"{self.name}[{index}]"
 
 
-class Fault(NamedTuple):
-    """A sample that could not be read, and was replaced."""
+class FileReader(ReaderImageFolder):
+    """timm's reader of image folders, for (path, class number) that are listed already."""
 
-    sample: int  # its index in the dataset; -1 in a stream
-    name: str  # its file, or whatever else the dataset calls it
-    reason: str  # the reader's error
+    def __init__(
+        self,
+        root: str,
+        samples: Sequence[tuple[str, Any]],
+        class_to_idx: dict[str, int],
+        empty: Sequence[str] = (),  # names of classes without images, which have no number
+    ) -> None:
+        self.root, self.samples = root, samples
+        self.class_to_idx, self.empty = class_to_idx, empty
+
+    def __getitem__(self, index: int) -> tuple[BinaryIO, Any]:
+        path, label = self.samples[index]
+        return open_file(path), label
+
+    def renumber(self, numbers: Mapping[int, int], class_to_idx: dict[str, int]) -> None:
+        """Take the class numbers of a training set; ``numbers`` maps this set's to those."""
+        self.samples = [(path, numbers[label]) for path, label in self.samples]
+        self.class_to_idx = class_to_idx
 
 
-class LostPart(Fault):
-    """A part of a stream, with any number of samples, that cannot be read."""
+class TarImages:
+    """A reader of images in tars, by index, like timm's readers.
 
+    Holds no file open, so that it may be copied to any number of loader processes.
+    """
 
-# (name, what opens it: (image, label), or None if it is not of this split)
-Item = tuple[str, Callable[[], tuple[Any, Any] | None]]
+    def __init__(
+        self,
+        tars: Sequence[Path],
+        layout: str,  # "shards": WebDataset's; "tar": folders are classes; "tars": archives are
+        target: str | None = None,  # field of the shards' .json that holds labels; None: .cls does
+    ) -> None:
+        self.tars = list(tars)
+        found = [path.stat() for path in self.tars]
+        self.states = [_state(status) for status in found]
+        self._index = _open_index(self.tars, found, layout, target)
+        self.targets = self._index.label  # [samples]
+        self.class_to_idx = {name: number for number, name in enumerate(self._index.classes)}
+        self.empty, self.folders = self._index.empty, self._index.folders
+        several = layout == "shards" or len(self.tars) > 1
+        warn_left_out(self.tars[0].parent if several else self.tars[0], self._index.left_out)
 
-
-@dataclass(eq=False)
-class StreamSource:
-    """A split of a dataset that is read from its beginning."""
-
-    name: str
-    split: str
-    num_samples: int | None  # as the dataset states it
-    num_classes: int | None  # as the dataset states it
-    urls: Sequence[str] = ()  # of shards, if there are any
-    classes: Sequence[str] = ()  # names by label, as far as the dataset states them
+    def renumber(self, numbers: Mapping[int, int], class_to_idx: dict[str, int]) -> None:
+        """Take the class numbers of a training set; ``numbers`` maps this set's to those."""
+        new = [numbers[number] for number in self.class_to_idx.values()]
+        self.targets = np.array([*new, NO_LABEL])[self._index.label]  # -1 picks the last
+        self.class_to_idx = class_to_idx
 
     def __len__(self) -> int:
-        if self.num_samples is None:
-            raise ValueError(
-                f"data: {self} does not say how many samples it has: set train_samples"
-            )
-        return self.num_samples
+        return len(self.targets)
 
-    def __str__(self) -> str:
-        return f"{self.name} (split {self.split})"
+    def __getitem__(self, index: int) -> tuple[BinaryIO, int | None]:
+        tar = int(self._index.tar[index])
+        with open_file(self.tars[tar], buffering=0) as file:
+            if _state(os.fstat(file.fileno())) != self.states[tar]:
+                raise OSError(f"{self.tars[tar]} has changed since its samples were listed")
+            file.seek(int(self._index.offset[index]))
+            content = file.read(int(self._index.size[index]))
+        label = int(self.targets[index])
+        return io.BytesIO(content), None if label == NO_LABEL else label
 
-    def __getitem__(self, index: int) -> Any:
-        raise ValueError(
-            f"data: {self} streams its samples, but they are needed by number here: use a folder, "
-            f"tars, shards on this machine or hfds/"
-        )
-
-    def items(self, rank: int, world_size: int, seed: int | None) -> Iterator[Item | Fault]:
-        """Yield a loader process's share of a pass; in order, and disjoint, without a seed."""
-        raise NotImplementedError
-
-    def read(
-        self, decode: Callable[[Any], Any], rank: int, world_size: int, seed: int | None = None
-    ) -> Iterator[tuple[Any, Any] | Fault]:
-        """Yield a loader process's share of a pass: (decoded image, label), or a fault."""
-        for item in self.items(rank, world_size, seed):
-            if isinstance(item, Fault):
-                yield item
-                continue
-            name, load = item
-            try:
-                sample = load()
-                sample = sample and (decode(sample[0]), sample[1])
-            except LabelError:
-                raise
-            except Exception as error:  # as in `ReadableImages`
-                yield Fault(NO_SAMPLE, writable(name), reason_of(error))
-            else:
-                if sample:
-                    yield sample[0], class_number(sample[1], writable(name))
+    def filename(self, index: int, basename: bool = False, absolute: bool = False) -> str:
+        """Return an image's archive and its name there, as ``train-0000.tar:key.jpg``."""
+        start = self._index.name_end[index - 1] if index else 0
+        encoded = self._index.names[start : self._index.name_end[index]].tobytes()
+        name = encoded.decode(errors="surrogateescape")
+        if basename:
+            return name.rsplit("/", 1)[-1]
+        path = self.tars[int(self._index.tar[index])]
+        return f"{path if absolute else path.name}:{name}"
 
 
 @dataclass(frozen=True)
-class DataPair:
-    """A training and an evaluation set of (image, label), map-style or `StreamSource`s."""
+class _Index:
+    """All samples of some archives, in arrays, which loader processes share."""
 
-    train: Any  # None where only evaluation is asked for
-    val: Any
-    num_classes: int | None  # None: unknown
-    yields_tensors: bool  # float tensors [C, H, W] instead of PIL images
-    image_size: tuple[int, int, int] | None  # (C, H, W) of the first image, if it is a tensor
-    labelled_val: bool = True
-    streams: bool = False
-    numbers: Mapping[int, int] | None = None  # evaluation labels -> the model's; None: the same
+    tar: np.ndarray  # [samples] index of the archive
+    offset: np.ndarray  # [samples] of the image in it
+    size: np.ndarray  # [samples] bytes of the image
+    label: np.ndarray  # [samples] class number, or -1
+    names: np.ndarray  # [bytes] the members' names, joined; UTF-8, or whatever bytes they are
+    name_end: np.ndarray  # [samples] where each name ends
+    classes: list[str]  # names by number; empty if classes have none
+    empty: list[str]  # names of classes without images
+    folders: int  # that the images are in
+    left_out: str  # what is not part of the data
 
 
-def image_column(name: str, features: Mapping[str, Any]) -> str:
-    """Return the column ``image`` of a hub's dataset, or else its first one of images."""
-    columns = [column for column, kind in features.items() if type(kind).__name__ == "Image"]
-    if not columns:
-        raise ValueError(f"data: {name} has no column of images, but {list(features)}")
-    return "image" if "image" in columns else columns[0]
+def _state(status: os.stat_result) -> tuple[int, int]:
+    return status.st_size, status.st_mtime_ns
+
+
+def _open_index(
+    tars: list[Path], found: list[os.stat_result], layout: str, target: str | None
+) -> _Index:
+    """Load the index beside the archives, if it is of these; else list them, and keep it there."""
+    of = {
+        "version": _VERSION,
+        # ctime, since copying or unpacking archives may set their mtime.
+        "tars": [
+            [path.name, *_state(status), status.st_ctime_ns]
+            for path, status in zip(tars, found, strict=True)
+        ],
+        "extensions": [*image_endings()],
+        "layout": layout,
+        "target": target,
+    }
+    digest = hashlib.sha256(json.dumps([path.name for path in tars]).encode()).hexdigest()
+    kept = tars[0].parent / f".fastkd-{digest[:12]}.npz"
+    # A file of something else, or a broken one, may raise anything.
+    with (
+        contextlib.suppress(Exception),
+        open_file(kept) as file,
+        np.load(file, allow_pickle=False) as arrays,
+    ):
+        header = json.loads(arrays["header"].tobytes())
+        if header.pop("of") == of:
+            return _Index(**header, **{name: arrays[name] for name in arrays if name != "header"})
+    index = _list_tars(tars, layout, target)
+    parts = vars(index)
+    header = {name: part for name, part in parts.items() if not isinstance(part, np.ndarray)}
+    text = json.dumps({"of": of, **header}).encode()
+    with contextlib.suppress(OSError), replacing(kept) as file:  # read-only data have no index
+        arrays = {name: part for name, part in parts.items() if name not in header}
+        np.savez(file, header=np.frombuffer(text, np.uint8), **arrays)
+    return index
+
+
+def _list_tars(tars: list[Path], layout: str, target: str | None) -> _Index:
+    left_out = LeftOut()
+    listings = [
+        list_shard(path, target, left_out)
+        if layout == "shards"
+        else list_classes(path, layout == "tars", left_out)
+        for path in track(tars, "listing", "tar")
+    ]
+    members = [member for listing in listings for member in listing.members]
+    labels = [label for listing in listings for label in listing.labels]
+    classes = number_classes({label for label in labels if isinstance(label, str)})
+    numbers: dict[Any, int] = {None: NO_LABEL, **classes}
+    names = [member.name.encode(errors="surrogateescape") for member in members]
+    return _Index(
+        tar=np.repeat(np.arange(len(tars)), [len(listing.members) for listing in listings]),
+        offset=np.array([member.offset for member in members], np.int64),
+        size=np.array([member.size for member in members], np.int64),
+        label=np.array([numbers.get(label, label) for label in labels], np.int64),
+        names=np.frombuffer(b"".join(names), np.uint8),
+        name_end=np.cumsum([len(name) for name in names], dtype=np.int64),
+        classes=list(classes),
+        empty=[name for listing in listings for name in listing.empty],
+        folders=sum(listing.folders for listing in listings),
+        left_out=str(left_out),
+    )

@@ -1,4 +1,4 @@
-"""Which samples make up which step: exact, resumable, and the same for every number of ranks."""
+"""Which samples make up which update: exact, resumable, and the same for every number of ranks."""
 
 from __future__ import annotations
 
@@ -21,11 +21,7 @@ class SampleKey(NamedTuple):
 
 
 class Schedule:
-    """The updates of an epoch, the same on every rank, and where the next iteration starts.
-
-    Loader processes run ahead of the training loop: a checkpoint needs the loop's count of updates.
-    An epoch that is shorter than one update is a ValueError.
-    """
+    """The updates of an epoch, the same on every rank, and where the next iteration starts."""
 
     def __init__(
         self,
@@ -38,14 +34,10 @@ class Schedule:
         world_size: int = 1,
         of: str = "the training set",  # in the error
     ) -> None:
-        self.num_samples = num_samples
-        self.batch_size = batch_size
-        self.seed = seed
-        self.accumulation = accumulation
-        self.rank = rank
-        self.world_size = world_size
-        self.epoch = 0
-        self.update = 0
+        self.num_samples, self.batch_size = num_samples, batch_size
+        self.seed, self.accumulation = seed, accumulation
+        self.rank, self.world_size = rank, world_size
+        self.epoch = self.update = 0
         per_update = world_size * batch_size * accumulation
         self.updates_per_epoch = num_samples // per_update
         if self.updates_per_epoch == 0:
@@ -55,8 +47,8 @@ class Schedule:
 
     def set_position(self, epoch: int, update: int = 0) -> None:
         """Let the next iteration start at an update of an epoch."""
-        self.epoch = epoch
-        self.update = update
+        # Asked for from outside: loader processes run ahead of the training loop.
+        self.epoch, self.update = epoch, update
 
 
 class TrainBatchSampler(Schedule, Sampler[list[SampleKey]]):
@@ -64,13 +56,8 @@ class TrainBatchSampler(Schedule, Sampler[list[SampleKey]]):
 
     An epoch is a permutation of the samples, each repeated ``repeats`` times in a row and the whole
     cut to one pass' length (DeiT's repeated augmentation, on any number of processes), then cut
-    into updates of ``world_size * batch_size * accumulation`` samples; the rest is dropped. Within
-    a slice of an update the ranks take every ``world_size``-th sample as DeiT's do, or, to decode
-    an image once for its copies, one run of samples each: either way the update's samples are the
-    same however many ranks share them.
-
-    ``repeats`` copies of a sample follow each other; ``together`` gives a rank copies that do. The
-    rest of the arguments are those of `Schedule`.
+    into updates of ``world_size * batch_size * accumulation`` samples; the rest is dropped. The
+    samples of an update are the same however many ranks share them.
     """
 
     def __init__(
@@ -79,15 +66,14 @@ class TrainBatchSampler(Schedule, Sampler[list[SampleKey]]):
         batch_size: int,
         *,
         repeats: int = 1,
-        together: bool = False,
-        **schedule: Any,
+        together: bool = False,  # a rank gets all copies of an image, to decode it once
+        **schedule: Any,  # of `Schedule`
     ) -> None:
         super().__init__(num_samples, batch_size, **schedule)
-        self.repeats = repeats
-        self.together = together
+        self.repeats, self.together = repeats, together
 
     def order(self, epoch: int) -> np.ndarray:
-        """The epoch's samples over all ranks."""
+        """Return the epoch's samples over all ranks: [samples, 2], index and copy."""
         generator = np.random.default_rng(derive_seed("order", self.seed, epoch))
         used = self.updates_per_epoch * self.world_size * self.batch_size * self.accumulation
         indices = np.repeat(generator.permutation(self.num_samples), self.repeats)[:used]
@@ -97,15 +83,12 @@ class TrainBatchSampler(Schedule, Sampler[list[SampleKey]]):
     def __iter__(self) -> Iterator[list[SampleKey]]:
         slice_size = self.world_size * self.batch_size
         order = self.order(self.epoch)[self.update * self.accumulation * slice_size :]
-        for start in range(0, len(order), slice_size):
-            rows = self._share(order[start : start + slice_size]).tolist()
-            yield [SampleKey(self.epoch, sample, copy) for sample, copy in rows]
-
-    def _share(self, rows: np.ndarray) -> np.ndarray:
-        """This rank's rows of a slice."""
+        mine = slice(self.rank, None, self.world_size)  # as DeiT's ranks take them
         if self.together:
-            return rows[self.rank * self.batch_size : (self.rank + 1) * self.batch_size]
-        return rows[self.rank :: self.world_size]
+            mine = slice(self.rank * self.batch_size, (self.rank + 1) * self.batch_size)
+        for start in range(0, len(order), slice_size):
+            rows = order[start : start + slice_size][mine].tolist()
+            yield [SampleKey(self.epoch, sample, copy) for sample, copy in rows]
 
     def __len__(self) -> int:
         return (self.updates_per_epoch - self.update) * self.accumulation
@@ -125,7 +108,7 @@ class EvalSampler(Sampler[SampleKey]):
 
 
 def slice_size(recipe: Recipe, world_size: int) -> int:
-    """Images that one rank sees in one slice of an update."""
+    """Return how many images one rank sees in one slice of an update."""
     shares = world_size * recipe.accumulation
     if recipe.batch_size % shares:
         raise ValueError(

@@ -11,7 +11,7 @@ import random
 import shlex
 import tarfile
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import count, groupby
@@ -20,23 +20,83 @@ from typing import Any
 from PIL import ExifTags, Image, ImageOps
 from torch.utils.data import IterableDataset, get_worker_info
 
-from fastkd.data.files import LeftOut, is_hidden, is_inside, tell_left_out
-from fastkd.data.folders import SHARD_LISTS, SPLITS, parse_shard_list
-from fastkd.data.images import open_image, reason_of
-from fastkd.data.readers import (
-    NO_SAMPLE,
-    Fault,
-    Item,
-    LostPart,
-    StreamSource,
-    image_column,
+from fastkd.data.batches import Fault, Sample, SampleTransform
+from fastkd.data.classes import LabelError, class_number
+from fastkd.data.image_files import (
+    LeftOut,
+    is_hidden,
+    is_inside,
+    open_image,
+    reason_of,
+    warn_left_out,
 )
 from fastkd.data.samplers import Schedule
-from fastkd.data.samples import Sample, SampleTransform, WorkerNotes
-from fastkd.data.tars import parse_label, samples_of
+from fastkd.data.tars import SHARD_LISTS, SPLITS, parse_label, parse_shard_list, samples_of
+from fastkd.utils.io import writable
 from fastkd.utils.random import derive_seed, preserved_rng, seed_cpu
 
 SHUFFLE_BUFFER = 4096  # encoded images that a loader process draws from; 110 kB each in ImageNet
+NO_SAMPLE = -1  # the index of what a stream skips
+
+
+class LostPart(Fault):
+    """A part of a stream, with any number of samples, that cannot be read."""
+
+
+# (name, what opens it: (image, label), or None if it is not of this split)
+Item = tuple[str, Callable[[], tuple[Any, Any] | None]]
+
+
+@dataclass(eq=False)
+class StreamSource:
+    """A split of a dataset that is read from its beginning."""
+
+    name: str
+    split: str
+    num_samples: int | None  # as the dataset states it
+    num_classes: int | None  # as the dataset states it
+    urls: Sequence[str] = ()  # of shards, if there are any
+    classes: Sequence[str] = ()  # names by label, as far as the dataset states them
+
+    def __len__(self) -> int:
+        if self.num_samples is None:
+            raise ValueError(
+                f"data: {self} does not state how many samples it has: set train_samples"
+            )
+        return self.num_samples
+
+    def __str__(self) -> str:
+        return f"{self.name} (split {self.split})"
+
+    def __getitem__(self, index: int) -> Any:
+        raise ValueError(
+            f"data: {self} streams its samples, but they are needed by number here: use a folder, "
+            f"tars, shards on this machine or hfds/"
+        )
+
+    def items(self, rank: int, world_size: int, seed: int | None) -> Iterator[Item | Fault]:
+        """Yield a loader process's share of a pass; in order, and disjoint, without a seed."""
+        raise NotImplementedError
+
+    def read(
+        self, decode: Callable[[Any], Any], rank: int, world_size: int, seed: int | None = None
+    ) -> Iterator[tuple[Any, Any] | Fault]:
+        """Yield a loader process's share of a pass: (decoded image, label), or a fault."""
+        for item in self.items(rank, world_size, seed):
+            if isinstance(item, Fault):
+                yield item
+                continue
+            name, load = item
+            try:
+                sample = load()
+                sample = sample and (decode(sample[0]), sample[1])
+            except LabelError:
+                raise
+            except Exception as error:  # as in `ReadableImages`
+                yield Fault(NO_SAMPLE, writable(name), reason_of(error))
+            else:
+                if sample:
+                    yield sample[0], class_number(sample[1], writable(name))
 
 
 class ShardStream(StreamSource):
@@ -46,15 +106,16 @@ class ShardStream(StreamSource):
         address = (root or name.removeprefix("wds/")).rstrip("/")
         splits = _fetch_shard_list(name, address)
         split = _pick_split(name, part, splits)
-        files, samples, classes, self.target, names = splits[split]
-        shown = name if address in name else f"{name} at {address}"
+        listed = splits[split]
         if address.startswith("pipe:"):  # a shell reads what follows
-            for file in files:
+            for file in listed.files:
                 if shlex.quote(file) != file:
                     raise ValueError(f"data: {name} lists {file!r}, which is no plain file name")
-        urls = [f"{address}/{file}" for file in files]
-        super().__init__(shown, split, samples, classes or None, urls, names)
-        self.told = False  # what is left out of it
+        shown = name if address in name else f"{name} at {address}"
+        urls = [f"{address}/{file}" for file in listed.files]
+        super().__init__(shown, split, listed.samples, listed.classes or None, urls, listed.names)
+        self.target = listed.target
+        self.warned = False  # of what is left out
 
     def items(self, rank: int, world_size: int, seed: int | None) -> Iterator[Item | Fault]:
         """Split by shard; evaluation on more ranks than shards by sample."""
@@ -82,7 +143,7 @@ class ShardStream(StreamSource):
         yield from faults
 
     def _samples(self, urls: Sequence[str], faults: list[Fault]) -> Iterator[tuple[Any, ...]]:
-        """Yield (name, image, label) encoded, None for what a sample lacks, as `list_shard` does.
+        """Yield (name, image, label) encoded, None for what a sample lacks.
 
         Members of a sample are those in a row whose names are equal up to the first dot.
         """
@@ -101,9 +162,9 @@ class ShardStream(StreamSource):
                             yield f"{url}:{key}", members.get(image or ""), members.get(label or "")
             except Exception as error:  # of the fetching process, or a broken archive
                 faults.append(LostPart(NO_SAMPLE, url, reason_of(error)))
-            if str(left_out) and not self.told:  # one line, not one for each shard
-                self.told = True
-                tell_left_out(url, left_out)
+            if str(left_out) and not self.warned:  # one line, not one for each shard
+                self.warned = True
+                warn_left_out(url, left_out)
 
     def _members(self, url: str, left_out: LeftOut) -> Iterator[tuple[str, bytes]]:
         import webdataset
@@ -112,9 +173,11 @@ class ShardStream(StreamSource):
         with tarfile.open(fileobj=stream, mode="r|*") as archive:
             for info in archive:
                 archive.members = []  # type: ignore[attr-defined] # which grow with the archive
-                if info.isreg() and not is_hidden(info.name):
+                if is_hidden(info.name) or info.isdir():
+                    continue
+                if info.isreg():
                     yield info.name, archive.extractfile(info).read()  # type: ignore[union-attr]
-                elif not info.isreg() and not info.isdir() and not is_hidden(info.name):
+                else:
                     left_out.add(LeftOut.IRREGULAR, f"{url}:{info.name}")
 
     def _load(self, name: str, image: bytes | None, label: bytes | None) -> tuple[Any, Any] | None:
@@ -124,9 +187,7 @@ class ShardStream(StreamSource):
             raise OSError("no label")
         number = parse_label(label, self.target, name, self.num_classes or 0)
         # A target below zero marks images of other splits.
-        if self.target is not None and number is None:
-            return None
-        return open_image(image), number
+        return None if self.target is not None and number is None else (open_image(image), number)
 
 
 def _first_key(member: tuple[str, bytes]) -> str:
@@ -147,8 +208,7 @@ class HubStream(StreamSource):
         columns = stream.features or {}
         if "label" not in columns:
             raise ValueError(
-                f"data: {name} has no column 'label', but {list(columns)}; what streams must have "
-                f"labels"
+                f"data: {name} has no column 'label', but {list(columns)}; streams must have labels"
             )
         self.image = image_column(name, columns)
         # Of a data set on this machine; `datasets` names files behind links to it, or before them.
@@ -197,6 +257,14 @@ class HubStream(StreamSource):
         return image, row["label"]
 
 
+def image_column(name: str, features: Mapping[str, Any]) -> str:
+    """Return the column ``image`` of a hub's dataset, or else its first one of images."""
+    columns = [column for column, kind in features.items() if type(kind).__name__ == "Image"]
+    if not columns:
+        raise ValueError(f"data: {name} has no column of images, but {list(features)}")
+    return "image" if "image" in columns else columns[0]
+
+
 def _fetch_shard_list(name: str, address: str) -> dict[str, Any]:
     import webdataset
 
@@ -213,10 +281,9 @@ def _fetch_shard_list(name: str, address: str) -> dict[str, Any]:
 
 
 def _pick_split(name: str, part: str, splits: Mapping[str, Any]) -> str:
-    names = SPLITS[part]
-    if found := [split for split in names if split in splits]:
+    if found := [split for split in SPLITS[part] if split in splits]:
         return found[0]
-    raise ValueError(f"data: {name} has no split {' or '.join(names)}, but {list(splits)}")
+    raise ValueError(f"data: {name} has no split {' or '.join(SPLITS[part])}, but {list(splits)}")
 
 
 def loader_process() -> tuple[int, int]:
@@ -231,16 +298,18 @@ class TrainStream(Schedule, IterableDataset[Any]):
     An epoch is as long as a pass over the data, but not a pass: shards are dealt out anew to the
     processes in every epoch, and each draws as many samples as the others. A process with fewer
     shards goes on with a second pass; one with more leaves some unread. None stands for samples
-    before the position. ``schedule`` are the arguments of `Schedule`.
+    before the position.
     """
 
     def __init__(
-        self, source: StreamSource, transform: SampleTransform, notes: WorkerNotes, **schedule: Any
+        self,
+        source: StreamSource,
+        transform: SampleTransform,
+        note: Callable[[int], None],  # is called with each sample before it is read
+        **schedule: Any,  # of `Schedule`
     ) -> None:
         super().__init__(**schedule, of=f"an epoch of {source}")
-        self.source = source
-        self.transform = transform
-        self.notes = notes
+        self.source, self.transform, self.note = source, transform, note
 
     def name(self, sample: int) -> str:
         """Name a sample by its position in the epoch."""
@@ -253,16 +322,16 @@ class TrainStream(Schedule, IterableDataset[Any]):
         for number in range(worker, self.updates_per_epoch * self.accumulation, workers):
             for place in range(self.batch_size):
                 index = (number * self.batch_size + place) * self.world_size + self.rank
-                self.notes.note(index)
-                read = next(samples)
-                seed = (self.seed, self.epoch, self.rank, worker, next(position))
-                yield None if number < first else self._transformed(index, read, seed)
-
-    def _transformed(self, index: int, read: Any, seed: tuple[int, ...]) -> Sample:
-        image, label, faults = read
-        with preserved_rng():
-            seed_cpu(derive_seed("stream", *seed))
-            return self.transform(image, label, index, faults)
+                self.note(index)
+                image, label, faults = next(samples)
+                where = self.epoch, self.rank, worker, next(position)
+                if number < first:
+                    yield None
+                    continue
+                with preserved_rng():
+                    seed_cpu(derive_seed("stream", self.seed, *where))
+                    sample = self.transform(image, label, index, faults)
+                yield sample
 
     def _samples(self, worker: int, workers: int) -> Iterator[tuple[Any, Any, tuple[Fault, ...]]]:
         """Yield decoded samples without end, each with what could not be read before it."""
@@ -290,12 +359,12 @@ class TrainStream(Schedule, IterableDataset[Any]):
 class EvalStream(IterableDataset[Any]):
     """One rank's share of a dataset, with a fault for every sample that cannot be read.
 
-    A part that cannot be read is an OSError: nobody knows how many samples are missing.
+    A part that cannot be read is an OSError: how many samples are missing is unknown.
     """
 
     source: StreamSource
     transform: SampleTransform
-    notes: WorkerNotes
+    note: Callable[[int], None]  # is called with each sample before it is read
     rank: int
     world_size: int
 
@@ -306,7 +375,7 @@ class EvalStream(IterableDataset[Any]):
     def __iter__(self) -> Iterator[Sample | Fault]:
         samples = self.source.read(self.transform.decode, self.rank, self.world_size)
         for position in count():
-            self.notes.note(position)
+            self.note(position)
             read = next(samples, None)
             if read is None:
                 return

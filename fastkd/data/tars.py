@@ -1,46 +1,31 @@
-"""Random access to images in plain tars (labels are folders), tars of tars and WebDataset shards.
-
-The headers are read once, and what they list is kept beside the archives.
-"""
+"""List the images and labels of tars and WebDataset shards, and read shards' ``_info.json``."""
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
-import io
 import json
 import os
 import posixpath
 import tarfile
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-import numpy as np
-
-from fastkd.data.classes import (
-    UNLABELLED,
-    LabelError,
-    class_number,
-    map_classes,
-    number_classes,
-)
-from fastkd.data.files import (
+from fastkd.data.classes import NO_LABEL, LabelError, class_number
+from fastkd.data.image_files import (
     LeftOut,
     image_endings,
     is_hidden,
     is_image,
-    tell_left_out,
+    is_inside,
+    open_file,
 )
-from fastkd.data.images import open_file
-from fastkd.utils.io import replacing
-from fastkd.utils.progress import track
 
-_VERSION = 5  # of the listing kept beside the archives
+SPLITS = {"train": ("train", "training"), "validation": ("validation", "val", "valid", "test")}
+SHARD_LISTS = ("_info.json", "info.json")  # beside WebDataset shards, as timm reads them
+MAX_SAMPLES = 10**12  # that a list of shards may state
+MAX_CLASSES = 10**6  # where shards do not state their number of classes
 _PEEKED = 64  # headers that tell a shard from another tar
-MOST_CLASSES = 10**6  # labels of shards lie below it, where their number of classes is not known
 
 
 class Member(NamedTuple):
@@ -51,27 +36,32 @@ class Member(NamedTuple):
     size: int
 
 
-def list_members(path: str | os.PathLike[str]) -> list[Member]:
-    """List the regular files of a whole, uncompressed tar and of the tars in it, or raise."""
-    with open_file(path) as file:
-        return [member for member in _members(file, os.fspath(path)) if member.name[-1] != "/"]
+class Listing(NamedTuple):
+    """Images of one archive."""
+
+    members: list[Member]
+    labels: list[str | int | None]  # a class name, a number, or None
+    empty: list[str]  # classes without images
+    folders: int = 0  # that the images are in
 
 
 def _members(
-    file: BinaryIO, path: str, left_out: LeftOut | None = None, start: int = 0, prefix: str = ""
+    file: BinaryIO, path: str, left_out: LeftOut, start: int = 0, prefix: str = ""
 ) -> Iterator[Member]:
-    """List the archive that starts at a byte of an open file; the names of folders end in "/"."""
+    """List the archive that starts at a byte of a file; names of folders end in "/"."""
     file.seek(start)
-    left_out = LeftOut() if left_out is None else left_out
     try:
         with tarfile.open(fileobj=file, mode="r:") as archive:
-            found = [
-                member for member in _files(archive, path, left_out) if not is_hidden(member.name)
-            ]
+            found = [part for part in _files(archive, path, left_out) if not is_hidden(part.name)]
             end = archive.offset
     except tarfile.TarError as error:
         raise OSError(f"{path} is no whole, uncompressed tar: {error}") from error
-    _check_end(file, path, end, inner=start > 0)
+    file.seek(end)
+    block = file.read(tarfile.BLOCKSIZE)
+    if len(block) < tarfile.BLOCKSIZE or any(block):  # two blocks of zeros end an archive
+        raise OSError(f"{path} is no whole tar: it is cut short or damaged at byte {end}")
+    if start == 0 and any(file.read(tarfile.RECORDSIZE)):
+        raise OSError(f"{path} has data behind its end: tars that were joined are not read")
     seen: set[str] = set()
     for member in found:
         name = posixpath.normpath(member.name)
@@ -93,20 +83,18 @@ def _files(archive: tarfile.TarFile, path: str, left_out: LeftOut) -> Iterator[M
     found: dict[str, Member] = {}
     links: list[tarfile.TarInfo] = []
     for info in archive:
-        if info.isreg() and not info.issparse():  # whose content is not in one piece
-            member = Member(info.name, info.offset_data, info.size)
+        if info.isdir():
+            yield Member(f"{info.name}/", 0, 0)
+        elif info.isreg() and not info.issparse():  # whose content is not in one piece
+            found[info.name] = Member(info.name, info.offset_data, info.size)
+            yield found[info.name]
         elif info.islnk() and info.linkname in found:
-            member = found[info.linkname]._replace(name=info.name)
+            found[info.name] = found[info.linkname]._replace(name=info.name)
+            yield found[info.name]
         elif info.islnk():
             raise OSError(f"{path}: {info.name} links to {info.linkname}, which is not before it")
-        elif info.isdir():
-            yield Member(f"{info.name}/", 0, 0)
-            continue
         else:
             links.append(info)
-            continue
-        found[info.name] = member
-        yield member
     targets = {posixpath.normpath(name): member for name, member in found.items() if links}
     for info in links:
         target = posixpath.normpath(posixpath.join(posixpath.dirname(info.name), info.linkname))
@@ -116,27 +104,8 @@ def _files(archive: tarfile.TarFile, path: str, left_out: LeftOut) -> Iterator[M
             left_out.add(LeftOut.IRREGULAR, f"{path}:{info.name}")
 
 
-def _check_end(file: BinaryIO, path: str, end: int, inner: bool) -> None:
-    """Raise if the end-of-archive blocks are missing (truncated) or data follow (joined tars)."""
-    file.seek(end)
-    block = file.read(tarfile.BLOCKSIZE)
-    if len(block) < tarfile.BLOCKSIZE or any(block):
-        raise OSError(f"{path} is no whole tar: it is cut short or damaged at byte {end}")
-    if not inner and any(file.read(tarfile.RECORDSIZE)):
-        raise OSError(f"{path} goes on behind its end: tars that were joined are read one by one")
-
-
-class Listing(NamedTuple):
-    """Samples of one archive."""
-
-    members: list[Member]  # one image each
-    labels: list[str | int | None]  # a class name, a number, or None
-    empty: list[str]  # classes without images
-    folders: int = 0  # that the images are in
-
-
-def list_classes(path: Path, in_folder: bool, left_out: LeftOut | None = None) -> Listing:
-    """List the images of a plain tar, labelled by the folders at its top; None without a folder.
+def list_classes(path: Path, in_folder: bool, left_out: LeftOut) -> Listing:
+    """List the images of a plain tar, labeled by the folders at its top.
 
     Folders that all images are in, such as ``train/``, do not count, unless they would be the only
     ones of an image. With ``in_folder`` the archive stands for a folder, which is the class.
@@ -146,24 +115,23 @@ def list_classes(path: Path, in_folder: bool, left_out: LeftOut | None = None) -
     with open_file(path) as file:
         for member in _members(file, os.fspath(path), left_out):
             (images if is_image(member.name) else others).append(member)
-    if left_out is not None:
-        for member in others:
-            if member.name[-1] != "/":
-                left_out.add(LeftOut.NO_IMAGE, f"{path}:{member.name}")
-    within = len({posixpath.dirname(member.name) for member in images})
+    for member in others:
+        if member.name[-1] != "/":
+            left_out.add(LeftOut.NO_IMAGE, f"{path}:{member.name}")
+    folders = len({posixpath.dirname(member.name) for member in images})
     if in_folder:
-        return Listing(images, [path.stem] * len(images), [] if images else [path.stem], within)
+        return Listing(images, [path.stem] * len(images), [] if images else [path.stem], folders)
     places = [_parts(member.name) for member in images]
-    shared = 0
+    shared = 0  # folders that all images are in
     while places and all(
         len(place) > shared + 2 and place[shared] == places[0][shared] for place in places
     ):
         shared += 1
     names: list[str | int | None] = [p[shared] if len(p) > shared + 1 else None for p in places]
-    other = (_parts(member.name) for member in others)
     lead = places[0][:shared] if places else []
-    folders = {part[shared] for part in other if len(part) > shared + 1 and part[:shared] == lead}
-    return Listing(images, names, sorted(folders - set(names)), within)
+    beside = (_parts(member.name) for member in others)
+    classes = {part[shared] for part in beside if len(part) > shared + 1 and part[:shared] == lead}
+    return Listing(images, names, sorted(classes - set(names)), folders)
 
 
 def _parts(name: str) -> list[str]:
@@ -180,10 +148,8 @@ def list_shard(path: Path, target: str | None = None, left_out: LeftOut | None =
     labels: list[str | int | None] = []
     left_out = LeftOut() if left_out is None else left_out
     with open_file(path) as file:
-        members: dict[str, Member] = {}
-        for member in _members(file, os.fspath(path), left_out):
-            if member.name[-1] != "/":
-                members[member.name] = member
+        found = _members(file, os.fspath(path), left_out)
+        members = {member.name: member for member in found if member.name[-1] != "/"}
         for image, fields in samples_of(members, os.fspath(path), left_out).values():
             if image is None:
                 continue
@@ -191,23 +157,18 @@ def list_shard(path: Path, target: str | None = None, left_out: LeftOut | None =
             labels.append(None)
             if label := members.get(fields.get("cls" if target is None else "json", "")):
                 file.seek(label.offset)
-                name = f"{path}:{label.name}"
                 try:
-                    labels[-1] = parse_label(file.read(label.size), target, name)
+                    content = file.read(label.size)
+                    labels[-1] = parse_label(content, target, f"{path}:{label.name}")
                 except LabelError as error:
                     raise OSError(str(error)) from error
     return Listing(images, labels, [])
 
 
-class Fields(NamedTuple):
-    """Members of one sample of a shard."""
-
-    image: str | None
-    members: dict[str, str]  # by field, in lower case
-
-
-def samples_of(names: Iterable[str], shard: str, left_out: LeftOut) -> dict[str, Fields]:
-    """Group the members of a shard by the key of their sample.
+def samples_of(
+    names: Iterable[str], shard: str, left_out: LeftOut
+) -> dict[str, tuple[str | None, dict[str, str]]]:
+    """Group a shard's members by key of their sample: (image, members by field in lower case).
 
     WebDataset's keys end at the first dot of a file's name, but c.v2.jpg is an image of its own
     where there is no c.jpg, or where there is a c.v2.cls, too.
@@ -231,7 +192,7 @@ def samples_of(names: Iterable[str], shard: str, left_out: LeftOut) -> dict[str,
     samples = {}
     for key, members in grouped.items():
         image = next((members[kind] for kind in kinds if kind in members), None)
-        samples[key] = Fields(image, members)
+        samples[key] = image, members
         for name in members.values():
             if image is None:
                 left_out.add(LeftOut.ALONE, f"{shard}:{name}")
@@ -240,12 +201,8 @@ def samples_of(names: Iterable[str], shard: str, left_out: LeftOut) -> dict[str,
     return samples
 
 
-def holds_samples(path: str | os.PathLike[str]) -> bool:
-    """Return whether an archive is a WebDataset shard, by its first headers.
-
-    It has labels (``.cls``), or images with descriptions (``.json``) beside them and in no folder:
-    a plain tar may hold descriptions of anything, too.
-    """
+def is_shard(path: str | os.PathLike[str]) -> bool:
+    """Return whether an archive is a WebDataset shard, by its first headers."""
     try:
         with open_file(path) as file, tarfile.open(fileobj=file, mode="r:") as archive:
             names = [info.name for info in islice(archive, _PEEKED) if not is_hidden(info.name)]
@@ -254,16 +211,14 @@ def holds_samples(path: str | os.PathLike[str]) -> bool:
     parts = [os.path.splitext(name) for name in names]
     if any(ending.lower() == ".cls" for _, ending in parts):
         return True
+    # Without labels: images with descriptions, in no folder. Plain tars may hold .json files, too.
     images = {key for key, ending in parts if is_image(f"a{ending}")}
     described = {key for key, ending in parts if ending.lower() == ".json"}
     return any("/" not in key.removeprefix("./") for key in images & described)
 
 
 def parse_label(content: bytes, target: str | None, name: str, classes: int = 0) -> int | None:
-    """Read the label in a shard's ``.cls``, or in a field of its ``.json``; None below zero.
-
-    Raise a LabelError for what is no whole number, or one beyond the classes.
-    """
+    """Read the label in a shard's ``.cls``, or in a field of its ``.json``; None below zero."""
     try:
         value = int(content) if target is None else json.loads(content)[target]
         if target is not None and type(value) is int and value < 0:
@@ -275,162 +230,59 @@ def parse_label(content: bytes, target: str | None, name: str, classes: int = 0)
         raise LabelError(
             f"{name} holds no label, which is a whole number: {error!r:.250}"
         ) from error
-    if label >= (classes or MOST_CLASSES):
-        known = f"there are {classes} classes" if classes else f"labels lie below {MOST_CLASSES}"
+    if label >= (classes or MAX_CLASSES):
+        known = f"there are {classes} classes" if classes else f"labels lie below {MAX_CLASSES}"
         raise LabelError(f"{name} holds the label {label}, but {known}")
-    return None if label == UNLABELLED else label
+    return None if label == NO_LABEL else label
 
 
-@dataclass(frozen=True)
-class _Table:
-    """All samples of some archives, in arrays, which loader processes share; each is [samples]."""
+class ShardSplit(NamedTuple):
+    """A split in a list of WebDataset shards."""
 
-    tar: np.ndarray  # index of the archive
-    offset: np.ndarray  # of the image in it
-    size: np.ndarray  # bytes of the image
-    label: np.ndarray  # class number, or `UNLABELLED`
-    names: np.ndarray  # [bytes] the members' names, joined; UTF-8, or whatever bytes they are
-    name_end: np.ndarray  # where each name ends
-    classes: list[str]  # names by number; empty if classes have none
-    empty: list[str]  # names of classes without images
-    folders: int  # that the images are in
-    left_out: str  # what is no part of the data
-
-    def name(self, index: int) -> str:
-        start = self.name_end[index - 1] if index else 0
-        return self.names[start : self.name_end[index]].tobytes().decode(errors="surrogateescape")
+    files: tuple[str, ...]
+    samples: int | None = None  # None: unknown
+    classes: int = 0  # 0: unknown
+    target: str | None = None  # field of the shards' .json that holds labels; None: .cls does
+    names: tuple[str, ...] = ()  # of the classes by label; empty: unknown
 
 
-class TarImages:
-    """A reader of images in tars, by index, like timm's readers.
-
-    Holds no file open, so that it may be copied to any number of loader processes.
-    """
-
-    def __init__(
-        self,
-        tars: Sequence[Path],
-        *,
-        layout: str,  # "shards": WebDataset's; "tar": folders are classes; "tars": archives are
-        class_to_idx: dict[str, int] | None = None,  # of training; None: classes in natural order
-        target: str | None = None,  # field of the shards' .json that holds labels; None: .cls does
-    ) -> None:
-        self.tars = list(tars)
-        found = [path.stat() for path in self.tars]
-        self.states = [_state(status) for status in found]
-        self._table = _listed(self.tars, found, layout, target)
-        self.targets = self._table.label  # [samples]
-        self.class_to_idx = {name: number for number, name in enumerate(self._table.classes)}
-        self.empty, self.folders = self._table.empty, self._table.folders
-        several = layout == "shards" or len(self.tars) > 1
-        tell_left_out(self.tars[0].parent if several else self.tars[0], self._table.left_out)
-        if class_to_idx is not None and layout != "shards":
-            self.renumber(class_to_idx)
-
-    def renumber(self, class_to_idx: dict[str, int]) -> None:
-        """Take the class numbers of a training set."""
-        numbers = map_classes(self.class_to_idx, class_to_idx, self.tars[0].parent)
-        # The last entry is what -1 picks.
-        self.targets = np.array([*numbers.values(), UNLABELLED])[self._table.label]
-        self.class_to_idx = class_to_idx
-
-    def __len__(self) -> int:
-        return len(self.targets)
-
-    def __getitem__(self, index: int) -> tuple[BinaryIO, int | None]:
-        tar = int(self._table.tar[index])
-        with open_file(self.tars[tar], buffering=0) as file:
-            if _state(os.fstat(file.fileno())) != self.states[tar]:
-                raise OSError(f"{self.tars[tar]} has changed since its samples were listed")
-            file.seek(int(self._table.offset[index]))
-            content = file.read(int(self._table.size[index]))
-        label = int(self.targets[index])
-        return io.BytesIO(content), None if label == UNLABELLED else label
-
-    def filename(self, index: int, basename: bool = False, absolute: bool = False) -> str:
-        """Return an image's archive and its name there, as ``train-0000.tar:key.jpg``."""
-        name = self._table.name(index)
-        if basename:
-            return name.rsplit("/", 1)[-1]
-        path = self.tars[int(self._table.tar[index])]
-        return f"{path if absolute else path.name}:{name}"
-
-
-def _state(status: os.stat_result) -> tuple[int, int]:
-    return status.st_size, status.st_mtime_ns
-
-
-def _listed(
-    tars: list[Path], found: list[os.stat_result], layout: str, target: str | None
-) -> _Table:
-    """Load the table beside the archives, if it is of these; else make it, and keep it there."""
-    of = {
-        "version": _VERSION,
-        # ctime, since copying or unpacking archives may set their mtime.
-        "tars": [
-            [path.name, *_state(status), status.st_ctime_ns]
-            for path, status in zip(tars, found, strict=True)
-        ],
-        "extensions": [*image_endings()],
-        "layout": layout,
-        "target": target,
-    }
-    names = hashlib.sha256(json.dumps([path.name for path in tars]).encode()).hexdigest()
-    kept = tars[0].parent / f".fastkd-{names[:12]}.npz"
-    table = _load(kept, of)
-    if table is None:
-        table = _make(tars, layout, target)
-        with contextlib.suppress(OSError):  # read-only data are listed anew each time
-            _save(kept, of, table)
-    return table
-
-
-def _make(tars: list[Path], layout: str, target: str | None) -> _Table:
-    left_out = LeftOut()
-    listings = [
-        list_shard(path, target, left_out)
-        if layout == "shards"
-        else list_classes(path, layout == "tars", left_out)
-        for path in track(tars, "listing", "tar")
-    ]
-    members = [member for listing in listings for member in listing.members]
-    labels = [label for listing in listings for label in listing.labels]
-    classes = number_classes({label for label in labels if isinstance(label, str)})
-    numbers: dict[Any, int] = {None: UNLABELLED, **classes}
-    names = [member.name.encode(errors="surrogateescape") for member in members]
-    return _Table(
-        tar=np.repeat(np.arange(len(tars)), [len(listing.members) for listing in listings]),
-        offset=np.array([member.offset for member in members], np.int64),
-        size=np.array([member.size for member in members], np.int64),
-        label=np.array([numbers.get(label, label) for label in labels], np.int64),
-        names=np.frombuffer(b"".join(names), np.uint8),
-        name_end=np.cumsum([len(name) for name in names], dtype=np.int64),
-        classes=list(classes),
-        empty=[name for listing in listings for name in listing.empty],
-        folders=sum(listing.folders for listing in listings),
-        left_out=str(left_out),
-    )
-
-
-_ARRAYS = ("tar", "offset", "size", "label", "names", "name_end")
-
-
-def _save(path: Path, of: dict[str, Any], table: _Table) -> None:
-    plain = {name: getattr(table, name) for name in ("classes", "empty", "folders", "left_out")}
-    header = json.dumps({"of": of, **plain}).encode()
-    arrays = {name: getattr(table, name) for name in _ARRAYS}
-    with replacing(path) as file:
-        np.savez(file, header=np.frombuffer(header, np.uint8), **arrays)
-
-
-def _load(path: Path, of: dict[str, Any]) -> _Table | None:
-    """Load a table; None where there is none, it is broken, or it is of other archives."""
+def parse_shard_list(text: bytes, where: str) -> dict[str, ShardSplit]:
+    """Read the text of an ``_info.json``; empty if it lists no splits."""
     try:
-        with open_file(path) as file, np.load(file, allow_pickle=False) as kept:
-            header = json.loads(kept["header"].tobytes())
-            if header.pop("of") != of:
-                return None
-            arrays = {name: kept[name] for name in _ARRAYS}
-            return _Table(**arrays, **header)
-    except Exception:  # no listing of ours, or a broken one, of which anything may come
-        return None
+        info = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"data: {where} is no JSON: {error}") from error
+    if not isinstance(info, dict) or "splits" not in info:
+        return {}
+    splits, classes = info["splits"], info.get("classes") or []
+    if not isinstance(classes, list | dict):
+        raise ValueError(f"data: {where}: classes must be a list, got {type(classes).__name__}")
+    if not isinstance(splits, dict) or not splits:
+        raise ValueError(f"data: {where}: splits must be named, got {splits!r}")
+    return {name: _parse_split(where, name, split, classes) for name, split in splits.items()}
+
+
+def _parse_split(where: str, name: str, split: Any, classes: Any) -> ShardSplit:
+    split = split if isinstance(split, dict) else {}
+    files, samples = split.get("filenames"), split.get("num_samples")
+    if not isinstance(files, list) or not files or not all(isinstance(f, str) for f in files):
+        raise ValueError(
+            f"data: {where}: split {name} must have a list of filenames, got {files!r:.50}"
+        )
+    for file in files:
+        if os.path.isabs(file) or not is_inside(file, os.path.dirname(where) or "."):
+            raise ValueError(
+                f"data: {where}: split {name} lists {file!r}, which leaves the list's folder"
+            )
+    if len({*map(os.path.normpath, files)}) < len(files):
+        raise ValueError(f"data: {where}: split {name} lists a shard twice")
+    if not isinstance(samples, int | None) or not 0 <= (samples or 0) < MAX_SAMPLES:
+        raise ValueError(
+            f"data: {where}: num_samples of split {name} must be a number, got {samples!r:.50}"
+        )
+    target = split.get("alt_label") or None
+    if not isinstance(target, str | None):
+        raise ValueError(f"data: {where}: alt_label of split {name} must be a name, got {target!r}")
+    # Labels of another field are not those that the list names.
+    names = tuple(map(str, classes)) if isinstance(classes, list) and target is None else ()
+    return ShardSplit(tuple(files), samples or None, len(classes), target, names)

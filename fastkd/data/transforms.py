@@ -19,28 +19,22 @@ Transform = Callable[[Any], Any]
 
 @dataclass(frozen=True)
 class InputSpec:
-    """What a model takes in.
+    """What a model takes in."""
 
-    Attributes:
-        size: (channels, height, width).
-        mean: per channel, of values in [0, 1]; None: tensors are fed as they are.
-        std: per channel; None like ``mean``.
-    """
-
-    size: tuple[int, int, int]
-    mean: tuple[float, ...] | None
-    std: tuple[float, ...] | None
+    size: tuple[int, int, int]  # (channels, height, width)
+    mean: tuple[float, ...] | None  # per channel, of values in [0, 1]; None: not normalized
+    std: tuple[float, ...] | None  # per channel; None like mean
 
 
 def train_transform(config: DataConfig, spec: InputSpec) -> Transform:
-    """Timm's random training transform for PIL images, or evaluation's where nothing is random."""
+    """Create timm's random training transform, or evaluation's where nothing is random."""
     if config.augment != "cpu":
         return eval_transform(config, spec)
     return Compose(train_stages(config, spec))
 
 
 def train_stages(config: DataConfig, spec: InputSpec) -> list[Any]:
-    """The steps of timm's random training transform, whatever ``augment`` is."""
+    """Return the steps of timm's random training transform, whatever ``augment`` is."""
     transform = create_transform(
         spec.size,
         is_training=True,
@@ -60,7 +54,7 @@ def train_stages(config: DataConfig, spec: InputSpec) -> list[Any]:
 
 
 def eval_transform(config: DataConfig, spec: InputSpec) -> Transform:
-    """Timm's evaluation transform: resize, centre crop, normalise."""
+    """Create timm's evaluation transform: resize, center crop, normalize."""
     interpolation = "bilinear" if config.interpolation == "random" else config.interpolation
     return create_transform(
         spec.size,
@@ -74,9 +68,9 @@ def eval_transform(config: DataConfig, spec: InputSpec) -> Transform:
 
 
 def resized_size(config: DataConfig, spec: InputSpec) -> tuple[int, int, bool] | None:
-    """What `eval_transform` resizes images to, in proportion: (height, width, whether they fit).
+    """Return what `eval_transform` resizes images to: (height, width, whether they lie within).
 
-    They lie within it, or else cover it. None where proportions change.
+    Else they cover it. None where proportions change.
     """
     if config.crop_mode == "squash":
         return None
@@ -107,7 +101,7 @@ class _AtLeastOneBit:
 
 
 def operations_of(transform: Any) -> Iterator[AugmentOp]:
-    """All of timm's augmentation operations inside a transform."""
+    """Yield all of timm's augmentation operations inside a transform."""
     if isinstance(transform, AugmentOp):
         yield transform
     children = transform if isinstance(transform, list | tuple) else ()
@@ -118,7 +112,7 @@ def operations_of(transform: Any) -> Iterator[AugmentOp]:
 
 
 def create_mixup(config: DataConfig, num_classes: int, label_smoothing: float) -> Mixup | None:
-    """Timm's Mixup/CutMix of whole batches; draws from numpy's global generator."""
+    """Create timm's Mixup/CutMix of whole batches; it draws from numpy's global generator."""
     if not config.mixes:
         return None
     return Mixup(

@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from fastkd.config import IMAGE_OPTIONS, EvaluateOptions, refuse_image_options
+from fastkd.data.batches import Batch, Fault
 from fastkd.data.classes import Classes, match_classes
 from fastkd.data.datasets import Data, open_data
-from fastkd.data.loader import eval_loader
-from fastkd.data.samples import Batch, Fault, default_workers
+from fastkd.data.loader import default_workers, eval_loader
 from fastkd.data.transforms import InputSpec
 from fastkd.inference.loading import classes_of, open_model
 from fastkd.models.weights import verifying

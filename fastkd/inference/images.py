@@ -12,13 +12,18 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from fastkd.config import DataConfig
-from fastkd.data.datasets import DataPair
-from fastkd.data.files import LeftOut, image_endings, list_images, tell_left_out
-from fastkd.data.images import reason_of, without_pillow_warnings
-from fastkd.data.loader import SampleDataset, eval_samples
-from fastkd.data.readers import FileReader, ReadableImages
+from fastkd.data.batches import Batch, Collate, Fault, Sample
+from fastkd.data.image_files import (
+    LeftOut,
+    image_endings,
+    list_images,
+    reason_of,
+    warn_left_out,
+    without_pillow_warnings,
+)
+from fastkd.data.loader import SampleDataset, eval_samples, loader_options
+from fastkd.data.readers import DataPair, FileReader, ReadableImages
 from fastkd.data.samplers import SampleKey
-from fastkd.data.samples import Batch, Collate, Fault, Sample, collate, loader_options
 from fastkd.data.transforms import InputSpec
 from fastkd.utils.io import writable
 
@@ -32,7 +37,7 @@ def find_images(images: Images) -> tuple[list[str], list[Fault]]:
     for place in _places(images):
         left_out = LeftOut()
         found = list_images(place, left_out) if place.is_dir() else [str(place)]
-        tell_left_out(place, left_out)
+        warn_left_out(place, left_out)
         files += found
         if not found:
             reason = f"a folder without images ({', '.join(image_endings())})"
@@ -106,7 +111,7 @@ def image_loader(
         SamplesAndFaults(eval_samples(data, config, spec, seed), spec.size),
         batch_size,
         sampler=samples,
-        collate_fn=partial(_stack, collate(data, spec)),
+        collate_fn=partial(_stack, Collate(spec if data.yields_tensors else None)),
         **loader_options(workers if len(samples) > batch_size else 0, device),
     )
 

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from fastkd.config import IMAGE_OPTIONS, ImageOptions
-from fastkd.data.samples import Batch, Fault, default_workers
+from fastkd.data.batches import Batch, Fault
+from fastkd.data.loader import default_workers
 from fastkd.inference.evaluate import evaluating, have_finite_logits
 from fastkd.inference.images import Images, find_images, image_loader, open_files
 from fastkd.inference.loading import open_model

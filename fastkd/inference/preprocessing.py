@@ -9,7 +9,7 @@ from timm.data import resolve_data_config
 from torch import nn
 
 from fastkd.config import Recipe, StudentConfig
-from fastkd.data.datasets import DataPair
+from fastkd.data.readers import DataPair
 from fastkd.data.transforms import InputSpec
 from fastkd.models.pretrained import fixed_input_size, input_channels
 

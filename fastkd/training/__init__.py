@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from fastkd.checkpoint import CheckpointError, load_checkpoint
     from fastkd.config import Recipe
-    from fastkd.data.shards import shard
+    from fastkd.data.shard_writer import shard
     from fastkd.exporting import export
     from fastkd.inference.evaluate import evaluate
     from fastkd.inference.loading import load_student
@@ -31,7 +31,7 @@ _HOMES = {
     "Recipe": "fastkd.config",
     "Result": "fastkd.training.logging",
     "load_student": "fastkd.inference.loading",
-    "shard": "fastkd.data.shards",
+    "shard": "fastkd.data.shard_writer",
     "DistillationTask": "fastkd.training.task",
     "build_task": "fastkd.training.task",
     "train": "fastkd.training.trainer",

@@ -23,8 +23,9 @@ from fastkd.config import (
     refuse_image_options,
 )
 from fastkd.data.classes import Classes, match_classes, require_same_classes
-from fastkd.data.datasets import Data, DataPair
+from fastkd.data.datasets import Data
 from fastkd.data.gpu_augment import device_augment
+from fastkd.data.readers import DataPair
 from fastkd.data.transforms import InputSpec, create_mixup
 from fastkd.inference.loading import (
     Model,

@@ -19,8 +19,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fastkd.config import MODULE_PREFIX, OptimConfig, Recipe, TeacherConfig
 from fastkd.data.classes import Classes
-from fastkd.data.datasets import DataPair, open_data
+from fastkd.data.datasets import open_data
 from fastkd.data.loader import eval_loader, train_loader
+from fastkd.data.readers import DataPair
 from fastkd.data.samplers import TrainBatchSampler, slice_size
 from fastkd.data.transforms import InputSpec
 from fastkd.inference.loading import create_teacher, names_a_file

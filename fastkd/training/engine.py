@@ -18,7 +18,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parallel import DistributedDataParallel
 
 from fastkd.config import OptimConfig
-from fastkd.data.samples import Batch, Fault
+from fastkd.data.batches import Batch, Fault
 from fastkd.inference.evaluate import check_readable
 from fastkd.models import TapOutput, Teacher
 from fastkd.training.task import DistillationTask

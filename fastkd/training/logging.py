@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from fastkd.config import Recipe
-from fastkd.data.samples import Fault
+from fastkd.data.batches import Fault
 from fastkd.training.engine import Skipped
 from fastkd.utils.distributed import ALONE, World
 from fastkd.utils.io import csv_text, printable, read_json, write_text

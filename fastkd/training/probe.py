@@ -22,10 +22,7 @@ from torch._subclasses.fake_tensor import (
 from torch.utils.data import DataLoader
 
 from fastkd.config import DataConfig, Recipe
-from fastkd.data.gpu_augment import device_augment
-from fastkd.data.readers import DataPair, ReadableImages
-from fastkd.data.samplers import SampleKey
-from fastkd.data.samples import (
+from fastkd.data.batches import (
     Batch,
     Collate,
     Sample,
@@ -33,6 +30,9 @@ from fastkd.data.samples import (
     eval_sample_transform,
     train_sample_transform,
 )
+from fastkd.data.gpu_augment import device_augment
+from fastkd.data.readers import DataPair, ReadableImages
+from fastkd.data.samplers import SampleKey
 from fastkd.data.transforms import InputSpec, create_mixup
 from fastkd.ops.backend import ENVIRONMENT_CHOICE
 from fastkd.training.engine import Engine

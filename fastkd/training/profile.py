@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from fastkd.config import Recipe
+from fastkd.data.batches import Batch
 from fastkd.data.datasets import Data, open_data
 from fastkd.data.loader import train_loader
-from fastkd.data.samples import Batch
 from fastkd.inference.loading import create_teacher
 from fastkd.models import TapOutput
 from fastkd.training.build import (

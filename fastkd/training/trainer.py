@@ -14,10 +14,10 @@ from torch.utils.data import DataLoader
 
 from fastkd.checkpoint import BEST, LAST, is_best
 from fastkd.config import Recipe
-from fastkd.data.datasets import Data, DataPair, open_data
-from fastkd.data.loader import eval_loader, schedule_of, train_loader
+from fastkd.data.datasets import Data, open_data
+from fastkd.data.loader import DEATHS, describe_worker_death, eval_loader, schedule_of, train_loader
+from fastkd.data.readers import DataPair
 from fastkd.data.samplers import Schedule
-from fastkd.data.samples import DEATHS, describe_worker_death
 from fastkd.inference.evaluate import evaluate_model
 from fastkd.inference.preprocessing import parameter_count
 from fastkd.models import Teacher

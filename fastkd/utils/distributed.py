@@ -129,6 +129,11 @@ def world(device: str | torch.device | None = None) -> Iterator[World]:
         raise
 
 
+def is_main_process() -> bool:
+    """Return whether this is torchrun's first process, before there is a group, too."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def process_count() -> int:
     """How many processes torchrun started; raises where another launcher started copies of one."""
     if os.environ.get("WORLD_SIZE") or (dist.is_available() and dist.is_initialized()):

@@ -30,18 +30,15 @@ class FolderLock:
     """The right to write into a folder.
 
     A POSIX record lock ends with its process and is not inherited by loader processes. For file
-    systems without locks, and for hosts that do not share them, the file says who holds it, and a
-    thread renews its time.
-
-    Attributes:
-        note: what is to be said about how the lock was obtained; empty as a rule.
+    systems without locks, and for hosts that do not share them, the file holds a record of the
+    process, whose time a thread renews.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, argument: str = "output") -> None:
+        self.folder, self.argument = folder, argument
         self.path = folder / NAME
-        self.note = ""
-        self._who = {
+        self.note = ""  # a line for the log if the folder was taken over from another run
+        self._record = {
             "host": socket.gethostname(),
             "pid": os.getpid(),
             "job": os.environ.get("SLURM_JOB_ID"),
@@ -52,10 +49,10 @@ class FolderLock:
         self._renewing = threading.Thread()
 
     def acquire(self) -> None:
-        """Take the lock, or raise a FolderInUseError that says who holds it."""
+        """Take the lock, or raise a FolderInUseError that names its holder."""
         key = os.path.realpath(self.folder)
         if key in _held:
-            raise self._in_use(self._who)
+            raise self._in_use(self._record)
         self._made = not self.folder.exists()
         self.folder.mkdir(parents=True, exist_ok=True)
         deadline = time.monotonic() + PATIENCE_SECONDS
@@ -69,29 +66,25 @@ class FolderLock:
         self._renewing.start()
 
     def _try(self) -> dict[str, Any] | None:
-        """Take the lock; returns the record of the process that has it, None once it is taken."""
+        """Take the lock: None, or the record of the process that has it."""
         self._file = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
-        try:
+        with contextlib.ExitStack() as on_failure:
+            on_failure.callback(self._close)
+            locks = True
             try:
                 fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                locks = True
             except (BlockingIOError, PermissionError):
-                holder = self._read() or {}
-                self._close()
-                return holder
+                return self._read() or {}
             except OSError:  # a file system without locks
                 locks = False
             if not self._is_same_file():  # removed by its holder in between
-                self._close()
                 return {}
             self._check_record(locks)
             self._write()
             if not locks:
                 time.sleep(0.5)  # for another that read the file at the same time
                 self._check_record(locks)
-        except BaseException:
-            self._close()
-            raise
+            on_failure.pop_all()
         return None
 
     def _check_record(self, locks: bool) -> None:
@@ -100,9 +93,9 @@ class FolderLock:
         if record is None:
             return
         age = abs(time.time() - record["time"])
-        here = record["host"] == self._who["host"]
-        same_job = record["job"] is not None and record["job"] == self._who["job"]
-        if here and (locks or record["pid"] == self._who["pid"] or not _is_alive(record["pid"])):
+        here = record["host"] == self._record["host"]
+        same_job = record["job"] is not None and record["job"] == self._record["job"]
+        if here and (locks or record["pid"] == os.getpid() or not _is_alive(record["pid"])):
             return
         if age < STALE_SECONDS and (here or not same_job):
             until = f"; one that is silent for {STALE_SECONDS:.0f} s is taken over"
@@ -113,8 +106,8 @@ class FolderLock:
     def _in_use(self, record: dict[str, Any], hint: str = "") -> FolderInUseError:
         host, pid = record.get("host", "unknown"), record.get("pid", "unknown")
         return FolderInUseError(
-            f"output: another run is writing into {self.folder} (host {host}, process {pid}): "
-            f"choose another output{hint}"
+            f"{self.argument}: another run is writing into {self.folder} (host {host}, process "
+            f"{pid}): choose another folder{hint}"
         )
 
     def is_held(self) -> bool:
@@ -122,12 +115,12 @@ class FolderLock:
         if not self._is_same_file():
             return False
         record = self._read()
-        if record is not None and any(record[name] != self._who[name] for name in self._who):
+        if record is not None and self._record != {name: record[name] for name in self._record}:
             raise self._in_use(record)
         return True
 
     def release(self) -> None:
-        """Give the folder back as it is, without the file; an empty one that was made goes, too."""
+        """Remove the lock's file, and the folder if the lock made it and it is empty."""
         self._ended.set()
         if self._renewing.ident is not None:
             self._renewing.join()  # or it might write to what is opened next under this number
@@ -146,13 +139,12 @@ class FolderLock:
                     self._write()
 
     def _is_same_file(self) -> bool:
-        try:
+        with contextlib.suppress(OSError):
             return os.path.samestat(os.stat(self.path), os.fstat(self._file))
-        except OSError:
-            return False
+        return False
 
     def _read(self) -> dict[str, Any] | None:
-        """The record in the file; None where it is none."""
+        """Read the record in the file; None for anything else."""
         try:
             record = json.loads(os.pread(self._file, _RECORD_BYTES, 0))
             host, pid, job = str(record["host"]), int(record["pid"]), record.get("job")
@@ -161,7 +153,7 @@ class FolderLock:
             return None
 
     def _write(self) -> None:
-        text = json.dumps({**self._who, "time": time.time()}).ljust(_RECORD_BYTES)
+        text = json.dumps({**self._record, "time": time.time()}).ljust(_RECORD_BYTES)
         os.pwrite(self._file, text.encode(), 0)
 
     def _close(self) -> None:
@@ -171,9 +163,9 @@ class FolderLock:
 
 
 @contextlib.contextmanager
-def holding(folder: Path) -> Iterator[FolderLock]:
-    """Hold the lock of a folder, made if needed, within the block."""
-    lock = FolderLock(folder)
+def holding(folder: Path, argument: str = "output") -> Iterator[FolderLock]:
+    """Hold the lock of a folder, made if needed, within the block; errors name ``argument``."""
+    lock = FolderLock(folder, argument)
     lock.acquire()
     try:
         yield lock

@@ -238,7 +238,7 @@ def test_every_mode_is_converted_as_timm_does(mode):
 
 
 @pytest.mark.parametrize("mode", ["I;16", "I", "F"])
-def test_deep_greyscale_is_reported_instead_of_measured_as_white(mode):
+def test_deep_grayscale_is_reported_instead_of_measured_as_white(mode):
     image = picture(mode="L").convert("I").convert(mode)
     (batch,) = read(open_images([(image, 0)]))
     ((_, reason),) = batch.skipped

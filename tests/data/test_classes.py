@@ -15,7 +15,6 @@ from fastkd.data.classes import (
     class_names,
     class_number,
     is_missing,
-    map_classes,
     match_classes,
     number_classes,
     require_same_classes,
@@ -37,24 +36,11 @@ def test_classes_are_numbered_in_natural_order():
     assert number_classes({"n10", "n2", "A1"}) == {"A1": 0, "n2": 1, "n10": 2}
 
 
-def test_numbers_are_mapped_by_the_names_of_the_classes():
-    assert map_classes({"red": 0, "blue": 1}, {"blue": 5, "green": 1, "red": 3}, "val") == {
-        0: 3,
-        1: 5,
-    }
-
-
-def test_classes_that_training_lacks_are_refused_by_name():
-    with pytest.raises(ValueError, match=r"val .*\['violet'\]"):
-        map_classes({"red": 0, "violet": 1}, {"red": 0}, "val")
-
-
 NFC, NFD = "caf\u00e9", "cafe\u0301"
 
 
 @pytest.mark.parametrize(("own", "other"), [(NFC, NFD), (NFD, NFC)])
 def test_accents_are_the_same_however_they_are_written(own, other):
-    assert map_classes({own: 0, "b": 1}, {"b": 0, other: 1}, "val") == {0: 1, 1: 0}
     assert match_classes(named(own, "b"), named("b", other)) == {0: 1, 1: 0}
 
 

@@ -6,7 +6,7 @@ import socket
 import pytest
 from timm.data.readers.img_extensions import get_img_extensions
 
-from fastkd.data.files import (
+from fastkd.data.image_files import (
     ENDINGS,
     LeftOut,
     image_endings,
@@ -14,9 +14,9 @@ from fastkd.data.files import (
     is_inside,
     list_folders,
     list_images,
-    tell_left_out,
+    open_file,
+    warn_left_out,
 )
-from fastkd.data.images import open_file
 
 
 def listed(folder, *names):
@@ -170,7 +170,7 @@ def test_what_is_left_out_is_one_line_with_counts_by_ending(tmp_path, caplog):
     listed(tmp_path, *names)
     left_out = LeftOut()
     assert len(list_images(tmp_path, left_out)) == 1
-    tell_left_out(tmp_path, left_out)
+    warn_left_out(tmp_path, left_out)
     (record,) = caplog.records
     text = record.getMessage()
     assert "left out 5 files that are no images: 2 .txt, " in text
@@ -184,11 +184,11 @@ def test_what_is_left_out_is_told_by_the_main_process_if_there_is_something(
 ):
     monkeypatch.setenv("RANK", rank)
     left_out = LeftOut()
-    tell_left_out("data", left_out)
+    warn_left_out("data", left_out)
     assert not caplog.records
     left_out.add(LeftOut.NO_IMAGE, os.fsdecode(b"caf\xe9.txt"))
     left_out.add(LeftOut.LOOP, os.fsdecode(b"caf\xe9"))
-    tell_left_out(os.fsdecode(b"d\xe9ta"), left_out)
+    warn_left_out(os.fsdecode(b"d\xe9ta"), left_out)
     assert len(caplog.records) == told
     assert all(record.getMessage().encode() for record in caplog.records)
 

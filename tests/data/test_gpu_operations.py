@@ -6,7 +6,7 @@ import pytest
 import torch
 from PIL import Image
 
-from fastkd.data.gpu_augment.operations import erase, normals
+from fastkd.data.gpu_operations import erase, normals
 from tests.harness.pictures import PICTURES, by_device, by_timm, photograph, stages
 
 POINTWISE = [

@@ -14,12 +14,12 @@ import pytest
 import torch
 from PIL import EpsImagePlugin, Image, JpegImagePlugin, UnidentifiedImageError
 
-from fastkd.data import images
+from fastkd.data import image_files
+from fastkd.data.batches import SampleTransform
 from fastkd.data.datasets import open_data
-from fastkd.data.images import load_rgb, open_file, open_image, reason_of
+from fastkd.data.image_files import load_rgb, open_file, open_image, reason_of
 from fastkd.data.readers import FileReader, ReadableImages
-from fastkd.data.samples import SampleTransform
-from fastkd.data.shards import convert
+from fastkd.data.shard_writer import convert
 from fastkd.inference.images import find_images
 
 NOISE = Image.effect_noise((64, 48), 60).convert("RGB")
@@ -281,7 +281,7 @@ def test_a_file_that_would_be_read_whole_is_refused_by_its_size(tmp_path):
     ],
 )
 def test_pixels_are_bounded_before_they_are_decoded(monkeypatch, kind, most, size):
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", most / images.MAX_PIXELS)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", most / image_files.MAX_PIXELS)
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # no warning, either
         if size is None:
@@ -301,7 +301,7 @@ def test_opening_an_image_does_not_bring_other_warnings_back():
 
 
 def test_photographs_of_a_hundred_megapixels_are_within_the_bound():
-    assert 11_648 * 8736 < images.MAX_PIXELS * Image.MAX_IMAGE_PIXELS < 13_000 * 13_000
+    assert 11_648 * 8736 < image_files.MAX_PIXELS * Image.MAX_IMAGE_PIXELS < 13_000 * 13_000
 
 
 @pytest.mark.parametrize("kind", ["GIF", "WEBP", "PNG", "TIFF"])

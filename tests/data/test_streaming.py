@@ -19,13 +19,13 @@ from PIL import Image
 
 from fastkd.checkpoint import CheckpointError
 from fastkd.config import Recipe
+from fastkd.data import streaming
 from fastkd.data.classes import class_names
 from fastkd.data.datasets import open_data
-from fastkd.data.loader import eval_loader, train_loader
-from fastkd.data.readers import DataPair, StreamSource
-from fastkd.data.samples import DEATHS, describe_worker_death
-from fastkd.data.shards import shard
-from fastkd.data.streaming import TrainStream
+from fastkd.data.loader import DEATHS, describe_worker_death, eval_loader, train_loader
+from fastkd.data.readers import DataPair
+from fastkd.data.shard_writer import shard
+from fastkd.data.streaming import StreamSource
 from fastkd.data.transforms import InputSpec
 from fastkd.training import load_checkpoint, train
 from fastkd.utils.distributed import World
@@ -432,17 +432,17 @@ def student():
 def test_a_streamed_run_that_was_stopped_ends_bit_identical(shards, tmp_path, monkeypatch):
     name = f"wds/pipe:cat {shards}"
     train(student(), None, name, tmp_path / "whole", **RUN)
-    read, count = TrainStream._transformed, 0
+    seed_sample, count = streaming.seed_cpu, 0
 
-    def stop(*arguments):
+    def stop(seed):
         nonlocal count
         count += 1
         if count == 8 * 3 + 2:  # in the last of the epoch's four updates
             raise LookupError("stream gone")
-        return read(*arguments)
+        seed_sample(seed)
 
     with monkeypatch.context() as patch, pytest.raises(LookupError, match="stream gone"):
-        patch.setattr(TrainStream, "_transformed", stop)
+        patch.setattr(streaming, "seed_cpu", stop)
         train(student(), None, name, tmp_path / "parts", **RUN)
     assert load_checkpoint(tmp_path / "parts")["position"]["total"] == 2
     with pytest.raises(CheckpointError, match=r"share a stream.*: \(1, 0\), now \(1, 2\)"):

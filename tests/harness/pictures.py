@@ -9,8 +9,7 @@ from timm.data.auto_augment import AugmentOp, RandAugment
 from timm.data.transforms import RandomResizedCropAndInterpolation
 from torchvision.transforms import Compose
 
-from fastkd.data.gpu_augment import DeviceAugment
-from fastkd.data.gpu_augment.plan import PlanTransform
+from fastkd.data.gpu_augment import DeviceAugment, PlanTransform
 from fastkd.utils.random import seed_cpu
 
 HEIGHT, WIDTH = 45, 60

@@ -20,10 +20,10 @@ from torch import nn
 
 from fastkd.cli import main
 from fastkd.cli import predict as command
+from fastkd.data.batches import SampleTransform
 from fastkd.data.datasets import open_data
-from fastkd.data.files import ENDINGS
+from fastkd.data.image_files import ENDINGS
 from fastkd.data.loader import eval_loader
-from fastkd.data.samples import SampleTransform
 from fastkd.inference.images import image_loader, open_files
 from fastkd.inference.predict import class_descriptions, predict
 from fastkd.inference.preprocessing import Preprocessing
@@ -226,7 +226,7 @@ DEEP = [("I;16", np.uint16, "png"), ("I", np.int32, "tif"), ("F", np.float32, "t
 
 
 @pytest.mark.parametrize(("mode", "dtype", "ending"), DEEP)
-def test_greyscale_of_more_than_8_bits_is_unreadable_rather_than_white(
+def test_grayscale_of_more_than_8_bits_is_unreadable_rather_than_white(
     run, tmp_path, mode, dtype, ending
 ):
     Image.fromarray(np.full((9, 9), 30000, dtype)).save(tmp_path / f"deep.{ending}")
@@ -235,14 +235,14 @@ def test_greyscale_of_more_than_8_bits_is_unreadable_rather_than_white(
     assert [p.image for p in predictions.images] == [str(tmp_path / "good.png")]
     (fault,) = predictions.unreadable
     assert fault.reason == (
-        f"greyscale of more than 8 bits (mode {mode}), which has no fixed white: "
+        f"grayscale of more than 8 bits (mode {mode}), which has no fixed white: "
         "convert it to 8 bits"
     )
 
 
 @pytest.mark.parametrize("to", ["L", "RGB", "RGBA"])
-def test_training_and_evaluation_refuse_greyscale_of_more_than_8_bits(to):
-    with pytest.raises(OSError, match=r"greyscale of more than 8 bits \(mode I;16B\)"):
+def test_training_and_evaluation_refuse_grayscale_of_more_than_8_bits(to):
+    with pytest.raises(OSError, match=r"grayscale of more than 8 bits \(mode I;16B\)"):
         SampleTransform(mode=to).decode(Image.new("I;16B", (8, 8)))
 
 

@@ -13,8 +13,8 @@ from timm.utils import ModelEmaV3
 from torch import nn
 
 from fastkd.config import Recipe
-from fastkd.data.readers import Fault, StreamSource
-from fastkd.data.samples import Batch
+from fastkd.data.batches import Batch, Fault
+from fastkd.data.streaming import StreamSource
 from fastkd.data.transforms import InputSpec
 from fastkd.inference.evaluate import evaluate_model
 from fastkd.training.engine import Engine, NonFiniteError

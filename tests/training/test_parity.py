@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastkd.config import Recipe
-from fastkd.data.samples import Batch
+from fastkd.data.batches import Batch
 from fastkd.data.transforms import InputSpec
 from fastkd.inference.loading import build_student
 from fastkd.inference.preprocessing import Shape

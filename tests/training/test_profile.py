@@ -11,7 +11,7 @@ from torch import nn
 import fastkd
 from fastkd.cli import main
 from fastkd.config import Recipe
-from fastkd.data.samples import Batch
+from fastkd.data.batches import Batch
 from fastkd.training import profile as steps
 from fastkd.training.engine import Engine
 from fastkd.training.profile import (

@@ -1,8 +1,7 @@
-"""The loader's half of ``augment="gpu"``: crop, and draw what the device applies afterwards.
+"""``augment="gpu"``: timm's training transform, its crop by the loader and the rest on the device.
 
-timm's own transforms draw the numbers, in their order, so an image gets the crop, flip, operations
-and erased box that timm would give it under the same seed. In place of images they work on
-recorders, which keep the calls and touch no pixel.
+timm's own transforms draw the random numbers, in their order, so that an image gets what timm would
+give it under the same seed. In place of images they work on recorders, which keep their calls.
 """
 
 from __future__ import annotations
@@ -20,16 +19,16 @@ from timm.data import auto_augment
 from timm.data.auto_augment import AugmentOp, AutoAugment, RandAugment
 from timm.data.random_erasing import RandomErasing
 from timm.data.transforms import MaybeToTensor, RandomResizedCropAndInterpolation
-from torch import Tensor
+from torch import Tensor, nn
 from torchvision.transforms import ColorJitter, Normalize, RandomHorizontalFlip
 
 from fastkd.config import DataConfig
-from fastkd.data.gpu_augment.operations import ARGUMENTS, Operation
+from fastkd.data.gpu_operations import ARGUMENTS, Operation, apply_operation, erase
 from fastkd.data.transforms import InputSpec, keep_one_bit, operations_of, train_stages
 
-NO_FILL = (0, 0, 0)
 Call = tuple[Operation, tuple[float, ...]]
 Size = tuple[int, int, int]  # (channels, height, width)
+JITTERS = (Operation.BRIGHTNESS, Operation.CONTRAST, Operation.COLOR)
 
 
 class Planned(NamedTuple):
@@ -47,6 +46,82 @@ def plan_transform(config: DataConfig, spec: InputSpec) -> PlanTransform:
     return PlanTransform(train_stages(config, spec), spec.size)
 
 
+def device_augment(config: DataConfig, spec: InputSpec) -> DeviceAugment | None:
+    """Create the device's half of ``augment="gpu"``; None for any other ``augment``."""
+    if config.augment != "gpu":
+        return None
+    if spec.mean is None or spec.std is None:
+        raise ValueError("augment: 'gpu' normalizes images, but the input has no mean and std")
+    return DeviceAugment(spec.mean, spec.std, plan_transform(config, spec).fill)
+
+
+class DeviceAugment(nn.Module):
+    """Flip, apply operations one after the other, normalize, erase: timm's order after the crop.
+
+    An image's result depends on its own pixels and plan, not on the rest of the batch. The affine
+    operations of one kind allocate some 15 float32 copies of their images, as a rule a sixth of the
+    batch. Not to be compiled: groups change their size with every batch, and fused multiply-adds
+    round otherwise than Pillow.
+    """
+
+    mean: Tensor
+    std: Tensor
+    fill: Tensor
+
+    def __init__(
+        self,
+        mean: tuple[float, ...],  # per channel, of values in [0, 1]
+        std: tuple[float, ...],
+        fill: tuple[int, ...],  # color of what affine operations bring in from outside, 0 to 255
+    ) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.tensor(mean).view(-1, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(-1, 1, 1), persistent=False)
+        self.register_buffer("fill", torch.tensor(fill, dtype=torch.uint8), persistent=False)
+
+    @torch.no_grad()
+    def forward(self, images: Tensor, plan: dict[str, Tensor]) -> Tensor:
+        """Augment images [B, 3, H, W] uint8 to float32, with a plan of [B, ...] on the host."""
+        if images.dtype != torch.uint8 or images.ndim != 4:
+            raise ValueError(
+                f"DeviceAugment: images must be [B, 3, H, W] uint8, got {list(images.shape)} "
+                f"{images.dtype}"
+            )
+        away = {str(part.device) for part in plan.values() if part.device.type != "cpu"}
+        if away:
+            raise ValueError(
+                f"DeviceAugment: plan must be on the host (its groups are read there without "
+                f"waiting for the device), got {', '.join(sorted(away))}"
+            )
+        moved = {name: part.to(images.device, non_blocking=True) for name, part in plan.items()}
+        images = torch.where(moved["flip"].view(-1, 1, 1, 1), images.flip(3), images)
+        layers = (moved[name].unbind(1) for name in ("operations", "arguments"))
+        for planned, *layer in zip(plan["operations"].unbind(1), *layers, strict=True):
+            self._operate(images, planned, *layer)
+        # Rounded as torchvision does: a division by 255, then by the deviation.
+        normalized = images.to(torch.float32).div_(255).sub_(self.mean).div_(self.std)
+        count = int((plan["erase"][:, 2] > 0).sum())
+        if count:
+            rows = (moved["erase"][:, 2] == 0).to(torch.uint8).argsort(stable=True)[:count]
+            boxes, seeds = moved["erase"][rows], moved["noise"][rows]
+            normalized.index_copy_(0, rows, erase(normalized[rows], boxes, seeds))
+        return normalized
+
+    def _operate(
+        self, images: Tensor, planned: Tensor, operations: Tensor, arguments: Tensor
+    ) -> None:
+        """Apply one layer in place, all images with the same operation together.
+
+        Group sizes come from ``planned``, the host's copy of ``operations``: no synchronization.
+        """
+        order = operations.argsort(stable=True)
+        numbers, counts = planned.unique(return_counts=True)  # in the order of the sort
+        for number, rows in zip(numbers.tolist(), order.split(counts.tolist()), strict=True):
+            if number != Operation.NOTHING:
+                done = apply_operation(Operation(number), images[rows], arguments[rows], self.fill)
+                images.index_copy_(0, rows, done)
+
+
 class PlanTransform:
     """PIL image -> `Planned`, drawing what timm's training transform draws, in its order.
 
@@ -57,13 +132,30 @@ class PlanTransform:
         if size[0] != 3:
             raise ValueError(f"augment: 'gpu' augments images of 3 channels, got {size[0]}")
         self.size = size
-        self.crop, self.flip, self.policies, self.erasing = _sort_stages(stages)
+        self.crop: Any = None
+        self.flip: RandomHorizontalFlip | None = None
+        self.erasing: RandomErasing | None = None
+        self.policies: list[Any] = []
+        for stage in stages:
+            if isinstance(stage, RandomResizedCropAndInterpolation):
+                self.crop = stage
+            elif isinstance(stage, RandomHorizontalFlip):
+                self.flip = stage
+            elif isinstance(stage, RandAugment | AutoAugment):
+                self.policies.append(stage)
+            elif isinstance(stage, ColorJitter):
+                self.policies.append(_JitterRecorder(stage))
+            elif isinstance(stage, RandomErasing):
+                self.erasing = copy.copy(stage)
+                self.erasing.per_pixel = False  # boxes alone: the device makes the noise
+            elif not isinstance(stage, MaybeToTensor | Normalize):  # which the device does
+                raise _unsupported(type(stage).__name__)
         operations = list(operations_of(self.policies))
         for operation in operations:
-            operation.aug_fn = CallRecorder(operation, size)
+            operation.aug_fn = _CallRecorder(operation, size)
         keep_one_bit(self.policies)
         self.layers = max(1, sum(map(_max_operations, self.policies)))
-        self.fill = operations[0].kwargs["fillcolor"] if operations else NO_FILL
+        self.fill = operations[0].kwargs["fillcolor"] if operations else (0, 0, 0)
 
     def __call__(self, image: Any) -> Planned:
         """Crop an RGB image, and draw the rest from python's, numpy's and torch's generators."""
@@ -77,7 +169,7 @@ class PlanTransform:
         for layer, (operation, values) in enumerate(calls):
             operations[layer] = operation
             arguments[layer, : len(values)] = values
-        erased = ErasedBox(self.size)
+        erased = _ErasedBox(self.size)
         if self.erasing is not None:
             self.erasing(erased)
         plan = {
@@ -91,35 +183,10 @@ class PlanTransform:
         return Planned(torch.from_numpy(pixels.transpose(2, 0, 1).copy()), plan)
 
 
-def _sort_stages(
-    stages: list[Any],
-) -> tuple[Any, RandomHorizontalFlip | None, list[Any], RandomErasing | None]:
-    """Return crop, flip, policies and erasing; conversion and normalization are the device's."""
-    crop, flip, erasing = None, None, None
-    policies: list[Any] = []
-    for stage in stages:
-        if isinstance(stage, RandomResizedCropAndInterpolation):
-            crop = stage
-        elif isinstance(stage, RandomHorizontalFlip):
-            flip = stage
-        elif isinstance(stage, RandAugment | AutoAugment):
-            policies.append(stage)
-        elif isinstance(stage, ColorJitter):
-            policies.append(JitterRecorder(stage))
-        elif isinstance(stage, RandomErasing):
-            erasing = copy.copy(stage)
-            erasing.per_pixel = False  # boxes alone: the device makes the noise
-        elif not isinstance(stage, MaybeToTensor | Normalize):
-            raise _unsupported(type(stage).__name__)
-    return crop, flip, policies, erasing
-
-
 def _max_operations(policy: Any) -> int:
     if isinstance(policy, RandAugment):
         return policy.num_layers
-    if isinstance(policy, AutoAugment):
-        return max(map(len, policy.policy))
-    return len(JitterRecorder.operations)
+    return max(map(len, policy.policy)) if isinstance(policy, AutoAugment) else len(JITTERS)
 
 
 def _unsupported(name: str) -> ValueError:
@@ -128,43 +195,38 @@ def _unsupported(name: str) -> ValueError:
     )
 
 
-class CallRecorder:
-    """Stands in for an operation's pixel function: appends the call to a list, its "image"."""
+class _CallRecorder:
+    """In place of an operation's pixel function: append the call to a list, its "image"."""
 
     def __init__(self, operation: AugmentOp, size: Size) -> None:
         # By name: the operation's own function may be wrapped by one that keeps a bit.
         function = auto_augment.NAME_TO_OP[operation.name]
         if function not in _TRANSLATIONS:
             raise _unsupported(operation.name)
-        self.translate = _TRANSLATIONS[function]
-        self.size = size
+        self.translate, self.size = _TRANSLATIONS[function], size
 
     def __call__(self, calls: list[Call], *arguments: float, resample: Any, **_: Any) -> list[Call]:
-        """Append the call that timm makes."""
         return [*calls, self.translate(self.size, resample, *arguments)]
 
 
-class JitterRecorder:
-    """Stands in for torchvision's color jitter (without hue): appends what it draws, as calls."""
-
-    operations = (Operation.BRIGHTNESS, Operation.CONTRAST, Operation.COLOR)
+class _JitterRecorder:
+    """In place of torchvision's color jitter (without hue): append what it draws, as calls."""
 
     def __init__(self, jitter: ColorJitter) -> None:
         self.ranges = jitter.brightness, jitter.contrast, jitter.saturation, jitter.hue
 
     def __call__(self, calls: list[Call]) -> list[Call]:
-        """Append brightness, contrast and saturation in the order that is drawn."""
         order, *factors = ColorJitter.get_params(*self.ranges)
         drawn = [
-            (self.operations[number], (factors[number],))
+            (JITTERS[number], (factors[number],))
             for number in order.tolist()
             if factors[number] is not None
         ]
         return [*calls, *drawn]
 
 
-class ErasedBox:
-    """Stands in for the tensor that timm's random erasing writes to: keeps where."""
+class _ErasedBox:
+    """In place of the tensor that timm's random erasing writes to: keep where."""
 
     dtype = torch.float32
 
@@ -173,7 +235,6 @@ class ErasedBox:
         self.box = (0, 0, 0, 0)  # top, left, height, width
 
     def size(self) -> Size:
-        """Return the shape, like a tensor."""
         return self._size
 
     def __setitem__(self, place: tuple[slice, slice, slice], pixels: Tensor) -> None:

@@ -16,30 +16,21 @@ from torch import Tensor
 
 MASK = 0xFFFFFFFF
 
-# lowbias32 of Chris Wellons' hash prospector. The second factor is taken less 2 ** 32: the same
-# modulo 2 ** 32, and no product leaves int64.
+# lowbias32 of Chris Wellons' hash prospector. The second factor less 2 ** 32 is the same modulo
+# 2 ** 32, and no product leaves int64.
 FACTORS = (0x7FEB352D, 0x846CA68B - 2**32)
 
 ARGUMENTS = 6  # of an operation: a matrix, or a value in the first place
 LEVELS = 256
 
 
-class Operation(IntEnum):
-    """Operations by their number in a plan."""
-
-    NOTHING = 0
-    AUTO_CONTRAST = 1
-    EQUALIZE = 2
-    INVERT = 3
-    POSTERIZE = 4
-    SOLARIZE = 5
-    SOLARIZE_ADD = 6
-    BRIGHTNESS = 7
-    CONTRAST = 8
-    COLOR = 9
-    SHARPNESS = 10
-    AFFINE_BILINEAR = 11
-    AFFINE_BICUBIC = 12
+# By their number in a plan.
+Operation = IntEnum(
+    "Operation",
+    "NOTHING AUTO_CONTRAST EQUALIZE INVERT POSTERIZE SOLARIZE SOLARIZE_ADD BRIGHTNESS CONTRAST "
+    "COLOR SHARPNESS AFFINE_BILINEAR AFFINE_BICUBIC",
+    start=0,
+)
 
 
 def apply_operation(
@@ -77,10 +68,6 @@ def _equalize(images: Tensor, _: Tensor) -> Tensor:
     equalized = (step // 2 + below) // step.clamp(min=1)
     # With (nearly) a single level, Pillow leaves the channel as it is.
     return _look_up(torch.where(step > 0, equalized.clamp(max=255), levels), images)
-
-
-def _invert(images: Tensor, _: Tensor) -> Tensor:
-    return 255 - images
 
 
 def _posterize(images: Tensor, bits: Tensor) -> Tensor:
@@ -161,7 +148,11 @@ def _affine(
 ) -> Tensor:
     """Pillow's affine transform: pixels whose center comes from outside are filled."""
     height, width = images.shape[2:]
-    x, y = _sources(matrices, height, width)
+    x = torch.arange(width, device=matrices.device) + 0.5
+    y = (torch.arange(height, device=matrices.device) + 0.5).unsqueeze(1)
+    a, b, c, d, e, f = matrices.view(-1, ARGUMENTS, 1, 1).unbind(1)
+    # The source of each pixel's center, [G, H * W] float32.
+    x, y = (a * x + b * y + c).flatten(1), (d * x + e * y + f).flatten(1)
     inside = (x >= 0) & (x < width) & (y >= 0) & (y < height)
     left, top = (x - 0.5).floor(), (y - 0.5).floor()
     columns = [(left.long() + first + tap).clamp(0, width - 1) for tap in range(taps)]
@@ -173,14 +164,6 @@ def _affine(
     ]
     values = interpolate(lines, down).clamp_(0, 255).to(torch.uint8)
     return torch.where(inside.unsqueeze(1), values, fill.view(1, -1, 1)).view_as(images)
-
-
-def _sources(matrices: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
-    """Return the source of each pixel's center: x and y, [G, H * W] float32."""
-    x = torch.arange(width, device=matrices.device) + 0.5
-    y = (torch.arange(height, device=matrices.device) + 0.5).unsqueeze(1)
-    a, b, c, d, e, f = matrices.view(-1, ARGUMENTS, 1, 1).unbind(1)
-    return (a * x + b * y + c).flatten(1), (d * x + e * y + f).flatten(1)
 
 
 def _pick(pixels: Tensor, index: Tensor) -> Tensor:
@@ -212,7 +195,7 @@ _TAPS = {
 _POINTWISE: dict[Operation, Callable[[Tensor, Tensor], Tensor]] = {
     Operation.AUTO_CONTRAST: _auto_contrast,
     Operation.EQUALIZE: _equalize,
-    Operation.INVERT: _invert,
+    Operation.INVERT: lambda images, _: 255 - images,
     Operation.POSTERIZE: _posterize,
     Operation.SOLARIZE: _solarize,
     Operation.SOLARIZE_ADD: _solarize_add,
@@ -246,15 +229,12 @@ def normals(seeds: Tensor, count: int) -> Tensor:
     pairs = -(-count // 2)
     # Hashed twice: places alone would give neighboring seeds the same numbers in another order.
     places = _hash(torch.arange(2 * pairs, device=seeds.device))
-    uniform = _uniform(_hash(places ^ seeds.unsqueeze(1)))
+    bits = _hash(places ^ seeds.unsqueeze(1))
+    # In (0, 1): the upper 24 bits, which float32 holds, and a half.
+    uniform = ((bits >> 8) + 0.5) * 2.0**-24
     radius = (-2 * uniform[:, :pairs].log()).sqrt()
     angle = 2 * math.pi * uniform[:, pairs:]
     return torch.cat([radius * angle.cos(), radius * angle.sin()], dim=1)[:, :count]
-
-
-def _uniform(bits: Tensor) -> Tensor:
-    """Turn 32 random bits into float32 in (0, 1): the upper 24, which float32 holds, and a half."""
-    return ((bits >> 8) + 0.5) * 2.0**-24
 
 
 def _hash(x: Tensor) -> Tensor:

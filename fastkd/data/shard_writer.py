@@ -1,9 +1,8 @@
-"""Write a folder of images as WebDataset shards in worker processes; interrupted runs continue."""
+"""Write a folder of images as WebDataset shards in worker processes; interrupted work continues."""
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import io
 import json
@@ -21,17 +20,13 @@ from typing import Any, NamedTuple
 
 from PIL import ExifTags, Image
 
-from fastkd.data.datasets import open_data
-from fastkd.data.folders import (
-    SHARD_LISTS,
-    UNFINISHED,
-    VALIDATION_FOLDERS,
-    refuse_empty_classes,
-)
-from fastkd.data.images import MAX_FILE, open_file, open_image, reason_of, refuse_deep
-from fastkd.data.tars import TarImages, list_shard
+from fastkd.data.datasets import UNFINISHED, VALIDATION_FOLDERS, open_data, refuse_empty_classes
+from fastkd.data.image_files import MAX_FILE, open_file, open_image, reason_of, refuse_deep
+from fastkd.data.readers import TarImages
+from fastkd.data.tars import SHARD_LISTS, list_shard
 from fastkd.utils.arguments import MOST_WORKERS, check_numbers, refuse_blank
 from fastkd.utils.io import remove_leftovers, replacing, write_text
+from fastkd.utils.lock import NAME, holding
 from fastkd.utils.progress import Progress, track
 
 CHUNK = 16  # images that a worker converts at a time
@@ -118,10 +113,10 @@ def shard(
     options |= {"samples_per_shard": samples_per_shard, "shard_size": shard_size}
     work = _Work(Path(source), Path(destination), options, quiet)
     most = max(20, len(work.images) // 100) if max_unreadable is None else max_unreadable
-    with locked(work.folder) as lock:
+    with holding(work.folder, "shard: destination"):
         work.resume()
         if left := len(work.left):
-            with contextlib.closing(work.samples(workers, lock, most)) as images:
+            with contextlib.closing(work.samples(workers, most)) as images:
                 work.write(images, TarWriter)
             work.scan()
         work.finish()
@@ -132,24 +127,8 @@ def shard(
     return ShardReport(work.folder, samples, shards, len(work.classes), size, lost, left)
 
 
-@contextlib.contextmanager
-def locked(folder: Path) -> Iterator[int]:
-    """Create a folder and lock it against other runs, where its file system has locks."""
-    folder.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if isinstance(error, BlockingIOError):
-                raise RuntimeError(f"shard: another process writes shards to {folder}") from error
-        yield descriptor
-    finally:
-        os.close(descriptor)
-
-
 class _Work:
-    """What the shards hold, and which of them are written, as their headers tell."""
+    """What the shards are to hold, and which of them are written."""
 
     def __init__(self, source: Path, folder: Path, options: dict[str, Any], quiet: bool) -> None:
         if not source.is_dir():
@@ -159,7 +138,6 @@ class _Work:
         self.left: list[Any] = []  # in no shard, and not known as unreadable
         self.shards: dict[str, dict[str, int]] = {}  # number of samples by split and file name
         self.unreadable: dict[str, str] = {}  # reasons by file
-        self.dead: set[str] = set()  # links to nothing from the start: no source that went away
         self.classes: list[str] = []  # names by number; empty without labels
         parted = (source / "train").is_dir()
         names = {source.resolve().name, *os.listdir(source)}
@@ -177,9 +155,7 @@ class _Work:
             for path, label in track(data.reader.samples, f"listing {split}", "file", not quiet):
                 file, key = os.path.relpath(path, source), f"{len(images):08d}"
                 images.append((split, key, file, label if data.labelled else None))
-                if os.path.islink(path) and not os.path.exists(path):
-                    self.dead.add(file)
-                size = None if file in self.dead else os.path.getsize(path)
+                size = None if _is_dead_link(path) else os.path.getsize(path)
                 digest.update(os.fsencode(f"{images[-1]} {size}\n"))
             random.Random(f"{options['seed']} {split}").shuffle(images)
             self.images, self.shards[split] = self.images + images, {}
@@ -193,9 +169,9 @@ class _Work:
                 found = json.loads((self.folder / name).read_text())["fastkd"]
                 kept = {part: dict(found[part]) for part in ("identity", "unreadable")}
         where = f"shard: destination: {self.folder}"
-        remove_leftovers(self.folder)  # all that a process killed in its first write leaves
-        if not kept and any(self.folder.iterdir()):
-            raise ValueError(f"{where} holds something else than shards; name a new folder")
+        remove_leftovers(self.folder)  # of a process killed in its first write
+        if not kept and any(path.name != NAME for path in self.folder.iterdir()):
+            raise ValueError(f"{where} holds something other than shards; name a new folder")
         for name, value in self.identity.items():
             if kept and (other := kept["identity"].get(name)) != value:
                 raise ValueError(f"{where} has shards of another run: {name} {other}, not {value}")
@@ -219,22 +195,19 @@ class _Work:
                 shards[path.name] = len(keys)
             self.left += readable
 
-    def samples(self, workers: int | None, lock: int, most: int) -> Generator[tuple[str, Any]]:
+    def samples(self, workers: int | None, most: int) -> Generator[tuple[str, Any]]:
         """Yield (split, sample) of what is left; stop at more than ``most`` unreadable images."""
         workers = workers or len(os.sched_getaffinity(0))
         total, window = len(self.images), 2 * CHUNK * workers
         change = partial(convert, **{k: self.options[k] for k in ("short_side", "quality")})
-        pool = ProcessPoolExecutor(workers, get_context("fork"), _begin_worker, (lock,))
+        pool = ProcessPoolExecutor(workers, get_context("fork"), _begin_worker)
         bar = Progress("shard", total, initial=total - len(self.left), shows=not self.quiet)
         ahead: Iterator[Any] = iter(())
         with bar as progress, contextlib.ExitStack() as stack:
             stack.callback(pool.shutdown, cancel_futures=True)
             for start in range(0, len(self.left) + window, window):
                 images = self.left[start : start + window]
-                files = (
-                    None if file in self.dead else os.path.join(self.source, file)
-                    for _, _, file, _ in images
-                )
+                files = (os.path.join(self.source, file) for _, _, file, _ in images)
                 results = pool.map(change, files, chunksize=CHUNK)
                 ready, ahead = ahead, zip(images, results, strict=True)
                 for (split, key, file, label), content in ready:
@@ -288,19 +261,22 @@ class _Work:
         os.replace(self.folder / UNFINISHED, self.folder / SHARD_LISTS[0])
 
 
-def _begin_worker(lock: int) -> None:
-    """Leave the lock and interrupts to the main process, and end with it."""
-    os.close(lock)
+def _begin_worker() -> None:
+    """Leave interrupts to the main process, and end with it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent: Any = parent_process()
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 
-def convert(path: str | None, short_side: int | None, quality: int) -> dict[str, bytes] | str:
+def _is_dead_link(path: str) -> bool:
+    return os.path.islink(path) and not os.path.exists(path)
+
+
+def convert(path: str, short_side: int | None, quality: int) -> dict[str, bytes] | str:
     """Return {extension: content} of an image as it is stored, or the reason why it cannot be."""
-    if path is None:
+    if _is_dead_link(path):
         return "link to a missing file"
-    with open_file(path) as file:  # an error here says nothing about the image
+    with open_file(path) as file:  # an error here is the disk's, not the image's
         content = file.read(MAX_FILE + 1)
     try:
         with open_image(content) as image:
