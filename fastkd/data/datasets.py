@@ -44,12 +44,7 @@ from fastkd.utils.io import printable, writable
 from fastkd.utils.random import preserved_rng
 
 # By the scheme of timm's dataset names: the module that reads it, which is its name for pip, too.
-SCHEMES = {
-    "hfds": "datasets",
-    "hfids": "datasets",
-    "wds": "webdataset",
-    "torch": "torchvision",
-}
+SCHEMES = {"hfds": "datasets", "hfids": "datasets", "wds": "webdataset", "torch": "torchvision"}
 VALIDATION_FOLDERS = ("val", "validation", "valid")
 LABEL_FILES = (".txt", ".csv", ".tsv", ".json")  # beside images, may hold their classes
 UNFINISHED = ".fastkd-shard.json"  # beside shards that are still being written

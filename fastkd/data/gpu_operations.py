@@ -187,10 +187,7 @@ def _cubic(values: list[Tensor], place: Tensor) -> Tensor:
 
 
 # Interpolation, first tap (from the pixel left of, or above, the place), number of taps.
-_TAPS = {
-    Operation.AFFINE_BILINEAR: (_linear, 0, 2),
-    Operation.AFFINE_BICUBIC: (_cubic, -1, 4),
-}
+_TAPS = {Operation.AFFINE_BILINEAR: (_linear, 0, 2), Operation.AFFINE_BICUBIC: (_cubic, -1, 4)}
 
 _POINTWISE: dict[Operation, Callable[[Tensor, Tensor], Tensor]] = {
     Operation.AUTO_CONTRAST: _auto_contrast,

@@ -14,7 +14,7 @@ FLOAT32 = (1e-37, 1e37)  # neither these numbers nor their reciprocals are 0 or 
 
 
 def describe(value: Any) -> str:
-    """Say in a few words what was given; never the numbers of a tensor."""
+    """Describe a value in a few words, a tensor without its numbers."""
     if isinstance(value, type):
         return f"the class {value.__name__}"
     if isinstance(value, numbers.Number):
@@ -36,10 +36,7 @@ def check_number(
     *,
     whole: bool = False,
 ) -> None:
-    """Raise unless a value is a number in bounds, an integer if ``whole``.
-
-    Without bounds it must be finite in float32, or be held in 64 bits if ``whole``.
-    """
+    """Raise unless a value is a number in bounds, an integer if ``whole``."""
     kind: Any = numbers.Integral if whole else numbers.Real
     if isinstance(value, bool) or not isinstance(value, kind):
         expected = "an integer" if whole else "a number"
@@ -60,9 +57,9 @@ def check_number(
 
 
 def check_numbers(caller: str, **given: tuple[Any, ...]) -> None:
-    """As `check_number`, for every argument that is not None: (value, least) or with a most.
+    """Apply `check_number` to (value, least[, most]) of every argument that is not None.
 
-    Integers are asked for by a ``least`` that is one.
+    An argument must be an integer where its ``least`` is one.
     """
     for name, (value, *bounds) in given.items():
         if value is not None:
@@ -70,7 +67,7 @@ def check_numbers(caller: str, **given: tuple[Any, ...]) -> None:
 
 
 def refuse_blank(caller: str, **given: Any) -> None:
-    """Refuse empty texts: as a path they would be the current folder."""
+    """Raise for empty text, which as a path would be the current folder."""
     for name, value in given.items():
         if isinstance(value, str) and not value.strip():
             raise ValueError(f"{caller}: {name} must not be empty, got {value!r}")

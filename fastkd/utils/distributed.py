@@ -9,7 +9,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Any, NoReturn
 
 import torch
@@ -31,28 +31,21 @@ AMP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 @dataclass(frozen=True)
 class World:
-    """This process among its peers.
+    """This process among its peers."""
 
-    Attributes:
-        device: where this process computes.
-        rank: 0 writes files and talks.
-        size: number of processes.
-        control: the group for what the hosts tell each other, which must not wait for devices; None
-            is the default group.
-    """
-
-    device: torch.device
+    device: torch.device  # where this process computes
     rank: int = 0
-    size: int = 1
+    size: int = 1  # number of processes
+    # The group for messages between hosts, which must not wait for devices; None: the default one.
     control: dist.ProcessGroup | None = None
 
     @property
     def is_main(self) -> bool:
-        """Whether this process writes and talks."""
+        """Whether this process writes files and prints."""
         return self.rank == 0
 
     def sum(self, values: Tensor) -> Tensor:
-        """Sum over all processes; synchronises with them, on the device."""
+        """Sum over all processes; synchronizes with them, on the device."""
         if self.size == 1:
             return values
         total = values.clone()
@@ -60,13 +53,11 @@ class World:
         return total
 
     def maximum(self, value: int) -> Callable[[], int]:
-        """Begin to look for the largest value of all processes; waits for no device."""
+        """Begin to find the largest value of all processes; waits for no device."""
         if self.size == 1:
             return lambda: value
-        largest = torch.tensor(value)
-        work: Any = dist.all_reduce(
-            largest, op=dist.ReduceOp.MAX, group=self.control, async_op=True
-        )
+        largest, op = torch.tensor(value), dist.ReduceOp.MAX
+        work: Any = dist.all_reduce(largest, op=op, group=self.control, async_op=True)
 
         def result() -> int:
             work.wait()
@@ -75,7 +66,7 @@ class World:
         return result
 
     def gather(self, value: Any) -> list[Any]:
-        """Collect a picklable value of every process; synchronises with them, not with devices."""
+        """Collect a picklable value of every process; synchronizes with them, not with devices."""
         if self.size == 1:
             return [value]
         values: list[Any] = [None] * self.size
@@ -84,7 +75,7 @@ class World:
 
     @torch.no_grad()
     def share(self, module: nn.Module) -> None:
-        """Give every process the main one's parameters and buffers."""
+        """Copy the main process' parameters and buffers to all others."""
         if self.size == 1:
             return
         for tensor in (*module.parameters(), *module.buffers()):
@@ -106,24 +97,23 @@ ALONE = World(torch.device("cpu"))  # one process, without an accelerator
 
 @contextmanager
 def world(device: str | torch.device | None = None) -> Iterator[World]:
-    """Join torchrun's process group, which then stays for other runs until the process ends.
-
-    Left and joined again, it would find the addresses of the earlier group in torchrun's store.
-    """
+    """Join torchrun's process group, which then stays for other runs until the process ends."""
     size = process_count()
-    chosen = _device(device, _from_environment("LOCAL_RANK", 0))
+    chosen = _usable_device(device, _from_environment("LOCAL_RANK", 0))
     if size == 1 and not (dist.is_available() and dist.is_initialized()):
         yield World(chosen)
         return
     if not dist.is_initialized():
         dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
+        # Not at the end of a run: a group that is left and joined again finds the addresses of the
+        # earlier one in torchrun's store.
         atexit.register(_leave)
     try:
         control: Any = dist.new_group(backend="gloo") if dist.get_backend() != "gloo" else None
         yield World(chosen, dist.get_rank(), dist.get_world_size(), control)
     except Exception:
-        # After an error others may still wait in a collective: NCCL's farewell would wait for them,
-        # while this process' end is what lets torchrun end them, too.
+        # After an error others may still wait in a collective: destroying NCCL's group would wait
+        # for them, while torchrun ends them once this process has ended.
         if chosen.type == "cuda":
             atexit.unregister(_leave)
         raise
@@ -135,7 +125,7 @@ def is_main_process() -> bool:
 
 
 def process_count() -> int:
-    """How many processes torchrun started; raises where another launcher started copies of one."""
+    """Return how many processes torchrun started; raise where another launcher started several."""
     if os.environ.get("WORLD_SIZE") or (dist.is_available() and dist.is_initialized()):
         return _from_environment("WORLD_SIZE", 1)
     ones = dict.fromkeys(TASK_COUNTS, "1") | {"SLURM_PROCID": "0", "RANK": "0"}
@@ -153,7 +143,7 @@ def process_count() -> int:
 
 
 def _from_environment(name: str, least: int) -> int:
-    """A whole number that a launcher sets; the least one where it is not set."""
+    """Return a whole number that a launcher sets; the least one where it is not set."""
     text = os.environ.get(name) or str(least)
     if not (text.isdecimal() and int(text) >= least):
         raise ValueError(f"the environment's {name} must be a number from {least}, got {text!r}")
@@ -166,7 +156,7 @@ def _leave() -> None:
 
 
 def check_device(device: str | torch.device | None) -> torch.device:
-    """The device that is meant, of a kind that can train, whether it is there or not."""
+    """Parse a device of a kind that can train, whether it is there or not."""
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -181,7 +171,7 @@ def check_device(device: str | torch.device | None) -> torch.device:
     return chosen
 
 
-def _device(device: str | torch.device | None, local_rank: int) -> torch.device:
+def _usable_device(device: str | torch.device | None, local_rank: int) -> torch.device:
     chosen = check_device(device)
     if chosen.type == "cuda":
         if not torch.cuda.is_available():
@@ -198,7 +188,7 @@ def _device(device: str | torch.device | None, local_rank: int) -> torch.device:
 
 
 def autocast(device: torch.device, amp: str) -> AbstractContextManager[Any]:
-    """The autocast context of a recipe's ``amp``."""
+    """Return the autocast context of a recipe's ``amp``."""
     if amp == "none":
         return nullcontext()
     if amp not in AMP_DTYPES:
@@ -209,16 +199,14 @@ def autocast(device: torch.device, amp: str) -> AbstractContextManager[Any]:
 class StopRequest:
     """While entered, a signal to stop sets `received`; a second SIGINT interrupts at once.
 
-    SIGUSR1 is what SLURM can send some time before it ends a job. (torchrun passes on only what
-    ``TORCHELASTIC_SIGNALS_TO_HANDLE`` names, which is without SIGUSR1 unless told.)
-
-    Outside the main thread, where python has no signals, it only offers `received`.
+    SLURM can send SIGUSR1 some time before it ends a job; torchrun passes it on only if
+    ``TORCHELASTIC_SIGNALS_TO_HANDLE`` names it. Outside the main thread no signals are handled.
     """
 
     def __init__(self) -> None:
         self.received: int | None = None
         self._previous: dict[int, Any] = {}
-        self._asked: Callable[[], int] | None = None
+        self._pending: Callable[[], int] | None = None
 
     def __enter__(self) -> StopRequest:
         if threading.current_thread() is threading.main_thread():
@@ -226,12 +214,7 @@ class StopRequest:
                 self._previous[number] = signal.signal(number, self._receive)
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
@@ -241,14 +224,14 @@ class StopRequest:
         self.received = number
 
     def poll(self, world: World) -> bool:
-        """Whether a process had been asked to stop at the last call; waits for no device."""
+        """Return whether a process was asked to stop before the last call; waits for no device."""
         if world.size == 1:
             return self.received is not None
-        before, self._asked = self._asked, world.maximum(self.received or 0)
+        before, self._pending = self._pending, world.maximum(self.received or 0)
         return before is not None and self._note(before())
 
     def agree(self, world: World) -> bool:
-        """Whether a process has been asked to stop by now; waits for the other hosts."""
+        """Return whether a process has been asked to stop by now; waits for the other hosts."""
         return self._note(world.maximum(self.received or 0)())
 
     def raise_if_asked(self, world: World) -> None:

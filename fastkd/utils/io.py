@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 _TEMPORARY = re.compile(r"\..+\.\d+\.tmp")
-# C0 and C1, line and paragraph separators, and what turns the direction of writing around.
+# C0 and C1, line and paragraph separators, and changes of the direction of writing.
 _CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
 _LONE = re.compile("[\ud800-\udc7f\udd00-\udfff]")  # surrogates that stand for no byte
-_FORMULA = re.compile("[=+@\uff1d\uff0b\uff0d\uff20-]")  # begins one; those of full width, too
+_FORMULA = re.compile("[=+@\uff1d\uff0b\uff0d\uff20-]")  # starts a formula, also in full width
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?|-?(inf|nan)", re.IGNORECASE)
 
 
@@ -55,10 +55,9 @@ def replacing(path: str | os.PathLike[str], previous: int | None = None) -> Iter
 def replacing_path(target: Path, folder: bool) -> Iterator[Path]:
     """Yield a path to write a file or folder to, which then takes the place of ``target``.
 
-    Unlike that of `replacing`, a file has the name that it will have, for readers that go by it. Of
-    a link the target is replaced.
+    Unlike that of `replacing`, a file has its final name, which some writers store.
     """
-    target = Path(os.path.realpath(target))
+    target = Path(os.path.realpath(target))  # of a link the target is replaced
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     aside = target.with_name(f".{target.name}.old")
     shutil.rmtree(temporary, ignore_errors=True)  # of a killed process that had this number
@@ -87,7 +86,7 @@ def replacing_path(target: Path, folder: bool) -> Iterator[Path]:
 
 
 def earlier(path: str | os.PathLike[str], number: int) -> Path:
-    """Where `replacing` keeps an earlier version of a file."""
+    """Return where `replacing` keeps an earlier version of a file."""
     path = Path(path)
     return path if number == 0 else path.with_name(f"{path.stem}-{number}{path.suffix}")
 
@@ -112,13 +111,13 @@ def _shift(path: Path, previous: int) -> None:
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
-    """Write a small text file atomically; bytes of names that are no UTF-8 become escapes."""
+    """Write a small text file atomically; names that are not UTF-8 are escaped."""
     with replacing(path) as file:
         file.write(text.encode(errors="backslashreplace"))
 
 
 def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Read a mapping from a JSON file; what is none is a ValueError that names the file."""
+    """Read a mapping from a JSON file; raise a ValueError naming the file for anything else."""
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
@@ -129,23 +128,24 @@ def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def writable(name: str | os.PathLike[str]) -> str:
-    r"""A name as it can be encoded, whatever bytes a file system or a file of JSON has for it."""
+    r"""Return a name that can be encoded, whatever bytes a file system or JSON file has for it."""
     text = _LONE.sub(lambda found: f"\\u{ord(found[0]):x}", os.fsdecode(name))
     return os.fsencode(text).decode("utf-8", "backslashreplace")
 
 
 def printable(name: str | os.PathLike[str], *, lines: bool = False) -> str:
-    r"""A name or text as a terminal may show it: what would steer it is ``\x1b``, ``\n``, ....
-
-    With ``lines`` it may consist of several lines.
-    """
+    r"""Escape control characters of a name or text, but with ``lines`` line breaks and tabs."""
     text = writable(name)
     kept = "\n\t" if lines else ""
-    return _CONTROL.sub(lambda found: found[0] if found[0] in kept else _escaped(found[0]), text)
+
+    def escaped(found: re.Match[str]) -> str:
+        return found[0] if found[0] in kept else found[0].encode("unicode_escape").decode()
+
+    return _CONTROL.sub(escaped, text)
 
 
 def csv_text(rows: Iterable[Iterable[Any]]) -> str:
-    """Comma-separated values; a spreadsheet takes no text of them for a formula."""
+    """Format comma-separated values, none of which a spreadsheet takes for a formula."""
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows([map(_cell, row) for row in rows])
     return text.getvalue()
@@ -156,7 +156,3 @@ def _cell(value: Any) -> Any:
         return value
     text = printable(value)
     return f"'{text}" if _FORMULA.match(text) and not _NUMBER.fullmatch(text) else text
-
-
-def _escaped(character: str) -> str:
-    return character.encode("unicode_escape").decode()

@@ -70,8 +70,7 @@ class Progress:
     @property
     def seconds_left(self) -> float | None:
         """Estimate from the items done since the start; None before the first."""
-        fresh = self.done - self._initial
-        if not fresh:
+        if not (fresh := self.done - self._initial):
             return None
         return (time.monotonic() - self._begun) / fresh * max(0, self.total - self.done)
 

@@ -1,4 +1,4 @@
-"""Random numbers that depend on where a run is, not on how it got there.
+"""Seeds and states of random generators.
 
 Seeds derive from (seed, epoch, sample, copy) or (seed, update, rank): any number of workers, and a
 run that was stopped anywhere, draw the same numbers.
@@ -15,20 +15,12 @@ import numpy as np
 import torch
 
 # What a derived seed is for, so that the streams of different purposes never coincide.
-PURPOSES = {
-    "model": 0,
-    "order": 1,
-    "sample": 2,
-    "mix": 3,
-    "update": 4,
-    "fingerprint": 5,
-    "stream": 6,
-}
+PURPOSES = ("model", "order", "sample", "mix", "update", "fingerprint", "stream")
 
 
 def derive_seed(purpose: str, *parts: int) -> int:
     """Hash a purpose and whole numbers >= 0 into a 32-bit seed."""
-    return int(np.random.SeedSequence([PURPOSES[purpose], *parts]).generate_state(1)[0])
+    return int(np.random.SeedSequence([PURPOSES.index(purpose), *parts]).generate_state(1)[0])
 
 
 def seed_cpu(seed: int) -> None:
@@ -39,7 +31,7 @@ def seed_cpu(seed: int) -> None:
 
 
 def seed_all(seed: int) -> None:
-    """Seed python, numpy and torch, accelerators included; does not synchronise."""
+    """Seed python, numpy and torch, accelerators included; does not synchronize."""
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
@@ -47,7 +39,7 @@ def seed_all(seed: int) -> None:
 
 @contextmanager
 def preserved_rng() -> Iterator[None]:
-    """Give python, numpy and torch's CPU generator back as they were."""
+    """Restore the generators of python, numpy and torch's CPU after the block."""
     state = random.getstate(), np.random.get_state(), torch.get_rng_state()
     try:
         yield
@@ -58,7 +50,7 @@ def preserved_rng() -> Iterator[None]:
 
 
 def rng_state(device: torch.device) -> dict[str, Any]:
-    """States of all generators, in types that ``torch.load(weights_only=True)`` reads."""
+    """Return all generators' states, in types that ``torch.load(weights_only=True)`` reads."""
     _, keys, position, has_gauss, gauss = np.random.get_state()
     state: dict[str, Any] = {
         "python": random.getstate(),
@@ -72,7 +64,7 @@ def rng_state(device: torch.device) -> dict[str, Any]:
 
 @contextmanager
 def seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """Draw from a seed inside the block, and give all generators back as they were."""
+    """Seed all generators inside the block, and restore them after it."""
     state = rng_state(device)
     seed_all(seed)
     try:
@@ -82,13 +74,12 @@ def seeded(seed: int, device: torch.device) -> Iterator[None]:
 
 
 def set_rng_state(state: dict[str, Any], device: torch.device) -> None:
-    """Put back what `rng_state` gave."""
+    """Restore a state of `rng_state`."""
     version, keys, gauss = state["python"]
     random.setstate((version, tuple(keys), gauss))
     np_keys, position, has_gauss, np_gauss = state["numpy"]
-    np.random.set_state(
-        ("MT19937", np_keys.numpy().astype(np.uint32), position, has_gauss, np_gauss)
-    )
+    uint32_keys = np_keys.numpy().astype(np.uint32)
+    np.random.set_state(("MT19937", uint32_keys, position, has_gauss, np_gauss))
     torch.set_rng_state(state["torch"])
     if device.type == "cuda" and "cuda" in state:
         torch.cuda.set_rng_state(state["cuda"], device)

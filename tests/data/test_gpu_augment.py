@@ -224,8 +224,7 @@ def test_copies_of_an_image_are_augmented_differently():
 
 
 @pytest.mark.parametrize(
-    ("policy", "named"),
-    [("augmix-m5", "AugMixAugment"), ("rand-m9-t3a", "GaussianBlur")],
+    ("policy", "named"), [("augmix-m5", "AugMixAugment"), ("rand-m9-t3a", "GaussianBlur")]
 )
 def test_what_the_device_does_not_do_is_refused_by_name(policy, named):
     with pytest.raises(ValueError, match=rf"augment: 'gpu' does not do {named}.*augment='cpu'"):

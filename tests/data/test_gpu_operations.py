@@ -16,7 +16,7 @@ POINTWISE = [
     *("BrightnessIncreasing", "Sharpness", "SharpnessIncreasing", "Desaturate"),
 ]
 AFFINE = [
-    *("Rotate", "ShearX", "ShearY", "TranslateX", "TranslateY", "TranslateXRel", "TranslateYRel"),
+    *("Rotate", "ShearX", "ShearY", "TranslateX", "TranslateY", "TranslateXRel", "TranslateYRel")
 ]
 FILTERS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 # Pixels of an affine operation that may differ at all: float32 beside Pillow's double, where a

@@ -8,13 +8,7 @@ import pytest
 from fastkd.data.batches import Fault
 from fastkd.data.classes import class_names
 from fastkd.data.datasets import open_data
-from tests.harness.archives import (
-    CLASSES,
-    images_of,
-    shard_of,
-    tar_of,
-    write_shards,
-)
+from tests.harness.archives import CLASSES, images_of, shard_of, tar_of, write_shards
 
 
 def test_shards_of_an_info_file_are_those_it_lists(folder, tmp_path):

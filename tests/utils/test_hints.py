@@ -6,17 +6,19 @@ from fastkd.config import Recipe
 from fastkd.utils import hints
 
 ELSEWHERE = {  # arguments beside the fields, and those of other commands
-    *("checkpoint", "output", "recipe", "resume", "top", "weights"),
+    *("checkpoint", "output", "recipe", "resume", "top", "weights")
 }
 
 
 def test_every_name_that_is_hinted_at_exists():
-    assert hints._WORDS.keys() - Recipe.model_fields.keys() == ELSEWHERE
-    assert hints._NOTES.keys() <= hints._WORDS.keys()
+    names, notes = hints.foreign_names()["names"], hints.foreign_names()["notes"]
+    assert names.keys() - Recipe.model_fields.keys() == ELSEWHERE
+    assert notes.keys() <= names.keys()
 
 
 def test_no_name_that_exists_is_called_foreign():
-    foreign = set().union(*hints._WORDS.values()) | hints._ABSENT.keys()
+    tables = hints.foreign_names()
+    foreign = set(" ".join(tables["names"].values()).split()) | tables["absent"].keys()
     assert not foreign & Recipe.model_fields.keys()
 
 
