@@ -92,7 +92,7 @@ EPSILONS = {
 }
 # Where the LayerNorm of Lift is computed or built.
 LIFT_FILES = (
-    *("fastkd/ops/lift_kd/*.py", "fastkd/losses/lift.py", "fastkd/losses/projectors.py"),
+    *("fastkd/ops/lift_kd/*.py", "fastkd/losses/feature.py", "fastkd/losses/projectors.py"),
     *("fastkd/models/students.py", "fastkd/integrations/*.py"),
 )
 

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # a checker cannot follow the registry, and these may be listed here
     from fastkd.losses.attention import AttentionTransfer as AttentionTransfer
     from fastkd.losses.base import Distance as Distance
     from fastkd.losses.base import FeatureTerm as FeatureTerm
     from fastkd.losses.base import LogitTerm as LogitTerm
-    from fastkd.losses.base import MapDistance as MapDistance
     from fastkd.losses.crd import CRD as CRD
     from fastkd.losses.distillation import DistillationLoss as DistillationLoss
     from fastkd.losses.feature import FeatureKD as FeatureKD
-    from fastkd.losses.lift import Lift as Lift
-    from fastkd.losses.lift import LiftKD as LiftKD
+    from fastkd.losses.feature import LiftKD as LiftKD
+    from fastkd.losses.feature import MapDistance as MapDistance
     from fastkd.losses.logit import DIST as DIST
     from fastkd.losses.logit import DKD as DKD
     from fastkd.losses.logit import NKD as NKD
@@ -22,6 +21,7 @@ if TYPE_CHECKING:
     from fastkd.losses.logit import SoftKD as SoftKD
     from fastkd.losses.manifold import ManifoldKD as ManifoldKD
     from fastkd.losses.projectors import PROJECTORS as PROJECTORS
+    from fastkd.losses.projectors import Lift as Lift
     from fastkd.losses.projectors import build_projector as build_projector
     from fastkd.losses.projectors import pool_side as pool_side
     from fastkd.losses.projectors import undecayed as undecayed
@@ -35,15 +35,15 @@ else:  # at first use: reading the registry must not import torch
 
     from fastkd.losses.registry import FEATURE_LOSSES, LOGIT_LOSSES
 
-    _HOMES = {
-        **{loss.class_name: loss.module for loss in (*LOGIT_LOSSES, *FEATURE_LOSSES)},
-        **dict.fromkeys(("Distance", "FeatureTerm", "LogitTerm"), "base"),
-        "DistillationLoss": "distillation",
-        "FeatureKD": "feature",
-        **dict.fromkeys(("Lift", "LiftKD"), "lift"),
-        **dict.fromkeys(("PROJECTORS", "build_projector", "pool_side", "undecayed"), "projectors"),
-        **dict.fromkeys(("create_feature_loss", "create_logit_loss"), "registry"),
-    }
+    _HOMES = {loss.class_name: loss.module for loss in (*LOGIT_LOSSES, *FEATURE_LOSSES)}
+    for module, names in {
+        "base": "Distance FeatureTerm LogitTerm",
+        "distillation": "DistillationLoss",
+        "feature": "FeatureKD LiftKD",
+        "projectors": "PROJECTORS Lift build_projector pool_side undecayed",
+        "registry": "create_feature_loss create_logit_loss",
+    }.items():
+        _HOMES |= dict.fromkeys(names.split(), module)
     __all__ = sorted(_HOMES)
 
     def __getattr__(name):

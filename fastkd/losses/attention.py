@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastkd.losses.base import Distance, Grid, check_option, mean_of
+from fastkd.losses.base import Distance, Grid, check_at_least
 from fastkd.ops.checks import at_least_float32
 
 
@@ -18,15 +18,10 @@ class AttentionTransfer(Distance):
     .. math:: L = \frac{1}{B N} \sum_b \left\| \frac{q^s_b}{\|q^s_b\|_2}
               - \frac{q^t_b}{\|q^t_b\|_2} \right\|_2^2
 
-    which lies between 0 and 2 / N, so its weight must be large: the authors use 1000 on the sum
-    over three stages, which is 3000 on a mean of three pairs. Source: arXiv 1612.03928. Eq. 2 of
-    the paper sums norms that are not squared, with weight 1000 / (places times images); its code
-    averages squares over images and places, as here. Summing :math:`|x|^p` over channels instead of
-    averaging changes nothing after normalization. An image of zeros has a map of zeros and no
-    gradient.
-
-    Plain PyTorch, in float32 at least: eager autograd keeps a few tensors of the size of the
-    student's tokens, which `torch.compile` fuses away.
+    which lies between 0 and 2 / N, so its weight must be large. Source: arXiv 1612.03928, following
+    its code; eq. 2 of the paper sums norms that are not squared. The authors' weight of 1000 on the
+    sum over three stages is 3000 on a mean of three pairs. An image of zeros has a map of zeros and
+    no gradient.
 
     Args:
         power: p, at least 1. The larger, the more the strongest places count.
@@ -40,13 +35,13 @@ class AttentionTransfer(Distance):
 
     def __init__(self, power: float = 2.0) -> None:
         super().__init__()
-        check_option(self, "power", power, 1)
+        check_at_least(self, 1, power=power)
         self.power = power
 
     def compare(self, student: Tensor, teacher: Tensor, grid: Grid | None) -> Tensor:
-        """Compute the distance of [B, N, Ds] and [B, N, Dt] tokens."""
+        # Plain PyTorch, whose saved tensors torch.compile fuses away.
         difference = _energy_map(student, self.power) - _energy_map(teacher, self.power)
-        return mean_of(difference.square().sum(), difference.numel())
+        return difference.square().sum() / max(1, difference.numel())  # an empty batch gives 0
 
 
 def _energy_map(tokens: Tensor, power: float) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from fastkd.losses.base import Distance, Grid, check_option, check_positive
+from fastkd.losses.base import Distance, Grid, check_counts, check_positive
 from fastkd.losses.forward_gradient import (
     check_chunk_bytes,
     chunk_limit,
@@ -33,36 +33,30 @@ class CRD(Distance):
               -\log \frac{e^{z^s_i \cdot z^t_i / \tau}}{\sum_j e^{z^s_i \cdot z^t_j / \tau}}
               -\log \frac{e^{z^t_i \cdot z^s_i / \tau}}{\sum_j e^{z^t_i \cdot z^s_j / \tau}} \right]
 
-    which is log B for random embeddings and 0 for a batch of one. Idea, heads, temperature (of the
-    code) and taking both sides as anchors are from arXiv 1910.10699. CRD draws 16384 negatives of
+    which is log B for random embeddings and 0 for a batch of one. Heads, temperature (of the code)
+    and both sides as anchors are from arXiv 1910.10699, which differs: it draws 16384 negatives of
     other classes from a memory bank of the whole training set, contrasts each with the positive
-    (NCE, with an estimated normalizer), and adds the directions; here the negatives are the batch's
-    other images, of any class, in one softmax (InfoNCE), and the directions are averaged. So no
-    image indices are needed and no embeddings are stale, but weights are not comparable with CRD's,
-    and large batches matter: see ``gather``. Copies of one image in a batch (repeated augmentation)
-    are negatives of each other, and pushed apart.
+    (NCE), and adds the directions. Here the negatives are the batch's other images, of any class,
+    in one softmax, and the directions are averaged. So weights are not comparable with CRD's, large
+    batches matter (see ``gather``), and copies of one image in a batch (repeated augmentation) are
+    pushed apart.
 
-    Both heads are trained, and dropped at inference; the teacher's tokens are frozen. The heads
-    compute in the dtype of their parameters.
-
-    The B x B logits are computed a few rows at a time, with their gradient, in the forward: it
-    allocates [B, dim] tensors, and temporaries of ``chunk_bytes`` in total or, if larger, of one
-    row, 2 B numbers. Second derivatives are refused.
+    Both heads are trained, in the dtype of their parameters, and dropped at inference. The B x B
+    logits are computed a few rows at a time, with their gradient, in the forward. Second
+    derivatives are refused.
 
     Args:
         student_dim: the student's channels.
         teacher_dim: the teacher's channels.
         dim: channels of the embeddings.
         temperature: :math:`\tau`; the smaller, the more the hardest negatives count.
-        gather: while training (in train mode, with gradients), take negatives from all processes of
-            torch.distributed's default group, not only from this process's micro-batch. All
-            must call the loss equally often with equally many images (``drop_last=True``). CPU
-            tensors are checked; with NCCL, where a check would synchronize in every step, other
-            processes hang or fail (``TORCH_DISTRIBUTED_DEBUG=DETAIL`` helps). The mean of the
-            values over processes, and the gradients averaged as DDP does, are those of one process
-            with all images. Evaluation, whose shares may differ in size, uses each process's own
-            images, and so does a run without a process group.
-        chunk_bytes: limit of the temporaries; by default 2 MiB on a CPU, 64 MiB elsewhere.
+        gather: in train mode with gradients, take negatives from all processes of
+            torch.distributed's default group, not only from this process's micro-batch. All must
+            call the loss equally often with equally many images (``drop_last=True``). CPU tensors
+            are checked; with NCCL, where a check would synchronize in every step, other processes
+            hang or fail (``TORCH_DISTRIBUTED_DEBUG=DETAIL`` helps).
+        chunk_bytes: limit of the temporaries, or one row of 2 B numbers if that is larger; by
+            default 2 MiB on a CPU, 64 MiB elsewhere.
 
     Raises:
         ValueError: a width, the temperature or ``chunk_bytes`` is not positive.
@@ -83,13 +77,8 @@ class CRD(Distance):
         chunk_bytes: int | None = None,
     ) -> None:
         super().__init__()
-        for name, value in (
-            ("student_dim", student_dim),
-            ("teacher_dim", teacher_dim),
-            ("dim", dim),
-        ):
-            check_option(self, name, value, 1, whole=True)
-        check_positive(self, "temperature", temperature)
+        check_counts(self, student_dim=student_dim, teacher_dim=teacher_dim, dim=dim)
+        check_positive(self, temperature=temperature)
         check_chunk_bytes(self, chunk_bytes)
         self.student_dim = student_dim
         self.teacher_dim = teacher_dim
@@ -100,34 +89,26 @@ class CRD(Distance):
         self.chunk_bytes = chunk_bytes
 
     def compare(self, student: Tensor, teacher: Tensor, grid: Grid | None) -> Tensor:
-        """Compute the loss of [B, N, Ds] and [B, N, Dt] tokens."""
-        self._check_widths(student, teacher)
+        for side, x in (("student", student), ("teacher", teacher)):
+            width = getattr(self, f"{side}_dim")
+            if x.shape[-1] != width:
+                raise ValueError(
+                    f"CRD: {side} must have {side}_dim={width} channels, got {x.shape[-1]}"
+                )
         sides = _embedding(student, self.student_head), _embedding(teacher, self.teacher_head)
         limit = chunk_limit(student.device, self.chunk_bytes)
         temperature = float(self.temperature)
         all_sides, first = sides, 0
-        if self._gathers():
+        # Evaluation, whose shares may differ in size, may forget eval mode, but has no gradients.
+        if self.gather and self.training and torch.is_grad_enabled() and _processes() > 1:
             _check_shares(student)
+            # The mean of the values over processes, and the gradients averaged as DDP does, are
+            # those of one process with all images.
             all_sides = tuple(_gather_rows(side, _processes()) for side in sides)
             first = dist.get_rank() * len(student)
         forth = _info_nce(sides[0], all_sides[1], first, temperature, limit)
         back = _info_nce(sides[1], all_sides[0], first, temperature, limit)
         return (forth + back) / 2
-
-    def _check_widths(self, student: Tensor, teacher: Tensor) -> None:
-        for side, x, width in (
-            ("student", student, self.student_dim),
-            ("teacher", teacher, self.teacher_dim),
-        ):
-            if x.shape[-1] != width:
-                raise ValueError(
-                    f"CRD: {side} must have {side}_dim={width} channels, got {x.shape[-1]}"
-                )
-
-    def _gathers(self) -> bool:
-        # Evaluation may forget to put the loss into eval mode, but has no gradients.
-        training = self.training and torch.is_grad_enabled()
-        return self.gather and training and _processes() > 1
 
 
 def _embedding(tokens: Tensor, head: nn.Module) -> Tensor:

@@ -8,15 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastkd.losses.base import (
-    FeatureTerm,
-    Key,
-    LogitTerm,
-    check_logits,
-    check_option,
-    check_target,
-    expected,
-)
+from fastkd.losses.base import FeatureTerm, Key, LogitTerm, check_at_least
+from fastkd.losses.logit import check_logits, check_target, expected
 from fastkd.losses.projectors import undecayed
 from fastkd.ops.checks import at_least_float32
 from fastkd.tokens import Tokens
@@ -26,21 +19,18 @@ from fastkd.utils.arguments import describe
 class DistillationLoss(nn.Module):
     r"""Cross-entropy, logit and feature distillation in one sum.
 
-    .. math:: L = (1 - \alpha) \, CE + \alpha \, KD + w \, L_{feature}
+    .. math:: L = c \, CE + \alpha \, KD + w \, L_{feature}, \quad c = 1 - \alpha \text{ by default}
 
-    Source: arXiv 2511.15572. Label smoothing applies to class indices; soft targets (Mixup) are
-    used as they are. :math:`\alpha = 0` is the "feature only" of the paper's scripts. For losses
-    that are added to the whole cross-entropy (DKD, NKD, DIST), set its weight c:
-    :math:`L = c \, CE + \alpha \, KD + w \, L_{feature}`. An empty batch gives 0.
+    Source: arXiv 2511.15572, whose "feature only" is :math:`\alpha = 0`. DKD, NKD and DIST are
+    added to the whole cross-entropy (c = 1). An empty batch gives 0.
 
     Args:
         logit: a logit loss, such as `SoftKD`, whose ``weight`` is :math:`\alpha`; None is
             :math:`\alpha = 0`.
-        feature: `FeatureKD` or another feature loss, whose ``weight`` is w; None leaves it out.
-        label_smoothing: for targets given as class indices.
-        cross_entropy: False leaves the cross-entropy out (training without labels); then only a
-            logit loss that needs targets reads them.
-        ce_weight: c, the weight of the cross-entropy; None is :math:`1 - \alpha`.
+        feature: a feature loss, such as `FeatureKD`, whose ``weight`` is w; None leaves it out.
+        label_smoothing: in [0, 1), for class indices; soft targets (Mixup) are used as they are.
+        cross_entropy: False leaves the cross-entropy out (training without labels).
+        ce_weight: c; None is :math:`1 - \alpha`.
 
     Raises:
         ValueError: a weight that is negative, infinite or NaN, :math:`\alpha` above 1 without
@@ -59,18 +49,16 @@ class DistillationLoss(nn.Module):
         _check_term("logit", logit, LogitTerm, "SoftKD(weight=0.5)")
         _check_term("feature", feature, FeatureTerm, 'FeatureKD("mse", [(11, 23)])')
         alpha = 0.0 if logit is None else logit.weight
-        check_option(self, "alpha", alpha)
-        check_option(self, "the feature weight", 0.0 if feature is None else feature.weight)
-        check_option(self, "ce_weight", 0.0 if ce_weight is None else ce_weight)
-        check_option(self, "label_smoothing", label_smoothing)
+        check_at_least(self, 0, alpha=alpha, label_smoothing=label_smoothing)
+        check_at_least(self, 0, feature_weight=0.0 if feature is None else feature.weight)
+        check_at_least(self, 0, ce_weight=0.0 if ce_weight is None else ce_weight)
         if label_smoothing >= 1:
             raise ValueError(
                 f"DistillationLoss: label_smoothing must be below 1, got {label_smoothing}"
             )
         if alpha > 1 and cross_entropy and ce_weight is None:
             raise ValueError(
-                f"DistillationLoss: alpha must lie in [0, 1], or above it with ce_weight, got "
-                f"{alpha}"
+                f"DistillationLoss: alpha must lie in [0, 1] without ce_weight, got {alpha}"
             )
         if ce_weight is not None and not cross_entropy:
             raise ValueError(
@@ -110,7 +98,8 @@ class DistillationLoss(nn.Module):
 
         Args:
             logits: [B, classes], the student's.
-            target: [B] class indices, or [B, classes] soft targets; anything without cross-entropy.
+            target: [B] class indices, or [B, classes] soft targets; not read where neither the
+                cross-entropy nor the logit loss needs it.
             teacher_logits: [B, classes]; needed with a logit loss.
             student_tokens: by tap key; needed with a feature loss.
             teacher_tokens: by tap key; needed with a feature loss.
@@ -135,13 +124,16 @@ class DistillationLoss(nn.Module):
         teacher_logits: Tensor | None = None,
         distance: Tensor | None = None,
     ) -> dict[str, Tensor]:
-        """As `forward`, with a feature loss that the caller has computed.
+        """Compute what `forward` does, with a feature distance that the caller has.
 
         Args:
             logits: [B, classes], the student's.
-            target: [B] class indices, or [B, classes] soft targets; anything without cross-entropy.
+            target: [B] class indices, or [B, classes] soft targets.
             teacher_logits: [B, classes]; needed with a logit loss.
             distance: scalar, the unweighted feature loss; needed with one.
+
+        Returns:
+            Scalars, by the names that `forward` gives them.
 
         Raises:
             ValueError: what a part needs is missing.

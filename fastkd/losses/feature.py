@@ -1,4 +1,4 @@
-"""Distillation of token maps between pairs of blocks: projectors, distances, and their mean."""
+"""Feature distillation: `FeatureKD` over pairs of blocks, `LiftKD`, and the fused distances."""
 
 from __future__ import annotations
 
@@ -11,31 +11,81 @@ from torch import Tensor, nn
 
 from fastkd.losses import registry
 from fastkd.losses.base import (
+    Distance,
     FeatureTerm,
     Grid,
     Key,
-    MapDistance,
     Pairs,
+    check_at_least,
     check_choice,
-    refuse_inputs,
+    check_counts,
+    check_sides,
+    print_options,
 )
 from fastkd.losses.forward_gradient import wide_dtype
 from fastkd.losses.projectors import (
     PROJECTORS,
+    Lift,
     build_projector,
     check_widths,
     fused_weights,
     has_hooks,
+    init_linear,
     pool_channels,
     pool_side,
 )
-from fastkd.ops import feature_kd, lift_kd
+from fastkd.ops import feature_kd, lift, lift_kd
 from fastkd.ops.backend import Backend
-from fastkd.ops.feature_kd.reference import LOSSES
-from fastkd.tokens import ResampleMode, Tokens
+from fastkd.ops.feature_kd.reference import LOSSES, LossName
+from fastkd.ops.lift_kd import LIFT_EPS
+from fastkd.tokens import RESAMPLE_MODES, ResampleMode, Tokens, match_grids
 from fastkd.utils.arguments import describe
 
 _LEARNED = tuple(p.name for p in registry.PROJECTORS if p.learned and not p.stays)
+
+
+class MapDistance(Distance):
+    r"""`fastkd.ops.feature_kd` as a module: the fused distances between corresponding tokens.
+
+    With d = student - teacher, over B images, N = H W places and D channels:
+
+    - ``"mse"``: :math:`\frac{1}{B N D} \sum d^2`; after a Linear, FitNets' hint (arXiv 1412.6550);
+    - ``"smooth_l1"``: :math:`\frac{1}{B N D} \sum h(d)`, with h(d) = d^2 / (2 beta) below beta and
+      \|d\| - beta / 2 above (arXiv 1504.08083);
+    - ``"cosine"``: :math:`\frac{1}{B N} \sum (1 - \cos(s_n, t_n))`, over the tokens s_n and t_n;
+    - ``"spectral"``: the mean squared difference of the real and imaginary parts of
+      ``rfft2(map, norm="ortho")`` (SpectralKD, arXiv 2412.19055, eq. 6), without an FFT.
+
+    Args:
+        loss: ``"mse"``, ``"spectral"``, ``"smooth_l1"`` or ``"cosine"``.
+        beta: threshold of ``"smooth_l1"``, 1 by default; refused for the others.
+        backend: of the operator.
+
+    Raises:
+        ValueError: an unknown loss, or a ``beta`` for one that has none.
+    """
+
+    def __init__(
+        self, loss: LossName = "mse", beta: float | None = None, backend: Backend = "auto"
+    ) -> None:
+        super().__init__()
+        check_choice(self, "loss", loss, LOSSES)
+        if beta is not None and loss != "smooth_l1":
+            raise ValueError(f"MapDistance: beta is of smooth_l1, got {beta=} with {loss!r}")
+        self.loss: LossName = loss
+        self.beta = 1.0 if beta is None else beta
+        self.backend: Backend = backend
+        check_at_least(self, 0, beta=self.beta)
+
+    def forward(self, student: Tensor, teacher: Tensor, *, grid: Grid | None = None) -> Tensor:
+        # The operator checks its inputs, and takes maps as they are.
+        check_sides("MapDistance", ("student", "teacher"), student, teacher)
+        return feature_kd(student, teacher.detach(), grid=grid, **self.options)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What defines the distance, as the operators' keywords."""
+        return {"loss": self.loss, "beta": self.beta, "backend": self.backend}
 
 
 class FeatureKD(FeatureTerm):
@@ -43,29 +93,25 @@ class FeatureKD(FeatureTerm):
 
     .. math:: L = \frac{1}{|P|} \sum_{(i, j) \in P} d(\pi(F^s_i), F^t_j)
 
-    The distance d is a name (``fastkd losses`` lists them) or a module; ``"mse"``, ``"spectral"``,
-    ``"smooth_l1"`` and ``"cosine"`` are fused into single passes (`fastkd.ops.feature_kd`). The
-    projector :math:`\pi` is one of
+    The distances of `MapDistance` are fused with the projector :math:`\pi` where that is ``"pool"``
+    or one Linear. The projectors, of which all but ``"lift"`` are dropped at inference:
 
-    - ``"none"``: tokens are compared as they are; widths must be equal, or not matter to d;
-    - ``"pool"``: the wider side's channels are averaged down (what SpectralKD's code does);
-    - ``"linear"``: a learned Linear per pair, student to teacher width (FitNets, arXiv 1412.6550),
-      dropped at inference; before a fused distance the projected map is never written;
-    - ``"mlp"``: Linear, GELU, Linear; dropped at inference;
-    - ``"orthogonal"``: a Linear whose weight stays orthonormal (VkD, arXiv 2403.06213); dropped at
-      inference, fused like ``"linear"``;
-    - ``"lift"``: the student classifies from its own lifted tokens, and those are compared
-      (arXiv 2511.15572); the caller puts them under the pair's student key. It stays at inference.
+    - ``"none"``: widths must be equal, or not matter to d;
+    - ``"pool"``: averages the wider side's channels (SpectralKD's code);
+    - ``"linear"``: a learned Linear per pair (FitNets, arXiv 1412.6550);
+    - ``"mlp"``: Linear, GELU, Linear per pair;
+    - ``"orthogonal"``: a Linear whose weight stays orthonormal (VkD, arXiv 2403.06213);
+    - ``"lift"``: compares the lifted tokens from which the student classifies
+      (arXiv 2511.15572); the caller puts them under the pair's student key.
 
     Args:
-        loss: the distance d, shared by all pairs: a name, or a module called as
+        loss: the distance d: a name (``fastkd losses`` lists them), or a module called as
             ``loss(student, teacher, grid=(H, W))`` with [B, N, D] tokens (without ``grid`` where
             its forward has no such argument, like `torch.nn.MSELoss`).
         pairs: (student key, teacher key), resolved to the keys of the taps.
         weight: factor of the loss, the paper's by default.
         projector: one of the six above.
-        student_dims: channels per student key; needed by learned projectors and distances, and for
-            checking widths early.
+        student_dims: channels per student key; needed by learned projectors and distances.
         teacher_dims: channels per teacher key; needed where ``student_dims`` are.
         resample: see `FeatureTerm`.
         backend: of the operators.
@@ -87,7 +133,6 @@ class FeatureKD(FeatureTerm):
         backend: Backend = "auto",
         **options: Any,
     ) -> None:
-        refuse_inputs(self, "loss", loss)
         super().__init__(pairs, weight, resample)
         check_choice(self, "projector", projector, PROJECTORS)
         if projector == "lift" and len(pairs) > 1:
@@ -102,10 +147,16 @@ class FeatureKD(FeatureTerm):
             widths = self.widths(student_dims, teacher_dims)
         self.distances = nn.ModuleList(self._build_distances(loss, widths, backend, options))
         self._with_grid = all(_takes_grid(distance) for distance in self.distances)
-        self.projectors = nn.ModuleList(self._build_projectors(widths))
+        self.projectors = nn.ModuleList()
+        if widths is None and projector in _LEARNED:
+            raise self._needs_dims(f"{projector=}")
+        for index, pair in enumerate(widths or ()):
+            self._check_widths(index, *pair)
+            layer = build_projector(projector, *pair)
+            if layer is not None:
+                self.projectors.append(layer)
 
     def compare(self, student: Mapping[Key, Tokens], teacher: Mapping[Key, Tokens]) -> Tensor:
-        """Compare the token maps of every pair, without the weight; see `FeatureTerm.forward`."""
         distances = [
             self._compare_pair(index, *self.matched(student, teacher, index))
             for index in range(len(self.pairs))
@@ -132,9 +183,13 @@ class FeatureKD(FeatureTerm):
                     f"FeatureKD: {', '.join(given)}: options of a named loss, got a module"
                 )
             return [loss]
-        entry = _find_distance(loss)
-        registry.check_options(entry, options, "FeatureKD")
-        distance = entry.load()
+        known = {entry.name: entry for entry in registry.FEATURE_LOSSES if not entry.projects}
+        if not isinstance(loss, str) or loss not in known:
+            raise ValueError(
+                f"FeatureKD: loss must be one of {tuple(known)} or a module, got {describe(loss)}"
+            )
+        registry.check_options(known[loss], options, "FeatureKD")
+        distance = known[loss].load()
         if loss in LOSSES:
             options = {**options, "loss": loss, "backend": backend}
         elif backend != "auto":
@@ -142,12 +197,14 @@ class FeatureKD(FeatureTerm):
         if not distance.needs_widths:
             return [distance(**options)]
         if widths is None:
-            raise ValueError(
-                f"FeatureKD: loss={loss!r} needs student_dims and teacher_dims, the channels per "
-                "key"
-            )
+            raise self._needs_dims(f"{loss=}")
         projected = [self._projected_widths(*pair) for pair in widths]
         return [distance(student_dim=s, teacher_dim=t, **options) for s, t in projected]
+
+    def _needs_dims(self, argument: str) -> ValueError:
+        return ValueError(
+            f"FeatureKD: {argument} needs student_dims and teacher_dims, the channels per key"
+        )
 
     def _projected_widths(self, student_dim: int, teacher_dim: int) -> tuple[int, int]:
         if self.projector == "none":
@@ -155,75 +212,43 @@ class FeatureKD(FeatureTerm):
         dim = min(student_dim, teacher_dim) if self.projector == "pool" else teacher_dim
         return dim, dim
 
-    def _build_projectors(self, widths: list[tuple[int, int]] | None) -> list[nn.Module]:
-        if widths is None:
-            if self.projector in _LEARNED:
-                raise ValueError(
-                    f"FeatureKD: projector={self.projector!r} needs student_dims and teacher_dims, "
-                    "the channels per key"
-                )
-            return []
-        for index, pair in enumerate(widths):
-            self._check_widths(index, *pair)
-        built = [build_projector(self.projector, *pair) for pair in widths]
-        return [projector for projector in built if projector is not None]
+    def _distance(self, index: int) -> nn.Module:
+        return self.distances[index if len(self.distances) > 1 else 0]
 
     def _check_widths(self, index: int, student_dim: int, teacher_dim: int) -> None:
+        # A caller's module may compare any widths.
         equal = getattr(self._distance(index), "equal_widths", False)
         check_widths(
             self.projector, self.pairs[index], student_dim, teacher_dim, equal_widths=equal
         )
 
-    def _distance(self, index: int) -> nn.Module:
-        return self.distances[index if len(self.distances) > 1 else 0]
-
     def _compare_pair(self, index: int, student: Tokens, teacher: Tokens) -> Tensor:
         self._check_widths(index, student.dim, teacher.dim)
         distance = self._distance(index)
-        if self.projector in _LEARNED:
-            return self._compare_projected(self.projectors[index], distance, student, teacher)
-        if self.projector == "pool":
-            return self._compare_pooled(distance, student, teacher)
-        return self._call(distance, student.data, teacher.data, student.grid)
-
-    def _compare_projected(
-        self, layer: nn.Module, distance: nn.Module, student: Tokens, teacher: Tokens
-    ) -> Tensor:
-        weights, options = fused_weights(layer), _operator_options(distance)
-        if weights is not None and options is not None:
-            weight, bias = weights
-            fused = lift_kd(student.data, weight, teacher.data, bias, grid=student.grid, **options)
-            return cast(Tensor, fused)
-        tokens, targets, grid = student.data, teacher.data, student.grid
-        if weights is not None and getattr(distance, "pools_first", False):
-            # A Linear commutes with the mean: one token per image is projected instead of all.
-            tokens, targets = (
-                x.mean(1, keepdim=True, dtype=wide_dtype(x)) for x in (tokens, targets)
-            )
-            grid = (1, 1)
-        return self._call(distance, layer(_as_parameters(tokens, layer)), targets, grid)
-
-    def _compare_pooled(self, distance: nn.Module, student: Tokens, teacher: Tokens) -> Tensor:
         options = _operator_options(distance)
-        if options is not None:
-            side = pool_side(student.dim, teacher.dim)
-            return feature_kd(student.data, teacher.data, grid=student.grid, pool=side, **options)
-        dim = min(student.dim, teacher.dim)
-        sides = pool_channels(student.data, dim), pool_channels(teacher.data, dim)
-        return self._call(distance, *sides, student.grid)
-
-    def _call(self, distance: nn.Module, student: Tensor, teacher: Tensor, grid: Grid) -> Tensor:
+        tokens, targets, grid = student.data, teacher.data, student.grid
+        if self.projector == "pool":
+            if options is not None:
+                side = pool_side(student.dim, teacher.dim)
+                return feature_kd(tokens, targets, grid=grid, pool=side, **options)
+            dim = min(student.dim, teacher.dim)
+            tokens, targets = pool_channels(tokens, dim), pool_channels(targets, dim)
+        elif self.projector in _LEARNED:
+            layer = self.projectors[index]
+            weights = fused_weights(layer)
+            if weights is not None and options is not None:
+                weight, bias = weights
+                return cast(Tensor, lift_kd(tokens, weight, targets, bias, grid=grid, **options))
+            if weights is not None and getattr(distance, "pools_first", False):
+                # A Linear commutes with the mean: one token per image is projected instead of all.
+                tokens, targets = (
+                    x.mean(1, keepdim=True, dtype=wide_dtype(x)) for x in (tokens, targets)
+                )
+                grid = (1, 1)
+            tokens = layer(_as_parameters(tokens, layer))
         if self._with_grid:
-            return cast(Tensor, distance(student, teacher, grid=grid))
-        return cast(Tensor, distance(student, teacher))
-
-
-def _find_distance(name: str) -> registry.Loss:
-    for entry in registry.FEATURE_LOSSES:
-        if entry.name == name and not entry.projects:
-            return entry
-    known = tuple(entry.name for entry in registry.FEATURE_LOSSES if not entry.projects)
-    raise ValueError(f"FeatureKD: loss must be one of {known} or a module, got {describe(name)}")
+            return cast(Tensor, distance(tokens, targets, grid=grid))
+        return cast(Tensor, distance(tokens, targets))
 
 
 def _operator_options(distance: nn.Module) -> dict[str, Any] | None:
@@ -243,3 +268,142 @@ def _as_parameters(tokens: Tensor, layer: nn.Module) -> Tensor:
     if parameter is None or torch.is_autocast_enabled(tokens.device.type):
         return tokens
     return tokens.to(parameter.dtype)
+
+
+class LiftKD(nn.Module):
+    r"""Feature distillation through a lifting projector that is part of the loss.
+
+    .. math:: L = d(LayerNorm(W F^s + b), F^t)
+
+    with the distance d of `MapDistance`. The lifted tokens [B, N, Dt] are never written
+    (`fastkd.ops.lift_kd`). With ``pool`` it also gives their mean, which the student of
+    arXiv 2511.15572 classifies; at inference, `lift` does.
+
+    Args:
+        student_dim: channels of the student's tokens, Ds.
+        teacher_dim: channels of the teacher's tokens, Dt.
+        loss: the distance d: ``"mse"``, ``"spectral"``, ``"smooth_l1"`` or ``"cosine"``.
+        weight: factor of the distance (the Linear's weight is ``projector.proj.weight``).
+        bias: whether the Linear has a bias; the paper's has none.
+        norm: whether there is a LayerNorm.
+        lift_eps: of the LayerNorm.
+        beta: threshold of ``"smooth_l1"``.
+        pool: also return the mean of the lifted tokens.
+        resample: for `Tokens`, see `FeatureTerm`.
+        backend: of the operator.
+        device: of the parameters.
+        dtype: of the parameters.
+
+    Attributes:
+        projector: the `Lift`, of Linear ``proj`` and LayerNorm ``norm``.
+
+    Raises:
+        ValueError: an unknown option.
+    """
+
+    name = "feature"
+    extra_repr = print_options
+
+    def __init__(
+        self,
+        student_dim: int,
+        teacher_dim: int,
+        loss: LossName = "mse",
+        weight: float = 1.0,
+        *,
+        bias: bool = False,
+        norm: bool = True,
+        lift_eps: float = LIFT_EPS,
+        beta: float = 1.0,
+        pool: bool = False,
+        resample: ResampleMode | None = None,
+        backend: Backend = "auto",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        check_counts(self, student_dim=student_dim, teacher_dim=teacher_dim)
+        check_choice(self, "loss", loss, LOSSES)
+        check_at_least(self, 0, weight=weight, lift_eps=lift_eps, beta=beta)
+        if resample is not None:
+            check_choice(self, "resample", resample, RESAMPLE_MODES)
+        self.projector = Lift(
+            student_dim, teacher_dim, lift_eps, device, dtype, bias=bias, norm=norm
+        )
+        init_linear(self.projector.proj)
+        self.loss: LossName = loss
+        self.weight = weight
+        self.beta = beta
+        self.pool = pool
+        self.resample: ResampleMode | None = resample
+        self.backend: Backend = backend
+
+    def forward(
+        self,
+        student_tokens: Tensor | Tokens,
+        teacher_tokens: Tensor | Tokens,
+        grid: Grid | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Lift the student's tokens and compare them with the teacher's.
+
+        Args:
+            student_tokens: [B, N, Ds], [B, Ds, H, W] or `Tokens`; receive the gradient.
+            teacher_tokens: [B, N, Dt], [B, Dt, H, W] or `Tokens`, of the same kind; frozen.
+            grid: (H, W) of [B, N, D] tensors, for ``"spectral"``; square if omitted.
+
+        Returns:
+            ``weight`` times the distance; with ``pool`` the pair of it and [B, Dt].
+
+        Raises:
+            TypeError: one side is `Tokens` and the other is not.
+            ValueError: widths, counts or grids do not fit.
+        """
+        student, teacher, grid = self._matched(student_tokens, teacher_tokens, grid)
+        width, channels = self.projector.operands()["weight"].shape
+        _check_width("student_tokens", student, channels)
+        _check_width("teacher_tokens", teacher, width)
+        options: dict[str, Any] = {"grid": grid, "beta": self.beta, "backend": self.backend}
+        found = self.projector.compare(student, teacher, self.loss, pool=self.pool, **options)
+        if isinstance(found, Tensor):
+            return self.weight * found
+        distance, pooled = found
+        return self.weight * distance, pooled
+
+    def lift(self, tokens: Tensor | Tokens, pool: bool = True) -> Tensor:
+        """Lift the student's tokens without a teacher, as at inference.
+
+        Args:
+            tokens: [B, N, Ds], [B, Ds, H, W] or `Tokens`.
+            pool: return the mean of the lifted tokens.
+
+        Returns:
+            [B, Dt]; without ``pool`` [B, N, Dt], or [B, Dt, H, W] for a map.
+        """
+        data = tokens.data if isinstance(tokens, Tokens) else tokens
+        operands = self.projector.operands()
+        _check_width("tokens", data, operands["weight"].shape[1])
+        return lift(data, **operands, pool=pool, backend=self.backend)
+
+    def _matched(
+        self, student: Tensor | Tokens, teacher: Tensor | Tokens, grid: Grid | None
+    ) -> tuple[Tensor, Tensor, Grid | None]:
+        if isinstance(student, Tensor) and isinstance(teacher, Tensor):
+            return student, teacher, grid
+        if not (isinstance(student, Tokens) and isinstance(teacher, Tokens)):
+            raise TypeError(
+                "LiftKD: student_tokens and teacher_tokens must be two tensors or two Tokens, got "
+                f"{type(student).__name__} and {type(teacher).__name__}"
+            )
+        if grid is not None and tuple(grid) != student.grid:
+            raise ValueError(f"LiftKD: grid {tuple(grid)} is given with Tokens of {student.grid}")
+        student, teacher = match_grids(student, teacher, self.resample)
+        return student.data, teacher.data, student.grid
+
+
+def _check_width(argument: str, tokens: Tensor, dim: int) -> None:
+    channels = 1 if tokens.ndim == 4 else -1
+    if tokens.ndim not in (3, 4) or tokens.shape[channels] != dim:
+        raise ValueError(
+            f"LiftKD: {argument} must be [B, N, {dim}] or [B, {dim}, H, W], got "
+            f"{list(tokens.shape)}"
+        )

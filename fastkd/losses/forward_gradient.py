@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import register_flop_formula
 
-from fastkd.losses.base import check_option
+from fastkd.losses.base import check_counts
 from fastkd.ops.checks import exact_float32, power_of_two, refuse_transforms
 from fastkd.ops.feature_kd.reference import ACCELERATOR_CHUNK_BYTES, CHUNK_BYTES
 
@@ -160,7 +160,7 @@ def chunk_limit(device: torch.device, chunk_bytes: int | None) -> int:
 def check_chunk_bytes(term: nn.Module, chunk_bytes: int | None) -> None:
     """Raise unless the size is positive or None."""
     if chunk_bytes is not None:
-        check_option(term, "chunk_bytes", chunk_bytes, 1, whole=True)
+        check_counts(term, chunk_bytes=chunk_bytes)
 
 
 def slices(length: int, bytes_each: int, limit: int) -> Iterator[slice]:

@@ -1,8 +1,7 @@
-"""Losses between logits: soft, hard, correlated (DIST) and decoupled (DKD, NKD) distillation.
+"""Losses between logits: soft, hard, correlated (DIST) and decoupled (DKD, NKD) distillation."""
 
-The reduction is part of each definition, because published codes differ in it: DeiT's own trainer
-divides the summed KL by the number of elements, `SoftKD` by the number of images.
-"""
+# The reduction is part of each definition, because published codes differ in it: DeiT's own trainer
+# divides the summed KL by the number of elements, `SoftKD` by the number of images.
 
 from __future__ import annotations
 
@@ -12,24 +11,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastkd.losses.base import (
-    LogitTerm,
-    check_logits,
-    check_option,
-    check_positive,
-    check_sides,
-    check_target,
-    expected,
-    mean_of,
-)
-from fastkd.ops.checks import at_least_float32
+from fastkd.losses.base import LogitTerm, check_at_least, check_positive, check_sides
+from fastkd.ops.checks import at_least_float32, check_float
+from fastkd.utils.arguments import describe
 
 
 class SoftKD(LogitTerm):
     r"""Soft distillation: :math:`\tau^2 \, KL(p_t^\tau \| p_s^\tau)`, averaged over the batch.
 
-    With :math:`p^\tau = softmax(logits / \tau)`; the sum runs over classes, the mean over images
-    (``batchmean``), in float32 at least. Source: Hinton, Vinyals, Dean 2015 (arXiv 1503.02531).
+    With :math:`p^\tau = softmax(logits / \tau)`; summed over classes, averaged over images
+    (``batchmean``). Source: Hinton, Vinyals, Dean 2015 (arXiv 1503.02531).
 
     Args:
         tau: temperature, > 0.
@@ -43,13 +34,12 @@ class SoftKD(LogitTerm):
 
     def __init__(self, tau: float = 1.0, weight: float = 1.0) -> None:
         super().__init__()
-        check_positive(self, "tau", tau)
-        check_option(self, "weight", weight)
+        check_positive(self, tau=tau)
+        check_at_least(self, 0, weight=weight)
         self.tau = tau
         self.weight = weight
 
     def compare(self, student: Tensor, teacher: Tensor, target: Tensor | None = None) -> Tensor:
-        """Compare logits; see `LogitTerm.forward`."""
         _check_logits(self, student, teacher)
         return self.tau**2 * _mean_kl(_soften(student, self.tau), _frozen(teacher, self.tau))
 
@@ -69,17 +59,16 @@ class HardKD(LogitTerm):
 
     def __init__(self, weight: float = 1.0) -> None:
         super().__init__()
-        check_option(self, "weight", weight)
+        check_at_least(self, 0, weight=weight)
         self.weight = weight
 
     def compare(self, student: Tensor, teacher: Tensor, target: Tensor | None = None) -> Tensor:
-        """Compare logits; see `LogitTerm.forward`."""
         _check_logits(self, student, teacher)
         largest, choice = teacher.detach().max(dim=-1)
         total = F.cross_entropy(at_least_float32(student), choice, reduction="sum")
         # A row of NaN or of -inf alone has no largest class, though arg max names one.
         lost = torch.where((largest > -torch.inf).all(), 0.0, torch.nan)
-        return mean_of(total + lost, len(student))
+        return _mean_of(total + lost, len(student))
 
 
 class DIST(LogitTerm):
@@ -88,23 +77,19 @@ class DIST(LogitTerm):
     .. math:: L = \tau^2 \Big[ e \, \Big(1 - \frac{1}{B} \sum_i \rho(P^s_{i:}, P^t_{i:})\Big)
                   + a \, \Big(1 - \frac{1}{C} \sum_c \rho(P^s_{:c}, P^t_{:c})\Big) \Big]
 
-    with P = softmax(logits / tau), [B, C], e ``inter`` (between the classes of an image) and a
-    ``intra`` (between the images of a class). For centered x and y, rho = <x, y> / (|x| |y| + eps).
+    with P = softmax(logits / tau), [B, C], e ``inter`` (between the classes of an image), a
+    ``intra`` (between the images of a class), and rho = <x, y> / (|x| |y| + eps) of centered x, y.
 
-    Source: Huang et al. 2022 (arXiv 2205.10536). Their eps of 1e-8 has an effect and is kept: a
-    class that hardly occurs in the batch has products of norms of that order, so its share of the
-    gradient fades. Their ImageNet code has no tau, which is tau 1; tau^2 is the paper's.
-
-    A vector without spread counts as rho = 0, as in their code. A batch of one image has no spread,
-    and ``intra`` is left out (their code adds a constant 1). Correlation ignores scale: a student
-    whose probabilities hardly differ (logits near zero) gets large gradients, and of two classes
-    only the order counts.
+    Source: Huang et al. 2022 (arXiv 2205.10536). Their ImageNet code has no tau (tau 1); tau^2 is
+    the paper's. A batch of one image has no spread: ``intra`` is left out, where their code adds a
+    constant 1. Correlation ignores scale, so logits near zero get large gradients.
 
     Args:
         tau: temperature, > 0.
         inter: weight of the correlation between an image's classes, >= 0.
         intra: weight of the correlation between a class's images, >= 0.
-        eps: added to the product of norms, > 0.
+        eps: added to the product of norms, > 0. The authors' 1e-8 has an effect: the gradient of
+            classes that hardly occur in the batch fades.
         weight: factor of the loss.
 
     Raises:
@@ -122,11 +107,8 @@ class DIST(LogitTerm):
         weight: float = 1.0,
     ) -> None:
         super().__init__()
-        check_positive(self, "tau", tau)
-        check_option(self, "weight", weight)
-        check_positive(self, "eps", eps)
-        check_option(self, "inter", inter)
-        check_option(self, "intra", intra)
+        check_positive(self, tau=tau, eps=eps)
+        check_at_least(self, 0, weight=weight, inter=inter, intra=intra)
         self.tau = tau
         self.inter = inter
         self.intra = intra
@@ -134,13 +116,12 @@ class DIST(LogitTerm):
         self.weight = weight
 
     def compare(self, student: Tensor, teacher: Tensor, target: Tensor | None = None) -> Tensor:
-        """Compare logits of two classes or more; see `LogitTerm.forward`."""
         _check_logits(self, student, teacher, min_classes=2)
         of_student = _soften(student, self.tau).softmax(dim=-1)
         of_teacher = _frozen(teacher, self.tau).softmax(dim=-1)
         between = (1 - _pearson(of_student, of_teacher, 1, self.eps)).sum()
-        loss = self.inter * mean_of(between, len(student))
-        if len(student) > 1:
+        loss = self.inter * _mean_of(between, len(student))
+        if len(student) > 1:  # one image has no spread within a class
             loss = loss + self.intra * (1 - _pearson(of_student, of_teacher, 0, self.eps).mean())
         return self.tau**2 * loss
 
@@ -150,17 +131,14 @@ class DKD(LogitTerm):
 
     .. math:: L = \tau^2 \, \frac{1}{B} \sum_i [a \, KL(b_t \| b_s) + o \, KL(q_t \| q_s)]
 
-    with b = (p[y], 1 - p[y]), the softened probability of the target class y against all others
-    together, and q the softmax over the others alone; a is ``target_weight`` and o
-    ``other_weight``. Sums run over classes, the mean over images. `SoftKD` is the case a = 1 with
-    o = 1 - p_t[y] for each image, which is small where the teacher is confident.
+    with b = (p[y], 1 - p[y]), the softened probability of the target class y against all others, q
+    the softmax over the others, a ``target_weight`` and o ``other_weight``. Summed over classes,
+    averaged over images. `SoftKD` is a = 1 with o = 1 - p_t[y] for each image.
 
-    Source: Zhao et al. 2022 (arXiv 2203.08679), who call the weights alpha and beta. On CIFAR-100
-    they take tau 4 and (1, 8), on ImageNet tau 1 and (1, 0.5) for ResNet-34 to 18, (1, 2) for
-    ResNet-50 to MobileNet. The defaults are the first of ImageNet's. Two things differ from their
-    code: everything is computed from logarithms, so that a probability of zero does no harm, and
-    the loss is not ramped up over the first epochs. They add it to the whole cross-entropy
-    (`DistillationLoss` with ``ce_weight=1``).
+    Source: Zhao et al. 2022 (arXiv 2203.08679), whose alpha and beta are a and o: tau 4 and (1, 8)
+    on CIFAR-100; tau 1 and (1, 0.5) for ResNet-34 to 18 (the defaults), (1, 2) for ResNet-50 to
+    MobileNet on ImageNet. They add it to the whole cross-entropy (``ce_weight=1`` of
+    `DistillationLoss`) and, unlike here, ramp it up over the first epochs.
 
     Args:
         tau: temperature, > 0.
@@ -183,18 +161,18 @@ class DKD(LogitTerm):
         weight: float = 1.0,
     ) -> None:
         super().__init__()
-        check_positive(self, "tau", tau)
-        check_option(self, "weight", weight)
-        check_option(self, "target_weight", target_weight)
-        check_option(self, "other_weight", other_weight)
+        check_positive(self, tau=tau)
+        check_at_least(
+            self, 0, weight=weight, target_weight=target_weight, other_weight=other_weight
+        )
         self.tau = tau
         self.target_weight = target_weight
         self.other_weight = other_weight
         self.weight = weight
 
     def compare(self, student: Tensor, teacher: Tensor, target: Tensor | None = None) -> Tensor:
-        """Compare logits of two classes or more; see `LogitTerm.forward`."""
         label = _label(self, student, teacher, target)
+        # From logarithms, where the authors' code takes those of probabilities: 0 does no harm.
         student_target, student_others = _split(_soften(student, self.tau), label)
         teacher_target, teacher_others = _split(_frozen(teacher, self.tau), label)
         of_target = _mean_kl(
@@ -212,13 +190,13 @@ class NKD(LogitTerm):
     .. math:: L = -\frac{1}{B} \sum_i \Big[ p_t[y] \log p_s[y]
                   + \gamma \tau^2 \sum_{c \ne y} q_t[c] \log q_s[c] \Big]
 
-    with p the class probabilities, at temperature 1 whatever tau is, and q the softmax of
-    logits / tau over the classes that are not the target y. Sums run over classes, the mean over
-    images. Both parts are cross-entropies: between equal logits they are entropies, not zero.
+    with p the class probabilities at temperature 1 and q the softmax of logits / tau over the
+    classes other than the target y. Summed over classes, averaged over images. Both parts are
+    cross-entropies: between equal logits they are entropies, not zero.
 
     Source: Yang et al. 2023 (arXiv 2303.13005), following their code, where tau softens the others
     only. On ImageNet they take tau 1 and gamma 1.5 for ResNet-34 to 18, 1 for DeiT-Tiny, and add
-    the loss to the whole cross-entropy (`DistillationLoss` with ``ce_weight=1``).
+    the loss to the whole cross-entropy (``ce_weight=1`` of `DistillationLoss`).
 
     Args:
         tau: temperature of the others, > 0.
@@ -234,15 +212,13 @@ class NKD(LogitTerm):
 
     def __init__(self, tau: float = 1.0, gamma: float = 1.5, weight: float = 1.0) -> None:
         super().__init__()
-        check_positive(self, "tau", tau)
-        check_option(self, "weight", weight)
-        check_option(self, "gamma", gamma)
+        check_positive(self, tau=tau)
+        check_at_least(self, 0, weight=weight, gamma=gamma)
         self.tau = tau
         self.gamma = gamma
         self.weight = weight
 
     def compare(self, student: Tensor, teacher: Tensor, target: Tensor | None = None) -> Tensor:
-        """Compare logits of two classes or more; see `LogitTerm.forward`."""
         label = _label(self, student, teacher, target)
         log_student, _ = _split(F.log_softmax(_soften(student), dim=-1), label)
         log_teacher, _ = _split(F.log_softmax(_frozen(teacher), dim=-1), label)
@@ -252,7 +228,18 @@ class NKD(LogitTerm):
         shares = teacher_others.softmax(dim=-1)
         of_others = -expected(shares, F.log_softmax(student_others, dim=-1))
         total = of_target + self.gamma * self.tau**2 * of_others
-        return mean_of(total, len(student)) * _one(target)
+        return _mean_of(total, len(student)) * _one(target)
+
+
+def expected(probabilities: Tensor, logarithms: Tensor) -> Tensor:
+    """Sum p log q over all; a class of probability 0 (a masked one) counts 0, as 0 log 0 = 0."""
+    absent = probabilities == 0
+    # Masked on both sides of the product, because the gradient of 0 * inf is NaN.
+    return (probabilities * logarithms.masked_fill(absent, 0)).sum()
+
+
+def _mean_of(total: Tensor, images: int) -> Tensor:
+    return total / max(1, images)  # an empty batch gives 0
 
 
 def _soften(logits: Tensor, tau: float = 1.0) -> Tensor:
@@ -266,13 +253,13 @@ def _frozen(logits: Tensor, tau: float = 1.0) -> Tensor:
 def _mean_kl(student: Tensor, teacher: Tensor) -> Tensor:
     """KL(teacher || student) of the softmax of logits: the mean over images."""
     log_student, log_teacher = F.log_softmax(student, dim=-1), F.log_softmax(teacher, dim=-1)
-    return mean_of(expected(log_teacher.exp(), log_teacher - log_student), len(student))
+    return _mean_of(expected(log_teacher.exp(), log_teacher - log_student), len(student))
 
 
 def _pearson(x: Tensor, y: Tensor, dim: int, eps: float) -> Tensor:
     x, y = x - x.mean(dim, keepdim=True), y - y.mean(dim, keepdim=True)
     norms = torch.linalg.vector_norm(x, dim=dim) * torch.linalg.vector_norm(y, dim=dim)
-    return (x * y).sum(dim) / (norms + eps)
+    return (x * y).sum(dim) / (norms + eps)  # a vector without spread has rho = 0
 
 
 def _split(logits: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
@@ -321,5 +308,29 @@ def _check_logits(
     if student.shape[1] < min_classes:
         raise ValueError(
             f"{name}: logits must have two classes at least, got {list(student.shape)} (the "
-            "softmax of one class is 1, whatever its logit)"
+            "softmax of one class is always 1)"
+        )
+
+
+def check_logits(function: str, name: str, logits: Tensor) -> None:
+    """Raise unless they are [B, classes]."""
+    check_float(function, name, logits)
+    if logits.ndim != 2:
+        hint = " (one image? unsqueeze(0))" if logits.ndim == 1 else ""
+        raise ValueError(f"{function}: {name} must be [B, classes], got {list(logits.shape)}{hint}")
+
+
+def check_target(function: str, logits: Tensor, target: Tensor) -> None:
+    """Raise unless they are class indices [B] or soft targets [B, classes] for the logits."""
+    batch, classes = logits.shape
+    wanted = f"class indices [{batch}] or soft targets [{batch}, {classes}]"
+    if not isinstance(target, Tensor):
+        raise TypeError(f"{function}: target must be {wanted}, got {describe(target)}")
+    indices = target.shape == (batch,) and not target.is_floating_point()
+    boolean = target.dtype == torch.bool  # as an index it would mean class 0 or 1
+    if boolean or not (indices or target.shape == (batch, classes)):
+        raise ValueError(f"{function}: target must be {wanted}, got {describe(target)}")
+    if target.device != logits.device:
+        raise ValueError(
+            f"{function}: target must be on {logits.device} like the logits, got {target.device}"
         )

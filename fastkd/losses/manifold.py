@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastkd.losses.base import Distance, Grid, check_option, check_weights
+from fastkd.losses.base import Distance, Grid, check_counts, check_weights
 from fastkd.losses.forward_gradient import (
     before_direction,
     check_chunk_bytes,
@@ -34,28 +34,23 @@ class ManifoldKD(Distance):
     - inter-image: the B x B similarities between the images at each of N places;
     - random: the K x K similarities of K different patches drawn from all B N.
 
-    Source: arXiv 2107.01378. The paper writes squared Frobenius norms; its code takes the mean over
-    the matrices' elements, as here. The default weights and K are those of its ImageNet runs.
-    Patches are drawn from the global generator of the tokens' device without synchronizing with it,
-    the same for both sides. In eval mode they are evenly spaced instead, so evaluations are
-    comparable and leave the generator alone.
+    Source: arXiv 2107.01378, with the weights and K of its ImageNet runs. The paper writes squared
+    Frobenius norms; its code takes means over the matrices' elements, as here. Patches are drawn
+    from the global generator of the tokens' device without synchronizing; in eval mode they are
+    evenly spaced instead, so evaluations are comparable.
 
     The matrices exist for a chunk only: the gradient, 4 (S S^T - T T^T) S, is computed in the
-    forward. It allocates one float32 gradient, [B, N, Ds], which the backward scales in place (with
-    ``retain_graph=True`` into a second) and casts for half precision, and temporaries of at most
-    ``chunk_bytes`` each or, if larger, one group's vectors or one row of its matrix. Autograd would
-    keep B N^2 + N B^2 + K^2 entries several times. Second derivatives are refused.
-
-    Products are in float32 without TensorFloat-32, whose rounding would outweigh the difference of
-    two similarities near 1. A token of zeros has similarities of 0 and gets no gradient. Relations
-    are within one process's micro-batch.
+    forward, which keeps one [B, N, Ds] float32 tensor for the backward. Second derivatives are
+    refused. A token of zeros has similarities of 0 and gets no gradient. Relations are within one
+    process's micro-batch.
 
     Args:
         intra: weight of the similarities within an image; 0 skips them.
         inter: weight of those between images at a place; 0 skips them. It needs two images or more.
         random: weight of those between random patches; 0 skips them, and draws none.
         patches: K; all patches where there are fewer.
-        chunk_bytes: limit of a temporary; by default 2 MiB on a CPU, 64 MiB elsewhere.
+        chunk_bytes: limit of a temporary, or one group's vectors if these are larger; by default
+            2 MiB on a CPU, 64 MiB elsewhere.
 
     Raises:
         ValueError: weights that are negative, not finite or all zero, or ``patches`` or
@@ -74,7 +69,7 @@ class ManifoldKD(Distance):
     ) -> None:
         super().__init__()
         check_weights(self, intra=intra, inter=inter, random=random)
-        check_option(self, "patches", patches, 1, whole=True)
+        check_counts(self, patches=patches)
         check_chunk_bytes(self, chunk_bytes)
         self.intra = intra
         self.inter = inter
@@ -83,7 +78,6 @@ class ManifoldKD(Distance):
         self.chunk_bytes = chunk_bytes
 
     def compare(self, student: Tensor, teacher: Tensor, grid: Grid | None) -> Tensor:
-        """Compute the weighted sum of the three, of [B, N, Ds] and [B, N, Dt] tokens."""
         limit = chunk_limit(student.device, self.chunk_bytes)
         drawn = self.draw(student) if self.random else None
         return _manifold_kd(

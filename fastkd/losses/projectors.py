@@ -1,18 +1,23 @@
-"""Projectors from the student's width to the teacher's."""
+"""Projectors from the student's width to the teacher's: plain layers, `Orthonormal` and `Lift`."""
 
 from __future__ import annotations
 
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from fastkd.ops import lift, lift_kd
+from fastkd.ops.backend import Backend
 from fastkd.ops.checks import at_least_float32, in_float64
+from fastkd.ops.feature_kd.reference import LossName
+from fastkd.ops.lift_kd import LIFT_EPS
 from fastkd.utils.arguments import check_numbers
 
-PROJECTORS = ("none", "pool", "linear", "mlp", "orthogonal", "lift")  # as in the registry
+# As in the registry, which imports the bases of the losses, and they this file.
+PROJECTORS = ("none", "pool", "linear", "mlp", "orthogonal", "lift")
 
 
 def build_projector(
@@ -22,9 +27,9 @@ def build_projector(
 
     ``"linear"`` is FitNets' (arXiv 1412.6550). ``"mlp"``, Linear, GELU, Linear, is AM-RADIO's head
     (arXiv 2312.06709) without its LayerNorm. ``"orthogonal"`` is VkD's (arXiv 2403.06213): a Linear
-    without bias whose weight has orthonormal columns, or rows if the teacher is narrower, at every
-    step. Its parameter is ``parametrizations.weight.original``; see `undecayed`. Save its state
-    dict: torch cannot pickle parametrized modules.
+    without bias whose weight has orthonormal columns (rows if the teacher is narrower) at every
+    step. Its parameter is ``parametrizations.weight.original``; see `undecayed`. torch cannot
+    pickle it: save its state dict.
 
     Args:
         name: one of `PROJECTORS`.
@@ -33,44 +38,39 @@ def build_projector(
         hidden: channels between the two layers of ``"mlp"``; the teacher's by default.
 
     Returns:
-        The layers, [..., student_dim] -> [..., teacher_dim], for ``"linear"``, ``"mlp"`` and
-        ``"orthogonal"``; None where nothing is learned, or the student itself has the layers.
-        Weights are from N(0, 0.02) truncated, as in ViTs, or random orthonormal.
+        Layers from [..., student_dim] to [..., teacher_dim]; None for ``"none"``, ``"pool"`` and
+        ``"lift"``, which the student holds. Weights start as in ViTs, truncated N(0, 0.02), or
+        random orthonormal.
 
     Raises:
         ValueError: an unknown name, or ``hidden`` for another projector than ``"mlp"``.
     """
-    check_numbers(
-        "build_projector",
-        student_dim=(student_dim, 1),
-        teacher_dim=(teacher_dim, 1),
-        hidden=(hidden, 1),
-    )
+    widths = {"student_dim": (student_dim, 1), "teacher_dim": (teacher_dim, 1)}
+    check_numbers("build_projector", **widths, hidden=(hidden, 1))
     if name not in PROJECTORS:
         raise ValueError(f"build_projector: name must be one of {PROJECTORS}, got {name!r}")
     if hidden is not None and name != "mlp":
         raise ValueError(f"build_projector: hidden is of 'mlp', got hidden={hidden} with {name!r}")
     if name == "linear":
-        return linear_projector(student_dim, teacher_dim)
+        return _linear(student_dim, teacher_dim)
     if name == "mlp":
-        return mlp_projector(student_dim, teacher_dim, hidden)
-    if name == "orthogonal":
-        return orthogonal_projector(student_dim, teacher_dim)
-    return None
+        hidden = teacher_dim if hidden is None else hidden
+        layers = _linear(student_dim, hidden), _linear(hidden, teacher_dim)
+        return nn.Sequential(layers[0], nn.GELU(), layers[1])
+    return orthogonal_projector(student_dim, teacher_dim) if name == "orthogonal" else None
 
 
-def linear_projector(student_dim: int, teacher_dim: int) -> nn.Linear:
-    """Build a Linear with bias, initialized as in ViTs."""
-    projector = nn.Linear(student_dim, teacher_dim)
-    init_linear(projector)
-    return projector
+def _linear(student_dim: int, teacher_dim: int) -> nn.Linear:
+    layer = nn.Linear(student_dim, teacher_dim)
+    init_linear(layer)
+    return layer
 
 
-def mlp_projector(student_dim: int, teacher_dim: int, hidden: int | None = None) -> nn.Sequential:
-    """Build Linear, GELU, Linear with biases, initialized as in ViTs."""
-    hidden = teacher_dim if hidden is None else hidden
-    layers = linear_projector(student_dim, hidden), linear_projector(hidden, teacher_dim)
-    return nn.Sequential(layers[0], nn.GELU(), layers[1])
+def init_linear(layer: nn.Linear) -> None:
+    """Initialize a layer as in ViTs: truncated N(0, 0.02), bias zero."""
+    nn.init.trunc_normal_(layer.weight, std=0.02)
+    if layer.bias is not None:
+        nn.init.zeros_(layer.bias)
 
 
 def orthogonal_projector(student_dim: int, teacher_dim: int) -> nn.Linear:
@@ -91,22 +91,17 @@ class Orthonormal(nn.Module):
     .. math:: Y = 2 (I + V^T V - S)^{-1}, \quad Q = \begin{pmatrix} Y - I \\ V Y \end{pmatrix}
 
     is the left part of Cayley's map of the skew-symmetric matrix that has S and V in its first
-    columns and zeros below. One system of the narrower width is solved; its matrix has no singular
-    value below 1, so it cannot fail, and no check synchronizes with the device. All weights are
-    reached but those with Q_top + I singular; square ones are rotations.
-
-    Computed in float64: in float32, TensorFloat-32 would cost three digits of orthonormality.
-    Devices without float64 (``"mps"``) compute on the CPU.
-
-    `torch.nn.utils.parametrizations.orthogonal` maps to the same set. Its exponential and Cayley
-    maps solve for all Dt columns to keep Ds of them. Its Householder map, the default for a weight
-    that is not square, truncates parameters of -1 to integers for signs: after one step of weight
-    decay they, and the weight, are zero.
+    columns and zeros below. It reaches all weights but those with Q_top + I singular.
     """
+
+    # One system of the narrower width is solved, whose matrix has no singular value below 1, so it
+    # cannot fail. torch.nn.utils.parametrizations.orthogonal solves for all Dt columns to keep Ds;
+    # its Householder map truncates parameters of -1 to integers: after one step of weight decay
+    # they, and the weight, are zero.
 
     def forward(self, parameter: Tensor) -> Tensor:
         """Map a parameter [Dt, Ds] to the weight, in the parameter's shape and dtype."""
-        free = in_float64(parameter)
+        free = in_float64(parameter)  # TensorFloat-32 would cost three digits of orthonormality
         wide = free.shape[0] < free.shape[1]
         weight = _cayley(free.mT).mT if wide else _cayley(free)
         return weight.to(parameter.dtype).to(parameter.device).contiguous()
@@ -117,27 +112,21 @@ def _cayley(free: Tensor) -> Tensor:
     top, rest = free.tensor_split([free.shape[1]])
     identity = torch.eye(free.shape[1], dtype=free.dtype, device=free.device)
     system = identity + rest.mT @ rest - (top - top.mT)
-    solution, _ = torch.linalg.solve_ex(system, 2 * identity)
+    solution, _ = torch.linalg.solve_ex(system, 2 * identity)  # unlike solve, without a sync
     return torch.cat([solution - identity, rest @ solution])
 
 
 def undecayed(module: nn.Module) -> set[str]:
     """List the parameters of orthogonal projectors, which weight decay would pull to the identity.
 
-    For your own loop, in addition to the student's biases, norms and embeddings. timm's
-    `create_optimizer_v2` calls a module's ``no_weight_decay()``, which `DistillationLoss` has::
+    timm's `create_optimizer_v2` reads them from the ``no_weight_decay()`` of `DistillationLoss`. In
+    your own loop, give them a group with weight decay 0, as biases and norms::
 
-        losses = DistillationLoss(feature=FeatureKD(projector="orthogonal", ...))
-        module = nn.ModuleDict({"student": student, "losses": losses})
-        spared = undecayed(module)
-        named = dict(module.named_parameters())
-        optimizer = torch.optim.AdamW(
-            [
-                {"params": [p for name, p in named.items() if name not in spared]},
-                {"params": [p for name, p in named.items() if name in spared], "weight_decay": 0.0},
-            ],
-            weight_decay=0.05,
-        )
+        module = nn.ModuleDict({"student": student, "losses": DistillationLoss(feature=...)})
+        spared, named = undecayed(module), dict(module.named_parameters())
+        rest = [p for name, p in named.items() if name not in spared]
+        turns = {"params": [named[name] for name in spared], "weight_decay": 0.0}
+        optimizer = torch.optim.AdamW([{"params": rest}, turns], weight_decay=0.05)
 
     Args:
         module: any module; wrappers such as `DistributedDataParallel` are part of the names.
@@ -153,6 +142,126 @@ def undecayed(module: nn.Module) -> set[str]:
     }
 
 
+class Lift(nn.Module):
+    """Lift tokens to the teacher's width: Linear, then LayerNorm (arXiv 2511.15572, "Lift").
+
+    Calling it gives the lifted tokens; `pooled` and `compare` never write them.
+
+    Args:
+        dim: channels of the incoming tokens.
+        width: channels of the lifted tokens.
+        lift_eps: of the LayerNorm.
+        device: of the parameters.
+        dtype: of the parameters.
+        bias: whether the Linear has a bias; the paper's has none.
+        norm: whether there is a LayerNorm.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        width: int,
+        lift_eps: float = LIFT_EPS,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        bias: bool = False,
+        norm: bool = True,
+    ) -> None:
+        super().__init__()
+        check_numbers("Lift", dim=(dim, 1), width=(width, 1), lift_eps=(lift_eps, 0.0))
+        self.proj = nn.Linear(dim, width, bias=bias, device=device, dtype=dtype)
+        self.norm: nn.Module = nn.Identity()
+        if norm:
+            self.norm = nn.LayerNorm(width, eps=lift_eps, device=device, dtype=dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Lift tokens; writes [B, N, width].
+
+        Args:
+            x: [B, N, dim].
+
+        Returns:
+            [B, N, width].
+        """
+        return self.norm(self.proj(x))
+
+    def pooled(self, tokens: Tensor, *, backend: Backend = "auto") -> Tensor:
+        """Compute the mean of the lifted tokens.
+
+        Args:
+            tokens: [B, N, dim] or [B, dim, H, W], any strides.
+            backend: of `fastkd.ops.lift`.
+
+        Returns:
+            [B, width].
+        """
+        return lift(tokens, **self.operands(), pool=True, backend=backend)
+
+    def compare(
+        self,
+        tokens: Tensor,
+        teacher_tokens: Tensor,
+        loss: LossName = "mse",
+        *,
+        grid: tuple[int, int] | None = None,
+        beta: float = 1.0,
+        pool: bool = False,
+        backend: Backend = "auto",
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Compute the distance of the lifted tokens to a frozen teacher's (`fastkd.ops.lift_kd`).
+
+        Args:
+            tokens: [B, N, dim] or [B, dim, H, W], any strides.
+            teacher_tokens: [B, N, width] or [B, width, H, W], any strides; gets no gradient.
+            loss: see `LiftKD`.
+            grid: (H, W) of [B, N, D] tokens.
+            beta: of ``"smooth_l1"``.
+            pool: also return the mean of the lifted tokens.
+            backend: of the operator.
+
+        Returns:
+            A scalar; with ``pool`` the pair of it and [B, width].
+        """
+        options = {"grid": grid, "pool": pool, "beta": beta, "backend": backend}
+        operands = self.operands() | options
+        return lift_kd(tokens, teacher_tokens=teacher_tokens, loss=loss, **operands)
+
+    def is_fusible(self) -> bool:
+        """Whether `pooled` and `compare` compute what the layers would.
+
+        They do not where a layer has been replaced (adapters, quantization, parametrizations) or
+        has hooks (feature extractors, FSDP): then the layers must be called.
+        """
+        normed = type(self.norm) is nn.LayerNorm and self.norm.elementwise_affine
+        return (
+            type(self) is Lift
+            and type(self.proj) is nn.Linear
+            and (normed or type(self.norm) is nn.Identity)
+            and not any(has_hooks(module) for module in (self, self.proj, self.norm))
+        )
+
+    def operands(self) -> dict[str, Any]:
+        """Get the layers' parameters and epsilon as the operators' keywords.
+
+        Raises:
+            ValueError: the layers are not fusible; see `is_fusible`.
+        """
+        if not self.is_fusible():
+            raise ValueError(
+                "Lift: a layer has been exchanged or has hooks, which fused operators ignore; call "
+                "the layers, and compare their output by fastkd.ops.feature_kd"
+            )
+        norm = self.norm if isinstance(self.norm, nn.LayerNorm) else None
+        return {
+            "weight": self.proj.weight,
+            "bias": self.proj.bias,
+            "norm_weight": None if norm is None else norm.weight,
+            "norm_bias": None if norm is None else norm.bias,
+            "lift_eps": 0.0 if norm is None else norm.eps,
+        }
+
+
 def fused_weights(layer: nn.Module) -> tuple[Tensor, Tensor | None] | None:
     """Get weight and bias of a plain Linear, parametrized or not, that an operator may compute.
 
@@ -160,10 +269,20 @@ def fused_weights(layer: nn.Module) -> tuple[Tensor, Tensor | None] | None:
     """
     if parametrize.type_before_parametrizations(layer) is not nn.Linear:
         return None
-    if has_hooks(layer) or "forward" in layer.__dict__:
+    if has_hooks(layer) or "forward" in layer.__dict__:  # accelerate replaces it
         return None
     linear = cast(nn.Linear, layer)
     return linear.weight, linear.bias
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether calling the module runs hooks."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    )
 
 
 def pool_channels(tokens: Tensor, dim: int) -> Tensor:
@@ -207,24 +326,7 @@ def check_widths(
             f"are: create the student with width={teacher_dim}"
         )
     raise ValueError(
-        f"FeatureKD: {where}; projector='none' needs equal widths: choose projector='lift' if the "
-        "student is a Lift already, 'linear' (learned, dropped at inference), 'pool' (averages the "
-        f"wider side), or a student variant 'lift' or 'widelast' with width={teacher_dim}"
-    )
-
-
-def init_linear(layer: nn.Linear) -> None:
-    """Initialize a layer as in ViTs: truncated N(0, 0.02), bias zero."""
-    nn.init.trunc_normal_(layer.weight, std=0.02)
-    if layer.bias is not None:
-        nn.init.zeros_(layer.bias)
-
-
-def has_hooks(module: nn.Module) -> bool:
-    """Whether calling the module runs hooks."""
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
+        f"FeatureKD: {where}; projector='none' needs equal widths: choose projector='linear' "
+        "(learned, dropped at inference), 'pool' (averages the wider side), 'lift' for a Lift "
+        f"student, or create the student as 'lift' or 'widelast' with width={teacher_dim}"
     )

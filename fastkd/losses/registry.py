@@ -1,8 +1,7 @@
-"""Losses and projectors by the names that recipes and the command line use, and how to build them.
+"""Losses and projectors by the names that recipes and the command line use."""
 
-torch is imported where a loss is loaded, so that ``fastkd losses`` and ``fastkd train --help``
-answer at once.
-"""
+# torch and pydantic are imported where they are needed: `fastkd losses` and `fastkd train --help`
+# must answer at once.
 
 from __future__ import annotations
 
@@ -12,7 +11,7 @@ import typing
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from fastkd.utils.hints import suggestion
 
@@ -22,7 +21,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Loss:
-    """A loss: the class that computes it, and what its authors say of it."""
+    """A loss: the class that computes it, its source, and the weight that its authors use."""
 
     name: str  # in recipes
     module: str  # of fastkd.losses
@@ -70,13 +69,13 @@ LOGIT_LOSSES = (
 )
 
 FEATURE_LOSSES = (
-    Loss("mse", "base", "MapDistance", "arXiv 1412.6550", "0.2 (arXiv 2511.15572)",
+    Loss("mse", "feature", "MapDistance", "arXiv 1412.6550", "0.2 (arXiv 2511.15572)",
          "mean squared difference of tokens; FitNets with projector linear"),
-    Loss("spectral", "base", "MapDistance", "arXiv 2412.19055", "0.2",
+    Loss("spectral", "feature", "MapDistance", "arXiv 2412.19055", "0.2",
          "mean squared difference of the maps' 2-d spectra (SpectralKD)"),
-    Loss("smooth_l1", "base", "MapDistance", "arXiv 1504.08083", "1 in VkD, on pooled tokens",
+    Loss("smooth_l1", "feature", "MapDistance", "arXiv 1504.08083", "1 in VkD, on pooled tokens",
          "Huber distance of tokens"),
-    Loss("cosine", "base", "MapDistance", "-", "none published at this reduction",
+    Loss("cosine", "feature", "MapDistance", "-", "none published at this reduction",
          "1 - cosine of corresponding tokens"),
     Loss("attention", "attention", "AttentionTransfer", "arXiv 1612.03928",
          "1000 for each pair (3000 for the mean of three)",
@@ -106,8 +105,6 @@ PROJECTORS = (
 )
 # fmt: on
 
-_TYPE_NAMES = {bool: "true or false", int: "an integer", float: "a number", str: "a word"}
-
 
 def create_logit_loss(
     name: str,
@@ -131,7 +128,7 @@ def create_logit_loss(
         ValueError: an unknown name or option, or a value that the loss refuses.
         TypeError: an option of the wrong type.
     """
-    entry = _find("logit_loss", name, LOGIT_LOSSES)
+    entry = find_loss(name, LOGIT_LOSSES, "logit_loss")
     check_options(entry, options, "logit_options")
     arguments = dict(options or {})
     if tau is not None and has_temperature(entry):
@@ -170,7 +167,7 @@ def create_feature_loss(
         ValueError: an unknown name or option, or widths that the projector cannot bring together.
         TypeError: an option of the wrong type.
     """
-    entry = _find("feature_loss", name, FEATURE_LOSSES)
+    entry = find_loss(name, FEATURE_LOSSES, "feature_loss")
     check_options(entry, options, "feature_options")
     make: Callable[..., FeatureTerm]
     if not entry.projects:
@@ -181,14 +178,8 @@ def create_feature_loss(
         raise ValueError(
             f"projector: {name!r} brings widths together itself, got projector={projector!r}"
         )
-    return make(
-        pairs=pairs,
-        weight=weight,
-        student_dims=student_dims,
-        teacher_dims=teacher_dims,
-        resample=resample,
-        **(options or {}),
-    )
+    dims = {"student_dims": student_dims, "teacher_dims": teacher_dims}
+    return make(pairs=pairs, weight=weight, resample=resample, **dims, **(options or {}))
 
 
 def names(entries: Iterable[Loss | Projector]) -> tuple[str, ...]:
@@ -196,22 +187,22 @@ def names(entries: Iterable[Loss | Projector]) -> tuple[str, ...]:
     return tuple(entry.name for entry in entries)
 
 
-def find_loss(name: str) -> Loss:
-    """Look up a logit or feature loss, or raise with the names there are."""
-    known = {loss.name: loss for loss in (*LOGIT_LOSSES, *FEATURE_LOSSES)}
+def find_loss(name: str, among: Iterable[Loss] | None = None, argument: str = "loss") -> Loss:
+    """Look up a loss, or raise with the names there are."""
+    known = {loss.name: loss for loss in among or (*LOGIT_LOSSES, *FEATURE_LOSSES)}
     if name not in known:
         raise ValueError(
-            f"no loss {name!r}{suggestion(name, known)}; there are: {', '.join(known)}"
+            f"{argument} must be one of {tuple(known)}, got {name!r}{suggestion(name, known)}"
         )
     return known[name]
 
 
 def options_of(entry: Loss) -> dict[str, Any]:
     """Get the defaults of what ``logit_options`` or ``feature_options`` may set of a loss."""
-    from fastkd.losses.base import Distance, FeatureTerm, LogitTerm, MapDistance
+    from fastkd.losses.base import Distance, FeatureTerm, LogitTerm
 
     cls = entry.load()
-    if cls is MapDistance:  # one class for four losses, of which one has an option
+    if entry.class_name == "MapDistance":  # four losses, of which one has an option
         return {"beta": 1.0} if entry.name == "smooth_l1" else {}
     set_by_caller = {
         LogitTerm: ("weight", "tau"),
@@ -225,6 +216,8 @@ def options_of(entry: Loss) -> dict[str, Any]:
 
 def check_options(entry: Loss, options: Mapping[str, Any] | None, argument: str) -> None:
     """Raise for options that a loss does not have, and for values of another type."""
+    from pydantic import ConfigDict, TypeAdapter, ValidationError
+
     known = options_of(entry)
     hints = typing.get_type_hints(entry.load().__init__)
     for name, value in (options or {}).items():
@@ -233,12 +226,13 @@ def check_options(entry: Loss, options: Mapping[str, Any] | None, argument: str)
         if name not in known:
             what = f"it has {', '.join(known)}" if known else "it has none"
             raise ValueError(f"{argument}: {entry.name!r} has no option {name!r}; {what}")
-        types = _types(hints[name])
-        if not any(_is_of(kind, value) for kind in types):
-            expected = " or ".join(_TYPE_NAMES.get(kind, "none") for kind in types)
+        try:
+            TypeAdapter(hints[name], config=ConfigDict(strict=True)).validate_python(value)
+        except ValidationError as error:
+            reason = error.errors()[0]["msg"]
             raise TypeError(
-                f"{argument}: {entry.name!r} takes {expected} for {name}, got {value!r}"
-            )
+                f"{argument}: {name} of {entry.name!r}: {reason}, got {value!r}"
+            ) from None
 
 
 def has_temperature(entry: Loss) -> bool:
@@ -249,23 +243,3 @@ def has_temperature(entry: Loss) -> bool:
 def _load(module: str, class_name: str) -> Any:
     # By name: the modules of the losses may import this one.
     return getattr(importlib.import_module(f"fastkd.losses.{module}"), class_name)
-
-
-def _find(argument: str, name: str, entries: tuple[Loss, ...]) -> Loss:
-    for entry in entries:
-        if entry.name == name:
-            return entry
-    raise ValueError(f"{argument} must be one of {names(entries)}, got {name!r}")
-
-
-def _types(hint: Any) -> tuple[Any, ...]:
-    """Split a union into its types; a Literal counts as str, since the loss checks its words."""
-    if typing.get_origin(hint) is Literal:
-        return (str,)
-    return tuple(kind for part in typing.get_args(hint) for kind in _types(part)) or (hint,)
-
-
-def _is_of(kind: Any, value: Any) -> bool:
-    if isinstance(value, bool):  # which is an int, too
-        return kind is bool
-    return isinstance(value, int | float if kind is float else kind)

@@ -9,14 +9,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from fastkd.losses.base import (
-    FeatureTerm,
-    Grid,
-    Key,
-    Pairs,
-    check_option,
-    mean_of,
-)
+from fastkd.losses.base import FeatureTerm, Grid, Key, Pairs, check_at_least
 from fastkd.losses.projectors import fused_weights
 from fastkd.ops import feature_kd, lift_kd
 from fastkd.ops.checks import at_least_float32
@@ -35,27 +28,17 @@ class ViTKD(FeatureTerm):
     with m ``mimic_weight``, g ``generate_weight`` and lambda ``mask_ratio``. Squares are summed
     over pairs, tokens and channels and averaged over images only, hence the small weights. A is a
     Linear to the teacher's width, the identity where the widths are equal. G aligns widths in the
-    same way, replaces a share lambda of each image's tokens by one learned token, at random in each
-    call, and runs Conv 3x3, ReLU, Conv 3x3 over the grid; M keeps the replaced tokens only. A
-    single pair is generated, and nothing is mimicked.
+    same way, replaces a share lambda of each image's tokens by one learned token and runs Conv 3x3,
+    ReLU, Conv 3x3 over the grid; M keeps the replaced tokens only. A single pair is generated.
 
     Source: Yang et al. 2022 (arXiv 2209.02432), with the generator and the defaults of their code,
-    which are for weight 1 beside the whole cross-entropy. They pair blocks 0 and 1 of both models,
-    and the last blocks after the final norm: taps named "blocks.0", "blocks.1" and "norm" give the
-    same, while numbered taps give the last block before that norm, whose scale may need another
-    ``generate_weight``. Here grids need not be square, any number of blocks may be mimicked, and
-    pairs may differ in widths and grids.
+    for weight 1 beside the whole cross-entropy. They pair blocks 0 and 1, and the last blocks after
+    the final norm: taps named "blocks.0", "blocks.1" and "norm" give the same, while numbered taps
+    give the last block before that norm, whose scale may need another ``generate_weight``. Here
+    grids need not be square, any number of blocks may be mimicked, and widths and grids may differ.
 
-    All parameters are dropped at inference: about 18 Dt^2 in the convolutions, Ds Dt in each
-    Linear. They have torch's default initialization, as in the authors' code; the mask token starts
-    at zero. The mask is drawn from the global generator of the tokens' device without synchronizing
-    with it, in evaluation too, so repeated values differ. Projected maps of the mimicked pairs are
-    not written (`fastkd.ops.lift_kd`); G runs in autocast's dtype where it is on.
-
-    With tensors [B, 196, Ds] and [B, 196, Dt] in dicts by block, without taps::
-
-        term = ViTKD([(0, 0), (11, 11)], 1.0, {0: 192, 11: 192}, {0: 384, 11: 384})
-        loss = term(*({k: Tokens(x, (14, 14)) for k, x in maps.items()} for maps in (s, t)))
+    All parameters, about 18 Dt^2 and a Linear per pair, are dropped at inference. The mask is drawn
+    from the global generator of the tokens' device, in evaluation too, so repeated values differ.
 
     Args:
         pairs: (student key, teacher key); the last one is generated, the others are mimicked.
@@ -87,26 +70,32 @@ class ViTKD(FeatureTerm):
         generate_weight: float = 3e-6,
     ) -> None:
         super().__init__(pairs, weight, resample)
-        check_option(self, "generate_weight", generate_weight)
-        self.mimic_weight = self._checked_mimic_weight(mimic_weight)
+        single = len(self.pairs) == 1
+        if mask_ratio is not None and generate_weight == 0:
+            raise ValueError(f"ViTKD: {mask_ratio=} has no effect with generate_weight=0")
+        self.mask_ratio = MASK_RATIO if mask_ratio is None else mask_ratio
+        default = 0.0 if single else MIMIC_WEIGHT
+        self.mimic_weight = default if mimic_weight is None else mimic_weight
         self.generate_weight = generate_weight
-        self.mask_ratio = self._checked_mask_ratio(mask_ratio)
-        mimicked = len(self.pairs) - 1 if self.mimic_weight > 0 else 0
-        if mimicked == 0 and generate_weight == 0:
+        check_at_least(self, 0, mask_ratio=self.mask_ratio, mimic_weight=self.mimic_weight)
+        check_at_least(self, 0, generate_weight=generate_weight)
+        if not 0 < self.mask_ratio < 1:
+            raise ValueError(f"ViTKD: mask_ratio must lie between 0 and 1, got {mask_ratio}")
+        if single and self.mimic_weight > 0:
             raise ValueError(
-                f"ViTKD: nothing to do for {len(self.pairs)} pair(s) with mimic_weight="
-                f"{self.mimic_weight} and generate_weight=0: the last pair is generated only"
+                f"ViTKD: {mimic_weight=} has no effect with a single pair, which is generated"
             )
+        if self.mimic_weight == 0 and generate_weight == 0:
+            raise ValueError(
+                f"ViTKD: nothing to do for {len(self.pairs)} pair(s): mimic_weight=0 and "
+                "generate_weight=0 (the last pair is generated only)"
+            )
+        mimicked = len(self.pairs) - 1 if self.mimic_weight > 0 else 0
         self._dims = tuple(self.widths(student_dims, teacher_dims))
         self.aligners = nn.ModuleList(_aligner(*dims) for dims in self._dims[:mimicked])
         self.generator = _Generator(*self._dims[-1]) if generate_weight > 0 else None
 
     def compare(self, student: Mapping[Key, Tokens], teacher: Mapping[Key, Tokens]) -> Tensor:
-        """Mimic the shallow pairs and generate the last; see `FeatureTerm.forward`.
-
-        Raises:
-            ValueError: tokens do not have the channels given to the constructor, too.
-        """
         parts = [
             self.mimic_weight * _squared_distance(aligner, *self._pair(student, teacher, index))
             for index, aligner in enumerate(self.aligners)
@@ -116,37 +105,13 @@ class ViTKD(FeatureTerm):
             parts.append(self.generate_weight * self._generate(self.generator, *pair))
         return torch.stack(parts).sum()
 
-    def _checked_mimic_weight(self, weight: float | None) -> float:
-        single = len(self.pairs) == 1
-        if weight is None:
-            return 0.0 if single else MIMIC_WEIGHT
-        check_option(self, "mimic_weight", weight)
-        if single and weight > 0:
-            raise ValueError(
-                f"ViTKD: mimic_weight is of the pairs before the last, got mimic_weight={weight} "
-                "with a single pair, which is generated"
-            )
-        return weight
-
-    def _checked_mask_ratio(self, ratio: float | None) -> float:
-        if ratio is None:
-            return MASK_RATIO
-        check_option(self, "mask_ratio", ratio)
-        if not 0 < ratio < 1:
-            raise ValueError(f"ViTKD: mask_ratio must lie between 0 and 1, got {ratio}")
-        if self.generate_weight == 0:
-            raise ValueError(
-                f"ViTKD: mask_ratio is of the generated pair, got mask_ratio={ratio} with "
-                "generate_weight=0"
-            )
-        return ratio
-
     def _generate(self, generator: nn.Module, student: Tokens, teacher: Tokens) -> Tensor:
         mask = _random_mask(student.data, self.mask_ratio)
         made = generator(student.data, mask, student.grid)
         difference = at_least_float32(made) - at_least_float32(teacher.data)
         squares = difference.square().sum(dim=-1)
-        return mean_of((squares * mask).sum() / self.mask_ratio, len(mask))
+        total = (squares * mask).sum() / self.mask_ratio
+        return total / max(1, len(mask))  # an empty batch gives 0
 
     def _pair(
         self, student: Mapping[Key, Tokens], teacher: Mapping[Key, Tokens], index: int
@@ -188,7 +153,7 @@ def _aligner(student_dim: int, teacher_dim: int) -> nn.Module:
 
 def _squared_distance(aligner: nn.Module, student: Tokens, teacher: Tokens) -> Tensor:
     """|A student - teacher|^2: sum over tokens and channels, mean over images."""
-    weights = fused_weights(aligner)
+    weights = fused_weights(aligner)  # then the projected map is never written
     if weights is None:
         mean = feature_kd(aligner(student.data), teacher.data, grid=student.grid)
     else:

@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastkd.losses.base import Distance, Grid, MapDistance, check_choice, check_positive
+from fastkd.losses.base import Distance, Grid, check_choice, check_positive
+from fastkd.losses.feature import MapDistance
 from fastkd.losses.forward_gradient import wide_dtype
 from fastkd.ops.checks import at_least_float32, in_float64
 
@@ -27,21 +28,20 @@ class VkD(Distance):
 
     - ``"standardize"``: each vector over its channels, a LayerNorm without weights (eps 1e-5); the
       authors' choice for classification;
-    - ``"whiten"``: decorrelated channels (`fastkd.losses.vkd.whiten`), over one process's slice of
-      the batch; the paper's choice for generative tasks;
+    - ``"whiten"``: decorrelated channels over one process's slice of the batch
+      (`fastkd.losses.vkd.whiten`); the paper's choice for generative tasks;
     - ``"none"``.
 
-    Made for the projector ``"orthogonal"``, which keeps lengths and angles, so that the teacher's
-    scale has to be removed here. The defaults are what the authors' code runs for DeiT, where the
-    loss has weight 1: pooled, standardized, smooth L1. That code has no whitening, and its detector
-    differs: there each channel is standardized over the tokens of the batch, on both sides.
+    It removes the teacher's scale, which the projector ``"orthogonal"`` cannot. The defaults are
+    those of the authors' code for DeiT, where the loss has weight 1. That code has no whitening;
+    its detector standardizes each channel over the tokens of the batch, on both sides.
 
     Args:
         normalize: one of the three.
         distance: ``"smooth_l1"`` or ``"mse"``.
         beta: threshold of ``"smooth_l1"``, 1 by default.
-        pool: average the tokens of an image first. ``"whiten"`` needs more vectors than channels,
-            so it is better with False.
+        pool: average the tokens of an image first; False is better with ``"whiten"``, which needs
+            more vectors than channels.
         eps: of the whitening, 1e-6 by default.
 
     Raises:
@@ -62,13 +62,12 @@ class VkD(Distance):
         check_choice(self, "normalize", normalize, get_args(Normalization))
         check_choice(self, "distance", distance, get_args(VectorLoss))
         if eps is not None and normalize != "whiten":
-            raise ValueError(f"VkD: eps is of 'whiten', got eps={eps} with {normalize!r}")
-        if eps is not None:
-            check_positive(self, "eps", eps)
+            raise ValueError(f"VkD: eps is of 'whiten', got {eps=} with {normalize!r}")
         self.normalize: Normalization = normalize
         self.distance = MapDistance(distance, beta)
         self.pool = pool
         self.eps = WHITENING_EPS if eps is None else eps
+        check_positive(self, eps=self.eps)
 
     @property
     def pools_first(self) -> bool:
@@ -76,7 +75,6 @@ class VkD(Distance):
         return self.pool
 
     def compare(self, student: Tensor, teacher: Tensor, grid: Grid | None) -> Tensor:
-        """Compute the distance of [B, N, D] tokens."""
         if self.pool:
             student, teacher = (
                 x.mean(1, keepdim=True, dtype=wide_dtype(x)) for x in (student, teacher)
@@ -95,16 +93,11 @@ def whiten(tokens: Tensor, eps: float = WHITENING_EPS) -> Tensor:
 
     with :math:`\Sigma` the covariance (divided by the number of tokens) and :math:`\bar\lambda` the
     mean of its eigenvalues. Directions in which tokens vary by less than about eps of that fade to
-    zero: those of too few tokens, and all of equal tokens. Below an eps of 1e-10 rounding can make
-    the factorization fail, and all is NaN. Returns float32 (float64 for float64 tokens).
-
-    L is the Cholesky factor, as in the whitening that VkD's authors cite (arXiv 2007.06346). ZCA's
-    inverse root differs from it by a rotation, which a learned projector absorbs, and would need
-    eigenvectors. The Cholesky factor does not synchronize with the device.
-
-    Computes in float64: about 1.5 n D^2 multiplications, slow on consumer GPUs, and three float64
-    copies of the tokens. Devices without float64 (``"mps"``) compute on the CPU.
+    zero. Below an eps of 1e-10 rounding can make all NaN. Returns float32 (float64 for float64),
+    computed in float64: about 1.5 n D^2 multiplications, slow on consumer GPUs.
     """
+    # L is the Cholesky factor, as in the whitening that VkD's authors cite, arXiv 2007.06346. ZCA's
+    # inverse root differs by a rotation, which a learned projector absorbs, and needs eigenvectors.
     vectors = in_float64(tokens).flatten(0, -2)
     # Subtracting the first token makes equal tokens exactly zero, without a rounded mean.
     vectors = vectors - vectors[:1]
@@ -115,7 +108,7 @@ def whiten(tokens: Tensor, eps: float = WHITENING_EPS) -> Tensor:
 
 
 def _factor(covariance: Tensor, eps: float) -> Tensor:
-    """Cholesky factor of a [D, D] covariance with a floor; NaN where it fails."""
+    """Cholesky factor of a [D, D] covariance with a floor; NaN where it fails, without a sync."""
     floor = eps * covariance.diagonal().mean() + torch.finfo(covariance.dtype).tiny
     identity = torch.eye(len(covariance), dtype=covariance.dtype, device=covariance.device)
     factor, info = torch.linalg.cholesky_ex(covariance + floor * identity)

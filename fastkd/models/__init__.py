@@ -3,7 +3,7 @@
 Importing this registers the students in timm: `timm.create_model("deit_tiny_lift_patch16_224")`.
 """
 
-from fastkd.losses.lift import Lift
+from fastkd.losses.projectors import Lift
 from fastkd.models.factory import create_student
 from fastkd.models.released import load_released_checkpoint
 from fastkd.models.students import (

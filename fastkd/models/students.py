@@ -15,8 +15,7 @@ from timm.models import named_apply
 from timm.models.vision_transformer import Block, VisionTransformer, get_init_weights_vit
 from torch import Tensor, nn
 
-from fastkd.losses.lift import Lift
-from fastkd.losses.projectors import has_hooks
+from fastkd.losses.projectors import Lift, has_hooks
 from fastkd.ops.backend import Backend
 from fastkd.ops.feature_kd.reference import LossName
 

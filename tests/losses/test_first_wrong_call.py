@@ -1,28 +1,23 @@
 """The first wrong call of a newcomer, for every loss: one short error that says what is meant."""
 
 import inspect
+from functools import partial
 
 import pytest
 import torch
 from torch import nn
 
-from fastkd import losses
 from fastkd.losses import (
     CRD,
-    DIST,
     DKD,
     NKD,
-    RKD,
-    AttentionTransfer,
     DistillationLoss,
     FeatureKD,
-    HardKD,
     LiftKD,
-    ManifoldKD,
     MapDistance,
     SoftKD,
     ViTKD,
-    VkD,
+    registry,
 )
 from fastkd.ops.checks import describe
 from fastkd.tokens import Tokens
@@ -38,29 +33,31 @@ def tokens(x: torch.Tensor) -> dict[int, Tokens]:
     return {0: Tokens(x, GRID)}
 
 
-def vitkd(**options):
-    return ViTKD([(0, 0)], 1.0, {0: 6}, {0: 10}, **options)
+def needed(cls: type) -> dict[str, int]:
+    """The widths, where a class needs them."""
+    needs = cls is LiftKD or getattr(cls, "needs_widths", False)
+    return {"student_dim": 6, "teacher_dim": 10} if needs else {}
 
 
-LOGIT_LOSSES = {"soft": SoftKD, "hard": HardKD, "dkd": DKD, "nkd": NKD, "dist": DIST}
-DISTANCES = {
-    "map": MapDistance,
-    "attention": AttentionTransfer,
-    "rkd": RKD,
-    "crd": lambda: CRD(6, 10),
-    "manifold": ManifoldKD,
-    "vkd": VkD,
-    "lift": lambda: LiftKD(6, 10),
+LOGIT_LOSSES = {entry.name: entry.load() for entry in registry.LOGIT_LOSSES}
+DISTANCE_CLASSES = {
+    cls.__name__: cls
+    for cls in (*(e.load() for e in registry.FEATURE_LOSSES if not e.projects), LiftKD)
 }
+DISTANCES = {name: partial(cls, **needed(cls)) for name, cls in DISTANCE_CLASSES.items()}
 TERMS = {
     "feature": lambda: FeatureKD("mse", [(0, 0)], 1.0, "linear", {0: 6}, {0: 10}),
-    "vitkd": vitkd,
+    **{
+        entry.name: partial(entry.load(), [(0, 0)], 1.0, {0: 6}, {0: 10})
+        for entry in registry.FEATURE_LOSSES
+        if entry.projects
+    },
 }
-NARROW = ("map", "vkd")  # take equal widths alone
 
 
 def sides(name: str) -> tuple[torch.Tensor, torch.Tensor]:
-    return SAME if name in NARROW else (MAPS["student"], MAPS["teacher"])
+    narrow = getattr(DISTANCE_CLASSES.get(name), "equal_widths", False)
+    return SAME if narrow else (MAPS["student"], MAPS["teacher"])
 
 
 def refused(call, *words: str) -> None:
@@ -76,14 +73,9 @@ def refused(call, *words: str) -> None:
 
 CLASSES = {
     **{cls.__name__: cls for cls in LOGIT_LOSSES.values()},
-    **{cls.__name__: cls for cls in (MapDistance, AttentionTransfer, RKD, CRD, ManifoldKD, VkD)},
-    **{cls.__name__: cls for cls in (LiftKD, FeatureKD, DistillationLoss)},
+    **DISTANCE_CLASSES,
+    **{cls.__name__: cls for cls in (FeatureKD, DistillationLoss)},
 }
-
-
-def test_every_loss_is_here():
-    known = {*CLASSES, "ViTKD", "Lift", "Distance", "FeatureTerm", "LogitTerm"}
-    assert known == {n for n in losses.__all__ if isinstance(getattr(losses, n), type)}
 
 
 @pytest.mark.parametrize("name", CLASSES)
@@ -91,7 +83,7 @@ def test_every_loss_is_here():
 def test_inputs_given_to_the_constructor(name, inputs):
     x = MAPS["student"]
     arguments = {"tensors": (x, x), "tokens": (Tokens(x, GRID),) * 2, "one": (x,)}[inputs]
-    if inputs == "one" and name in ("CRD", "LiftKD"):
+    if inputs == "one" and needed(CLASSES[name]):
         arguments = (6, x)
     refused(lambda: CLASSES[name](*arguments), name)
 
@@ -126,13 +118,9 @@ def test_pairs_that_are_none(pairs):
 
 
 NUMBERS = ["weight", "tau", "beta", "eps", "power", "patches", "dim", "temperature", "gamma"]
-NEEDED = {
+WITH = {  # of an option that is one of another option's
     ("MapDistance", "beta"): {"loss": "smooth_l1"},
     ("VkD", "eps"): {"normalize": "whiten"},
-    ("CRD", "dim"): {"student_dim": 6, "teacher_dim": 10},
-    ("CRD", "temperature"): {"student_dim": 6, "teacher_dim": 10},
-    ("LiftKD", "beta"): {"student_dim": 6, "teacher_dim": 10},
-    ("LiftKD", "weight"): {"student_dim": 6, "teacher_dim": 10},
 }
 OPTIONS = [
     (name, option)
@@ -145,7 +133,7 @@ OPTIONS = [
 @pytest.mark.parametrize(("name", "option"), OPTIONS)
 @pytest.mark.parametrize("value", ["1", [1.0], True], ids=str)
 def test_options_of_another_type(name, option, value):
-    options = {**NEEDED.get((name, option), {}), option: value}
+    options = {**needed(CLASSES[name]), **WITH.get((name, option), {}), option: value}
     refused(lambda: CLASSES[name](**options), f"{option} must be", describe(value))
 
 
@@ -241,13 +229,13 @@ WRONG_MAPS = [
 def test_token_maps_that_are_none(name, wrong):
     change, word = WRONG_MAPS[wrong]
     inputs = change(*sides(name))
-    if name in ("rkd", "crd", "vkd") and wrong == 0:
+    if getattr(DISTANCE_CLASSES[name], "takes_embeddings", False) and wrong == 0:
         pytest.skip("takes embeddings [B, D], which a map without a batch looks like")
     loss = DISTANCES[name]()
     refused(lambda: loss(*inputs), word)
 
 
-@pytest.mark.parametrize("name", ["crd", "lift"])
+@pytest.mark.parametrize("name", [CRD.__name__, LiftKD.__name__])
 def test_swapped_maps_of_other_widths(name):
     refused(lambda: DISTANCES[name]()(MAPS["teacher"], MAPS["student"]), "student")
 
@@ -256,7 +244,7 @@ def test_swapped_maps_of_other_widths(name):
 @pytest.mark.parametrize(
     ("student", "teacher", "words"),
     [
-        (MAPS["student"], MAPS["teacher"], ("student must be a dict of Tokens", "feature_kd")),
+        (MAPS["student"], MAPS["teacher"], ("student must be a dict of Tokens",)),
         (MAPS, MAPS, ("student has no key 0",)),
         ({0: MAPS["student"]}, {0: MAPS["teacher"]}, ("student[0] must be Tokens",)),
         (tokens(MAPS["student"]), tokens(MAPS["teacher"])[0], ("teacher must be a dict", "Tokens")),

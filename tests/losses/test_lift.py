@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from fastkd.losses import LiftKD
-from fastkd.losses.lift import Lift
+from fastkd.losses.projectors import Lift
 from fastkd.ops.lift_kd import LIFT_EPS
 from fastkd.tokens import Tokens, match_grids
 

@@ -16,7 +16,6 @@ from fastkd.losses.projectors import (
     build_projector,
     check_widths,
     fused_weights,
-    mlp_projector,
     orthogonal_projector,
     pool_channels,
     undecayed,
@@ -86,7 +85,7 @@ def test_mlp_is_as_wide_inside_as_the_teacher_unless_told(hidden, expected):
 
 
 def test_mlp_has_a_gelu_between_its_layers():
-    projector = mlp_projector(6, 10).double()
+    projector = build_projector("mlp", 6, 10).double()
     first, _, second = projector
     x = tokens(6, dtype=torch.float64)
     hidden = x @ first.weight.T + first.bias
@@ -252,7 +251,7 @@ class Doubling(nn.Linear):
 
 
 def mlp() -> nn.Module:
-    return mlp_projector(6, 10)
+    return build_projector("mlp", 6, 10)
 
 
 def subclass() -> nn.Module:

@@ -15,6 +15,7 @@ from fastkd.losses import (
     Distance,
     FeatureTerm,
     LogitTerm,
+    MapDistance,
     base,
     create_feature_loss,
     create_logit_loss,
@@ -86,19 +87,9 @@ def test_no_feature_loss_sends_a_gradient_to_the_teacher(name):
 
 
 @pytest.mark.parametrize("entry", (*registry.LOGIT_LOSSES, *registry.FEATURE_LOSSES))
-def test_every_loss_names_its_class_its_formula_and_its_source(entry):
-    cls = entry.load()
-    assert issubclass(cls, LogitTerm | Distance | FeatureTerm)
-    assert ":math:" in cls.__doc__ or ".. math::" in cls.__doc__
-    assert "arXiv" in cls.__doc__
-
-
-@pytest.mark.parametrize("entry", (*registry.LOGIT_LOSSES, *registry.FEATURE_LOSSES))
-def test_every_option_of_a_loss_has_a_default_and_is_documented(entry):
-    documented = inspect.cleandoc(entry.load().__doc__)
-    for name, default in options_of(entry).items():
-        assert default is not inspect.Parameter.empty, name
-        assert f"{name}:" in documented, name
+def test_every_entry_is_a_loss_whose_options_have_defaults(entry):
+    assert issubclass(entry.load(), LogitTerm | Distance | FeatureTerm)
+    assert inspect.Parameter.empty not in options_of(entry).values()
 
 
 @pytest.mark.parametrize(
@@ -133,7 +124,7 @@ def test_a_feature_loss_needs_its_module_and_an_entry(monkeypatch):
     assert options_of(find_loss("mine")) == {"scale": 2.0}
 
 
-def test_type_checkers_see_every_public_name():
+def test_what_type_checkers_see_is_where_it_is_loaded_from():
     tree = ast.parse(Path(losses.__file__).read_text(encoding="utf-8"))
     imported = {
         alias.asname: f"{node.module}.{alias.name}"
@@ -142,16 +133,20 @@ def test_type_checkers_see_every_public_name():
         for alias in node.names
         if alias.asname
     }
-    assert imported == {
-        name: f"fastkd.losses.{home}.{name}" for name, home in losses._HOMES.items()
-    }
-    assert sorted(imported) == losses.__all__
+    homes = {name: f"fastkd.losses.{home}.{name}" for name, home in losses._HOMES.items()}
+    assert imported.items() <= homes.items()
+    of_losses = {e.class_name for e in (*registry.LOGIT_LOSSES, *registry.FEATURE_LOSSES)}
+    assert homes.keys() - imported.keys() <= of_losses
+    assert sorted(homes) == losses.__all__
+
+
+def test_a_name_that_is_not_there():
     with pytest.raises(AttributeError, match="Typo"):
         losses.Typo  # noqa: B018
 
 
 def test_the_operators_losses_are_entries():
-    assert {e.name for e in registry.FEATURE_LOSSES if e.load() is base.MapDistance} == set(LOSSES)
+    assert {e.name for e in registry.FEATURE_LOSSES if e.load() is MapDistance} == set(LOSSES)
 
 
 def test_an_unknown_name_lists_what_there_is():
@@ -169,12 +164,12 @@ def test_an_unknown_loss_is_hinted_at():
 @pytest.mark.parametrize(
     ("loss", "options", "message"),
     [
-        ("dkd", {"target_weight": "abc"}, "'dkd' takes a number for target_weight, got 'abc'"),
-        ("dkd", {"target_weight": True}, "takes a number for target_weight, got True"),
-        ("crd", {"gather": "maybe"}, "takes true or false for gather, got 'maybe'"),
-        ("crd", {"dim": 12.5}, "takes an integer for dim, got 12.5"),
-        ("vkd", {"normalize": 1}, "takes a word for normalize, got 1"),
-        ("smooth_l1", {"beta": "abc"}, "takes a number or none for beta, got 'abc'"),
+        ("dkd", {"target_weight": "abc"}, "options: target_weight of 'dkd'.* number.*got 'abc'"),
+        ("dkd", {"target_weight": True}, "target_weight of 'dkd'.* number.*got True"),
+        ("crd", {"gather": "maybe"}, "gather of 'crd'.* boolean.*got 'maybe'"),
+        ("crd", {"dim": 12.5}, "dim of 'crd'.* integer.*got 12.5"),
+        ("vkd", {"normalize": 1}, "normalize of 'vkd'.*'whiten'.*got 1"),
+        ("smooth_l1", {"beta": "abc"}, "beta of 'smooth_l1'.* number.*got 'abc'"),
     ],
 )
 def test_a_value_of_another_type_is_refused(loss, options, message):

@@ -1,7 +1,5 @@
 """ViTKD against loops in float64, its mask, its parameters, and what it refuses."""
 
-import inspect
-import textwrap
 from collections.abc import Mapping
 
 import numpy as np
@@ -304,15 +302,6 @@ def test_it_compiles_without_a_break(features):
     torch.testing.assert_close(*results)
 
 
-def test_the_example_of_the_docstring_runs():
-    documented = inspect.getdoc(ViTKD)
-    example = textwrap.dedent(documented.split("::\n", 1)[1].split("Args:")[0])
-    s, t = ({0: torch.rand(1, 196, dim), 11: torch.rand(1, 196, dim)} for dim in (192, 384))
-    scope = {"ViTKD": ViTKD, "Tokens": Tokens, "s": s, "t": t}
-    exec(example, scope)
-    assert scope["loss"].isfinite()
-
-
 @pytest.mark.parametrize(
     "options, message",
     [
@@ -320,7 +309,7 @@ def test_the_example_of_the_docstring_runs():
         ({"mask_ratio": 1.0}, "mask_ratio must lie between 0 and 1, got 1.0"),
         ({"mimic_weight": -1.0}, "mimic_weight must be finite and >= 0, got -1.0"),
         ({"generate_weight": -1.0}, "generate_weight must be finite and >= 0, got -1.0"),
-        ({"mask_ratio": 0.3, "generate_weight": 0.0}, "mask_ratio is of the generated pair.*0.3"),
+        ({"mask_ratio": 0.3, "generate_weight": 0.0}, "mask_ratio=0.3 .*generate_weight=0"),
         ({"mimic_weight": 0.0, "generate_weight": 0.0}, "nothing to do for 3 pair"),
         ({"resample": "cubic"}, "resample must be one of"),
     ],
@@ -336,7 +325,7 @@ def test_the_authors_options_are_those_of_who_gives_none():
 
 
 def test_a_weight_of_mimicking_is_refused_where_nothing_is_mimicked():
-    with pytest.raises(ValueError, match=r"mimic_weight is of the pairs before the last.*=0\.2"):
+    with pytest.raises(ValueError, match=r"mimic_weight=0\.2 .*single pair"):
         ViTKD([(0, 0)], 1.0, {0: 2}, {0: 2}, mimic_weight=0.2)
     assert ViTKD([(0, 0)], 1.0, {0: 2}, {0: 2}, mimic_weight=0.0).mimic_weight == 0
 

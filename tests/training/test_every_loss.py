@@ -16,12 +16,10 @@ from tests.harness.tiny import FAST, Interrupting, lift, tensor_data, vit
 IMAGES = torch.randn(4, 1, 8, 8, generator=torch.Generator().manual_seed(3))
 TARGET = torch.tensor([0, 1, 2, 3])
 LOGIT = catalogue.names(catalogue.LOGIT_LOSSES)
-FEATURE = catalogue.names(catalogue.FEATURE_LOSSES)
 TERMS = [
     *({"alpha": 0.5, "logit_loss": name, "feature_weight": 0.0} for name in LOGIT),
     *({"feature_loss": name, "pairs": ((0, 0), (-1, -1)), "projector": p} for name, p in [
-        *((name, "linear") for name in FEATURE if name != "vitkd"),
-        ("vitkd", "none"),
+        *((loss.name, "none" if loss.projects else "linear") for loss in catalogue.FEATURE_LOSSES),
         ("rkd", "none"),
         ("vkd", "orthogonal"),
         ("mse", "mlp"),
