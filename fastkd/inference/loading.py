@@ -22,7 +22,6 @@ from fastkd.data.transforms import InputSpec
 from fastkd.inference.preprocessing import LoadedStudent, Preprocessing, Shape, change_input_size
 from fastkd.models import Teacher, create_student
 from fastkd.models.factory import registered_name
-from fastkd.models.foreign import Run, checked, reading
 from fastkd.models.hub import fetched, hub_name, is_hub_name
 from fastkd.models.pretrained import (
     LOCAL,
@@ -41,10 +40,13 @@ from fastkd.models.released import read_released
 from fastkd.models.taps import model_name
 from fastkd.models.weights import (
     FileKind,
+    Run,
     UnreadableError,
     better_weights,
+    checked,
     file_kind,
     read_file,
+    reading,
     run_weights,
     short_misfit,
     verifies,

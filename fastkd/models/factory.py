@@ -50,7 +50,7 @@ def create_student(
     init_weights: InitWeights = "released",
     **timm_kwargs: Any,
 ) -> nn.Module:
-    """A student built from a timm model.
+    """Create a student from a timm model.
 
     ========  =================================================================  ==============
     variant   what it is                                                         DeiT-Tiny, 1000
@@ -61,34 +61,24 @@ def create_student(
     uniform   every block ``width`` wide, as many heads as the base (219)             7,372,759
     ========  =================================================================  ==============
 
-    ``init_weights`` decides what these tensors start as; all others start as timm's, and so do
-    plain and uniform students, as in the paper's released code:
-
-    =====================  ======================================  =============================
-    tensor                 ``"released"``, as in the paper's runs  ``"timm"``
-    =====================  ======================================  =============================
-    lift: projection       uniform, bound 1 / sqrt(base width)     normal, std 0.02
-    lift: head             uniform, bound 1 / sqrt(``width``)      normal, std 0.02; bias 0
-    widelast: class token  normal, std 0.02                        normal, std 1e-6
-    =====================  ======================================  =============================
-
     Args:
         name: a timm model name; ``lift``, ``widelast`` and ``uniform`` need a plain ViT or DeiT.
         variant: one of the four.
-        width: channels of the final features. None: 384 for ``lift`` and ``widelast``; ``uniform``
-            has no default, because its control has as many parameters as WideLast, which depends on
-            the base (219 for DeiT-Tiny). ``plain`` has none to choose.
+        width: channels of the final features; 384 by default, except for ``uniform``, which needs
+            one, and ``plain``, which has none.
         num_classes: of the head; 0 leaves it out.
         img_size: input size the model is built for; None keeps the timm model's own. Models that
             run at any size (most CNNs) do not take it.
         pretrained: start from timm's weights. ``lift`` keeps all but the final norm and head,
             ``widelast`` also not the last block; ``uniform`` has none that fit.
-        init_weights: ``"released"`` or ``"timm"``; a pretrained class token is kept.
+        init_weights: ``"released"``, as in the paper's runs, draws the lift's projection and head
+            like `torch.nn.Linear`, and the class token of an untrained widelast with std 0.02;
+            ``"timm"`` draws all as timm does.
         **timm_kwargs: of the timm model (``drop_path_rate``, ``in_chans``, ``patch_size``, ...).
 
     Returns:
-        A timm model. `LiftVisionTransformer` and `WideLastVisionTransformer` are subclasses of
-        timm's `VisionTransformer`.
+        A timm model, for ``lift`` and ``widelast`` a `LiftVisionTransformer` and a
+        `WideLastVisionTransformer`.
 
     Raises:
         ValueError: an unknown name or variant, a model that has no such variant, a width that is
@@ -102,14 +92,14 @@ def create_student(
             f"create_student: variant must be one of {get_args(Variant)}, got {variant!r}"
         )
     scheme = timm_kwargs.get("weight_init") or ""
-    timms_own = variant in ("plain", "uniform")
-    check_init_weights("create_student", init_weights, "" if timms_own else scheme)
+    replaces = variant in ("lift", "widelast")  # layers of timm's model
+    check_init_weights("create_student", init_weights, scheme if replaces else "")
     timm_kwargs |= {"num_classes": num_classes, "img_size": img_size}
     if variant == "plain":
         if width is not None:
             raise ValueError(
-                f"create_student: variant 'plain' has no width to choose, got width={width}; "
-                "'uniform' is the timm model at another width"
+                f"create_student: variant 'plain' has no width, got {width} ('uniform' is the timm "
+                "model at another width)"
             )
         if name in default_cfgs:  # a student by its registered name
             timm_kwargs["init_weights"] = init_weights
@@ -126,11 +116,10 @@ def create_student(
 
 
 def default_width(variant: str) -> int:
-    """Channels of the final features by default: the paper's teacher's."""
     if variant == "uniform":
         raise ValueError(
-            "create_student: variant 'uniform' needs width=: 219 makes deit_tiny_patch16_224 as "
-            "large as its WideLast, and another base has another width"
+            "create_student: variant 'uniform' needs width= (219 makes deit_tiny_patch16_224 as "
+            "large as its WideLast)"
         )
     return _TEACHER_WIDTH
 
@@ -185,7 +174,7 @@ def _build_base(name: str, pretrained: bool, kwargs: dict[str, Any]) -> nn.Modul
 
 
 def _outline(name: str, variant: str, kwargs: dict[str, Any]) -> VisionTransformer:
-    """The timm model without storage, to look at before anything is built or downloaded."""
+    """Build the timm model without storage, to check it before anything is downloaded."""
     left_out = ("device", "dtype", "checkpoint_path")
     on_meta = {key: value for key, value in kwargs.items() if key not in left_out}
     with torch.device("meta"):
@@ -201,12 +190,10 @@ def _outline(name: str, variant: str, kwargs: dict[str, Any]) -> VisionTransform
 
 
 def _renamed(student: Any, variant: str) -> nn.Module:
-    """Keep the base's statistics, but neither its name nor the source of its weights.
-
-    By these a checkpoint would be reloaded as the base, with weights that do not fit.
-    """
+    """Keep the base's statistics, but neither its name nor the source of its weights."""
     cfg = student.pretrained_cfg
     architecture = str(cfg["architecture"])
+    # By these a checkpoint would be reloaded as the base, with weights that do not fit.
     for source in ("url", "file", "state_dict", "hf_hub_id", "hf_hub_filename", "tag"):
         cfg.pop(source, None)
     cfg |= {
@@ -223,7 +210,7 @@ def variant_name(architecture: str, variant: str) -> str:
 
 
 def _student_cfg(base: str, variant: str) -> dict[str, Any] | None:
-    """What timm's registry says of a student: as of its base, without the base's weights."""
+    """Get the configuration of a student: its base's, without the base's weights."""
     published = get_pretrained_cfg(base)
     if published is None:  # a base on the hub or in a folder
         return None
@@ -234,7 +221,7 @@ def _student_cfg(base: str, variant: str) -> dict[str, Any] | None:
 
 
 def _paper_cfg(base: str, variant: str) -> dict[str, Any]:
-    """The paper and DeiT evaluate at this crop; timm says 0.9."""
+    # The paper and DeiT evaluate at this crop; timm's configuration has 0.9.
     of_the_paper = base.partition(".")[0] == _BASE and variant != "plain"
     return {"crop_pct": 0.875} if of_the_paper else {}
 
@@ -266,10 +253,7 @@ def _build_deit_tiny(
 
 @register_model
 def deit_tiny_lift_patch16_224(pretrained: bool = False, **kwargs: Any) -> LiftVisionTransformer:
-    """DeiT-Tiny with its patch tokens lifted to ``width`` (384) channels; 5,983,528 parameters.
-
-    ``init_weights`` is ``"released"`` or ``"timm"``, as in `create_student`.
-    """
+    """DeiT-Tiny with its patch tokens lifted to ``width`` (384) channels; 5,983,528 parameters."""
     return _build_deit_tiny(
         LiftVisionTransformer, "deit_tiny_lift_patch16_224", pretrained, **kwargs
     )
@@ -279,10 +263,7 @@ def deit_tiny_lift_patch16_224(pretrained: bool = False, **kwargs: Any) -> LiftV
 def deit_tiny_widelast_patch16_224(
     pretrained: bool = False, **kwargs: Any
 ) -> WideLastVisionTransformer:
-    """DeiT-Tiny with a last block of ``width`` (384) channels; 7,313,896 parameters.
-
-    ``init_weights`` is ``"released"`` or ``"timm"``, as in `create_student`.
-    """
+    """DeiT-Tiny with a last block of ``width`` (384) channels; 7,313,896 parameters."""
     return _build_deit_tiny(
         WideLastVisionTransformer, "deit_tiny_widelast_patch16_224", pretrained, **kwargs
     )
@@ -292,10 +273,7 @@ def deit_tiny_widelast_patch16_224(
 def deit_tiny_uniform219_patch16_224(
     pretrained: bool = False, *, init_weights: InitWeights = "released", **kwargs: Any
 ) -> VisionTransformer:
-    """DeiT-Tiny with 219 channels (73 per head) in every block; 7,372,759 parameters.
-
-    Both ``init_weights``, as in `create_student`, are timm's.
-    """
+    """DeiT-Tiny with 219 channels (73 per head) in every block; 7,372,759 parameters."""
     check_init_weights("deit_tiny_uniform219_patch16_224", init_weights)
     arguments = {"embed_dim": 219} | kwargs
     return _build_deit_tiny(
@@ -313,10 +291,8 @@ def fastkd_student(
     pretrained_cfg: Any = None,
     **kwargs: Any,
 ) -> nn.Module:
-    """The student that `create_student` makes of any ``base``, fed as the base is.
-
-    Exported students are called so whose base has no entry of its own here.
-    """
+    """The student that `create_student` makes of any ``base``, fed as the base is."""
+    # Exported students have this name where their base and variant have no entry of their own.
     if pretrained_cfg is None or isinstance(pretrained_cfg, str):  # a tag, and there are none
         cfg = _student_cfg(base, variant)
         pretrained_cfg = None if cfg is None else cfg | {"architecture": "fastkd_student"}
@@ -345,11 +321,7 @@ def registered_name(name: str, variant: str, width: int | None) -> tuple[str, di
 
 @preserved_rng()
 def rebuilt_by(network: nn.Module) -> dict[str, Any] | None:
-    """Recipe fields by which `create_student` builds this very module; None if there are none.
-
-    Weights must have the same names and shapes, and logits of one image must agree: a pooling or an
-    activation leaves no trace in the weights. Runs the network and a copy once, in eval mode.
-    """
+    """Find the recipe fields by which `create_student` builds this very module, or None."""
     if any(has_hooks(module) for module in network.modules()):
         return None  # which a rebuilt module would lack
     size = getattr(getattr(network, "patch_embed", None), "img_size", None)
@@ -363,19 +335,20 @@ def rebuilt_by(network: nn.Module) -> dict[str, Any] | None:
         try:
             with torch.device("meta"):
                 outline = create()
-            if type(outline) is type(network) and _shapes(outline) == _shapes(network):
-                rebuilt = create()
-                if _compute_the_same(network, rebuilt):
-                    rates = [m.drop_prob for m in network.modules() if isinstance(m, DropPath)]
-                    fields = {"model": name, "variant": variant, "width": width}
-                    return fields | {"drop_path": round(max(rates, default=0.0), 6)}
+            if type(outline) is not type(network) or _shapes(outline) != _shapes(network):
+                continue
+            # A pooling or an activation leaves no trace in the weights, so logits must agree.
+            if _compute_the_same(network, create()):
+                rates = [m.drop_prob for m in network.modules() if isinstance(m, DropPath)]
+                fields = {"model": name, "variant": variant, "width": width}
+                return fields | {"drop_path": round(max(rates, default=0.0), 6)}
         except (ValueError, TypeError, RuntimeError, AssertionError):
             continue
     return None
 
 
 def _candidates(network: nn.Module) -> Iterator[tuple[str, Variant, int | None]]:
-    """Bases, variants and widths that a network of timm may have been built by."""
+    """Yield bases, variants and widths that a network of timm may have been built by."""
     architecture = (getattr(network, "pretrained_cfg", None) or {}).get("architecture", "")
     width = getattr(network, "num_features", None)
     made_of: Any = getattr(network, "_model_args", {})  # timm's record of its arguments

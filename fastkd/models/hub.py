@@ -11,13 +11,7 @@ from pathlib import Path
 from typing import Any
 from urllib.error import HTTPError
 
-from huggingface_hub import (
-    HfApi,
-    constants,
-    get_session,
-    hf_hub_download,
-    try_to_load_from_cache,
-)
+from huggingface_hub import constants, get_session, hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
@@ -28,12 +22,10 @@ from huggingface_hub.errors import (
 )
 
 ANSWER_SECONDS = 3.0  # in which the hub answers a request, if it is there
-SHOWN_FILES = 5
 
 _HUB_NAME = re.compile(
     r"hf[-_]hub:(?P<repo>[^/@]+/[^/@]+)(@(?P<revision>[^/@]+))?(/(?P<file>.+))?", re.IGNORECASE
 )
-_WEIGHTS = (".pth", ".pt", ".safetensors", ".bin", ".ckpt")
 
 # Hugging Face's client raises its transport's own exceptions, whichever transport it was built on.
 _TRANSPORTS = {"httpx", "httpx2", "httpcore", "requests", "urllib", "urllib3"}
@@ -65,12 +57,11 @@ def hub_name(name: str | Path) -> re.Match[str] | None:
 
 
 def is_hub_name(name: str | Path) -> bool:
-    """Whether a name is one of the hub's, of a model or of a file."""
     return hub_name(name) is not None
 
 
 def offline() -> bool:
-    """Whether to look into the cache alone: asked for by HF_HUB_OFFLINE, or the hub is silent."""
+    """Whether only the cache can be used: HF_HUB_OFFLINE is set, or the hub does not answer."""
     # One request; by itself the client asks six times, with 23 seconds of waiting in between.
     return constants.HF_HUB_OFFLINE or not _hub_answers()
 
@@ -114,42 +105,45 @@ def _hub_answers() -> bool:
     return True
 
 
-def is_download_failure(error: Exception) -> bool:
+def _is_download_failure(error: Exception) -> bool:
     """Whether an error comes from a download."""
     return isinstance(error, OSError) or _package(error) in _DOWNLOAD_PACKAGES
 
 
 def explained(caller: str, name: str, error: Exception) -> Exception | None:
-    """Translate an error of the hub's client; None for one that is not the hub's."""
+    """Translate an error of the hub's client, for a name on the hub or of timm; None for others."""
     match = hub_name(name)
     if match is None:
-        return None
+        what = f"the pretrained weights of {name!r} are"
+        return _not_downloaded(caller, what, error) if _is_download_failure(error) else None
     repo = match["repo"]
-    if isinstance(error, GatedRepoError):
-        return ValueError(
-            f"{caller}: {repo} is gated: accept its terms on its page, "
-            f"{constants.ENDPOINT}/{repo}, then hf auth login"
-        )
-    if isinstance(error, RepositoryNotFoundError):
-        return ValueError(
-            f"{caller}: the hub has no repository {repo!r}, or it is private (hf auth login)"
-        )
-    if isinstance(error, RevisionNotFoundError):
-        return ValueError(f"{caller}: {repo} has no revision {match['revision']!r} on the hub")
-    if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
-        return ValueError(_missing_file(caller, match))
-    if is_download_failure(error):
-        return not_downloaded(caller, f"{name} is", error)
-    return None
+    reason = None
+    if isinstance(error, GatedRepoError):  # which is a RepositoryNotFoundError
+        page = f"{constants.ENDPOINT}/{repo}"
+        reason = f"{repo} is gated: accept its terms on its page, {page}, then hf auth login"
+    elif isinstance(error, RepositoryNotFoundError):
+        reason = f"the hub has no repository {repo!r}, or it is private (hf auth login)"
+    elif isinstance(error, RevisionNotFoundError):
+        reason = f"{repo} has no revision {match['revision']!r} on the hub"
+    elif isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
+        if match["file"] is None:
+            reason = f"{repo} is no model in timm's layout (it has no config.json)"
+        else:
+            reason = f"{repo} has no file {match['file']!r}"
+    if reason is not None:
+        return ValueError(f"{caller}: {reason}")
+    return _not_downloaded(caller, f"{name} is", error) if _is_download_failure(error) else None
 
 
-def not_downloaded(caller: str, what: str, error: Exception) -> DownloadError:
-    """Say what kept weights from coming: this machine's storage, the hub, or the network."""
+def _not_downloaded(caller: str, what: str, error: Exception) -> DownloadError:
+    """Build the error for weights that storage, the hub or the network kept from coming."""
     causes = _causes(error)
     root = causes[-1]
     lines = str(root).strip().splitlines()
     reason = textwrap.shorten(lines[0], 200, placeholder=" ...") if lines else "no reason given"
-    if isinstance(root, OSError) and root.errno in _STORAGE_FAULTS and not _transported(causes):
+    # A firewall, too, denies permission: then errors of the network are among the causes.
+    transported = any(_package(cause) in _TRANSPORTS for cause in causes)
+    if isinstance(root, OSError) and root.errno in _STORAGE_FAULTS and not transported:
         return DownloadError(f"{caller}: {what} could not be kept in the cache ({reason})")
     answered = any(isinstance(cause, HfHubHTTPError | HTTPError) for cause in causes)
     doubt = "" if answered else "; no network?"
@@ -166,30 +160,5 @@ def _causes(error: BaseException) -> list[BaseException]:
     return causes
 
 
-def _transported(causes: list[BaseException]) -> bool:
-    """Whether the network's own errors are among them; a firewall denies permission, too."""
-    return any(_package(cause) in _TRANSPORTS for cause in causes)
-
-
 def _package(error: BaseException) -> str:
     return type(error).__module__.split(".", 1)[0]
-
-
-def _missing_file(caller: str, match: re.Match[str]) -> str:
-    repo, file = match["repo"], match["file"]
-    if file is None:
-        what = f"{repo} is no model in timm's layout (it has no config.json)"
-    else:
-        what = f"{repo} has no file {file!r}"
-    names = [f"hf_hub:{repo}/{found}" for found in _weights_in(repo, match["revision"])]
-    return f"{caller}: {what}; weights in it: {', '.join(names[:SHOWN_FILES]) or 'none'}"
-
-
-def _weights_in(repo: str, revision: str | None) -> list[str]:
-    with contextlib.suppress(Exception):  # only a hint is lost
-        return [
-            file
-            for file in HfApi().list_repo_files(repo, revision=revision)
-            if file.endswith(_WEIGHTS)
-        ]
-    return []

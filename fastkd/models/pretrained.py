@@ -1,4 +1,4 @@
-"""Models of timm with weights: published ones, a checkpoint's, or those of an exported student."""
+"""Build timm models with published weights, a checkpoint's, or those of an exported student."""
 
 from __future__ import annotations
 
@@ -11,18 +11,16 @@ from typing import Any
 
 import timm
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+from pydantic import Json
 from timm.models import get_pretrained_cfg, resolve_pretrained_cfg
 from torch import Tensor, nn
 
-from fastkd.models.foreign import Config, Exported, checked
 from fastkd.models.hub import (
     DownloadError,
     download,
     explained,
     hub_name,
-    is_download_failure,
     is_hub_name,
-    not_downloaded,
     offline,
 )
 from fastkd.models.released import in_our_names
@@ -31,14 +29,19 @@ from fastkd.models.taps import model_name
 from fastkd.models.weights import (
     VERSION_KEY,
     ChecksumError,
+    Classes,
+    Deviations,
+    FileForm,
     FileKind,
-    UnreadableError,
+    Means,
+    Size,
     check_sum,
+    checked,
     file_kind,
-    held_weights,
     looks_like_a_path,
     metadata,
     read_file,
+    read_weights,
     short_misfit,
 )
 from fastkd.utils.io import read_json
@@ -49,14 +52,49 @@ _CONFIG = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode"
 _WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")  # of a model on the hub
 
 
+class Exported(FileForm):
+    """The metadata of a student that fastkd exported; all but words are JSON."""
+
+    architecture: str
+    model_args: Json[dict[str, Any]]
+    input_size: Json[Size]
+    mean: Json[Means]
+    std: Json[Deviations]
+    num_classes: Json[Classes] | None = None
+    label_names: Json[tuple[str, ...]] | None = None
+    crop_pct: Json[float] | None = None
+    crop_mode: str | None = None
+    interpolation: str | None = None
+
+
+class PretrainedConfig(FileForm):
+    """The ``pretrained_cfg`` in a folder in timm's layout."""
+
+    input_size: Size | None = None
+    mean: Means | None = None
+    std: Deviations | None = None
+    num_classes: Classes | None = None
+    crop_pct: float | None = None
+    hf_hub_filename: str | None = None
+    label_names: tuple[str, ...] | None = None
+    label_descriptions: dict[str, str] | tuple[str, ...] | None = None
+
+
+class FolderConfig(PretrainedConfig):
+    """A ``config.json`` in timm's layout; older ones hold it all at the top."""
+
+    architecture: str
+    model_args: dict[str, Any] | None = None
+    pretrained_cfg: PretrainedConfig | None = None
+
+
 def build_timm_model(
     caller: str, name: str, *, pretrained: bool = False, alternative: str = "", **kwargs: Any
 ) -> nn.Module:
-    """Call `timm.create_model`, with errors that say what is missing and what can be done.
+    """Call `timm.create_model`, with errors that name the cause.
 
-    ``alternative`` is what a user can do without pretrained weights, appended to errors about them.
-    ``img_size`` is handed on only to models that have one (most CNNs run at any size and do not).
-    An unknown name or weights that were never published are a ValueError, a missing folder a
+    ``alternative``, what a user can do without pretrained weights, is appended to errors about
+    them. An unknown name or weights that were never published are a ValueError, a missing folder a
     FileNotFoundError, and weights that cannot be downloaded a DownloadError.
     """
     check_name(caller, name)
@@ -74,14 +112,10 @@ def build_timm_model(
     except ChecksumError as error:
         raise ChecksumError(f"{caller}: {error}") from error
     except Exception as error:
-        told = explained(caller, name, error)
-        if told is not None:
-            raise type(told)(f"{told}{_or_else(alternative)}") from error
-        if downloads and is_download_failure(error):
-            what = f"the pretrained weights of {name!r} are"
-            told = not_downloaded(caller, what, error)
-            raise DownloadError(f"{told}{_or_else(alternative)}") from error
-        raise
+        told = explained(caller, name, error) if downloads else None
+        if told is None:
+            raise
+        raise type(told)(f"{told}{_or_else(alternative)}") from error
 
 
 def _check_folder(folder: Path) -> None:
@@ -95,26 +129,23 @@ def _check_folder(folder: Path) -> None:
 
 def _create(name: str, pretrained: bool, kwargs: dict[str, Any]) -> Any:
     if name.startswith(LOCAL):
-        _described(Path(name.removeprefix(LOCAL)) / "config.json")
+        _read_config(Path(name.removeprefix(LOCAL)) / "config.json")  # checks it before timm
     try:
         return timm.create_model(name, pretrained=pretrained, **kwargs)
     except TypeError as error:
-        # timm says nowhere which models are built for a size, but by refusing the argument.
+        # Most CNNs run at any size. timm lists nowhere which models are built for one.
         if kwargs.get("img_size") is None or "'img_size'" not in str(error):
             raise
     return timm.create_model(name, pretrained=pretrained, **kwargs | {"img_size": None})
 
 
-def _described(file: Path) -> Config:
-    """What a folder in timm's layout says of its model, before timm reads it."""
-    return checked(Config, read_json(file), file)
+def _read_config(file: Path) -> FolderConfig:
+    return checked(FolderConfig, read_json(file), file)
 
 
 def _create_published(name: str, kwargs: dict[str, Any]) -> nn.Module:
-    """A model of timm's registry with its published weights.
-
-    timm downloads without a time limit, so files are fetched here and handed to it.
-    """
+    """Build a model of timm's registry with its published weights."""
+    # timm downloads without a time limit, so files are fetched here and handed to it.
     architecture, _, tag = name.partition(".")
     overlay = kwargs.get("pretrained_cfg_overlay") or {}
     published = resolve_pretrained_cfg(architecture, kwargs.get("pretrained_cfg") or tag, overlay)
@@ -137,7 +168,7 @@ def _create_published(name: str, kwargs: dict[str, Any]) -> nn.Module:
 
 
 def _create_from_hub(caller: str, name: str, pretrained: bool, kwargs: dict[str, Any]) -> nn.Module:
-    """A model that lies on the hub in timm's layout."""
+    """Build a model that lies on the hub in timm's layout."""
     match = hub_name(name)
     assert match is not None
     repo, revision = match["repo"], match["revision"]
@@ -149,7 +180,7 @@ def _create_from_hub(caller: str, name: str, pretrained: bool, kwargs: dict[str,
     config = download(repo, "config.json", **where)
     here: dict[str, Any] = {}
     if pretrained:
-        described = _described(config)
+        described = _read_config(config)
         files = _weight_files((described.pretrained_cfg or described).hf_hub_filename)
         try:
             here = {"source": "", **_read_by_timm(download(repo, *files, **where))}
@@ -170,7 +201,7 @@ def _create_from_hub(caller: str, name: str, pretrained: bool, kwargs: dict[str,
 
 
 def _weight_files(named: str | None) -> tuple[str, ...]:
-    """Names of a weights file on the hub, safetensors first, as timm prefers them."""
+    """List the names that a weights file on the hub may have, in timm's order."""
     if named is None:
         return _WEIGHT_FILES
     safe = named.replace("open_clip_pytorch_model", "open_clip_model")
@@ -178,7 +209,7 @@ def _weight_files(named: str | None) -> tuple[str, ...]:
 
 
 def _read_by_timm(path: Path) -> dict[str, Any]:
-    """Entries of ``pretrained_cfg`` by which timm loads a file of this machine."""
+    """Get the entries of ``pretrained_cfg`` by which timm loads a file of this machine."""
     # A safetensors file is not handed over as tensors, of which timm would make a second copy.
     if path.suffix == ".safetensors":
         check_sum(path)
@@ -187,7 +218,7 @@ def _read_by_timm(path: Path) -> dict[str, Any]:
 
 
 def _forget(model: Any, here: Mapping[str, Any], published: Mapping[str, Any]) -> None:
-    """Take out of ``pretrained_cfg`` where the weights lay on this machine."""
+    """Remove the place of the weights on this machine from ``pretrained_cfg``."""
     for key in here:
         model.pretrained_cfg.pop(key, None)
         if key in published:
@@ -195,7 +226,7 @@ def _forget(model: Any, here: Mapping[str, Any], published: Mapping[str, Any]) -
 
 
 def fixed_input_size(model: nn.Module) -> tuple[int, int] | None:
-    """The one input size (H, W) that a model's patch embedding takes; None where it takes any."""
+    """Get the one input size (H, W) that a patch embedding takes; None where it takes any."""
     patch_embed = getattr(model, "patch_embed", None)
     size = getattr(patch_embed, "img_size", None)
     if size is None or not getattr(patch_embed, "strict_img_size", False):
@@ -204,7 +235,8 @@ def fixed_input_size(model: nn.Module) -> tuple[int, int] | None:
 
 
 def input_channels(model: nn.Module) -> int:
-    """Channels of the images that a model takes; timm's models say it in one of three ways."""
+    """Get the channels of the images that a model takes."""
+    # timm's models have them in one of three places.
     own = getattr(model, "in_chans", None)
     if isinstance(own, int):
         return own
@@ -235,14 +267,8 @@ def check_name(caller: str, name: str) -> None:
     if ":" in name or timm.is_model(architecture):
         return
     near = difflib.get_close_matches(architecture, timm.list_models(), n=3)
-    raise ValueError(
-        f"{caller}: timm has no model {name!r}"
-        + (
-            f"; did you mean {' or '.join(near)}?"
-            if near
-            else f"; see timm.list_models() (there is no {name}, either)"
-        )
-    )
+    hint = f"did you mean {' or '.join(near)}?" if near else "see timm.list_models()"
+    raise ValueError(f"{caller}: timm has no model {name!r}, nor is there such a file; {hint}")
 
 
 def _has_weights(name: str, kwargs: Mapping[str, Any]) -> bool:
@@ -259,12 +285,12 @@ def _or_else(alternative: str) -> str:
 def build_from_checkpoint(
     caller: str, name: str, file: Path, *, num_classes: int | None = None, **kwargs: Any
 ) -> nn.Module:
-    """A timm model with the weights of a file, strictly, in any layout that timm converts.
+    """Build a timm model with the weights of a file, in any layout that timm converts.
 
     ``num_classes=None`` takes the head of the weights, 0 leaves it out.
     """
     check_name(caller, name)
-    state = _held(caller, file)
+    state = read_weights(caller, file)
     found = _classes_in(state, name)
     check_head(caller, file, found, num_classes)
     overlay = {"state_dict": state, "num_classes": found, "custom_load": False}
@@ -272,11 +298,11 @@ def build_from_checkpoint(
     options = kwargs | {"num_classes": found, "pretrained_cfg_overlay": overlay}
     try:
         model: Any = build_timm_model(caller, name, pretrained=True, **options)
-    except DownloadError:  # of what a model on the hub is, whose weights are here
+    except DownloadError:  # of the configuration of a model on the hub
         raise
     except (RuntimeError, KeyError) as error:
         raise _misfit(caller, file, name, error) from error
-    model.pretrained_cfg.pop("state_dict", None)  # the file's tensors, which nobody needs again
+    model.pretrained_cfg.pop("state_dict", None)  # frees the file's tensors
     if num_classes == 0:
         model.reset_classifier(0)  # after a strict load: timm loads loosely where heads differ
     return model
@@ -284,7 +310,7 @@ def build_from_checkpoint(
 
 def fill(caller: str, module: nn.Module, file: Path) -> nn.Module:
     """Load a file's weights into a module, strictly and in place."""
-    state: Mapping[str, Tensor] = _held(caller, file)
+    state: Mapping[str, Tensor] = read_weights(caller, file)
     if isinstance(module, LiftVisionTransformer):
         state = in_our_names(state)
     try:
@@ -294,15 +320,8 @@ def fill(caller: str, module: nn.Module, file: Path) -> nn.Module:
     return module
 
 
-def _held(caller: str, file: Path) -> dict[str, Tensor]:
-    try:
-        return held_weights(read_file(file), file)
-    except UnreadableError as error:
-        raise type(error)(f"{caller}: {error}") from error
-
-
 def _classes_in(state: Mapping[str, Tensor], name: str) -> int:
-    """Classes of the head in a checkpoint; 0 for a backbone."""
+    """Count the classes of the head in a checkpoint; 0 for a backbone."""
     cfg = None if ":" in name else get_pretrained_cfg(name)
     heads = getattr(cfg, "classifier", None) or ()
     for head in ((heads,) if isinstance(heads, str) else tuple(heads)) + ("head", "fc"):
@@ -317,12 +336,8 @@ def check_published_head(
     """Refuse a number of classes that the published weights of a timm name do not have."""
     cfg = None if ":" in name else get_pretrained_cfg(name)
     published = (overlay or {}).get("num_classes", getattr(cfg, "num_classes", None))
-    if published is not None and num_classes not in (None, 0, published):
-        raise ValueError(
-            f"{caller}: the published weights of {name!r} have {published} classes, got "
-            f"num_classes={num_classes}, whose head would be random; fine-tune the model and give "
-            "it with checkpoint=PATH, or use num_classes=0 for features alone"
-        )
+    if published is not None:
+        check_head(caller, name, published, num_classes)
 
 
 def check_head(caller: str, source: str | Path, found: int, wanted: int | None) -> None:
@@ -330,7 +345,8 @@ def check_head(caller: str, source: str | Path, found: int, wanted: int | None) 
     if wanted not in (None, 0, found):
         raise ValueError(
             f"{caller}: {str(source)!r} has a head of {found} classes, got num_classes={wanted}, "
-            "whose head would be random; use 0 for features alone"
+            "whose head would be random; fine-tune the model first and give it with "
+            "checkpoint=PATH, or use num_classes=0 for features alone"
         )
 
 
@@ -340,7 +356,7 @@ def _misfit(caller: str, checkpoint: Path, name: str, error: Exception) -> Value
 
 @dataclass(frozen=True)
 class Description:
-    """How timm builds an exported student, and what it takes in."""
+    """How timm builds an exported student, and its ``pretrained_cfg``."""
 
     architecture: str  # timm's name, or module:ClassName where only its author can build it
     arguments: dict[str, Any]  # that `timm.create_model` needs beside the name
@@ -365,12 +381,12 @@ def read_description(path: str | Path) -> Description | None:
 
 
 def build_exported(caller: str, file: Path, described: Description | None) -> nn.Module:
-    """The student in a file that fastkd exported as safetensors."""
+    """Build the student in a file that fastkd exported as safetensors."""
     if described is None or not timm.is_model(described.architecture):
         kind = "another fastkd's" if described is None else described.architecture
         raise ValueError(
-            f"{caller}: {file} holds a student that timm cannot build, {kind}: hand its module "
-            "over, and the file with checkpoint="
+            f"{caller}: {file} holds a student that timm cannot build, {kind}: give its module, "
+            "and the file with checkpoint="
         )
     model = build_timm_model(
         caller,

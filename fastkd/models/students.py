@@ -1,8 +1,4 @@
-"""The students of arXiv 2511.15572: ViTs whose last features are as wide as the teacher's.
-
-Each is timm's own `VisionTransformer` with one part exchanged (the final norm, or the last block),
-so timm's forward passes, heads, parameter groups and checkpoints work as they are.
-"""
+"""The students of arXiv 2511.15572: timm's ViT with a Lift as final norm, or a wide last block."""
 
 # Annotations must be types, not text: torch.fx writes those of `forward` into the code it makes.
 
@@ -30,12 +26,6 @@ class _WideFinalTransformer(VisionTransformer):
     """A timm ViT whose final features (`num_features`) are wider than its tokens (`embed_dim`)."""
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Replace the head, as timm does, by one that is `num_features` wide.
-
-        Args:
-            num_classes: number of classes; 0 removes the head.
-            global_pool: new pooling, or None to keep it.
-        """
         super().reset_classifier(num_classes, global_pool)
         self.head = self._make_head()
         self.head.train(self.training)
@@ -46,7 +36,6 @@ class _WideFinalTransformer(VisionTransformer):
         return nn.Linear(self.num_features, self.num_classes, **self._placement())
 
     def _placement(self) -> dict[str, Any]:
-        """Device and dtype on which new parts have to be made."""
         parameter = next(self.parameters())
         return {"device": parameter.device, "dtype": parameter.dtype}
 
@@ -54,7 +43,7 @@ class _WideFinalTransformer(VisionTransformer):
         self.num_features = self.head_hidden_size = width
 
     def _init_new(self, name: str) -> None:
-        """Initialise a part made after construction the way timm initialised the rest."""
+        """Initialize a part that is made after construction as timm initializes the rest."""
         mode = self.weight_init_mode
         head_bias = -math.log(self.num_classes) if "nlhb" in mode else 0.0
         init = get_init_weights_vit(mode, head_bias)
@@ -62,27 +51,23 @@ class _WideFinalTransformer(VisionTransformer):
 
 
 class LiftVisionTransformer(_WideFinalTransformer):
-    """Lift: the lifted, normalised patch tokens are both distilled and classified.
+    """Lift (arXiv 2511.15572): the lifted, normalized patch tokens are distilled and classified.
 
-    The tokens of the last block go through `Lift`, which takes the place of timm's final norm, and
-    the head reads the mean over the lifted patch tokens. The class token stays in the sequence,
-    because patch tokens attend to it, and is not pooled. Nothing is dead: every parameter gets a
-    gradient. Source: arXiv 2511.15572, section "Lift".
-
-    With ``global_pool="avg"``, `forward` never writes the lifted tokens (`fastkd.ops.lift`), and
-    `forward_head_kd` gives logits and feature distance from one pass. timm's `forward_features`,
-    `forward_head` and `forward_intermediates` are built from the plain layers, as is what an
-    exporter or tracer records.
+    The tokens of the last block go through `Lift`, in the place of timm's final norm, and the head
+    reads the mean over the lifted patch tokens. The class token stays in the sequence, because
+    patch tokens attend to it, and is not pooled. With ``global_pool="avg"``, `forward` never writes
+    the lifted tokens (`fastkd.ops.lift`); timm's `forward_features`, `forward_head` and
+    `forward_intermediates`, tracers and exporters run the plain layers.
 
     Args:
         width: channels of the lifted tokens and of the head.
         global_pool: ``"avg"`` (the paper's), ``"avgmax"``, ``"max"`` over patch tokens, or ``""``.
-        init_weights: ``"released"`` or ``"timm"``, as in `create_student`.
+        init_weights: ``"released"`` or ``"timm"``; see `create_student`.
         **kwargs: of timm's `VisionTransformer`; its final and pooled norms are replaced.
 
     Attributes:
-        fused_lift: set it to False for the plain layers everywhere, which is what second
-            derivatives and `torch.vmap` need.
+        fused_lift: False runs the plain layers everywhere, which second derivatives and
+            `torch.vmap` need.
 
     Raises:
         ValueError: ``global_pool`` would read the class token or needs an attention pool, or
@@ -118,14 +103,11 @@ class LiftVisionTransformer(_WideFinalTransformer):
         Args:
             vit: the model, which becomes the student; its norm, pooling and head are replaced.
             width: channels of the lifted tokens.
-            global_pool: as in the constructor.
-            init_weights: as in the constructor.
+            global_pool: see the constructor.
+            init_weights: see the constructor.
 
         Returns:
             ``vit``.
-
-        Raises:
-            ValueError: another pooling or ``init_weights`` than the constructor takes.
         """
         check_lift_pool(global_pool)
         check_init_weights("LiftVisionTransformer", init_weights, vit.weight_init_mode)
@@ -162,28 +144,28 @@ class LiftVisionTransformer(_WideFinalTransformer):
         beta: float = 1.0,
         backend: Backend = "auto",
     ) -> tuple[Tensor, Tensor]:
-        """Logits, and the lifted tokens' distance to a teacher's, in one pass for training.
+        """Compute logits, and the lifted tokens' distance to a teacher's, in one pass.
 
         Args:
-            tokens: [B, N, embed_dim], patch tokens of the last block, not yet lifted; that is what
-                ``Taps.last_block`` gives.
+            tokens: [B, N, embed_dim], patch tokens of the last block before the lift
+                (``Taps.last_block``).
             teacher_tokens: [B, N, width], frozen.
-            loss: of `fastkd.ops.lift_kd`, as are the others.
+            loss: of `fastkd.ops.lift_kd`.
             grid: (H, W) with H * W = N; needed by ``"spectral"`` where it is not square.
             beta: threshold of ``"smooth_l1"``.
-            backend: which implementation runs.
+            backend: of the operator.
 
         Returns:
             [B, classes], and the scalar distance.
 
         Raises:
-            ValueError: shapes, grid or options do not fit, or `fuses_lift` says no.
+            ValueError: shapes, grid or options do not fit, or `fuses_lift` is False.
         """
         if not self.fuses_lift(tokens):
             raise ValueError(
                 "LiftVisionTransformer.forward_head_kd: needs global_pool='avg', fused_lift=True "
-                "and a lift without hooks or exchanged layers; take the lifted tokens of "
-                "forward_features and compare them with feature_kd"
+                "and a lift without hooks or exchanged layers; otherwise compare the lifted tokens "
+                "of forward_features by feature_kd"
             )
         if tokens.ndim != 3 or tokens.shape[2] != self.embed_dim:
             raise ValueError(
@@ -200,11 +182,10 @@ class LiftVisionTransformer(_WideFinalTransformer):
         """Whether logits are computed without writing the lifted tokens.
 
         Args:
-            x: the input of the pass that is asked about; a tracer's records plain layers, and so
-                does a shape without storage.
+            x: the input of the pass; tracers and meta tensors take the plain layers.
 
         Returns:
-            False where something listens to the layers, or they are not the Lift's own.
+            False where the layers have hooks, or are not the Lift's own.
         """
         return (
             self.fused_lift
@@ -229,19 +210,10 @@ class LiftVisionTransformer(_WideFinalTransformer):
         return self._classify(self.lift.pooled(tokens))
 
     def _classify(self, pooled: Tensor) -> Tensor:
-        """What timm's `forward_head` does after the pool."""
+        """Do what timm's `forward_head` does after the pool."""
         return self.head(self.head_drop(self.fc_norm(pooled)))
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Replace the head by one as wide as the lifted tokens.
-
-        Args:
-            num_classes: number of classes; 0 removes the head.
-            global_pool: new pooling over patch tokens, or None to keep it.
-
-        Raises:
-            ValueError: ``global_pool`` would read the class token or needs an attention pool.
-        """
         if global_pool is not None:
             check_lift_pool(global_pool)
         super().reset_classifier(num_classes, global_pool)
@@ -249,9 +221,8 @@ class LiftVisionTransformer(_WideFinalTransformer):
     def prune_intermediate_layers(
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
-        """Drop blocks past ``indices``; ``prune_norm`` drops the lift, which is the norm."""
         kept = super().prune_intermediate_layers(indices, prune_norm, prune_head)
-        if prune_norm:
+        if prune_norm:  # which is the lift
             self._set_final_width(self.embed_dim)
         return kept
 
@@ -282,11 +253,10 @@ def _is_exporting() -> bool:
 
 
 def check_lift_pool(global_pool: str) -> None:
-    """Refuse a pool that would read the class token, or that pools by attention."""
     if global_pool not in _LIFT_POOLS:
         raise ValueError(
             f"LiftVisionTransformer: global_pool must be one of {_LIFT_POOLS}, got {global_pool!r} "
-            "(Lift classifies its lifted patch tokens; the class token is not read)"
+            "(the class token is not lifted)"
         )
 
 
@@ -298,8 +268,7 @@ def check_init_weights(caller: str, init_weights: str, weight_init: str = "") ->
         )
     if init_weights == "released" and weight_init not in ("", "skip", "reset"):
         raise ValueError(
-            f"{caller}: weight_init={weight_init!r} is a scheme of timm, and needs "
-            f"init_weights='timm', got {init_weights!r}"
+            f"{caller}: {weight_init=} needs init_weights='timm', got {init_weights!r}"
         )
 
 
@@ -341,15 +310,15 @@ class WideLastBlock(Block):
 
 
 class WideLastVisionTransformer(_WideFinalTransformer):
-    """WideLast: only the last block, the final norm and the head have the teacher's width.
+    """WideLast (arXiv 2511.15572): last block, final norm and head have the teacher's width.
 
-    The last block keeps the head dimension and so has more heads. Source: arXiv 2511.15572,
-    section "WideLast"; key names as in its released checkpoints (``blocks.11.proj_in.weight``).
+    The last block keeps the head dimension and so has more heads. Parameters are named as in the
+    released checkpoints (``blocks.11.proj_in.weight``).
 
     Args:
         width: channels of the last block, a multiple of the head dimension.
         block_fn: timm's `Block`; no other kind has a wide form.
-        init_weights: ``"released"`` or ``"timm"``, as in `create_student`.
+        init_weights: ``"released"`` or ``"timm"``; see `create_student`.
         **kwargs: of timm's `VisionTransformer`.
 
     Raises:
@@ -382,21 +351,14 @@ class WideLastVisionTransformer(_WideFinalTransformer):
     ) -> "WideLastVisionTransformer":
         """Turn a timm `VisionTransformer` into a WideLast student in place.
 
-        What it has learnt before the last block is kept; last block, norm and head are new.
-
         Args:
-            vit: the model, which becomes the student.
+            vit: the model, which becomes the student; its last block, norm and head are replaced.
             block_arguments: what timm built its last block with.
             width: channels of the last block.
-            init_weights: ``"released"`` draws the class token anew, which is for a model that has
-                learnt nothing.
+            init_weights: ``"released"`` draws the class token anew, for an untrained model.
 
         Returns:
             ``vit``.
-
-        Raises:
-            ValueError: a last block of a type that cannot be widened, or another ``init_weights``
-                than the constructor takes.
         """
         check_wide_block_type(type(vit.blocks[-1]))
         check_init_weights("WideLastVisionTransformer", init_weights, vit.weight_init_mode)
@@ -412,34 +374,24 @@ class WideLastVisionTransformer(_WideFinalTransformer):
         norm: bool = False,
         **kwargs: Any,
     ) -> Any:
-        """Timm's `forward_intermediates`; the final norm fits the last block alone.
-
-        Raises:
-            ValueError: ``norm`` is asked for blocks that are narrower than the final norm.
-        """
-        if norm and not isinstance(self.norm, nn.Identity):
-            self._check_norm_fits(indices)
+        last = len(self.blocks) - 1
+        wide = indices == 1 or (isinstance(indices, (list, tuple)) and set(indices) <= {-1, last})
+        if norm and not wide and not isinstance(self.norm, nn.Identity):
+            raise ValueError(
+                "WideLastVisionTransformer.forward_intermediates: norm=True needs indices=1, the "
+                f"last block, got {indices}: the others have {self.embed_dim} channels, not "
+                f"{self.num_features}"
+            )
         return super().forward_intermediates(x, indices, return_prefix_tokens, norm, **kwargs)
 
     def prune_intermediate_layers(
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
-        """Drop blocks past ``indices``; the final norm goes with the wide block, its only fit."""
         kept = super().prune_intermediate_layers(indices, prune_norm, prune_head)
-        if not isinstance(self.blocks[-1], WideLastBlock):
+        if not isinstance(self.blocks[-1], WideLastBlock):  # the norm fits no other block
             self.norm = nn.Identity()
             self._set_final_width(self.embed_dim)
         return kept
-
-    def _check_norm_fits(self, indices: int | list[int] | None) -> None:
-        last = len(self.blocks) - 1
-        if indices == 1 or (isinstance(indices, (list, tuple)) and set(indices) <= {-1, last}):
-            return
-        raise ValueError(
-            "WideLastVisionTransformer.forward_intermediates: norm=True is possible for block "
-            f"{last} alone, got indices={indices}: the final norm has {self.num_features} "
-            f"channels, the other blocks {self.embed_dim}"
-        )
 
     def _install_wide_block(
         self, width: int, block_arguments: dict[str, Any], init_weights: InitWeights
@@ -467,19 +419,17 @@ class WideLastVisionTransformer(_WideFinalTransformer):
 
 
 class BlockRecorder:
-    """A ``block_fn`` that builds timm's blocks and remembers what the last one was built with."""
+    """A ``block_fn`` that builds timm's blocks and keeps the arguments of the last one."""
 
     def __init__(self) -> None:
         self.arguments: dict[str, Any] = {}
 
     def __call__(self, **arguments: Any) -> Block:
-        """Build a block as timm asks for it."""
         self.arguments = arguments
         return Block(**arguments)
 
 
 def check_wide_block_type(block_type: type[nn.Module]) -> None:
-    """Refuse blocks that have no wide form."""
     if block_type is not Block:
         raise ValueError(
             "WideLastVisionTransformer: the last block must be timm's Block to have a wide form, "
@@ -488,7 +438,7 @@ def check_wide_block_type(block_type: type[nn.Module]) -> None:
 
 
 def widened(block_arguments: dict[str, Any], width: int) -> dict[str, Any]:
-    """Arguments of the same block at another width, with the dimension of its heads kept."""
+    """Get the arguments of a block at another width, with the dimension of its heads kept."""
     head_dim = block_arguments["dim"] // block_arguments["num_heads"]
     if width <= 0 or width % head_dim:
         raise ValueError(

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import difflib
 import inspect
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 
 from fastkd.tokens import Tokens
+from fastkd.utils.arguments import describe
 
 TapKey = int | str
 
@@ -24,15 +26,15 @@ CHANNELS_FIRST = (_ConvNd, _NormBase)
 
 @dataclass(frozen=True)
 class TapOutput:
-    """What one forward pass gave.
+    """Logits and tokens of one forward pass.
 
     Attributes:
         logits: [B, classes]; pooled features [B, D] for a model without a head.
-        tokens: tapped layer -> its tokens, before the final norm. Keys are non-negative block or
-            stage numbers, or module names.
-        final: what the head pools, prefix tokens dropped: patch tokens after the model's own final
-            norm, the lifted tokens of a Lift student, the last feature map of a CNN. None where the
-            model has no such map, or its grid is not known.
+        tokens: tokens per tapped layer, before the final norm. Keys are non-negative block or stage
+            numbers, or module names.
+        final: what the head pools, prefix tokens dropped: patch tokens after the final norm, the
+            lifted tokens of a Lift student, the last feature map of a CNN. None where the model has
+            no such map, or its grid is not known.
     """
 
     logits: Tensor
@@ -43,24 +45,20 @@ class TapOutput:
 class Taps:
     """Reads layers of a model while it runs; call it in the model's place.
 
-    Models with timm's feature interface are read by number, through their own
-    `forward_intermediates` and `forward_head`: no hooks, no copy for ViTs, and
-    ``torch.compile(fullgraph=True)`` works. A number is a block of a ViT, DeiT, DINOv2 or CaiT (its
-    patch blocks; the class-attention blocks have no patch tokens to give) and a stage of a Swin or
-    CNN, counted as timm's ``feature_info`` does: where the stem is among them it is number 0 (of a
-    ResNet, 0 is the stem's ``act1`` and 4 is ``layer4``). Any other `nn.Module` is read by module
-    name, with forward hooks that live as long as the call. Where the channels of a 4-D output are
-    is told by timm's ``feature_info``, by the images' aspect ratio or by the model's attribute
-    ``output_fmt`` ("NCHW" or "NHWC"), in this order.
-
-    Taps are no `nn.Module`: a module that holds both a model and its taps registers the model once.
+    Models with timm's feature interface are read by number, through `forward_intermediates` and
+    `forward_head`: no hooks, no copy for ViTs, and ``torch.compile(fullgraph=True)`` works. A
+    number is a block of a ViT or CaiT (not its class-attention blocks), and a stage of a Swin or
+    CNN, counted as in timm's ``feature_info``, including the stem (of a ResNet, 0 is ``act1`` and 4
+    is ``layer4``). Any other module is read by module name, with forward hooks that live as long as
+    the call. The channels of a 4-D output are found by ``feature_info``, the images' aspect ratio,
+    or the model's attribute ``output_fmt`` ("NCHW" or "NHWC"), in this order.
 
     Args:
         model: any model; not wrapped in DDP (wrap the module that calls the taps instead).
         indices: numbers, negative ones from the end, or module names; not both. Repeated ones are
             read once. Empty: logits and final tokens only.
         num_prefix: for module names: how many tokens at the front of a [B, N, D] output are no
-            patches (class token, registers); timm's ViTs say it themselves.
+            patches (class token, registers).
         grid: for module names: (H, W) of [B, N, D] outputs; None takes that of the patch embedding
             of timm's ViTs, else the one grid with the images' aspect ratio.
 
@@ -68,12 +66,13 @@ class Taps:
         indices: the resolved keys of `TapOutput.tokens`, in the order asked for.
 
     Raises:
-        ValueError: a number out of range or a name that the model does not have.
+        ValueError: a number out of range, a name that the model does not have, or, in a call, an
+            output whose layout or grid is not known.
         TypeError: numbers and names are mixed, or numbers are given for a model without timm's
             feature interface.
-
-    A call raises a ValueError for an output whose layout or grid cannot be told.
     """
+
+    # No nn.Module: a module that holds both a model and its taps registers the model once.
 
     def __init__(
         self,
@@ -89,24 +88,20 @@ class Taps:
 
     @property
     def dims(self) -> dict[TapKey, int]:
-        """Tapped layer -> number of channels.
-
-        Raises:
-            RuntimeError: layers are tapped by name and the model has not run yet; call `probe`.
-        """
+        """Channels per tapped layer; known for layers tapped by name once the model has run."""
         if len(self._reader.dims) < len(self.indices):
             raise RuntimeError(
                 f"Taps.dims: the channels of {self.indices} are known after the first forward "
-                "pass; call the taps or Taps.probe(images) first"
+                "pass: call Taps.probe(images) first"
             )
         return dict(self._reader.dims)
 
     @torch.no_grad()
     def probe(self, images: Tensor) -> dict[TapKey, int]:
-        """Run the model once in eval mode, so that `dims` is known; changes no statistics.
+        """Run the model once in eval mode, so that `dims` is known.
 
         Args:
-            images: [B, C, H, W], as the model will see them; one image is enough.
+            images: [1, C, H, W], an example of the model's input.
 
         Returns:
             `dims`.
@@ -125,17 +120,13 @@ class Taps:
         return self._reader(images)
 
     def last_block(self, images: Tensor) -> Tokens:
-        """Tokens of the last block or stage, tapped or not; final norm and head do not run.
+        """Get the tokens of the last block or stage, tapped or not; norm and head do not run.
 
         Args:
             images: [B, C, H, W].
 
         Returns:
             Its tokens, before the final norm.
-
-        Raises:
-            ValueError: layers are tapped by name, so nothing says which of them is the last; or
-                patches are dropped in training.
         """
         return self._reader.last_block(images)
 
@@ -153,8 +144,8 @@ def _choose_reader(
     if numbers and not has_interface:
         raise TypeError(
             f"Taps: {type(model).__name__} has no forward_intermediates, forward_head and "
-            f"feature_info as timm's models have, so its layers are tapped by module name; got "
-            f"{numbers} (a wrapped model? tap the model inside)"
+            f"feature_info, so its layers must be tapped by module name, got {numbers} (a wrapped "
+            "model? tap the model inside)"
         )
     if has_interface and not names:
         return _NumberReader(model, numbers)
@@ -169,7 +160,13 @@ class _NumberReader:
         self.name = model_name(model)
         infos = _infos(model)
         modules = [str(info["module"]) for info in infos]
-        self.keys = list(dict.fromkeys(_resolve(index, modules, self.name) for index in indices))
+        for index in indices:
+            if not -len(infos) <= index < len(infos):
+                raise ValueError(
+                    f"Taps: index {index} is out of range: {self.name} has {len(infos)} blocks or "
+                    f"stages to tap ({modules[0]} .. {modules[-1]})"
+                )
+        self.keys = list(dict.fromkeys(index % len(infos) for index in indices))
         self.dims: dict[TapKey, int] = {key: int(infos[key]["num_chs"]) for key in self.keys}
         self.sources = [f"{self.name} {module}" for module in modules]
         self.in_depth_order = sorted(self.keys)  # the order in which timm returns them
@@ -180,9 +177,12 @@ class _NumberReader:
         self.final_channels_last = getattr(model, "output_fmt", "NCHW") == "NHWC"
 
     def __call__(self, images: Tensor) -> TapOutput:
+        maps: list[Tensor] = []
         if self.keys:
             self._refuse_dropped_patches()
-        features, maps = self._forward(images)
+            features, maps = self._intermediates(images, indices=self.in_depth_order)
+        else:
+            features = self.model.forward_features(images)
         grid = None if self._is_thinned() else self._grid(images)
         tokens: dict[TapKey, Tokens] = {
             key: self._tokens(maps[self.in_depth_order.index(key)], grid, key) for key in self.keys
@@ -193,11 +193,6 @@ class _NumberReader:
         self._refuse_dropped_patches()
         (features,) = self._intermediates(images, indices=1, intermediates_only=True)
         return self._tokens(features, self._grid(images), -1)
-
-    def _forward(self, images: Tensor) -> tuple[Tensor, list[Tensor]]:
-        if not self.keys:
-            return self.model.forward_features(images), []
-        return self._intermediates(images, indices=self.in_depth_order)
 
     def _intermediates(self, images: Tensor, **options: Any) -> Any:
         output_fmt = "NLC" if self.as_tokens else "NCHW"
@@ -242,11 +237,7 @@ class _NameReader:
     """Reads named modules of any model with forward hooks; what is not asked for costs nothing."""
 
     def __init__(
-        self,
-        model: Any,
-        names: Sequence[str],
-        num_prefix: int,
-        grid: tuple[int, int] | None,
+        self, model: Any, names: Sequence[str], num_prefix: int, grid: tuple[int, int] | None
     ) -> None:
         self.model = model
         self.name = model_name(model)
@@ -259,10 +250,26 @@ class _NameReader:
         for info in infos:
             self.channels.setdefault(str(info["module"]), set()).add(int(info["num_chs"]))
         self.on_one_grid = bool(infos) and _gives_tokens_on_one_grid(model, infos)
-        _check_names(self.keys, model, self.name)
+        known = [module for module, _ in model.named_modules() if module]
+        for wanted in self.keys:
+            if wanted not in known:
+                near = difflib.get_close_matches(wanted, known, n=3) or known[:8]
+                raise ValueError(
+                    f"Taps: {self.name} has no module {wanted!r}; there are {', '.join(near)}"
+                )
 
     def __call__(self, images: Tensor) -> TapOutput:
-        with self._hooks() as captured:
+        captured: dict[str, Any] = {}
+
+        def capture(key: str, module: nn.Module, inputs: Any, output: Any) -> None:
+            captured[key] = output
+
+        with (
+            ExitStack() as hooks
+        ):  # of this call only, so copies and pickles of the model have none
+            for key in self.keys:
+                module = self.model.get_submodule(key)
+                hooks.enter_context(module.register_forward_hook(partial(capture, key)))
             output = self.model(images)
         tokens: dict[TapKey, Tokens] = {
             key: self._tokens(key, captured, images) for key in self.keys
@@ -272,26 +279,9 @@ class _NameReader:
 
     def last_block(self, images: Tensor) -> Tokens:
         raise ValueError(
-            f"Taps.last_block: {self.name} is tapped by name ({', '.join(self.keys)}), so that its "
-            "last block is not known; tap it by number"
+            f"Taps.last_block: the last block of {self.name} is not known where layers are tapped "
+            f"by name ({', '.join(self.keys)}); tap it by number"
         )
-
-    @contextmanager
-    def _hooks(self) -> Iterator[dict[str, Any]]:
-        """Hooks for one call only: copies and pickles of the model stay free of them."""
-        captured: dict[str, Any] = {}
-
-        def capture(key: str) -> Any:
-            return lambda module, inputs, output: captured.__setitem__(key, output)
-
-        handles = [
-            self.model.get_submodule(key).register_forward_hook(capture(key)) for key in self.keys
-        ]
-        try:
-            yield captured
-        finally:
-            for handle in handles:
-                handle.remove()
 
     def _tokens(self, key: str, captured: dict[str, Any], images: Tensor) -> Tokens:
         source = f"{self.name} {key}"
@@ -300,10 +290,9 @@ class _NameReader:
         output = captured[key]
         features = output[0] if isinstance(output, (tuple, list)) else output
         if not (isinstance(features, Tensor) and features.ndim in (3, 4)):
-            found = (
-                list(features.shape) if isinstance(features, Tensor) else type(features).__name__
+            raise ValueError(
+                f"Taps: {source} must give [B, C, H, W] or [B, N, D], got {describe(features)}"
             )
-            raise ValueError(f"Taps: {source} must give [B, C, H, W] or [B, N, D], got {found}")
         shape, channels = list(features.shape), self.channels.get(key, set())
         if shape[0] != len(images):
             raise ValueError(
@@ -316,9 +305,8 @@ class _NameReader:
         if hasattr(self.model, "reroll") and features.ndim == 3:  # Hiera
             raise ValueError(f"Taps: {source} orders tokens by windows; tap {self.name} by number")
         if features.ndim == 4:
-            if self._channels_come_last(key, shape, images, source):
-                features = features.permute(0, 3, 1, 2)
-            return _tokens_of_map(features, source)
+            last = self._channels_come_last(key, shape, images, source)
+            return _tokens_of_map(features.permute(0, 3, 1, 2) if last else features, source)
         grid, num_prefix = self._grid(shape[1], images, source)
         return Tokens(features[:, num_prefix:], grid, num_prefix, source)
 
@@ -343,7 +331,7 @@ class _NameReader:
         return output_fmt == "NHWC"
 
     def _grid(self, count: int, images: Tensor, source: str) -> tuple[tuple[int, int], int]:
-        """The grid of [B, N, D] tokens, and how many of them come before the patches."""
+        """Find the grid of [B, N, D] tokens, and how many of them come before the patches."""
         if self.grid is not None:
             return self.grid, self.num_prefix
         height, width = (int(side) for side in images.shape[-2:])
@@ -362,14 +350,14 @@ class _NameReader:
         if len(fitting) != 1:
             raise ValueError(
                 f"Taps: {source} gives {count} tokens, which are no grid of images of {height} x "
-                f"{width}; set grid=(H, W), or num_prefix (now {self.num_prefix}) if a class token "
-                "or registers are among them"
+                f"{width}; set grid=(H, W), or num_prefix (now {self.num_prefix}) for a class token "
+                "or registers"
             )
         return fitting[0], self.num_prefix
 
 
 def model_name(model: nn.Module) -> str:
-    """The name of a model's architecture, for messages: timm's, else its class's."""
+    """Get the name of a model's architecture, for messages: timm's, else its class's."""
     cfg = getattr(model, "pretrained_cfg", None) or {}
     return str(cfg.get("architecture") or type(model).__name__)
 
@@ -389,16 +377,6 @@ def _has_aspect(grid: Sequence[int], size: Sequence[int]) -> bool:
     return abs(grid[0] * size[1] - grid[1] * size[0]) < max(size)
 
 
-def _resolve(index: int, modules: list[str], name: str) -> int:
-    count = len(modules)
-    if not -count <= index < count:
-        raise ValueError(
-            f"Taps: index {index} is out of range: {name} has {count} blocks or stages to tap "
-            f"({modules[0]} .. {modules[-1]})"
-        )
-    return index % count
-
-
 def _gives_tokens_on_one_grid(model: Any, infos: list[Any]) -> bool:
     """Whether timm can hand out [B, N, D] without a copy, on the grid of the patch embedding."""
     return (
@@ -409,28 +387,19 @@ def _gives_tokens_on_one_grid(model: Any, infos: list[Any]) -> bool:
 
 
 def _num_prefix_tokens(model: Any) -> int:
-    """Prefix tokens of the final features; CaiT counts its class token in recent timm only."""
+    # Of the final features; CaiT counts its class token in recent timm only.
     has_class_token = getattr(model, "cls_token", None) is not None
     return int(getattr(model, "num_prefix_tokens", has_class_token))
 
 
 def _blocks_carry_prefix(model: Any) -> bool:
-    """CaiT's blocks, for one, see patch tokens alone: the class token joins after them."""
+    # CaiT's blocks see patch tokens alone: the class token joins after them.
     return "return_prefix_tokens" in inspect.signature(model.forward_intermediates).parameters
 
 
 def _tokens_of_map(features: Tensor, source: str, num_prefix: int = 0) -> Tokens:
-    """Tokens of a [B, C, H, W] map: a strided view, no copy."""
-    height, width = features.shape[-2:]
+    height, width = features.shape[-2:]  # [B, C, H, W] to a strided view, no copy
     return Tokens(features.flatten(2).transpose(1, 2), (height, width), num_prefix, source)
-
-
-def _check_names(names: Sequence[str], model: nn.Module, name: str) -> None:
-    known = [module for module, _ in model.named_modules() if module]
-    for wanted in names:
-        if wanted not in known:
-            near = difflib.get_close_matches(wanted, known, n=3) or known[:8]
-            raise ValueError(f"Taps: {name} has no module {wanted!r}; there are {', '.join(near)}")
 
 
 def _logits(output: Any, name: str) -> Tensor:

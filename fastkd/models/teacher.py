@@ -14,17 +14,17 @@ Statistics = Sequence[float]
 
 
 class Teacher(nn.Module):
-    """A frozen model that gives logits and tapped tokens; always in eval mode, never with gradient.
+    """A frozen model that gives logits and tapped tokens, in eval mode and without gradients.
 
-    Keep it outside the module that DDP wraps: it has nothing to synchronise.
+    Keep it outside the module that DDP wraps: it has nothing to synchronize.
 
     Args:
         model: frozen in place (``requires_grad_(False)``, eval mode).
-        mean: per channel, what the model's images are normalized with; None: as they come.
+        mean: per channel, what the model's images are normalized with; None: not normalized.
         std: per channel; given together with ``mean``.
-        input_size: (H, W) that images are resized to; None: as they come.
-        classes: names of the model's classes by label, to compare with a student's; None: as far as
-            the model's ``pretrained_cfg`` names them.
+        input_size: (H, W) that images are resized to; None: not resized.
+        classes: names of the model's classes by label, to compare with a student's; None: those of
+            the model's ``pretrained_cfg``, if it has any.
 
     Raises:
         ValueError: only one of ``mean`` and ``std`` is given, or they differ in length.
@@ -64,7 +64,7 @@ class Teacher(nn.Module):
 
     @property
     def dims(self) -> dict[TapKey, int]:
-        """Tapped layer -> channels; see `Taps.dims`."""
+        """Channels per tapped layer; see `Taps.dims`."""
         return self._taps.dims
 
     def tap(
@@ -77,24 +77,22 @@ class Teacher(nn.Module):
         """Choose the layers that `forward` reads from now on.
 
         Args:
-            indices: of blocks, from the end if negative, or module names, as in `Taps`.
+            indices: block numbers, negative ones from the end, or module names; see `Taps`.
             num_prefix: tokens that are no patches, of layers tapped by name.
             grid: (H, W) of layers tapped by name, where it is not square.
 
         Returns:
-            The taps, for their resolved ``indices`` and ``dims``.
+            The taps, with resolved ``indices`` and ``dims``.
         """
         self._taps = Taps(self.model, indices, num_prefix=num_prefix, grid=grid)
         return self._taps
 
     def set_input_stats(self, mean: Statistics | None, std: Statistics | None) -> None:
-        """Set what the images given to `forward` were normalized with: the student's statistics.
-
-        Without it, or with None, images are taken to be normalized as the teacher wants them.
+        """Set the statistics that the images given to `forward` are normalized with.
 
         Args:
-            mean: per channel, as for images in [0, 1].
-            std: per channel, likewise for images in [0, 1].
+            mean: of the student's images in [0, 1], per channel; None: they are the teacher's.
+            std: per channel; given together with ``mean``.
 
         Raises:
             ValueError: only one of both is given, or the channels differ from the teacher's.
@@ -120,7 +118,7 @@ class Teacher(nn.Module):
         """Bring the student's images to the teacher's statistics and input size.
 
         Args:
-            images: [B, C, H, W], normalized as `set_input_stats` said.
+            images: [B, C, H, W], normalized by the statistics of `set_input_stats`.
 
         Returns:
             [B, C, H', W']; ``images`` itself where nothing has to change.
@@ -147,8 +145,7 @@ class Teacher(nn.Module):
         return self._taps(self.prepare(images))
 
     def train(self, mode: bool = True) -> Teacher:
-        """Stay in eval mode, whatever the surrounding module does."""
-        del mode
+        del mode  # in eval mode, whatever the surrounding module is in
         return super().train(False)
 
 
@@ -159,8 +156,7 @@ def _checked_statistics(
         return None, None
     if mean is None or std is None or len(mean) != len(std):
         raise ValueError(
-            f"{caller}: mean and std must be given together, one value a channel, got {mean} "
-            f"and {std}"
+            f"{caller}: mean and std must both have one value per channel, got {mean} and {std}"
         )
     return tuple(map(float, mean)), tuple(map(float, std))
 

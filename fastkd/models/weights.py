@@ -1,8 +1,9 @@
-"""Read weights in files: whatever timm reads, and the checkpoints of fastkd's trainer."""
+"""Read files of weights and verify their checksums; what is wrong with one is one error."""
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import pathlib
 import pickle
 import re
@@ -11,18 +12,22 @@ import textwrap
 import zipfile
 import zlib
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from contextvars import ContextVar
 from enum import Enum
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal, TypeVar
 
 import numpy as np
 import torch
+from annotated_types import Ge, Gt, Le
+from pydantic import BaseModel, ConfigDict, Strict, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from timm.models import clean_state_dict
 from torch import Tensor
+
+from fastkd.models.hub import DownloadError
+from fastkd.utils.arguments import LARGEST_IMAGE
 
 # What every checkpoint of `fastkd.train` carries under "format".
 FASTKD_FORMAT = "fastkd-checkpoint"
@@ -45,9 +50,44 @@ _NAME_LIST = re.compile(r'(?:"[^"]+",?\s*)+')
 _CRC = re.compile(rf'"{CRC_KEY}":"([0-9a-f]{{8}})"'.encode())
 _verify: ContextVar[bool] = ContextVar("verify", default=True)
 
+Form = TypeVar("Form", bound=BaseModel)
+Side = Annotated[int, Ge(1), Le(LARGEST_IMAGE)]
+Size = tuple[Side, Side, Side]  # (channels, height, width)
+Means = tuple[float, ...]
+Deviations = tuple[Annotated[float, Gt(0)], ...]
+Classes = Annotated[int, Strict(), Ge(0), Le(10**7)]  # timm takes no text for a number
+
+
+class FileForm(BaseModel):
+    """What a file must hold; subclasses have the fields."""
+
+    model_config = ConfigDict(arbitrary_types_allowed=True, allow_inf_nan=False)
+
+
+class RunInput(FileForm):
+    """The images that the student of a run was trained on."""
+
+    size: Size
+    mean: Means | None
+    std: Deviations | None
+
+
+class Run(FileForm):
+    """What a checkpoint of a run holds of its student."""
+
+    recipe: dict[str, Any]
+    input: RunInput
+    num_classes: Classes | None
+    img_size: Side | tuple[Side, Side] | None
+    state_dict: dict[str, Tensor]
+    state_dict_ema: dict[str, Tensor] | None = None
+    classes: list[str] | tuple[str, ...] | None = None
+    measured: dict[str, float] | None = None
+    weights: Literal["raw", "ema"] | None = None
+
 
 class UnreadableError(ValueError):
-    """A file that is no whole file of weights, or that would run code; the message says which."""
+    """A file that is no whole file of weights, or that would run code."""
 
 
 class ChecksumError(UnreadableError):
@@ -58,7 +98,33 @@ class UnsafeError(UnreadableError):
     """A file with more than tensors and plain values in it."""
 
 
-@contextmanager
+def checked(form: type[Form], content: Any, path: str | Path) -> Form:
+    """Bring the content of a file into its form; an error names the file and the field."""
+    try:
+        return form.model_validate(content)
+    except ValidationError as error:
+        fault = error.errors(include_url=False, include_input=False)[0]
+        field = ".".join(map(str, fault["loc"])) or "its content"
+        raise UnreadableError(f"{path}: {field}: {fault['msg']}") from None
+
+
+@contextlib.contextmanager
+def reading(caller: str, path: str | Path) -> Iterator[None]:
+    """Turn any error that a file causes into one that names it."""
+    try:
+        yield
+    except (OSError, ImportError, MemoryError, torch.OutOfMemoryError, DownloadError):
+        raise
+    except Exception as error:  # of timm, torch, safetensors, json, or for values of another kind
+        text = " ".join(str(error).removeprefix(f"{caller}: ").split())
+        explained = isinstance(error, ValueError)
+        if explained and str(path) in text:
+            raise
+        reason = text if explained else f"{type(error).__name__}: {text}"
+        raise UnreadableError(f"{caller}: {path} cannot be used: {reason}") from error
+
+
+@contextlib.contextmanager
 def verifying(verify: bool) -> Iterator[None]:
     """Let `read_file` compare checksums within the block, or not; this thread's reads alone."""
     token = _verify.set(verify)
@@ -78,10 +144,7 @@ class FileKind(Enum):
 
 
 def file_kind(path: str | Path) -> FileKind | None:
-    """What there is at a path, by what the file says of itself; None where there is no file.
-
-    Reads no tensor. Why a file is unreadable `read_file` says.
-    """
+    """Get the kind of a file from its content, without reading a tensor; None without a file."""
     path = Path(path)
     if not path.is_file():
         return None
@@ -97,7 +160,7 @@ def file_kind(path: str | Path) -> FileKind | None:
 
 
 def metadata(path: str | Path) -> dict[str, str]:
-    """Metadata of a .safetensors file; empty for one that has none or is torn."""
+    """Get the metadata of a .safetensors file; empty for one that has none or is torn."""
     try:
         with safe_open(path, "pt") as file:
             return file.metadata() or {}
@@ -106,11 +169,9 @@ def metadata(path: str | Path) -> dict[str, str]:
 
 
 def read_file(path: str | Path, device: str | torch.device = "cpu") -> Any:
-    """Read a .pth or .safetensors file, without unpickling code.
+    """Read a .pth or .safetensors file without unpickling code, or raise an UnreadableError.
 
-    Beside tensors and plain values, an `argparse.Namespace` (as DeiT's trainer keeps it), paths and
-    NumPy's numbers are let through. A torn file, or one with more than that, is an UnreadableError.
-    On the device "meta" the file says what it holds, and its checksum is not compared.
+    On the device "meta" no tensor is read, and the checksum is not compared.
     """
     path = Path(path)
     try:
@@ -129,7 +190,7 @@ def read_file(path: str | Path, device: str | torch.device = "cpu") -> Any:
 
 
 def _is_swapped(path: Path) -> bool:
-    """Whether a .pth file may be of a machine of another byte order."""
+    """Whether a .pth file may come from a machine of another byte order."""
     if not zipfile.is_zipfile(path):
         return False
     try:
@@ -148,8 +209,8 @@ def verifies() -> bool:
 def check_sum(path: Path) -> None:
     """Raise a ChecksumError where a file has changed since it was written, unless `verifying` not.
 
-    A .pth file has a CRC of each of its records, unless torch was told to leave them out, and an
-    export one of its whole. Other .safetensors files and torch's format before 1.6 have none.
+    A .pth file has a CRC per record, an export one of the whole file. Other .safetensors files and
+    torch's format before 1.6 have none.
     """
     if not verifies() or not path.is_file():
         return
@@ -181,10 +242,7 @@ def write_crc(path: Path) -> None:
 
 
 def _file_crc(path: Path) -> tuple[str | None, str]:
-    """The CRC-32 in the header of an export, and that of the file; the former None elsewhere.
-
-    An export without it is damaged, and has "".
-    """
+    """Get the CRC-32 in an export's header ("" if lost, None in other files), and the file's."""
     with open(path, "rb") as file:
         size = int.from_bytes(file.read(8), "little")
         file.seek(0)
@@ -206,7 +264,7 @@ def _number(dtype: np.dtype[Any], data: bytes) -> Any:
 
 
 def _plain_types() -> list[Any]:
-    """Classes that `torch.load` may build, under the names that pickles know them by."""
+    """List the classes that `torch.load` may build, under their names in pickles."""
     modules = ("pathlib", "pathlib._local")  # the latter in Python 3.13
     paths = [
         (getattr(pathlib, f"Pure{kind}Path"), f"{module}.{pure}{kind}Path")
@@ -215,9 +273,10 @@ def _plain_types() -> list[Any]:
         for pure in ("", "Pure")
     ]
     numbers = [(_number, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]
-    # Numbers and texts alone: other types may refer to objects.
+    # Numbers and texts alone: arrays of other types may refer to objects.
     codes = np.typecodes["AllInteger"] + np.typecodes["AllFloat"] + "?SU"
     dtypes = dict.fromkeys(type(np.dtype(code)) for code in codes)
+    # DeiT's trainer keeps a Namespace, beside paths and NumPy's numbers.
     return [argparse.Namespace, *paths, *numbers, (np.dtype, "numpy.dtype"), *dtypes]
 
 
@@ -233,9 +292,8 @@ def _unreadable(path: Path, error: Exception) -> UnreadableError:
     unsafe = _UNSAFE_GLOBAL.search(text)
     if unsafe is not None:
         return UnsafeError(
-            f"{path} holds more than plain state, {unsafe[1]}, and is not loaded for safety; if "
-            "you trust it, load it by torch.load(..., weights_only=False) and save its state dict "
-            "alone"
+            f"{path} holds more than plain state, {unsafe[1]}, and is not loaded for safety (if "
+            "you trust it: torch.load(..., weights_only=False), then save its state dict alone)"
         )
     reason = text.split(". ")[0]
     if isinstance(error, pickle.UnpicklingError | LookupError) or not reason:
@@ -244,11 +302,19 @@ def _unreadable(path: Path, error: Exception) -> UnreadableError:
     return UnreadableError(f"{path} is torn or no file of weights ({reason})")
 
 
-def held_weights(content: Any, path: str | Path, *, averaged: bool = True) -> dict[str, Tensor]:
-    """The weights in what `read_file` gave, without the prefixes of wrappers.
+def read_weights(caller: str, path: str | Path, *, averaged: bool = True) -> dict[str, Tensor]:
+    """Read the weights of a file; see `held_weights`."""
+    try:
+        return held_weights(read_file(path), path, averaged=averaged)
+    except UnreadableError as error:
+        raise type(error)(f"{caller}: {error}") from error
 
-    ``averaged`` prefers averaged weights where a foreign checkpoint has them beside raw ones; of a
-    fastkd run `better_weights` are taken. ``path`` is for messages.
+
+def held_weights(content: Any, path: str | Path, *, averaged: bool = True) -> dict[str, Tensor]:
+    """Get the weights in what `read_file` returned, without the prefixes of wrappers.
+
+    Of a fastkd run these are its `better_weights`, of other checkpoints the averaged ones if there
+    are any and ``averaged``. ``path`` is for messages.
     """
     held = content
     if isinstance(content, Mapping):
@@ -263,25 +329,19 @@ def held_weights(content: Any, path: str | Path, *, averaged: bool = True) -> di
 
 
 def better_weights(checkpoint: Mapping[str, Any]) -> str:
-    """Which weights of a fastkd checkpoint its run measured to be better, ``"ema"`` or ``"raw"``.
-
-    The average needs the higher top-1 when both were measured last: a young one is still mostly the
-    initial weights.
-    """
+    """Choose the weights of a fastkd checkpoint with the higher top-1, ``"ema"`` or ``"raw"``."""
     if "weights" in checkpoint:
         return str(checkpoint["weights"])
     measured = checkpoint.get("measured") or {}
+    # A young average, not yet measured, is still mostly the initial weights.
     if "ema" not in run_weights(checkpoint) or not {"top1", "ema_top1"} <= measured.keys():
         return "raw"
     return "ema" if measured["ema_top1"] > measured["top1"] else "raw"
 
 
 def run_weights(checkpoint: Mapping[str, Any]) -> dict[str, str]:
-    """Keys of the weights in a checkpoint of a fastkd run, by kind: ``"raw"`` and ``"ema"``.
-
-    A best.pth holds one kind alone, and names it.
-    """
-    if "weights" in checkpoint:
+    """Map the kinds of weights in a checkpoint of a fastkd run, "raw" and "ema", to their keys."""
+    if "weights" in checkpoint:  # a best.pth, which holds one kind
         return {checkpoint["weights"]: "state_dict"}
     averaged = {} if checkpoint.get("state_dict_ema") is None else {"ema": "state_dict_ema"}
     return {"raw": "state_dict"} | averaged
@@ -293,12 +353,12 @@ def looks_like_a_path(name: str) -> bool:
 
 
 def short_misfit(error: Exception) -> str:
-    """Torch's complaint about a state dict in one line, every list of names cut to a few."""
+    """Shorten torch's error about a state dict to one line, and its lists of names to a few."""
     return _NAME_LIST.sub(_first_names, " ".join(str(error).split()))
 
 
 def first_names(names: list[str]) -> str:
-    """The first few of many names, and how many more there are."""
+    """List the first few of many names, and count the others."""
     more = len(names) - SHOWN_NAMES
     return ", ".join(names[:SHOWN_NAMES]) + (f" and {more} more" if more > 0 else "")
 

@@ -154,26 +154,21 @@ def test_a_cached_file_needs_no_network(offline, monkeypatch, tmp_path):
     assert fetched("test", "hf_hub:owner/name/model.pth").read_bytes() == b"weights"
 
 
-def test_files_are_named_where_the_one_asked_for_is_not_there(online, monkeypatch):
+@pytest.mark.parametrize(
+    ("use", "message"),
+    [
+        (lambda: fetched("test", "hf_hub:o/n/x.pth"), r"test: o/n has no file 'x\.pth'"),
+        (
+            lambda: build_timm_model("test", "hf_hub:o/n", pretrained=True),
+            r"test: o/n is no model in timm's layout \(it has no config\.json\)",
+        ),
+    ],
+)
+def test_a_file_that_the_repository_lacks_is_named(online, monkeypatch, use, message):
     missing = answered(errors.RemoteEntryNotFoundError)
     monkeypatch.setattr(hub, "hf_hub_download", failing(missing))
-    monkeypatch.setattr(
-        hub.HfApi, "list_repo_files", lambda *_, **__: ["README.md", "a/b.pth", "c.safetensors"]
-    )
-    expected = (
-        r"test: owner/name has no file 'x\.pth'; weights in it: hf_hub:owner/name/a/b\.pth, "
-        r"hf_hub:owner/name/c\.safetensors$"
-    )
-    with pytest.raises(ValueError, match=expected):
-        fetched("test", "hf_hub:owner/name/x.pth")
-
-
-def test_files_are_named_where_a_repository_is_no_model_of_timm(online, monkeypatch):
-    missing = answered(errors.RemoteEntryNotFoundError)
-    monkeypatch.setattr(hub, "hf_hub_download", failing(missing))
-    monkeypatch.setattr(hub.HfApi, "list_repo_files", lambda *_, **__: ["a/b.pth"])
-    with pytest.raises(ValueError, match=r"no config\.json\); weights in it: hf_hub:o/n/a/b\.pth"):
-        build_timm_model("test", "hf_hub:o/n", pretrained=True)
+    with pytest.raises(ValueError, match=message):
+        use()
 
 
 def test_a_repository_that_is_not_there_is_a_users_error(online, monkeypatch):

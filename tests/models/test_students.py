@@ -240,7 +240,7 @@ def test_normed_intermediates_of_widelast_are_for_the_wide_block(tiny, images):
     model = student("widelast", tiny).eval()
     final, maps = model.forward_intermediates(images, [-1], norm=True, output_fmt="NLC")
     torch.testing.assert_close(maps[0], final[:, 1:])
-    with pytest.raises(ValueError, match=r"norm=True is possible for block 2 alone.*\[0, 2\]"):
+    with pytest.raises(ValueError, match=r"norm=True.*\[0, 2\]"):
         model.forward_intermediates(images, [0, 2], norm=True)
 
 
@@ -432,7 +432,7 @@ def test_uniform_takes_a_distilled_deit():
     [
         ("deit_tiny_patch16_225", "plain", None, "did you mean deit_tiny_patch16_224"),
         ("deit_tiny_patch16_224", "lifted", 384, "variant must be one of"),
-        ("deit_tiny_patch16_224", "plain", 384, "'plain' has no width to choose, got width=384"),
+        ("deit_tiny_patch16_224", "plain", 384, "'plain' has no width, got 384"),
         ("deit_tiny_patch16_224", "widelast", 219, "multiple of the head dimension 64"),
         ("deit_tiny_patch16_224", "uniform", 220, "multiple of the 3 heads"),
         ("vit_small_patch16_18x2_224", "widelast", 384, "must be timm's Block"),
@@ -463,7 +463,7 @@ def test_a_width_that_is_not_given_is_that_of_the_papers_teacher(variant):
 
 
 def test_uniform_needs_a_width():
-    with pytest.raises(ValueError, match=r"'uniform' needs width=: 219 makes deit_tiny"):
+    with pytest.raises(ValueError, match=r"'uniform' needs width=.*219 makes deit_tiny"):
         create_student(variant="uniform")
 
 

@@ -108,9 +108,9 @@ def test_statistics_do_not_enter_the_state_dict(vit):
 
 @pytest.mark.parametrize("mean,std", [(HALF, None), (None, HALF), (HALF, (0.5,))])
 def test_half_given_statistics_are_refused(vit, mean, std):
-    with pytest.raises(ValueError, match="mean and std must be given together"):
+    with pytest.raises(ValueError, match="mean and std must both"):
         create_teacher(vit, mean=mean, std=std)
-    with pytest.raises(ValueError, match="mean and std must be given together"):
+    with pytest.raises(ValueError, match="mean and std must both"):
         create_teacher(vit).set_input_stats(mean, std)
 
 
