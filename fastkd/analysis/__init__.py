@@ -5,9 +5,13 @@ business. `analyze` runs all of them over models and images, and makes a `Report
 """
 
 from fastkd.analysis.accumulators.image_spectra import ImageSpectra
-from fastkd.analysis.accumulators.second_moment import SecondMoment, SharedBasis
 from fastkd.analysis.accumulators.sep import TokenPattern
-from fastkd.analysis.accumulators.shared_basis import InSharedBasis, captured_energies
+from fastkd.analysis.accumulators.shared_basis import (
+    InSharedBasis,
+    SecondMoment,
+    SharedBasis,
+    captured_energies,
+)
 from fastkd.analysis.analyzer import analyze
 from fastkd.analysis.report import Report
 from fastkd.analysis.results import Curve, Distribution, Ranks

@@ -19,11 +19,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastkd.analysis.accumulators.base import Accumulator
+from fastkd.analysis.accumulators import Accumulator
 from fastkd.analysis.accumulators.image_spectra import ImageSpectra
-from fastkd.analysis.accumulators.second_moment import SecondMoment
 from fastkd.analysis.accumulators.sep import TokenPattern
-from fastkd.analysis.accumulators.shared_basis import SUBSPACES, InSharedBasis
+from fastkd.analysis.accumulators.shared_basis import SUBSPACES, InSharedBasis, SecondMoment
 from fastkd.analysis.results import LayerResult, ModelResult
 from fastkd.analysis.tokens import Batch, TokenSource
 from fastkd.models.weights import UnreadableError, read_file
@@ -136,7 +135,7 @@ class Study:
             second = {
                 layer: self._in_shared_basis(first[layer])
                 for layer in self.second
-                if not first[layer]["moment"].is_empty
+                if first[layer]["moment"].tokens
             }
             if second:
                 self._second_pass(second, stop)
@@ -362,7 +361,7 @@ class Study:
     ) -> LayerResult:
         layer, spectra = self.source.layers[number], measures["spectra"].result()
         pattern: TokenPattern | None = measures.get("pattern")
-        if pattern is not None and pattern.is_empty:
+        if pattern is not None and not pattern.tokens:
             pattern = None
         test = None
         if pattern is not None and pattern.detailed and self.settings.permutations > 0:
@@ -384,7 +383,7 @@ class Study:
 
 
 def _energies(moment: SecondMoment, channels: int, shared: InSharedBasis | None) -> np.ndarray:
-    if moment.is_empty:
+    if moment.tokens == 0:
         return np.full(channels, np.nan)
     energies = moment.energies() if shared is None else shared.basis.energies
     return energies.cpu().numpy()

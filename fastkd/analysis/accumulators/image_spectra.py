@@ -1,8 +1,4 @@
-"""Per-image spectra: how many dimensions each image needs in the basis that suits it best.
-
-For an image's tokens X [N, D], neither centered nor normalized, rank@q is the smallest k whose k
-largest squared singular values hold a part q of their sum (arXiv 2511.15572).
-"""
+"""Per-image spectra: how many dimensions each image needs in its own best basis."""
 
 from __future__ import annotations
 
@@ -14,55 +10,42 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastkd.analysis.accumulators.base import Accumulator, mean_and_std
+from fastkd.analysis.accumulators import Accumulator, mean_and_std
 from fastkd.analysis.results import Curve, Ranks
 from fastkd.ops.checks import levels_of
-from fastkd.ops.spectrum import (
-    LEVELS,
-    effective_rank,
-    energy_curve,
-    spectral_ranks,
-    stable_rank,
-)
+from fastkd.ops.spectrum import LEVELS, effective_rank, energy_curve, spectral_ranks, stable_rank
 
 
 @dataclass(frozen=True)
 class ImageSpectraResult:
-    """Spectra of a set of images.
-
-    Attributes:
-        ranks: per-image rank@q.
-        curve: energy over dimensions, mean and std over images with energy.
-        effective_rank: [images] float32, Roy & Vetterli's; NaN where an image has no rank.
-        stable_rank: [images] float32; NaN likewise.
-        finite: [images] bool; others were left out because of a NaN, an infinity, or a value that
-            is too large for its square.
-        without_energy: images left out because all their tokens are zero.
-    """
+    """Spectra of a set of images."""
 
     ranks: Ranks
-    curve: Curve
-    effective_rank: np.ndarray
-    stable_rank: np.ndarray
-    finite: np.ndarray
-    without_energy: int
+    curve: Curve  # over images with energy
+    effective_rank: np.ndarray  # [images] float32; NaN where an image has no rank
+    stable_rank: np.ndarray  # [images] float32; NaN where an image has no rank
+    finite: np.ndarray  # [images] bool; the others have a NaN, an infinity or too large a norm
+    without_energy: int  # images whose tokens are all zero
 
     @property
     def images(self) -> int:
-        """How many were measured, those left out included."""
+        """Number of images, including those without a rank."""
         return len(self.finite)
 
     @property
     def non_finite(self) -> int:
-        """How many were left out because of values."""
+        """Number of images left out for a NaN, an infinity or too large a norm."""
         return int((~self.finite).sum())
 
 
 class ImageSpectra(Accumulator):
     """Spectrum of every image: ranks, energy curve, effective and stable rank.
 
+    For an image's tokens X [N, D], neither centered nor normalized, rank@q is the smallest k whose
+    k largest squared singular values hold a fraction q of their sum (arXiv 2511.15572).
+
     Args:
-        levels: parts of the energy at which ranks are read, in (0, 1], up to eight.
+        levels: fractions q of the energy, in (0, 1], up to eight.
 
     Raises:
         ValueError: a level outside (0, 1], or none.
@@ -73,7 +56,7 @@ class ImageSpectra(Accumulator):
         self.levels = levels_of("ImageSpectra", levels, "levels")
 
     def options(self) -> dict[str, Any]:
-        """The levels."""
+        """Return the levels."""
         return {"levels": self.levels}
 
     def update(self, tokens: Tensor, places: Sequence[int] | None = None) -> None:
@@ -81,10 +64,10 @@ class ImageSpectra(Accumulator):
 
         Args:
             tokens: [B, N, D] in any float dtype, prefix tokens already dropped.
-            places: the images' numbers; rows of the result are in their order. Counted without.
+            places: numbers of the images, which order the result; None continues counting.
 
         Raises:
-            ValueError: another shape.
+            ValueError: wrong shape.
             TypeError: tokens are not floating-point.
         """
         tokens, finite = self._checked(tokens)
@@ -103,7 +86,7 @@ class ImageSpectra(Accumulator):
         )
 
     def result(self) -> ImageSpectraResult:
-        """Summarise what was seen so far; waits for the device.
+        """Summarize what was seen so far; synchronizes.
 
         Returns:
             Ranks, curves and counts.

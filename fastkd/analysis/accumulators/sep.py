@@ -1,10 +1,4 @@
-"""SEP, the token spectral energy pattern: how the energy of tokens spreads over channel frequency.
-
-For each token the energies of its DFT along the channels, cumulated in frequency order over their
-total; averaged over tokens (arXiv 2511.15572). White noise gives nearly the same straight line, and
-the full order of a real signal is symmetric, so a pattern means something only beside `white_noise`
-and `permutation_test`.
-"""
+"""SEP, the token spectral energy pattern: how token energy spreads over channel frequency."""
 
 from __future__ import annotations
 
@@ -15,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastkd.analysis.accumulators.base import TokenAccumulator, mean_and_std
+from fastkd.analysis.accumulators import Accumulator, mean_and_std
 from fastkd.analysis.results import Curve, Sep, SepTest, intervals
 from fastkd.ops.second_moment import second_moment
 from fastkd.ops.sep import (
@@ -32,24 +26,27 @@ from fastkd.ops.sep import (
 from fastkd.ops.sep.reference import Convention, check_convention
 
 CONFIDENCE = 0.95
-RESAMPLES = 1000
+RESAMPLES = 1000  # bootstrap samples
 
-_CHUNK_VALUES = 1 << 22  # of curves in float64 at a time
-_CHUNK_MOMENTS = 1 << 24  # of permuted moments in float64 at a time
+# float64 values at a time: 32 MB of curves, 128 MB of permuted moments.
+_CHUNK_VALUES = 1 << 22
+_CHUNK_MOMENTS = 1 << 24
 
 
-class TokenPattern(TokenAccumulator):
-    """Mean curve of all tokens, and what its spread and a permutation test need.
+class TokenPattern(Accumulator):
+    """Mean cumulated energy of tokens over channel frequency, and its permutation test.
+
+    Each token gives the energies of its DFT along the channels, cumulated in frequency order, over
+    their total (arXiv 2511.15572). White noise gives nearly the same straight line, so compare with
+    ``white_noise`` and `permutation_test`.
 
     Args:
-        convention: ``"full"``: all D bins in FFT order, as the paper's figures; ``"folded"``: the
-            D // 2 + 1 unique bins, conjugate pairs folded.
-        detailed: also measure the std over tokens, keep every image's mean curve, and keep the
-            row-normalised second moment that `permutation_test` permutes. Without it the mean
-            alone is measured.
+        convention: ``"full"``: all D bins in FFT order, as in the paper; ``"folded"``: the
+            D // 2 + 1 unique bins, with conjugate pairs folded.
+        detailed: also measure the std over tokens, and keep what `permutation_test` needs.
 
     Raises:
-        ValueError: another convention.
+        ValueError: unknown convention.
     """
 
     def __init__(self, convention: Convention = "full", detailed: bool = False) -> None:
@@ -59,18 +56,18 @@ class TokenPattern(TokenAccumulator):
         self.detailed = detailed
 
     def options(self) -> dict[str, Any]:
-        """Convention and detail."""
+        """Return convention and detail."""
         return {"convention": self.convention, "detailed": self.detailed}
 
     def update(self, tokens: Tensor, places: Sequence[int] | None = None) -> None:
-        """Add a batch; tokens without energy, and images that are not finite, are left out.
+        """Add a batch; tokens without energy and images that are not finite are left out.
 
         Args:
             tokens: [B, N, D] in any float dtype, prefix tokens already dropped.
-            places: the images' numbers; counted without.
+            places: numbers of the images; None continues counting.
 
         Raises:
-            ValueError: another shape, or another D than before.
+            ValueError: wrong shape, or another D than before.
             TypeError: tokens are not floating-point.
         """
         tokens, finite = self._checked(tokens)
@@ -95,18 +92,18 @@ class TokenPattern(TokenAccumulator):
             self.rows.add(places[some], curves=own.float(), tokens=count.squeeze(-1))
 
     def _chunks(self, tokens: Tensor) -> list[slice]:
-        """Images whose transforms are made at once."""
+        """Slice the batch so that the curves of a slice fit into memory."""
         step = max(1, _CHUNK_VALUES // tokens[0].numel()) if len(tokens) else 1
         return [slice(start, start + step) for start in range(0, len(tokens), step)]
 
     def result(self, levels: Sequence[float] = LEVELS) -> Sep:
-        """Summarise what was seen so far; waits for the device.
+        """Summarize what was seen so far; synchronizes.
 
         Args:
-            levels: parts of the energy at which bandwidths are read.
+            levels: fractions of the energy at which bandwidths are read.
 
         Returns:
-            The pattern; its std only where ``detailed``.
+            The pattern, with its std if ``detailed``.
 
         Raises:
             ValueError: no token with energy was seen.
@@ -114,12 +111,12 @@ class TokenPattern(TokenAccumulator):
         self._refuse_empty()
         assert self.channels is not None
         std = None
-        if not self.detailed:
-            mean = sep_from_power(self.sums["power"], self.channels, self.convention)
-        else:
+        if self.detailed:
             mean = sep_from_moment(self.sums["moment"], self.convention)
             sums = self.sums["curve"], self.sums["curve_squares"], self.sums["tokens"]
             std = mean_and_std(*sums)[1]
+        else:
+            mean = sep_from_power(self.sums["power"], self.channels, self.convention)
         return Sep(
             convention=self.convention,
             curve=Curve(mean.cpu().numpy(), std),
@@ -133,18 +130,15 @@ class TokenPattern(TokenAccumulator):
     def permutation_test(
         self, permutations: int = 100, levels: Sequence[float] = LEVELS, seed: int = 0
     ) -> SepTest:
-        """Bandwidths under random permutations of the channels: does their order mean anything?
-
-        The pattern of permuted channels follows from the permuted second moment, exactly, so no
-        token is looked at again.
+        """Compare bandwidths with those under random permutations of the channels.
 
         Args:
-            permutations: how many.
-            levels: parts of the energy at which bandwidths are read.
-            seed: of permutations and of bootstrap samples.
+            permutations: number of permutations, at least 1.
+            levels: fractions of the energy at which bandwidths are read.
+            seed: for permutations and bootstrap samples.
 
         Returns:
-            The test.
+            Bandwidths, shifts, their intervals and p-values.
 
         Raises:
             ValueError: not ``detailed``, no permutations, or no token with energy was seen.
@@ -160,6 +154,7 @@ class TokenPattern(TokenAccumulator):
         orders = [torch.randperm(len(moment), generator=generator) for _ in range(permutations)]
         step = max(1, _CHUNK_MOMENTS // moment.numel())
         permuted = []
+        # The pattern of permuted channels follows exactly from the permuted second moment.
         for part in range(0, permutations, step):
             some = torch.stack(orders[part : part + step]).to(moment.device)
             curves = sep_from_moment(permuted_moment(moment, some), self.convention)
@@ -175,7 +170,7 @@ class TokenPattern(TokenAccumulator):
         )
 
     def _refuse_empty(self) -> None:
-        if self.is_empty:
+        if not self.tokens:
             raise ValueError("TokenPattern: no token with energy was seen")
 
 
@@ -187,12 +182,12 @@ def _test(
     levels: tuple[float, ...],
     seed: int,
 ) -> SepTest:
-    """The test, from curves [F] as they are, [R, F] permuted and [images, F] of every image."""
+    """Test curves: observed [F], permuted [R, F] and per image [images, F]."""
     rng = np.random.default_rng(seed)
-    # Between bins: of bandwidths in whole bins, a shift by less than one would be the grid's.
+    # Read between bins: in whole bins, a shift by less than one bin would be rounding.
     here, there = _crossings(observed, levels), _crossings(permuted, levels)
-    centre = torch.cat([there, here[None]]).mean(dim=0)
-    as_far = (there - centre).abs() >= (here - centre).abs()
+    center = torch.cat([there, here[None]]).mean(dim=0)
+    as_far = (there - center).abs() >= (here - center).abs()
     resampled = _resampled_mean(images, weights, rng)
     drawn = rng.integers(len(there), size=(RESAMPLES, len(there)))
     shifts = there.numpy()[drawn].mean(axis=1) - _crossings(resampled, levels).numpy()
@@ -209,14 +204,14 @@ def _test(
 
 
 def _resampled_mean(images: Tensor, weights: Tensor, rng: np.random.Generator) -> Tensor:
-    """Mean curves [RESAMPLES, F] of bootstrap samples of images, each weighted by its tokens."""
+    """Average bootstrap samples of images, weighted by their tokens, to [RESAMPLES, F]."""
     drawn = rng.multinomial(len(images), [1 / len(images)] * len(images), size=RESAMPLES)
     shares = torch.from_numpy(drawn).double() * weights
     return shares @ images / shares.sum(dim=1, keepdim=True)
 
 
 def _crossings(curves: Tensor, levels: tuple[float, ...]) -> Tensor:
-    """Where curves [..., F] cross each level, over F, linear within a bin; [..., levels]."""
+    """Interpolate where curves [..., F] cross each level, as fractions of F: [..., levels]."""
     start = torch.cat([torch.zeros_like(curves[..., :1]), curves], dim=-1)
     wanted = (curves.new_tensor(levels) - TIE_TOLERANCE).expand(*curves.shape[:-1], -1).contiguous()
     after = torch.searchsorted(start.contiguous(), wanted).clamp(1, curves.shape[-1])

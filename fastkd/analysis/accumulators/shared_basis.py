@@ -1,47 +1,137 @@
-r"""Images in the basis that all of them share, and how far each one turns away from it.
-
-The second pass of the data-set view of arXiv 2511.15572: with V the eigenvectors of the second
-moment of all tokens, an image X has \|X V_d\|_F^2 / \|X\|_F^2 of its energy in the first d shared
-directions. Rotation compares its own top-k subspace with the shared one, and with another image's.
-"""
+"""The basis that all images share, and each image in it: two passes of the data-set view."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from fastkd.analysis.accumulators.base import Accumulator, Rows, only
-from fastkd.analysis.accumulators.second_moment import SharedBasis
+from fastkd.analysis.accumulators import Accumulator, Rows, only
 from fastkd.analysis.results import Curve, Ranks, SharedView, Subspaces
 from fastkd.ops.checks import exact_float32, levels_of
-from fastkd.ops.spectrum import (
-    LEVELS,
-    energy_curve,
-    overlap,
-    principal_angles,
-    rank_at,
-    subspace,
-)
+from fastkd.ops.second_moment import second_moment
+from fastkd.ops.spectrum import LEVELS, energy_curve, overlap, principal_angles, rank_at, subspace
 
 SUBSPACES = (1, 4, 16, 64)
 RANDOM_SAMPLES = 64  # pairs of random subspaces whose angles are averaged
 
 
-class InSharedBasis(Accumulator):
-    """Captured energy of every image in a shared basis, and the rotation of its own directions.
+@dataclass(frozen=True)
+class SharedBasis:
+    """Spectrum of a dataset's tokens.
 
-    Images 2 t and 2 t + 1 are compared with each other: give places in a random order. At most one
-    subspace is kept between batches, and one for each image whose partner never comes.
+    Attributes:
+        vectors: [D, D] float64, eigenvectors of the second moment as columns, by falling energy.
+        energies: [D] float64, its eigenvalues, descending: mean energy per token and direction.
+        mean: [D] float64, the mean token, if the moment is centered; else None.
+        tokens: number of tokens that it was measured on.
+        non_finite: images left out for a NaN, an infinity or too large a norm.
+    """
+
+    vectors: Tensor
+    energies: Tensor
+    mean: Tensor | None
+    tokens: int
+    non_finite: int
+
+
+class SecondMoment(Accumulator):
+    """Second moment C = (1 / tokens) sum_i X_i^T X_i of all tokens, in float64.
 
     Args:
-        basis: of `SecondMoment`, over the same images; where it is centred, its mean is subtracted
-            from every token here too.
-        levels: parts of the energy, in (0, 1].
+        centerd: subtract the outer product of the mean token, which makes C the covariance. The
+            paper does not.
+    """
+
+    def __init__(self, centerd: bool = False) -> None:
+        super().__init__()
+        self.centerd = centerd
+
+    def options(self) -> dict[str, Any]:
+        """Return whether the moment is centered."""
+        return {"centerd": self.centerd}
+
+    def update(self, tokens: Tensor, places: Sequence[int] | None = None) -> None:
+        """Add a batch; an image with a NaN or an infinity is left out and counted.
+
+        Args:
+            tokens: [B, N, D] in any float dtype, prefix tokens already dropped.
+            places: ignored; accepted so that all accumulators have the same signature.
+
+        Raises:
+            ValueError: wrong shape, or another D than before.
+            TypeError: tokens are not floating-point.
+        """
+        tokens, finite = self._checked(tokens)
+        count = finite.sum() * tokens.shape[1]
+        self._add("tokens", count)
+        self._add("non_finite", (~finite).sum())
+        if not self.centerd:
+            self._add("moment", second_moment(tokens))
+            return
+        moment, total = _sums_around_the_mean(tokens, finite, count)
+        self._add("moment", moment)
+        self._add("total", total)
+
+    def result(self) -> SharedBasis:
+        """Decompose what was seen so far; synchronizes.
+
+        Returns:
+            The basis that all images share, on the device of the tokens.
+
+        Raises:
+            ValueError: no token was seen.
+        """
+        moment, mean = self._mean()
+        energies, vectors = torch.linalg.eigh(moment)
+        return SharedBasis(
+            vectors=vectors.flip(-1),
+            energies=energies.clamp_min(0).flip(-1),
+            mean=mean,
+            tokens=self.tokens,
+            non_finite=int(self.sums["non_finite"]),
+        )
+
+    def energies(self) -> Tensor:
+        """Compute `SharedBasis.energies` alone, in a fraction of the time of `result`.
+
+        Returns:
+            [D] float64, descending.
+
+        Raises:
+            ValueError: no token was seen.
+        """
+        return torch.linalg.eigvalsh(self._mean()[0]).clamp_min(0).flip(-1)
+
+    def _mean(self) -> tuple[Tensor, Tensor | None]:
+        """Return the second moment per token and, if centered, the mean token."""
+        tokens = self.tokens
+        if tokens == 0:
+            bad = int(self.sums.get("non_finite", 0))
+            raise ValueError(f"SecondMoment: no token was seen ({bad} images not finite)")
+        moment = self.sums["moment"] / tokens
+        if not self.centerd:
+            return moment, None
+        mean = self.sums["total"] / tokens
+        return moment - mean.outer(mean), mean
+
+
+class InSharedBasis(Accumulator):
+    r"""Captured energy of every image in a shared basis, and the rotation of its own directions.
+
+    With V the basis, an image X has \|X V_d\|_F^2 / \|X\|_F^2 of its energy in the first d shared
+    directions (arXiv 2511.15572). Its own top-k subspace is compared with the shared one, and with
+    another image's: images 2 t and 2 t + 1 form a pair, so give places in a random order.
+
+    Args:
+        basis: from `SecondMoment` over the same images; if it is centered, its mean is subtracted
+            from every token here, too.
+        levels: fractions of the energy, in (0, 1].
         subspaces: dimensions k at which subspaces are compared; those above min(N, D) are left out.
 
     Raises:
@@ -64,7 +154,7 @@ class InSharedBasis(Accumulator):
         self._waiting: dict[int, Tensor] = {}
 
     def options(self) -> dict[str, Any]:
-        """Levels, dimensions, and a fingerprint of the basis."""
+        """Return levels, dimensions and a fingerprint of the basis."""
         energies = self.basis.energies
         return {
             "levels": self.levels,
@@ -73,14 +163,7 @@ class InSharedBasis(Accumulator):
         }
 
     def merge(self, other: Accumulator) -> None:
-        """Add what another accumulator has seen in the same basis.
-
-        Args:
-            other: an `InSharedBasis` of the same basis and options.
-
-        Raises:
-            ValueError: it is not.
-        """
+        """Add what another accumulator has seen in the same basis."""
         super().merge(other)
         assert isinstance(other, InSharedBasis)
         self.pairs.merge(other.pairs)
@@ -88,16 +171,12 @@ class InSharedBasis(Accumulator):
             self._compare_pairs([place], vectors[None])
 
     def state(self) -> dict[str, Any]:
-        """As `Accumulator.state`, with the pairs."""
+        """Return the state with the pairs, for `restore`."""
         waiting = {place: vectors.cpu() for place, vectors in self._waiting.items()}
         return super().state() | {"pairs": self.pairs.state(), "waiting": waiting}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """As `Accumulator.restore`, with the pairs.
-
-        Args:
-            state: of an accumulator of the same class and options.
-        """
+        """Replace everything seen so far by a `state`."""
         super().restore(state)
         self.pairs = Rows.of(state["pairs"])
         self._waiting = dict(state["waiting"])
@@ -106,11 +185,11 @@ class InSharedBasis(Accumulator):
         """Measure a batch.
 
         Args:
-            tokens: [B, N, D] in any float dtype, the D of the basis.
-            places: the images' numbers; counted without.
+            tokens: [B, N, D] in any float dtype, with the D of the basis.
+            places: numbers of the images; None continues counting.
 
         Raises:
-            ValueError: another shape, or another D.
+            ValueError: wrong shape, or another D.
             TypeError: tokens are not floating-point.
         """
         self._check_channels(len(self.basis.energies))
@@ -124,7 +203,7 @@ class InSharedBasis(Accumulator):
         self.rows.add(where, **columns, **self._rotation(tokens, where.tolist()))
 
     def _rotation(self, tokens: Tensor, places: list[int]) -> dict[str, Tensor]:
-        """Overlaps with the shared subspaces, a column for each k; angles go to their sums."""
+        """Compare images with the shared subspaces and with their partners, for each k."""
         if not self._sizes():
             return {}
         own = subspace(tokens, min(self._sizes()[-1], *tokens.shape[1:]))
@@ -136,7 +215,7 @@ class InSharedBasis(Accumulator):
         return [k for k in self.subspaces if k <= len(self.basis.energies)]
 
     def _compare_pairs(self, places: list[int], own: Tensor) -> None:
-        """Compare images whose partners are there; the others wait for theirs."""
+        """Compare images whose partners have come; keep the subspaces of the others."""
         met = []
         for place, vectors in zip(places, own, strict=True):
             partner = self._waiting.pop(place ^ 1, None)
@@ -152,14 +231,15 @@ class InSharedBasis(Accumulator):
         self.pairs.add(torch.tensor(numbers), **self._compare("pairs", first, second))
 
     def _compare(self, what: str, a: Tensor, b: Tensor) -> dict[str, Tensor]:
-        """Overlap of subspaces [B, D, depth] at every k, NaN where one has a rank below k."""
+        """Return overlaps of subspaces [B, D, depth] at every k; add their angles to the sums."""
         columns = {}
         for k in self._sizes():
             if k > min(a.shape[-1], b.shape[-1]):
                 columns[f"overlap_{k}"] = torch.full((len(a),), torch.nan, device=a.device)
                 continue
             ours, theirs = a[..., :k], b[..., :k]
-            full = _has_rank(ours) & _has_rank(theirs)
+            # `subspace` pads with zeros: NaN where the k-th column is no direction.
+            full = (ours[..., -1].square().sum(-1) > 0.5) & (theirs[..., -1].square().sum(-1) > 0.5)
             columns[f"overlap_{k}"] = torch.where(full, overlap(ours, theirs), torch.nan).float()
             angles = torch.where(full.unsqueeze(-1), principal_angles(ours, theirs), 0.0)
             self._add(f"{what}_angles_{k}", angles.sum(dim=0))
@@ -167,7 +247,7 @@ class InSharedBasis(Accumulator):
         return columns
 
     def result(self) -> SharedView:
-        """Summarise what was seen so far; waits for the device.
+        """Summarize what was seen so far; synchronizes.
 
         Returns:
             Ranks, curves and rotation.
@@ -216,8 +296,8 @@ class InSharedBasis(Accumulator):
 def captured_energies(tokens: Tensor, vectors: Tensor) -> Tensor:
     r"""Energy of every image along each direction of a shared basis: \|X v_d\|^2.
 
-    `fastkd.ops.rank_at` and `fastkd.ops.energy_curve` read ranks and curves off it. In float32
-    (float64 for float64), products not in TensorFloat-32; allocates [B, N, K].
+    Read ranks and curves from it with `fastkd.ops.rank_at` and `fastkd.ops.energy_curve`. Products
+    do not use TensorFloat-32; allocates [B, N, K].
 
     Args:
         tokens: [B, N, D] in any float dtype.
@@ -227,7 +307,7 @@ def captured_energies(tokens: Tensor, vectors: Tensor) -> Tensor:
         [B, K] float32, or float64 for float64 tokens.
 
     Raises:
-        ValueError: shapes that do not fit.
+        ValueError: shapes do not match.
     """
     if vectors.ndim != 2 or vectors.shape[0] != tokens.shape[-1]:
         raise ValueError(
@@ -242,31 +322,28 @@ def captured_energies(tokens: Tensor, vectors: Tensor) -> Tensor:
 def random_angles(
     channels: int, k: int, samples: int = RANDOM_SAMPLES, seed: int = 0
 ) -> np.ndarray:
-    """Mean principal angles between random k-dimensional subspaces of R^channels.
-
-    Args:
-        channels: D.
-        k: dimensions of both.
-        samples: pairs that are averaged.
-        seed: of the sampling.
-
-    Returns:
-        [k] float64, degrees, ascending.
-    """
+    """Average principal angles of random k-dimensional subspaces, [k] in degrees, ascending."""
     generator = torch.Generator().manual_seed(seed)
     noise = torch.randn(samples, channels, k, generator=generator, dtype=torch.float64)
-    # Turning both subspaces alike changes no angle: one of them may lie along the axes.
+    # Rotating both subspaces changes no angle, so one of them may lie along the axes.
     cosines = torch.linalg.svdvals(torch.linalg.qr(noise).Q[:, :k])
-    angles = cosines.clamp(0, 1).arccos().mean(dim=0) * (180 / math.pi)
-    return angles.numpy()
-
-
-def _has_rank(vectors: Tensor) -> Tensor:
-    """Whether the last of the columns is a direction: `subspace` fills up with zeros."""
-    return vectors[..., -1].square().sum(dim=-1) > 0.5
+    return (cosines.clamp(0, 1).arccos().mean(dim=0) * (180 / math.pi)).numpy()
 
 
 def _curve(curves: np.ndarray, length: int) -> Curve:
     if len(curves) == 0:
         return Curve(np.full(length, np.nan), np.full(length, np.nan))
     return Curve(curves.mean(axis=0), curves.std(axis=0))
+
+
+def _sums_around_the_mean(tokens: Tensor, finite: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
+    """Sum x x^T and x over a batch, exactly even beside a large mean."""
+    dtype = torch.promote_types(tokens.dtype, torch.float32)
+    mean = (tokens.sum(dim=(0, 1), dtype=torch.float64) / count.clamp_min(1)).to(dtype)
+    # Squares of a large mean would use up float32's digits: multiply a = x - c, with c the batch's
+    # mean, and use sum x x^T = sum a a^T + c A^T + A c^T + n c c^T, where A = sum a.
+    around = only(finite, tokens.to(dtype) - mean)
+    center, rest = mean.double(), around.sum(dim=(0, 1), dtype=torch.float64)
+    crossed = center.outer(rest)
+    products = second_moment(around) + crossed + crossed.mT + count * center.outer(center)
+    return products, rest + count * center

@@ -1,8 +1,4 @@
-"""`Report`: results with what they were measured on, and the folder that holds them.
-
-``report.json`` and ``arrays.npz`` are the results, complete; ``report.md``, ``tables/`` and
-``figures/`` are made from them and can be made again.
-"""
+"""`Report`: results, what they were measured on, and the folder that holds them."""
 
 from __future__ import annotations
 
@@ -23,11 +19,19 @@ from typing import Any
 
 import numpy as np
 
-from fastkd.analysis import results as codec
-from fastkd.analysis import results as readings
-from fastkd.analysis.report import markdown
+from fastkd.analysis.report.markdown import render
 from fastkd.analysis.report.tables import all_tables
-from fastkd.analysis.results import Distribution, LayerResult, ModelResult, Ranks, Subspaces
+from fastkd.analysis.results import (
+    UNTRAINED,
+    Distribution,
+    LayerResult,
+    ModelResult,
+    Ranks,
+    decode,
+    encode,
+    percent,
+    same,
+)
 from fastkd.utils.io import read_json, replacing, write_text
 
 FORMAT = "fastkd-analysis"
@@ -37,19 +41,19 @@ _log = logging.getLogger(__name__)
 
 # Settings without which two numbers of the same name are different quantities.
 _DEFINING = ("levels", "bandwidth_levels", "convention", "centred")
-# Where a joined report keeps the settings in which its models differ.
+# Key of the settings in which the models of a merged report differ.
 _BY_MODEL = "by_model"
 
 
 @dataclass(frozen=True, eq=False)
 class Report:
-    """What an analysis found, and on what.
+    """Results of an analysis, and what they were measured on.
 
     Attributes:
-        models: one result for each model, in the order asked for.
-        settings: plain values; ``"data"``, ``"images"``, ``"seed"``, ``"levels"``,
+        models: one result per model, in the order asked for.
+        settings: plain values. ``"data"``, ``"images"``, ``"seed"``, ``"levels"``,
             ``"bandwidth_levels"``, ``"convention"``, ``"centred"``, ``"permutations"``,
-            ``"compare_paper"`` and ``"command"`` have a meaning here, others are shown as they are.
+            ``"compare_paper"`` and ``"command"`` are read here; others are only shown.
         environment: versions and machine.
 
     Raises:
@@ -65,20 +69,21 @@ class Report:
             raise ValueError("Report: models must hold at least one result, got none")
 
     def __eq__(self, other: object) -> bool:
-        """Equal in every number and array; NaN equals NaN."""
-        return isinstance(other, Report) and codec.same(vars(self), vars(other))
+        """Compare all numbers and arrays; NaN equals NaN."""
+        return isinstance(other, Report) and same(self, other)
 
     __hash__ = None  # type: ignore[assignment]
 
-    def save(self, folder: str | os.PathLike[str], figures: bool = True) -> Path:
-        """Write everything into a folder; each file is whole or not there.
+    def __repr__(self) -> str:
+        return f"Report({', '.join(model.name for model in self.models)})"
 
-        The results come first: whatever stops the figures leaves them complete.
+    def save(self, folder: str | os.PathLike[str], figures: bool = True) -> Path:
+        """Write everything into a folder; each file is written completely or not at all.
 
         Args:
-            folder: made if it is not there. Files of an earlier report are replaced, and those that
-                this one has no like of removed; files that no report has listed stay.
-            figures: draw them, if matplotlib is installed; a warning is logged if it is not.
+            folder: made if needed. Files of an earlier report are replaced or removed; files that
+                no report has listed stay.
+            figures: draw them. Without matplotlib, a warning is logged instead.
 
         Returns:
             The path of ``report.md``.
@@ -86,15 +91,14 @@ class Report:
         target = Path(folder)
         before = _listed_files(target)
         (target / "tables").mkdir(parents=True, exist_ok=True)
-        self._save_results(target)
-        tables = all_tables(
-            self.models, self.settings, bool(self.settings.get("compare_paper", False))
-        )
+        self._save_results(target)  # first: an error in the figures leaves them complete
+        compare_paper = bool(self.settings.get("compare_paper", False))
+        tables = all_tables(self.models, self.settings, compare_paper)
         for table in tables:
             write_text(target / "tables" / f"{table.name}.csv", table.to_csv())
             write_text(target / "tables" / f"{table.name}.tex", table.to_latex())
         drawn = _draw(self.models, target / "figures") if figures else {}
-        text = markdown.render(self.models, self.settings, self.environment, tables, drawn)
+        text = render(self.models, self.settings, self.environment, tables, drawn)
         write_text(target / "report.md", text)
         for name in before - _listed_files(target):
             (target / name).unlink(missing_ok=True)
@@ -102,17 +106,16 @@ class Report:
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str]) -> Report:
-        """Read what `save` wrote: a report equal to the saved one.
+        """Read a report that `save` wrote.
 
         Args:
             folder: with ``report.json`` and ``arrays.npz``.
 
         Returns:
-            The report.
+            A report equal to the saved one.
 
         Raises:
-            ValueError: a file is missing, torn, of another report or of something else; the
-                message names it.
+            ValueError: a file is missing, torn, from another report or of another kind.
         """
         source = Path(folder) / "report.json"
         content = _read_json(source)
@@ -125,7 +128,7 @@ class Report:
             )
         arrays = _read_arrays(Path(folder) / "arrays.npz", content.get("arrays_sha256"))
         try:
-            return codec.decode(cls, content.get("results"), arrays, "results")
+            return decode(cls, content.get("results"), arrays)
         except ValueError as error:
             raise ValueError(f"Report.load: {source} is damaged: {error}") from error
 
@@ -133,8 +136,8 @@ class Report:
     def merged(cls, reports: Sequence[Report]) -> Report:
         """Join the models of several reports.
 
-        What the reports were measured on may differ and is then kept by model; the second of two
-        models of the same name gets " (2)".
+        Settings in which the models differ are kept per model. The second of two models of the same
+        name gets " (2)".
 
         Args:
             reports: at least one.
@@ -143,40 +146,42 @@ class Report:
             One report of all their models, in order.
 
         Raises:
-            ValueError: no report, or reports that measured different quantities.
+            ValueError: no report, or reports of different quantities.
         """
         if not reports:
             raise ValueError("Report.merged: reports must hold at least one report, got none")
         check_comparable("Report.merged", [report.settings for report in reports])
-        names = iter(_distinct([model.name for report in reports for model in report.models]))
-        renamed = [
-            (report, model, dataclasses.replace(model, name=next(names)))
-            for report in reports
-            for model in report.models
-        ]
-        settings = _joined([(new.name, _settings_of(r, old.name)) for r, old, new in renamed])
-        environment = _joined_text([report.environment for report in reports])
-        return cls([new for _, _, new in renamed], settings, environment)
-
-    def __repr__(self) -> str:
-        """Names, not arrays."""
-        return f"Report({', '.join(model.name for model in self.models)})"
+        seen: collections.Counter[str] = collections.Counter()
+        models, settings = [], []
+        for report in reports:
+            for model in report.models:
+                seen[model.name] += 1
+                count = seen[model.name]
+                name = model.name if count == 1 else f"{model.name} ({count})"
+                models.append(dataclasses.replace(model, name=name))
+                settings.append((name, _settings_of(report, model.name)))
+        environment: dict[str, list[str]] = {}
+        for report in reports:
+            for key, value in report.environment.items():
+                environment.setdefault(key, []).append(value)
+        joined = {key: "; ".join(dict.fromkeys(found)) for key, found in environment.items()}
+        return cls(models, _joined(settings), joined)
 
     def to_dict(self) -> dict[str, Any]:
-        """The numbers of the report as plain values for JSON; NaN becomes None, arrays stay out."""
+        """Return the numbers as plain values for JSON, without arrays; NaN becomes None."""
         return {
-            "settings": codec.encode(self.settings, {}, "settings"),
+            "settings": encode(self.settings, {}, "settings"),
             "environment": dict(self.environment),
             "models": [_model_numbers(model) for model in self.models],
         }
 
     def summary(self) -> str:
-        """The few lines to read at the end of a run: a few for each model."""
+        """Return a few lines for each model, as printed at the end of a run."""
         return "\n".join(line for model in self.models for line in _summary_lines(model))
 
     def _save_results(self, folder: Path) -> None:
         arrays: dict[str, np.ndarray] = {}
-        results = codec.encode(self, arrays, "results")
+        results = encode(self, arrays, "results")
         buffer = io.BytesIO()
         np.savez_compressed(buffer, **arrays)  # type: ignore[arg-type]
         with replacing(folder / "arrays.npz") as file:
@@ -184,7 +189,7 @@ class Report:
         content = {
             "format": FORMAT,
             "version": VERSION,
-            # Two files cannot be replaced in one step: this tells whether they belong together.
+            # Two files cannot be replaced in one step: the hash shows whether they belong together.
             "arrays_sha256": hashlib.sha256(buffer.getvalue()).hexdigest(),
             **self.to_dict(),
             "results": results,
@@ -193,33 +198,25 @@ class Report:
         write_text(folder / "report.json", text + "\n")
 
 
+def check_comparable(caller: str, settings: Sequence[Mapping[str, Any]]) -> None:
+    """Raise if the settings make numbers of the same name different quantities."""
+    for name in _DEFINING:
+        found = [plain.get(name) for plain in settings]
+        if not all(same(found[0], value) for value in found):
+            got = " and ".join(sorted({repr(value) for value in found}))
+            raise ValueError(f"{caller}: reports must have the same {name}, got {got}")
+
+
 def _listed_files(folder: Path) -> set[str]:
-    """Tables and figures that the report in a folder lists as its own."""
+    """Return the tables and figures that the report.md in a folder lists."""
     path = folder / "report.md"
     text = path.read_text(encoding="utf-8") if path.is_file() else ""
     stems = re.findall(r"^- `((?:tables|figures)/[\w-]+)\.\w+`, `\.\w+`", text, re.MULTILINE)
     return {stem + suffix for stem in stems for suffix in (".csv", ".tex", ".png", ".pdf")}
 
 
-def check_comparable(caller: str, settings: Sequence[Mapping[str, Any]]) -> None:
-    """Refuse settings under which numbers of the same name are different quantities.
-
-    Args:
-        caller: named in the error.
-        settings: of several reports.
-
-    Raises:
-        ValueError: two of them differ; it names the setting.
-    """
-    for name in _DEFINING:
-        found = [plain.get(name) for plain in settings]
-        if not all(codec.same(found[0], value) for value in found):
-            got = " and ".join(sorted({repr(value) for value in found}))
-            raise ValueError(f"{caller}: reports must have the same {name}, got {got}")
-
-
 def _draw(models: Sequence[ModelResult], folder: Path) -> dict[str, list[str]]:
-    """Figures by kind: file stems; none without matplotlib."""
+    """Draw figures: kind -> file stems; none without matplotlib."""
     try:
         from fastkd.analysis.report import plots
     except ModuleNotFoundError as error:
@@ -256,51 +253,30 @@ def _read_arrays(path: Path, sha256: object) -> dict[str, np.ndarray]:
         raise ValueError(f"Report.load: {path} cannot be read: {error}") from error
 
 
-def _distinct(names: Iterable[str]) -> list[str]:
-    seen: collections.Counter[str] = collections.Counter()
-    distinct = []
-    for name in names:
-        seen[name] += 1
-        distinct.append(name if seen[name] == 1 else f"{name} ({seen[name]})")
-    return distinct
-
-
 def _settings_of(report: Report, model: str) -> dict[str, Any]:
-    """The settings that one model was measured with, in a report that may be joined already."""
+    """Return the settings of one model in a report that may be merged already."""
     common = {name: value for name, value in report.settings.items() if name != _BY_MODEL}
     by_model = report.settings.get(_BY_MODEL, {})
     return common | {name: values[model] for name, values in by_model.items() if model in values}
 
 
 def _joined(settings: list[tuple[str, dict[str, Any]]]) -> dict[str, Any]:
-    """Settings that all models share as they are, the others by model."""
-    names = dict.fromkeys(name for _, own in settings for name in own)
+    """Keep settings that all models share as they are, and the others by model."""
     common: dict[str, Any] = {}
     by_model: dict[str, dict[str, Any]] = {}
-    for name in names:
+    for name in dict.fromkeys(name for _, own in settings for name in own):
         values = [own.get(name) for _, own in settings]
-        if all(codec.same(values[0], value) for value in values):
+        if all(same(values[0], value) for value in values):
             common[name] = values[0]
         else:
             by_model[name] = {model: own[name] for model, own in settings if name in own}
     return common | ({_BY_MODEL: by_model} if by_model else {})
 
 
-def _joined_text(environments: Sequence[Mapping[str, str]]) -> dict[str, str]:
-    names = dict.fromkeys(name for environment in environments for name in environment)
-    return {
-        name: "; ".join(dict.fromkeys(e[name] for e in environments if name in e)) for name in names
-    }
-
-
 def _model_numbers(model: ModelResult) -> dict[str, Any]:
+    plain = ("name", "weights", "architecture", "parameters", "images", "non_finite")
     return {
-        "name": model.name,
-        "weights": model.weights,
-        "architecture": model.architecture,
-        "parameters": model.parameters,
-        "images": model.images,
-        "non_finite": model.non_finite,
+        **{name: getattr(model, name) for name in plain},
         "skipped": len(model.skipped),
         "layers": [_layer_numbers(layer) for layer in model.layers],
     }
@@ -312,55 +288,54 @@ def _layer_numbers(layer: LayerResult) -> dict[str, Any]:
         "tokens": layer.tokens,
         "channels": layer.channels,
         "ranks": _rank_numbers(layer.ranks),
-        "effective_rank": _plain(Distribution.of(layer.effective_rank)),
-        "stable_rank": _plain(Distribution.of(layer.stable_rank)),
+        "effective_rank": _statistics(Distribution.of(layer.effective_rank)),
+        "stable_rank": _statistics(Distribution.of(layer.stable_rank)),
     }
     if layer.sep:
-        widths = layer.sep.bandwidths.tolist()
-        noise = readings.white_noise_bandwidths(layer.sep).tolist()
         numbers["sep"] = {
             "convention": layer.sep.convention,
-            "bandwidths": _by_level(layer.sep.levels, widths),
-            "white_noise": _by_level(layer.sep.levels, noise),
+            "bandwidths": _by_level(layer.sep.levels, layer.sep.bandwidths),
+            "white_noise": _by_level(layer.sep.levels, layer.sep.white_noise_bandwidths),
         }
     if layer.sep_test:
         numbers["sep_test"] = {
-            "shift": _by_level(layer.sep_test.levels, layer.sep_test.shift.tolist()),
-            "p_value": _by_level(layer.sep_test.levels, layer.sep_test.p_value.tolist()),
+            "shift": _by_level(layer.sep_test.levels, layer.sep_test.shift),
+            "p_value": _by_level(layer.sep_test.levels, layer.sep_test.p_value),
         }
     if layer.shared:
         numbers["shared_ranks"] = _rank_numbers(layer.shared.ranks)
-        numbers["rotation"] = [_rotation_numbers(found) for found in layer.shared.rotation]
+        numbers["rotation"] = [
+            {
+                "k": found.k,
+                "overlap_shared": _statistics(Distribution.of(found.overlap_shared)),
+                "overlap_pairs": _statistics(Distribution.of(found.overlap_pairs)),
+                "overlap_random": found.overlap_random,
+            }
+            for found in layer.shared.rotation
+        ]
     return numbers
 
 
 def _rank_numbers(ranks: Ranks) -> dict[str, Any]:
-    return {f"{level:g}": _plain(ranks.distribution(level)) for level in ranks.levels}
+    return {f"{level:g}": _statistics(ranks.distribution(level)) for level in ranks.levels}
 
 
-def _rotation_numbers(found: Subspaces) -> dict[str, Any]:
-    return {
-        "k": found.k,
-        "overlap_shared": _plain(Distribution.of(found.overlap_shared)),
-        "overlap_pairs": _plain(Distribution.of(found.overlap_pairs)),
-        "overlap_random": found.overlap_random,
-    }
+def _statistics(found: Distribution) -> dict[str, float | None]:
+    return _plain(dataclasses.asdict(found))
 
 
-def _by_level(levels: Sequence[float], values: Sequence[float]) -> dict[str, float | None]:
-    pairs = zip(levels, values, strict=True)
-    return {f"{level:g}": value if math.isfinite(value) else None for level, value in pairs}
+def _by_level(levels: Sequence[float], values: np.ndarray) -> dict[str, float | None]:
+    pairs = zip(levels, values.tolist(), strict=True)
+    return _plain({f"{level:g}": value for level, value in pairs})
 
 
-def _plain(found: Distribution) -> dict[str, float | None]:
-    named = dataclasses.asdict(found)
+def _plain(named: Mapping[str, float]) -> dict[str, float | None]:
     return {name: value if math.isfinite(value) else None for name, value in named.items()}
 
 
 def _summary_lines(model: ModelResult) -> Iterable[str]:
-    last, weights = model.last, model.weights
-    if weights == readings.UNTRAINED:
-        weights = "UNTRAINED weights"
+    last = model.last
+    weights = "UNTRAINED weights" if model.weights == UNTRAINED else model.weights
     yield (
         f"{model.name} ({weights}): {model.images:,} images, {last.name} with N = {last.tokens}, "
         f"D = {last.channels}"
@@ -368,22 +343,24 @@ def _summary_lines(model: ModelResult) -> Iterable[str]:
     level = max(last.ranks.levels)
     own = _rank_text(last.ranks, level)
     shared = f"; in the shared basis {_rank_text(last.shared.ranks, level)}" if last.shared else ""
-    yield f"  rank@{readings.percent(level)}, mean (p99) over images: {own}{shared}"
-    if last.shared and last.shared.rotation:
+    yield f"  rank@{percent(level)}, mean (p99) over images: {own}{shared}"
+    if last.rotation:
         yield "  overlap with the shared subspace (random): " + ", ".join(
             f"k = {found.k}: {Distribution.of(found.overlap_shared).mean:.3f} "
             f"({found.overlap_random:.3f})"
-            for found in last.shared.rotation
+            for found in last.rotation
         )
     if last.sep:
-        noise = readings.white_noise_bandwidths(last.sep)
+        noise = last.sep.white_noise_bandwidths
         yield f"  SEP bandwidth, {last.sep.convention} (white noise): " + ", ".join(
-            f"{readings.percent(level)} %: {width:.3f} ({white:.3f})"
+            f"{percent(level)} %: {width:.3f} ({white:.3f})"
             for level, width, white in zip(last.sep.levels, last.sep.bandwidths, noise, strict=True)
         )
     if model.skipped or model.non_finite:
-        skipped = f"  images skipped: {len(model.skipped):,}"
-        yield f"{skipped}; with a NaN or infinity: {model.non_finite:,}"
+        yield (
+            f"  images skipped: {len(model.skipped):,}; with a NaN or infinity: "
+            f"{model.non_finite:,}"
+        )
 
 
 def _rank_text(ranks: Ranks, level: float) -> str:

@@ -1,19 +1,17 @@
-"""The figures of a report, at a column's or a page's width, in colours that most eyes tell apart.
-
-Drawn without pyplot, whose backend and state are the caller's. The only module of the analysis that
-imports matplotlib. Reads results and computes no measurement.
-"""
+"""The figures of a report, in columns or at a page's width, in colors for most eyes."""
 
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import matplotlib
 import numpy as np
+
+# Without pyplot: its backend and state belong to the caller.
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure, SubFigure
@@ -21,23 +19,34 @@ from matplotlib.patheffects import withStroke
 from matplotlib.ticker import MaxNLocator, NullFormatter, StrMethodFormatter
 from matplotlib.transforms import ScaledTranslation
 
-from fastkd.analysis import results as readings
 from fastkd.analysis.results import (
-    Distribution,
+    UNTRAINED,
     LayerResult,
     ModelResult,
     Sep,
     SepTest,
     Subspaces,
+    bandwidth_levels_of,
+    bandwidths,
+    has_shared_depth,
+    levels_of,
     measured,
+    percent,
+    subspace_sizes_of,
 )
 from fastkd.utils.io import printable, replacing
 
-# Okabe and Ito's colours.
+# Okabe and Ito's colors, which color-blind readers can tell apart.
 _OWN, _SHARED, _PAIRS, _WARNING = "#0072B2", "#E69F00", "#009E73", "#D55E00"
-_LEVELS = ("#0072B2", "#56B4E9", "#009E73", "#E69F00", "#D55E00", "#CC79A7", "#000000")
 _BASELINE = "#555555"
-_MARKERS = "osD^vPX"
+# Color and marker of the first, second, ... level or subspace.
+_SERIES = list(
+    zip(
+        ("#0072B2", "#56B4E9", "#009E73", "#E69F00", "#D55E00", "#CC79A7", "#000000"),
+        "osD^vPX",
+        strict=True,
+    )
+)
 
 _PANEL_WIDTH = 3.5  # inches: one column of a two-column page
 _STYLE: dict[Any, Any] = {
@@ -50,30 +59,19 @@ _STYLE: dict[Any, Any] = {
     "axes.linewidth": 0.6,
     "xtick.major.width": 0.6,
     "ytick.major.width": 0.6,
-    "pdf.fonttype": 42,  # outlines that journals accept, and text that can be searched
+    "pdf.fonttype": 42,  # TrueType: text can be searched, and journals accept it
 }
 
 
-@dataclass(frozen=True)
-class _Kind:
-    """One kind of figure: for which models, how many on a page, drawn by what."""
-
+class _Kind(NamedTuple):
     name: str
     wanted: Callable[[ModelResult], bool]
-    per_page: int
+    per_page: int  # models
     draw: Callable[[Sequence[ModelResult]], Figure]
 
 
 def save_figures(models: Sequence[ModelResult], folder: Path) -> dict[str, list[str]]:
-    """Draw all figures that the results have something for, each as PNG and PDF.
-
-    Args:
-        models: what was analysed; many models go on several pages.
-        folder: made if it is not there.
-
-    Returns:
-        Kind -> stems of its files, one for each page.
-    """
+    """Save all figures as PNG and PDF; return the stems of the files by kind."""
     folder.mkdir(parents=True, exist_ok=True)
     saved: dict[str, list[str]] = {}
     with matplotlib.rc_context(_STYLE):
@@ -84,14 +82,7 @@ def save_figures(models: Sequence[ModelResult], folder: Path) -> dict[str, list[
 
 
 def drawings(models: Sequence[ModelResult]) -> Iterator[tuple[str, str, Figure]]:
-    """Draw one figure after the other.
-
-    Args:
-        models: what was analysed.
-
-    Yields:
-        Kind, stem of its file, figure.
-    """
+    """Draw the figures that the results have data for: kind, stem of the file, figure."""
     for kind in _KINDS:
         shown = [model for model in models if kind.wanted(model)]
         for page, start in enumerate(range(0, len(shown), kind.per_page)):
@@ -103,27 +94,22 @@ def drawings(models: Sequence[ModelResult]) -> Iterator[tuple[str, str, Figure]]
 
 def layerwise_rank(models: Sequence[ModelResult]) -> Figure:
     """rank@q of the highest level over layers: mean, quartiles and 99th percentile over images."""
-    figure, panels = _panels(len(models), height=2.4, sharey=True)
-    for axes, model in zip(panels, models, strict=False):
-        _draw_layers(axes, model)
-        _title(axes, model, model.last)
-    _legend(figure)
-    return figure
+    return _in_panels(models, _draw_layers, height=2.4, sharey=True)
 
 
 def layerwise_rotation(models: Sequence[ModelResult]) -> Figure:
     """Excess overlap with the shared subspace over layers, mean over images, for every k."""
-    figure, panels = _panels(len(models), height=2.4, sharey=True)
-    for axes, model in zip(panels, models, strict=False):
-        _draw_layer_rotation(axes, model)
-        _title(axes, model, model.last)
-    _legend(figure)
-    return figure
+    return _in_panels(models, _draw_layer_rotation, height=2.4, sharey=True)
+
+
+def shared_basis(models: Sequence[ModelResult]) -> Figure:
+    """Energy over dimensions, in each image's own basis and in the shared one."""
+    return _in_panels(models, _draw_energy, height=2.6)
 
 
 def rank_histograms(models: Sequence[ModelResult]) -> Figure:
     """Images by rank, last layer, at every level, in their own and in the shared basis."""
-    figure, rows = _rows(models, height=1.75)
+    figure, rows = _subfigures(models, 1.75, in_rows=True)
     for row, model in zip(rows, models, strict=True):
         levels = model.last.ranks.levels
         panels = row.subplots(1, len(levels), squeeze=False)[0]
@@ -134,55 +120,46 @@ def rank_histograms(models: Sequence[ModelResult]) -> Figure:
     return figure
 
 
-def shared_basis(models: Sequence[ModelResult]) -> Figure:
-    """Energy over dimensions: each image's own basis against the one that all share."""
-    figure, panels = _panels(len(models), height=2.6)
-    for axes, model in zip(panels, models, strict=False):
-        _draw_energy(axes, model.last)
-        _title(axes, model, model.last)
-    _legend(figure)
-    return figure
-
-
 def sep(models: Sequence[ModelResult]) -> Figure:
     """Energy of the mean token over channel frequency, and its difference from white noise."""
-    figure, cells = _cells(models, height=3.4)
+    figure, cells = _subfigures(models, 3.4)
     for cell, model in zip(cells, models, strict=True):
-        upper, lower = cell.subplots(2, 1, sharex=True, height_ratios=(3, 2))
-        _draw_sep(upper, lower, model)
+        if model.last.sep is not None:
+            upper, lower = cell.subplots(2, 1, sharex=True, height_ratios=(3, 2))
+            _draw_sep(upper, lower, model.last.sep, model.last.sep_test)
     _legend(figure)
     return figure
 
 
 def rotation(models: Sequence[ModelResult]) -> Figure:
     """Overlaps of subspaces for every k, and the principal angles of the largest k."""
-    figure, rows = _rows(models, height=2.5)
+    figure, rows = _subfigures(models, 2.5, in_rows=True)
     for row, model in zip(rows, models, strict=True):
         left, right = row.subplots(1, 2)
-        found = model.last.shared.rotation if model.last.shared else []
-        _draw_overlaps(left, found)
-        _draw_angles(right, found)
+        _draw_overlaps(left, model.last.rotation)
+        _draw_angles(right, model.last.rotation)
     _legend(figure)
     return figure
 
 
 def comparison(models: Sequence[ModelResult]) -> Figure:
     """All models side by side: ranks over width, rotation, bandwidths."""
-    draws: list[Callable[[Axes, Sequence[ModelResult]], None]] = [_compare_ranks]
-    if readings.subspace_sizes_of(models):
+    layers = [model.last for model in models]
+    draws: list[Callable[[Axes, Sequence[LayerResult]], None]] = [_compare_ranks]
+    if subspace_sizes_of(layers):
         draws.append(_compare_rotation)
-    if readings.bandwidth_levels_of(model.last for model in models):
+    if bandwidth_levels_of(layers):
         draws.append(_compare_bandwidths)
     figure = _figure(2 * _PANEL_WIDTH, 1.3 + 0.42 * len(models))
     panels = figure.subplots(1, len(draws), sharey=True, squeeze=False)[0]
     for axes, draw in zip(panels, draws, strict=True):
-        draw(axes, models)
+        draw(axes, layers)
         axes.set_xticks([0, 0.25, 0.5, 0.75, 1], ["0", "0.25", "0.5", "0.75", "1"])
         _clean(axes, grid="x")
         _legend_below(axes, figure, columns=1 if draw is _compare_ranks else 3)
     panels[0].set_yticks(range(len(models)), [_row_label(model) for model in models])
     for label, model in zip(panels[0].get_yticklabels(), models, strict=True):
-        label.set_color(_WARNING if _is_untrained(model) else "black")
+        label.set_color(_name_color(model))
     panels[0].set_ylim(len(models) - 0.4, -0.6)
     return figure
 
@@ -200,33 +177,26 @@ def _draw_layers(axes: Axes, model: ModelResult) -> None:
     _line(axes, places, [f.mean for f in found], _OWN, "mean", marker="o")
     tail_marker = "_" if len(layers) == 1 else ""
     _line(axes, places, tails, _OWN, "99th percentile", style="--", width=0.7, marker=tail_marker)
-    in_shared = [
-        (at, layer.shared) for at, layer in zip(places, layers, strict=True) if layer.shared
-    ]
-    if len(in_shared) > 1:
-        means = [shared.ranks.distribution(level).mean for _, shared in in_shared]
-        _line(axes, np.array([at for at, _ in in_shared]), means, _SHARED, "mean, shared basis")
-    # Panels share this axis; where no image comes near the limit, the limit must not flatten them.
+    if has_shared_depth(model):
+        at = np.array([place for place, layer in enumerate(layers) if layer.shared])
+        means = [x.shared.ranks.distribution(level).mean for x in layers if x.shared]
+        _line(axes, at, means, _SHARED, "mean, shared basis")
+    # Panels share this axis: a limit that no image comes near must not flatten them.
     top = max(axes.get_ylim()[1], 1.12 * max([1.0, *measured(np.asarray(tails))]))
     largest = [layer.ranks.largest for layer in layers]
     if min(largest) < top:
         _line(axes, places, largest, _BASELINE, "largest: min(N, D)", style=":", width=0.8)
     axes.set_ylim(0, top)
-    axes.set_ylabel(f"rank@{readings.percent(level)} (dimensions)")
+    axes.set_ylabel(f"rank@{percent(level)} (dimensions)")
     _depth_axis(axes, layers)
 
 
 def _draw_layer_rotation(axes: Axes, model: ModelResult) -> None:
     axes.axhline(0, color=_BASELINE, linestyle="--", linewidth=0.9, label="random subspaces")
-    layers = [(place, one.shared) for place, one in enumerate(model.layers) if one.shared]
-    for index, size in enumerate(sorted({r.k for _, shared in layers for r in shared.rotation})):
-        found = [(place, r) for place, shared in layers for r in shared.rotation if r.k == size]
-        means = [
-            readings.excess_overlap(Distribution.of(r.overlap_shared).mean, r.overlap_random)
-            for _, r in found
-        ]
+    for size, (color, marker) in _styles(subspace_sizes_of(model.layers)).items():
+        found = [(at, r) for at, x in enumerate(model.layers) for r in x.rotation if r.k == size]
+        means = [rotated.mean_excess(rotated.overlap_shared) for _, rotated in found]
         places = np.array([place for place, _ in found])
-        color, marker = _LEVELS[index % len(_LEVELS)], _MARKERS[index % len(_MARKERS)]
         _line(axes, places, means, color, f"k = {size}", marker=marker)
     axes.set_ylim(-0.05, 1.02)
     axes.set_ylabel("excess overlap with shared\n(0: random, 1: same)")
@@ -234,29 +204,29 @@ def _draw_layer_rotation(axes: Axes, model: ModelResult) -> None:
 
 
 def _depth_axis(axes: Axes, layers: Sequence[LayerResult]) -> None:
+    kinds = {layer.name.partition(".")[0] for layer in layers}
+    axes.set_xlabel({"blocks": "block", "stages": "stage"}.get("/".join(kinds), "layer"))
     axes.set_xlim(-0.5, len(layers) - 0.5)
-    axes.set_xlabel(_kind_of_layer(layers))
     step = -(-len(layers) // 12)
     axes.set_xticks(range(0, len(layers), step), [str(layer.index) for layer in layers[::step]])
     _clean(axes, grid="y")
 
 
 def _draw_histogram(axes: Axes, layer: LayerResult, level: float) -> None:
-    bases = [("own", _OWN, layer.ranks.at(level))]
-    if layer.shared:
-        bases.append(("shared", _SHARED, layer.shared.ranks.at(level)))
-    shown = [basis for basis in bases if len(basis[2])]
+    bases = zip(layer.bases(), (_OWN, _SHARED), strict=False)
+    found = [(name, color, ranks.at(level)) for (name, ranks), color in bases]
+    shown = [basis for basis in found if len(basis[2])]
     longest = max((int(values.max()) for _, _, values in shown), default=1)
     width = -(-max(longest, 12) // 40)
     edges = np.arange(0.5, max(longest, 12) + width + 0.5, width)
     for name, color, values in shown:
         counts, _ = np.histogram(values, edges)
-        # See-through areas with firm outlines: equal histograms stay visible as two.
+        # Transparent areas with outlines: equal histograms stay visible as two.
         axes.stairs(counts, edges, fill=True, color=color, alpha=0.35, label=f"{name} basis")
         axes.stairs(counts, edges, color=color, linewidth=0.9)
     medians = ", ".join(f"{np.median(values):g} {name}" for name, _, values in shown)
     below = f"median {medians}" if shown else "no image has a rank"
-    axes.set_title(f"rank@{readings.percent(level)}\n{below}", fontsize=6.5)
+    axes.set_title(f"rank@{percent(level)}\n{below}", fontsize=6.5)
     axes.set_xlim(0, edges[-1])
     axes.set_xlabel("dimensions")
     axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
@@ -264,7 +234,8 @@ def _draw_histogram(axes: Axes, layer: LayerResult, level: float) -> None:
     _clean(axes, grid="y")
 
 
-def _draw_energy(axes: Axes, layer: LayerResult) -> None:
+def _draw_energy(axes: Axes, model: ModelResult) -> None:
+    layer = model.last
     curves = [("own basis (SVD)", _OWN, layer.curve, 1)]
     if layer.shared:
         curves.append(("shared basis (all images)", _SHARED, layer.shared.curve, -1))
@@ -282,7 +253,7 @@ def _draw_energy(axes: Axes, layer: LayerResult) -> None:
     axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.set_yticks([0, 20, 40, 60, *(100 * level for level in levels)])
-    axes.set_yticklabels(["0", "20", "40", "60", *map(readings.percent, levels)])
+    axes.set_yticklabels(["0", "20", "40", "60", *map(percent, levels)])
     axes.set_ylim(0, 104)
     axes.set_xlabel("dimensions (log)")
     axes.set_ylabel("energy held (%)")
@@ -290,11 +261,11 @@ def _draw_energy(axes: Axes, layer: LayerResult) -> None:
 
 
 def _mark_level(axes: Axes, mean: np.ndarray, level: float, color: str, side: int) -> None:
-    """A dot and the number of dimensions where a mean curve reaches a level."""
-    dimension = round(float(readings.bandwidths(mean, [level])[0]) * len(mean))
+    """Mark and number the dimension at which a mean curve reaches a level."""
+    dimension = round(float(bandwidths(mean, [level])[0]) * len(mean))
     height = 100 * mean[dimension - 1]
     axes.plot([dimension], [height], marker="o", markersize=3, color=color)
-    # Numbers of the steep curve stand to its left, of the other to its right and below.
+    # Left of the steep curve, right of and below the other.
     axes.annotate(
         f"{dimension}",
         (dimension, height),
@@ -308,10 +279,7 @@ def _mark_level(axes: Axes, mean: np.ndarray, level: float, color: str, side: in
     )
 
 
-def _draw_sep(upper: Axes, lower: Axes, model: ModelResult) -> None:
-    found = model.last.sep
-    if found is None:
-        return
+def _draw_sep(upper: Axes, lower: Axes, found: Sep, test: SepTest | None) -> None:
     count = len(found.white_noise)
     parts = np.arange(1, count + 1) / count
     _band(upper, parts, found.curve.mean, found.curve.std, _OWN, "mean token", width=2.4)
@@ -322,8 +290,8 @@ def _draw_sep(upper: Axes, lower: Axes, model: ModelResult) -> None:
     difference = 100 * (found.curve.mean - found.white_noise)
     lower.axhline(0, color=_BASELINE, linestyle="--", linewidth=0.9)
     lower.plot(parts, difference, color=_OWN, linewidth=1.0)
-    if model.last.sep_test:
-        _draw_permutations(lower, found, model.last.sep_test)
+    if test is not None:
+        _draw_permutations(lower, found, test)
     largest = float(np.nanmax(np.abs(difference), initial=0))
     reach = 1.25 * max(largest, *map(abs, lower.get_ylim()), 1e-3) if largest else 1.0
     lower.set_ylim(-reach, reach)
@@ -336,19 +304,14 @@ def _draw_sep(upper: Axes, lower: Axes, model: ModelResult) -> None:
 
 
 def _draw_permutations(axes: Axes, found: Sep, test: SepTest) -> None:
-    """At each level, where 95 % of the permutations put the curve.
-
-    Bandwidths are whole bins, the curve is not: so it is moved by the difference of bandwidths,
-    and does not stand where a bandwidth of its own would put it.
-    """
-    if len(test.permuted) == 0:
-        return
+    """Draw, at each level, the range of the curve under 95 % of the permutations."""
     count = len(found.white_noise)
     parts = np.arange(1, count + 1) / count
     for index, observed in enumerate(test.observed):
         place = round(float(observed) * count) - 1
         here = found.curve.mean[place] - found.white_noise[place]
         ends = np.percentile(test.permuted[:, index], (2.5, 97.5))
+        # Bandwidths are whole bins and the curve is not, so the curve is moved by their difference.
         moved = np.interp(ends, parts, found.white_noise) - found.white_noise[place]
         label = "95 % of channel permutations" if index == 0 else ""
         low, high = 100 * (here - moved)
@@ -377,7 +340,7 @@ def _draw_overlaps(axes: Axes, found: Sequence[Subspaces]) -> None:
 
 
 def _count(overlaps: Sequence[np.ndarray], what: str) -> str:
-    """How many values there are, as "288 to 300 images" where it depends on k."""
+    """Count values, as "288 to 300 images" if the number depends on k."""
     counts = sorted({len(measured(values)) for values in overlaps} or {0})
     ends = " to ".join(f"{count:,}" for count in dict.fromkeys((counts[0], counts[-1])))
     return f"{ends} {what}" + "s" * (counts[-1] != 1)
@@ -420,71 +383,63 @@ def _draw_angles(axes: Axes, found: Sequence[Subspaces]) -> None:
     _clean(axes, grid="y")
 
 
-def _compare_ranks(axes: Axes, models: Sequence[ModelResult]) -> None:
-    level = max(readings.levels_of(model.last for model in models))
-    for row, model in enumerate(models):
-        last = model.last
-        bases = [(last.ranks, _OWN, "o", "own basis", -0.12)]
-        if last.shared:
-            bases.append((last.shared.ranks, _SHARED, "s", "shared basis", 0.12))
-        for ranks, color, marker, name, offset in bases:
+def _compare_ranks(axes: Axes, layers: Sequence[LayerResult]) -> None:
+    level = max(levels_of(layers))
+    styles = ((_OWN, "o", -0.12), (_SHARED, "s", 0.12))
+    for row, layer in enumerate(layers):
+        for (name, ranks), (color, marker, offset) in zip(layer.bases(), styles, strict=False):
             if level not in ranks.levels:
                 continue
             found = ranks.distribution(level)
-            mean, tail = found.mean / last.channels, found.percentile_99 / last.channels
+            mean, tail = found.mean / layer.channels, found.percentile_99 / layer.channels
             axes.hlines(row + offset, mean, tail, color=color, linewidth=0.9)
-            _dot(axes, mean, row + offset, marker, color, f"{name} (line: mean to p99)")
+            _dot(axes, mean, row + offset, marker, color, f"{name} basis (line: mean to p99)")
     axes.set_xlim(0, 1.03)
-    axes.set_xlabel(f"rank@{readings.percent(level)} / D")
+    axes.set_xlabel(f"rank@{percent(level)} / D")
 
 
-def _compare_rotation(axes: Axes, models: Sequence[ModelResult]) -> None:
-    sizes = readings.subspace_sizes_of(models)
+def _compare_rotation(axes: Axes, layers: Sequence[LayerResult]) -> None:
+    sizes = subspace_sizes_of(layers)
+    styles = _styles(sizes)
     axes.axvline(0, color=_BASELINE, linestyle="--", linewidth=0.9)
-    for row, model in enumerate(models):
-        for found in model.last.shared.rotation if model.last.shared else []:
-            index = sizes.index(found.k)
-            marker, color = _MARKERS[index % len(_MARKERS)], _LEVELS[index % len(_LEVELS)]
-            place = row + 0.5 * ((index + 0.5) / len(sizes) - 0.5)
-            for overlap, hollow in ((found.overlap_shared, False), (found.overlap_pairs, True)):
-                mean = Distribution.of(overlap).mean
-                excess = float(readings.excess_overlap(mean, found.overlap_random))
-                label = None if hollow else f"k = {found.k}"
-                _dot(axes, excess, place, marker, color, label, hollow)
+    for row, layer in enumerate(layers):
+        for found in layer.rotation:
+            color, marker = styles[found.k]
+            place = row + 0.5 * ((sizes.index(found.k) + 0.5) / len(sizes) - 0.5)
+            with_shared, with_pairs = map(
+                found.mean_excess, (found.overlap_shared, found.overlap_pairs)
+            )
+            _dot(axes, with_shared, place, marker, color, f"k = {found.k}")
+            _dot(axes, with_pairs, place, marker, color, hollow=True)
     axes.set_xlim(-0.05, 1.03)
     axes.set_xlabel("excess overlap, 0 is random\n(filled: shared, open: pairs)")
 
 
-def _compare_bandwidths(axes: Axes, models: Sequence[ModelResult]) -> None:
-    levels = readings.bandwidth_levels_of(model.last for model in models)
-    for row, model in enumerate(models):
-        found = model.last.sep
-        if found is None:
-            continue
-        noise = readings.white_noise_bandwidths(found)
-        axes.vlines(noise, row - 0.3, row + 0.3, color=_BASELINE, linewidth=0.9)
-        for level, width in zip(found.levels, found.bandwidths.tolist(), strict=True):
-            index = levels.index(level)
-            marker, color = _MARKERS[index % len(_MARKERS)], _LEVELS[index % len(_LEVELS)]
-            _dot(axes, width, row, marker, color, f"{readings.percent(level)} %")
-    conventions = sorted({model.last.sep.convention for model in models if model.last.sep})
+def _compare_bandwidths(axes: Axes, layers: Sequence[LayerResult]) -> None:
+    styles = _styles(bandwidth_levels_of(layers))
+    for row, layer in enumerate(layers):
+        if layer.sep is not None:
+            noise = layer.sep.white_noise_bandwidths
+            axes.vlines(noise, row - 0.3, row + 0.3, color=_BASELINE, linewidth=0.9)
+        for level, width in layer.bandwidths().items():
+            color, marker = styles[level]
+            _dot(axes, width, row, marker, color, f"{percent(level)} %")
+    conventions = sorted({layer.sep.convention for layer in layers if layer.sep})
     axes.set_xlim(0, 1.03)
     axes.set_xlabel(f"SEP bandwidth, {'/'.join(conventions)} order\n(bars: white noise)")
 
 
+def _styles(values: Sequence[float]) -> dict[float, tuple[str, str]]:
+    """Return a color and a marker for each level or subspace size."""
+    return dict(zip(values, itertools.cycle(_SERIES), strict=False))
+
+
 def _dot(
-    axes: Axes,
-    x: float,
-    y: float,
-    marker: str,
-    color: str,
-    label: str | None,
-    hollow: bool = False,
+    axes: Axes, x: float, y: float, marker: str, color: str, label: str = "", hollow: bool = False
 ) -> None:
-    face = "white" if hollow else color
     axes.plot(
-        [x], [y], marker, color=color, markersize=4, markerfacecolor=face, markeredgewidth=0.8,
-        linestyle="", label=label, zorder=3,
+        [x], [y], marker, color=color, markersize=4, markerfacecolor="white" if hollow else color,
+        markeredgewidth=0.8, linestyle="", label=label, zorder=3,
     )  # fmt: skip
 
 
@@ -514,11 +469,11 @@ def _band(
     name: str,
     width: float = 1.4,
 ) -> None:
-    """A mean curve in percent with its standard deviation, which never leaves 0 to 100."""
+    """Draw a mean curve in percent, with its standard deviation clipped to 0 to 100."""
     if std is not None:
         lower, upper = np.clip(mean - std, 0, 1), np.clip(mean + std, 0, 1)
         axes.fill_between(x, 100 * lower, 100 * upper, color=color, alpha=0.22, linewidth=0)
-    marker = "o" if len(x) == 1 else ""
+    marker = "o" if len(x) == 1 else ""  # a single point has no line
     _line(axes, x, 100 * mean, color, name, width=width, marker=marker)
 
 
@@ -529,72 +484,69 @@ def _figure(width: float, height: float) -> Figure:
     return figure
 
 
-def _panels(count: int, height: float, sharey: bool = False) -> tuple[Figure, list[Axes]]:
-    """Up to two panels a row; places left over stay empty."""
-    columns = min(2, count)
-    rows = -(-count // columns)
-    figure = _figure(columns * _PANEL_WIDTH, rows * height + 0.25)
-    panels = list(figure.subplots(rows, columns, sharey=sharey, squeeze=False).flat)
-    for axes in panels[count:]:
-        axes.set_visible(False)
-    return figure, panels
-
-
-def _rows(models: Sequence[ModelResult], height: float) -> tuple[Figure, list[SubFigure]]:
-    """One row a model, each under its name, at a page's width."""
-    figure = _figure(2 * _PANEL_WIDTH, len(models) * height + 0.25)
-    rows = list(figure.subfigures(len(models), 1, squeeze=False)[:, 0])
-    for row, model in zip(rows, models, strict=True):
-        _heading(row, f"{_model_label(model, 56)}: {_details(model, model.last)}", model)
-    return figure, rows
-
-
-def _cells(models: Sequence[ModelResult], height: float) -> tuple[Figure, list[SubFigure]]:
-    """Up to two cells a row, each under its model's name."""
+def _in_panels(
+    models: Sequence[ModelResult],
+    draw: Callable[[Axes, ModelResult], None],
+    height: float,
+    sharey: bool = False,
+) -> Figure:
+    """Draw every model into a panel, up to two in a row."""
     columns = min(2, len(models))
     rows = -(-len(models) // columns)
     figure = _figure(columns * _PANEL_WIDTH, rows * height + 0.25)
-    cells = list(figure.subfigures(rows, columns, squeeze=False).flat)[: len(models)]
-    for cell, model in zip(cells, models, strict=True):
-        _heading(cell, f"{_model_label(model, 50)}\n{_details(model, model.last)}", model)
-    return figure, cells
+    panels = list(figure.subplots(rows, columns, sharey=sharey, squeeze=False).flat)
+    for axes, model in zip(panels, models, strict=False):
+        draw(axes, model)
+        text = f"{_model_label(model, 50)}\n{_details(model)}"
+        axes.set_title(text, loc="left", fontsize=7.5, color=_name_color(model))
+    for axes in panels[len(models) :]:
+        axes.set_visible(False)
+    _legend(figure)
+    return figure
 
 
-def _heading(part: SubFigure, text: str, model: ModelResult) -> None:
-    color = _WARNING if _is_untrained(model) else "black"
-    part.suptitle(text, x=0.02, ha="left", fontsize=8, color=color)
+def _subfigures(
+    models: Sequence[ModelResult], height: float, in_rows: bool = False
+) -> tuple[Figure, list[SubFigure]]:
+    """Make a part under each model's name: a row at page width, or up to two in a row."""
+    columns = 1 if in_rows else min(2, len(models))
+    rows = -(-len(models) // columns)
+    figure = _figure((2 if in_rows else columns) * _PANEL_WIDTH, rows * height + 0.25)
+    parts = list(figure.subfigures(rows, columns, squeeze=False).flat)[: len(models)]
+    for part, model in zip(parts, models, strict=True):
+        name = f"{_model_label(model, 56)}: " if in_rows else f"{_model_label(model, 50)}\n"
+        text = f"{name}{_details(model)}"
+        part.suptitle(text, x=0.02, ha="left", fontsize=8, color=_name_color(model))
+    return figure, parts
 
 
-def _title(axes: Axes, model: ModelResult, layer: LayerResult) -> None:
-    color = _WARNING if _is_untrained(model) else "black"
-    text = f"{_model_label(model, 50)}\n{_details(model, layer)}"
-    axes.set_title(text, loc="left", fontsize=7.5, color=color)
+def _name_color(model: ModelResult) -> str:
+    return _WARNING if model.weights == UNTRAINED else "black"
 
 
 def _model_label(model: ModelResult, width: int) -> str:
     return _escaped(_shortened(model.name, width))
 
 
-def _details(model: ModelResult, layer: LayerResult) -> str:
-    weights = "UNTRAINED WEIGHTS" if _is_untrained(model) else _shortened(model.weights, 24)
-    return (
-        f"{_escaped(weights)}, N = {layer.tokens}, D = {layer.channels}, {model.images:,} image"
-        + "s" * (model.images != 1)
-    )
+def _details(model: ModelResult) -> str:
+    weights = _shortened(model.weights, 24)
+    if model.weights == UNTRAINED:
+        weights = "UNTRAINED WEIGHTS"
+    last = model.last
+    return f"{_escaped(weights)}, N = {last.tokens}, D = {last.channels}, {_images(model)}"
 
 
 def _row_label(model: ModelResult) -> str:
-    weights = "UNTRAINED WEIGHTS\n" if _is_untrained(model) else ""
-    images = f"{model.images:,} image" + "s" * (model.images != 1)
-    return f"{_model_label(model, 30)}\n{weights}D = {model.last.channels}, {images}"
+    weights = "UNTRAINED WEIGHTS\n" if model.weights == UNTRAINED else ""
+    return f"{_model_label(model, 30)}\n{weights}D = {model.last.channels}, {_images(model)}"
 
 
-def _is_untrained(model: ModelResult) -> bool:
-    return model.weights == readings.UNTRAINED
+def _images(model: ModelResult) -> str:
+    return f"{model.images:,} image" + "s" * (model.images != 1)
 
 
 def _shortened(name: str, width: int) -> str:
-    """A long name without its middle: its two ends tell models apart."""
+    """Drop the middle of a long name: models differ at either end."""
     name = " ".join(name.split())
     if len(name) <= width:
         return name
@@ -603,33 +555,26 @@ def _shortened(name: str, width: int) -> str:
 
 
 def _escaped(text: str) -> str:
-    return printable(text).replace("$", r"\$")
-
-
-def _kind_of_layer(layers: Sequence[LayerResult]) -> str:
-    kinds = {layer.name.partition(".")[0] for layer in layers}
-    return {"blocks": "block", "stages": "stage"}.get(
-        kinds.pop() if len(kinds) == 1 else "", "layer"
-    )
+    return printable(text).replace("$", r"\$")  # matplotlib reads $ as mathematics
 
 
 def _legend(figure: Figure) -> None:
-    """One legend for all panels, below them, in two columns where one row would not fit."""
+    """Put one legend for all panels below them, in two columns if one row would not fit."""
     entries: dict[str, Any] = {}
     for axes in figure.axes:
         for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
             entries.setdefault(label, handle)
     inches = sum(0.5 + 0.06 * len(label) for label in entries)
-    fits = inches < figure.get_figwidth()
     if entries:
         figure.legend(
             list(entries.values()), list(entries), loc="outside lower center",
-            ncols=len(entries) if fits else 2, frameon=False, handlelength=1.6, columnspacing=1.2,
+            ncols=len(entries) if inches < figure.get_figwidth() else 2, frameon=False,
+            handlelength=1.6, columnspacing=1.2,
         )  # fmt: skip
 
 
 def _legend_below(axes: Axes, figure: Figure, columns: int) -> None:
-    """A panel's own legend, a fixed distance under it."""
+    """Put a panel's own legend at a fixed distance below it."""
     handles = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
     below = axes.transAxes + ScaledTranslation(0, -0.5, figure.dpi_scale_trans)
     axes.legend(
@@ -647,15 +592,14 @@ def _clean(axes: Axes, grid: str | None = None) -> None:
 
 
 def _save(figure: Figure, path: Path) -> None:
-    """PNG and PDF; the PDF without a date, so that equal results give equal files."""
-    options: Iterable[tuple[str, dict[str, Any]]] = (
-        ("png", {"dpi": 150}),
-        ("pdf", {"metadata": {"CreationDate": None}}),
-    )
-    for suffix, extra in options:
+    options: dict[str, dict[str, Any]] = {
+        "png": {"dpi": 150},
+        "pdf": {"metadata": {"CreationDate": None}},  # equal results give equal files
+    }
+    for suffix, extra in options.items():
         image = io.BytesIO()
         figure.savefig(image, format=suffix, **extra)
-        # The layout stands after the first file; finding it again is half of the time.
+        # The first file has fixed the layout; to compute it again takes half of the time.
         figure.set_layout_engine("none")
         with replacing(path.with_suffix(f".{suffix}")) as file:
             file.write(image.getvalue())
@@ -663,9 +607,9 @@ def _save(figure: Figure, path: Path) -> None:
 
 _KINDS = (
     _Kind("layerwise_rank", lambda model: True, 6, layerwise_rank),
-    _Kind("layerwise_rotation", readings.has_shared_depth, 6, layerwise_rotation),
+    _Kind("layerwise_rotation", has_shared_depth, 6, layerwise_rotation),
     _Kind("rank_histograms", lambda model: True, 4, rank_histograms),
     _Kind("shared_basis", lambda model: True, 6, shared_basis),
     _Kind("sep", lambda model: model.last.sep is not None, 4, sep),
-    _Kind("rotation", lambda model: model.last.shared is not None, 3, rotation),
+    _Kind("rotation", lambda model: bool(model.last.rotation), 3, rotation),
 )

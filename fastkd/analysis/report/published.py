@@ -1,141 +1,145 @@
-"""The paper's numbers, and which of them a measured model can be compared with.
-
-A match is never better than what is known about the weights, so every match carries its caveats.
-"""
+"""The paper's numbers, which of them a measured model matches, and tables of both."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
 from importlib import resources
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 
-from fastkd.analysis.results import UNTRAINED, ModelResult
+from fastkd.analysis.report.table import BESIDE, Column, Table
+from fastkd.analysis.results import UNTRAINED, ModelResult, percent
 
-_PRETRAINED = "pretrained"
-
-
-@dataclass(frozen=True)
-class PublishedModel:
-    """One row of the paper's tables.
-
-    Attributes:
-        name: as the paper prints it.
-        timm: the timm name of its weights, ``architecture.tag``.
-        training: ``"supervised"``, ``"self-supervised"`` or ``"multimodal"``.
-        channels: D of the last block.
-        image_ranks: level -> rank in each image's own basis, 99th percentile over images.
-        dataset_ranks: level -> rank in the basis of all images, 99th percentile over images.
-        bandwidths: level -> SEP bandwidth d/D, full order.
-        note: what a reader must know about this row; "" for most.
-    """
-
-    name: str
-    timm: str
-    training: str
-    channels: int
-    image_ranks: dict[float, int]
-    dataset_ranks: dict[float, int]
-    bandwidths: dict[float, float]
-    note: str = ""
-
-    @property
-    def architecture(self) -> str:
-        """The timm name without the tag of the weights."""
-        return self.timm.partition(".")[0]
-
-    @property
-    def tag(self) -> str:
-        """The tag that timm gives the weights."""
-        return self.timm.partition(".")[2]
+_NONE = (None,) * 3  # a cell of three parts without a number
 
 
-@dataclass(frozen=True)
-class Published:
-    """The paper's tables.
+class PublishedModel(NamedTuple):
+    """One row of the paper's tables."""
 
-    Attributes:
-        source: title, arXiv number, tables, data and settings they were measured with.
-        models: in the order of the paper.
-    """
+    name: str  # as the paper prints it
+    timm: str  # timm's name of its weights, "architecture.tag"
+    channels: int  # D of the last block
+    image_ranks: dict[float, int]  # level -> 99th percentile over images, in their own bases
+    dataset_ranks: dict[float, int]  # level -> 99th percentile, in the basis of all images
+    bandwidths: dict[float, float]  # level -> SEP bandwidth d/D, full order
+    note: str  # caveat about this row; "" for most
 
-    source: dict[str, Any]
+
+class Published(NamedTuple):
+    """The paper's tables."""
+
+    source: dict[str, Any]  # arXiv number, data and settings
     models: tuple[PublishedModel, ...]
 
 
-@dataclass(frozen=True)
-class Match:
-    """A model beside its row of the paper.
-
-    Attributes:
-        model: ours.
-        published: theirs; None if the paper has no such model.
-        notes: why a difference need not mean anything, or why there is no match.
-    """
+class Match(NamedTuple):
+    """A model beside its row of the paper."""
 
     model: ModelResult
-    published: PublishedModel | None
-    notes: tuple[str, ...]
+    published: PublishedModel | None  # None if the paper has no such model
+    notes: tuple[str, ...]  # caveats about a difference, or why there is no match
 
 
 @functools.cache
 def published() -> Published:
-    """The numbers of arXiv 2511.15572, from the package's ``published.yaml``."""
+    """Read the numbers of arXiv 2511.15572 from the package's published.yaml."""
     text = resources.files("fastkd.analysis").joinpath("published.yaml").read_text("utf-8")
     content = yaml.safe_load(text)
     levels, bandwidth_levels = content["levels"], content["bandwidth_levels"]
-    models = tuple(_model(row, levels, bandwidth_levels) for row in content["models"])
+    models = tuple(
+        PublishedModel(
+            name=row["name"],
+            timm=row["timm"],
+            channels=row["channels"],
+            image_ranks=dict(zip(levels, row["image_ranks"], strict=True)),
+            dataset_ranks=dict(zip(levels, row["dataset_ranks"], strict=True)),
+            bandwidths={
+                level: bins / row["channels"]
+                for level, bins in zip(bandwidth_levels, row["bandwidth_bins"], strict=True)
+            },
+            note=row.get("note", ""),
+        )
+        for row in content["models"]
+    )
     return Published(content["source"], models)
 
 
 def match(model: ModelResult, settings: Mapping[str, Any]) -> Match:
-    """Find the paper's row for a model, by timm architecture and, where it is known, the tag.
-
-    Args:
-        model: what was analysed.
-        settings: of the report; ``"centred"`` is read.
-
-    Returns:
-        The row and its caveats, or no row and the reason.
-    """
+    """Find the paper's row for a model, by timm architecture and, where it is known, the tag."""
     architecture, tag = _timm_name(model)
-    rows = [row for row in published().models if row.architecture == architecture]
+    rows = [row for row in published().models if row.timm.partition(".")[0] == architecture]
     if not rows:
         return Match(model, None, ("not in the paper",))
-    row = next((row for row in rows if row.tag == tag), None)
+    row = next((row for row in rows if row.timm.partition(".")[2] == tag), None)
     if row is None and (tag or len(rows) > 1):
         listed = " and ".join(row.timm for row in rows)
         got = f"these are the weights {tag}" if tag else "which weights these are is not recorded"
         return Match(model, None, (f"the paper has {listed}; {got}",))
     row = row or rows[0]
-    notes = (*_weights_notes(model, tag, row), *_measurement_notes(model, settings, row))
-    return Match(model, row, notes)
+    return Match(model, row, tuple(_caveats(model, tag, row, settings)))
 
 
-def _model(
-    row: dict[str, Any], levels: list[float], bandwidth_levels: list[float]
-) -> PublishedModel:
-    bins = row["bandwidth_bins"]
-    return PublishedModel(
-        name=row["name"],
-        timm=row["timm"],
-        training=row["training"],
-        channels=row["channels"],
-        image_ranks=dict(zip(levels, row["image_ranks"], strict=True)),
-        dataset_ranks=dict(zip(levels, row["dataset_ranks"], strict=True)),
-        bandwidths={
-            level: number / row["channels"]
-            for level, number in zip(bandwidth_levels, bins, strict=True)
-        },
-        note=row.get("note", ""),
+def paper_ranks(models: Sequence[ModelResult], settings: Mapping[str, Any]) -> Table:
+    """Our ranks beside the paper's."""
+    matches = [match(model, settings) for model in models]
+    levels = list(published().models[0].image_ranks)
+    rows: list[tuple[Any, ...]] = []
+    for model, row, _ in matches:
+        if row is None:
+            rows.append((model.name, "no", None, *(_NONE,) * len(levels)))
+            continue
+        for basis, ranks in model.last.bases():
+            theirs = row.image_ranks if basis == "own" else row.dataset_ranks
+            ours = {level: ranks.distribution(level).percentile_99 for level in ranks.levels}
+            cells = (_beside(ours.get(level), theirs[level]) for level in levels)
+            rows.append((model.name, row.name, basis, *cells))
+    source = published().source
+    return Table(
+        "paper_ranks",
+        f"Ranks beside arXiv {source['arxiv']}",
+        "99th percentile over images: ours / published / ours minus published. Published: "
+        f"{source['images']:,} images of {source['data']}.",
+        (
+            Column("Model", text=True, group=True),
+            Column("In the paper", text=True, group=True),
+            Column("Basis", text=True),
+            *(Column(f"rank@{percent(level)}", 1, BESIDE, signed=True) for level in levels),
+        ),
+        rows,
+        _notes(matches),
+    )
+
+
+def paper_bandwidths(models: Sequence[ModelResult], settings: Mapping[str, Any]) -> Table:
+    """Our SEP bandwidths beside the paper's."""
+    matches = [match(model, settings) for model in models]
+    levels = list(published().models[0].bandwidths)
+    rows: list[tuple[Any, ...]] = []
+    for model, row, _ in matches:
+        if row is None:
+            rows.append((model.name, "no", *(_NONE,) * len(levels)))
+            continue
+        ours = model.last.bandwidths()
+        cells = (_beside(ours.get(level), row.bandwidths[level]) for level in levels)
+        rows.append((model.name, row.name, *cells))
+    return Table(
+        "paper_bandwidths",
+        f"SEP bandwidths beside arXiv {published().source['arxiv']}",
+        "Bandwidth d/D of the mean token: ours / published / ours minus published, full order.",
+        (
+            Column("Model", text=True),
+            Column("In the paper", text=True),
+            *(Column(f"b({percent(level)} %)", 3, BESIDE, signed=True) for level in levels),
+        ),
+        rows,
+        _notes(matches),
     )
 
 
 def _timm_name(model: ModelResult) -> tuple[str, str]:
-    """Architecture and tag ("" if unknown), without a hub's prefix."""
+    """Return architecture and tag ("" if unknown), without a hub's prefix."""
     given = model.name.rpartition("/")[2]
     architecture, _, tag = (model.architecture or given).rpartition("/")[2].partition(".")
     if not tag and given.partition(".")[0] == architecture:
@@ -143,39 +147,44 @@ def _timm_name(model: ModelResult) -> tuple[str, str]:
     return architecture, tag
 
 
-def _weights_notes(model: ModelResult, tag: str, row: PublishedModel) -> list[str]:
+def _caveats(
+    model: ModelResult, tag: str, row: PublishedModel, settings: Mapping[str, Any]
+) -> Iterable[str]:
     if model.weights == UNTRAINED:
-        return [f"untrained weights: the differences say nothing about {row.name}"]
-    if not model.architecture:
-        return [f"matched by name only; the paper's weights are {row.timm}"]
-    if model.weights != _PRETRAINED:
-        return [
+        yield f"untrained weights: the differences say nothing about {row.name}"
+    elif not model.architecture:
+        yield f"matched by name only; the paper's weights are {row.timm}"
+    elif model.weights != "pretrained":
+        yield (
             f"matched by architecture only: the weights are {model.weights}, the paper's are "
             f"{row.timm}"
-        ]
-    if not tag:
-        return [
-            f"matched by architecture only: which pretrained weights these are is not recorded, "
+        )
+    elif not tag:
+        yield (
+            "matched by architecture only: which pretrained weights these are is not recorded, "
             f"the paper's are {row.timm}"
-        ]
-    return []
-
-
-def _measurement_notes(
-    model: ModelResult, settings: Mapping[str, Any], row: PublishedModel
-) -> list[str]:
-    source, notes = published().source, []
-    if model.last.channels != row.channels:
-        notes.append(f"{model.last.channels} channels, the paper's model has {row.channels}")
+        )
+    source, last = published().source, model.last
+    if last.channels != row.channels:
+        yield f"{last.channels} channels, the paper's model has {row.channels}"
     if model.input_size is not None and list(model.input_size) != source["input_size"]:
-        size = "{} x {}".format(*model.input_size)
-        notes.append("images of {}, the paper's of {} x {}".format(size, *source["input_size"]))
+        ours, theirs = (
+            "{} x {}".format(*size) for size in (model.input_size, source["input_size"])
+        )
+        yield f"images of {ours}, the paper's of {theirs}"
     if model.images != source["images"]:
-        notes.append(f"{model.images:,} images, the paper's {source['images']:,}")
+        yield f"{model.images:,} images, the paper's {source['images']:,}"
     if settings.get("centred"):
-        notes.append("tokens were centred, the paper's were not")
-    if model.last.sep is not None and model.last.sep.convention != source["convention"]:
-        notes.append(f"SEP is {model.last.sep.convention}, the paper's {source['convention']}")
+        yield "tokens were centered, the paper's were not"
+    if last.sep is not None and last.sep.convention != source["convention"]:
+        yield f"SEP is {last.sep.convention}, the paper's {source['convention']}"
     if row.note:
-        notes.append(row.note)
-    return notes
+        yield row.note
+
+
+def _beside(ours: float | None, theirs: float) -> tuple[float | None, float, float | None]:
+    return ours, theirs, None if ours is None else ours - theirs
+
+
+def _notes(matches: Iterable[Match]) -> list[str]:
+    return [f"{found.model.name}: {'; '.join(found.notes)}" for found in matches if found.notes]

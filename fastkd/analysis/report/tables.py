@@ -1,71 +1,77 @@
-"""The tables of a report and the meaning of their columns."""
+"""The tables of a report: what their columns mean and what their rows hold."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from fastkd.analysis import results as readings
-from fastkd.analysis.report.published import Match, match, published
+from fastkd.analysis.report.published import paper_bandwidths, paper_ranks
+from fastkd.analysis.report.table import (
+    ANGLES,
+    INTERVAL,
+    SPREAD,
+    STATISTICS,
+    Column,
+    Table,
+)
 from fastkd.analysis.results import (
     Distribution,
     LayerResult,
     ModelResult,
     Ranks,
-    Sep,
-    SepTest,
+    bandwidth_levels_of,
+    excess_overlap,
+    has_shared_depth,
+    levels_of,
     measured,
+    percent,
+    subspace_sizes_of,
 )
-from fastkd.analysis.table import ANGLES, BESIDE, INTERVAL, SPREAD, STATISTICS, Column, Table
 
-_LAYER_COLUMNS = (
-    Column("Model", text=True, group=True),
-    Column("Layer", text=True),
-    Column("N", 0),
-    Column("D", 0),
-)
+Row = tuple[Any, ...]
+
+_MODEL = Column("Model", text=True, group=True)
+_LAYER_COLUMNS = (_MODEL, Column("Layer", text=True), Column("N", 0), Column("D", 0))
+_NONE = (None,) * 3  # a cell of three parts without a number
 
 
 def all_tables(
     models: Sequence[ModelResult], settings: Mapping[str, Any], compare_paper: bool = False
 ) -> list[Table]:
-    """Every table that the results have something for.
-
-    Args:
-        models: what was analysed.
-        settings: of the report.
-        compare_paper: put the paper's numbers beside ours.
-
-    Returns:
-        In the order of a report.
-    """
-    tables = [models_table(models), last_layer_ranks(models), layer_ranks(models)]
-    optional: list[tuple[bool, Callable[[], Table]]] = [
-        (any(model.last.sep for model in models), lambda: sep_bandwidths(models)),
-        (any(model.last.sep_test for model in models), lambda: sep_permutations(models)),
-        (any(model.last.shared for model in models), lambda: rotation(models)),
-        (any(map(readings.has_shared_depth, models)), lambda: shared_layer_ranks(models)),
-        (any(layer.sep for m in models for layer in m.layers[:-1]), lambda: sep_by_layer(models)),
-        (len(models) > 1, lambda: comparison(models)),
-        (compare_paper, lambda: paper_ranks(models, settings)),
-        (compare_paper, lambda: paper_bandwidths(models, settings)),
-        (any(model.skipped for model in models), lambda: skipped_images(models)),
+    """Make every table that the results have rows for, in the order of a report."""
+    tables = [
+        models_table(models),
+        last_layer_ranks(models),
+        layer_ranks(models),
+        sep_bandwidths(models),
+        sep_permutations(models),
+        rotation(models),
     ]
-    return tables + [make() for wanted, make in optional if wanted]
+    # Of the last layer alone, these two would repeat tables above.
+    if any(map(has_shared_depth, models)):
+        tables.append(shared_layer_ranks(models))
+    if any(layer.sep for model in models for layer in model.layers[:-1]):
+        tables.append(sep_by_layer(models))
+    if len(models) > 1:
+        tables.append(comparison(models))
+    if compare_paper:
+        tables += [paper_ranks(models, settings), paper_bandwidths(models, settings)]
+    tables.append(skipped_images(models))
+    return [table for table in tables if table.rows]
 
 
 def models_table(models: Sequence[ModelResult]) -> Table:
-    """What was analysed: one row for each model."""
+    """List the models, one row each."""
     columns = (
-        _text("Model"),
-        _text("Weights"),
-        _text("Architecture"),
+        Column("Model", text=True),
+        Column("Weights", text=True),
+        Column("Architecture", text=True),
         Column("Parameters (millions)", 2),
-        _text("Input (pixels)"),
+        Column("Input (pixels)", text=True),
         Column("Layers", 0),
-        _text("Last layer"),
+        Column("Last layer", text=True),
         Column("Tokens N", 0),
         Column("Channels D", 0),
         Column("Images", 0),
@@ -74,35 +80,62 @@ def models_table(models: Sequence[ModelResult]) -> Table:
         Column("Forward (s)"),
         Column("Analysis (s)"),
     )
+    rows = [
+        (
+            model.name,
+            model.weights,
+            model.architecture or None,
+            _millions(model),
+            "{} x {}".format(*model.input_size) if model.input_size else None,
+            len(model.layers),
+            model.last.name,
+            model.last.tokens,
+            model.last.channels,
+            model.images,
+            model.non_finite,
+            len(model.skipped),
+            model.seconds.get("forward"),
+            model.seconds.get("analysis"),
+        )
+        for model in models
+    ]
     return Table(
         "models",
-        "Models analysed",
-        "N tokens of D channels are what one image gives at the last layer, prefix tokens dropped.",
+        "Models analyzed",
+        "At the last layer, an image has N tokens of D channels, without prefix tokens.",
         columns,
-        [_model_row(model) for model in models],
+        rows,
     )
 
 
 def last_layer_ranks(models: Sequence[ModelResult]) -> Table:
-    """Ranks of the last layer in each image's own basis and in the basis of all images."""
+    """Ranks of the last layer in each image's own basis and in the shared one."""
     columns = (
-        _text("Model", group=True),
+        _MODEL,
         Column("N", 0, group=True),
         Column("D", 0, group=True),
-        _text("Basis", group=True),
+        Column("Basis", text=True, group=True),
         Column("Energy (%)", 1),
         Column("Rank", 1, SPREAD),
         Column("Rank, median"),
         Column("Rank, 99th percentile"),
         Column("Images", 0),
     )
-    rows = [row for model in models for row in _rank_rows(model)]
+    rows = []
+    for model in models:
+        last = model.last
+        for basis, ranks in last.bases():
+            for level in ranks.levels:
+                found = ranks.distribution(level)
+                row = (model.name, last.tokens, last.channels, basis, 100 * level, _spread(found))
+                count = len(ranks.at(level))
+                rows.append((*row, found.median, found.percentile_99, count))
     return Table(
         "ranks_last_layer",
         "Ranks of the last layer",
-        "Dimensions that hold a part of an image's energy, in the image's own best basis (SVD) "
-        "and in the one basis that all images share; statistics are over images, the paper's "
-        "tables print the 99th percentile.",
+        "Number of dimensions that hold a fraction of an image's energy, in the image's own best "
+        "basis (SVD) and in the basis that all images share. Statistics are over images; the "
+        "paper's tables print the 99th percentile.",
         columns,
         rows,
     )
@@ -110,17 +143,11 @@ def last_layer_ranks(models: Sequence[ModelResult]) -> Table:
 
 def layer_ranks(models: Sequence[ModelResult]) -> Table:
     """Per-image ranks of every layer, with effective and stable rank."""
-    levels = readings.levels_of(layer for model in models for layer in model.layers)
-    columns = (
-        *_LAYER_COLUMNS,
-        *(_rank_column(level) for level in levels),
-        Column("Effective rank", 1, SPREAD),
-        Column("Stable rank", 2, SPREAD),
-    )
+    levels = levels_of(layer for model in models for layer in model.layers)
     rows = [
         (
             *_layer_cells(model, layer),
-            *(_rank_statistics(layer.ranks, level) for level in levels),
+            *(_statistics(layer.ranks, level) for level in levels),
             _spread(Distribution.of(layer.effective_rank)),
             _spread(Distribution.of(layer.stable_rank)),
         )
@@ -130,10 +157,16 @@ def layer_ranks(models: Sequence[ModelResult]) -> Table:
     return Table(
         "ranks_by_layer",
         "Per-image ranks by layer",
-        "rank@q: dimensions that hold q % of an image's energy in its own basis. Effective rank: "
-        "exponential of the entropy of the normalised singular values. Stable rank: total energy "
-        "over the largest. Statistics are over images; p99 is the 99th percentile.",
-        columns,
+        "rank@q: number of dimensions that hold q % of an image's energy in its own basis. "
+        "Effective rank: exponential of the entropy of the normalized singular values. Stable "
+        "rank: total energy over the largest. Statistics are over images; p99 is the 99th "
+        "percentile.",
+        (
+            *_LAYER_COLUMNS,
+            *_rank_columns(levels),
+            Column("Effective rank", 1, SPREAD),
+            Column("Stable rank", 2, SPREAD),
+        ),
         rows,
     )
 
@@ -141,90 +174,92 @@ def layer_ranks(models: Sequence[ModelResult]) -> Table:
 def shared_layer_ranks(models: Sequence[ModelResult]) -> Table:
     """Ranks in the shared basis of every layer that has one."""
     found = [(model, one, one.shared) for model in models for one in model.layers if one.shared]
-    levels = readings.levels_of(layer for _, layer, _ in found)
+    levels = levels_of(layer for _, layer, _ in found)
+    rows = [
+        (*_layer_cells(model, layer), *(_statistics(shared.ranks, level) for level in levels))
+        for model, layer, shared in found
+    ]
     return Table(
         "shared_ranks_by_layer",
         "Ranks in the shared basis by layer",
-        "rank@q: dimensions that hold q % of an image's energy in the basis that all images share "
-        "at this layer. Statistics are over images; p99 is the 99th percentile.",
-        (*_LAYER_COLUMNS, *(_rank_column(level) for level in levels)),
-        [
-            (
-                *_layer_cells(model, layer),
-                *(_rank_statistics(shared.ranks, level) for level in levels),
-            )
-            for model, layer, shared in found
-        ],
+        "rank@q: number of dimensions that hold q % of an image's energy in the basis that all "
+        "images share at this layer. Statistics are over images; p99 is the 99th percentile.",
+        (*_LAYER_COLUMNS, *_rank_columns(levels)),
+        rows,
     )
 
 
 def sep_by_layer(models: Sequence[ModelResult]) -> Table:
     """SEP bandwidths of every layer."""
     found = [(model, one, one.sep) for model in models for one in model.layers if one.sep]
-    levels = readings.bandwidth_levels_of(layer for _, layer, _ in found)
+    levels = bandwidth_levels_of(layer for _, layer, _ in found)
+    rows = [
+        (*_layer_cells(model, layer), sep.convention, *map(layer.bandwidths().get, levels))
+        for model, layer, sep in found
+    ]
     return Table(
         "sep_by_layer",
         "SEP bandwidths by layer",
-        "b(q): the part of the channel frequencies that holds q % of the mean token's energy.",
+        "b(q): fraction of the channel frequencies that holds q % of the mean token's energy.",
         (
             *_LAYER_COLUMNS,
-            _text("Convention"),
-            *(Column(f"b({readings.percent(level)} %)", 3) for level in levels),
+            Column("Convention", text=True),
+            *(Column(f"b({percent(level)} %)", 3) for level in levels),
         ),
-        [
-            (
-                *_layer_cells(model, layer),
-                sep.convention,
-                *(_bandwidths(sep).get(level) for level in levels),
-            )
-            for model, layer, sep in found
-        ],
+        rows,
     )
 
 
 def sep_bandwidths(models: Sequence[ModelResult]) -> Table:
     """SEP bandwidths of the last layer beside those of white noise."""
-    with_sep = [(model, model.last.sep) for model in models if model.last.sep]
-    levels = readings.bandwidth_levels_of(model.last for model, _ in with_sep)
+    found = [(model, model.last.sep) for model in models if model.last.sep]
+    levels = bandwidth_levels_of(model.last for model, _ in found)
     columns = (
-        _text("Model", group=True),
-        _text("Convention", group=True),
+        _MODEL,
+        Column("Convention", text=True, group=True),
         Column("D", 0, group=True),
         Column("Tokens", 0, group=True),
-        _text("Signal"),
-        *(Column(f"b({readings.percent(level)} %)", 3, INTERVAL) for level in levels),
+        Column("Signal", text=True),
+        *(Column(f"b({percent(level)} %)", 3, INTERVAL) for level in levels),
     )
-    rows = [row for model, sep in with_sep for row in _sep_rows(model, sep, levels)]
+    rows: list[Row] = []
+    for model, sep in found:
+        test, ends = model.last.sep_test, {}
+        if test is not None:
+            ends = dict(zip(test.levels, test.observed_interval.tolist(), strict=True))
+        noise = dict(zip(sep.levels, sep.white_noise_bandwidths.tolist(), strict=True))
+        widths = model.last.bandwidths()
+        ours = [(widths.get(q), *ends.get(q, (None, None))) for q in levels]
+        start = (model.name, sep.convention, model.last.channels, sep.tokens)
+        rows.append((*start, "tokens", *ours))
+        rows.append((*start, "white noise", *((noise.get(q), None, None) for q in levels)))
     symmetric = (
-        " In full order b(50 %) is 0.5 by construction, but for the energy of the mean over "
-        "channels: the spectrum of a real signal is symmetric."
-        if any(sep.convention == "full" for _, sep in with_sep)
+        " In full order, the spectrum of a real signal is symmetric: b(50 %) is 0.5 by "
+        "construction, apart from the energy of the mean over channels."
+        if any(sep.convention == "full" for _, sep in found)
         else ""
     )
     return Table(
         "sep_bandwidths",
         "Token spectral energy patterns (SEP)",
-        "b(q): the part of the channel frequencies that holds q % of the mean token's energy, "
-        "counted from the lowest; white noise is what channels without any order give. Intervals "
-        "are bootstrap intervals over images." + symmetric,
+        "b(q): fraction of the channel frequencies, from the lowest, that holds q % of the mean "
+        "token's energy. White noise is what channels without any order give. Intervals are "
+        "bootstrapped over images." + symmetric,
         columns,
         rows,
         [
             f"{model.name}: {sep.without_energy:,} tokens without energy left out"
-            for model, sep in with_sep
+            for model, sep in found
             if sep.without_energy
         ],
     )
 
 
 def sep_permutations(models: Sequence[ModelResult]) -> Table:
-    """Does the order of the channels matter: SEP bandwidths under random permutations."""
-    tested = [
-        (model, one, one.sep_test) for model in models for one in model.layers if one.sep_test
-    ]
+    """SEP bandwidths under random permutations of the channels."""
     columns = (
-        _text("Model", group=True),
-        _text("Layer", group=True),
+        _MODEL,
+        Column("Layer", text=True, group=True),
         Column("Energy (%)", 1),
         Column("b observed", 4, INTERVAL),
         Column("b permuted", 4, SPREAD),
@@ -232,30 +267,43 @@ def sep_permutations(models: Sequence[ModelResult]) -> Table:
         Column("p", 3),
         Column("Permutations", 0),
     )
+    tested = [
+        (model, one, one.sep_test) for model in models for one in model.layers if one.sep_test
+    ]
+    rows = [
+        (
+            model.name,
+            layer.name,
+            100 * level,
+            (float(test.observed[index]), *test.observed_interval[index].tolist()),
+            _spread(Distribution.of(test.permuted[:, index])),
+            (float(test.shift[index]), *test.shift_interval[index].tolist()),
+            float(test.p_value[index]),
+            len(test.permuted),
+        )
+        for model, layer, test in tested
+        for index, level in enumerate(test.levels)
+    ]
     confidences = sorted({test.confidence for _, _, test in tested})
     shown = " and ".join(f"{100 * confidence:g} %" for confidence in confidences)
     return Table(
         "sep_permutations",
         "SEP bandwidths under random permutations of the channels",
-        f"Shift: permuted minus observed, read between bins. Bootstrap intervals hold {shown}: of "
-        "the observed bandwidth over images, of the shift over images and permutations: how well "
-        "the mean shift is known. p is what tells whether the order of the channels matters: how "
-        "often a single random order is as far from the mean of all, at least 1 / (1 + "
-        "permutations).",
+        f"Shift: permuted minus observed, read between bins. Intervals hold {shown} of the "
+        "bootstrap samples: over images for the observed bandwidth, over images and permutations "
+        "for the mean shift. p: how often a single random order is as far from the mean of all as "
+        "the observed one, at least 1 / (1 + permutations); a small p means that the order of the "
+        "channels matters.",
         columns,
-        [
-            (m.name, layer.name, *row)
-            for m, layer, test in tested
-            for row in _permutation_rows(test)
-        ],
+        rows,
     )
 
 
 def rotation(models: Sequence[ModelResult]) -> Table:
-    """How far images' own top-k subspaces turn away from the shared one and from each other."""
+    """How far images' own top-k subspaces are rotated against the shared one and each other."""
     columns = (
-        _text("Model", group=True),
-        _text("Layer", group=True),
+        _MODEL,
+        Column("Layer", text=True, group=True),
         Column("D", 0, group=True),
         Column("k", 0),
         Column("Overlap with shared", 3, SPREAD),
@@ -269,35 +317,53 @@ def rotation(models: Sequence[ModelResult]) -> Table:
         Column("Images", 0),
         Column("Pairs", 0),
     )
+    rows, notes = [], []
+    for model in models:
+        for layer, found in ((one, found) for one in model.layers for found in one.rotation):
+            overlaps = [measured(o) for o in (found.overlap_shared, found.overlap_pairs)]
+            excesses = [np.asarray(excess_overlap(o, found.overlap_random)) for o in overlaps]
+            angles = found.angles_shared, found.angles_pairs, found.angles_random
+            row = (
+                model.name,
+                layer.name,
+                layer.channels,
+                found.k,
+                *(_spread(Distribution.of(overlap)) for overlap in overlaps),
+                found.overlap_random,
+                *(_spread(Distribution.of(excess)) for excess in excesses),
+                *map(_first_median_last, angles),
+                *map(len, overlaps),
+            )
+            rows.append(row)
+            if missing := int(np.isnan(found.overlap_shared).sum()):
+                notes.append(
+                    f"{model.name}, {layer.name}: {missing:,} images of rank below k = {found.k} "
+                    "left out"
+                )
     return Table(
         "rotation",
         "Rotation of subspaces",
         "Overlap: mean squared cosine of the principal angles between top-k right-singular "
         "subspaces, of each image with the subspace that all images share, and between random "
-        "pairs of images; 1 is the same subspace, k/D what random ones give. An image is part of "
-        "what all share: with few images its overlap with that is above k/D even for noise, that "
-        "of pairs is not. Excess: (overlap - k/D) / (1 - k/D). Angles are mean principal angles in "
-        "degrees, first, median and last of the k.",
+        "pairs of images; 1 for equal subspaces, k/D on average for random ones. The shared "
+        "subspace is computed from the same images: with few images, the overlap with it is above "
+        "k/D even for noise, unlike that between pairs. Excess: (overlap - k/D) / (1 - k/D). Angles are mean "
+        "principal angles in degrees: first, median and last of the k.",
         columns,
-        [row for model in models for row in _rotation_rows(model)],
-        [
-            f"{model.name}, {layer.name}: {missing:,} images of rank below k = {size} left out"
-            for model in models
-            for layer in model.layers
-            for size, missing in _images_below(layer)
-        ],
+        rows,
+        notes,
     )
 
 
 def comparison(models: Sequence[ModelResult]) -> Table:
     """All models side by side: width, ranks in both bases, rotation and bandwidth."""
-    sizes = readings.subspace_sizes_of(models)
-    highest = max(readings.levels_of(model.last for model in models))
-    levels = readings.bandwidth_levels_of(model.last for model in models)
-    at = f"rank@{readings.percent(highest)}"
+    sizes = subspace_sizes_of(model.last for model in models)
+    highest = max(levels_of(model.last for model in models))
+    levels = bandwidth_levels_of(model.last for model in models)
+    at = f"rank@{percent(highest)}"
     columns = (
-        _text("Model"),
-        _text("Weights"),
+        Column("Model", text=True),
+        Column("Weights", text=True),
         Column("Parameters (millions)", 2),
         Column("D", 0),
         Column(f"{at}, own basis", 1, STATISTICS),
@@ -305,57 +371,35 @@ def comparison(models: Sequence[ModelResult]) -> Table:
         Column("Effective rank, mean"),
         *(Column(f"Excess overlap with shared, k = {size}, mean", 3) for size in sizes),
         *(Column(f"Excess overlap between pairs, k = {size}, mean", 3) for size in sizes),
-        *(Column(f"b({readings.percent(level)} %)", 3) for level in levels),
+        *(Column(f"b({percent(level)} %)", 3) for level in levels),
     )
+    rows = []
+    for model in models:
+        last = model.last
+        excess = {found.k: found.mean_excess(found.overlap_shared) for found in last.rotation}
+        between = {found.k: found.mean_excess(found.overlap_pairs) for found in last.rotation}
+        row = (
+            model.name,
+            model.weights,
+            _millions(model),
+            last.channels,
+            _statistics(last.ranks, highest),
+            _statistics(last.shared.ranks, highest) if last.shared else _NONE,
+            Distribution.of(last.effective_rank).mean,
+            *map(excess.get, sizes),
+            *map(between.get, sizes),
+            *map(last.bandwidths().get, levels),
+        )
+        rows.append(row)
     return Table(
         "comparison",
         "Models side by side, last layer",
-        "Ranks are over images, p99 is their 99th percentile. Excess overlap: 0 for subspaces that "
-        "are turned at random against each other, 1 for equal ones; with the shared one it is "
-        "above 0 even for noise where images are few. b(q): SEP bandwidth. D differs between "
-        "models, and ranks can be no larger than D.",
+        "Ranks are over images; p99 is their 99th percentile. Excess overlap: 0 on average for "
+        "random subspaces, 1 for equal ones; that with the shared subspace is above 0 even for "
+        "noise if images are few. b(q): SEP bandwidth. D differs between models, and no rank is "
+        "above D.",
         columns,
-        [_comparison_row(model, highest, sizes, levels) for model in models],
-    )
-
-
-def paper_ranks(models: Sequence[ModelResult], settings: Mapping[str, Any]) -> Table:
-    """Our ranks beside the paper's: 99th percentiles over images."""
-    matches = [match(model, settings) for model in models]
-    levels = list(published().models[0].image_ranks)
-    columns = (
-        _text("Model", group=True),
-        _text("In the paper", group=True),
-        _text("Basis"),
-        *(Column(f"rank@{readings.percent(level)}", 1, BESIDE, signed=True) for level in levels),
-    )
-    return Table(
-        "paper_ranks",
-        f"Ranks beside arXiv {published().source['arxiv']}",
-        "99th percentile over images: ours / published / ours minus published. Published: "
-        f"{published().source['images']:,} images of {published().source['data']}.",
-        columns,
-        [row for found in matches for row in _paper_rank_rows(found, levels)],
-        [_note(found) for found in matches if found.notes],
-    )
-
-
-def paper_bandwidths(models: Sequence[ModelResult], settings: Mapping[str, Any]) -> Table:
-    """Our SEP bandwidths beside the paper's."""
-    matches = [match(model, settings) for model in models]
-    levels = list(published().models[0].bandwidths)
-    columns = (
-        _text("Model"),
-        _text("In the paper"),
-        *(Column(f"b({readings.percent(level)} %)", 3, BESIDE, signed=True) for level in levels),
-    )
-    return Table(
-        "paper_bandwidths",
-        f"SEP bandwidths beside arXiv {published().source['arxiv']}",
-        "Bandwidth d/D of the mean token: ours / published / ours minus published, full order.",
-        columns,
-        [row for found in matches for row in _paper_bandwidth_rows(found, levels)],
-        [_note(found) for found in matches if found.notes],
+        rows,
     )
 
 
@@ -365,193 +409,35 @@ def skipped_images(models: Sequence[ModelResult]) -> Table:
         "skipped_images",
         "Images that could not be read",
         "They are in none of the numbers.",
-        (_text("Model", group=True), _text("Image"), _text("Reason")),
+        (_MODEL, Column("Image", text=True), Column("Reason", text=True)),
         [(model.name, name, reason) for model in models for name, reason in model.skipped],
     )
 
 
-def _layer_cells(model: ModelResult, layer: LayerResult) -> tuple[Any, ...]:
+def _layer_cells(model: ModelResult, layer: LayerResult) -> Row:
     return model.name, layer.name, layer.tokens, layer.channels
 
 
-def _rank_column(level: float) -> Column:
-    return Column(f"rank@{readings.percent(level)}", 1, STATISTICS)
+def _rank_columns(levels: Iterable[float]) -> Iterator[Column]:
+    return (Column(f"rank@{percent(level)}", 1, STATISTICS) for level in levels)
 
 
-def _model_row(model: ModelResult) -> tuple[Any, ...]:
-    last = model.last
-    return (
-        model.name,
-        model.weights,
-        model.architecture or None,
-        None if model.parameters is None else model.parameters / 1e6,
-        "{} x {}".format(*model.input_size) if model.input_size else None,
-        len(model.layers),
-        last.name,
-        last.tokens,
-        last.channels,
-        model.images,
-        model.non_finite,
-        len(model.skipped),
-        model.seconds.get("forward"),
-        model.seconds.get("analysis"),
-    )
+def _millions(model: ModelResult) -> float | None:
+    return None if model.parameters is None else model.parameters / 1e6
 
 
-def _rank_rows(model: ModelResult) -> Iterable[tuple[Any, ...]]:
-    last = model.last
-    bases = [("own", last.ranks)]
-    if last.shared:
-        bases.append(("shared", last.shared.ranks))
-    for basis, ranks in bases:
-        for level in ranks.levels:
-            found = ranks.distribution(level)
-            yield (
-                model.name,
-                last.tokens,
-                last.channels,
-                basis,
-                100 * level,
-                _spread(found),
-                found.median,
-                found.percentile_99,
-                len(ranks.at(level)),
-            )
-
-
-def _sep_rows(model: ModelResult, sep: Sep, levels: list[float]) -> Iterable[tuple[Any, ...]]:
-    test = model.last.sep_test
-    ends = {}
-    if test is not None:
-        ends = dict(zip(test.levels, test.observed_interval.tolist(), strict=True))
-    ours = _bandwidths(sep)
-    noise = dict(zip(sep.levels, readings.white_noise_bandwidths(sep).tolist(), strict=True))
-    start = (model.name, sep.convention, model.last.channels, sep.tokens)
-    yield (
-        *start,
-        "tokens",
-        *((ours.get(level), *ends.get(level, (None, None))) for level in levels),
-    )
-    yield (*start, "white noise", *((noise.get(level), None, None) for level in levels))
-
-
-def _permutation_rows(test: SepTest) -> Iterable[tuple[Any, ...]]:
-    for index, level in enumerate(test.levels):
-        ends = test.observed_interval[index].tolist()
-        yield (
-            100 * level,
-            (float(test.observed[index]), *ends),
-            _spread(Distribution.of(test.permuted[:, index])),
-            (float(test.shift[index]), *test.shift_interval[index].tolist()),
-            float(test.p_value[index]),
-            len(test.permuted),
-        )
-
-
-def _rotation_rows(model: ModelResult) -> Iterable[tuple[Any, ...]]:
-    for layer in model.layers:
-        for found in layer.shared.rotation if layer.shared else []:
-            overlaps = [measured(o) for o in (found.overlap_shared, found.overlap_pairs)]
-            excesses = [readings.excess_overlap(o, found.overlap_random) for o in overlaps]
-            yield (
-                model.name,
-                layer.name,
-                layer.channels,
-                found.k,
-                *(_spread(Distribution.of(overlap)) for overlap in overlaps),
-                found.overlap_random,
-                *(_spread(Distribution.of(np.asarray(excess))) for excess in excesses),
-                readings.first_median_last(found.angles_shared),
-                readings.first_median_last(found.angles_pairs),
-                readings.first_median_last(found.angles_random),
-                *(len(overlap) for overlap in overlaps),
-            )
-
-
-def _images_below(layer: LayerResult) -> Iterable[tuple[int, int]]:
-    """(k, images of rank below k) where there are any."""
-    for found in layer.shared.rotation if layer.shared else []:
-        missing = int(np.isnan(found.overlap_shared).sum())
-        if missing:
-            yield found.k, missing
-
-
-def _comparison_row(
-    model: ModelResult, highest: float, sizes: list[int], levels: list[float]
-) -> tuple[Any, ...]:
-    last, shared = model.last, model.last.shared
-    rotations = {found.k: found for found in shared.rotation} if shared else {}
-    widths = _bandwidths(last.sep)
-
-    def excess(size: int, which: str) -> float | None:
-        found = rotations.get(size)
-        if found is None:
-            return None
-        mean = Distribution.of(getattr(found, which)).mean
-        return float(readings.excess_overlap(mean, found.overlap_random))
-
-    return (
-        model.name,
-        model.weights,
-        None if model.parameters is None else model.parameters / 1e6,
-        last.channels,
-        _rank_statistics(last.ranks, highest),
-        _rank_statistics(shared.ranks, highest) if shared else (None,) * 3,
-        Distribution.of(last.effective_rank).mean,
-        *(excess(size, "overlap_shared") for size in sizes),
-        *(excess(size, "overlap_pairs") for size in sizes),
-        *(widths.get(level) for level in levels),
-    )
-
-
-def _paper_rank_rows(found: Match, levels: list[float]) -> Iterable[tuple[Any, ...]]:
-    last, row = found.model.last, found.published
-    if row is None:
-        nothing = ((None,) * 3,) * len(levels)
-        yield (found.model.name, "no", None, *nothing)
-        return
-    bases = [("own", last.ranks, row.image_ranks)]
-    if last.shared:
-        bases.append(("shared", last.shared.ranks, row.dataset_ranks))
-    for basis, ranks, theirs in bases:
-        ours = {level: ranks.distribution(level).percentile_99 for level in ranks.levels}
-        cells = (_beside(ours.get(level), theirs[level]) for level in levels)
-        yield (found.model.name, row.name, basis, *cells)
-
-
-def _paper_bandwidth_rows(found: Match, levels: list[float]) -> Iterable[tuple[Any, ...]]:
-    sep, row = found.model.last.sep, found.published
-    if row is None:
-        yield (found.model.name, "no", *(((None,) * 3,) * len(levels)))
-        return
-    ours = _bandwidths(sep)
-    cells = (_beside(ours.get(level), row.bandwidths[level]) for level in levels)
-    yield (found.model.name, row.name, *cells)
-
-
-def _note(found: Match) -> str:
-    return f"{found.model.name}: {'; '.join(found.notes)}"
-
-
-def _beside(ours: float | None, theirs: float) -> tuple[float | None, float, float | None]:
-    return ours, theirs, None if ours is None else ours - theirs
-
-
-def _rank_statistics(ranks: Ranks, level: float) -> tuple[float | None, ...]:
+def _statistics(ranks: Ranks, level: float) -> tuple[float | None, ...]:
     if level not in ranks.levels:
-        return (None,) * 3
+        return _NONE
     found = ranks.distribution(level)
     return found.mean, found.median, found.percentile_99
-
-
-def _bandwidths(sep: Sep | None) -> dict[float, float]:
-    """Level -> bandwidth; nothing without SEP."""
-    return dict(zip(sep.levels, sep.bandwidths.tolist(), strict=True)) if sep else {}
 
 
 def _spread(found: Distribution) -> tuple[float, float]:
     return found.mean, found.std
 
 
-def _text(title: str, group: bool = False) -> Column:
-    return Column(title, text=True, group=group)
+def _first_median_last(angles: np.ndarray) -> tuple[float | None, ...]:
+    if len(angles) == 0:  # no pair of images was compared
+        return _NONE
+    return float(angles[0]), float(np.median(angles)), float(angles[-1])

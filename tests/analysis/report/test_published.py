@@ -8,9 +8,13 @@ import numpy as np
 import pytest
 import timm
 
-from fastkd.analysis.report import tables
-from fastkd.analysis.report.published import match, published
-from fastkd.analysis.table import MISSING
+from fastkd.analysis.report.published import (
+    match,
+    paper_bandwidths,
+    paper_ranks,
+    published,
+)
+from fastkd.analysis.report.table import MISSING
 from tests.analysis import made_results as made
 
 CAIT = "cait_s24_224.fb_dist_in1k"
@@ -104,7 +108,7 @@ def test_centred_tokens_and_folded_patterns_are_noted():
 
     notes = "; ".join(beside(dataclasses.replace(model, layers=[last]), centred=True).notes)
 
-    assert "tokens were centred" in notes
+    assert "tokens were centered" in notes
     assert "SEP is folded" in notes
 
 
@@ -126,7 +130,7 @@ def test_an_architecture_that_the_paper_has_twice_needs_its_tag():
 
 
 def test_models_outside_the_paper_are_listed_as_such():
-    table = tables.paper_ranks([made.model("my_model", layers=1)], made.SETTINGS)
+    table = paper_ranks([made.model("my_model", layers=1)], made.SETTINGS)
 
     assert table.rows[0][:3] == ("my_model", "no", None)
     assert table.notes == ["my_model: not in the paper"]
@@ -139,7 +143,7 @@ def test_the_table_holds_ours_theirs_and_the_difference():
     ranks = dataclasses.replace(model.last.ranks, values=values)
     model = dataclasses.replace(model, layers=[dataclasses.replace(model.last, ranks=ranks)])
 
-    rows = list(csv.DictReader(io.StringIO(tables.paper_ranks([model], {}).to_csv())))
+    rows = list(csv.DictReader(io.StringIO(paper_ranks([model], {}).to_csv())))
 
     assert [row["Basis"] for row in rows] == ["own", "shared"]
     found = [float(rows[0][f"rank@99, {part}"]) for part in ("ours", "published", "difference")]
@@ -149,7 +153,7 @@ def test_the_table_holds_ours_theirs_and_the_difference():
 def test_bandwidths_stand_beside_the_papers():
     model = paper_like()
 
-    (row,) = tables.paper_bandwidths([model], {}).rows
+    (row,) = paper_bandwidths([model], {}).rows
 
     ours, theirs, difference = row[-1]
     assert ours == model.last.sep.bandwidths[-1]
@@ -166,6 +170,6 @@ def test_levels_that_were_not_measured_stay_empty():
         model, layers=[dataclasses.replace(model.last, ranks=ranks, shared=None)]
     )
 
-    (row,) = tables.paper_ranks([model], {}).rows
+    (row,) = paper_ranks([model], {}).rows
 
     assert row[3] == (None, 14, None)
