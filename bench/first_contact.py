@@ -29,7 +29,8 @@ from fastkd.ops import feature_kd, lift_kd, second_moment, sep, spectral_ranks
 from fastkd.ops.feature_kd.reference import definition as feature_kd_definition
 from fastkd.ops.lift_kd import LIFT_EPS
 from fastkd.ops.second_moment.reference import definition as moment_definition
-from fastkd.ops.spectrum import LEVELS, ranks_near
+from fastkd.ops.spectrum import LEVELS
+from fastkd.ops.spectrum.reference import ranks_of
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 # Relative error of values and gradients; half precision rounds operands and results.
@@ -196,6 +197,15 @@ def lift_kd_cases(backend: str, dtype: torch.dtype, device: str, batch: int) -> 
                 f"{loss}, {form}, {name}",
                 lambda loss=loss, pool=pool, shape=shape: errors(loss, pool, *shape),
             )
+
+
+def ranks_near(
+    energies: Tensor, ranks: Tensor, levels: tuple[float, ...], band: float = 1e-5
+) -> bool:
+    """Whether ranks of float64 energies are right; one within ``band`` of a level may be either."""
+    least = ranks_of(energies, tuple(level - band for level in levels))
+    most = ranks_of(energies, tuple(level + band for level in levels))
+    return bool(((least <= ranks) & (ranks <= most)).all())
 
 
 def spectrum_cases(backend: str, dtype: torch.dtype, device: str, batch: int) -> Iterator[Case]:

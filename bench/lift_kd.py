@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastkd.ops import backends, lift_kd
-from fastkd.ops.lift_kd import LIFT_EPS, OPERATOR
+from fastkd.ops.lift_kd import BACKENDS, LIFT_EPS
+from fastkd.ops.lift_kd.projection import Projection
 
 
 def spectral(lifted: Tensor, teacher: Tensor) -> Tensor:
@@ -268,9 +269,10 @@ def case(
         for label, step in baselines(loss, pool, device, tune).items()
     ]
     for backend, reason in backends(device).items():
-        tensors = (inputs.tokens.unflatten(1, (1, count)), inputs.weight)
-        teacher = inputs.teacher.unflatten(1, (1, count))
-        reason = reason or OPERATOR.why_not(backend, (*tensors, teacher), loss, dtype, True)
+        tokens, teacher = (x.unflatten(1, (1, count)) for x in (inputs.tokens, inputs.teacher))
+        norm = inputs.norm_weight, inputs.norm_bias
+        projection = Projection(inputs.weight, None, *norm, LIFT_EPS, dtype)
+        reason = reason or BACKENDS.why_not(backend, tokens, projection, teacher, loss)
         if reason is None:
             step = ours(loss, pool, backend)
             providers.append(harness.Provider(f"fastkd ({backend})", runner(step, inputs)))

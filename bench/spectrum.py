@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fastkd.ops import backends, rank_at, spectral_ranks, spectrum
-from fastkd.ops.spectrum import cuda
+from fastkd.ops.spectrum import LARGEST
 
 LEVELS = (0.80, 0.90, 0.95, 0.99)
 
@@ -87,7 +87,7 @@ def gradient_case(shape: tuple[int, int, int], device: str) -> harness.Case:
 def usable(size: int, device: str) -> list[str]:
     """Backends of this operator that run here."""
     names = [n for n, reason in backends(device).items() if reason is None and n != "triton"]
-    return [name for name in names if name != "cuda" or size <= cuda.LARGEST]
+    return [name for name in names if name != "cuda" or size <= LARGEST]
 
 
 def cases(options: Any) -> list[harness.Case]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -13,14 +12,12 @@ from fastkd.losses.base import Distance, Grid, check_counts, check_positive
 from fastkd.losses.forward_gradient import (
     check_chunk_bytes,
     chunk_limit,
-    empty_gradient,
-    gradient_in_forward,
     normalized,
     slices,
-    wide_dtype,
     zero_gradient,
 )
 from fastkd.ops.checks import at_least_float32
+from fastkd.ops.operator import empty_gradient, gradient_in_forward, operator, wide_dtype
 
 
 class CRD(Distance):
@@ -136,44 +133,35 @@ def _check_shares(student: Tensor) -> None:
         )
 
 
-# Operators, not a torch.autograd.Function: around collectives in one, torch.compile of torch 2.11
-# silently drops the gradient.
-@torch.library.custom_op("fastkd::gather_rows", mutates_args=())
-def _gather_rows(own: Tensor, processes: int) -> Tensor:
-    """Gather [B, D] of every process to [processes * B, D] in the order of ranks."""
-    rows = own.new_empty(processes * len(own), *own.shape[1:])
-    dist.all_gather_into_tensor(rows, own.contiguous())  # NCCL needs it
-    return rows
-
-
-@_gather_rows.register_fake
-def _(own: Tensor, processes: int) -> Tensor:
-    return own.new_empty(processes * len(own), *own.shape[1:])
-
-
-@torch.library.custom_op("fastkd::sum_own_rows", mutates_args=())
-def _sum_own_rows(rows: Tensor, processes: int) -> Tensor:
-    """Sum [processes * B, D] over all processes and take this process's part, [B, D]."""
+def _sum_own(rows: Tensor, processes: int) -> Tensor:
     own = rows.new_empty(len(rows) // processes, *rows.shape[1:])
-    dist.reduce_scatter_tensor(own, rows.contiguous())
+    dist.reduce_scatter_tensor(own, rows.contiguous())  # NCCL needs contiguous tensors
     return own
 
 
-@_sum_own_rows.register_fake
-def _(rows: Tensor, processes: int) -> Tensor:
+def _gather(own: Tensor, processes: int) -> Tensor:
+    rows = own.new_empty(processes * len(own), *own.shape[1:])
+    dist.all_gather_into_tensor(rows, own.contiguous())
+    return rows
+
+
+# Operators, not a torch.autograd.Function: around collectives in one, torch.compile of torch 2.11
+# silently drops the gradient.
+@operator("sum_own_rows", _sum_own)
+def _sum_own_rows(rows: Tensor, processes: int) -> Tensor:
+    """Sum [processes * B, D] over all processes and take this process's part, [B, D]."""
     return rows.new_empty(len(rows) // processes, *rows.shape[1:])
 
 
-def _keep_processes(ctx: Any, inputs: tuple[Tensor, int], output: Tensor) -> None:
-    _, ctx.processes = inputs
-
-
-def _add_up(ctx: Any, upstream: Tensor) -> tuple[Tensor, None]:
-    # The loss of every process depends on the rows of this one.
-    return _sum_own_rows(upstream, ctx.processes), None
-
-
-_gather_rows.register_autograd(_add_up, setup_context=_keep_processes)
+# The loss of every process depends on the rows of this one.
+@operator(
+    "gather_rows",
+    _gather,
+    gradient=lambda needs, upstream, own, processes: [_sum_own_rows(upstream, processes)],
+)
+def _gather_rows(own: Tensor, processes: int) -> Tensor:
+    """Gather [B, D] of every process to [processes * B, D] in the order of ranks."""
+    return own.new_empty(processes * len(own), *own.shape[1:])
 
 
 def _flops(

@@ -22,7 +22,6 @@ from fastkd.losses.base import (
     check_sides,
     print_options,
 )
-from fastkd.losses.forward_gradient import wide_dtype
 from fastkd.losses.projectors import (
     PROJECTORS,
     Lift,
@@ -38,6 +37,7 @@ from fastkd.ops import feature_kd, lift, lift_kd
 from fastkd.ops.backend import Backend
 from fastkd.ops.feature_kd.reference import LOSSES, LossName
 from fastkd.ops.lift_kd import LIFT_EPS
+from fastkd.ops.operator import wide_dtype
 from fastkd.tokens import RESAMPLE_MODES, ResampleMode, Tokens, match_grids
 from fastkd.utils.arguments import describe
 

@@ -13,12 +13,10 @@ from fastkd.losses.forward_gradient import (
     check_chunk_bytes,
     chunk_limit,
     directions,
-    empty_gradient,
-    gradient_in_forward,
     slices,
-    wide_dtype,
     zero_gradient,
 )
+from fastkd.ops.operator import empty_gradient, gradient_in_forward, wide_dtype
 
 
 class ManifoldKD(Distance):

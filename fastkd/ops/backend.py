@@ -9,15 +9,15 @@ import json
 import logging
 import os
 import re
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field, is_dataclass
 from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar, get_args
 
 import torch
 from torch import Tensor
 
-from fastkd.ops import checks
+from fastkd.ops import checks, self_check
 
 LIBRARY_STEM = "_C"
 
@@ -28,7 +28,6 @@ logger = logging.getLogger("fastkd")
 Backend = Literal["auto", "cuda", "triton", "torch"]
 NAMES: tuple[Backend, ...] = get_args(Backend)
 ENVIRONMENT_CHOICE = "FASTKD_BACKEND"
-ENVIRONMENT_SELF_CHECK = "FASTKD_SELF_CHECK"
 ENVIRONMENT_UNPROVEN = "FASTKD_UNPROVEN"
 
 # Set by the test harness only: fused kernels then accept CPU tensors, because Triton runs in its
@@ -63,36 +62,32 @@ AnyImplementation = TypeVar("AnyImplementation", bound=Implementation)
 
 
 @dataclass
-class Operator(Generic[AnyImplementation]):
-    """An operator, its implementations, and what has been learned about them in this process.
+class Backends(Generic[AnyImplementation]):
+    """The implementations of an operator.
 
     Attributes:
-        name: as users know it, for messages.
+        name: the operator's, as users know it, for messages.
         implementations: by backend name; must hold ``"torch"``.
         order: backends as ``"auto"`` tries them, fastest first.
-        self_check: runs implementation and reference on small seeded inputs of the given device,
-            dtypes and options, and returns (largest error, error allowed).
+        looks_at: names of the operator's arguments that decide, for `Implementation.refuses`; the
+            first is a tensor, and without elements no backend runs.
+        example: what the self-check runs, see `fastkd.ops.self_check`.
     """
 
     name: str
-    implementations: Mapping[str, AnyImplementation]
+    implementations: dict[str, AnyImplementation]
     order: tuple[str, ...]
-    self_check: Callable[..., tuple[float, float]]
-    _checked: dict[tuple[Any, ...], str | None] = field(default_factory=dict)
-    _told: set[str] = field(default_factory=set)
+    looks_at: tuple[str, ...]
+    example: Callable[..., Iterator[tuple[str, Tensor]]]
+    verdicts: dict[Any, str | None] = field(default_factory=dict)
+    _logged: set[tuple[str, str]] = field(default_factory=set)
 
-    def select(
-        self, requested: str, tensors: tuple[Tensor | None, ...], *options: Any
-    ) -> AnyImplementation:
-        """The implementation to run for these inputs.
+    def select(self, requested: str, *inputs: Any) -> AnyImplementation:
+        """Choose the implementation to run.
 
         Args:
             requested: a backend's name, or ``"auto"``; FASTKD_BACKEND overrides ``"auto"``.
-            tensors: the floating-point inputs, the first of them not None.
-            options: whatever else the implementations' ``refuses`` look at.
-
-        Returns:
-            The implementation.
+            inputs: the arguments that ``looks_at`` names; None for one that there is not.
 
         Raises:
             RuntimeError: a backend asked for by name cannot run; the reason is in the message.
@@ -100,94 +95,43 @@ class Operator(Generic[AnyImplementation]):
         """
         if requested == "auto":
             requested = os.environ.get(ENVIRONMENT_CHOICE, "auto")
-        check_backend(self.name, requested)
+            check_backend(self.name, requested)
         if requested != "auto":
-            reason = self.why_not(requested, tensors, *options)
+            reason = self.why_not(requested, *inputs)
             if reason is not None:
                 raise RuntimeError(f"{self.name}: backend {requested!r} cannot run: {reason}")
             return self.implementations[requested]
-        for name in self.order:
-            reason = self.why_not(name, tensors, *options)
+        for name in self.order[:-1]:
+            reason = self.why_not(name, *inputs)
             if reason is None:
                 return self.implementations[name]
-            self._tell_once(name, reason)
-        raise AssertionError(f"{self.name}: 'torch' must be the last of {self.order}")
+            if (name, reason) not in self._logged:
+                self._logged.add((name, reason))
+                logger.info("%s: not using backend %r: %s", self.name, name, reason)
+        return self.implementations["torch"]
 
-    def why_not(self, name: str, tensors: tuple[Tensor | None, ...], *options: Any) -> str | None:
+    def why_not(self, name: str, *inputs: Any) -> str | None:
         """Why a backend cannot run these inputs; None where it can."""
         if name == "torch":
             return None
         implementation = self.implementations.get(name)
         if implementation is None:
             return "not implemented for this operator"
-        assert tensors[0] is not None
-        device = tensors[0].device
-        dtypes = tuple(None if tensor is None else tensor.dtype for tensor in tensors)
-        if torch.float64 in dtypes:
+        reason = unavailable(name, inputs[0].device) or _unproven(name, implementation)
+        if reason is not None:
+            return reason
+        if any(x.dtype == torch.float64 for x in tensors_of(inputs)):
             return "float64 runs on 'torch' only"
-        return (
-            unavailable(name, device)
-            or _unproven(name, implementation)
-            or implementation.refuses(*tensors, *options)
-            or self._failed_check(name, implementation, device, dtypes, options)
-        )
+        return implementation.refuses(*inputs) or self_check.failure(self, name, inputs)
 
-    def _failed_check(
-        self,
-        name: str,
-        implementation: Implementation,
-        device: torch.device,
-        dtypes: tuple[torch.dtype | None, ...],
-        options: tuple[Any, ...],
-    ) -> str | None:
-        """Compare a fused kernel with the reference once per device model, dtypes and options."""
-        if os.environ.get(ENVIRONMENT_SELF_CHECK, "1") == "0":
-            return None
-        key = (name, _device_model(device), dtypes, options)
-        if key in self._checked:
-            return self._checked[key]
-        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-            return None  # the check synchronises, which a capture forbids; the next call makes it
-        try:
-            verdict = self._run_check(name, implementation, device, dtypes, options)
-        except torch.OutOfMemoryError:
-            # For good: a backward must not run elsewhere than the forward whose results it gets.
-            verdict = "no memory was left for its self-check"
-        self._checked[key] = verdict
-        return verdict
 
-    def _run_check(
-        self,
-        name: str,
-        implementation: Implementation,
-        device: torch.device,
-        dtypes: tuple[torch.dtype | None, ...],
-        options: tuple[Any, ...],
-    ) -> str | None:
-        where = ", ".join([_device_model(device), *map(str, dtypes), *map(str, options)])
-        try:
-            error, tolerance = self.self_check(implementation, device, dtypes, *options)
-        except torch.OutOfMemoryError:
-            raise
-        except Exception as failure:
-            verdict = f"it failed its self-check on {where}: {failure}"
-        else:
-            if error <= tolerance:
-                return None
-            verdict = (
-                f"it disagrees with the reference on {where}: "
-                f"error {error:.3g}, allowed {tolerance:g}"
-            )
-        logger.warning(
-            "%s: backend %r is switched off in this process: %s", self.name, name, verdict
-        )
-        return verdict
-
-    def _tell_once(self, name: str, reason: str) -> None:
-        message = f"{self.name}: not using backend {name!r}: {reason}"
-        if message not in self._told:
-            self._told.add(message)
-            logger.info(message)
+def tensors_of(inputs: Iterable[Any]) -> Iterator[Tensor]:
+    """The tensors among arguments, and in their dataclasses."""
+    for x in inputs:
+        if isinstance(x, Tensor):
+            yield x
+        elif is_dataclass(x):
+            yield from tensors_of(vars(x).values())
 
 
 def check_backend(function: str, backend: object) -> None:
@@ -231,11 +175,6 @@ def _unavailable_on_gpu(name: str, index: int) -> str | None:
     if capability < (8, 0):
         return f"it needs compute capability 8.0, found {capability[0]}.{capability[1]}"
     return None
-
-
-@functools.cache
-def _device_model(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 def backends(device: torch.device | str | None = None) -> dict[str, str | None]:

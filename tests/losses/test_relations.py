@@ -9,9 +9,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from bench.harness import peak_extra_bytes
 from fastkd.losses.attention import AttentionTransfer
 from fastkd.losses.crd import CRD
-from fastkd.losses.forward_gradient import chunk_limit, directions, gradient_in_forward
+from fastkd.losses.forward_gradient import chunk_limit, directions
 from fastkd.losses.manifold import ManifoldKD
 from fastkd.losses.rkd import RKD
+from fastkd.ops.operator import gradient_in_forward
 from tests.harness import cases
 
 B, N, DS, DT = 4, 6, 5, 7

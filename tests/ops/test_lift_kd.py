@@ -11,13 +11,12 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from bench.harness import peak_extra_bytes
-from fastkd.ops import lift, lift_kd
+from fastkd.ops import lift, lift_kd, self_check
 from fastkd.ops.feature_kd.reference import LOSSES
 from fastkd.ops.feature_kd.reference import definition as feature_kd_definition
-from fastkd.ops.lift_kd import LIFT_EPS, OPERATOR
+from fastkd.ops.lift_kd import BACKENDS, LIFT_EPS
 from fastkd.ops.lift_kd import reference as torch_path
 from fastkd.ops.lift_kd.projection import Projection
-from fastkd.ops.lift_kd.self_check import self_check
 from tests.harness.cases import BFLOAT16_FIRST, FINITE, nearest_dtype_error, relative_error
 from tests.ops.test_feature_kd import LAYOUTS, layouts
 
@@ -160,9 +159,10 @@ def as_tokens(x: Tensor, like: Tensor) -> Tensor:
 
 
 def skip_if_refused(backend, problem: Problem, loss: str, compute: torch.dtype) -> None:
-    refuses = OPERATOR.implementations[backend.name].refuses
-    weight, normed = problem.parameters["weight"], "norm_weight" in problem.parameters
-    reason = refuses(problem.tokens, weight, problem.teacher, loss, compute, normed)
+    refuses = BACKENDS.implementations[backend.name].refuses
+    vectors = (problem.parameters.get(name) for name in NAMES[2:])
+    projection = Projection(problem.parameters["weight"], *vectors, LIFT_EPS, compute)
+    reason = refuses(problem.tokens, projection, problem.teacher, loss)
     if reason is not None:
         pytest.skip(f"{backend.name}: {reason}")
 
@@ -680,32 +680,29 @@ def test_the_forward_passes_opcheck(dtype, pool):
     problem = draw((2, 3, 3, 8), 12).to(dtype)
     leaves = [problem.tokens, *problem.parameters.values()]
     leaves = [x.requires_grad_() for x in leaves]
-    arguments = (*leaves, problem.teacher, LIFT_EPS, "spectral", 1.0, dtype, pool, "torch")
+    options = problem.teacher, "spectral", 1.0, pool, "torch"
+    arguments = (*leaves, LIFT_EPS, dtype, False, *options)
     torch.library.opcheck(torch.ops.fastkd.lift_kd.default, arguments)
 
 
 def test_the_other_operators_pass_opcheck():
     problem = draw((2, 3, 3, 8), 12)
     leaves = [problem.tokens, *problem.parameters.values()]
-    tail = (LIFT_EPS, "cosine", 1.0, torch.float32)
+    lifted = *leaves, LIFT_EPS, torch.float32, False
+    teacher, options = problem.teacher, ("cosine", 1.0)
     needs = [True, True, False, True, True]
-    _, pooled, stats = torch.ops.fastkd.lift_kd(*leaves, problem.teacher, *tail, True, "torch")
+    _, pooled, stats = torch.ops.fastkd.lift_kd(*lifted, teacher, *options, True, "torch")
     upstream = torch.tensor(0.5)
     torch.library.opcheck(
         torch.ops.fastkd.lift_kd_backward.default,
-        (upstream, pooled, *leaves, problem.teacher, stats, *tail, needs, "torch"),
+        (upstream, pooled, *lifted, teacher, stats, *options, needs, "torch"),
     )
+    torch.library.opcheck(torch.ops.fastkd.lift.default, (*lifted, torch.float32, "torch"))
+    torch.library.opcheck(torch.ops.fastkd.scale_.default, (torch.ones(3), upstream, "torch"))
+    lifted = *(x.requires_grad_() for x in leaves), LIFT_EPS, torch.float32, True
     torch.library.opcheck(
-        torch.ops.fastkd.lift.default,
-        (*leaves, LIFT_EPS, torch.float32, torch.float32, "torch"),
-    )
-    torch.library.opcheck(
-        torch.ops.fastkd.scale_.default, ([torch.ones(3), torch.ones(2, 2)], upstream, "torch")
-    )
-    leaves = [x.requires_grad_() for x in leaves]
-    needs = [True] * 5
-    torch.library.opcheck(
-        torch.ops.fastkd.lift_kd_one_pass.default, (*leaves, problem.teacher, *tail, needs, "torch")
+        torch.ops.fastkd.lift_kd_one_pass.default,
+        (*lifted, teacher, *options, [True] * 5, "torch"),
     )
 
 
@@ -880,9 +877,11 @@ def test_float64_stays_on_the_reference(backend):
         backend.call(lift_kd, *inputs, backend=backend.name)
 
 
-def passes_self_check(name: str, device: str, dtypes, loss: str, compute, normed: bool):
-    implementation = OPERATOR.implementations[name]
-    return self_check(implementation, torch.device(device), dtypes, loss, compute, normed)
+def self_checked(name: str, device: str, dtypes, loss: str, compute, normed: bool) -> str | None:
+    tokens, weight, teacher = (torch.zeros(1, dtype=dtype, device=device) for dtype in dtypes)
+    norm_weight = weight if normed else None
+    projection = Projection(weight, None, norm_weight, None, LIFT_EPS, compute)
+    return self_check.failure(BACKENDS, name, (tokens, projection, teacher, loss))
 
 
 @pytest.mark.slow
@@ -897,10 +896,8 @@ def test_every_backend_passes_its_self_check(backend, compute, loss, normed):
     if backend.name == "cuda" and compute == torch.float32:
         pytest.skip("half precision only")
     dtypes = (torch.float32, torch.float32, torch.bfloat16)
-    error, allowed = backend.call(
-        passes_self_check, backend.name, backend.device, dtypes, loss, compute, normed
-    )
-    assert error <= allowed
+    options = dtypes, loss, compute, normed
+    assert backend.call(self_checked, backend.name, backend.device, *options) is None
 
 
 def test_an_unproven_backend_runs_only_where_it_is_asked_for(monkeypatch):
@@ -911,10 +908,11 @@ def test_an_unproven_backend_runs_only_where_it_is_asked_for(monkeypatch):
     monkeypatch.setenv("FASTKD_SELF_CHECK", "0")
     monkeypatch.delenv("FASTKD_UNPROVEN", raising=False)
     inputs = (torch.zeros(2, 6, 6, 32), torch.zeros(64, 32), torch.zeros(2, 6, 6, 64))
-    tensors = tuple(x.bfloat16() for x in inputs)
-    assert not OPERATOR.implementations["cuda"].proven
-    reason = OPERATOR.why_not("cuda", tensors, "mse", torch.bfloat16, True)
+    tokens, weight, teacher = (x.bfloat16() for x in inputs)
+    projection = Projection(weight, None, None, None, LIFT_EPS, torch.bfloat16)
+    assert not BACKENDS.implementations["cuda"].proven
+    reason = BACKENDS.why_not("cuda", tokens, projection, teacher, "mse")
     assert "no GPU has verified it yet" in reason
     monkeypatch.setenv("FASTKD_UNPROVEN", "1")
-    reason = OPERATOR.why_not("cuda", tensors, "mse", torch.bfloat16, True)
+    reason = BACKENDS.why_not("cuda", tokens, projection, teacher, "mse")
     assert reason is None or "verified" not in reason

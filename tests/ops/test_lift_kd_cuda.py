@@ -187,7 +187,7 @@ def test_maps_of_any_dtype_and_layout(backend, layout, token_dtype, teacher_dtyp
 def test_one_pass_gives_what_two_passes_give(backend, loss):
     problem = draw((2, 4, 6), loss=loss, token_dtype=torch.float32, device=backend.device)
     problem.upstream, problem.pooled_upstream = torch.ones_like(problem.upstream), None
-    value, gradients = cuda.one_pass(*problem.inputs, loss, 1.0, problem.needs)
+    value, *gradients = cuda.one_pass(*problem.inputs, loss, 1.0, problem.needs)
     assert torch.equal(value, cuda.forward(*problem.inputs, loss, 1.0, False)[0])
     for ours, other in zip(gradients, problem.gradients(), strict=True):
         assert relative_error(ours, other) < 8e-3
@@ -199,11 +199,11 @@ def test_unscaled_float16_slopes_do_not_vanish_within_one_pass(backend):
     problem.tokens = problem.tokens.float() * 1e-2
     weight = problem.projection.weight.float()
     projection = Projection(weight, None, None, None, LIFT_EPS, torch.float16)
-    _, gradients = cuda.one_pass(
+    _, *gradients = cuda.one_pass(
         problem.tokens, projection, problem.teacher, "mse", 1.0, [True, True, False, False, False]
     )
     exact = Projection(weight.double(), None, None, None, LIFT_EPS, torch.float64)
-    _, truths = reference.one_pass(
+    _, *truths = reference.one_pass(
         problem.tokens.double(),
         exact,
         problem.teacher.double(),
@@ -270,7 +270,8 @@ def test_what_it_refuses_it_names(grid, widths, compute, loss, reason):
     narrow, wide = widths
     tokens = torch.empty(1, dtype=compute).expand(*grid, narrow)
     weight = torch.empty(1, dtype=compute).expand(wide, narrow)
-    found = cuda.refuses(tokens, weight, tokens, loss, compute, True)
+    projection = Projection(weight, None, None, None, LIFT_EPS, compute)
+    found = cuda.refuses(tokens, projection, tokens, loss)
     assert found is None if reason is None else reason in found
 
 

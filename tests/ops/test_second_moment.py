@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 
 import numpy
 import pytest
 import torch
 from torch import Tensor
 
-from fastkd.ops.backend import Implementation, Operator
-from fastkd.ops.second_moment import OPERATOR, reference, second_moment, self_check
+from fastkd.ops import self_check
+from fastkd.ops.backend import Implementation
+from fastkd.ops.second_moment import BACKENDS, reference, second_moment
 from fastkd.ops.second_moment.reference import WEIGHTS
 from tests.harness.cases import FINITE, relative_error
 
@@ -385,8 +387,9 @@ def test_more_than_triton_can_count_is_refused():
     assert "channels, got 40000" in triton.refuses(tokens[..., :1].expand(1, 1, 40000), "none")
 
 
-def passes_self_check(name: str, device: str, dtype: torch.dtype, weight: str):
-    return self_check(OPERATOR.implementations[name], torch.device(device), (dtype,), weight)
+def self_checked(name: str, device: str, dtype: torch.dtype, weight: str):
+    tokens = torch.zeros(1, 1, 8, dtype=dtype, device=device)
+    return self_check.failure(BACKENDS, name, (tokens, weight))
 
 
 @pytest.mark.slow
@@ -394,16 +397,15 @@ def passes_self_check(name: str, device: str, dtype: torch.dtype, weight: str):
 @pytest.mark.parametrize("weight", WEIGHTS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_every_backend_passes_its_self_check(backend, dtype, weight):
-    error, allowed = backend.call(passes_self_check, backend.name, backend.device, dtype, weight)
-    assert error <= allowed
+    assert backend.call(self_checked, backend.name, backend.device, dtype, weight) is None
 
 
 def test_a_wrong_kernel_is_switched_off(monkeypatch, caplog):
     monkeypatch.setattr("fastkd.ops.backend.EMULATED", {"triton"})
-    wrong = Implementation(lambda x, w: reference.forward(x, w) * 1.001, lambda: None)
-    implementations = {"triton": wrong, "torch": OPERATOR.implementations["torch"]}
-    operator = Operator("second_moment", implementations, ("triton", "torch"), self_check)
+    wrong = Implementation(lambda x, w: reference.forward(x, w) * 1.001)
+    implementations = {"triton": wrong, "torch": BACKENDS.implementations["torch"]}
+    backends = replace(BACKENDS, implementations=implementations, verdicts={})
     with caplog.at_level(logging.WARNING, logger="fastkd"):
-        chosen = operator.select("auto", (torch.randn(1, 2, 8),), "none")
-    assert chosen is OPERATOR.implementations["torch"]
+        chosen = backends.select("auto", torch.randn(1, 2, 8), "none")
+    assert chosen is implementations["torch"]
     assert "disagrees with the reference" in caplog.text

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fastkd.ops.second_moment import LONG_SHAPE
+from fastkd.ops.second_moment import EXAMPLE_SHAPES
 from fastkd.ops.second_moment.reference import WEIGHTS
 from tests.harness import gates
 from tests.harness.aot import ARCHS, compile_launch
@@ -114,5 +114,5 @@ def test_every_token_is_in_one_split_and_no_sum_is_too_long_or_large(tokens, cha
 
 @pytest.mark.parametrize("dtype", [torch.float32, *HALVES], ids=str)
 def test_the_self_check_has_a_sum_as_long_as_they_get(dtype):
-    tokens = torch.empty(LONG_SHAPE, dtype=dtype, device="meta")
+    tokens = torch.empty(EXAMPLE_SHAPES[-1], dtype=dtype, device="meta")
     assert triton.Cut.of(tokens, "none").split_rows == triton.SPLIT_ROWS

@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastkd.ops.spectrum import LEVELS, cuda, ranks_near, reference
+from bench.first_contact import ranks_near
+from fastkd.ops.spectrum import LARGEST, LEVELS, MOST_LEVELS, SOLVERS, reference
 from tests.harness import host
 
 pytestmark = pytest.mark.parametrize("backend", ["cuda"], indirect=True)
@@ -84,7 +85,7 @@ def draw(size: int, *cases: str) -> Tensor:
 
 
 def solve(gram: Tensor, backend, levels=LEVELS) -> tuple[Tensor, Tensor]:
-    energies, ranks = cuda.solve(gram.to(backend.device), levels)
+    energies, ranks = SOLVERS.implementations["cuda"].forward(gram.to(backend.device), levels)
     return energies.cpu(), ranks.cpu()
 
 
@@ -165,7 +166,7 @@ def test_a_second_run_is_bitwise_equal(backend, size):
 def test_the_gram_matrices_are_not_written_to(backend):
     gram = draw(70, "noise").to(backend.device)
     before = gram.clone()
-    cuda.solve(gram, LEVELS)
+    SOLVERS.implementations["cuda"].forward(gram, LEVELS)
     assert torch.equal(gram, before)
 
 
@@ -195,28 +196,35 @@ def test_energies_that_are_equal_reach_their_share(backend):
 
 
 def test_more_than_eight_levels_are_refused(backend):
-    with pytest.raises(ValueError, match="levels must be 8 at most, got 9"):
+    with pytest.raises(RuntimeError, match="up to 8 levels"):
         solve(torch.eye(2).unsqueeze(0), backend, (0.5,) * 9)
 
 
 @pytest.mark.parametrize(
     ("gram", "reason"),
     [
-        (torch.eye(cuda.LARGEST + 1).unsqueeze(0), "n <= 257"),
+        (torch.eye(LARGEST + 1).unsqueeze(0), "n <= 257"),
         (torch.ones(1, 2, 3), "n <= 257"),
-        (torch.ones(1, 3, 3, dtype=torch.float64), "gram must be contiguous float32"),
         (torch.ones(2, 3, 3).mT, "gram must be contiguous float32"),
     ],
-    ids=["too_large", "not_square", "float64", "not_contiguous"],
+    ids=["too_large", "not_square", "not_contiguous"],
 )
 def test_what_the_binding_refuses_it_names(backend, gram, reason):
     with pytest.raises(RuntimeError, match=reason):
         solve(gram, backend)
 
 
+def test_the_binding_refuses_float64(backend):
+    gram = torch.eye(3, dtype=torch.float64, device=backend.device).unsqueeze(0)
+    energies = torch.empty(1, 3, device=backend.device)
+    ranks = torch.empty(1, 0, dtype=torch.long, device=backend.device)
+    with pytest.raises(RuntimeError, match="gram must be contiguous float32"):
+        torch.ops.fastkd._spectrum_solve(gram, [], energies, ranks)
+
+
 @pytest.mark.parametrize(
     ("constant", "name"),
-    [(cuda.LARGEST, "kSpectrumLargest"), (cuda.MOST_LEVELS, "kSpectrumLevels")],
+    [(LARGEST, "kSpectrumLargest"), (MOST_LEVELS, "kSpectrumLevels")],
 )
 def test_limits_are_those_of_the_header(backend, constant, name):
     assert f"constexpr int {name} = {constant};" in (host.CSRC / "spectrum.h").read_text()

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+from bench.first_contact import ranks_near
 from fastkd.ops.spectrum import (
     LEVELS,
     gram,
-    ranks_near,
     reference,
     spectral_ranks,
     spectrum,

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import importlib.util
-import math
-from typing import Literal
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from fastkd.ops import checks
-from fastkd.ops.backend import Backend, Implementation, Operator, check_backend
+from fastkd.ops.backend import Backend, Backends, Implementation, check_backend
 from fastkd.ops.feature_kd import cuda, reference
 from fastkd.ops.feature_kd.reference import LOSSES, LossName
+from fastkd.ops.operator import operator
+from fastkd.ops.self_check import Draw
 from fastkd.utils.arguments import check_number
 
 POOLS = ("none", "student", "teacher")
@@ -83,7 +85,7 @@ def feature_kd(
     _check_widths(student, teacher, pool)
     size = checks.grid_of("feature_kd", student, grid, loss == "spectral")
     student_map, teacher_map = checks.as_map(student, size), checks.as_map(teacher, size)
-    value, _ = _operator(student_map, teacher_map, loss, float(beta), float(eps), backend)
+    value, _ = _forward(student_map, teacher_map, loss, float(beta), float(eps), backend)
     return value
 
 
@@ -112,132 +114,20 @@ def _check_widths(student: Tensor, teacher: Tensor, pool: str) -> None:
         )
 
 
-@torch.library.custom_op("fastkd::feature_kd", mutates_args=())
-def _operator(
-    student: Tensor, teacher: Tensor, loss: str, beta: float, eps: float, backend: str
-) -> tuple[Tensor, Tensor]:
-    """(loss, statistics for the backward) of [B, H, W, D] maps; see `feature_kd`."""
-    if student.shape[0] == 0:
-        dtype = reference.accumulator_dtype(student, teacher)
-        stats = student.new_empty(reference.stats_shape(student, loss), dtype=dtype)
-        return student.new_zeros((), dtype=dtype), stats
-    # The body of a custom operator runs with autocast on: it would recast the reference's products.
-    with torch.autocast(student.device.type, enabled=False):
-        chosen = OPERATOR.select(backend, (student, teacher), loss)
-        return chosen.forward(student, teacher, loss, beta, eps)
-
-
-@_operator.register_fake
-def _(
-    student: Tensor, teacher: Tensor, loss: str, beta: float, eps: float, backend: str
-) -> tuple[Tensor, Tensor]:
-    dtype = reference.accumulator_dtype(student, teacher)
-    stats = student.new_empty(reference.stats_shape(student, loss), dtype=dtype)
-    return student.new_empty((), dtype=dtype), stats
-
-
-@torch.library.custom_op("fastkd::feature_kd_backward", mutates_args=())
-def _backward_operator(
-    upstream: Tensor,
-    student: Tensor,
-    teacher: Tensor,
-    stats: Tensor,
-    loss: str,
-    beta: float,
-    eps: float,
-    for_teacher: bool,
-    backend: str,
-) -> Tensor:
-    """Upstream times the gradient of one of the maps, in its dtype and layout."""
-    if student.shape[0] == 0:
-        return torch.empty_like(teacher if for_teacher else student)
-    with torch.autocast(student.device.type, enabled=False):
-        chosen = OPERATOR.select(backend, (student, teacher), loss)
-        return chosen.backward(upstream, student, teacher, stats, loss, beta, eps, for_teacher)
-
-
-@_backward_operator.register_fake
-def _(
-    upstream: Tensor,
-    student: Tensor,
-    teacher: Tensor,
-    stats: Tensor,
-    loss: str,
-    beta: float,
-    eps: float,
-    for_teacher: bool,
-    backend: str,
-) -> Tensor:
-    return torch.empty_like(teacher if for_teacher else student)
-
-
-def _save_for_backward(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    student, teacher, *ctx.options = inputs
-    ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(student, teacher, output[1])
-
-
-def _differentiate(ctx, upstream, _):  # type: ignore[no-untyped-def]
-    student, teacher, stats = ctx.saved_tensors
-    loss, beta, eps, backend = ctx.options
-    student_gradient, teacher_gradient = (
-        _backward_operator(upstream, student, teacher, stats, loss, beta, eps, of_teacher, backend)
-        if wanted
-        else None
-        for of_teacher, wanted in enumerate(ctx.needs_input_grad[:2])
-    )
-    return student_gradient, teacher_gradient, None, None, None, None
-
-
-_operator.register_autograd(_differentiate, setup_context=_save_for_backward)
-checks.refuse_second_derivatives(_backward_operator, "feature_kd")
-
-
 # [B, H, W, Ds] and Dt: packed channels and an even row; and nothing even, with overlapping windows.
-CHECKED_SHAPES = (((2, 4, 6, 40), 40), ((2, 3, 5, 33), 57))
-VALUE_TOLERANCE = 1e-5  # sums are in float32 whatever the inputs are
-GRADIENT_TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 8e-3}
+EXAMPLE_SHAPES = (((2, 4, 6, 40), 40), ((2, 3, 5, 33), 57))
 
 
-def self_check(
-    implementation: Implementation,
-    device: torch.device,
-    dtypes: tuple[torch.dtype, ...],
-    loss: str,
-) -> tuple[float, float]:
-    """Compare an implementation with the float64 reference on small seeded inputs; synchronises.
-
-    Args:
-        implementation: the forward and backward to try.
-        device: where to run them.
-        dtypes: of student and teacher.
-        loss: one of the four.
-
-    Returns:
-        The largest relative error of values and gradients, as a multiple of what is allowed; and 1,
-        what is allowed.
-    """
-    generator = torch.Generator().manual_seed(0)
-    upstream = torch.full((), 0.5, device=device)
-    worst = 0.0
-    for shape, teacher_channels in CHECKED_SHAPES:
-        student, teacher = (
-            torch.randn((*shape[:3], channels), generator=generator).to(device, dtype)
-            for channels, dtype in zip((shape[3], teacher_channels), dtypes, strict=True)
-        )
-        value, stats = implementation.forward(student, teacher, loss, 1.0, 1e-8)
-        exact = (student.double(), teacher.double())
-        exact_value, exact_stats = reference.forward(*exact, loss, 1.0, 1e-8)
-        errors = [(value, exact_value, VALUE_TOLERANCE)]
-        for of_teacher, dtype in enumerate(dtypes):
-            options = {"loss": loss, "beta": 1.0, "eps": 1e-8, "for_teacher": bool(of_teacher)}
-            gradient = implementation.backward(upstream, student, teacher, stats, **options)
-            truth = reference.backward(upstream.double(), *exact, exact_stats, **options)  # type: ignore[arg-type]
-            errors.append((gradient, truth, GRADIENT_TOLERANCE[dtype]))
-        for ours, truth, tolerance in errors:
-            error = (ours.double() - truth).norm() / truth.norm() / tolerance
-            worst = max(worst, error.nan_to_num(nan=math.inf).item())
-    return worst, 1.0
+def _example(
+    run: Implementation, draw: Draw, student: Tensor, teacher: Tensor, loss: str
+) -> Iterator[Any]:
+    for shape, channels in EXAMPLE_SHAPES:
+        maps = draw(*shape, like=student), draw(*shape[:3], channels, like=teacher)
+        value, stats = run.forward(*maps, loss, 1.0, 1e-8)
+        yield "value", value
+        for for_teacher in (False, True):
+            upstream = torch.full_like(value, 0.5)
+            yield "gradient", run.backward(upstream, *maps, stats, loss, 1.0, 1e-8, for_teacher)
 
 
 def _implementations() -> dict[str, Implementation]:
@@ -252,9 +142,46 @@ def _implementations() -> dict[str, Implementation]:
     return implementations
 
 
-OPERATOR = Operator(
-    name="feature_kd",
-    implementations=_implementations(),
-    order=("triton", "cuda", "torch"),
-    self_check=self_check,
+BACKENDS = Backends(
+    "feature_kd",
+    _implementations(),
+    ("triton", "cuda", "torch"),
+    ("student", "teacher", "loss"),
+    _example,
 )
+
+
+@operator("feature_kd_backward", BACKENDS, method="backward")
+def _backward(
+    upstream: Tensor,
+    student: Tensor,
+    teacher: Tensor,
+    stats: Tensor,
+    loss: str,
+    beta: float,
+    eps: float,
+    for_teacher: bool,
+) -> Tensor:
+    return torch.empty_like(teacher if for_teacher else student)
+
+
+def _gradients(
+    needs: Sequence[bool], upstream: Tensor, student: Tensor, teacher: Tensor, *rest: Any
+) -> list[Tensor | None]:
+    *options, backend, stats = rest
+    return [
+        _backward(upstream, student, teacher, stats, *options, for_teacher, backend)
+        if needs[side]
+        else None
+        for side, for_teacher in enumerate((False, True))
+    ]
+
+
+@operator("feature_kd", BACKENDS, gradient=_gradients, kept=(1,))
+def _forward(
+    student: Tensor, teacher: Tensor, loss: str, beta: float, eps: float
+) -> tuple[Tensor, Tensor]:
+    """Loss, and statistics for the backward, of [B, H, W, D] maps."""
+    dtype = reference.accumulator_dtype(student, teacher)
+    stats = student.new_empty(reference.stats_shape(student, loss), dtype=dtype)
+    return student.new_empty((), dtype=dtype), stats

@@ -60,28 +60,11 @@ def few_blocks() -> Iterator[None]:
 
 
 def refuses(
-    tokens: Tensor,
-    weight: Tensor,
-    teacher: Tensor | None,
-    loss: str,
-    compute: torch.dtype,
-    normed: bool,
+    tokens: Tensor, projection: Projection, teacher: Tensor | None, loss: str | None
 ) -> str | None:
-    """Why these inputs cannot run here; None where they can.
-
-    Args:
-        tokens: [B, H, W, Ds].
-        weight: [Dt, Ds].
-        teacher: [B, H, W, Dt] or None.
-        loss: one of feature_kd's.
-        compute: dtype of the products' operands.
-        normed: whether a LayerNorm follows; here it does not matter.
-
-    Returns:
-        A reason in words, or None.
-    """
+    """Why these inputs cannot run here; None where they can."""
     batch, height, width = tokens.shape[:3]
-    widths = (weight.shape[1], weight.shape[0])
+    widths, compute = (tokens.shape[3], projection.width), projection.compute
     compiled = WIDTHS if tokens.is_cuda else HOST_WIDTHS
     if compute not in (torch.float16, torch.bfloat16):
         return f"it multiplies in float16 or bfloat16, not {compute}"
@@ -135,13 +118,13 @@ def one_pass(
     loss: str,
     beta: float,
     needs: Sequence[bool],
-) -> tuple[Tensor, Gradients]:
+) -> tuple[Tensor, ...]:
     """As `reference.one_pass`; five launches, two more per further chunk, no synchronisation."""
     result = _floats(tokens)
     gradients = _differentiate(
         tokens, projection, teacher, loss, beta, _absent(tokens), _absent(tokens), result, needs
     )
-    return result, gradients
+    return result, *gradients
 
 
 def backward(

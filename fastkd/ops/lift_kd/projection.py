@@ -54,7 +54,7 @@ class Projection:
         return self.weight, self.bias, self.norm_weight, self.norm_bias
 
     def empty_gradients(self, tokens: Tensor, needs: Sequence[bool]) -> Gradients:
-        """Uninitialised gradients like their inputs; without elements where they are not needed."""
+        """Uninitialized gradients like their inputs; without elements where they are not needed."""
         dtype = self.accumulator if self.exact_gradients else None
         gradients = [torch.empty_like(tokens) if needs[0] else tokens.new_empty(0)]
         for parameter, needed in zip(self.parameters(), needs[1:], strict=True):

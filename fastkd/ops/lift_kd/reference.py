@@ -114,7 +114,7 @@ def one_pass(
     loss: str,
     beta: float,
     needs: Sequence[bool],
-) -> tuple[Tensor, Gradients]:
+) -> tuple[Tensor, ...]:
     """The scalar loss and its gradients, from one walk over tokens and teacher.
 
     Args:
@@ -132,7 +132,7 @@ def one_pass(
     value, gradients = _differentiate(
         tokens, projection, teacher, loss, beta, one, None, needs, with_value=True
     )
-    return value, gradients
+    return value, *gradients
 
 
 def backward(

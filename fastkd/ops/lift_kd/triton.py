@@ -117,15 +117,10 @@ def _centre_launch(source: Tensor, target: Tensor, parts: int, centre: bool) -> 
 
 
 def refuses(
-    tokens: Tensor,
-    weight: Tensor,
-    teacher: Tensor | None,
-    loss: str,
-    compute: torch.dtype,
-    normed: bool,
+    tokens: Tensor, projection: Projection, teacher: Tensor | None, loss: str | None
 ) -> str | None:
     """Why these inputs cannot run here; None where they can."""
-    tile = default_tile(compute, tokens.shape[3], capability(tokens.device))
+    tile = default_tile(projection.compute, tokens.shape[3], capability(tokens.device))
     if loss == "spectral" and tokens.shape[2] > tile.rows:
         return f"a grid row must have at most {tile.rows} tokens, got {tokens.shape[2]}"
     if tokens.shape[:3].numel() + BAND_TOKENS > MAX_TOKENS:
@@ -173,7 +168,7 @@ def one_pass(
     loss: str,
     beta: float,
     needs: Sequence[bool],
-) -> tuple[Tensor, Gradients]:
+) -> tuple[Tensor, ...]:
     """As `reference.one_pass`: forward and gradient follow each other band by band."""
     tile = _tile(tokens, projection, loss)
     return _one_pass(tokens, projection, teacher, loss, beta, needs, tile)
@@ -187,7 +182,7 @@ def _one_pass(
     beta: float,
     needs: Sequence[bool],
     tile: Tile,
-) -> tuple[Tensor, Gradients]:
+) -> tuple[Tensor, ...]:
     cut = Cut.of(tokens, loss, tile)
     value = tokens.new_empty((), dtype=torch.float32)
     stats = tokens.new_empty(stats_shape(tokens), dtype=torch.float32)
@@ -201,7 +196,7 @@ def _one_pass(
         ).run()
         _run(work.launches(band, None, None))
     finish_launch(partials, value, mean_scale(teacher, teacher, loss)).run()
-    return value, work.finish()
+    return value, *work.finish()
 
 
 def _tile(tokens: Tensor, projection: Projection, loss: str) -> Tile:
@@ -240,6 +235,11 @@ def backward(
     for band in work.bands():
         _run(work.launches(band, upstream, pooled))
     return work.finish()
+
+
+def scale(gradient: Tensor, upstream: Tensor) -> None:
+    """Multiply by a scalar in place, without waiting for it; free where it is 1."""
+    scale_launch(gradient, upstream).run()
 
 
 def scale_launch(gradient: Tensor, upstream: Tensor) -> KernelLaunch:

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import importlib.util
-import math
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastkd.ops import checks
-from fastkd.ops.backend import Backend, Implementation, Operator, check_backend
+from fastkd.ops.backend import Backend, Backends, Implementation, check_backend
+from fastkd.ops.operator import operator
 from fastkd.ops.second_moment import reference
 from fastkd.ops.second_moment.reference import WEIGHTS, Weight
+from fastkd.ops.self_check import Draw
 
 __all__ = ["check_tokens", "second_moment"]
 
@@ -54,7 +56,8 @@ def second_moment(tokens: Tensor, weight: Weight = "none", *, backend: Backend =
     check_tokens("second_moment", tokens)
     checks.check_choice("second_moment", "weight", weight, WEIGHTS)
     check_backend("second_moment", backend)
-    return _operator(tokens, weight, backend)
+    result: Tensor = _second_moment(reference.as_images(tokens), weight, backend)
+    return result
 
 
 def check_tokens(function: str, tokens: Tensor) -> None:
@@ -81,63 +84,17 @@ def check_tokens(function: str, tokens: Tensor) -> None:
         )
 
 
-@torch.library.custom_op("fastkd::second_moment", mutates_args=())
-def _operator(tokens: Tensor, weight: str, backend: str) -> Tensor:
-    """See `second_moment`."""
-    if tokens.numel() == 0:
-        return tokens.new_zeros((tokens.shape[-1],) * 2, dtype=torch.float64)
-    images = reference.as_images(tokens)
-    # The body of a custom operator runs with autocast on: it would recast the reference's products.
-    with torch.autocast(tokens.device.type, enabled=False):
-        return OPERATOR.select(backend, (images,), weight).forward(images, weight)
+# [B, N, D]: a tile and a step that are cut off; several of each; equal channels, whose parts of a
+# norm are the smallest there are; and sums as long as they get, which only tensor cores cut off.
+EXAMPLE_SHAPES = ((2, 5, 24), (3, 197, 136), (1, 5, 768), (32, 1024, 72))
 
 
-@_operator.register_fake
-def _(tokens: Tensor, weight: str, backend: str) -> Tensor:
-    return tokens.new_empty((tokens.shape[-1],) * 2, dtype=torch.float64)
-
-
-# [B, N, D]: one tile and step that are cut off; and several tiles, steps and splits of each kind.
-CHECKED_SHAPES = ((2, 5, 24), (3, 197, 136))
-EQUAL_SHAPE = (1, 5, 768)  # channels of one magnitude, the smallest parts of a norm
-LONG_SHAPE = (32, 1024, 72)  # sums as long as they get: only a GPU's tensor cores cut them off
-TOLERANCE = 1e-5  # sums are as exact as float32's whatever the tokens are
-
-
-def self_check(
-    implementation: Implementation,
-    device: torch.device,
-    dtypes: tuple[torch.dtype | None, ...],
-    weight: str,
-) -> tuple[float, float]:
-    """Compare an implementation with the float64 definition on small seeded tokens; synchronises.
-
-    Args:
-        implementation: the forward to try.
-        device: where to run it.
-        dtypes: of the tokens.
-        weight: one of the two.
-
-    Returns:
-        The largest relative error, and what is allowed.
-    """
-    worst = 0.0
-    for drawn in _checked_tokens(long=device.type == "cuda"):
-        tokens = drawn.to(device, dtypes[0])
-        moment = implementation.forward(tokens, weight)
-        truth = reference.definition(tokens.double(), weight)
-        error = (moment - truth).norm() / truth.norm()
-        worst = max(worst, error.nan_to_num(nan=math.inf).item())
-    return worst, TOLERANCE
-
-
-def _checked_tokens(long: bool) -> Iterator[Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    for shape in CHECKED_SHAPES:
-        yield torch.randn(shape, generator=generator)
-    yield 1.7 * torch.randn(EQUAL_SHAPE, generator=generator).sign()
-    if long:
-        yield torch.randn(LONG_SHAPE, generator=generator)
+def _example(run: Implementation, draw: Draw, tokens: Tensor, weight: str) -> Iterator[Any]:
+    for shape in EXAMPLE_SHAPES if tokens.is_cuda else EXAMPLE_SHAPES[:-1]:
+        drawn = draw(*shape, like=tokens)
+        if shape[-1] == 768:
+            drawn = draw.rounded(1.7 * drawn.sign(), tokens.dtype)
+        yield "value", run.forward(drawn, weight)
 
 
 def _implementations() -> dict[str, Implementation]:
@@ -151,9 +108,11 @@ def _implementations() -> dict[str, Implementation]:
     return implementations
 
 
-OPERATOR = Operator(
-    name="second_moment",
-    implementations=_implementations(),
-    order=("triton", "torch"),
-    self_check=self_check,
+BACKENDS = Backends(
+    "second_moment", _implementations(), ("triton", "torch"), ("tokens", "weight"), _example
 )
+
+
+@operator("second_moment", BACKENDS)
+def _second_moment(tokens: Tensor, weight: str) -> Tensor:
+    return tokens.new_empty((tokens.shape[-1],) * 2, dtype=torch.float64)

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastkd.ops import checks
-from fastkd.ops.backend import Backend, Implementation, Operator, check_backend
-from fastkd.ops.spectrum import cuda, reference
+from fastkd.ops.backend import Backend, Backends, Implementation, check_backend
+from fastkd.ops.operator import operator
+from fastkd.ops.self_check import Draw
+from fastkd.ops.spectrum import reference
 from fastkd.ops.spectrum.measures import (
     LEVELS,
     effective_rank,
@@ -39,7 +42,13 @@ __all__ = [
     "subspace",
 ]
 
-MOST_LEVELS = cuda.MOST_LEVELS  # that a kernel takes at once
+LARGEST = 257  # rows of a matrix; csrc/spectrum.h's kSpectrumLargest
+MOST_LEVELS = 8  # that a kernel takes at once; kSpectrumLevels
+
+torch.library.define(
+    "fastkd::_spectrum_solve",
+    "(Tensor gram, float[] levels, Tensor(a!) energies, Tensor(b!) ranks) -> ()",
+)
 
 
 def gram(x: Tensor) -> Tensor:
@@ -92,7 +101,7 @@ def spectrum(x: Tensor, *, backend: Backend = "auto") -> Tensor:
     """
     _check("spectrum", x)
     check_backend("spectrum", backend)
-    energies, _, _ = _operator(_batched(x), [], backend)
+    energies, _, _ = _spectrum(_batched(x), [], backend)
     return energies.view(*x.shape[:-2], energies.shape[-1])
 
 
@@ -123,7 +132,7 @@ def spectral_ranks(
             f"spectral_ranks: q may hold {MOST_LEVELS} levels, got {len(levels)}; "
             "rank_at(spectrum(x), q) takes any number"
         )
-    energies, ranks, _ = _operator(_batched(x), list(levels), backend)
+    energies, ranks, _ = _spectrum(_batched(x), list(levels), backend)
     batch = x.shape[:-2]
     return energies.view(*batch, energies.shape[-1]), ranks.view(*batch, len(levels))
 
@@ -165,172 +174,106 @@ def _batched(x: Tensor) -> Tensor:
     return x if x.ndim == 3 else x.reshape(math.prod(x.shape[:-2]), *x.shape[-2:])
 
 
-@torch.library.custom_op("fastkd::gram", mutates_args=())
-def _gram(x: Tensor) -> Tensor:
-    """See `gram`; of [B, N, D]."""
-    with torch.autocast(x.device.type, enabled=False):
-        return reference.gram(x, reference.accumulator_dtype(x))
+def _empty_gram(x: Tensor, dtype: torch.dtype) -> Tensor:
+    size = min(x.shape[1:])
+    return x.new_empty((x.shape[0], size, size), dtype=dtype)
 
 
-@_gram.register_fake
-def _(x: Tensor) -> Tensor:
-    size = min(x.shape[1], x.shape[2])
-    return x.new_empty((x.shape[0], size, size), dtype=reference.accumulator_dtype(x))
-
-
-@torch.library.custom_op("fastkd::gram_backward", mutates_args=())
 def _gram_backward(upstream: Tensor, x: Tensor) -> Tensor:
-    """(upstream + upstream^T) times the smaller side of x, as x lies."""
-    with torch.autocast(x.device.type, enabled=False):
-        return reference.multiply_smaller_side(upstream + upstream.mT, x)
+    return reference.multiply_smaller_side(upstream + upstream.mT, x)
 
 
-@_gram_backward.register_fake
-def _(upstream: Tensor, x: Tensor) -> Tensor:
+@operator("gram_backward", _gram_backward)
+def _gram_gradient(upstream: Tensor, x: Tensor) -> Tensor:
     return torch.empty_like(x)
 
 
-def _save_tokens(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    ctx.save_for_backward(inputs[0])
+@operator(
+    "gram",
+    lambda x: reference.gram(x, reference.accumulator_dtype(x)),
+    gradient=lambda needs, upstream, x: [_gram_gradient(upstream, x)],
+)
+def _gram(x: Tensor) -> Tensor:
+    return _empty_gram(x, reference.accumulator_dtype(x))
 
 
-def _differentiate_gram(ctx, upstream):  # type: ignore[no-untyped-def]
-    return _gram_backward(upstream, ctx.saved_tensors[0])
+def _run(x: Tensor, levels: list[float], backend: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Compute energies, ranks, and the Gram matrix for the backward, of [B, N, D]."""
+    product = reference.gram(x, reference.solver_dtype(x))
+    if len(x) == 0:
+        energies = product.new_empty(0, product.shape[-1])
+        ranks = x.new_empty(0, len(levels), dtype=torch.long)
+    else:
+        energies, ranks = SOLVERS.select(backend, x, product.shape[-1]).forward(
+            product, tuple(levels)
+        )
+    dtype = reference.accumulator_dtype(x)
+    if energies.dtype != dtype:  # solved in float64, but ties are those of the tokens' dtype
+        energies = energies.to(dtype)
+        held = energies.isfinite().all(dim=-1, keepdim=True)
+        energies = torch.where(held, energies, torch.nan)
+        ranks = reference.ranks_of(energies, tuple(levels))
+        product = torch.where(held.unsqueeze(-1), product, torch.nan)  # and so the gradient
+    return energies, ranks, product
 
 
-_gram.register_autograd(_differentiate_gram, setup_context=_save_tokens)
-checks.refuse_second_derivatives(_gram_backward, "gram")
+@operator("spectrum_backward", reference.backward)
+def _spectrum_gradient(upstream: Tensor, x: Tensor, gram: Tensor) -> Tensor:
+    return torch.empty_like(x)
 
 
-@torch.library.custom_op("fastkd::spectrum", mutates_args=())
-def _operator(x: Tensor, levels: list[float], backend: str) -> tuple[Tensor, Tensor, Tensor]:
-    """(energies, ranks, Gram matrix for the backward) of [B, N, D]; see `spectral_ranks`."""
-    with torch.autocast(x.device.type, enabled=False):
-        product = reference.gram(x, reference.solver_dtype(x))
-        if len(x) == 0:
-            energies = product.new_empty(0, product.shape[-1])
-            ranks = x.new_empty(0, len(levels), dtype=torch.long)
-        else:
-            chosen = OPERATOR.select(backend, (x,), product.shape[-1])
-            energies, ranks = chosen.forward(product, tuple(levels))
-        dtype = reference.accumulator_dtype(x)
-        if energies.dtype != dtype:  # solved in float64, but ties are those of the tokens' dtype
-            energies = energies.to(dtype)
-            held = energies.isfinite().all(dim=-1, keepdim=True)
-            energies = torch.where(held, energies, torch.nan)
-            ranks = reference.ranks_of(energies, tuple(levels))
-            product = torch.where(held.unsqueeze(-1), product, torch.nan)  # and so the gradient
-        return energies, ranks, product
-
-
-@_operator.register_fake
-def _(x: Tensor, levels: list[float], backend: str) -> tuple[Tensor, Tensor, Tensor]:
-    size = min(x.shape[1], x.shape[2])
+@operator(
+    "spectrum",
+    _run,
+    gradient=lambda needs, upstream, x, levels, backend, product: [
+        _spectrum_gradient(upstream, x, product)
+    ],
+    kept=(2,),
+)
+def _spectrum(x: Tensor, levels: list[float], backend: str) -> tuple[Tensor, Tensor, Tensor]:
     return (
-        x.new_empty((x.shape[0], size), dtype=reference.accumulator_dtype(x)),
+        x.new_empty((x.shape[0], min(x.shape[1:])), dtype=reference.accumulator_dtype(x)),
         x.new_empty((x.shape[0], len(levels)), dtype=torch.long),
-        x.new_empty((x.shape[0], size, size), dtype=reference.solver_dtype(x)),
+        _empty_gram(x, reference.solver_dtype(x)),
     )
 
 
-@torch.library.custom_op("fastkd::spectrum_backward", mutates_args=())
-def _backward_operator(upstream: Tensor, x: Tensor, product: Tensor) -> Tensor:
-    """Gradient of x; see `reference.backward`, which every backend takes."""
-    with torch.autocast(x.device.type, enabled=False):
-        return reference.backward(upstream, x, product)
+def _solve(product: Tensor, levels: tuple[float, ...]) -> tuple[Tensor, Tensor]:
+    """As `reference.solve`, by csrc/spectrum.cu; one launch, no synchronization.
 
-
-@_backward_operator.register_fake
-def _(upstream: Tensor, x: Tensor, product: Tensor) -> Tensor:
-    return torch.empty_like(x)
-
-
-def _save_for_backward(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    _, ranks, product = output
-    ctx.mark_non_differentiable(ranks, product)
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(inputs[0], product)
-
-
-def _differentiate(ctx, upstream, _ranks, _product):  # type: ignore[no-untyped-def]
-    if upstream is None:
-        return None, None, None
-    x, product = ctx.saved_tensors
-    return _backward_operator(upstream, x, product), None, None
-
-
-_operator.register_autograd(_differentiate, setup_context=_save_for_backward)
-checks.refuse_second_derivatives(_backward_operator, "spectrum")
-
-
-# Of the total energy, as the solvers are exact to a few units of rounding of the largest.
-SELF_CHECK_TOLERANCE = 1e-6
-
-
-def self_check(
-    implementation: Implementation, device: torch.device, dtypes: tuple[torch.dtype, ...], size: int
-) -> tuple[float, float]:
-    """Compare a solver with the float64 reference on small seeded matrices; synchronises.
-
-    Args:
-        implementation: the solver to try.
-        device: where to run it.
-        dtypes: of the tokens; solvers see their Gram matrices in float32.
-        size: n, which chooses the kernel.
-
-    Returns:
-        The largest error of an energy, as a part of the total; infinite where a rank is wrong. And
-        what is allowed.
+    Eigenvalues are those of the lower triangle, to a few 1e-7 of their sum; what is smaller than
+    about 2^-29 of it is 0.
     """
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(3, size, size + 3, generator=generator, dtype=torch.float64)
-    x[1] *= torch.logspace(0, -6, size, dtype=torch.float64).unsqueeze(-1)
-    product = (x @ x.mT).to(device, torch.float32)
-    product[2] = 0.0
-    energies, ranks = implementation.forward(product, LEVELS)
-    truth, _ = reference.solve(product.double(), ())
-    total = truth.sum(dim=-1, keepdim=True).clamp_min(1e-30)
-    error = ((energies.double() - truth).abs() / total).amax().nan_to_num(nan=math.inf).item()
-    near = ranks_near(truth, ranks, LEVELS)
-    return (error if near else math.inf), SELF_CHECK_TOLERANCE
-
-
-def ranks_near(
-    energies: Tensor, ranks: Tensor, levels: tuple[float, ...], band: float = 1e-5
-) -> bool:
-    """Whether ranks are right; a curve within ``band`` of a level may count as on either side.
-
-    Args:
-        energies: [B, n], the truth, in float64.
-        ranks: [B, levels].
-        levels: parts of the energy.
-        band: half the width of what counts as a tie.
-
-    Returns:
-        The answer.
-    """
-    least = reference.ranks_of(energies, tuple(level - band for level in levels))
-    most = reference.ranks_of(energies, tuple(level + band for level in levels))
-    return bool(((least <= ranks) & (ranks <= most)).all())
-
-
-def _solve_in_float32(product: Tensor, levels: tuple[float, ...]) -> tuple[Tensor, Tensor]:
-    return cuda.solve(product.float(), levels)
+    product = product.float()
+    energies = product.new_empty(product.shape[:-1])
+    ranks = product.new_empty((len(product), len(levels)), dtype=torch.long)
+    torch.ops.fastkd._spectrum_solve(product, list(levels), energies, ranks)
+    return energies, ranks
 
 
 def _too_large(x: Tensor, size: int) -> str | None:
-    if size <= cuda.LARGEST:
+    if size <= LARGEST:
         return None
-    return f"it takes matrices up to {cuda.LARGEST} on their smaller side, got {size}"
+    return f"it takes matrices up to {LARGEST} on their smaller side, got {size}"
 
 
-# A solver: forward(gram, levels) as `reference.solve`. The backward is the library's everywhere.
-OPERATOR: Operator[Implementation] = Operator(
-    name="spectrum",
-    implementations={
+def _example(run: Implementation, draw: Draw, x: Tensor, size: int) -> Iterator[Any]:
+    matrices = draw(3, size, size + 3, like=None).double()
+    matrices[1] *= torch.logspace(0, -6, size, dtype=torch.float64, device=x.device).unsqueeze(-1)
+    matrices[2] = 0
+    energies, ranks = run.forward(draw.rounded(matrices @ matrices.mT, torch.float32), LEVELS)
+    yield "value", energies
+    yield "value", ranks.double()
+
+
+# A solver: forward(gram, levels) as `reference.solve`. The backward is torch's on all backends.
+SOLVERS = Backends(
+    "spectrum",
+    {
         "torch": Implementation(reference.solve),
-        "cuda": Implementation(_solve_in_float32, refuses=_too_large, proven=False),
+        "cuda": Implementation(_solve, refuses=_too_large, proven=False),
     },
-    order=("cuda", "torch"),
-    self_check=self_check,
+    ("cuda", "torch"),
+    ("x", "size"),
+    _example,
 )
