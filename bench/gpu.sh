@@ -129,7 +129,7 @@ gpu_tests() { # a process per operator and backend: what one does to the GPU cos
 
 operator_tests() { # operator_tests MARK: kernels only; what operators do on a CPU needs no GPU
   local operator files=()
-  for operator in lift_kd lift_kd_cuda feature_kd spectrum spectrum_cuda second_moment sep; do
+  for operator in conformance lift_kd lift_kd_cuda feature_kd spectrum spectrum_cuda second_moment sep; do
     files+=("tests/ops/test_$operator.py")
   done
   if [ -n "$dry" ]; then # a test or two

@@ -95,7 +95,7 @@ def compile_tests(shard: str) -> None:
                 *args, **options
             )
 
-    files = [f"tests/ops/test_{name}.py" for name in (*OPERATORS, "sep")]
+    files = [f"tests/ops/test_{name}.py" for name in ("conformance", *OPERATORS, "sep")]
     arguments = ["-q", "--tb=no", "-p", "no:cacheprovider", "--backends", "triton"]
     sys.exit(pytest.main([*arguments, "--shard", shard, *files], plugins=[Direct()]))
 

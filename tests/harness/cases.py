@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 slow = pytest.mark.slow
@@ -136,6 +137,39 @@ SPECTRA: dict[str, Callable[[tuple[int, ...]], Tensor]] = {
         near_half_limit,
     )
 }
+
+
+def laid_out(x: Tensor, layout: str) -> Tensor:
+    """[B, H, W, D] as an operator's input, [B, N, D] or [B, D, H, W], as models produce them."""
+    tokens = x.flatten(1, 2)
+    if layout == "tokens":
+        return tokens.contiguous()
+    if layout == "cls_sliced_off":
+        return torch.cat([tokens[:, :1], tokens], dim=1)[:, 1:]
+    if layout == "unaligned":  # packs of 8 channels, but not at 16-byte addresses
+        padded = torch.cat([tokens.new_zeros(1), tokens.flatten()])
+        return padded[1:].view(tokens.shape)
+    if layout == "channels_sliced":  # tokens are an odd number of elements apart
+        return F.pad(tokens, (0, 1))[..., :-1]
+    if layout == "every_other_token":
+        return tokens.repeat_interleave(2, dim=1)[:, ::2]
+    if layout == "transposed":  # a channels-first map as tokens
+        return tokens.mT.contiguous().mT
+    if layout == "expanded":
+        return tokens[:1].expand(tokens.shape)
+    if layout == "channels_first":
+        return x.permute(0, 3, 1, 2).contiguous()
+    if layout == "channels_last_map":
+        return x.contiguous().permute(0, 3, 1, 2)
+    assert layout == "cropped"  # rows are not adjacent in memory
+    return F.pad(x, (0, 0, 1, 2, 1, 1)).permute(0, 3, 1, 2)[:, :, 1:-1, 1:-2]
+
+
+TOKEN_LAYOUTS = (
+    *("cls_sliced_off", "unaligned", "channels_sliced"),
+    *("every_other_token", "transposed", "expanded"),
+)
+MAP_LAYOUTS = ("channels_first", "channels_last_map", "cropped")
 
 
 def relative_error(found: Tensor, truth: Tensor) -> float:

@@ -17,8 +17,7 @@ from fastkd.ops.feature_kd.reference import LOSSES
 from fastkd.ops.lift_kd import cuda, reference
 from fastkd.ops.lift_kd.projection import LIFT_EPS, Projection
 from tests.harness import host, nvcc
-from tests.harness.cases import nearest_dtype_error, relative_error
-from tests.ops.test_feature_kd import layouts
+from tests.harness.cases import laid_out, nearest_dtype_error, relative_error
 
 PAPER = (192, 384)  # DeiT-Tiny to CaiT-S24
 SMALL = (32, 64)  # on the host only
@@ -101,17 +100,17 @@ def draw(
     def noise(*shape, dtype=None):
         return torch.randn(shape, generator=generator).to(device, dtype or compute)
 
-    def laid_out(x):
+    def view(x):
         if layout is None:
             return x
-        x = layouts(x, layout)
+        x = laid_out(x, layout)
         return x.permute(0, 2, 3, 1) if x.ndim == 4 else x.unflatten(1, grid[1:])
 
     weight = noise(wide, narrow) * narrow**-0.5
     norms = (1 + 0.3 * noise(wide), noise(wide)) if norm else (None, None)
     projection = Projection(weight, noise(wide) if bias else None, *norms, LIFT_EPS, compute)
-    tokens = laid_out(noise(*grid, narrow, dtype=token_dtype))
-    maps = laid_out(noise(*grid, wide, dtype=teacher_dtype)) if teacher else None
+    tokens = view(noise(*grid, narrow, dtype=token_dtype))
+    maps = view(noise(*grid, wide, dtype=teacher_dtype)) if teacher else None
     upstream = torch.full((), float(tokens.shape[:3].numel()), device=device)
     return Problem(
         tokens, projection, maps, loss, upstream, noise(grid[0], wide, dtype=torch.float32)

@@ -87,15 +87,6 @@ LAYOUTS = (
 )
 
 
-@pytest.mark.parametrize("weight", WEIGHTS)
-@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-def test_float64_equals_the_outer_products_to_1e_13(shape, weight):
-    tokens = draw("noise", shape, torch.float64)
-    truth = outer_products(tokens, weight)
-    assert relative_error(second_moment(tokens, weight), truth) < 1e-13
-    assert relative_error(reference.definition(tokens, weight), truth) < 1e-13
-
-
 @on_every_backend
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("weight", WEIGHTS)
@@ -137,17 +128,6 @@ def test_chunks_hold_every_token_once_and_in_order(shape):
     chunks = list(reference.row_chunks(tokens, 8))
     assert torch.equal(torch.cat(chunks), tokens.flatten(0, 1))
     assert max(len(chunk) for chunk in chunks) <= 8
-
-
-@on_every_backend
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("weight", WEIGHTS)
-@pytest.mark.parametrize("case", FINITE)
-def test_hard_tokens_are_as_right_as_float32_in_every_dtype(backend, case, weight, dtype):
-    tokens = draw(case, (2, 45, 40), dtype)
-    moment = measured(backend, tokens, weight)
-    # Eager PyTorch in half precision is wrong by 1e-3, or NaN: the sum is to be better than that.
-    assert relative_error(moment, outer_products(tokens, weight)) < 1e-5
 
 
 @on_every_backend
@@ -225,15 +205,6 @@ def test_values_at_float16s_limit_do_not_overflow(backend):
     assert relative_error(moment, torch.full((16, 16), 100 * 65504.0**2)) < 1e-6
 
 
-@on_every_backend
-@pytest.mark.parametrize("weight", WEIGHTS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_a_second_run_is_bitwise_equal(backend, weight, dtype):
-    tokens = draw("noise", (2, 150, 72), dtype)
-    first, second = (measured(backend, tokens, weight) for _ in range(2))
-    assert torch.equal(first, second)
-
-
 def measured_in_bands(tokens: Tensor, weight: str) -> Tensor:
     """Triton with splits and bands so short that a few hundred tokens take several of them."""
     from fastkd.ops.second_moment import triton
@@ -293,68 +264,6 @@ def test_normalising_by_powers_of_two_brings_every_norm_near_1(dtype):
     assert torch.allclose((scaled * weighted).sum(dim=-1), torch.ones(3, dtype=dtype))
 
 
-@on_every_backend
-def test_tokens_are_not_written_to(backend):
-    tokens = torch.randn(2, 9, 40, device=backend.device)
-    for weight in WEIGHTS:
-        assert torch.equal(backend.call(tokens_after, tokens, weight, backend.name), tokens)
-
-
-def tokens_after(tokens: Tensor, weight: str, backend: str) -> Tensor:
-    second_moment(tokens, weight, backend=backend)
-    return tokens
-
-
-@pytest.mark.parametrize("weight", WEIGHTS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
-def test_opcheck(dtype, weight):
-    tokens = torch.randn(2, 3, 8).to(dtype)
-    torch.library.opcheck(torch.ops.fastkd.second_moment.default, (tokens, weight, "torch"))
-
-
-def test_compiles_without_a_graph_break_and_with_any_number_of_tokens():
-    def measure_twice(tokens):
-        return second_moment(tokens * 2, "row_norm")
-
-    compiled = torch.compile(measure_twice, fullgraph=True, dynamic=True, backend="aot_eager")
-    for count in (4, 9, 16):
-        tokens = torch.randn(2, count, 8)
-        assert torch.equal(compiled(tokens), measure_twice(tokens))
-
-
-@pytest.mark.parametrize("weight", WEIGHTS)
-def test_autocast_changes_nothing(weight):
-    tokens = torch.randn(2, 49, 40)
-    expected = second_moment(tokens, weight)
-    with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(second_moment(tokens, weight), expected)
-
-
-@pytest.fixture
-def fast_matmul():
-    before = torch.backends.mkldnn.matmul.fp32_precision
-    torch.backends.mkldnn.matmul.fp32_precision = "bf16"
-    yield
-    torch.backends.mkldnn.matmul.fp32_precision = before
-
-
-@pytest.mark.parametrize("weight", WEIGHTS)
-def test_the_users_matmul_precision_changes_nothing(weight, fast_matmul):
-    tokens = torch.randn(2, 196, 64)
-    moment = second_moment(tokens, weight)
-    assert relative_error(moment, outer_products(tokens, weight)) < 1e-5
-    assert torch.backends.mkldnn.matmul.fp32_precision == "bf16"
-
-
-def test_tokens_that_require_a_gradient_are_refused():
-    tokens = torch.randn(4, 8, requires_grad=True)
-    with pytest.raises(ValueError, match=r"second_moment: .*gradient.*detach"):
-        second_moment(tokens)
-    with torch.no_grad():
-        assert not second_moment(tokens).requires_grad
-    assert not second_moment(tokens.detach()).requires_grad
-
-
 BAD_INPUTS = {
     "weight": (torch.zeros(4, 8), {"weight": "norm"}, ValueError, "'row_norm'.*got 'norm'"),
     "no_channels": (torch.zeros(4, 0), {}, ValueError, r"at least one channel, got \[4, 0\]"),
@@ -371,12 +280,6 @@ BAD_INPUTS = {
 def test_bad_inputs_are_named(tokens, options, error, text):
     with pytest.raises(error, match=f"second_moment: .*{text}"):
         second_moment(tokens, **options)
-
-
-@on_triton
-def test_float64_stays_on_the_reference(backend):
-    with pytest.raises(RuntimeError, match="float64 runs on 'torch' only"):
-        measured(backend, torch.zeros(4, 8, dtype=torch.float64), "none")
 
 
 def test_more_than_triton_can_count_is_refused():

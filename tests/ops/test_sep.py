@@ -69,20 +69,6 @@ def test_float64_equals_an_fft_per_token_to_1e_13(channels, convention):
     assert (std - truth.std(dim=0, correction=0)).abs().max() < 1e-7
 
 
-@on_every_backend
-@pytest.mark.parametrize("dtype", DTYPES[:3], ids=str)  # float64 runs on torch only
-@pytest.mark.parametrize("convention", CONVENTIONS)
-@pytest.mark.parametrize("case", FINITE)
-def test_mean_and_std_of_hard_tokens(backend, case, convention, dtype):
-    tokens = draw(case, (2, 33, 40), dtype)
-    mean, std = measured(backend, tokens, convention=convention, std=True)
-    truth = curves_of(tokens, convention)
-    assert mean.dtype == std.dtype == torch.float64
-    assert (mean - truth.mean(dim=0)).abs().max() < 1e-6
-    assert (std - truth.std(dim=0, correction=0)).abs().max() < 2e-6
-    assert abs(mean[-1].item() - 1) < 1e-12 and (mean.diff() >= 0).all()
-
-
 @pytest.mark.parametrize("shape", [(70, 10, 16), (2, 300, 16), (1, 16), (16,)], ids=str)
 def test_std_takes_any_leading_dimensions_and_several_chunks(shape):
     tokens = torch.randn(shape)
@@ -91,37 +77,11 @@ def test_std_takes_any_leading_dimensions_and_several_chunks(shape):
     assert (std - truth).abs().max() < 1e-6
 
 
-def test_tokens_that_require_a_gradient_are_refused():
-    with pytest.raises(ValueError, match=r"sep: .*gradient"):
-        sep(torch.randn(4, 8, requires_grad=True))
-
-
 @on_every_backend
 @pytest.mark.parametrize("tokens", [torch.empty(0, 4, 8), torch.zeros(2, 4, 8)], ids=["none", "0"])
 def test_without_a_token_with_energy_there_is_no_curve(backend, tokens):
     mean, std = measured(backend, tokens, std=True)
     assert mean.isnan().all() and std.isnan().all()
-
-
-@on_every_backend
-@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_a_token_that_is_not_finite_makes_nan(backend, bad):
-    tokens = torch.randn(2, 4, 8)
-    tokens[1, 2, 3] = bad
-    mean, std = measured(backend, tokens, std=True)
-    assert mean.isnan().all() and std.isnan().all()
-
-
-@pytest.mark.parametrize("std", [False, True])
-def test_compiles_without_a_graph_break(std):
-    def measure_both(tokens):
-        result = sep(tokens * 2, "folded", std=std)
-        return result if std else (result,)
-
-    tokens = torch.randn(2, 9, 8)
-    compiled = torch.compile(measure_both, fullgraph=True, backend="aot_eager")
-    for found, expected in zip(compiled(tokens), measure_both(tokens)):
-        assert torch.allclose(found, expected)
 
 
 @pytest.mark.parametrize("convention", CONVENTIONS)
