@@ -22,16 +22,14 @@ NO_LABEL = -1  # as on Hugging Face's hub
 _SYNSET = re.compile(r"n\d{8}")
 _BY_NUMBER = "classes_by='number' takes them by number"
 
+# macOS writes accents as letters of their own.
+_normalized = functools.partial(unicodedata.normalize, "NFC")
+
 logger = logging.getLogger("fastkd")
 
 
 class LabelError(ValueError):
     """A label is not a class number."""
-
-
-def is_missing(label: Any) -> bool:
-    """Return whether a label is None or -1."""
-    return label is None or (getattr(label, "ndim", 0) == 0 and bool(label == NO_LABEL))
 
 
 def class_number(label: Any, where: str) -> int | None:
@@ -42,15 +40,14 @@ def class_number(label: Any, where: str) -> int | None:
     if label is None:
         return None
     shape: Any = getattr(label, "shape", None)
-    single = shape is None or math.prod(shape) == 1
-    value = label.item() if single and shape is not None else label
+    value = label.item() if shape is not None and math.prod(shape) == 1 else label
     whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
     if (whole or (isinstance(value, float) and value.is_integer())) and value >= NO_LABEL:
         return int(value)
-    shown = reprlib.repr(label) if single else f"a {type(label).__name__} of shape {list(shape)}"
     hint = " (one-hot or soft labels?)" if shape or isinstance(value, list | tuple) else ""
     raise LabelError(
-        f"data: the label of {where} must be a whole number, from 0 (-1: none), got {shown}{hint}"
+        f"data: the label of {where} must be a whole number, from 0 (-1: none), got "
+        f"{reprlib.repr(label)}{hint}"
     )
 
 
@@ -62,11 +59,6 @@ def number_classes(names: Iterable[str]) -> dict[str, int]:
         if (other := seen.setdefault(_normalized(name), name)) != name:
             raise ValueError(f"data: two classes look the same: {other!a} and {name!a}")
     return {name: number for number, name in enumerate(ordered)}
-
-
-def _normalized(name: str) -> str:
-    """Return a name in one Unicode form: macOS writes accents as letters of their own."""
-    return unicodedata.normalize("NFC", name)
 
 
 def class_names(dataset: Any) -> dict[int, str]:

@@ -22,7 +22,6 @@ from fastkd.data.classes import (
     LabelError,
     class_names,
     class_number,
-    is_missing,
     match_classes,
     number_classes,
 )
@@ -39,7 +38,7 @@ from fastkd.data.image_files import (
 from fastkd.data.readers import DataPair, FileReader, ReadableImages, TarImages
 from fastkd.data.streaming import HubStream, ShardStream, StreamSource, image_column
 from fastkd.data.tars import SHARD_LISTS, SPLITS, ShardSplit, is_shard, parse_shard_list
-from fastkd.utils.arguments import refuse_blank
+from fastkd.utils.arguments import describe, refuse_blank
 from fastkd.utils.io import printable, writable
 from fastkd.utils.random import preserved_rng
 
@@ -94,11 +93,9 @@ def open_data(
     if train is not None:
         image, _ = _inspect(train, "training", labels)
         if labels and _num_classes(train) == 1:
-            names = getattr(getattr(train, "reader", train), "class_to_idx", None) or [0]
-            shown = ", ".join(printable(str(name)) for name in names)
             raise ValueError(
-                f"data: the training set has one class ({shown}), which teaches nothing; a recipe "
-                f"with labels=false needs no classes"
+                "data: the training set has one class, which teaches nothing; a recipe with "
+                "labels=false needs no classes"
             )
     first = val if train is None else train
     numbers, known, own = None, class_names(train), class_names(val)
@@ -134,15 +131,13 @@ def _inspect(dataset: Any, which: str, labels: bool) -> tuple[Any, bool]:
     if not isinstance(sample, tuple | list) or len(sample) != 2:
         raise ValueError(f"data: samples must be (image, label), got {type(sample).__name__}")
     image, label = sample
-    is_tensor = isinstance(image, Tensor)
-    if not isinstance(image, Image.Image) and not (
-        is_tensor and image.is_floating_point() and image.ndim == 3
-    ):
-        got = f"{image.dtype} {list(image.shape)}" if is_tensor else type(image)
-        raise ValueError(f"data: images must be PIL images or float tensors [C, H, W], got {got}")
-    labelled = not is_missing(label)
+    is_tensor = isinstance(image, Tensor) and image.is_floating_point() and image.ndim == 3
+    if not is_tensor and not isinstance(image, Image.Image):
+        expected = "PIL images or float tensors [C, H, W]"
+        raise ValueError(f"data: images must be {expected}, got {describe(image)}")
     try:
-        class_number(label, f"the {which} set ({type(dataset).__name__})")
+        number = class_number(label, f"the {which} set ({type(dataset).__name__})")
+        labelled = number not in (None, NO_LABEL)
     except LabelError:
         if labels:
             raise
@@ -257,7 +252,7 @@ def _open_hub_set(name: str, root: str | None, part: str, labels: bool) -> Reada
     reason = f"no column {reader.label_key!r}, but {columns}"
     if reader.label_key in columns:
         first = reader.dataset.select_columns([reader.label_key])[0] if len(reader) else {}
-        if not is_missing(first.get(reader.label_key, 0)):
+        if first.get(reader.label_key, 0) not in (None, NO_LABEL):
             return ReadableImages(reader, f"{name}/{split}")
         reason = f"no labels in its split {split}"
     if labels:

@@ -271,18 +271,13 @@ def _rotation(width: int, height: int, degrees: float) -> tuple[float, ...]:
     return cos, -sin, x - cos * x + sin * y, sin, cos, y - sin * x - cos * y
 
 
+_POINTWISE = (
+    *("auto_contrast", "equalize", "invert", "posterize", "solarize", "solarize_add"),
+    *("brightness", "contrast", "color", "sharpness"),
+)
 # timm's functions as calls: (size, resample, *arguments) -> Call.
 _TRANSLATIONS: dict[Any, Callable[..., Call]] = {
-    auto_augment.auto_contrast: _single(Operation.AUTO_CONTRAST),
-    auto_augment.equalize: _single(Operation.EQUALIZE),
-    auto_augment.invert: _single(Operation.INVERT),
-    auto_augment.posterize: _single(Operation.POSTERIZE),
-    auto_augment.solarize: _single(Operation.SOLARIZE),
-    auto_augment.solarize_add: _single(Operation.SOLARIZE_ADD),
-    auto_augment.brightness: _single(Operation.BRIGHTNESS),
-    auto_augment.contrast: _single(Operation.CONTRAST),
-    auto_augment.color: _single(Operation.COLOR),
-    auto_augment.sharpness: _single(Operation.SHARPNESS),
+    **{getattr(auto_augment, name): _single(Operation[name.upper()]) for name in _POINTWISE},
     auto_augment.desaturate: _desaturation,
     auto_augment.rotate: _affine(_rotation),
     auto_augment.shear_x: _affine(lambda w, h, factor: (1, factor, 0, 0, 1, 0)),

@@ -7,7 +7,7 @@ import os
 import re
 import signal
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from multiprocessing import popen_fork
 from multiprocessing.context import ForkContext, ForkProcess
 from typing import Any
@@ -73,13 +73,6 @@ class SampleDataset(Dataset[Any]):
 
     def __len__(self) -> int:
         return len(self.dataset)
-
-    def __getitem__(self, key: SampleKey) -> tuple[Any, Any]:
-        """Return one (image, label), as of any dataset."""
-        sample = self.__getitems__([key])[0]
-        if isinstance(sample, Fault):
-            raise OSError(f"data: cannot read {sample.name}: {sample.reason}")
-        return sample.image, sample.label
 
     def __getitems__(self, keys: list[SampleKey]) -> list[Sample | Fault]:
         """Fetch a batch, as torch's loader asks for it; faults unless they are replaced."""
@@ -192,7 +185,8 @@ def train_loader(
         sampler = TrainBatchSampler(**schedule, repeats=recipe.repeated_aug, together=at_once)
         batching = {"batch_sampler": sampler}
     bound = (recipe.num_classes or data.num_classes or ANY_CLASS) if recipe.labels else None
-    return _Loader(dataset, _collate(data, spec, bound), notes, peers, **batching)
+    stack = Collate(spec if data.yields_tensors else None, bound)
+    return _Loader(dataset, stack, notes, peers, **batching)
 
 
 def eval_loader(
@@ -215,7 +209,7 @@ def eval_loader(
     bound = (recipe.num_classes or data.num_classes or ANY_CLASS) if data.labelled_val else None
     if data.numbers and bound is not None:
         bound = 1 + max(data.numbers)
-    stack = _collate(data, spec, bound, data.numbers)
+    stack = Collate(spec if data.yields_tensors else None, bound, data.numbers)
     return _Loader(dataset, stack, notes, peers, sampler=sampler, batch_size=recipe.eval_batch_size)
 
 
@@ -230,12 +224,6 @@ def schedule_of(loader: DataLoader[Any]) -> Schedule:
     """Return what holds an epoch's length and where the next iteration starts."""
     schedule: Any = loader.dataset if isinstance(loader.dataset, Schedule) else loader.batch_sampler
     return schedule
-
-
-def _collate(
-    data: DataPair, spec: InputSpec, bound: int | None, numbers: Mapping[int, int] | None = None
-) -> Collate:
-    return Collate(spec if data.yields_tensors else None, bound, numbers)
 
 
 class _Loader(DataLoader[Any]):

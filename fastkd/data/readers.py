@@ -30,7 +30,7 @@ from fastkd.data.tars import list_classes, list_shard
 from fastkd.utils.io import replacing, writable
 from fastkd.utils.progress import track
 
-_VERSION = 5  # of the index kept beside the archives
+_VERSION = 6  # of the index kept beside the archives
 
 
 @dataclass(frozen=True)
@@ -119,57 +119,41 @@ class TarImages:
         self.tars = list(tars)
         found = [path.stat() for path in self.tars]
         self.states = [_state(status) for status in found]
-        self._index = _open_index(self.tars, found, layout, target)
-        self.targets = self._index.label  # [samples]
-        self.class_to_idx = {name: number for number, name in enumerate(self._index.classes)}
-        self.empty, self.folders = self._index.empty, self._index.folders
+        about, self._index = _open_index(self.tars, found, layout, target)
+        self.targets = self._index["label"]  # [samples]
+        self.class_to_idx = {name: number for number, name in enumerate(about["classes"])}
+        self.empty, self.folders = about["empty"], about["folders"]
         several = layout == "shards" or len(self.tars) > 1
-        warn_left_out(self.tars[0].parent if several else self.tars[0], self._index.left_out)
+        warn_left_out(self.tars[0].parent if several else self.tars[0], about["left_out"])
 
     def renumber(self, numbers: Mapping[int, int], class_to_idx: dict[str, int]) -> None:
         """Take the class numbers of a training set; ``numbers`` maps this set's to those."""
         new = [numbers[number] for number in self.class_to_idx.values()]
-        self.targets = np.array([*new, NO_LABEL])[self._index.label]  # -1 picks the last
+        self.targets = np.array([*new, NO_LABEL])[self._index["label"]]  # -1 picks the last
         self.class_to_idx = class_to_idx
 
     def __len__(self) -> int:
         return len(self.targets)
 
     def __getitem__(self, index: int) -> tuple[BinaryIO, int | None]:
-        tar = int(self._index.tar[index])
+        tar, offset, size = (int(self._index[name][index]) for name in ("tar", "offset", "size"))
         with open_file(self.tars[tar], buffering=0) as file:
             if _state(os.fstat(file.fileno())) != self.states[tar]:
                 raise OSError(f"{self.tars[tar]} has changed since its samples were listed")
-            file.seek(int(self._index.offset[index]))
-            content = file.read(int(self._index.size[index]))
+            file.seek(offset)
+            content = file.read(size)
         label = int(self.targets[index])
         return io.BytesIO(content), None if label == NO_LABEL else label
 
     def filename(self, index: int, basename: bool = False, absolute: bool = False) -> str:
         """Return an image's archive and its name there, as ``train-0000.tar:key.jpg``."""
-        start = self._index.name_end[index - 1] if index else 0
-        encoded = self._index.names[start : self._index.name_end[index]].tobytes()
+        start = self._index["name_end"][index - 1] if index else 0
+        encoded = self._index["names"][start : self._index["name_end"][index]].tobytes()
         name = encoded.decode(errors="surrogateescape")
         if basename:
             return name.rsplit("/", 1)[-1]
-        path = self.tars[int(self._index.tar[index])]
+        path = self.tars[int(self._index["tar"][index])]
         return f"{path if absolute else path.name}:{name}"
-
-
-@dataclass(frozen=True)
-class _Index:
-    """All samples of some archives, in arrays, which loader processes share."""
-
-    tar: np.ndarray  # [samples] index of the archive
-    offset: np.ndarray  # [samples] of the image in it
-    size: np.ndarray  # [samples] bytes of the image
-    label: np.ndarray  # [samples] class number, or -1
-    names: np.ndarray  # [bytes] the members' names, joined; UTF-8, or whatever bytes they are
-    name_end: np.ndarray  # [samples] where each name ends
-    classes: list[str]  # names by number; empty if classes have none
-    empty: list[str]  # names of classes without images
-    folders: int  # that the images are in
-    left_out: str  # what is not part of the data
 
 
 def _state(status: os.stat_result) -> tuple[int, int]:
@@ -178,41 +162,32 @@ def _state(status: os.stat_result) -> tuple[int, int]:
 
 def _open_index(
     tars: list[Path], found: list[os.stat_result], layout: str, target: str | None
-) -> _Index:
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """Load the index beside the archives, if it is of these; else list them, and keep it there."""
-    of = {
-        "version": _VERSION,
-        # ctime, since copying or unpacking archives may set their mtime.
-        "tars": [
-            [path.name, *_state(status), status.st_ctime_ns]
-            for path, status in zip(tars, found, strict=True)
-        ],
-        "extensions": [*image_endings()],
-        "layout": layout,
-        "target": target,
-    }
+    # ctime, since copying or unpacking archives may set their mtime.
+    states = [[path.name, *_state(s), s.st_ctime_ns] for path, s in zip(tars, found, strict=True)]
+    of = [_VERSION, states, [*image_endings()], layout, target]
     digest = hashlib.sha256(json.dumps([path.name for path in tars]).encode()).hexdigest()
     kept = tars[0].parent / f".fastkd-{digest[:12]}.npz"
-    # A file of something else, or a broken one, may raise anything.
     with (
-        contextlib.suppress(Exception),
-        open_file(kept) as file,
-        np.load(file, allow_pickle=False) as arrays,
+        contextlib.suppress(Exception),  # of a broken file, or of another program's
+        open_file(kept) as opened,
+        np.load(opened, allow_pickle=False) as loaded,
     ):
-        header = json.loads(arrays["header"].tobytes())
-        if header.pop("of") == of:
-            return _Index(**header, **{name: arrays[name] for name in arrays if name != "header"})
-    index = _list_tars(tars, layout, target)
-    parts = vars(index)
-    header = {name: part for name, part in parts.items() if not isinstance(part, np.ndarray)}
-    text = json.dumps({"of": of, **header}).encode()
+        about = json.loads(loaded["about"].tobytes())
+        if about["of"] == of:
+            return about, {name: loaded[name] for name in loaded if name != "about"}
+    about, arrays = _list_tars(tars, layout, target)
+    text = json.dumps({"of": of, **about}).encode()
     with contextlib.suppress(OSError), replacing(kept) as file:  # read-only data have no index
-        arrays = {name: part for name, part in parts.items() if name not in header}
-        np.savez(file, header=np.frombuffer(text, np.uint8), **arrays)
-    return index
+        np.savez(file, about=np.frombuffer(text, np.uint8), **arrays)
+    return about, arrays
 
 
-def _list_tars(tars: list[Path], layout: str, target: str | None) -> _Index:
+def _list_tars(
+    tars: list[Path], layout: str, target: str | None
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """List all samples, in arrays, which loader processes share without a copy."""
     left_out = LeftOut()
     listings = [
         list_shard(path, target, left_out)
@@ -225,15 +200,18 @@ def _list_tars(tars: list[Path], layout: str, target: str | None) -> _Index:
     classes = number_classes({label for label in labels if isinstance(label, str)})
     numbers: dict[Any, int] = {None: NO_LABEL, **classes}
     names = [member.name.encode(errors="surrogateescape") for member in members]
-    return _Index(
-        tar=np.repeat(np.arange(len(tars)), [len(listing.members) for listing in listings]),
-        offset=np.array([member.offset for member in members], np.int64),
-        size=np.array([member.size for member in members], np.int64),
-        label=np.array([numbers.get(label, label) for label in labels], np.int64),
-        names=np.frombuffer(b"".join(names), np.uint8),
-        name_end=np.cumsum([len(name) for name in names], dtype=np.int64),
-        classes=list(classes),
-        empty=[name for listing in listings for name in listing.empty],
-        folders=sum(listing.folders for listing in listings),
-        left_out=str(left_out),
-    )
+    arrays: dict[str, Any] = {
+        "tar": np.repeat(np.arange(len(tars)), [len(listing.members) for listing in listings]),
+        "offset": np.array([member.offset for member in members], np.int64),  # of the image
+        "size": np.array([member.size for member in members], np.int64),  # bytes
+        "label": np.array([numbers.get(label, label) for label in labels], np.int64),
+        "names": np.frombuffer(b"".join(names), np.uint8),  # joined
+        "name_end": np.cumsum([len(name) for name in names], dtype=np.int64),
+    }
+    about: dict[str, Any] = {
+        "classes": list(classes),  # empty if labels are numbers
+        "empty": [name for listing in listings for name in listing.empty],
+        "folders": sum(listing.folders for listing in listings),
+        "left_out": str(left_out),
+    }
+    return about, arrays

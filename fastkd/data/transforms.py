@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -80,24 +81,14 @@ def resized_size(config: DataConfig, spec: InputSpec) -> tuple[int, int, bool] |
 
 
 def keep_one_bit(transform: Any) -> None:
-    """Let no posterize operation of a timm transform ask for 0 bits.
-
-    timm's policies may draw 0 bits (a black image), which Pillow >= 13 refuses with an error in the
-    middle of an epoch. Only the given transform's operations are changed, not timm.
-    """
+    """Let no posterize operation of a timm transform ask for 0 bits, which Pillow >= 13 refuses."""
     for operation in operations_of(transform):
         if operation.name.startswith("Posterize"):
-            operation.aug_fn = _AtLeastOneBit(operation.aug_fn)
+            operation.aug_fn = functools.partial(_posterize, operation.aug_fn)
 
 
-class _AtLeastOneBit:
-    """A posterize function whose second argument, the bits to keep, is at least 1."""
-
-    def __init__(self, posterize: Callable[..., Any]) -> None:
-        self.posterize = posterize
-
-    def __call__(self, image: Any, bits: int, **options: Any) -> Any:
-        return self.posterize(image, max(1, bits), **options)
+def _posterize(posterize: Callable[..., Any], image: Any, bits: int, **options: Any) -> Any:
+    return posterize(image, max(1, bits), **options)
 
 
 def operations_of(transform: Any) -> Iterator[AugmentOp]:

@@ -14,7 +14,6 @@ from fastkd.data.classes import (
     LabelError,
     class_names,
     class_number,
-    is_missing,
     match_classes,
     number_classes,
     require_same_classes,
@@ -47,16 +46,6 @@ def test_accents_are_the_same_however_they_are_written(own, other):
 def test_two_classes_that_look_the_same_are_refused():
     with pytest.raises(ValueError, match=r"'cafe\\u0301' and 'caf\\xe9'"):
         number_classes({NFC, "b", NFD})
-
-
-@pytest.mark.parametrize("label", [None, -1, np.int64(-1), torch.tensor(-1)])
-def test_a_label_of_none_or_minus_one_is_missing(label):
-    assert is_missing(label)
-
-
-@pytest.mark.parametrize("label", [0, 3, np.array([-1, -1]), "-1"])
-def test_any_other_label_is_there(label):
-    assert not is_missing(label)
 
 
 def test_a_subset_takes_the_models_numbers_by_name():
@@ -238,9 +227,9 @@ def test_whole_numbers_are_labels(label, number):
         (float("nan"), "nan"),
         (float("inf"), "inf"),
         (np.float16(1.5), "1.5"),
-        (torch.tensor([0.0, 1.0]), r"a Tensor of shape \[2\] \(one-hot"),
-        (np.eye(4)[1], r"a ndarray of shape \[4\] \(one-hot"),
-        (torch.zeros(0), r"a Tensor of shape \[0\]"),
+        (torch.tensor([0.0, 1.0]), r"tensor\(.* \(one-hot"),
+        (np.eye(4)[1], r"array\(.* \(one-hot"),
+        (torch.zeros(0), r"tensor\(\[\]"),
         ([0, 1, 0], r"\[0, 1, 0\] \(one-hot"),
         ((0,) * 1000, r"\.\.\."),
         ("3", "'3'"),
