@@ -45,10 +45,52 @@ def apply_operation(
     """
     if operation in _TAPS:
         return _affine(images, arguments, fill, *_TAPS[operation])
-    return _POINTWISE[operation](images, arguments[:, 0].view(-1, 1, 1, 1))
+    value = arguments[:, 0].view(-1, 1, 1, 1)
+    match operation:
+        case Operation.AUTO_CONTRAST:
+            return _auto_contrast(images)
+        case Operation.EQUALIZE:
+            return _equalize(images)
+        case Operation.INVERT:
+            return 255 - images
+        case Operation.POSTERIZE:
+            dropped = (8 - value.int()).clamp(min=0).to(torch.uint8)
+            return (images >> dropped) << dropped
+        case Operation.SOLARIZE:
+            return torch.where(images < value, images, 255 - images)
+        case Operation.SOLARIZE_ADD:
+            brighter = (images.int() + value.int()).clamp(max=255).to(torch.uint8)
+            return torch.where(images < 128, brighter, images)
+    # From a degenerate image (factor 0) to the image (1) and beyond.
+    start = _degenerate(operation, images).to(torch.float32)
+    change = value * (images - start)  # rounded by itself, as in Pillow: no fused multiply-add
+    return (start + change).clamp_(0, 255).to(torch.uint8)
 
 
-def _auto_contrast(images: Tensor, _: Tensor) -> Tensor:
+def _degenerate(operation: Operation, images: Tensor) -> Tensor:
+    """Return the image without brightness, contrast, color or sharpness."""
+    if operation == Operation.BRIGHTNESS:
+        return torch.zeros_like(images[:, :1, :1, :1])
+    if operation == Operation.SHARPNESS:
+        pixels = images.int()
+        columns = pixels[..., :-2] + pixels[..., 1:-1] + pixels[..., 2:]
+        window = columns[..., :-2, :] + columns[..., 1:-1, :] + columns[..., 2:, :]
+        smooth = pixels.clone()  # Pillow's filters leave the outermost pixels as they are
+        inner = smooth[..., 1:-1, 1:-1]
+        # Weights 1, and 5 in the middle, over 13, rounded to the nearest.
+        inner.copy_((2 * (window + 4 * inner) + 13) // 26)
+        return smooth
+    # Pillow's gray levels, ITU-R 601-2 in 16 bits: [G, 1, H, W] int32.
+    red, green, blue = images.int().unbind(1)
+    gray = ((19595 * red + 38470 * green + 7471 * blue + 0x8000) >> 16).unsqueeze(1)
+    if operation == Operation.COLOR:
+        return gray
+    count = gray[0].numel()
+    mean = (2 * gray.flatten(1).sum(1) + count) // (2 * count)
+    return mean.view(-1, 1, 1, 1)
+
+
+def _auto_contrast(images: Tensor) -> Tensor:
     pixels = images.flatten(2)
     low, high = pixels.amin(2, keepdim=True), pixels.amax(2, keepdim=True)
     # In double, since values just below a whole number decide a gray level, as in Pillow.
@@ -59,8 +101,11 @@ def _auto_contrast(images: Tensor, _: Tensor) -> Tensor:
     return _look_up(torch.where(high > low, stretched, levels), images)
 
 
-def _equalize(images: Tensor, _: Tensor) -> Tensor:
-    histogram = _histogram(images)
+def _equalize(images: Tensor) -> Tensor:
+    pixels = images.flatten(2).long()
+    ones = torch.ones((), dtype=torch.int32, device=images.device).expand(pixels.shape)
+    counts = torch.zeros(*images.shape[:2], LEVELS, dtype=torch.int32, device=images.device)
+    histogram = counts.scatter_add_(2, pixels, ones)  # without synchronization
     levels = torch.arange(LEVELS, device=images.device, dtype=torch.int32)
     brightest = (levels * (histogram > 0)).amax(2, keepdim=True)
     step = (histogram.sum(2, keepdim=True) - histogram.gather(2, brightest.long())) // 255
@@ -68,68 +113,6 @@ def _equalize(images: Tensor, _: Tensor) -> Tensor:
     equalized = (step // 2 + below) // step.clamp(min=1)
     # With (nearly) a single level, Pillow leaves the channel as it is.
     return _look_up(torch.where(step > 0, equalized.clamp(max=255), levels), images)
-
-
-def _posterize(images: Tensor, bits: Tensor) -> Tensor:
-    dropped = (8 - bits.int()).clamp(min=0)
-    return (images >> dropped.to(torch.uint8)) << dropped.to(torch.uint8)
-
-
-def _solarize(images: Tensor, threshold: Tensor) -> Tensor:
-    return torch.where(images < threshold, images, 255 - images)
-
-
-def _solarize_add(images: Tensor, added: Tensor) -> Tensor:
-    brighter = (images.int() + added.int()).clamp(max=255).to(torch.uint8)
-    return torch.where(images < 128, brighter, images)
-
-
-def _brightness(images: Tensor, factor: Tensor) -> Tensor:
-    return _blend(torch.zeros_like(images[:, :1, :1, :1]), images, factor)
-
-
-def _contrast(images: Tensor, factor: Tensor) -> Tensor:
-    luma = _luma(images).flatten(1)
-    count = luma.shape[1]
-    mean = (2 * luma.sum(1) + count) // (2 * count)
-    return _blend(mean.view(-1, 1, 1, 1), images, factor)
-
-
-def _color(images: Tensor, factor: Tensor) -> Tensor:
-    return _blend(_luma(images), images, factor)
-
-
-def _sharpness(images: Tensor, factor: Tensor) -> Tensor:
-    pixels = images.int()
-    columns = pixels[..., :-2] + pixels[..., 1:-1] + pixels[..., 2:]
-    window = columns[..., :-2, :] + columns[..., 1:-1, :] + columns[..., 2:, :]
-    smooth = pixels.clone()  # Pillow's filters leave the outermost pixels as they are
-    inner = smooth[..., 1:-1, 1:-1]
-    # Weights 1, and 5 in the middle, over 13, rounded to the nearest.
-    inner.copy_((2 * (window + 4 * inner) + 13) // 26)
-    return _blend(smooth, images, factor)
-
-
-def _luma(images: Tensor) -> Tensor:
-    """Return Pillow's gray levels, ITU-R 601-2 in 16 bits: [G, 1, H, W] int32."""
-    red, green, blue = images.int().unbind(1)
-    return ((19595 * red + 38470 * green + 7471 * blue + 0x8000) >> 16).unsqueeze(1)
-
-
-def _blend(degenerate: Tensor, images: Tensor, factor: Tensor) -> Tensor:
-    """Interpolate from a degenerate image (factor 0) to the image (1) and beyond."""
-    start = degenerate.to(torch.float32)
-    # Rounded by itself, as in Pillow: no fused multiply-add.
-    change = factor * (images - start)
-    return (start + change).clamp_(0, 255).to(torch.uint8)
-
-
-def _histogram(images: Tensor) -> Tensor:
-    """Count each level: [G, 3, 256] int32, without synchronization."""
-    pixels = images.flatten(2).long()
-    counts = torch.zeros(*images.shape[:2], LEVELS, dtype=torch.int32, device=images.device)
-    ones = torch.ones((), dtype=torch.int32, device=images.device).expand(pixels.shape)
-    return counts.scatter_add_(2, pixels, ones)
 
 
 def _look_up(tables: Tensor, images: Tensor) -> Tensor:
@@ -188,19 +171,6 @@ def _cubic(values: list[Tensor], place: Tensor) -> Tensor:
 
 # Interpolation, first tap (from the pixel left of, or above, the place), number of taps.
 _TAPS = {Operation.AFFINE_BILINEAR: (_linear, 0, 2), Operation.AFFINE_BICUBIC: (_cubic, -1, 4)}
-
-_POINTWISE: dict[Operation, Callable[[Tensor, Tensor], Tensor]] = {
-    Operation.AUTO_CONTRAST: _auto_contrast,
-    Operation.EQUALIZE: _equalize,
-    Operation.INVERT: lambda images, _: 255 - images,
-    Operation.POSTERIZE: _posterize,
-    Operation.SOLARIZE: _solarize,
-    Operation.SOLARIZE_ADD: _solarize_add,
-    Operation.BRIGHTNESS: _brightness,
-    Operation.CONTRAST: _contrast,
-    Operation.COLOR: _color,
-    Operation.SHARPNESS: _sharpness,
-}
 
 
 def erase(images: Tensor, boxes: Tensor, seeds: Tensor) -> Tensor:

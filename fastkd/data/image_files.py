@@ -11,7 +11,7 @@ import os
 import re
 import stat
 import warnings
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -85,17 +85,17 @@ class LeftOut:
     NAMED = 3  # of every kind, but files that are counted by ending
 
     def __init__(self) -> None:
-        self._endings: dict[tuple[str, str], Counter[str]] = {}
-        self._names: dict[tuple[str, str], list[str]] = {}
+        self._endings = defaultdict[tuple[str, str], Counter[str]](Counter)
+        self._names = defaultdict[tuple[str, str], list[str]](list)  # the first ones
 
     def add(self, kind: tuple[str, str], name: str) -> None:
         """Count a file, link or member of an archive."""
         ending = os.path.splitext(name)[1].lower()
         if not re.fullmatch(r"\.\w{1,12}", ending, re.ASCII):
             ending = "others" if ending else "without ending"
-        self._endings.setdefault(kind, Counter())[ending] += 1
-        if len(names := self._names.setdefault(kind, [])) < self.NAMED:
-            names.append(writable(name))
+        self._endings[kind][ending] += 1
+        if len(self._names[kind]) < self.NAMED:
+            self._names[kind].append(writable(name))
 
     def __str__(self) -> str:
         parts = []

@@ -50,11 +50,7 @@ logger = logging.getLogger("fastkd")
 
 
 class SampleDataset(Dataset[Any]):
-    """A map-style dataset addressed by `SampleKey`; (seed, epoch, sample, copy) seed a sample.
-
-    Generators are left as they were, so that loading in the main process (``workers=0``) and in
-    loader processes gives the same samples.
-    """
+    """A map-style dataset addressed by `SampleKey`; (seed, epoch, sample, copy) seed a sample."""
 
     def __init__(
         self,
@@ -79,7 +75,7 @@ class SampleDataset(Dataset[Any]):
         if self.seed is None:
             return [self._sample(key, {}) for key in keys]
         decoded: dict[int, tuple[Any, ...]] = {}
-        with preserved_rng():
+        with preserved_rng():  # so that loading in the main process gives the same samples
             return [self._sample(key, decoded) for key in keys]
 
     def name(self, index: int) -> str:
@@ -112,7 +108,8 @@ class SampleDataset(Dataset[Any]):
         faults: list[Fault] = []
         for attempt in range(1, REPLACEMENTS + 2):
             try:
-                return *self._read(index), tuple(faults)
+                image, label = self.dataset[index]
+                return self.transform.decode(image), self._number(label, index), tuple(faults)
             except UNREADABLE as error:
                 faults.append(Fault(index, self.name(index), reason_of(error)))
             if self.replacing is None:
@@ -123,16 +120,6 @@ class SampleDataset(Dataset[Any]):
             f"data: cannot read {faults[0].name} (sample {key.sample}), nor any of {REPLACEMENTS} "
             f"images tried in its place: {faults[0].reason}"
         )
-
-    def _read(self, index: int) -> tuple[Any, Any]:
-        image, label = self.dataset[index]
-        try:
-            return self.transform.decode(image), self._number(label, index)
-        except OSError as error:
-            reason = error.__cause__ or error
-            raise OSError(
-                f"data: cannot decode {self.name(index)} (sample {index}): {reason}"
-            ) from error
 
     def _number(self, label: Any, index: int) -> int | None:
         if type(label) is int and label >= 0:
@@ -227,7 +214,7 @@ def schedule_of(loader: DataLoader[Any]) -> Schedule:
 
 
 class _Loader(DataLoader[Any]):
-    """A dataloader of both kinds; what a resumed stream has used already (None) is left out."""
+    """A dataloader of both kinds; it skips what a resumed stream has used already (None)."""
 
     def __init__(
         self, dataset: Any, stack: Collate, notes: WorkerNotes, peers: World, **batching: Any
@@ -321,20 +308,15 @@ def loader_options(workers: int, device: torch.device) -> dict[str, Any]:
 
 
 def _ignore_signals(_: int) -> None:
-    """Leave signals that stop a run to the main process, which finishes its update.
-
-    torchrun, SLURM and a terminal's Ctrl-C signal all processes; a loader that loses its own cannot
-    finish the update after which all ranks stop.
-    """
+    # torchrun, SLURM and a terminal's Ctrl-C signal all processes, but the main process needs its
+    # loader to finish the update after which all ranks stop.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
     signal.signal(END, lambda *_: os._exit(0))
 
 
 class _Killable(popen_fork.Popen):
-    """A child that ignores SIGTERM, by which multiprocessing ends those that are left."""
-
-    def terminate(self) -> None:
+    def terminate(self) -> None:  # multiprocessing sends SIGTERM, which is ignored
         os.kill(self.pid, END)  # torch raises an error for a process that dies by a signal
         if self.wait(END_SECONDS) is None:
             self.kill()

@@ -23,7 +23,6 @@ from fastkd.data.image_files import (
 
 SPLITS = {"train": ("train", "training"), "validation": ("validation", "val", "valid", "test")}
 SHARD_LISTS = ("_info.json", "info.json")  # beside WebDataset shards, as timm reads them
-MAX_SAMPLES = 10**12  # that a list of shards may state
 MAX_CLASSES = 10**6  # where shards do not state their number of classes
 _PEEKED = 64  # headers that tell a shard from another tar
 
@@ -276,7 +275,7 @@ def _parse_split(where: str, name: str, split: Any, classes: Any) -> ShardSplit:
             )
     if len({*map(os.path.normpath, files)}) < len(files):
         raise ValueError(f"data: {where}: split {name} lists a shard twice")
-    if not isinstance(samples, int | None) or not 0 <= (samples or 0) < MAX_SAMPLES:
+    if not isinstance(samples, int | None) or not 0 <= (samples or 0) < 2**63:
         raise ValueError(
             f"data: {where}: num_samples of split {name} must be a number, got {samples!r:.50}"
         )
