@@ -63,7 +63,7 @@ def number_classes(names: Iterable[str]) -> dict[str, int]:
 
 def class_names(dataset: Any) -> dict[int, str]:
     """Return a dataset's class names by label, with synonyms joined; empty where it has none."""
-    if not getattr(dataset, "labelled", True):
+    if not getattr(dataset, "labeled", True):
         return {}
     while isinstance(dataset, Subset):
         dataset = dataset.dataset

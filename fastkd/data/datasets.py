@@ -89,7 +89,7 @@ def open_data(
             f"data: expected a folder, a timm dataset name or (train, val) datasets, got "
             f"{type(data).__name__}"
         )
-    image, labelled_val = _inspect(val, "evaluation", labels)
+    image, labeled_val = _inspect(val, "evaluation", labels)
     if train is not None:
         image, _ = _inspect(train, "training", labels)
         if labels and _num_classes(train) == 1:
@@ -99,7 +99,7 @@ def open_data(
             )
     first = val if train is None else train
     numbers, known, own = None, class_names(train), class_names(val)
-    if known and own and known != own and labelled_val:
+    if known and own and known != own and labeled_val:
         numbers = _numbers_by_name(own, known, "evaluation set")
     return DataPair(
         train=train,
@@ -107,7 +107,7 @@ def open_data(
         num_classes=_num_classes(first) or _num_classes(val),
         yields_tensors=isinstance(image, Tensor),
         image_size=tuple(image.shape) if isinstance(image, Tensor) else None,  # type: ignore[arg-type]
-        labelled_val=labelled_val,
+        labeled_val=labeled_val,
         streams=isinstance(first, StreamSource),
         numbers=numbers,
     )
@@ -125,7 +125,7 @@ def _inspect(dataset: Any, which: str, labels: bool) -> tuple[Any, bool]:
     if len(dataset) == 0:
         raise ValueError(f"data: {type(dataset).__name__} is empty")
     if isinstance(dataset, ReadableImages):
-        return None, dataset.labelled
+        return None, dataset.labeled
     with preserved_rng():
         sample = _first_readable(dataset)
     if not isinstance(sample, tuple | list) or len(sample) != 2:
@@ -137,17 +137,17 @@ def _inspect(dataset: Any, which: str, labels: bool) -> tuple[Any, bool]:
         raise ValueError(f"data: images must be {expected}, got {describe(image)}")
     try:
         number = class_number(label, f"the {which} set ({type(dataset).__name__})")
-        labelled = number not in (None, NO_LABEL)
+        labeled = number not in (None, NO_LABEL)
     except LabelError:
         if labels:
             raise
-        labelled = False
-    if labels and not labelled:
+        labeled = False
+    if labels and not labeled:
         raise ValueError(
             f"data: samples of the {which} set have no label; a student can be trained on its "
             f"teacher alone, with labels=False"
         )
-    return image, labelled
+    return image, labeled
 
 
 def _first_readable(dataset: Any) -> Any:
@@ -160,7 +160,7 @@ def _first_readable(dataset: Any) -> Any:
 
 
 def _num_classes(dataset: Any) -> int | None:
-    if isinstance(dataset, ReadableImages) and not dataset.labelled:
+    if isinstance(dataset, ReadableImages) and not dataset.labeled:
         return None
     if getattr(dataset, "num_classes", None) is not None:
         return dataset.num_classes
@@ -258,7 +258,7 @@ def _open_hub_set(name: str, root: str | None, part: str, labels: bool) -> Reada
     if labels:
         raise ValueError(f"data: {name} has {reason}; a recipe with labels=false needs none")
     reader.label_key = reader.image_key  # any column that exists; its values are not used
-    return ReadableImages(reader, f"{name}/{split}", labelled=False)
+    return ReadableImages(reader, f"{name}/{split}", labeled=False)
 
 
 class _Split(NamedTuple):
@@ -279,10 +279,10 @@ def _open_folder(folder: Path, need_train: bool, labels: bool) -> tuple[Any, Any
     if labels and need_train:
         refuse_empty_classes(training, train.place)
     # The training set's numbering, so that a class without validation images shifts no label.
-    evaluation = _open_split(val, labels, training if training.labelled else None)
+    evaluation = _open_split(val, labels, training if training.labeled else None)
     # One folder is no classification.
-    if not labels and training.labelled and len(training.reader.class_to_idx) == 1:
-        training.labelled = evaluation.labelled = False
+    if not labels and training.labeled and len(training.reader.class_to_idx) == 1:
+        training.labeled = evaluation.labeled = False
     return (training if need_train else None), evaluation
 
 
@@ -380,7 +380,7 @@ def _open_split(split: _Split, labels: bool, like: ReadableImages | None = None)
     """Open one split; with ``like``, a labeled training set, by that one's class numbers."""
     opens = _open_images if split.form == IMAGES else _open_tars
     dataset, folders = opens(split, labels)
-    if not dataset.labelled:
+    if not dataset.labeled:
         return dataset
     if split.form == SHARDS:
         listed = split.listed
@@ -423,7 +423,7 @@ def _open_images(split: _Split, labels: bool) -> tuple[ReadableImages, int]:
     samples = [(path, numbers[name]) for path, name in zip(paths, names, strict=True)]
     empty = sorted(set(list_folders(folder)) - set(names))
     reader = FileReader(str(folder), samples, numbers, empty)
-    return ReadableImages(reader, labelled=not outside), len({*map(os.path.dirname, paths)})
+    return ReadableImages(reader, labeled=not outside), len({*map(os.path.dirname, paths)})
 
 
 def _open_tars(split: _Split, labels: bool) -> tuple[ReadableImages, int]:
@@ -443,12 +443,12 @@ def _open_tars(split: _Split, labels: bool) -> tuple[ReadableImages, int]:
             f"data: {len(without)} images have no label, such as "
             f"{reader.filename(without[0], absolute=True)}; a recipe with labels=false needs none"
         )
-    return ReadableImages(reader, labelled=len(without) == 0), reader.folders
+    return ReadableImages(reader, labeled=len(without) == 0), reader.folders
 
 
 def refuse_empty_classes(dataset: ReadableImages, place: Path) -> None:
     """Raise if a labeled training split has class folders without images, as torchvision does."""
-    if dataset.labelled and (empty := dataset.reader.empty):
+    if dataset.labeled and (empty := dataset.reader.empty):
         more = f" and {len(empty) - 3} more" if len(empty) > 3 else ""
         raise ValueError(
             f"data: {place} has class folders without images: {', '.join(empty[:3])}{more}; remove "
@@ -468,7 +468,7 @@ def _number_like(dataset: ReadableImages, like: ReadableImages, place: Path, lab
         )
     name, *others = reader.class_to_idx
     if not others and name not in training:
-        dataset.labelled = labels
+        dataset.labeled = labels
         if not labels:
             return
         lists = sorted(path.name for path in place.glob("*.*") if path.suffix in LABEL_FILES)

@@ -191,9 +191,9 @@ def eval_loader(
         sampler = None
     else:
         dataset = eval_samples(data, recipe, spec)
-        dataset.note, dataset.labels = notes.note, data.labelled_val
+        dataset.note, dataset.labels = notes.note, data.labeled_val
         sampler = EvalSampler(len(data.val), peers.rank, peers.size)
-    bound = (recipe.num_classes or data.num_classes or ANY_CLASS) if data.labelled_val else None
+    bound = (recipe.num_classes or data.num_classes or ANY_CLASS) if data.labeled_val else None
     if data.numbers and bound is not None:
         bound = 1 + max(data.numbers)
     stack = Collate(spec if data.yields_tensors else None, bound, data.numbers)

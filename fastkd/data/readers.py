@@ -42,7 +42,7 @@ class DataPair:
     num_classes: int | None  # None: unknown
     yields_tensors: bool  # float tensors [C, H, W] instead of PIL images
     image_size: tuple[int, int, int] | None  # (C, H, W) of the first image, if it is a tensor
-    labelled_val: bool = True
+    labeled_val: bool = True
     streams: bool = False
     numbers: Mapping[int, int] | None = None  # evaluation labels -> the model's; None: the same
 
@@ -54,10 +54,10 @@ class ReadableImages(Dataset[tuple[Any, Any]]):
     images, and a batch would not be what its seed gives.
     """
 
-    def __init__(self, reader: Any, name: str = "data", labelled: bool = True) -> None:
+    def __init__(self, reader: Any, name: str = "data", labeled: bool = True) -> None:
         self.reader = reader  # gives (binary file, label) by index, and file names
         self.name = name  # for samples that have no file
-        self.labelled = labelled
+        self.labeled = labeled
         self.num_classes: int | None = None  # where it differs from the reader's class_to_idx
         self.classes: Sequence[str] = ()  # names by label, where the reader has no class_to_idx
 
@@ -74,7 +74,7 @@ class ReadableImages(Dataset[tuple[Any, Any]]):
             name = writable(self.filename(index))
             reason = reason_of(error)
             raise OSError(f"data: cannot read {name} (sample {index}): {reason}") from error
-        return image, label if self.labelled and label is not None else NO_LABEL
+        return image, label if self.labeled and label is not None else NO_LABEL
 
     def filename(self, index: int) -> str:
         """Return a sample's absolute path, ``ARCHIVE.tar:MEMBER``, or ``NAME[INDEX]``."""

@@ -47,7 +47,7 @@ class ShardReport(NamedTuple):
     def summary(self) -> str:
         """Summarize the report in one line."""
         splits = ", ".join(f"{k} {self.samples[k]:,} in {n:,}" for k, n in self.shards.items())
-        labels = f" of {self.classes:,} classes" if self.classes else ", unlabelled"
+        labels = f" of {self.classes:,} classes" if self.classes else ", unlabeled"
         lost = f"; {len(self.unreadable)} unreadable, see unreadable.txt" if self.unreadable else ""
         total = f"{sum(self.samples.values()):,} images{labels} in {sum(self.shards.values()):,}"
         total += f" shards ({splits}), {self.size / 1e6:,.1f} MB, verified"
@@ -149,12 +149,12 @@ class _Work:
                 raise ValueError(f"shard: source: {source} holds tars, not image files")
             if split == "train":
                 refuse_empty_classes(data, source)
-            if data.labelled:
+            if data.labeled:
                 self.classes = sorted(data.reader.class_to_idx, key=data.reader.class_to_idx.get)
             images: list[Any] = []
             for path, label in track(data.reader.samples, f"listing {split}", "file", not quiet):
                 file, key = os.path.relpath(path, source), f"{len(images):08d}"
-                images.append((split, key, file, label if data.labelled else None))
+                images.append((split, key, file, label if data.labeled else None))
                 size = None if _is_dead_link(path) else os.path.getsize(path)
                 digest.update(os.fsencode(f"{images[-1]} {size}\n"))
             random.Random(f"{options['seed']} {split}").shuffle(images)

@@ -64,11 +64,11 @@ def open_files(files: Sequence[str]) -> DataPair:
     reader = FileReader("", [(file, None) for file in files], {})
     return DataPair(
         train=None,
-        val=ReadableImages(reader, labelled=False),
+        val=ReadableImages(reader, labeled=False),
         num_classes=None,
         yields_tensors=False,
         image_size=None,
-        labelled_val=False,
+        labeled_val=False,
     )
 
 

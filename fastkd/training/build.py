@@ -208,14 +208,14 @@ def check_classes(
         return data
     require_same_classes(Classes(count=num_classes), theirs, by="number", **of)
     own = Classes.of_data(data.val, None)
-    if recipe.classes_by == "number" or not (data.labelled_val and own.names and theirs.names):
+    if recipe.classes_by == "number" or not (data.labeled_val and own.names and theirs.names):
         return data
     try:
         numbers = match_classes(own, theirs, **of)
     except ValueError as error:
         if not quiet:
             logger.warning("no top-1 is measured: %s", error)
-        return replace(data, labelled_val=False)
+        return replace(data, labeled_val=False)
     return replace(data, numbers=numbers)
 
 
@@ -289,7 +289,7 @@ def resolve_recipe(recipe: Any, student: Any, teacher: Any, data: Any, overrides
     if isinstance(data, str | Path):
         resolved = resolved.override(data=str(data))
     if not resolved.labels:
-        _check_unlabelled(resolved, teacher, overrides)
+        _check_unlabeled(resolved, teacher, overrides)
     check_schedule(resolved)
     _check_loss_options(resolved)
     return resolved.override(teacher=None if teacher is None else _name(teacher))
@@ -373,7 +373,7 @@ def _refuse_terms(overrides: Mapping[str, Any]) -> None:
             raise ValueError(f"{name}: needs a teacher, and there is none (got {value!r})")
 
 
-def _check_unlabelled(recipe: Recipe, teacher: Any, overrides: Mapping[str, Any]) -> None:
+def _check_unlabeled(recipe: Recipe, teacher: Any, overrides: Mapping[str, Any]) -> None:
     """What would have needed labels."""
     if teacher is None:
         raise ValueError(

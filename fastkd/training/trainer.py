@@ -152,7 +152,7 @@ def open_run(given: Given, peers: World, verify: bool, overrides: dict[str, Any]
     )
     check_pass(engine, recipe, batches, data)
     ranked_by = "ema_top1" if recipe.best == "ema" else "top1"
-    if not (data.labelled_val and (recipe.labels or engine.task.needs_logits)):
+    if not (data.labeled_val and (recipe.labels or engine.task.needs_logits)):
         ranked_by = "eval_loss"
     identity = identify(student, recipe, data, peers, teacher, updates)
     run = RunState(engine, identity, given.output, ranked_by)
@@ -221,7 +221,7 @@ def evaluate(opened: OpenRun, logger: RunLogger, stop: StopRequest) -> dict[str,
     lost = {"eval_unreadable": 0, "eval_nonfinite": 0, "ema_nonfinite": 0}
     lines: list[str] = []
     began = time.perf_counter()
-    if opened.data.labelled_val:
+    if opened.data.labeled_val:
         peers.average_norms(run.student)
         raw = evaluate_model(run.student, batches, peers, amp, lines.append)
         record = {name: raw[name] for name in ("top1", "top5")}

@@ -113,7 +113,7 @@ class Undecodable(Dataset):
         return picture(), 0
 
 
-LABELLED = {
+LABELED = {
     "targets": Undecodable(targets=[0, 1, 1, 1]),
     "tensor of targets": Undecodable(targets=torch.tensor([0, 1, 1, 1])),
     "labels": Undecodable(labels=np.array([0, 1, 1, 1])),
@@ -123,9 +123,9 @@ LABELLED = {
 }
 
 
-@pytest.mark.parametrize("kind", LABELLED)
+@pytest.mark.parametrize("kind", LABELED)
 def test_labels_are_known_without_decoding(kind):
-    assert known_labels(LABELLED[kind]) == [0, 1, 1, 1]
+    assert known_labels(LABELED[kind]) == [0, 1, 1, 1]
 
 
 @pytest.mark.parametrize(

@@ -171,7 +171,7 @@ def test_logits_of_the_same_classes_are_compared_whatever_they_are_called(caplog
         ({"class_to_idx": {"cat": 3, "dog": 7}, "classes": ["cat", "dog"]}, {3: "cat", 7: "dog"}),
         ({"classes": ("a", "b")}, {0: "a", 1: "b"}),
         ({"reader": SimpleNamespace(class_to_idx={}), "classes": ["a"]}, {0: "a"}),
-        ({"reader": SimpleNamespace(class_to_idx={"": 0}), "labelled": False}, {}),
+        ({"reader": SimpleNamespace(class_to_idx={"": 0}), "labeled": False}, {}),
         # torchvision's ImageNet: synonyms, of which "crane" belongs to two classes
         (
             {

@@ -35,7 +35,7 @@ def test_archives_hold_the_images_and_labels_of_the_folder_they_were_made_of(
     for split in ("train", "val"):
         assert contents(getattr(opened, split)) == contents(getattr(expected, split))
     assert opened.num_classes == 3
-    assert opened.labelled_val and not opened.streams
+    assert opened.labeled_val and not opened.streams
 
 
 @pytest.mark.parametrize("archive", ARCHIVES)
@@ -163,7 +163,7 @@ def test_one_class_teaches_nothing(tmp_path, kept):
     with pytest.raises(ValueError, match=r"training set has one class"):
         open_data(root)
     data = open_data(root, labels=False)
-    assert not data.labelled_val and data.num_classes is None and data.train[0][1] == -1
+    assert not data.labeled_val and data.num_classes is None and data.train[0][1] == -1
 
 
 def test_one_class_of_the_users_own_data_or_of_shards_is_refused(tmp_path):
@@ -195,7 +195,7 @@ def test_an_unsorted_validation_split_is_named(tmp_path, kept):
         open_data(root)
     assert kept is both_tars or "val_annotations.txt" in str(told.value)
     data = open_data(root, labels=False)
-    assert not data.labelled_val and data.num_classes == 2
+    assert not data.labeled_val and data.num_classes == 2
 
 
 ENDINGS = ("a/1.webp", "a/2.bmp", "b/3.tif", "b/4.TIFF", "c/5.gif", "c/6.pgm", "c/7.ppm")
@@ -248,7 +248,7 @@ def test_pipes_in_the_place_of_splits_are_none(tmp_path, name):
         open_data(tmp_path / name)
 
 
-def unlabelled(folder, split):
+def unlabeled(folder, split):
     """Take a split's images out of the classes' folders."""
     for number, path in enumerate(images_of(folder, split)):
         path.rename(folder / split / f"{number}.jpg")
@@ -258,46 +258,46 @@ def unlabelled(folder, split):
 
 @pytest.mark.parametrize("split", ["train", "val"])
 def test_images_without_classes_are_refused_where_labels_are_needed(folder, split):
-    unlabelled(folder, split)
+    unlabeled(folder, split)
     with pytest.raises(ValueError, match=rf"{split} has images in no class's folder"):
         open_data(folder)
 
 
 def test_labels_may_be_missing_everywhere(folder):
-    unlabelled(folder, "train"), unlabelled(folder, "val")
+    unlabeled(folder, "train"), unlabeled(folder, "val")
     data = open_data(folder, labels=False)
     assert (len(data.train), len(data.val), data.num_classes) == (9, 6, None)
-    assert not data.labelled_val
+    assert not data.labeled_val
     assert data.train[0][1] == data.val[0][1] == -1
 
 
 def test_labels_may_be_missing_in_training_alone(folder):
-    unlabelled(folder, "train")
+    unlabeled(folder, "train")
     data = open_data(folder, labels=False)
-    assert data.labelled_val and data.num_classes == 3  # as the evaluation set says
+    assert data.labeled_val and data.num_classes == 3  # as the evaluation set says
     assert {label for label, _ in contents(data.val)} == {0, 1, 2}
 
 
 def test_evaluation_minds_no_missing_labels_of_the_training_set(folder):
-    unlabelled(folder, "train")
+    unlabeled(folder, "train")
     data = open_data(folder, need_train=False)
     assert data.train is None and data.num_classes == 3
 
 
 def test_labels_that_are_there_are_kept_where_they_are_not_needed(folder):
     data = open_data(folder, labels=False)
-    assert data.labelled_val and data.num_classes == 3
+    assert data.labeled_val and data.num_classes == 3
     assert data.train[0][1] == 0
 
 
-@pytest.mark.parametrize("label, labelled", [(0, True), (-1, False), (None, False)])
-def test_the_users_own_data_tell_by_a_sample_whether_they_are_labelled(label, labelled):
+@pytest.mark.parametrize("label, labeled", [(0, True), (-1, False), (None, False)])
+def test_the_users_own_data_tell_by_a_sample_whether_they_are_labeled(label, labeled):
     data = [(Image.new("RGB", (8, 8)), label)]
-    assert open_data((data, data), labels=False).labelled_val == labelled
+    assert open_data((data, data), labels=False).labeled_val == labeled
 
 
-def test_tensors_are_labelled():
-    assert open_data(tensor_data(8, 4), labels=False).labelled_val
+def test_tensors_are_labeled():
+    assert open_data(tensor_data(8, 4), labels=False).labeled_val
 
 
 @pytest.mark.parametrize(
@@ -335,7 +335,7 @@ def test_a_missing_package_is_named_as_pip_calls_it(monkeypatch, name, package):
         open_data(name)
 
 
-def hub_set(folder, labels=True, column="image", scheme="hfds", val="test", unlabelled=()):
+def hub_set(folder, labels=True, column="image", scheme="hfds", val="test", unlabeled=()):
     """A data set in files, as on Hugging Face's hub: a train and a test split."""
     datasets = pytest.importorskip("datasets")
     folder.mkdir()
@@ -344,7 +344,7 @@ def hub_set(folder, labels=True, column="image", scheme="hfds", val="test", unla
         columns = {column: images}
         types = {column: datasets.Image()}
         if labels:
-            columns["label"] = [-1 if split in unlabelled else i % 2 for i in range(count)]
+            columns["label"] = [-1 if split in unlabeled else i % 2 for i in range(count)]
             types["label"] = datasets.ClassLabel(names=["a", "b"])
         made = datasets.Dataset.from_dict(columns, features=datasets.Features(types))
         made.to_parquet(str(folder / f"{split}-00000-of-00001.parquet"))
@@ -364,7 +364,7 @@ def test_a_hub_set_without_labels(tmp_path):
     with pytest.raises(ValueError, match=r"has no column 'label', but \['image'\]"):
         open_data(name, str(tmp_path / "cache"))
     data = open_data(name, str(tmp_path / "cache"), labels=False)
-    assert data.train[3][1] == -1 and not data.labelled_val
+    assert data.train[3][1] == -1 and not data.labeled_val
 
 
 def test_a_hub_set_may_call_its_images_otherwise(tmp_path):
@@ -383,11 +383,11 @@ def test_a_hub_set_without_images_is_refused(tmp_path):
 
 
 def test_a_hub_set_whose_evaluation_labels_are_kept_back_is_refused(tmp_path):
-    name = hub_set(tmp_path / "set", unlabelled=["test"])
+    name = hub_set(tmp_path / "set", unlabeled=["test"])
     with pytest.raises(ValueError, match="has no labels in its split test"):
         open_data(name, str(tmp_path / "cache"))
     data = open_data(name, str(tmp_path / "cache"), labels=False)
-    assert not data.labelled_val and data.num_classes == 2
+    assert not data.labeled_val and data.num_classes == 2
     assert data.val[1][1] == -1 and data.train[1][1] == 1
 
 

@@ -86,7 +86,7 @@ def test_a_copy_draws_the_same_whether_or_not_its_image_was_decoded_before(order
 
 
 class ReadablePairs(Dataset):
-    """PIL images labelled with their index; counts how often one is read."""
+    """PIL images labeled with their index; counts how often one is read."""
 
     def __init__(self, count):
         self.count = count
@@ -419,7 +419,7 @@ def test_a_label_that_is_missing_is_minus_one():
     assert batch.labels.tolist() == [-1] * 4
 
 
-def test_a_half_labelled_training_set_is_refused_naming_the_sample():
+def test_a_half_labeled_training_set_is_refused_naming_the_sample():
     image = Image.new("RGB", (40, 40))
     half = [(image, 0), (image, 1), (image, None), (image, 0)]
     with pytest.raises(
@@ -459,7 +459,7 @@ def test_labels_that_are_not_used_may_be_anything():
         [(image, label) for label in (0.9, "1", 2, [])],
     )
     opened = open_data((data, data), labels=False)
-    assert not opened.labelled_val
+    assert not opened.labeled_val
     (batch,) = train_loader(opened, recipe, SPEC)
     assert sorted(batch.labels.tolist()) == [-1, -1, -1, 2]
 

@@ -432,7 +432,7 @@ def test_images_without_classes_have_no_label(tmp_path):
     for name in ("a.jpg", "b.jpg"):
         Image.new("RGB", (9, 9)).save(tmp_path / name)
     report = shard(tmp_path, tmp_path.parent / f"{tmp_path.name}-shards", **SMALL)
-    assert report.classes == 0 and "unlabelled" in report.summary()
+    assert report.classes == 0 and "unlabeled" in report.summary()
     data = open_data(f"wds/{report.folder}", need_train=False, labels=False)
     assert data.val[0][1] == -1
 

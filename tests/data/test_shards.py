@@ -245,7 +245,7 @@ def test_shards_without_labels(folder, tmp_path):
     with pytest.raises(ValueError, match=r"9 images have no label, such as .*blue/0\.jpg"):
         open_data(f"wds/{shards}")
     data = open_data(f"wds/{shards}", labels=False)
-    assert data.train[0][1] == -1 and not data.labelled_val
+    assert data.train[0][1] == -1 and not data.labeled_val
 
 
 def test_a_label_that_is_no_number_is_an_error_naming_it(tmp_path):

@@ -68,7 +68,7 @@ def same(left, right):
 
 def test_a_stream_says_how_long_it_is_and_how_many_classes_it_has(data):
     assert (len(data.train), len(data.val), data.num_classes) == (36, 12, 3)
-    assert data.streams and data.labelled_val
+    assert data.streams and data.labeled_val
 
 
 def test_an_epoch_has_whole_updates_only(data):

@@ -44,9 +44,9 @@ class OwnLoss:
         self.distance = {"mse": hint, "spectral": spectral}[distance]
 
     def __call__(self, logits, target, teacher_logits, student, teacher):
-        labelled = (1 - ALPHA) * cross_entropy(logits, target)
+        labeled = (1 - ALPHA) * cross_entropy(logits, target)
         soft = ALPHA * soft_kd(logits, teacher_logits)
-        return labelled + soft + WEIGHT * self.distance(student, teacher)
+        return labeled + soft + WEIGHT * self.distance(student, teacher)
 
 
 class Swapped:

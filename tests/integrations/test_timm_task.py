@@ -151,24 +151,24 @@ def test_without_a_weight_of_its_own_the_criterion_takes_the_recipes():
     assert projected_task(alpha=4.0, task_loss_weight=1.0).task_loss_weight == 1.0
 
 
-class OnTheLabelledClass(LogitTerm):
-    """Compares the logits of the labelled class alone."""
+class OnTheLabeledClass(LogitTerm):
+    """Compares the logits of the labeled class alone."""
 
-    name = "labelled"
+    name = "labeled"
     needs_target = True
     weight = 0.7
 
     def compare(self, student, teacher, target=None):
-        labelled = [logits.gather(1, target[:, None]) for logits in (student, teacher)]
-        return nn.functional.mse_loss(*labelled)
+        labeled = [logits.gather(1, target[:, None]) for logits in (student, teacher)]
+        return nn.functional.mse_loss(*labeled)
 
 
 def test_a_logit_term_that_looks_at_labels_gets_them():
     teacher = vit(24, seed=1).eval()
-    found = make_task(vit(), teacher, logit=OnTheLabelledClass())(IMAGES, TARGET)
+    found = make_task(vit(), teacher, logit=OnTheLabeledClass())(IMAGES, TARGET)
     rows = torch.arange(8)
     expected = (found["output"] - teacher(IMAGES))[rows, TARGET].square().mean()
-    torch.testing.assert_close(found["labelled"], expected)
+    torch.testing.assert_close(found["labeled"], expected)
 
 
 def test_the_criterion_is_timms_where_none_is_given():

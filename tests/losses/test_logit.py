@@ -15,7 +15,7 @@ from fastkd.losses.logit import DIST, DKD, NKD, HardKD, SoftKD
 LABELS = torch.tensor([3, 0, 10, 3, 7, 1, 9])
 TERMS = [SoftKD(2.0), HardKD(), DKD(2.0), NKD(2.0), DIST(2.0)]
 SOFT_TERMS = [term for term in TERMS if not isinstance(term, HardKD)]
-LABELLED = [DKD(), NKD()]
+LABELED = [DKD(), NKD()]
 
 
 def name_of(case: object) -> str | None:
@@ -169,7 +169,7 @@ def test_the_teacher_gets_no_gradient(term):
     assert student.grad.abs().max() > 0
 
 
-@pytest.mark.parametrize("term", LABELLED, ids=name_of)
+@pytest.mark.parametrize("term", LABELED, ids=name_of)
 def test_soft_targets_stand_for_their_largest_class(term):
     student, teacher = logits(0), logits(1)
     mixed = 0.6 * F.one_hot(LABELS, 11) + 0.4 * F.one_hot(LABELS.roll(2), 11)
@@ -185,14 +185,14 @@ def test_labels_do_not_matter_where_they_are_not_needed(term):
     assert torch.equal(term(logits(0), logits(1), LABELS), without_labels)
 
 
-@pytest.mark.parametrize("term", LABELLED, ids=name_of)
+@pytest.mark.parametrize("term", LABELED, ids=name_of)
 def test_missing_labels_are_refused(term):
     assert term.needs_target
     with pytest.raises(ValueError, match=f"{type(term).__name__}: target must be given.*None"):
         term(logits(0), logits(1))
 
 
-@pytest.mark.parametrize("term", LABELLED, ids=name_of)
+@pytest.mark.parametrize("term", LABELED, ids=name_of)
 @pytest.mark.parametrize(
     "target", [LABELS[:5], LABELS.float(), torch.rand(7, 5), LABELS > 3, torch.rand(7, 11) > 0.5]
 )

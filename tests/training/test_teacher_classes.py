@@ -90,7 +90,7 @@ def test_weights_of_other_classes_to_start_from_are_named(tmp_path, caplog):
     assert line.startswith("student: ") and "1 is 'green' in the data, 'red' in the weights" in line
 
 
-class Unlabelled(TensorDataset):
+class Unlabeled(TensorDataset):
     def __getitem__(self, index):
         return super().__getitem__(index)[0], None
 
@@ -109,13 +109,13 @@ def test_without_labels_the_evaluation_set_is_matched_with_the_teacher(
     classes, counted, numbers, caplog
 ):
     train_set, val = named(*classes)
-    data = checked((Unlabelled(*train_set.tensors), val), teacher_of(*"abcdef"), labels=False)
-    assert (data.labelled_val, data.numbers) == (counted, numbers)
+    data = checked((Unlabeled(*train_set.tensors), val), teacher_of(*"abcdef"), labels=False)
+    assert (data.labeled_val, data.numbers) == (counted, numbers)
     assert ("no top-1 is measured: teacher: " in caplog.text) == (not counted)
 
 
 def test_without_labels_the_student_has_the_classes_of_its_teacher(fast, tmp_path):
-    sets = tuple(Unlabelled(*part.tensors) for part in named(*"uvwxyz"))
+    sets = tuple(Unlabeled(*part.tensors) for part in named(*"uvwxyz"))
     options = fast | LOGITS | {"alpha": 1.0, "labels": False}
     train(vit(), teacher_of(*"abcdef"), sets, tmp_path / "o", **options)
     assert load_checkpoint(tmp_path / "o")["classes"] == list("abcdef")

@@ -9,14 +9,14 @@ from fastkd.training import train
 from tests.harness.tiny import tensor_data, vit
 
 
-class Unlabelled(TensorDataset):
+class Unlabeled(TensorDataset):
     def __getitem__(self, index):
         return super().__getitem__(index)[0], None
 
 
 @pytest.fixture
 def images(data):
-    return tuple(Unlabelled(*part.tensors) for part in data)
+    return tuple(Unlabeled(*part.tensors) for part in data)
 
 
 def test_the_total_without_cross_entropy_is_the_rest():
@@ -48,10 +48,10 @@ def test_features_alone_are_distilled_from_images_without_labels(images, fast):
 
 def test_labels_of_the_evaluation_set_are_counted_where_logits_are_taught(images, fast):
     teacher = vit(24, seed=1)
-    labelled = tensor_data()
+    labeled = tensor_data()
     options = fast | {"epochs": 12, "lr": 1e-2}
-    train(teacher, None, labelled, **options)
-    data = (images[0], labelled[1])
+    train(teacher, None, labeled, **options)
+    data = (images[0], labeled[1])
     result = train(vit(), teacher, data, **options, labels=False, alpha=1.0, feature_weight=0.0)
     assert result.top1 > 50
     assert "top-1" in result.best_rule
