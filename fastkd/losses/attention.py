@@ -18,10 +18,9 @@ class AttentionTransfer(Distance):
     .. math:: L = \frac{1}{B N} \sum_b \left\| \frac{q^s_b}{\|q^s_b\|_2}
               - \frac{q^t_b}{\|q^t_b\|_2} \right\|_2^2
 
-    which lies between 0 and 2 / N, so its weight must be large. Source: arXiv 1612.03928, following
-    its code; eq. 2 of the paper sums norms that are not squared. The authors' weight of 1000 on the
-    sum over three stages is 3000 on a mean of three pairs. An image of zeros has a map of zeros and
-    no gradient.
+    Source: arXiv 1612.03928, following its code; the paper's eq. 2 sums norms without squares. The
+    authors' weight of 1000 on the sum over three stages is 3000 on a mean of three pairs. An
+    image of zeros has a map of zeros and no gradient.
 
     Args:
         power: p, at least 1. The larger, the more the strongest places count.

@@ -24,21 +24,17 @@ Value = TypeVar("Value")
 
 
 def print_options(self: nn.Module) -> str:
-    """Format the numbers, flags and words that the constructor took; for ``extra_repr``."""
+    """Format the options that the constructor took; for ``extra_repr``."""
     names = inspect.signature(type(self)).parameters
     options = {name: getattr(self, name, None) for name in names}
+    shown = (bool, int, float, str, tuple)  # neither modules nor None
     return ", ".join(
-        f"{name}={value}"
-        for name, value in options.items()
-        if isinstance(value, bool | int | float | str)
+        f"{name}={value}" for name, value in options.items() if isinstance(value, shown)
     )
 
 
 class LogitTerm(nn.Module):
-    """Base of losses between two batches of logits.
-
-    Calling one gives ``weight`` times `compare`, the distance alone, which subclasses implement.
-    `DistillationLoss` calls `compare`, and weights and reports it itself.
+    """Base of losses between two batches of logits; subclasses implement `compare`.
 
     Attributes:
         name: key of the loss in what `DistillationLoss` returns.
@@ -52,20 +48,20 @@ class LogitTerm(nn.Module):
     extra_repr = print_options
 
     def forward(self, student: Tensor, teacher: Tensor, target: Tensor | None = None) -> Tensor:
-        """Compute ``weight`` times the distance of two batches of logits.
+        """Compute ``weight`` times the distance.
 
         Args:
             student: [B, classes]; receives the gradient.
             teacher: [B, classes]; receives none.
-            target: for losses that need one. [B] class indices, or [B, classes] soft targets
-                (Mixup, CutMix, one-hot), of which the largest is the target class.
+            target: for losses that need one: [B] class indices, none of them ignored (-100), or
+                [B, classes] soft targets, of which the largest is the target class.
 
         Returns:
             Scalar, float32 or float64; 0 for an empty batch.
 
         Raises:
             ValueError: shapes differ, there are too few classes, or a target is missing or boolean.
-            RuntimeError: a class index, such as -100, is out of range (on CUDA, a device assert).
+            RuntimeError: a class index is out of range (on CUDA, a device assert).
         """
         return self.weight * self.compare(student, teacher, target)
 
@@ -84,15 +80,13 @@ class LogitTerm(nn.Module):
 
 
 class FeatureTerm(nn.Module):
-    """Base of losses between the token maps of pairs of blocks.
-
-    Calling one gives ``weight`` times `compare`, the distance alone, which subclasses implement.
+    """Base of losses between the token maps of pairs of blocks; subclasses implement `compare`.
 
     Args:
         pairs: (student key, teacher key), resolved to the keys of the taps.
         weight: factor of the loss.
-        resample: None refuses different grids; otherwise the mode in which the teacher's map is
-            resampled to the student's grid (`fastkd.tokens.match_grids`).
+        resample: mode in which the teacher's map is resampled to the student's grid
+            (`fastkd.tokens.match_grids`); None refuses different grids.
 
     Attributes:
         name: key of the loss in what `DistillationLoss` returns.
@@ -104,6 +98,7 @@ class FeatureTerm(nn.Module):
 
     name = "feature"
     lifts = False
+    extra_repr = print_options
 
     def __init__(self, pairs: Pairs, weight: float, resample: ResampleMode | None = None) -> None:
         super().__init__()
@@ -115,7 +110,7 @@ class FeatureTerm(nn.Module):
         self.resample: ResampleMode | None = resample
 
     def forward(self, student: Mapping[Key, Tokens], teacher: Mapping[Key, Tokens]) -> Tensor:
-        """Compute ``weight`` times the distance of the token maps.
+        """Compute ``weight`` times the distance.
 
         Args:
             student: tokens by key; receive the gradient.
@@ -185,17 +180,9 @@ class FeatureTerm(nn.Module):
         """List the parameters of more than one dimension that timm must not decay."""
         return undecayed(self)
 
-    def extra_repr(self) -> str:
-        """Format the options, for ``print``."""
-        pairs = ",".join(f"{student}:{teacher}" for student, teacher in self.pairs)
-        return f"pairs={pairs}, {print_options(self)}"
-
 
 class Distance(nn.Module):
-    """Base of distances between token maps; checks the inputs and turns maps into tokens.
-
-    Subclasses implement `compare`, which runs without autocast on the inputs' own dtypes. The
-    teacher gets no gradient.
+    """Base of distances between token maps; subclasses implement `compare`.
 
     Attributes:
         equal_widths: whether both sides need the same number of channels.
@@ -254,8 +241,8 @@ class Distance(nn.Module):
     def _check_shapes(self, student: Tensor, teacher: Tensor) -> None:
         name = type(self).__name__
         check_sides(name, ("student", "teacher"), student, teacher)
-        forms = "[B, N, D] or [B, D, H, W]" + (" or [B, D]" if self.takes_embeddings else "")
         if student.ndim not in ((2, 3, 4) if self.takes_embeddings else (3, 4)):
+            forms = "[B, N, D] or [B, D, H, W]" + (" or [B, D]" if self.takes_embeddings else "")
             raise ValueError(f"{name}: student must be {forms}, got {list(student.shape)}")
         expected, found = list(student.shape), list(teacher.shape)
         if not self.equal_widths and teacher.ndim == student.ndim:

@@ -30,30 +30,26 @@ class CRD(Distance):
               -\log \frac{e^{z^s_i \cdot z^t_i / \tau}}{\sum_j e^{z^s_i \cdot z^t_j / \tau}}
               -\log \frac{e^{z^t_i \cdot z^s_i / \tau}}{\sum_j e^{z^t_i \cdot z^s_j / \tau}} \right]
 
-    which is log B for random embeddings and 0 for a batch of one. Heads, temperature (of the code)
-    and both sides as anchors are from arXiv 1910.10699, which differs: it draws 16384 negatives of
-    other classes from a memory bank of the whole training set, contrasts each with the positive
-    (NCE), and adds the directions. Here the negatives are the batch's other images, of any class,
-    in one softmax, and the directions are averaged. So weights are not comparable with CRD's, large
-    batches matter (see ``gather``), and copies of one image in a batch (repeated augmentation) are
-    pushed apart.
+    which is log B for random embeddings. Heads, temperature (of the code) and both sides as anchors
+    are from arXiv 1910.10699, which draws 16384 negatives of other classes from a memory bank,
+    contrasts each with the positive (NCE), and adds the directions. Here the negatives are the
+    batch's other images, of any class, and the directions are averaged: weights are not comparable
+    with CRD's, large batches matter (see ``gather``), and copies of one image in a batch (repeated
+    augmentation) are pushed apart.
 
-    Both heads are trained, in the dtype of their parameters, and dropped at inference. The B x B
-    logits are computed a few rows at a time, with their gradient, in the forward. Second
-    derivatives are refused.
+    Both heads are dropped at inference. The gradient is computed in the forward, a few rows of the
+    B x B logits at a time; second derivatives are refused.
 
     Args:
         student_dim: the student's channels.
         teacher_dim: the teacher's channels.
         dim: channels of the embeddings.
         temperature: :math:`\tau`; the smaller, the more the hardest negatives count.
-        gather: in train mode with gradients, take negatives from all processes of
-            torch.distributed's default group, not only from this process's micro-batch. All must
-            call the loss equally often with equally many images (``drop_last=True``). CPU tensors
-            are checked; with NCCL, where a check would synchronize in every step, other processes
-            hang or fail (``TORCH_DISTRIBUTED_DEBUG=DETAIL`` helps).
-        chunk_bytes: limit of the temporaries, or one row of 2 B numbers if that is larger; by
-            default 2 MiB on a CPU, 64 MiB elsewhere.
+        gather: in training, take negatives from all processes of torch.distributed's default
+            group. All must call the loss equally often with equally many images
+            (``drop_last=True``); this is checked for CPU tensors only.
+        chunk_bytes: limit of the temporaries (at least a row of 2 B numbers); by default 2 MiB on a
+            CPU, 64 MiB elsewhere.
 
     Raises:
         ValueError: a width, the temperature or ``chunk_bytes`` is not positive.
@@ -121,6 +117,7 @@ def _processes() -> int:
 
 def _check_shares(student: Tensor) -> None:
     """Raise if processes have different numbers of images; only where that does not synchronize."""
+    # With NCCL, TORCH_DISTRIBUTED_DEBUG=DETAIL finds it.
     # All processes exchange sizes in every call: if only some did, they would wait for each other.
     if student.device.type != "cpu" or torch.compiler.is_compiling():
         return

@@ -35,10 +35,11 @@ from fastkd.losses.projectors import (
 )
 from fastkd.ops import feature_kd, lift, lift_kd
 from fastkd.ops.backend import Backend
+from fastkd.ops.checks import check_float
 from fastkd.ops.feature_kd.reference import LOSSES, LossName
 from fastkd.ops.lift_kd import LIFT_EPS
 from fastkd.ops.operator import wide_dtype
-from fastkd.tokens import RESAMPLE_MODES, ResampleMode, Tokens, match_grids
+from fastkd.tokens import ResampleMode, Tokens
 from fastkd.utils.arguments import describe
 
 _LEARNED = tuple(p.name for p in registry.PROJECTORS if p.learned and not p.stays)
@@ -94,15 +95,8 @@ class FeatureKD(FeatureTerm):
     .. math:: L = \frac{1}{|P|} \sum_{(i, j) \in P} d(\pi(F^s_i), F^t_j)
 
     The distances of `MapDistance` are fused with the projector :math:`\pi` where that is ``"pool"``
-    or one Linear. The projectors, of which all but ``"lift"`` are dropped at inference:
-
-    - ``"none"``: widths must be equal, or not matter to d;
-    - ``"pool"``: averages the wider side's channels (SpectralKD's code);
-    - ``"linear"``: a learned Linear per pair (FitNets, arXiv 1412.6550);
-    - ``"mlp"``: Linear, GELU, Linear per pair;
-    - ``"orthogonal"``: a Linear whose weight stays orthonormal (VkD, arXiv 2403.06213);
-    - ``"lift"``: compares the lifted tokens from which the student classifies
-      (arXiv 2511.15572); the caller puts them under the pair's student key.
+    or one Linear. All projectors but ``"lift"`` are dropped at inference; `build_projector` has the
+    learned ones.
 
     Args:
         loss: the distance d: a name (``fastkd losses`` lists them), or a module called as
@@ -110,7 +104,10 @@ class FeatureKD(FeatureTerm):
             its forward has no such argument, like `torch.nn.MSELoss`).
         pairs: (student key, teacher key), resolved to the keys of the taps.
         weight: factor of the loss, the paper's by default.
-        projector: one of the six above.
+        projector: ``"none"`` for equal widths, or a d of any widths; ``"pool"`` averages the wider
+            side's channels (SpectralKD's code); ``"linear"``, ``"mlp"`` or ``"orthogonal"``;
+            ``"lift"`` compares the lifted tokens from which the student classifies
+            (arXiv 2511.15572), which the caller puts under the pair's student key.
         student_dims: channels per student key; needed by learned projectors and distances.
         teacher_dims: channels per teacher key; needed where ``student_dims`` are.
         resample: see `FeatureTerm`.
@@ -289,7 +286,6 @@ class LiftKD(nn.Module):
         lift_eps: of the LayerNorm.
         beta: threshold of ``"smooth_l1"``.
         pool: also return the mean of the lifted tokens.
-        resample: for `Tokens`, see `FeatureTerm`.
         backend: of the operator.
         device: of the parameters.
         dtype: of the parameters.
@@ -316,7 +312,6 @@ class LiftKD(nn.Module):
         lift_eps: float = LIFT_EPS,
         beta: float = 1.0,
         pool: bool = False,
-        resample: ResampleMode | None = None,
         backend: Backend = "auto",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -325,82 +320,60 @@ class LiftKD(nn.Module):
         check_counts(self, student_dim=student_dim, teacher_dim=teacher_dim)
         check_choice(self, "loss", loss, LOSSES)
         check_at_least(self, 0, weight=weight, lift_eps=lift_eps, beta=beta)
-        if resample is not None:
-            check_choice(self, "resample", resample, RESAMPLE_MODES)
-        self.projector = Lift(
-            student_dim, teacher_dim, lift_eps, device, dtype, bias=bias, norm=norm
-        )
+        dims, placement = (student_dim, teacher_dim), (device, dtype)
+        self.projector = Lift(*dims, lift_eps, *placement, bias=bias, norm=norm)
         init_linear(self.projector.proj)
         self.loss: LossName = loss
         self.weight = weight
         self.beta = beta
         self.pool = pool
-        self.resample: ResampleMode | None = resample
         self.backend: Backend = backend
 
     def forward(
-        self,
-        student_tokens: Tensor | Tokens,
-        teacher_tokens: Tensor | Tokens,
-        grid: Grid | None = None,
+        self, student_tokens: Tensor, teacher_tokens: Tensor, grid: Grid | None = None
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Lift the student's tokens and compare them with the teacher's.
 
         Args:
-            student_tokens: [B, N, Ds], [B, Ds, H, W] or `Tokens`; receive the gradient.
-            teacher_tokens: [B, N, Dt], [B, Dt, H, W] or `Tokens`, of the same kind; frozen.
-            grid: (H, W) of [B, N, D] tensors, for ``"spectral"``; square if omitted.
+            student_tokens: [B, N, Ds] or [B, Ds, H, W]; receive the gradient.
+            teacher_tokens: [B, N, Dt] or [B, Dt, H, W], frozen.
+            grid: (H, W) of [B, N, D] tokens, for ``"spectral"``; square if omitted.
 
         Returns:
             ``weight`` times the distance; with ``pool`` the pair of it and [B, Dt].
 
         Raises:
-            TypeError: one side is `Tokens` and the other is not.
             ValueError: widths, counts or grids do not fit.
         """
-        student, teacher, grid = self._matched(student_tokens, teacher_tokens, grid)
         width, channels = self.projector.operands()["weight"].shape
-        _check_width("student_tokens", student, channels)
-        _check_width("teacher_tokens", teacher, width)
+        _check_width("student_tokens", student_tokens, channels)
+        _check_width("teacher_tokens", teacher_tokens, width)
         options: dict[str, Any] = {"grid": grid, "beta": self.beta, "backend": self.backend}
-        found = self.projector.compare(student, teacher, self.loss, pool=self.pool, **options)
+        found = self.projector.compare(
+            student_tokens, teacher_tokens, self.loss, pool=self.pool, **options
+        )
         if isinstance(found, Tensor):
             return self.weight * found
         distance, pooled = found
         return self.weight * distance, pooled
 
-    def lift(self, tokens: Tensor | Tokens, pool: bool = True) -> Tensor:
+    def lift(self, tokens: Tensor, pool: bool = True) -> Tensor:
         """Lift the student's tokens without a teacher, as at inference.
 
         Args:
-            tokens: [B, N, Ds], [B, Ds, H, W] or `Tokens`.
+            tokens: [B, N, Ds] or [B, Ds, H, W].
             pool: return the mean of the lifted tokens.
 
         Returns:
             [B, Dt]; without ``pool`` [B, N, Dt], or [B, Dt, H, W] for a map.
         """
-        data = tokens.data if isinstance(tokens, Tokens) else tokens
         operands = self.projector.operands()
-        _check_width("tokens", data, operands["weight"].shape[1])
-        return lift(data, **operands, pool=pool, backend=self.backend)
-
-    def _matched(
-        self, student: Tensor | Tokens, teacher: Tensor | Tokens, grid: Grid | None
-    ) -> tuple[Tensor, Tensor, Grid | None]:
-        if isinstance(student, Tensor) and isinstance(teacher, Tensor):
-            return student, teacher, grid
-        if not (isinstance(student, Tokens) and isinstance(teacher, Tokens)):
-            raise TypeError(
-                "LiftKD: student_tokens and teacher_tokens must be two tensors or two Tokens, got "
-                f"{type(student).__name__} and {type(teacher).__name__}"
-            )
-        if grid is not None and tuple(grid) != student.grid:
-            raise ValueError(f"LiftKD: grid {tuple(grid)} is given with Tokens of {student.grid}")
-        student, teacher = match_grids(student, teacher, self.resample)
-        return student.data, teacher.data, student.grid
+        _check_width("tokens", tokens, operands["weight"].shape[1])
+        return lift(tokens, **operands, pool=pool, backend=self.backend)
 
 
 def _check_width(argument: str, tokens: Tensor, dim: int) -> None:
+    check_float("LiftKD", argument, tokens)
     channels = 1 if tokens.ndim == 4 else -1
     if tokens.ndim not in (3, 4) or tokens.shape[channels] != dim:
         raise ValueError(

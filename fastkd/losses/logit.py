@@ -19,8 +19,8 @@ from fastkd.utils.arguments import describe
 class SoftKD(LogitTerm):
     r"""Soft distillation: :math:`\tau^2 \, KL(p_t^\tau \| p_s^\tau)`, averaged over the batch.
 
-    With :math:`p^\tau = softmax(logits / \tau)`; summed over classes, averaged over images
-    (``batchmean``). Source: Hinton, Vinyals, Dean 2015 (arXiv 1503.02531).
+    With :math:`p^\tau = softmax(logits / \tau)`, summed over classes. Source: Hinton, Vinyals, Dean
+    2015 (arXiv 1503.02531).
 
     Args:
         tau: temperature, > 0.
@@ -80,16 +80,15 @@ class DIST(LogitTerm):
     with P = softmax(logits / tau), [B, C], e ``inter`` (between the classes of an image), a
     ``intra`` (between the images of a class), and rho = <x, y> / (|x| |y| + eps) of centered x, y.
 
-    Source: Huang et al. 2022 (arXiv 2205.10536). Their ImageNet code has no tau (tau 1); tau^2 is
-    the paper's. A batch of one image has no spread: ``intra`` is left out, where their code adds a
-    constant 1. Correlation ignores scale, so logits near zero get large gradients.
+    Source: Huang et al. 2022 (arXiv 2205.10536); their ImageNet code has no tau. ``intra`` is left
+    out for a batch of one, where their code adds 1. Logits near zero get large gradients.
 
     Args:
         tau: temperature, > 0.
         inter: weight of the correlation between an image's classes, >= 0.
         intra: weight of the correlation between a class's images, >= 0.
-        eps: added to the product of norms, > 0. The authors' 1e-8 has an effect: the gradient of
-            classes that hardly occur in the batch fades.
+        eps: added to the product of norms, > 0; the authors' 1e-8 lets the gradient of classes
+            that hardly occur in the batch fade.
         weight: factor of the loss.
 
     Raises:
@@ -132,13 +131,12 @@ class DKD(LogitTerm):
     .. math:: L = \tau^2 \, \frac{1}{B} \sum_i [a \, KL(b_t \| b_s) + o \, KL(q_t \| q_s)]
 
     with b = (p[y], 1 - p[y]), the softened probability of the target class y against all others, q
-    the softmax over the others, a ``target_weight`` and o ``other_weight``. Summed over classes,
-    averaged over images. `SoftKD` is a = 1 with o = 1 - p_t[y] for each image.
+    the softmax over the others, a ``target_weight`` and o ``other_weight``. `SoftKD` is a = 1 with
+    o = 1 - p_t[y] for each image.
 
     Source: Zhao et al. 2022 (arXiv 2203.08679), whose alpha and beta are a and o: tau 4 and (1, 8)
     on CIFAR-100; tau 1 and (1, 0.5) for ResNet-34 to 18 (the defaults), (1, 2) for ResNet-50 to
-    MobileNet on ImageNet. They add it to the whole cross-entropy (``ce_weight=1`` of
-    `DistillationLoss`) and, unlike here, ramp it up over the first epochs.
+    MobileNet on ImageNet. They add it to the whole cross-entropy, and ramp it up at first.
 
     Args:
         tau: temperature, > 0.
@@ -191,12 +189,11 @@ class NKD(LogitTerm):
                   + \gamma \tau^2 \sum_{c \ne y} q_t[c] \log q_s[c] \Big]
 
     with p the class probabilities at temperature 1 and q the softmax of logits / tau over the
-    classes other than the target y. Summed over classes, averaged over images. Both parts are
-    cross-entropies: between equal logits they are entropies, not zero.
+    classes other than the target y. Both parts are cross-entropies: not zero for equal logits.
 
     Source: Yang et al. 2023 (arXiv 2303.13005), following their code, where tau softens the others
     only. On ImageNet they take tau 1 and gamma 1.5 for ResNet-34 to 18, 1 for DeiT-Tiny, and add
-    the loss to the whole cross-entropy (``ce_weight=1`` of `DistillationLoss`).
+    the loss to the whole cross-entropy.
 
     Args:
         tau: temperature of the others, > 0.

@@ -34,21 +34,19 @@ class ManifoldKD(Distance):
 
     Source: arXiv 2107.01378, with the weights and K of its ImageNet runs. The paper writes squared
     Frobenius norms; its code takes means over the matrices' elements, as here. Patches are drawn
-    from the global generator of the tokens' device without synchronizing; in eval mode they are
-    evenly spaced instead, so evaluations are comparable.
+    from the global generator of the tokens' device; in eval mode they are evenly spaced instead, so
+    evaluations are comparable. Relations are within one process's micro-batch.
 
-    The matrices exist for a chunk only: the gradient, 4 (S S^T - T T^T) S, is computed in the
-    forward, which keeps one [B, N, Ds] float32 tensor for the backward. Second derivatives are
-    refused. A token of zeros has similarities of 0 and gets no gradient. Relations are within one
-    process's micro-batch.
+    The gradient, 4 (S S^T - T T^T) S, is computed in the forward, a chunk of the matrices at a
+    time; second derivatives are refused. A token of zeros gets no gradient.
 
     Args:
         intra: weight of the similarities within an image; 0 skips them.
-        inter: weight of those between images at a place; 0 skips them. It needs two images or more.
+        inter: weight of those between images at a place; 0 skips them.
         random: weight of those between random patches; 0 skips them, and draws none.
         patches: K; all patches where there are fewer.
-        chunk_bytes: limit of a temporary, or one group's vectors if these are larger; by default
-            2 MiB on a CPU, 64 MiB elsewhere.
+        chunk_bytes: limit of a temporary (at least one group's vectors); by default 2 MiB on a CPU,
+            64 MiB elsewhere.
 
     Raises:
         ValueError: weights that are negative, not finite or all zero, or ``patches`` or
@@ -154,11 +152,7 @@ def _relations(
     limit: int,
     needs_gradient: bool,
 ) -> Tensor:
-    """Weighted mean over groups and M x M elements of (S S^T - T T^T)^2, of unit vectors.
-
-    ``student`` is [G, M, Ds], ``teacher`` [G, M, Dt], both of any strides; the student's gradient
-    is added to ``gradient``.
-    """
+    """Weighted mean over groups and elements of (S S^T - T T^T)^2, of unit vectors [G, M, D]."""
     dtype = wide_dtype(student, teacher)
     groups, members, width = student.shape
     # A group: its unit vectors, their gradient, and its matrix.
@@ -172,6 +166,7 @@ def _relations(
         for rows in slices(members, s.shape[0] * members * dtype.itemsize, limit):
             total += _add_rows(s, t, rows, slope, needs_gradient)
         if needs_gradient:
+            # Added, because all three kinds of relations share the tokens.
             gradient[chunk].add_(before_direction(slope, s, inverse), alpha=scale)
     return total * scale
 

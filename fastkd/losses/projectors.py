@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from fastkd.ops import lift, lift_kd
+from fastkd.ops import lift_kd
 from fastkd.ops.backend import Backend
 from fastkd.ops.checks import at_least_float32, in_float64
 from fastkd.ops.feature_kd.reference import LossName
@@ -20,42 +20,33 @@ from fastkd.utils.arguments import check_numbers
 PROJECTORS = ("none", "pool", "linear", "mlp", "orthogonal", "lift")
 
 
-def build_projector(
-    name: str, student_dim: int, teacher_dim: int, *, hidden: int | None = None
-) -> nn.Module | None:
+def build_projector(name: str, student_dim: int, teacher_dim: int) -> nn.Module | None:
     """Build the layers that map a student's tokens to the teacher's width.
 
-    ``"linear"`` is FitNets' (arXiv 1412.6550). ``"mlp"``, Linear, GELU, Linear, is AM-RADIO's head
-    (arXiv 2312.06709) without its LayerNorm. ``"orthogonal"`` is VkD's (arXiv 2403.06213): a Linear
-    without bias whose weight has orthonormal columns (rows if the teacher is narrower) at every
-    step. Its parameter is ``parametrizations.weight.original``; see `undecayed`. torch cannot
-    pickle it: save its state dict.
+    ``"linear"`` is FitNets' (arXiv 1412.6550); ``"mlp"``, Linear, GELU, Linear, AM-RADIO's head
+    (arXiv 2312.06709) without its LayerNorm; ``"orthogonal"`` VkD's (arXiv 2403.06213), a Linear
+    without bias whose weight has orthonormal columns (rows if the teacher is narrower). Its
+    parameter is ``parametrizations.weight.original``; see `undecayed`. torch cannot pickle it.
 
     Args:
         name: one of `PROJECTORS`.
         student_dim: the student's channels.
         teacher_dim: the teacher's channels.
-        hidden: channels between the two layers of ``"mlp"``; the teacher's by default.
 
     Returns:
-        Layers from [..., student_dim] to [..., teacher_dim]; None for ``"none"``, ``"pool"`` and
-        ``"lift"``, which the student holds. Weights start as in ViTs, truncated N(0, 0.02), or
-        random orthonormal.
+        Layers from [..., student_dim] to [..., teacher_dim], initialized as in ViTs, truncated
+        N(0, 0.02), or random orthonormal; None for ``"none"``, ``"pool"`` and ``"lift"``.
 
     Raises:
-        ValueError: an unknown name, or ``hidden`` for another projector than ``"mlp"``.
+        ValueError: an unknown name.
     """
-    widths = {"student_dim": (student_dim, 1), "teacher_dim": (teacher_dim, 1)}
-    check_numbers("build_projector", **widths, hidden=(hidden, 1))
+    check_numbers("build_projector", student_dim=(student_dim, 1), teacher_dim=(teacher_dim, 1))
     if name not in PROJECTORS:
         raise ValueError(f"build_projector: name must be one of {PROJECTORS}, got {name!r}")
-    if hidden is not None and name != "mlp":
-        raise ValueError(f"build_projector: hidden is of 'mlp', got hidden={hidden} with {name!r}")
     if name == "linear":
         return _linear(student_dim, teacher_dim)
     if name == "mlp":
-        hidden = teacher_dim if hidden is None else hidden
-        layers = _linear(student_dim, hidden), _linear(hidden, teacher_dim)
+        layers = _linear(student_dim, teacher_dim), _linear(teacher_dim, teacher_dim)
         return nn.Sequential(layers[0], nn.GELU(), layers[1])
     return orthogonal_projector(student_dim, teacher_dim) if name == "orthogonal" else None
 
@@ -86,12 +77,10 @@ def orthogonal_projector(student_dim: int, teacher_dim: int) -> nn.Linear:
 class Orthonormal(nn.Module):
     r"""Cayley's map from any matrix to one with orthonormal columns, or rows if it is wide.
 
-    With the square top U of a tall parameter and the rest V, S = U - U^T and
-
     .. math:: Y = 2 (I + V^T V - S)^{-1}, \quad Q = \begin{pmatrix} Y - I \\ V Y \end{pmatrix}
 
-    is the left part of Cayley's map of the skew-symmetric matrix that has S and V in its first
-    columns and zeros below. It reaches all weights but those with Q_top + I singular.
+    with the square top U of a tall parameter, the rest V, and S = U - U^T: the left part of
+    Cayley's map of the skew-symmetric matrix with S and V in its first columns and zeros below.
     """
 
     # One system of the narrower width is solved, whose matrix has no singular value below 1, so it
@@ -120,19 +109,13 @@ def undecayed(module: nn.Module) -> set[str]:
     """List the parameters of orthogonal projectors, which weight decay would pull to the identity.
 
     timm's `create_optimizer_v2` reads them from the ``no_weight_decay()`` of `DistillationLoss`. In
-    your own loop, give them a group with weight decay 0, as biases and norms::
-
-        module = nn.ModuleDict({"student": student, "losses": DistillationLoss(feature=...)})
-        spared, named = undecayed(module), dict(module.named_parameters())
-        rest = [p for name, p in named.items() if name not in spared]
-        turns = {"params": [named[name] for name in spared], "weight_decay": 0.0}
-        optimizer = torch.optim.AdamW([{"params": rest}, turns], weight_decay=0.05)
+    your own loop, give them, like biases and norms, a parameter group with ``weight_decay=0``.
 
     Args:
-        module: any module; wrappers such as `DistributedDataParallel` are part of the names.
+        module: any module.
 
     Returns:
-        Names, as in ``module.named_parameters()``; none if there is no such projector.
+        Names, as in ``module.named_parameters()``.
     """
     return {
         f"{name}.original"
@@ -145,7 +128,7 @@ def undecayed(module: nn.Module) -> set[str]:
 class Lift(nn.Module):
     """Lift tokens to the teacher's width: Linear, then LayerNorm (arXiv 2511.15572, "Lift").
 
-    Calling it gives the lifted tokens; `pooled` and `compare` never write them.
+    Calling it gives the lifted tokens; `compare` never writes them.
 
     Args:
         dim: channels of the incoming tokens.
@@ -186,18 +169,6 @@ class Lift(nn.Module):
         """
         return self.norm(self.proj(x))
 
-    def pooled(self, tokens: Tensor, *, backend: Backend = "auto") -> Tensor:
-        """Compute the mean of the lifted tokens.
-
-        Args:
-            tokens: [B, N, dim] or [B, dim, H, W], any strides.
-            backend: of `fastkd.ops.lift`.
-
-        Returns:
-            [B, width].
-        """
-        return lift(tokens, **self.operands(), pool=True, backend=backend)
-
     def compare(
         self,
         tokens: Tensor,
@@ -228,11 +199,9 @@ class Lift(nn.Module):
         return lift_kd(tokens, teacher_tokens=teacher_tokens, loss=loss, **operands)
 
     def is_fusible(self) -> bool:
-        """Whether `pooled` and `compare` compute what the layers would.
-
-        They do not where a layer has been replaced (adapters, quantization, parametrizations) or
-        has hooks (feature extractors, FSDP): then the layers must be called.
-        """
+        """Whether an operator may compute the layers: they have no hooks and are as built."""
+        # Adapters, quantization and parametrizations replace layers; feature extractors and FSDP
+        # hook them.
         normed = type(self.norm) is nn.LayerNorm and self.norm.elementwise_affine
         return (
             type(self) is Lift
@@ -245,7 +214,7 @@ class Lift(nn.Module):
         """Get the layers' parameters and epsilon as the operators' keywords.
 
         Raises:
-            ValueError: the layers are not fusible; see `is_fusible`.
+            ValueError: not `is_fusible`.
         """
         if not self.is_fusible():
             raise ValueError(
@@ -313,20 +282,12 @@ def check_widths(
     *,
     equal_widths: bool = True,
 ) -> None:
-    """Raise for widths that must be equal and that the projector does not change.
-
-    For ``"lift"``, ``student_dim`` is the lifted width.
-    """
+    """Raise for widths that must be equal; for ``"lift"``, ``student_dim`` is the lifted one."""
     if projector not in ("none", "lift") or student_dim == teacher_dim or not equal_widths:
         return
-    where = f"pair {pair[0]}:{pair[1]}: student has {student_dim} channels, teacher {teacher_dim}"
-    if projector == "lift":
-        raise ValueError(
-            f"FeatureKD: {where}; projector='lift' compares the student's lifted tokens as they "
-            f"are: create the student with width={teacher_dim}"
-        )
     raise ValueError(
-        f"FeatureKD: {where}; projector='none' needs equal widths: choose projector='linear' "
-        "(learned, dropped at inference), 'pool' (averages the wider side), 'lift' for a Lift "
-        f"student, or create the student as 'lift' or 'widelast' with width={teacher_dim}"
+        f"FeatureKD: pair {pair[0]}:{pair[1]}: student has {student_dim} channels, teacher "
+        f"{teacher_dim}; projector={projector!r} needs equal widths: choose projector='linear' "
+        "(learned, dropped at inference) or 'pool' (averages the wider side), or create the "
+        f"student as 'lift' (with projector='lift') or 'widelast' with width={teacher_dim}"
     )

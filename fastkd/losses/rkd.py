@@ -33,22 +33,20 @@ class RKD(Distance):
         \cos_{ijk} = \left\langle \frac{x_j - x_i}{\|x_j - x_i\|},
                      \frac{x_k - x_i}{\|x_k - x_i\|} \right\rangle
 
-    where :math:`\mu` is each side's mean of the batch's nonzero distances. The weights are those
-    commonly used for classification. Source: arXiv 1904.05068. As in its code, the sums run over
-    all indices, equal ones included. The code takes distances from a Gram matrix and clamps those
-    of equal images to 1e-6; here they come from differences, are 0 and have no gradient, like
-    angles with a leg of length 0. Codes differ in the embedding: the authors' classification script
-    normalizes both sides to unit length (``normalize=True``), RepDistiller does not.
+    where :math:`\mu` is the mean of a side's nonzero distances. Source: arXiv 1904.05068, with the
+    weights commonly used for classification. The authors' code clamps distances of equal
+    images to 1e-6; here they are 0 and have no gradient, like angles with a leg of length 0. Their
+    classification script normalizes embeddings (``normalize=True``), RepDistiller does not.
 
-    Both parts are computed for a few images i at a time, with their gradient, in the forward.
-    Second derivatives are refused. Relations are within one process's micro-batch.
+    The gradient is computed in the forward, for a few images i at a time; second derivatives are
+    refused. Relations are within one process's micro-batch.
 
     Args:
         distance_weight: :math:`w_d`; 0 skips distances.
         angle_weight: :math:`w_a`; 0 skips angles.
         normalize: scale embeddings to unit length first.
-        chunk_bytes: limit of the temporaries, or those of one image, B (2 B + 3 Ds + 2 Dt) numbers,
-            if these are larger; by default 2 MiB on a CPU, 64 MiB elsewhere.
+        chunk_bytes: limit of the temporaries (at least one image's, B (2 B + 3 Ds + 2 Dt) numbers);
+            by default 2 MiB on a CPU, 64 MiB elsewhere.
 
     Raises:
         ValueError: weights that are negative, not finite or both zero, or ``chunk_bytes`` is not

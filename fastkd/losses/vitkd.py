@@ -25,23 +25,21 @@ class ViTKD(FeatureTerm):
     .. math:: L = \frac{m}{B} \sum_{(i, j) \in P_{:-1}} \| A_i F^s_i - F^t_j \|^2
                   + \frac{g}{\lambda B} \| M \odot (G(F^s_{last}) - F^t_{last}) \|^2
 
-    with m ``mimic_weight``, g ``generate_weight`` and lambda ``mask_ratio``. Squares are summed
-    over pairs, tokens and channels and averaged over images only, hence the small weights. A is a
-    Linear to the teacher's width, the identity where the widths are equal. G aligns widths in the
-    same way, replaces a share lambda of each image's tokens by one learned token and runs Conv 3x3,
-    ReLU, Conv 3x3 over the grid; M keeps the replaced tokens only. A single pair is generated.
+    with m ``mimic_weight``, g ``generate_weight`` and lambda ``mask_ratio``. Squares are averaged
+    over images only, hence the small weights. A is a Linear to the teacher's width, the identity
+    where the widths are equal. G does the same, replaces a share lambda of each image's tokens by
+    one learned token and runs Conv 3x3, ReLU, Conv 3x3 over the grid; M keeps the replaced tokens.
 
     Source: Yang et al. 2022 (arXiv 2209.02432), with the generator and the defaults of their code,
     for weight 1 beside the whole cross-entropy. They pair blocks 0 and 1, and the last blocks after
     the final norm: taps named "blocks.0", "blocks.1" and "norm" give the same, while numbered taps
-    give the last block before that norm, whose scale may need another ``generate_weight``. Here
-    grids need not be square, any number of blocks may be mimicked, and widths and grids may differ.
+    give the last block before that norm, whose scale may need another ``generate_weight``.
 
     All parameters, about 18 Dt^2 and a Linear per pair, are dropped at inference. The mask is drawn
-    from the global generator of the tokens' device, in evaluation too, so repeated values differ.
+    from the global generator of the tokens' device, in evaluation too.
 
     Args:
-        pairs: (student key, teacher key); the last one is generated, the others are mimicked.
+        pairs: (student key, teacher key); the last (or single) one is generated, others mimicked.
         weight: factor of the loss.
         student_dims: channels per student key.
         teacher_dims: channels per teacher key.

@@ -23,21 +23,15 @@ class VkD(Distance):
 
     .. math:: L = \frac{1}{B D} \sum_{b,d} \mathrm{huber}_\beta (s_{bd} - \nu(t)_{bd})
 
-    with s and t the tokens' mean per image (``pool=False``: each of the B N tokens), and the mean
-    over all elements. The normalization :math:`\nu` is of the teacher only, and one of
-
-    - ``"standardize"``: each vector over its channels, a LayerNorm without weights (eps 1e-5); the
-      authors' choice for classification;
-    - ``"whiten"``: decorrelated channels over one process's slice of the batch
-      (`fastkd.losses.vkd.whiten`); the paper's choice for generative tasks;
-    - ``"none"``.
-
-    It removes the teacher's scale, which the projector ``"orthogonal"`` cannot. The defaults are
-    those of the authors' code for DeiT, where the loss has weight 1. That code has no whitening;
-    its detector standardizes each channel over the tokens of the batch, on both sides.
+    with s and t the tokens' mean per image (``pool=False``: each of the B N tokens). The
+    normalization :math:`\nu` removes the teacher's scale, which the projector ``"orthogonal"``
+    cannot. The defaults are those of the authors' code for DeiT, where the loss has weight 1. That
+    code has no whitening; its detector standardizes each channel over the batch, on both sides.
 
     Args:
-        normalize: one of the three.
+        normalize: ``"standardize"``, each vector over its channels, a LayerNorm without weights
+            (for classification); ``"whiten"``, decorrelated channels over one process's batch
+            (`fastkd.losses.vkd.whiten`, for generative tasks); or ``"none"``.
         distance: ``"smooth_l1"`` or ``"mse"``.
         beta: threshold of ``"smooth_l1"``, 1 by default.
         pool: average the tokens of an image first; False is better with ``"whiten"``, which needs

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import re
 import textwrap
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
-from urllib.error import HTTPError
 
 from huggingface_hub import constants, get_session, hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
-    HfHubHTTPError,
     LocalEntryNotFoundError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
@@ -28,9 +25,7 @@ _HUB_NAME = re.compile(
 )
 
 # Hugging Face's client raises its transport's own exceptions, whichever transport it was built on.
-_TRANSPORTS = {"httpx", "httpx2", "httpcore", "requests", "urllib", "urllib3"}
-_DOWNLOAD_PACKAGES = _TRANSPORTS | {"huggingface_hub"}
-_STORAGE_FAULTS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}
+_CLIENTS = ("huggingface_hub", "httpx", "httpx2", "httpcore", "requests", "urllib", "urllib3")
 
 
 class DownloadError(RuntimeError):
@@ -106,8 +101,8 @@ def _hub_answers() -> bool:
 
 
 def _is_download_failure(error: Exception) -> bool:
-    """Whether an error comes from a download."""
-    return isinstance(error, OSError) or _package(error) in _DOWNLOAD_PACKAGES
+    package = type(error).__module__.split(".", 1)[0]
+    return isinstance(error, OSError) or package in _CLIENTS
 
 
 def explained(caller: str, name: str, error: Exception) -> Exception | None:
@@ -135,30 +130,12 @@ def explained(caller: str, name: str, error: Exception) -> Exception | None:
     return _not_downloaded(caller, f"{name} is", error) if _is_download_failure(error) else None
 
 
-def _not_downloaded(caller: str, what: str, error: Exception) -> DownloadError:
-    """Build the error for weights that storage, the hub or the network kept from coming."""
-    causes = _causes(error)
-    root = causes[-1]
-    lines = str(root).strip().splitlines()
+def _not_downloaded(caller: str, what: str, error: BaseException) -> DownloadError:
+    while error.__cause__ is not None:  # to the storage's or the network's own error
+        error = error.__cause__
+    lines = str(error).strip().splitlines()
     reason = textwrap.shorten(lines[0], 200, placeholder=" ...") if lines else "no reason given"
-    # A firewall, too, denies permission: then errors of the network are among the causes.
-    transported = any(_package(cause) in _TRANSPORTS for cause in causes)
-    if isinstance(root, OSError) and root.errno in _STORAGE_FAULTS and not transported:
-        return DownloadError(f"{caller}: {what} could not be kept in the cache ({reason})")
-    answered = any(isinstance(cause, HfHubHTTPError | HTTPError) for cause in causes)
-    doubt = "" if answered else "; no network?"
     return DownloadError(
         f"{caller}: {what} not cached and could not be downloaded "
-        f"({type(root).__name__}: {reason}{doubt})"
+        f"({type(error).__name__}: {reason})"
     )
-
-
-def _causes(error: BaseException) -> list[BaseException]:
-    causes = [error]
-    while (cause := causes[-1].__cause__) is not None:
-        causes.append(cause)
-    return causes
-
-
-def _package(error: BaseException) -> str:
-    return type(error).__module__.split(".", 1)[0]

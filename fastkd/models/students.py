@@ -12,6 +12,7 @@ from timm.models.vision_transformer import Block, VisionTransformer, get_init_we
 from torch import Tensor, nn
 
 from fastkd.losses.projectors import Lift, has_hooks
+from fastkd.ops import lift as lift_tokens
 from fastkd.ops.backend import Backend
 from fastkd.ops.feature_kd.reference import LossName
 
@@ -207,7 +208,7 @@ class LiftVisionTransformer(_WideFinalTransformer):
             attn_mask=attn_mask,
             is_causal=is_causal,
         )
-        return self._classify(self.lift.pooled(tokens))
+        return self._classify(lift_tokens(tokens, **self.lift.operands(), pool=True))
 
     def _classify(self, pooled: Tensor) -> Tensor:
         """Do what timm's `forward_head` does after the pool."""

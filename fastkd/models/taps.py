@@ -350,8 +350,7 @@ class _NameReader:
         if len(fitting) != 1:
             raise ValueError(
                 f"Taps: {source} gives {count} tokens, which are no grid of images of {height} x "
-                f"{width}; set grid=(H, W), or num_prefix (now {self.num_prefix}) for a class token "
-                "or registers"
+                f"{width}; set grid=(H, W), or num_prefix (now {self.num_prefix}) for class tokens"
             )
         return fitting[0], self.num_prefix
 

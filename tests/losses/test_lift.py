@@ -9,7 +9,6 @@ import torch.nn.functional as F
 from fastkd.losses import LiftKD
 from fastkd.losses.projectors import Lift
 from fastkd.ops.lift_kd import LIFT_EPS
-from fastkd.tokens import Tokens, match_grids
 
 GRID = (3, 4)
 STUDENT, TEACHER = 6, 10
@@ -87,32 +86,12 @@ def test_maps_are_taken_as_they_are():
     torch.testing.assert_close(term.lift(student, pool=False).flatten(2).mT, lifted)
 
 
-def test_tokens_bring_their_grid():
-    term = term_for("spectral")
-    student, teacher = random(2, 12, STUDENT), random(2, 12, TEACHER, seed=1)
-    value = term(Tokens(student, GRID), Tokens(teacher, GRID))
-    torch.testing.assert_close(value, distance("spectral", by_layers(term, student), teacher))
-
-
-def test_tokens_of_another_grid_are_resampled_to_the_students():
-    term = term_for("spectral", resample="bicubic")
-    student = Tokens(random(2, 12, STUDENT), GRID)
-    teacher = Tokens(random(2, 48, TEACHER, seed=1), (6, 8))
-    expected = distance(
-        "spectral",
-        by_layers(term, student.data),
-        match_grids(student, teacher, "bicubic")[1].data,
-    )
-    torch.testing.assert_close(term(student, teacher), expected)
-
-
 @pytest.mark.parametrize("bias,norm", itertools.product([False, True], repeat=2))
 def test_lift_gives_what_to_classify(bias, norm):
     term = term_for(bias=bias, norm=norm)
     tokens = random(2, 12, STUDENT)
     lifted = by_layers(term, tokens)
     torch.testing.assert_close(term.lift(tokens), lifted.mean(1))
-    torch.testing.assert_close(term.lift(Tokens(tokens, GRID)), lifted.mean(1))
     torch.testing.assert_close(term.lift(tokens, pool=False), lifted)
 
 
@@ -161,10 +140,9 @@ def test_layers_that_do_more_than_their_weights_say_are_refused(use):
         getattr(term, use)(*arguments)
 
 
-@pytest.mark.parametrize("option", [{"loss": "l2"}, {"resample": "lanczos"}])
-def test_unknown_options_are_refused(option):
-    with pytest.raises(ValueError, match=r"LiftKD: .* one of .*, got"):
-        LiftKD(STUDENT, TEACHER, **option)
+def test_an_unknown_distance_is_refused():
+    with pytest.raises(ValueError, match=r"LiftKD: loss .* one of .*, got 'l2'"):
+        LiftKD(STUDENT, TEACHER, loss="l2")
 
 
 def test_a_backend_that_cannot_run_here_is_refused():
@@ -185,23 +163,6 @@ def test_a_backend_that_cannot_run_here_is_refused():
 def test_shapes_that_do_not_fit_are_named(student, teacher, message):
     with pytest.raises(ValueError, match=message):
         term_for()(random(*student), random(*teacher))
-
-
-def test_tokens_on_one_side_alone_are_refused():
-    with pytest.raises(TypeError, match="two tensors or two Tokens, got Tokens and Tensor"):
-        term_for()(Tokens(random(2, 12, STUDENT), GRID), random(2, 12, TEACHER))
-
-
-def test_tokens_of_other_grids_are_refused_without_resample():
-    student = Tokens(random(2, 12, STUDENT), GRID)
-    with pytest.raises(ValueError, match="resample"):
-        term_for()(student, Tokens(random(2, 48, TEACHER), (6, 8)))
-
-
-def test_a_grid_that_contradicts_the_tokens_is_refused():
-    pair = Tokens(random(2, 12, STUDENT), GRID), Tokens(random(2, 12, TEACHER), GRID)
-    with pytest.raises(ValueError, match=r"grid \(2, 6\) is given with Tokens of \(3, 4\)"):
-        term_for()(*pair, grid=(2, 6))
 
 
 def test_a_teacher_that_wants_a_gradient_is_refused():

@@ -257,37 +257,12 @@ def test_an_export_without_its_checksum_is_damaged(tmp_path):
         read_file(tmp_path / "x.safetensors")
 
 
-def rewritten(path, change):
-    """A .pth file with other records, each with its right CRC."""
-    with zipfile.ZipFile(path) as archive:
-        records = {name: archive.read(name) for name in archive.namelist()}
-    with zipfile.ZipFile(path, "w") as archive:
-        for name, content in records.items():
-            archive.writestr(name, change(name, content))
-    return records
-
-
-def test_a_file_of_a_machine_of_another_byte_order_is_read(tmp_path):
-    path = tmp_path / "x.pth"
-    torch.save({"a": torch.arange(4.0)}, path)
-
-    def swapped(name, content):
-        if name.endswith("/data/0"):
-            return np.frombuffer(content, "<f4").astype(">f4").tobytes()
-        return b"big" if name.endswith("byteorder") else content
-
-    rewritten(path, swapped)
-    assert file_kind(path) is FileKind.WEIGHTS  # torch ended the process here
-    assert torch.equal(read_file(path)["a"], torch.arange(4.0))
-
-
 @pytest.mark.filterwarnings("ignore:Duplicate name")
 def test_a_record_that_is_there_twice_is_damage(tmp_path):
     path = tmp_path / "x.pth"
     torch.save({"a": torch.arange(4.0)}, path)
-    records = rewritten(path, lambda _, content: content)
-    name = next(name for name in records if name.endswith("/data/0"))
     with zipfile.ZipFile(path, "a") as archive:
+        name = next(name for name in archive.namelist() if name.endswith("/data/0"))
         archive.writestr(name, bytes(16))
     with pytest.raises(ChecksumError, match=r"x\.pth .*twice"):
         read_file(path)
