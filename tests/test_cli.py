@@ -230,7 +230,7 @@ def test_recipes_lists_every_recipe_and_shows_one(capsys):
         ),
         ("tarin", "invalid choice: 'tarin' (did you mean 'train'?)"),
         ("nothing", "invalid choice: 'nothing' (choose from train, evaluate,"),
-        ("export nowhere", "there is no nowhere"),
+        ("export nowhere", "nor is there a file or folder"),
         ("export nowhere --opset 18", "opset=18 has no effect"),
     ],
 )

@@ -113,8 +113,8 @@ class FeatureTerm(nn.Module):
         """Compute ``weight`` times the distance.
 
         Args:
-            student: tokens by key; receive the gradient.
-            teacher: tokens by key; receive none.
+            student: tokens by key; get the gradient.
+            teacher: tokens by key; get none.
 
         Returns:
             Scalar, float32 (float64 for float64 tokens).
@@ -196,8 +196,7 @@ class Distance(nn.Module):
     extra_repr = print_options
 
     @property
-    def pools_first(self) -> bool:
-        """Whether only the mean token of an image counts."""
+    def pools_first(self) -> bool:  # whether only the mean token of an image counts
         return False
 
     def forward(self, student: Tensor, teacher: Tensor, *, grid: Grid | None = None) -> Tensor:

@@ -21,13 +21,11 @@ class DistillationLoss(nn.Module):
 
     .. math:: L = c \, CE + \alpha \, KD + w \, L_{feature}, \quad c = 1 - \alpha \text{ by default}
 
-    Source: arXiv 2511.15572, whose "feature only" is :math:`\alpha = 0`. DKD, NKD and DIST are
-    added to the whole cross-entropy (c = 1). An empty batch gives 0.
+    Source: arXiv 2511.15572. DKD, NKD and DIST are added to the whole cross-entropy, c = 1.
 
     Args:
-        logit: a logit loss, such as `SoftKD`, whose ``weight`` is :math:`\alpha`; None is
-            :math:`\alpha = 0`.
-        feature: a feature loss, such as `FeatureKD`, whose ``weight`` is w; None leaves it out.
+        logit: a logit loss, such as `SoftKD`, whose ``weight`` is :math:`\alpha`, or None.
+        feature: a feature loss, such as `FeatureKD`, whose ``weight`` is w, or None.
         label_smoothing: in [0, 1), for class indices; soft targets (Mixup) are used as they are.
         cross_entropy: False leaves the cross-entropy out (training without labels).
         ce_weight: c; None is :math:`1 - \alpha`.
@@ -98,8 +96,7 @@ class DistillationLoss(nn.Module):
 
         Args:
             logits: [B, classes], the student's.
-            target: [B] class indices, or [B, classes] soft targets; not read where neither the
-                cross-entropy nor the logit loss needs it.
+            target: [B] class indices, or [B, classes] soft targets; read if a part needs it.
             teacher_logits: [B, classes]; needed with a logit loss.
             student_tokens: by tap key; needed with a feature loss.
             teacher_tokens: by tap key; needed with a feature loss.

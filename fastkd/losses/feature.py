@@ -172,7 +172,7 @@ class FeatureKD(FeatureTerm):
         backend: str,
         options: dict[str, Any],
     ) -> list[nn.Module]:
-        """Build one distance for all pairs, or one per pair where widths matter to it."""
+        # One for all pairs, or one per pair where widths matter to it.
         if isinstance(loss, nn.Module):
             given = [*options, *(["backend"] if backend != "auto" else [])]
             if given:
@@ -195,19 +195,16 @@ class FeatureKD(FeatureTerm):
             return [distance(**options)]
         if widths is None:
             raise self._needs_dims(f"{loss=}")
-        projected = [self._projected_widths(*pair) for pair in widths]
-        return [distance(student_dim=s, teacher_dim=t, **options) for s, t in projected]
+        if self.projector == "pool":
+            widths = [(min(pair), min(pair)) for pair in widths]
+        elif self.projector != "none":
+            widths = [(teacher_dim, teacher_dim) for _, teacher_dim in widths]
+        return [distance(student_dim=s, teacher_dim=t, **options) for s, t in widths]
 
     def _needs_dims(self, argument: str) -> ValueError:
         return ValueError(
             f"FeatureKD: {argument} needs student_dims and teacher_dims, the channels per key"
         )
-
-    def _projected_widths(self, student_dim: int, teacher_dim: int) -> tuple[int, int]:
-        if self.projector == "none":
-            return student_dim, teacher_dim
-        dim = min(student_dim, teacher_dim) if self.projector == "pool" else teacher_dim
-        return dim, dim
 
     def _distance(self, index: int) -> nn.Module:
         return self.distances[index if len(self.distances) > 1 else 0]
@@ -273,19 +270,19 @@ class LiftKD(nn.Module):
     .. math:: L = d(LayerNorm(W F^s + b), F^t)
 
     with the distance d of `MapDistance`. The lifted tokens [B, N, Dt] are never written
-    (`fastkd.ops.lift_kd`). With ``pool`` it also gives their mean, which the student of
-    arXiv 2511.15572 classifies; at inference, `lift` does.
+    (`fastkd.ops.lift_kd`).
 
     Args:
         student_dim: channels of the student's tokens, Ds.
         teacher_dim: channels of the teacher's tokens, Dt.
         loss: the distance d: ``"mse"``, ``"spectral"``, ``"smooth_l1"`` or ``"cosine"``.
-        weight: factor of the distance (the Linear's weight is ``projector.proj.weight``).
+        weight: factor of the distance.
         bias: whether the Linear has a bias; the paper's has none.
         norm: whether there is a LayerNorm.
         lift_eps: of the LayerNorm.
         beta: threshold of ``"smooth_l1"``.
-        pool: also return the mean of the lifted tokens.
+        pool: also return the mean of the lifted tokens, which the student of arXiv 2511.15572
+            classifies.
         backend: of the operator.
         device: of the parameters.
         dtype: of the parameters.

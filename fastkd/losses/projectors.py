@@ -159,7 +159,7 @@ class Lift(nn.Module):
             self.norm = nn.LayerNorm(width, eps=lift_eps, device=device, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Lift tokens; writes [B, N, width].
+        """Lift tokens.
 
         Args:
             x: [B, N, dim].

@@ -65,7 +65,6 @@ class VkD(Distance):
 
     @property
     def pools_first(self) -> bool:
-        """Whether only the mean token of an image counts."""
         return self.pool
 
     def compare(self, student: Tensor, teacher: Tensor, grid: Grid | None) -> Tensor:

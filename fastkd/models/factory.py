@@ -29,6 +29,8 @@ from fastkd.models.students import (
     check_init_weights,
     check_lift_pool,
     check_wide_block_type,
+    into_lift,
+    into_widelast,
     widened,
 )
 from fastkd.utils.random import preserved_rng
@@ -131,7 +133,7 @@ def _create_lift(
     check_lift_pool(pool)
     _outline(name, "lift", kwargs)
     vit = _build_base(name, pretrained, kwargs)
-    return _renamed(LiftVisionTransformer.from_vit(vit, width, pool, init_weights), "lift")
+    return _renamed(into_lift(vit, width, pool, init_weights), "lift")
 
 
 def _create_widelast(
@@ -142,7 +144,7 @@ def _create_widelast(
     _outline(name, "widelast", kwargs | {"block_fn": recorder})
     widened(recorder.arguments, width)  # refuses a wrong one before anything is downloaded
     vit = _build_base(name, pretrained, kwargs)
-    student = WideLastVisionTransformer.from_vit(vit, recorder.arguments, width, init_weights)
+    student = into_widelast(vit, recorder.arguments, width, init_weights)
     return _renamed(student, "widelast")
 
 

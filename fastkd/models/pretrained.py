@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import timm
-from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from pydantic import Json
 from timm.models import get_pretrained_cfg, resolve_pretrained_cfg
 from torch import Tensor, nn
@@ -107,7 +106,7 @@ def build_timm_model(
         if name.startswith(LOCAL) and pretrained and not given.keys() & {"state_dict", "file"}:
             _check_folder(Path(name.removeprefix(LOCAL)))
         if is_hub_name(name):
-            return _create_from_hub(caller, name, pretrained, kwargs)
+            return _create_from_hub(name, pretrained, kwargs)
         return _create_published(name, kwargs) if downloads else _create(name, pretrained, kwargs)
     except ChecksumError as error:
         raise ChecksumError(f"{caller}: {error}") from error
@@ -154,42 +153,28 @@ def _create_published(name: str, kwargs: dict[str, Any]) -> nn.Module:
     repo, _, revision = published.hf_hub_id.partition("@")
     file = published.hf_hub_filename
     custom = published.custom_load == "hf" and file is not None
-    path = download(
-        repo,
-        *([file] if custom else _weight_files(file)),
-        offline=offline(),
-        revision=revision or None,
-        cache_dir=kwargs.get("cache_dir"),
-    )
+    files = [file] if custom else _weight_files(file)
+    where = {"revision": revision or None, "cache_dir": kwargs.get("cache_dir")}
+    path = download(repo, *files, offline=offline(), **where)
     here = {"file": str(path), "custom_load": True} if custom else _read_by_timm(path)
     model = _create(name, True, kwargs | {"pretrained_cfg_overlay": {**overlay, **here}})
     _forget(model, here, published.to_dict())
     return model
 
 
-def _create_from_hub(caller: str, name: str, pretrained: bool, kwargs: dict[str, Any]) -> nn.Module:
+def _create_from_hub(name: str, pretrained: bool, kwargs: dict[str, Any]) -> nn.Module:
     """Build a model that lies on the hub in timm's layout."""
     match = hub_name(name)
     assert match is not None
-    repo, revision = match["repo"], match["revision"]
-    where: dict[str, Any] = {
-        "offline": offline(),
-        "revision": revision,
-        "cache_dir": kwargs.get("cache_dir"),
-    }
+    repo = match["repo"]
+    where: dict[str, Any] = {"offline": offline(), "cache_dir": kwargs.get("cache_dir")}
+    where["revision"] = match["revision"]
     config = download(repo, "config.json", **where)
     here: dict[str, Any] = {}
     if pretrained:
         described = _read_config(config)
         files = _weight_files((described.pretrained_cfg or described).hf_hub_filename)
-        try:
-            here = {"source": "", **_read_by_timm(download(repo, *files, **where))}
-        except EntryNotFoundError as error:
-            if isinstance(error, LocalEntryNotFoundError):
-                raise
-            raise ValueError(
-                f"{caller}: {repo} has none of the files {', '.join(files)}"
-            ) from error
+        here = {"source": "", **_read_by_timm(download(repo, *files, **where))}
     overlay = {**(kwargs.get("pretrained_cfg_overlay") or {}), **here}
     model = _create(
         f"{LOCAL}{config.parent}", pretrained, kwargs | {"pretrained_cfg_overlay": overlay}
@@ -267,8 +252,8 @@ def check_name(caller: str, name: str) -> None:
     if ":" in name or timm.is_model(architecture):
         return
     near = difflib.get_close_matches(architecture, timm.list_models(), n=3)
-    hint = f"did you mean {' or '.join(near)}?" if near else "see timm.list_models()"
-    raise ValueError(f"{caller}: timm has no model {name!r}, nor is there such a file; {hint}")
+    hint = f"did you mean {' or '.join(near)}?" if near else "nor is there a file or folder of it"
+    raise ValueError(f"{caller}: timm has no model {name!r}; {hint}")
 
 
 def _has_weights(name: str, kwargs: Mapping[str, Any]) -> bool:

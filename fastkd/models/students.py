@@ -91,31 +91,6 @@ class LiftVisionTransformer(_WideFinalTransformer):
         super().__init__(global_pool="avg", **kwargs)
         self._install_lift(width, global_pool, init_weights)
 
-    @classmethod
-    def from_vit(
-        cls,
-        vit: VisionTransformer,
-        width: int = 384,
-        global_pool: str = "avg",
-        init_weights: InitWeights = "released",
-    ) -> "LiftVisionTransformer":
-        """Turn a timm `VisionTransformer` into a Lift student in place, keeping what it has learnt.
-
-        Args:
-            vit: the model, which becomes the student; its norm, pooling and head are replaced.
-            width: channels of the lifted tokens.
-            global_pool: see the constructor.
-            init_weights: see the constructor.
-
-        Returns:
-            ``vit``.
-        """
-        check_lift_pool(global_pool)
-        check_init_weights("LiftVisionTransformer", init_weights, vit.weight_init_mode)
-        vit.__class__ = cls
-        vit._install_lift(width, global_pool, init_weights)
-        return vit
-
     @property
     def lift(self) -> Lift:
         """The projection and norm, which sit in timm's final norm slot."""
@@ -242,6 +217,20 @@ class LiftVisionTransformer(_WideFinalTransformer):
             self._init_new("head")
 
 
+def into_lift(
+    vit: VisionTransformer,
+    width: int = 384,
+    global_pool: str = "avg",
+    init_weights: InitWeights = "released",
+) -> LiftVisionTransformer:
+    """Turn a timm ViT into a Lift student in place, keeping all but its norm, pooling and head."""
+    check_lift_pool(global_pool)
+    check_init_weights("LiftVisionTransformer", init_weights, vit.weight_init_mode)
+    vit.__class__ = LiftVisionTransformer
+    vit._install_lift(width, global_pool, init_weights)
+    return vit
+
+
 def _is_recorded(x: Tensor) -> bool:
     """Whether the pass is traced or exported, to run where the operators may not be known."""
     tracing = torch.jit.is_tracing()
@@ -342,31 +331,6 @@ class WideLastVisionTransformer(_WideFinalTransformer):
         super().__init__(block_fn=recorder, **kwargs)
         self._install_wide_block(width, recorder.arguments, init_weights)
 
-    @classmethod
-    def from_vit(
-        cls,
-        vit: VisionTransformer,
-        block_arguments: dict[str, Any],
-        width: int = 384,
-        init_weights: InitWeights = "timm",
-    ) -> "WideLastVisionTransformer":
-        """Turn a timm `VisionTransformer` into a WideLast student in place.
-
-        Args:
-            vit: the model, which becomes the student; its last block, norm and head are replaced.
-            block_arguments: what timm built its last block with.
-            width: channels of the last block.
-            init_weights: ``"released"`` draws the class token anew, for an untrained model.
-
-        Returns:
-            ``vit``.
-        """
-        check_wide_block_type(type(vit.blocks[-1]))
-        check_init_weights("WideLastVisionTransformer", init_weights, vit.weight_init_mode)
-        vit.__class__ = cls
-        vit._install_wide_block(width, block_arguments, init_weights)
-        return vit
-
     def forward_intermediates(
         self,
         x: Tensor,
@@ -417,6 +381,24 @@ class WideLastVisionTransformer(_WideFinalTransformer):
             self._init_new(name)
         if init_weights == "released" and self.cls_token is not None:
             trunc_normal_(self.cls_token, std=0.02)
+
+
+def into_widelast(
+    vit: VisionTransformer,
+    block_arguments: dict[str, Any],
+    width: int = 384,
+    init_weights: InitWeights = "timm",
+) -> WideLastVisionTransformer:
+    """Turn a timm ViT into a WideLast student in place, keeping all before its last block.
+
+    ``block_arguments`` are those of the last block. ``init_weights="released"`` draws the class
+    token anew, for an untrained model.
+    """
+    check_wide_block_type(type(vit.blocks[-1]))
+    check_init_weights("WideLastVisionTransformer", init_weights, vit.weight_init_mode)
+    vit.__class__ = WideLastVisionTransformer
+    vit._install_wide_block(width, block_arguments, init_weights)
+    return vit
 
 
 class BlockRecorder:

@@ -342,10 +342,10 @@ class _NameReader:
             if found in (0, _num_prefix_tokens(self.model)) and self.num_prefix in (0, found):
                 return (int(rows), int(columns)), found
         else:
-            patches = max(0, count - self.num_prefix)
-            shorter = [side for side in range(1, int(patches**0.5) + 1) if patches % side == 0]
-            sides = {*shorter, *(patches // side for side in shorter)}
-            grids = [(side, patches // side) for side in sides]
+            patches = count - self.num_prefix
+            grids = [
+                (rows, patches // rows) for rows in range(1, patches + 1) if not patches % rows
+            ]
             fitting = [grid for grid in grids if _has_aspect(grid, (height, width))]
         if len(fitting) != 1:
             raise ValueError(

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from fastkd.models.taps import TapKey, TapOutput, Taps, model_name
 
 Statistics = Sequence[float]
+Size = tuple[int, int]  # (height, width)
 
 
 class Teacher(nn.Module):
@@ -39,7 +40,7 @@ class Teacher(nn.Module):
         *,
         mean: Statistics | None = None,
         std: Statistics | None = None,
-        input_size: int | tuple[int, int] | None = None,
+        input_size: int | Size | None = None,
         classes: Sequence[str] | None = None,
     ) -> None:
         super().__init__()
@@ -57,22 +58,8 @@ class Teacher(nn.Module):
         """Architecture of the model, for messages."""
         return model_name(self.model)
 
-    @property
-    def indices(self) -> list[TapKey]:
-        """Resolved keys of the tapped layers."""
-        return self._taps.indices
-
-    @property
-    def dims(self) -> dict[TapKey, int]:
-        """Channels per tapped layer; see `Taps.dims`."""
-        return self._taps.dims
-
     def tap(
-        self,
-        indices: Sequence[TapKey],
-        *,
-        num_prefix: int = 0,
-        grid: tuple[int, int] | None = None,
+        self, indices: Sequence[TapKey], *, num_prefix: int = 0, grid: Size | None = None
     ) -> Taps:
         """Choose the layers that `forward` reads from now on.
 
@@ -161,7 +148,7 @@ def _checked_statistics(
     return tuple(map(float, mean)), tuple(map(float, std))
 
 
-def _pair(size: int | tuple[int, int] | None) -> tuple[int, int] | None:
+def _pair(size: int | Size | None) -> Size | None:
     if size is None:
         return None
     return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))

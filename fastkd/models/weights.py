@@ -342,13 +342,8 @@ def short_misfit(error: Exception) -> str:
     return _NAME_LIST.sub(_first_names, " ".join(str(error).split()))
 
 
-def first_names(names: list[str]) -> str:
-    """List the first few of many names, and count the others."""
-    more = len(names) - SHOWN_NAMES
-    return ", ".join(names[:SHOWN_NAMES]) + (f" and {more} more" if more > 0 else "")
-
-
 def _first_names(listed: re.Match[str]) -> str:
     names = re.findall(r'"[^"]+"', listed.group())
     tail = listed.group()[len(listed.group().rstrip()) :]
-    return first_names(names) + tail
+    more = len(names) - SHOWN_NAMES
+    return ", ".join(names[:SHOWN_NAMES]) + (f" and {more} more" if more > 0 else "") + tail

@@ -13,6 +13,7 @@ from torch.utils.data import TensorDataset
 
 from fastkd.checkpoint import save_checkpoint
 from fastkd.models import LiftVisionTransformer, create_student
+from fastkd.models.students import into_lift
 from fastkd.training import Recipe
 
 # A run on tensors, in this process, with a learning rate at which tiny models learn.
@@ -69,7 +70,7 @@ def vit(dim: int = 16, depth: int = 2, seed: int = 0, **options: Any) -> VisionT
 
 
 def lift(width: int = 24, **options: Any) -> LiftVisionTransformer:
-    return LiftVisionTransformer.from_vit(vit(**options), width)
+    return into_lift(vit(**options), width)
 
 
 def tensor_data(train: int = 70, val: int = 30) -> tuple[TensorDataset, TensorDataset]:

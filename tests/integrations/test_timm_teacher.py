@@ -115,7 +115,7 @@ def test_a_teacher_of_other_classes_gives_features(tmp_path, overlay):
 
 def test_published_weights_of_other_classes_are_refused_before_any_download():
     student = timm.create_model("test_vit", num_classes=6)
-    with pytest.raises(ValueError, match=r"published weights of 'test_vit' have 1000 classes.*6"):
+    with pytest.raises(ValueError, match=r"'test_vit' has a head of 1000 classes.*6"):
         make_task(student, "test_vit", alpha=1.0)
 
 

@@ -18,11 +18,10 @@ from fastkd.inference.loading import build_student
 from fastkd.inference.preprocessing import Shape
 from fastkd.models import (
     Lift,
-    LiftVisionTransformer,
-    WideLastVisionTransformer,
     create_student,
 )
 from fastkd.models.factory import rebuilt_by, registered_name
+from fastkd.models.students import into_lift, into_widelast
 
 RARE = 1e-7  # probability of a largest value out of its bounds; five and a half standard deviations
 SIGMAS = 5.5
@@ -158,7 +157,7 @@ def test_timms_are_drawn_in_timms_way_and_order(tiny):
     vit = timm.create_model("vit_tiny_patch16_224", **tiny)
     base = {name: value.clone() for name, value in vit.state_dict().items()}
     torch.manual_seed(3)
-    student = LiftVisionTransformer.from_vit(vit, 48, init_weights="timm")
+    student = into_lift(vit, 48, init_weights="timm")
     torch.manual_seed(3)
     lift, head = Lift(24, 48), nn.Linear(48, 7)
     for layer in (lift, head):
@@ -219,12 +218,12 @@ def test_a_class_token_that_has_learnt_is_kept(where, tiny, tmp_path):
     assert torch.equal(student.cls_token, base.cls_token)
 
 
-def test_from_vit_keeps_a_class_token_unless_it_is_told_otherwise(tiny):
+def test_a_widened_vit_keeps_a_class_token_unless_it_is_told_otherwise(tiny):
     arguments = {"dim": 24, "num_heads": 3, "norm_layer": LayerNorm}
     for options, kept in (({}, True), ({"init_weights": "released"}, False)):
         vit = timm.create_model("vit_tiny_patch16_224", **tiny)
         token = vit.cls_token.clone()
-        student = WideLastVisionTransformer.from_vit(vit, arguments, 48, **options)
+        student = into_widelast(vit, arguments, 48, **options)
         assert torch.equal(student.cls_token, token) == kept
 
 

@@ -48,7 +48,7 @@ def test_taps_are_chosen_by_tap(vit, images):
     teacher = create_teacher(vit)
     assert teacher(images).tokens == {}
     taps = teacher.tap([-1, 0])
-    assert taps.indices == teacher.indices == [2, 0] and teacher.dims == {2: 24, 0: 24}
+    assert taps.indices == [2, 0] and taps.dims == {2: 24, 0: 24}
     assert set(teacher(images).tokens) == {0, 2}
 
 
@@ -221,7 +221,7 @@ def test_weights_that_were_never_published_are_not_looked_for():
 
 
 def test_a_random_head_on_published_weights_is_refused():
-    with pytest.raises(ValueError, match="have 1000 classes, got num_classes=10"):
+    with pytest.raises(ValueError, match="head of 1000 classes, got num_classes=10"):
         create_teacher("resnet10t", num_classes=10)
 
 

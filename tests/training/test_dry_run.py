@@ -60,7 +60,7 @@ def test_the_models_are_left_as_they_were():
     estimate(student, teacher, LIFT, SMALL, BATCH)
     assert all(torch.equal(value, before[name]) for name, value in student.state_dict().items())
     assert all(parameter.device.type == "cpu" for parameter in student.parameters())
-    assert teacher.indices == []  # it taps nothing yet
+    assert teacher._taps.indices == []  # it taps nothing yet
 
 
 def test_lines_name_parameters_and_compute():
