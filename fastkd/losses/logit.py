@@ -40,7 +40,7 @@ class SoftKD(LogitTerm):
         self.weight = weight
 
     def compare(self, student: Tensor, teacher: Tensor, target: Tensor | None = None) -> Tensor:
-        _check_logits(self, student, teacher)
+        check_logit_pair(self, student, teacher)
         return self.tau**2 * _mean_kl(_soften(student, self.tau), _frozen(teacher, self.tau))
 
 
@@ -63,7 +63,7 @@ class HardKD(LogitTerm):
         self.weight = weight
 
     def compare(self, student: Tensor, teacher: Tensor, target: Tensor | None = None) -> Tensor:
-        _check_logits(self, student, teacher)
+        check_logit_pair(self, student, teacher)
         largest, choice = teacher.detach().max(dim=-1)
         total = F.cross_entropy(at_least_float32(student), choice, reduction="sum")
         # A row of NaN or of -inf alone has no largest class, though arg max names one.
@@ -115,7 +115,7 @@ class DIST(LogitTerm):
         self.weight = weight
 
     def compare(self, student: Tensor, teacher: Tensor, target: Tensor | None = None) -> Tensor:
-        _check_logits(self, student, teacher, min_classes=2)
+        check_logit_pair(self, student, teacher, min_classes=2)
         of_student = _soften(student, self.tau).softmax(dim=-1)
         of_teacher = _frozen(teacher, self.tau).softmax(dim=-1)
         between = (1 - _pearson(of_student, of_teacher, 1, self.eps)).sum()
@@ -273,7 +273,7 @@ def _against_rest(target: Tensor, others: Tensor) -> Tensor:
 
 def _label(term: LogitTerm, student: Tensor, teacher: Tensor, target: Tensor | None) -> Tensor:
     """Check all inputs and get the class indices [B]."""
-    _check_logits(term, student, teacher, min_classes=2)
+    check_logit_pair(term, student, teacher, min_classes=2)
     name = type(term).__name__
     if target is None:
         raise ValueError(f"{name}: target must be given (the labels of the batch), got None")
@@ -288,9 +288,10 @@ def _one(target: Tensor | None) -> Tensor | float:
     return torch.where((target.amax(dim=-1) > 0).all(), 1.0, math.nan)
 
 
-def _check_logits(
+def check_logit_pair(
     term: LogitTerm, student: Tensor, teacher: Tensor, *, min_classes: int = 1
 ) -> None:
+    """Raise unless both are [B, classes], of one shape and on one device."""
     name = type(term).__name__
     check_sides(name, ("student logits", "teacher logits"), student, teacher)
     check_logits(name, "student logits", student)
