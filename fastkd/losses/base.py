@@ -137,7 +137,11 @@ class FeatureTerm(nn.Module):
         raise NotImplementedError(f"{type(self).__name__} must implement compare()")
 
     def matched(
-        self, student: Mapping[Key, Tokens], teacher: Mapping[Key, Tokens], index: int = 0
+        self,
+        student: Mapping[Key, Tokens],
+        teacher: Mapping[Key, Tokens],
+        index: int = 0,
+        widths: tuple[int, int] | None = None,
     ) -> tuple[Tokens, Tokens]:
         """Get both sides of a pair on one grid, the teacher's detached.
 
@@ -145,14 +149,25 @@ class FeatureTerm(nn.Module):
             student: tokens by key.
             teacher: tokens by key; resampled where the grids differ.
             index: of the pair.
+            widths: channels that both sides must have, if these are known.
 
         Returns:
             The student's tokens and the teacher's.
+
+        Raises:
+            ValueError: a key is missing, widths differ from ``widths``, or grids do not fit.
         """
         keys = self.pairs[index]
         mine = _look_up(self, "student", student, keys[0], Tokens)
         frozen = _look_up(self, "teacher", teacher, keys[1], Tokens)
-        check_sides(type(self).__name__, (mine.source, frozen.source), mine.data, frozen.data)
+        name, sources = type(self).__name__, (mine.source, frozen.source)
+        check_sides(name, sources, mine.data, frozen.data)
+        found = mine.dim, frozen.dim
+        if widths not in (None, found):
+            raise ValueError(
+                f"{name}: pair {index} must have {widths} channels (student's, teacher's), got "
+                f"{found} from {' and '.join(sources)}"
+            )
         return match_grids(mine, replace(frozen, data=frozen.data.detach()), self.resample)
 
     def widths(

@@ -94,13 +94,16 @@ class ViTKD(FeatureTerm):
         self.generator = _Generator(*self._dims[-1]) if generate_weight > 0 else None
 
     def compare(self, student: Mapping[Key, Tokens], teacher: Mapping[Key, Tokens]) -> Tensor:
+        def pair(index: int) -> tuple[Tokens, Tokens]:
+            return self.matched(student, teacher, index, self._dims[index])
+
         parts = [
-            self.mimic_weight * _squared_distance(aligner, *self._pair(student, teacher, index))
+            self.mimic_weight * _squared_distance(aligner, *pair(index))
             for index, aligner in enumerate(self.aligners)
         ]
         if self.generator is not None:
-            pair = self._pair(student, teacher, len(self.pairs) - 1)
-            parts.append(self.generate_weight * self._generate(self.generator, *pair))
+            made = self._generate(self.generator, *pair(len(self.pairs) - 1))
+            parts.append(self.generate_weight * made)
         return torch.stack(parts).sum()
 
     def _generate(self, generator: nn.Module, student: Tokens, teacher: Tokens) -> Tensor:
@@ -110,17 +113,6 @@ class ViTKD(FeatureTerm):
         squares = difference.square().sum(dim=-1)
         total = (squares * mask).sum() / self.mask_ratio
         return total / max(1, len(mask))  # an empty batch gives 0
-
-    def _pair(
-        self, student: Mapping[Key, Tokens], teacher: Mapping[Key, Tokens], index: int
-    ) -> tuple[Tokens, Tokens]:
-        mine, frozen = self.matched(student, teacher, index)
-        if (mine.dim, frozen.dim) != self._dims[index]:
-            raise ValueError(
-                f"ViTKD: pair {index} must have {self._dims[index]} channels (student's, "
-                f"teacher's), got {(mine.dim, frozen.dim)} from {mine.source} and {frozen.source}"
-            )
-        return mine, frozen
 
 
 class _Generator(nn.Module):

@@ -97,14 +97,12 @@ def build_timm_model(
     FileNotFoundError, and weights that cannot be downloaded a DownloadError.
     """
     check_name(caller, name)
+    hint = f"; {alternative}" if alternative else ""
     if pretrained and not _has_weights(name, kwargs):
-        raise ValueError(f"{caller}: timm publishes no weights for {name!r}{_or_else(alternative)}")
-    given = kwargs.get("pretrained_cfg_overlay") or {}
-    local = name.startswith(LOCAL) or "state_dict" in given or "file" in given
+        raise ValueError(f"{caller}: timm publishes no weights for {name!r}{hint}")
+    local = name.startswith(LOCAL) or _brings_weights(kwargs)
     downloads = is_hub_name(name) or (pretrained and not local)
     try:
-        if name.startswith(LOCAL) and pretrained and not given.keys() & {"state_dict", "file"}:
-            _check_folder(Path(name.removeprefix(LOCAL)))
         if is_hub_name(name):
             return _create_from_hub(name, pretrained, kwargs)
         return _create_published(name, kwargs) if downloads else _create(name, pretrained, kwargs)
@@ -114,21 +112,22 @@ def build_timm_model(
         told = explained(caller, name, error) if downloads else None
         if told is None:
             raise
-        raise type(told)(f"{told}{_or_else(alternative)}") from error
+        raise type(told)(f"{told}{hint}") from error
 
 
-def _check_folder(folder: Path) -> None:
-    """Verify the file of weights that timm takes from a folder."""
-    named = [folder / name for name in _WEIGHT_FILES]
-    others = (file for end in ("safetensors", "pth", "bin") for file in folder.glob(f"*.{end}"))
-    found = next(filter(Path.is_file, (*named, *others)), None)
-    if found is not None:
-        check_sum(found)
+def _brings_weights(kwargs: Mapping[str, Any]) -> bool:
+    return bool((kwargs.get("pretrained_cfg_overlay") or {}).keys() & {"state_dict", "file"})
 
 
 def _create(name: str, pretrained: bool, kwargs: dict[str, Any]) -> Any:
-    if name.startswith(LOCAL):
-        _read_config(Path(name.removeprefix(LOCAL)) / "config.json")  # checks it before timm
+    if name.startswith(LOCAL):  # check the files that timm is going to read
+        folder = Path(name.removeprefix(LOCAL))
+        _read_config(folder / "config.json")
+        named = [folder / file for file in _WEIGHT_FILES]
+        others = (file for end in ("safetensors", "pth", "bin") for file in folder.glob(f"*.{end}"))
+        found = next(filter(Path.is_file, (*named, *others)), None)
+        if pretrained and found is not None and not _brings_weights(kwargs):
+            check_sum(found)
     try:
         return timm.create_model(name, pretrained=pretrained, **kwargs)
     except TypeError as error:
@@ -261,10 +260,6 @@ def _has_weights(name: str, kwargs: Mapping[str, Any]) -> bool:
         return True  # the caller says where the weights are; timm checks that
     cfg = get_pretrained_cfg(name, allow_unregistered=True)
     return cfg is not None and cfg.has_weights
-
-
-def _or_else(alternative: str) -> str:
-    return f"; {alternative}" if alternative else ""
 
 
 def build_from_checkpoint(
