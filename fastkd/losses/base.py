@@ -34,17 +34,11 @@ def print_options(self: nn.Module) -> str:
 
 
 class LogitTerm(nn.Module):
-    """Base of losses between two batches of logits; subclasses implement `compare`.
+    """Base of losses between two batches of logits; subclasses implement `compare`."""
 
-    Attributes:
-        name: key of the loss in what `DistillationLoss` returns.
-        needs_target: whether the loss needs labels.
-        weight: factor of the loss.
-    """
-
-    name: str
-    needs_target: ClassVar[bool] = False
-    weight: float
+    name: str  # key of the loss in what DistillationLoss returns
+    needs_target: ClassVar[bool] = False  # whether it needs labels
+    weight: float  # factor of the loss
     extra_repr = print_options
 
     def forward(self, student: Tensor, teacher: Tensor, target: Tensor | None = None) -> Tensor:
@@ -88,16 +82,12 @@ class FeatureTerm(nn.Module):
         resample: mode in which the teacher's map is resampled to the student's grid
             (`fastkd.tokens.match_grids`); None refuses different grids.
 
-    Attributes:
-        name: key of the loss in what `DistillationLoss` returns.
-        lifts: whether the student's key stands for its lifted tokens.
-
     Raises:
         ValueError: no pairs, repeated ones, or an unknown ``resample``.
     """
 
-    name = "feature"
-    lifts = False
+    name = "feature"  # key of the loss in what DistillationLoss returns
+    lifts = False  # whether the student's key stands for its lifted tokens
     extra_repr = print_options
 
     def __init__(self, pairs: Pairs, weight: float, resample: ResampleMode | None = None) -> None:
@@ -197,17 +187,11 @@ class FeatureTerm(nn.Module):
 
 
 class Distance(nn.Module):
-    """Base of distances between token maps; subclasses implement `compare`.
+    """Base of distances between token maps; subclasses implement `compare`."""
 
-    Attributes:
-        equal_widths: whether both sides need the same number of channels.
-        needs_widths: whether the constructor takes ``student_dim`` and ``teacher_dim``.
-        takes_embeddings: whether one vector per image, [B, D], is taken too, as one token.
-    """
-
-    equal_widths: ClassVar[bool] = True
-    needs_widths: ClassVar[bool] = False
-    takes_embeddings: ClassVar[bool] = False
+    equal_widths: ClassVar[bool] = True  # both sides need the same number of channels
+    needs_widths: ClassVar[bool] = False  # the constructor takes student_dim and teacher_dim
+    takes_embeddings: ClassVar[bool] = False  # one vector per image, [B, D], is taken as one token
     extra_repr = print_options
 
     @property

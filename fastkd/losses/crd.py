@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from fastkd.losses.base import Distance, Grid, check_counts, check_positive
-from fastkd.losses.forward_gradient import (
+from fastkd.losses.relations import (
     check_chunk_bytes,
     chunk_limit,
     normalized,
@@ -117,7 +118,6 @@ def _processes() -> int:
 
 def _check_shares(student: Tensor) -> None:
     """Raise if processes have different numbers of images; only where that does not synchronize."""
-    # With NCCL, TORCH_DISTRIBUTED_DEBUG=DETAIL finds it.
     # All processes exchange sizes in every call: if only some did, they would wait for each other.
     if student.device.type != "cpu" or torch.compiler.is_compiling():
         return
@@ -161,15 +161,8 @@ def _gather_rows(own: Tensor, processes: int) -> Tensor:
     return own.new_empty(processes * len(own), *own.shape[1:])
 
 
-def _flops(
-    anchors: Sequence[int],
-    candidates: Sequence[int],
-    first: int,
-    temperature: float,
-    limit: int,
-    needs_gradient: bool,
-) -> int:
-    products = 3 if needs_gradient else 1
+def _flops(anchors: Sequence[int], candidates: Sequence[int], *options: Any) -> int:
+    products = 3 if options[-1] else 1  # with or without the two gradients
     return products * 2 * anchors[0] * candidates[0] * anchors[1]
 
 
@@ -184,8 +177,7 @@ def _info_nce(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Mean over anchors [A, D] of -log softmax(anchor . candidates / temperature) at its positive.
 
-    Anchor i's positive is row ``first`` + i of the candidates [C, D]. Returns the loss and the
-    gradients of anchors and candidates.
+    Anchor i's positive is row ``first`` + i of the candidates [C, D].
     """
     dtype = wide_dtype(anchors, candidates)
     scale = 1 / max(1, len(anchors))

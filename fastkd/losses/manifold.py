@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastkd.losses.base import Distance, Grid, check_counts, check_weights
-from fastkd.losses.forward_gradient import (
+from fastkd.losses.relations import (
     before_direction,
     check_chunk_bytes,
     chunk_limit,
@@ -96,16 +97,8 @@ class ManifoldKD(Distance):
         return torch.arange(drawn, device=tokens.device) * count // max(1, drawn)
 
 
-def _flops(
-    student: Sequence[int],
-    teacher: Sequence[int],
-    drawn: Sequence[int] | None,
-    intra: float,
-    inter: float,
-    random: float,
-    limit: int,
-    needs_gradient: bool,
-) -> int:
+def _flops(student: Sequence[int], teacher: Sequence[int], *options: Any) -> int:
+    drawn, intra, inter, _, _, needs_gradient = options
     images, places, width = student
     similarities = images * places**2 if intra else 0
     similarities += places * images**2 if inter else 0

@@ -180,7 +180,7 @@ class Lift(nn.Module):
         pool: bool = False,
         backend: Backend = "auto",
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """Compute the distance of the lifted tokens to a frozen teacher's (`fastkd.ops.lift_kd`).
+        """Compute the distance to a frozen teacher's tokens (`fastkd.ops.lift_kd`).
 
         Args:
             tokens: [B, N, dim] or [B, dim, H, W], any strides.

@@ -125,8 +125,7 @@ def create_logit_loss(
         The loss.
 
     Raises:
-        ValueError: an unknown name or option, or a value that the loss refuses.
-        TypeError: an option of the wrong type.
+        ValueError, TypeError: an unknown name or option, or a value that the loss refuses.
     """
     entry = find_loss(name, LOGIT_LOSSES, "logit_loss")
     check_options(entry, options, "logit_options")
@@ -164,8 +163,8 @@ def create_feature_loss(
         The loss; its parameters are on the CPU.
 
     Raises:
-        ValueError: an unknown name or option, or widths that the projector cannot bring together.
-        TypeError: an option of the wrong type.
+        ValueError, TypeError: an unknown name or option, a value that the loss refuses, or widths
+            that the projector cannot bring together.
     """
     entry = find_loss(name, FEATURE_LOSSES, "feature_loss")
     check_options(entry, options, "feature_options")

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastkd.losses.base import Distance, Grid, check_weights
-from fastkd.losses.forward_gradient import (
+from fastkd.losses.relations import (
     SHORTEST,
     before_direction,
     check_chunk_bytes,
@@ -86,11 +87,9 @@ class RKD(Distance):
         return torch.stack(parts).sum()
 
 
-def _distance_flops(
-    student: Sequence[int], teacher: Sequence[int], limit: int, needs_gradient: bool
-) -> int:
+def _distance_flops(student: Sequence[int], *options: Any) -> int:
     images, width = student
-    return 4 * images**2 * width if needs_gradient else 0
+    return 4 * images**2 * width if options[-1] else 0  # products in the gradient only
 
 
 @gradient_in_forward("rkd_distances", flops=_distance_flops)
@@ -139,11 +138,9 @@ def _lengths(x: Tensor, vertices: slice) -> Tensor:
     return torch.cdist(x[vertices], x, compute_mode="donot_use_mm_for_euclid_dist")
 
 
-def _angle_flops(
-    student: Sequence[int], teacher: Sequence[int], limit: int, needs_gradient: bool
-) -> int:
+def _angle_flops(student: Sequence[int], teacher: Sequence[int], *options: Any) -> int:
     images, width = student
-    return 2 * images**3 * ((2 if needs_gradient else 1) * width + teacher[1])
+    return 2 * images**3 * ((2 if options[-1] else 1) * width + teacher[1])
 
 
 @gradient_in_forward("rkd_angles", flops=_angle_flops)

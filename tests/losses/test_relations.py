@@ -9,8 +9,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from bench.harness import peak_extra_bytes
 from fastkd.losses.attention import AttentionTransfer
 from fastkd.losses.crd import CRD
-from fastkd.losses.forward_gradient import chunk_limit, directions
 from fastkd.losses.manifold import ManifoldKD
+from fastkd.losses.relations import chunk_limit, directions
 from fastkd.losses.rkd import RKD
 from fastkd.ops.operator import gradient_in_forward
 

@@ -1,4 +1,4 @@
-"""What losses between images share that compute their gradient in the forward, chunk by chunk."""
+"""Chunks and unit vectors, for losses between images that compute their gradient in the forward."""
 
 from __future__ import annotations
 
