@@ -95,8 +95,7 @@ def train_sample_transform(config: DataConfig, spec: InputSpec, data: DataPair) 
         if config.augment in ("cpu", "gpu"):
             raise ValueError(
                 f"augment: {config.augment!r} transforms PIL images, but the data set yields "
-                "tensors: set augment='none', or 'dataset' where the data set itself augments at "
-                "random"
+                "tensors: set augment='none', or 'dataset' if it augments at random itself"
             )
         return SampleTransform()
     make = plan_transform if config.augment == "gpu" else train_transform

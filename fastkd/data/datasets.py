@@ -117,8 +117,8 @@ def _inspect(dataset: Any, which: str, labels: bool) -> tuple[Any, bool]:
     """Return (image or None, whether there are labels); a user's own set is tried."""
     if isinstance(dataset, IterableDataset):
         raise ValueError(
-            f"data: {type(dataset).__name__} streams its samples; exact resume and sharding need a "
-            f"dataset with __getitem__ and __len__"
+            f"data: {type(dataset).__name__} streams its samples; expected a dataset with "
+            "__getitem__ and __len__"
         )
     if isinstance(dataset, StreamSource):
         return None, True
@@ -183,9 +183,7 @@ def _open_named(data: str, root: str | None, need_train: bool, labels: bool) -> 
         return _open_folder(path, need_train, labels)
     if path.is_file() and path.suffix == ".tar":
         if need_train:
-            raise ValueError(
-                f"data: {path} is one tar; give the folder that holds train.tar and val.tar"
-            )
+            raise ValueError(f"data: {path} is one tar; give the folder of train.tar and val.tar")
         return None, _open_split(_inspect_place(path), labels)
     if path.exists():
         raise ValueError(f"data: {data!r} is neither a folder nor a tar")
@@ -383,13 +381,16 @@ def _open_split(split: _Split, labels: bool, like: ReadableImages | None = None)
     if not dataset.labeled:
         return dataset
     if split.form == SHARDS:
-        listed = split.listed
-        _check_labels(dataset.reader, listed.classes, "its list of shards")
-        if like is not None:
-            training = like.num_classes or len(like.reader.class_to_idx)
-            _check_labels(dataset.reader, training, "the training set")
-        dataset.num_classes = listed.classes or 1 + int(dataset.reader.targets.max())
-        dataset.classes = listed.names
+        highest, listed = int(dataset.reader.targets.argmax()), split.listed
+        most = int(dataset.reader.targets[highest])
+        training = 0 if like is None else like.num_classes or len(like.reader.class_to_idx)
+        for whose, classes in (("its list", listed.classes), ("the training set", training)):
+            if classes and most >= classes:
+                raise ValueError(
+                    f"data: {dataset.filename(highest)} has the label {most}, but {whose} has "
+                    f"{classes} classes (0 to {classes - 1})"
+                )
+        dataset.num_classes, dataset.classes = listed.classes or 1 + most, listed.names
         return dataset
     if folders > (classes := len(dataset.reader.class_to_idx)):
         warn(
@@ -459,8 +460,7 @@ def refuse_empty_classes(dataset: ReadableImages, place: Path) -> None:
 def _number_like(dataset: ReadableImages, like: ReadableImages, place: Path, labels: bool) -> None:
     """Give a validation split the class numbers of the training split, by name."""
     reader, training = dataset.reader, like.reader.class_to_idx
-    without = [name for name in training if name not in reader.class_to_idx]
-    if without:
+    if without := [name for name in training if name not in reader.class_to_idx]:
         warn(
             "data: %s has no images of %d of the %d training classes: %s",
             *(writable(place), len(without), len(training)),
@@ -479,13 +479,3 @@ def _number_like(dataset: ReadableImages, like: ReadableImages, place: Path, lab
         )
     numbers = _numbers_by_name(class_names(dataset), class_names(like), f"evaluation set {place}")
     reader.renumber(numbers, training)
-
-
-def _check_labels(reader: TarImages, classes: int, whose: str) -> None:
-    """Raise if a label is beyond the number of classes, where that is known (not 0)."""
-    highest = int(reader.targets.argmax())
-    if classes and reader.targets[highest] >= classes:
-        raise ValueError(
-            f"data: {reader.filename(highest, absolute=True)} has the label "
-            f"{reader.targets[highest]}, but {whose} has {classes} classes (0 to {classes - 1})"
-        )

@@ -48,11 +48,9 @@ class DataPair:
 
 
 class ReadableImages(Dataset[tuple[Any, Any]]):
-    """The images of a timm reader; an image that cannot be read raises an OSError naming it.
+    """The images of a timm reader; an image that cannot be read raises an OSError naming it."""
 
-    timm's own dataset warns and takes the next image in its place: an accuracy would be of other
-    images, and a batch would not be what its seed gives.
-    """
+    # timm's own dataset takes the next image in its place: an accuracy would be of other images.
 
     def __init__(self, reader: Any, name: str = "data", labeled: bool = True) -> None:
         self.reader = reader  # gives (binary file, label) by index, and file names
@@ -105,10 +103,7 @@ class FileReader(ReaderImageFolder):
 
 
 class TarImages:
-    """A reader of images in tars, by index, like timm's readers.
-
-    Holds no file open, so that it may be copied to any number of loader processes.
-    """
+    """A reader of images in tars, like timm's readers; open files do not outlive a call."""
 
     def __init__(
         self,

@@ -181,10 +181,8 @@ class ShardStream(StreamSource):
                     left_out.add(LeftOut.IRREGULAR, f"{url}:{info.name}")
 
     def _load(self, name: str, image: bytes | None, label: bytes | None) -> tuple[Any, Any] | None:
-        if image is None:
-            raise OSError("no image")
-        if label is None:
-            raise OSError("no label")
+        if image is None or label is None:
+            raise OSError("no image" if image is None else "no label")
         number = parse_label(label, self.target, name, self.num_classes or 0)
         # A target below zero marks images of other splits.
         return None if self.target is not None and number is None else (open_image(image), number)
@@ -295,10 +293,9 @@ def loader_process() -> tuple[int, int]:
 class TrainStream(Schedule, IterableDataset[Any]):
     """The samples of one rank's slices, which its loader processes take in turn.
 
-    An epoch is as long as a pass over the data, but not a pass: shards are dealt out anew to the
-    processes in every epoch, and each draws as many samples as the others. A process with fewer
-    shards goes on with a second pass; one with more leaves some unread. None stands for samples
-    before the position.
+    An epoch is as long as a pass over the data, but not a pass: in every epoch shards are dealt out
+    anew, and each process draws as many samples as the others, of its shards once more if they are
+    few. None stands for samples before the position.
     """
 
     def __init__(
@@ -357,10 +354,7 @@ class TrainStream(Schedule, IterableDataset[Any]):
 
 @dataclass(eq=False)
 class EvalStream(IterableDataset[Any]):
-    """One rank's share of a dataset, with a fault for every sample that cannot be read.
-
-    A part that cannot be read is an OSError: how many samples are missing is unknown.
-    """
+    """One rank's share of a dataset, with a fault for every sample that cannot be read."""
 
     source: StreamSource
     transform: SampleTransform
@@ -379,6 +373,6 @@ class EvalStream(IterableDataset[Any]):
             read = next(samples, None)
             if read is None:
                 return
-            if isinstance(read, LostPart):
+            if isinstance(read, LostPart):  # of an unknown number of samples
                 raise OSError(f"data: cannot read {read.name}: {read.reason}")
             yield read if isinstance(read, Fault) else self.transform(*read)

@@ -262,26 +262,21 @@ def parse_shard_list(text: bytes, where: str) -> dict[str, ShardSplit]:
 
 
 def _parse_split(where: str, name: str, split: Any, classes: Any) -> ShardSplit:
+    folder, where = os.path.dirname(where) or ".", f"data: {where}: split {name}"
     split = split if isinstance(split, dict) else {}
     files, samples = split.get("filenames"), split.get("num_samples")
-    if not isinstance(files, list) or not files or not all(isinstance(f, str) for f in files):
-        raise ValueError(
-            f"data: {where}: split {name} must have a list of filenames, got {files!r:.50}"
-        )
-    for file in files:
-        if os.path.isabs(file) or not is_inside(file, os.path.dirname(where) or "."):
-            raise ValueError(
-                f"data: {where}: split {name} lists {file!r}, which leaves the list's folder"
-            )
-    if len({*map(os.path.normpath, files)}) < len(files):
-        raise ValueError(f"data: {where}: split {name} lists a shard twice")
-    if not isinstance(samples, int | None) or not 0 <= (samples or 0) < 2**63:
-        raise ValueError(
-            f"data: {where}: num_samples of split {name} must be a number, got {samples!r:.50}"
-        )
     target = split.get("alt_label") or None
+    if not isinstance(files, list) or not files or not all(isinstance(f, str) for f in files):
+        raise ValueError(f"{where} must have a list of filenames, got {files!r:.50}")
+    for file in files:
+        if os.path.isabs(file) or not is_inside(file, folder):
+            raise ValueError(f"{where} lists {file!r}, which leaves the list's folder")
+    if len({*map(os.path.normpath, files)}) < len(files):
+        raise ValueError(f"{where} lists a shard twice")
+    if not isinstance(samples, int | None) or not 0 <= (samples or 0) < 2**63:
+        raise ValueError(f"{where}: num_samples must be a number, got {samples!r:.50}")
     if not isinstance(target, str | None):
-        raise ValueError(f"data: {where}: alt_label of split {name} must be a name, got {target!r}")
+        raise ValueError(f"{where}: alt_label must be a name, got {target!r}")
     # Labels of another field are not those that the list names.
     names = tuple(map(str, classes)) if isinstance(classes, list) and target is None else ()
     return ShardSplit(tuple(files), samples or None, len(classes), target, names)

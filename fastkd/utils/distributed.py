@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
-# Tasks of one launch, by the variable that its launcher sets in each of them. SLURM_NTASKS is not
-# among them: it is the allocation's in a batch script or an interactive shell, which run once.
+# Tasks of one launch. Not SLURM_NTASKS: batch scripts and interactive shells, which run once, have
+# that of their allocation.
 TASK_COUNTS = (
     *("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE"),
     *("FLUX_JOB_SIZE", "JSM_NAMESPACE_SIZE"),
@@ -173,17 +173,15 @@ def check_device(device: str | torch.device | None) -> torch.device:
 
 def _usable_device(device: str | torch.device | None, local_rank: int) -> torch.device:
     chosen = check_device(device)
-    if chosen.type == "cuda":
-        if not torch.cuda.is_available():
-            raise ValueError(f"device: {device} asked for, but torch sees no CUDA device")
-        if chosen.index is None:
-            chosen = torch.device("cuda", local_rank)
-        torch.cuda.set_device(chosen)
-        return chosen
+    if chosen.type == "cuda" and chosen.index is None:
+        chosen = torch.device("cuda", local_rank)
     try:
         torch.empty(1, device=chosen)
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device: torch cannot use {chosen} here: {error}") from None
+        reason = " ".join(str(error).split())
+        raise ValueError(f"device: torch cannot use {chosen} here: {reason}") from None
+    if chosen.type == "cuda":
+        torch.cuda.set_device(chosen)
     return chosen
 
 

@@ -66,7 +66,7 @@ def test_shards_of_fewer_images_than_listed_are_told(folder, tmp_path, caplog, l
 def test_a_label_beyond_the_listed_classes_is_refused(folder, tmp_path):
     shards = listed_shards(folder, tmp_path / "shards", ["blue", "green"])
     with pytest.raises(
-        ValueError, match=r"red/0\.jpg has the label 2, but its list .* has 2 classes"
+        ValueError, match=r"red/0\.jpg has the label 2, but its list has 2 classes"
     ):
         open_data(shards)
 
@@ -91,9 +91,15 @@ def test_a_label_of_evaluation_that_training_lacks_is_refused(folder, tmp_path):
         ({"splits": {"train": {"filenames": []}}}, "split train must have a list of filenames"),
         ({"splits": {"val": {"filenames": ["a.tar", "./a.tar"]}}}, "split val lists a shard twice"),
         ({"splits": {"val": {"filenames": ["a.tar"]}}, "classes": 3}, "classes must be a list"),
-        ({"splits": {"val": {"filenames": ["a.tar"], "num_samples": -1}}}, "num_samples of split"),
-        ({"splits": {"val": {"filenames": ["a.tar"], "num_samples": 10**40}}}, "num_samples of"),
-        ({"splits": {"val": {"filenames": ["a.tar"], "alt_label": ["a"]}}}, "alt_label of split"),
+        (
+            {"splits": {"val": {"filenames": ["a.tar"], "num_samples": -1}}},
+            "split val: num_samples",
+        ),
+        (
+            {"splits": {"val": {"filenames": ["a.tar"], "num_samples": 10**40}}},
+            "split val: num_samples",
+        ),
+        ({"splits": {"val": {"filenames": ["a.tar"], "alt_label": ["a"]}}}, "split val: alt_label"),
     ],
 )
 def test_a_malformed_list_of_shards_is_refused(tmp_path, info, told):
