@@ -121,13 +121,9 @@ def list_classes(path: Path, in_folder: bool, left_out: LeftOut) -> Listing:
     if in_folder:
         return Listing(images, [path.stem] * len(images), [] if images else [path.stem], folders)
     places = [_parts(member.name) for member in images]
-    shared = 0  # folders that all images are in
-    while places and all(
-        len(place) > shared + 2 and place[shared] == places[0][shared] for place in places
-    ):
-        shared += 1
+    lead = list(os.path.commonprefix([place[:-2] for place in places]))  # noqa: RUF071 - of lists
+    shared = len(lead)
     names: list[str | int | None] = [p[shared] if len(p) > shared + 1 else None for p in places]
-    lead = places[0][:shared] if places else []
     beside = (_parts(member.name) for member in others)
     classes = {part[shared] for part in beside if len(part) > shared + 1 and part[:shared] == lead}
     return Listing(images, names, sorted(classes - set(names)), folders)

@@ -65,9 +65,7 @@ def test_shards_of_fewer_images_than_listed_are_told(folder, tmp_path, caplog, l
 
 def test_a_label_beyond_the_listed_classes_is_refused(folder, tmp_path):
     shards = listed_shards(folder, tmp_path / "shards", ["blue", "green"])
-    with pytest.raises(
-        ValueError, match=r"red/0\.jpg has the label 2, but its list has 2 classes"
-    ):
+    with pytest.raises(ValueError, match=r"red/0\.jpg has the label 2, but its list has 2 classes"):
         open_data(shards)
 
 
