@@ -27,7 +27,7 @@ APART = {"inference": "training", "exporting": "training", "analysis": "training
 HOMES = {
     "defining open_model": r"^def open_model\(",
     "calling Image.open": r"\bImage\.open\(",
-    "defining map_classes": r"^def map_classes\(",
+    "defining match_classes": r"^def match_classes\(",
     "importing tqdm": r"^\s*(from tqdm\b|import tqdm\b)",
 }
 

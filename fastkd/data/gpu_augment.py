@@ -58,8 +58,7 @@ def device_augment(config: DataConfig, spec: InputSpec) -> DeviceAugment | None:
 class DeviceAugment(nn.Module):
     """Flip, apply operations one after the other, normalize, erase: timm's order after the crop.
 
-    An image's result depends on its own pixels and plan, not on the rest of the batch. The affine
-    operations of one kind allocate some 15 float32 copies of their images, as a rule a sixth of the
+    Affine operations allocate some 15 float32 copies of their images, as a rule a sixth of the
     batch. Not to be compiled: groups change their size with every batch, and fused multiply-adds
     round otherwise than Pillow.
     """
@@ -200,13 +199,21 @@ class _CallRecorder:
 
     def __init__(self, operation: AugmentOp, size: Size) -> None:
         # By name: the operation's own function may be wrapped by one that keeps a bit.
-        function = auto_augment.NAME_TO_OP[operation.name]
-        if function not in _TRANSLATIONS:
+        self.function, self.size = auto_augment.NAME_TO_OP[operation.name], size
+        if self.function not in _TRANSLATIONS:
             raise _unsupported(operation.name)
-        self.translate, self.size = _TRANSLATIONS[function], size
 
     def __call__(self, calls: list[Call], *arguments: float, resample: Any, **_: Any) -> list[Call]:
-        return [*calls, self.translate(self.size, resample, *arguments)]
+        translation = _TRANSLATIONS[self.function]
+        if self.function is auto_augment.desaturate:
+            arguments = (min(1.0, max(0.0, 1 - arguments[0])),)
+        if isinstance(translation, Operation):
+            return [*calls, (translation, arguments)]
+        if isinstance(resample, list | tuple):  # drawn here, as in timm's functions
+            resample = random.choice(resample)
+        bicubic = resample == Image.Resampling.BICUBIC
+        operation = Operation.AFFINE_BICUBIC if bicubic else Operation.AFFINE_BILINEAR
+        return [*calls, (operation, translation(self.size[2], self.size[1], *arguments))]
 
 
 class _JitterRecorder:
@@ -242,28 +249,6 @@ class _ErasedBox:
         self.box = (rows.start, columns.start, rows.stop - rows.start, columns.stop - columns.start)
 
 
-def _desaturation(_: Any, __: Any, part: float) -> Call:
-    return Operation.COLOR, (min(1.0, max(0.0, 1 - part)),)
-
-
-def _single(operation: Operation) -> Callable[..., Call]:
-    def translate(_: Any, __: Any, *values: float) -> Call:
-        return operation, values
-
-    return translate
-
-
-def _affine(matrix: Callable[..., tuple[float, ...]]) -> Callable[..., Call]:
-    def translate(size: Size, resample: Any, value: float) -> Call:
-        if isinstance(resample, list | tuple):  # drawn here, as in timm's functions
-            resample = random.choice(resample)
-        bicubic = resample == Image.Resampling.BICUBIC
-        operation = Operation.AFFINE_BICUBIC if bicubic else Operation.AFFINE_BILINEAR
-        return operation, matrix(size[2], size[1], value)
-
-    return translate
-
-
 def _rotation(width: int, height: int, degrees: float) -> tuple[float, ...]:
     """Return the matrix that maps a pixel to its source, counterclockwise about the center."""
     cos, sin = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
@@ -275,15 +260,15 @@ _POINTWISE = (
     *("auto_contrast", "equalize", "invert", "posterize", "solarize", "solarize_add"),
     *("brightness", "contrast", "color", "sharpness"),
 )
-# timm's functions as calls: (size, resample, *arguments) -> Call.
-_TRANSLATIONS: dict[Any, Callable[..., Call]] = {
-    **{getattr(auto_augment, name): _single(Operation[name.upper()]) for name in _POINTWISE},
-    auto_augment.desaturate: _desaturation,
-    auto_augment.rotate: _affine(_rotation),
-    auto_augment.shear_x: _affine(lambda w, h, factor: (1, factor, 0, 0, 1, 0)),
-    auto_augment.shear_y: _affine(lambda w, h, factor: (1, 0, 0, factor, 1, 0)),
-    auto_augment.translate_x_rel: _affine(lambda w, h, part: (1, 0, part * w, 0, 1, 0)),
-    auto_augment.translate_y_rel: _affine(lambda w, h, part: (1, 0, 0, 0, 1, part * h)),
-    auto_augment.translate_x_abs: _affine(lambda w, h, pixels: (1, 0, pixels, 0, 1, 0)),
-    auto_augment.translate_y_abs: _affine(lambda w, h, pixels: (1, 0, 0, 0, 1, pixels)),
+# timm's functions as operations, or as (width, height, argument) -> matrix.
+_TRANSLATIONS: dict[Any, Operation | Callable[..., tuple[float, ...]]] = {
+    **{getattr(auto_augment, name): Operation[name.upper()] for name in _POINTWISE},
+    auto_augment.desaturate: Operation.COLOR,
+    auto_augment.rotate: _rotation,
+    auto_augment.shear_x: lambda w, h, factor: (1, factor, 0, 0, 1, 0),
+    auto_augment.shear_y: lambda w, h, factor: (1, 0, 0, factor, 1, 0),
+    auto_augment.translate_x_rel: lambda w, h, part: (1, 0, part * w, 0, 1, 0),
+    auto_augment.translate_y_rel: lambda w, h, part: (1, 0, 0, 0, 1, part * h),
+    auto_augment.translate_x_abs: lambda w, h, pixels: (1, 0, pixels, 0, 1, 0),
+    auto_augment.translate_y_abs: lambda w, h, pixels: (1, 0, 0, 0, 1, pixels),
 }
