@@ -284,29 +284,21 @@ def _without_late_metadata(file: BinaryIO) -> BinaryIO:
     file.seek(0)
     if file.read(2) != b"\xff\xd8":
         return file
-    kept, start, metadata = [], 0, 0  # (start, end) in the file, and bytes
+    content = b"\xff\xd8" + file.read()
+    kept, start, position, metadata = [], 0, 2, 0
     for _ in range(SMALL_READS):
-        head = file.read(4)
+        head = content[position : position + 4]
         if len(head) < 4 or head[0] != 0xFF or head[1] == 0xDA:  # damage; the pixels begin
             break
-        here, length = file.tell() - 4, 2 + int.from_bytes(head[2:], "big")
-        end = here + length
+        end = position + 2 + int.from_bytes(head[2:], "big")
         # COM, and APP1 to APP15 but Adobe's APP14, which holds how colors are coded.
         if head[1] == 0xFE or (0xE1 <= head[1] <= 0xEF and head[1] != 0xEE):
-            metadata += length
+            metadata += end - position
             if metadata > JPEG_METADATA + 2:
-                kept.append((start, here))
+                kept.append(content[start:position])
                 start = end
-        file.seek(end)
-    file.seek(0)
-    if not kept:
-        return file
-    parts = []
-    for begin, end in kept:
-        file.seek(begin)
-        parts.append(file.read(end - begin))
-    file.seek(start)
-    return io.BytesIO(b"".join([*parts, file.read()]))
+        position = end
+    return io.BytesIO(b"".join([*kept, content[start:]]) if kept else content)
 
 
 def refuse_deep(image: Image.Image) -> None:

@@ -17,6 +17,8 @@ import torch
 # What a derived seed is for, so that the streams of different purposes never coincide.
 PURPOSES = ("model", "order", "sample", "mix", "update", "fingerprint", "stream")
 
+_CPU = torch.device("cpu")
+
 
 def derive_seed(purpose: str, *parts: int) -> int:
     """Hash a purpose and whole numbers >= 0 into a 32-bit seed."""
@@ -38,15 +40,21 @@ def seed_all(seed: int) -> None:
 
 
 @contextmanager
-def preserved_rng() -> Iterator[None]:
-    """Restore the generators of python, numpy and torch's CPU after the block."""
-    state = random.getstate(), np.random.get_state(), torch.get_rng_state()
+def preserved_rng(device: torch.device = _CPU) -> Iterator[None]:
+    """Restore the generators of python, numpy, torch's CPU and a device after the block."""
+    state = rng_state(device)
     try:
         yield
     finally:
-        random.setstate(state[0])
-        np.random.set_state(state[1])
-        torch.set_rng_state(state[2])
+        set_rng_state(state, device)
+
+
+@contextmanager
+def seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """Seed all generators inside the block, and restore them after it."""
+    with preserved_rng(device):
+        seed_all(seed)
+        yield
 
 
 def rng_state(device: torch.device) -> dict[str, Any]:
@@ -60,17 +68,6 @@ def rng_state(device: torch.device) -> dict[str, Any]:
     if device.type == "cuda":
         state["cuda"] = torch.cuda.get_rng_state(device)
     return state
-
-
-@contextmanager
-def seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """Seed all generators inside the block, and restore them after it."""
-    state = rng_state(device)
-    seed_all(seed)
-    try:
-        yield
-    finally:
-        set_rng_state(state, device)
 
 
 def set_rng_state(state: dict[str, Any], device: torch.device) -> None:
