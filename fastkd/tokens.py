@@ -52,12 +52,12 @@ class Tokens:
         """Interpolate the tokens to another grid; allocates a new [B, H * W, D] tensor.
 
         Args:
-            grid: the wanted (H, W).
+            grid: the new (H, W).
             mode: ``"bilinear"``, ``"bicubic"``, ``"area"`` or ``"nearest"``, as in
                 `torch.nn.functional.interpolate`; the first two are antialiased when shrinking.
 
         Returns:
-            Tokens on the new grid, or ``self`` where the grid is already that.
+            Tokens on the new grid; ``self`` if that is its grid.
 
         Raises:
             ValueError: ``mode`` is none of the four.
@@ -78,7 +78,7 @@ class Tokens:
 def match_grids(
     student: Tokens, teacher: Tokens, resample: ResampleMode | None = None
 ) -> tuple[Tokens, Tokens]:
-    """Bring a pair of token maps to one grid, or say clearly why it cannot be done.
+    """Resample the teacher's tokens to the student's grid where the grids differ.
 
     Args:
         student: the student's tokens; their grid is the one that is kept.

@@ -27,7 +27,7 @@ logger = logging.getLogger("fastkd")
 
 # In the order in which one is taken of a sample that has several, as in timm's reader of shards.
 ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
-# No other format is read, whatever a file is called: Pillow would start Ghostscript for PostScript.
+# No other format is read, whatever its ending: Pillow would start Ghostscript for PostScript.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "PPM", "TIFF", "JPEG2000", "AVIF")  # MPO is JPEG
 PILLOW_ERRORS = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 # Grayscale of more than 8 bits, all of which Pillow's conversion cuts off above 255.

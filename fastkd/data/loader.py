@@ -271,7 +271,7 @@ def describe_worker_death(loaders: Sequence[Any], error: BaseException) -> str |
     """Name the file that a loader process died over; None for another error."""
     if isinstance(error, (ConnectionError, EOFError)):
         # SIGCHLD reaches torch after the process's sockets were closed, and torch's handler raises
-        # in whatever code runs then: wait for it here.
+        # in the code that runs then: wait for it here.
         end = time.monotonic() + TORCH_SECONDS
         try:
             while time.monotonic() < end:

@@ -167,7 +167,7 @@ def check_device(device: str | torch.device | None) -> torch.device:
         raise ValueError(f"device: expected cpu, cuda or cuda:NUMBER, got {str(device)!r}")
     count = torch.cuda.device_count()
     if chosen.type == "cuda" and 0 < count <= (chosen.index or 0):
-        raise ValueError(f"device: {device} asked for, but torch sees {count} CUDA device(s)")
+        raise ValueError(f"device: expected one of {count} CUDA device(s), got {device}")
     return chosen
 
 

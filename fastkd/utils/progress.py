@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Iterator
-from typing import TextIO, TypeVar
+from typing import Any, TextIO, TypeVar
 
 from tqdm import tqdm
 
@@ -62,10 +62,9 @@ class Progress:
         self._initial = initial
         self._begun = self._line_at = time.monotonic()
         if total and self.shows and self.stream.isatty():
-            self._bar = _Bar(
-                total=total, initial=initial, desc=printable(label) or None, unit=self.unit,
-                file=self.stream, delay=self.delay, leave=self.leave, dynamic_ncols=True,
-            )  # fmt: skip
+            shown: dict[str, Any] = {"total": total, "initial": initial, "unit": self.unit}
+            shown |= {"delay": self.delay, "leave": self.leave, "dynamic_ncols": True}
+            self._bar = _Bar(desc=printable(label) or None, file=self.stream, **shown)
 
     @property
     def seconds_left(self) -> float | None:
