@@ -1,20 +1,16 @@
-"""Measurements of features: accumulators that take token maps batch by batch, and `analyze`.
+"""Measurements of features: `analyze`, and accumulators that take tokens batch by batch."""
 
-Accumulators know tensors only: which model, layer or data set the tokens come from is the caller's
-business. `analyze` runs all of them over models and images, and makes a `Report`.
-"""
-
-from fastkd.analysis.accumulators.image_spectra import ImageSpectra
-from fastkd.analysis.accumulators.sep import TokenPattern
 from fastkd.analysis.accumulators.shared_basis import (
     InSharedBasis,
     SecondMoment,
     SharedBasis,
     captured_energies,
 )
+from fastkd.analysis.accumulators.spectra import ImageSpectra, TokenPattern
 from fastkd.analysis.analyzer import analyze
 from fastkd.analysis.report import Report
 from fastkd.analysis.results import Curve, Distribution, Ranks
+from fastkd.analysis.study import Options
 from fastkd.ops.sep import LEVELS as BANDWIDTH_LEVELS
 from fastkd.ops.spectrum import LEVELS
 
@@ -25,6 +21,7 @@ __all__ = [
     "Distribution",
     "ImageSpectra",
     "InSharedBasis",
+    "Options",
     "Ranks",
     "Report",
     "SecondMoment",

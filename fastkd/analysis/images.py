@@ -24,31 +24,19 @@ from fastkd.utils.random import derive_seed, preserved_rng, seed_cpu
 
 
 class ReadImages(NamedTuple):
-    """Some images of a selection, in order.
+    """Some images of a selection, in order."""
 
-    Attributes:
-        places: of the images that were read.
-        images: [B, C, H, W], a model's input; None where none was read.
-        skipped: (place, reason) of the others.
-    """
-
-    places: list[int]
-    images: Tensor | None
-    skipped: list[tuple[int, str]]
+    places: list[int]  # of the images that were read
+    images: Tensor | None  # [B, C, H, W], a model's input; None if none was read
+    skipped: list[tuple[int, str]]  # (place, reason) of the others
 
 
 @dataclass(frozen=True)
 class ImageSelection:
-    """Images of a dataset, in random order: neighbors are unrelated.
+    """Images of a dataset in random order: neighbors are unrelated."""
 
-    Attributes:
-        data: the opened data; its evaluation set is selected from.
-        indices: [images] int64, place in the selection -> index in the evaluation set.
-        seed: what the selection was drawn with.
-    """
-
-    data: DataPair
-    indices: np.ndarray
+    data: DataPair  # its evaluation set is selected from
+    indices: np.ndarray  # [images] int64, place in the selection -> index in the evaluation set
     seed: int
 
     def __len__(self) -> int:
@@ -67,13 +55,11 @@ class ImageSelection:
     @property
     def fingerprint(self) -> dict[str, Any]:
         """Plain values that differ for another selection; reads two images."""
-        names = hashlib.sha256()
-        for place in range(len(self)):
-            names.update(f"{self.name(place)}\n".encode())
+        names = "".join(f"{self.name(place)}\n" for place in range(len(self)))
         return {
             "images": len(self),
             "of": len(self.data.val),
-            "names": names.hexdigest(),
+            "names": hashlib.sha256(names.encode()).hexdigest(),
             # Other images may have the same names, or no names at all.
             "ends": [self._content(place) for place in sorted({0, len(self) - 1})],
         }
@@ -85,7 +71,7 @@ class ImageSelection:
             try:
                 image = self.data.val[int(self.indices[place])][0]
                 pixels = image.numpy() if isinstance(image, Tensor) else np.asarray(image)
-            except Exception as error:  # whatever a data set raises, as where it is read
+            except Exception as error:  # what datasets raise has no common base
                 return reason_of(error)
         return hashlib.sha256(np.ascontiguousarray(pixels).tobytes()).hexdigest()
 
@@ -113,44 +99,48 @@ class ImageSelection:
         )
         for batch, faults in loader:
             skipped = [(place_of[fault.sample], fault.reason) for fault in faults]
-            if batch is None:
-                yield ReadImages([], None, skipped)
-            else:
-                read = [place_of[index] for index in batch.samples.tolist()]
-                yield ReadImages(read, batch.images, skipped)
+            read = [] if batch is None else [place_of[index] for index in batch.samples.tolist()]
+            yield ReadImages(read, None if batch is None else batch.images, skipped)
 
 
 def open_images(
     data: Data, root: str | None = None, images: int | None = 1000, seed: int = 0
 ) -> ImageSelection:
-    """Select images: as many of every class where labels are known, at random otherwise.
-
-    No class gives a second image before all have given one. Labels are taken from lists that
-    readers and data sets have; no image is decoded for its label.
-    """
-    if images is not None and images < 1:
-        raise ValueError(f"open_images: images must be at least 1, or None for all, got {images}")
-    opened = _open(data, root)
-    count = len(opened.val)
+    """Open data and select images, evenly from all classes if labels are known."""
+    if isinstance(data, str | Path) and Path(data).is_file():
+        raise ValueError(f"data: {data} is a file; give the folder that holds it")
+    if isinstance(data, str | Path) and Path(data).is_dir():
+        # Of a folder with train and val, only the latter is listed.
+        inner = (Path(data) / name for name in VALIDATION_FOLDERS)
+        data = next((path for path in inner if path.is_dir()), Path(data))
+    try:
+        opened = open_data(data, root, need_train=False, labels=False)
+    except RuntimeError as error:  # timm's and torchvision's readers found nothing
+        raise ValueError(f"data: {error}") from error
     labels = known_labels(opened.val)
-    return ImageSelection(opened, balanced_subset(labels, count, images, seed), seed)
+    chosen = balanced_subset(labels, len(opened.val), images, seed)
+    return ImageSelection(opened, chosen, seed)
 
 
 def balanced_subset(
     labels: Sequence[Any] | None, count: int, images: int | None, seed: int
 ) -> np.ndarray:
-    """Choose samples evenly from all classes, in random order."""
+    """Choose samples in random order; no class gives a second one before all have given one."""
     generator = np.random.default_rng(seed)
     order = generator.permutation(count)
     if labels is not None:
-        # Every class' first ones before any second ones; among equals, chance decides.
-        rounds = _occurrence(np.unique(np.asarray(labels), return_inverse=True)[1][order])
-        order = order[np.lexsort((generator.permutation(count), rounds))]
+        classes = np.unique(np.asarray(labels), return_inverse=True)[1][order]
+        # How many samples of the same class come before each; among equals, chance decides.
+        by_class = np.argsort(classes, kind="stable")
+        counts = np.bincount(classes)
+        before = np.empty_like(by_class)
+        before[by_class] = np.arange(count) - np.repeat(np.cumsum(counts) - counts, counts)
+        order = order[np.lexsort((generator.permutation(count), before))]
     return generator.permutation(order[:images])
 
 
 def known_labels(dataset: Any) -> list[Any] | None:
-    """Return the labels of a dataset's samples; None where images would have to be decoded."""
+    """Return the labels of a dataset's samples; None if images would have to be decoded."""
     if isinstance(dataset, Subset):
         inner = known_labels(dataset.dataset)
         return None if inner is None else [inner[index] for index in dataset.indices]
@@ -159,20 +149,6 @@ def known_labels(dataset: Any) -> list[Any] | None:
         return None
     plain = [label.item() if hasattr(label, "item") else label for label in labels]
     return plain if all(isinstance(label, int | str) for label in plain) else None
-
-
-def _open(data: Data, root: str | None) -> DataPair:
-    if isinstance(data, str | Path) and Path(data).is_file():
-        raise ValueError(f"data: {data} is a file; give the folder that holds it")
-    if isinstance(data, str | Path) and Path(data).is_dir():
-        folder = Path(data)
-        # Of a folder with train and val the latter alone is listed: no label's number matters here.
-        inner = (folder / name for name in VALIDATION_FOLDERS)
-        data = next((path for path in inner if path.is_dir()), folder)
-    try:
-        return open_data(data, root, need_train=False, labels=False)
-    except RuntimeError as error:  # of timm's and torchvision's readers: nothing found
-        raise ValueError(f"data: {error}") from error
 
 
 def _reader(dataset: Any) -> Any:
@@ -185,22 +161,12 @@ def _label_list(dataset: Any) -> Any:
         return dataset.tensors[1]
     if isinstance(dataset, list | tuple):
         return [label for _, label in dataset]
-    for owner in (_reader(dataset), dataset):
+    reader = _reader(dataset)
+    for owner in (reader, dataset):
         for attribute in ("targets", "labels"):
             if getattr(owner, attribute, None) is not None:
                 return getattr(owner, attribute)
-    reader = _reader(dataset)
     if hasattr(reader, "iter_targets"):  # Hugging Face's, column by column
         return list(reader.iter_targets())
     files = getattr(reader, "samples", None)
     return None if files is None else [label for _, label in files]
-
-
-def _occurrence(classes: np.ndarray) -> np.ndarray:
-    """Count the samples of the same class before each: [samples] int64."""
-    by_class = np.argsort(classes, kind="stable")
-    counts = np.bincount(classes)
-    first = np.repeat(np.cumsum(counts) - counts, counts)
-    occurrence = np.empty_like(by_class)
-    occurrence[by_class] = np.arange(len(classes)) - first
-    return occurrence

@@ -91,7 +91,7 @@ def test_saved_tokens_are_measured_under_a_label(saved_tokens):
 def test_saved_tokens_refuse_what_is_of_models(saved_tokens):
     for given in ({"checkpoint": "x.pth"}, {"img_size": 32}, {"amp": "bf16"}, {"untrained": True}):
         (name,) = given
-        with pytest.raises(ValueError, match=f"analyze: {name} is of models that are run"):
+        with pytest.raises(ValueError, match=f"analyze: {name} has no effect on the saved tokens"):
             analyze("theirs", saved_tokens, quiet=True, device="cpu", **QUICK, **given)
 
 
@@ -107,14 +107,14 @@ def test_reports_that_cannot_be_compared_are_refused_before_measuring(
     photographs, tmp_path, monkeypatch
 ):
     analyze(VIT, photographs, tmp_path / "one", levels=(0.5,), **SMALL, **QUICK)
-    monkeypatch.setattr(analyzer._Feed, "source", None)
+    monkeypatch.setattr(analyzer._Run, "_source", None)
     with pytest.raises(ValueError, match="reports must have the same levels"):
         analyze([VIT, tmp_path / "one"], photographs, **SMALL, **QUICK)
 
 
 def test_averaged_weights_may_be_asked_for_beside_a_teacher_by_name():
-    assert analyzer._options_of(VIT, True, None, True, "ema", None)["weights"] == "auto"
-    assert analyzer._options_of(VIT, False, None, False, "ema", None)["weights"] == "ema"
+    assert analyzer._opening(VIT, True, True, "ema")["weights"] == "auto"
+    assert analyzer._opening(VIT, False, False, "ema")["weights"] == "ema"
 
 
 def test_the_same_seed_gives_the_same_report_and_images_are_taken_evenly(photographs):
@@ -130,22 +130,22 @@ def test_an_interrupted_analysis_is_resumed_model_by_model(photographs, tmp_path
     whole = analyze(models, photographs, **SMALL, **QUICK)
     built = []
 
-    def source(feed, subject, **options):
-        built.append(subject)
+    def source(run, model, opening):
+        built.append(model)
         if len(built) == 2:
             raise KeyboardInterrupt
-        return original(feed, subject, **options)
+        return original(run, model, opening)
 
-    original = analyzer._Feed.source
-    monkeypatch.setattr(analyzer._Feed, "source", source)
+    original = analyzer._Run._source
+    monkeypatch.setattr(analyzer._Run, "_source", source)
     with pytest.raises(KeyboardInterrupt):
         analyze(models, photographs, out, **SMALL, **QUICK)
     with pytest.raises(ValueError, match="holds an interrupted analysis; give resume=True"):
         analyze(models, photographs, out, **SMALL, **QUICK)
-    with pytest.raises(ValueError, match=r"measured with other options .*its seed is 0, not 1"):
+    with pytest.raises(ValueError, match=r"another analysis .*its seed is 0, not 1"):
         analyze(models, photographs, out, resume=True, seed=1, **SMALL, **QUICK)
     other = ["deit_tiny_patch16_224", models[1]]
-    with pytest.raises(ValueError, match="measured with other options"):
+    with pytest.raises(ValueError, match="another analysis"):
         analyze(other, photographs, out, resume=True, **SMALL, **QUICK)
     resumed = analyze(models, photographs, out, resume=True, **SMALL, **QUICK)
     for ours, theirs in zip(resumed.models, whole.models):
@@ -196,7 +196,7 @@ def test_the_command_line_measures_and_says_where_the_report_is(photographs, tmp
         ([VIT, "deit_tiny_patch16_224", "--data", "DATA", "--checkpoint", "x.pth"], "one model"),
         ([VIT, "--data", "DATA", "--resume"], "resume needs output"),
         ([VIT, "--data", "DATA", "--untrained", "--layers", "99"], "99"),
-        ([VIT, "--data", "DATA", "--untrained", "--num-prefix", "1"], "num_prefix: it is of mod"),
+        ([VIT, "--data", "DATA", "--untrained", "--num-prefix", "1"], "num_prefix: expected mod"),
         ([VIT, "--data", "DATA", "--levels", "a"], "invalid floats with commas between value: 'a'"),
         ([VIT, "--data", "DATA", "--colour", "red"], "unknown argument --colour"),
     ],
@@ -220,6 +220,11 @@ def test_without_matplotlib_figures_are_refused_before_anything_is_measured(
     with pytest.raises(ModuleNotFoundError, match=r"pip install 'fastkd\[analysis\]'"):
         analyze(VIT, photographs, tmp_path / "out", **SMALL)
     assert not (tmp_path / "out").exists()
+
+
+def test_an_unknown_option_is_refused_by_name(photographs):
+    with pytest.raises(TypeError, match=r"analyze: .* got level"):
+        analyze(VIT, photographs, level=0.9)
 
 
 def test_no_model_is_refused(photographs):

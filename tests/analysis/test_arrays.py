@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from fastkd.analysis import Options
 from fastkd.analysis.arrays import ArrayError, ArraySource, is_array_folder, read_tokens
 
 RANDOM = np.random.default_rng(0)
@@ -36,6 +37,10 @@ def folder_of(root, count=6, layers=3, tokens=5, channels=4):
     for index in range(count):
         save(root / f"{index}.npy", np.full((layers, tokens, channels), index, np.float32))
     return root
+
+
+def source_of(folder, **options):
+    return ArraySource(folder, Options(**options))
 
 
 STAGES = [features(16, 4), features(4, 8)]
@@ -133,7 +138,7 @@ def test_a_folder_of_arrays_is_told_from_one_of_images(tmp_path):
 
 
 def test_batches_hold_every_file_once_in_the_order_of_places(tmp_path):
-    source = ArraySource(folder_of(tmp_path, count=5), batch_size=2)
+    source = source_of(folder_of(tmp_path, count=5), batch_size=2)
     batches = list(source.batches())
     assert [batch.places for batch in batches] == [[0, 1], [2, 3], [4]]
     assert [list(t.shape) for t in batches[0].tokens] == [[2, 5, 4]] * 3
@@ -142,7 +147,7 @@ def test_batches_hold_every_file_once_in_the_order_of_places(tmp_path):
 
 
 def test_batches_restart_in_the_middle(tmp_path):
-    source = ArraySource(folder_of(tmp_path), batch_size=2)
+    source = source_of(folder_of(tmp_path), batch_size=2)
     whole, rest = list(source.batches()), list(source.batches(2))
     assert [batch.places for batch in rest] == [batch.places for batch in whole[1:]]
     for left, right in zip(rest, whole[1:]):
@@ -153,7 +158,7 @@ def test_the_selection_depends_on_the_seed_alone(tmp_path):
     folder_of(tmp_path, count=20)
 
     def drawn(seed):
-        source = ArraySource(tmp_path, images=8, seed=seed, batch_size=8)
+        source = source_of(tmp_path, images=8, seed=seed, batch_size=8)
         (batch,) = source.batches()
         return batch.tokens[0][:, 0, 0].tolist()
 
@@ -165,7 +170,7 @@ def test_folders_count_as_classes(tmp_path):
     for name in "abc":
         folder_of(tmp_path / name, count=4)
     save(tmp_path / "c" / "more.npy", np.zeros((3, 5, 4), np.float32))
-    source = ArraySource(tmp_path, images=3)
+    source = source_of(tmp_path, images=3)
     assert sorted(source._file_name(file)[0] for file in source._files) == ["a", "b", "c"]
 
 
@@ -181,7 +186,7 @@ def test_folders_count_as_classes(tmp_path):
 )
 def test_layers_are_chosen_as_of_a_model(tmp_path, layers, expected):
     save(tmp_path / "a", [features(9, 2), features(4, 3), features(1, 5)])
-    source = ArraySource(tmp_path, layers=layers)
+    source = source_of(tmp_path, layers=layers)
     assert [layer.name for layer in source.layers] == expected
     (batch,) = source.batches()
     assert [t.shape[2] for t in batch.tokens] == [layer.channels for layer in source.layers]
@@ -191,7 +196,7 @@ def test_layers_are_chosen_as_of_a_model(tmp_path, layers, expected):
 @pytest.mark.parametrize("layers", [[3], [-4], ["final"], "blocks.0"])
 def test_a_layer_that_is_not_there_is_refused(tmp_path, layers):
     with pytest.raises(ValueError, match=r"3 layers \(layer.0 .. layer.2\)"):
-        ArraySource(folder_of(tmp_path), layers=layers)
+        source_of(folder_of(tmp_path), layers=layers)
 
 
 @pytest.mark.parametrize(
@@ -199,7 +204,7 @@ def test_a_layer_that_is_not_there_is_refused(tmp_path, layers):
 )
 def test_a_file_that_differs_from_the_first_is_skipped_by_name(tmp_path, odd):
     save(folder_of(tmp_path) / "z" / "odd.npy", odd)
-    source = ArraySource(tmp_path, batch_size=4)
+    source = source_of(tmp_path, batch_size=4)
     batches = list(source.batches())
     ((place, name, reason),) = [skip for batch in batches for skip in batch.skipped]
     assert name == "z/odd.npy"
@@ -211,7 +216,7 @@ def test_a_file_that_differs_from_the_first_is_skipped_by_name(tmp_path, odd):
 def test_a_batch_without_a_readable_file_has_no_tokens(tmp_path):
     folder_of(tmp_path, count=2)
     (tmp_path / "9.npy").write_bytes(b"no array")
-    source = ArraySource(tmp_path, batch_size=1)
+    source = source_of(tmp_path, batch_size=1)
     broken = [batch for batch in source.batches() if batch.skipped]
     assert [(batch.places, batch.tokens) for batch in broken] == [([], [])]
 
@@ -219,25 +224,25 @@ def test_a_batch_without_a_readable_file_has_no_tokens(tmp_path):
 def test_the_first_readable_file_sets_the_shapes(tmp_path):
     folder_of(tmp_path, count=2)
     (tmp_path / "0.npy").write_bytes(b"")
-    assert len(ArraySource(tmp_path).layers) == 3
+    assert len(source_of(tmp_path).layers) == 3
 
 
 def test_a_folder_without_tokens_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"holds no \.npy or \.npz file"):
-        ArraySource(tmp_path)
+        source_of(tmp_path)
     (tmp_path / "a.npy").write_bytes(b"no array")
     with pytest.raises(ValueError, match=r"none of 1 .*a\.npy cannot be read as saved tokens"):
-        ArraySource(tmp_path)
+        source_of(tmp_path)
 
 
 def test_a_fingerprint_changes_with_files_and_layers(tmp_path):
     folder_of(tmp_path)
-    before = ArraySource(tmp_path).fingerprint
-    assert ArraySource(tmp_path).fingerprint == before
-    assert ArraySource(tmp_path, layers="last").fingerprint != before
-    assert ArraySource(tmp_path, seed=1).fingerprint != before
+    before = source_of(tmp_path).fingerprint
+    assert source_of(tmp_path).fingerprint == before
+    assert source_of(tmp_path, layers="last").fingerprint != before
+    assert source_of(tmp_path, seed=1).fingerprint != before
     save(tmp_path / "5.npy", np.zeros((3, 5, 5), np.float32))
-    assert ArraySource(tmp_path).fingerprint != before
+    assert source_of(tmp_path).fingerprint != before
 
 
 def test_folders_that_are_links_are_followed(tmp_path):
@@ -245,4 +250,4 @@ def test_folders_that_are_links_are_followed(tmp_path):
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "link").symlink_to(tmp_path / "elsewhere")
     assert is_array_folder(tmp_path / "data")
-    assert ArraySource(tmp_path / "data").images == 2
+    assert source_of(tmp_path / "data").images == 2

@@ -87,12 +87,6 @@ def test_of_a_training_folder_the_validation_images_are_taken(tmp_path, inner):
     assert names(open_images(tmp_path)) == ["a/0.png"]
 
 
-@pytest.mark.parametrize("images", [0, -1])
-def test_no_images_are_refused(tmp_path, images):
-    with pytest.raises(ValueError, match="images must be at least 1"):
-        open_images(folder_of(tmp_path, _=1), images=images)
-
-
 def test_an_empty_folder_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"data: .*image"):
         open_images(tmp_path)

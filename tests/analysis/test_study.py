@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import torch
 
-from fastkd.analysis import InSharedBasis, study
+from fastkd.analysis import InSharedBasis, Options, resume, study
 from fastkd.analysis import results as codec
-from fastkd.analysis import study as resume
 from fastkd.analysis.results import ModelResult
-from fastkd.analysis.study import Resume, Settings, Study
+from fastkd.analysis.resume import Resume
+from fastkd.analysis.study import Study
 from fastkd.utils.distributed import World, world
 from fastkd.utils.progress import Progress
 from tests.analysis.made_tokens import Interrupted, TensorSource, in_plane, normal, waves
@@ -25,7 +25,7 @@ QUICK = {"permutations": 5, "subspaces": (1, 4)}
 
 def measure(source, folder=None, go_on=False, peers=ALONE, **settings) -> ModelResult:
     state = Resume(folder, "00", peers.rank, peers.size, go_on)
-    return Study(source, Settings(**QUICK | settings), peers, state, Progress(shows=False)).run()
+    return Study(source, Options(**QUICK | settings), peers, state, Progress(shows=False)).run()
 
 
 def layers(images=13):
@@ -73,7 +73,7 @@ def test_only_the_last_layer_gets_a_second_pass_unless_asked():
 
 
 def test_what_is_not_asked_for_is_not_measured():
-    result = measure(TensorSource(*layers()), convention="none")
+    result = measure(TensorSource(*layers()), sep="none")
     assert all(layer.sep is None and layer.sep_test is None for layer in result.layers)
     assert measure(TensorSource(*layers()), permutations=0).last.sep_test is None
 
@@ -211,7 +211,7 @@ def test_progress_counts_an_unreadable_image_once_in_both_passes(monkeypatch):
     stream = io.StringIO()
     source = TensorSource(*layers(), unreadable=[2, 7])
     # Without memory for tokens, the second pass reads the images again.
-    settings = Settings(**QUICK, max_unreadable=0.5, memory=0.0)
+    settings = Options(**QUICK, max_unreadable=0.5, memory=0.0)
     Study(source, settings, ALONE, Resume(None, "00", 0, 1, False), Progress(stream=stream)).run()
     ends = [line.split(", about")[0] for line in stream.getvalue().splitlines() if "13 of" in line]
     assert ends == [
@@ -244,9 +244,9 @@ def test_images_that_are_not_finite_in_any_layer_are_counted():
 
 
 @pytest.mark.parametrize(
-    ("settings", "message"),
+    ("options", "message"),
     [
-        ({"convention": "half"}, "sep must be one of"),
+        ({"sep": "half"}, "sep must be one of"),
         ({"shared": "first"}, "shared must be one of"),
         ({"levels": (2,)}, "levels must be in"),
         ({"levels": (0.5,) * 9}, "levels may be 8 at most, got 9"),
@@ -257,11 +257,15 @@ def test_images_that_are_not_finite_in_any_layer_are_counted():
         ({"memory": float("inf")}, r"memory must be .* got inf"),
         ({"max_unreadable": 5}, "max_unreadable must be 0.0 to 1.0, got 5"),
         ({"seed": -1}, "seed must be at least 0, got -1"),
+        ({"amp": "bf8"}, "amp must be one of .*, got 'bf8'"),
+        ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
+        ({"images": 0}, "images must be at least 1, got 0"),
+        ({"images": -1}, "images must be at least 1, got -1"),
     ],
 )
-def test_settings_that_mean_nothing_are_refused(settings, message):
+def test_options_that_mean_nothing_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
-        Settings(**settings)
+        Options(**options)
 
 
 def measure_on_rank(rank: int, output: str) -> None:

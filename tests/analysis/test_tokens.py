@@ -8,8 +8,9 @@ import torch
 from torch import nn
 from torch.utils.data import TensorDataset
 
+from fastkd.analysis import Options
 from fastkd.analysis.images import open_images
-from fastkd.analysis.tokens import ModelSource, parse_layers, resolve, weights_hash
+from fastkd.analysis.tokens import ModelSource, open_subject, parse_layers, weights_hash
 from fastkd.models import create_student
 from tests.analysis.test_images import broken_folder, folder_of
 
@@ -23,6 +24,8 @@ BASE = {
     "num_heads": 1,
     "depth": 3,
 }
+
+SERIAL = Options(workers=0)
 
 MODELS = {
     "vit": lambda: timm.create_model("vit_tiny_patch16_224", depth=3, **SMALL),
@@ -84,7 +87,8 @@ def make(kind):
 
 
 def source_of(model, images, **options):
-    return ModelSource(resolve(model), images, **{"workers": 0, "batch_size": 2} | options)
+    options = Options(**{"workers": 0, "batch_size": 2} | options)
+    return ModelSource(open_subject(model), images, options)
 
 
 def in_order(images):
@@ -151,12 +155,6 @@ def test_the_same_places_give_the_same_bits(tensors):
 
 def test_no_places_give_no_batch(tensors):
     assert list(source_of(make("vit"), tensors).batches(3, 3)) == []
-
-
-@pytest.mark.parametrize(("start", "stop"), [(-1, None), (0, 6), (3, 2)])
-def test_places_outside_are_refused(tensors, start, stop):
-    with pytest.raises(ValueError, match="start <= stop <= 5"):
-        list(source_of(make("vit"), tensors).batches(start, stop))
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -258,7 +256,7 @@ def test_modules_inside_blocks_are_read_without_prefix(tensors):
 
 
 def test_a_model_without_blocks_asks_for_modules(tensors):
-    with pytest.raises(ValueError, match="name modules, such as stem, mix"):
+    with pytest.raises(ValueError, match="such as stem, mix"):
         source_of(Plain(), tensors)
 
 
@@ -283,15 +281,6 @@ def test_layers_that_are_not_there_are_refused(tensors, layers, message):
 def test_layers_of_another_type_are_refused(layers):
     with pytest.raises(TypeError, match="layers: expected all, last"):
         parse_layers(layers)
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [({"amp": "bf8"}, "amp: expected none"), ({"batch_size": 0}, "batch_size: expected at least")],
-)
-def test_wrong_options_are_refused(tensors, options, message):
-    with pytest.raises(ValueError, match=message):
-        source_of(make("vit"), tensors, **options)
 
 
 def test_images_of_another_size_than_the_models_are_refused():
@@ -329,7 +318,7 @@ def test_a_fingerprint_tells_apart(tensors, other):
 def test_a_fingerprint_tells_transforms_apart(tmp_path):
     images = open_images(folder_of(tmp_path, _=1))
     prints = [
-        ModelSource(resolve("test_resnet", untrained=True, img_size=size), images, workers=0)
+        ModelSource(open_subject("test_resnet", untrained=True, img_size=size), images, SERIAL)
         for size in (32, 64)
     ]
     assert prints[0].fingerprint["transform"] != prints[1].fingerprint["transform"]
@@ -337,7 +326,7 @@ def test_a_fingerprint_tells_transforms_apart(tmp_path):
 
 
 def test_a_source_says_what_it_is(tensors):
-    source = ModelSource(resolve("test_vit", untrained=True, img_size=32), tensors, workers=0)
+    source = ModelSource(open_subject("test_vit", untrained=True, img_size=32), tensors, SERIAL)
     model = timm.create_model("test_vit", img_size=32)
     assert (source.name, source.weights, source.architecture) == (
         "test_vit",

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from fastkd import create_teacher
-from fastkd.analysis.tokens import resolve
+from fastkd.analysis.tokens import open_subject
 from fastkd.checkpoint import LAST, CheckpointError, load_checkpoint, save_checkpoint
 from fastkd.data.transforms import InputSpec
 from fastkd.inference.loading import open_model, weights_to_choose
@@ -81,7 +81,7 @@ def test_every_form_teaches_the_same(forms, run, kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_form_can_be_analysed(forms, run, kind):
-    subject = resolve(forms[kind])
+    subject = open_subject(forms[kind])
     assert torch.equal(computed(subject.model), computed(load_student(run).model))
     assert subject.preprocessing.recipe.mean == MEAN
     assert subject.weights.removesuffix(" (ema)") in (LAST, Path(forms[kind]).name)
@@ -159,7 +159,7 @@ def test_an_exported_module_that_timm_does_not_know_asks_for_it(tmp_path):
 
 def test_a_folder_without_weights_names_the_checkpoints_in_it(tmp_path, run):
     (tmp_path / "best.pth").write_bytes((run / LAST).read_bytes())
-    for use in (opened, resolve, lambda path: resolve_teacher(path, Recipe(), SPEC)):
+    for use in (opened, open_subject, lambda path: resolve_teacher(path, Recipe(), SPEC)):
         with pytest.raises(ValueError, match=r"no last\.pth; there is best\.pth: give the file"):
             use(tmp_path)
 

@@ -19,8 +19,8 @@ from typing import Any
 
 import numpy as np
 
-from fastkd.analysis.report.markdown import render
 from fastkd.analysis.report.tables import all_tables
+from fastkd.analysis.report.text import render
 from fastkd.analysis.results import (
     UNTRAINED,
     Distribution,

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from fastkd.analysis.report.table import BESIDE, Column, Table
+from fastkd.analysis.report.text import BESIDE, Column, Table
 from fastkd.analysis.results import UNTRAINED, ModelResult, percent
 
 _NONE = (None,) * 3  # a cell of three parts without a number

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from fastkd.analysis.report.published import paper_bandwidths, paper_ranks
-from fastkd.analysis.report.table import (
+from fastkd.analysis.report.text import (
     ANGLES,
     INTERVAL,
     SPREAD,
@@ -347,8 +347,8 @@ def rotation(models: Sequence[ModelResult]) -> Table:
         "subspaces, of each image with the subspace that all images share, and between random "
         "pairs of images; 1 for equal subspaces, k/D on average for random ones. The shared "
         "subspace is computed from the same images: with few images, the overlap with it is above "
-        "k/D even for noise, unlike that between pairs. Excess: (overlap - k/D) / (1 - k/D). Angles are mean "
-        "principal angles in degrees: first, median and last of the k.",
+        "k/D even for noise, unlike that between pairs. Excess: (overlap - k/D) / (1 - k/D). "
+        "Angles are mean principal angles in degrees: first, median and last of the k.",
         columns,
         rows,
         notes,

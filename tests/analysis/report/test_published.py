@@ -14,7 +14,7 @@ from fastkd.analysis.report.published import (
     paper_ranks,
     published,
 )
-from fastkd.analysis.report.table import MISSING
+from fastkd.analysis.report.text import MISSING
 from tests.analysis import made_results as made
 
 CAIT = "cait_s24_224.fb_dist_in1k"

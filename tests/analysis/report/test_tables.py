@@ -9,7 +9,7 @@ import pytest
 
 from fastkd.analysis import results as readings
 from fastkd.analysis.report import tables
-from fastkd.analysis.report.table import (
+from fastkd.analysis.report.text import (
     BESIDE,
     INTERVAL,
     MISSING,

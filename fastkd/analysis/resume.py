@@ -1,0 +1,109 @@
+"""The saved state of an interrupted analysis, and the check that it is of the same one."""
+
+from __future__ import annotations
+
+import json
+import textwrap
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastkd.models.weights import UnreadableError, read_file
+from fastkd.utils.io import replacing
+
+SAVE_EVERY_SECONDS = 60.0
+
+
+class Resume:
+    """Save and load the state of the passes over one model's images."""
+
+    def __init__(
+        self,
+        folder: Path | None,  # None saves nothing
+        name: str,  # of the model's files
+        rank: int = 0,
+        size: int = 1,
+        wanted: bool = False,  # continue from what is there; else overwrite it
+    ) -> None:
+        self.folder = folder
+        self.wanted = wanted
+        self._suffix = f"-{rank}of{size}.pt"
+        self._name = name
+        self._size = size
+        self._fingerprint = ""
+        self._saved = time.monotonic()
+
+    def open(self, fingerprint: str) -> None:
+        """Set what the passes depend on; raise if another number of processes was interrupted."""
+        self._fingerprint = fingerprint
+        if self.folder is None or not self.wanted:
+            return
+        left = {path.stem.rsplit("of", 1)[1] for path in self.folder.glob(f"{self._name}-*of*.pt")}
+        others = left - {str(self._size)}
+        if others:
+            raise ValueError(
+                f"analyze: {self.folder} was interrupted with {others.pop()} process(es); resume "
+                f"with as many, got {self._size}, or remove it to start over"
+            )
+
+    def state(self, phase: str) -> dict[str, Any] | None:
+        """Load what was saved of a pass, if anything was."""
+        path = self._path(phase)
+        if path is None or not self.wanted or not path.exists():
+            return None
+        try:
+            saved = read_file(path)
+            before, state = saved["fingerprint"], saved["state"]
+        except (UnreadableError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"analyze: {path} cannot be read ({type(error).__name__}); remove it to start over"
+            ) from error
+        check_same_analysis(path, before, self._fingerprint)
+        return state
+
+    def save(self, phase: str, state: dict[str, Any]) -> None:
+        """Save the state of a pass."""
+        path = self._path(phase)
+        if path is None:
+            return
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(path) as file:
+            torch.save({"fingerprint": self._fingerprint, "state": state}, file)
+        self._saved = time.monotonic()
+
+    def save_now_and_then(self, phase: str, make_state: Callable[[], dict[str, Any]]) -> None:
+        """Save the state if the last save was a minute ago."""
+        if time.monotonic() - self._saved >= SAVE_EVERY_SECONDS:
+            self.save(phase, make_state())
+
+    def _path(self, phase: str) -> Path | None:
+        return None if self.folder is None else self.folder / f"{self._name}-{phase}{self._suffix}"
+
+
+def check_same_analysis(path: Path, before: str, now: str) -> None:
+    """Raise, naming the first difference, if a saved fingerprint is of another analysis."""
+    if before == now:
+        return
+    old, new = _flat(json.loads(before)), _flat(json.loads(now))
+    name = next(name for name in {**old, **new} if old.get(name) != new.get(name))
+    was, is_now = (
+        textwrap.shorten(str(values.get(name)), 60, placeholder="...") for values in (old, new)
+    )
+    raise ValueError(
+        f"analyze: {path} belongs to another analysis (its {name} is {was}, not {is_now}); give "
+        f"the same arguments, or remove {path.parent} to start over"
+    )
+
+
+def _flat(fingerprint: dict[str, Any]) -> dict[str, Any]:
+    """Name nested values, as in ``selection.images``; plain values come first."""
+    plain = {name: value for name, value in fingerprint.items() if not isinstance(value, dict)}
+    return plain | {
+        f"{outer}.{name}": value
+        for outer, values in fingerprint.items()
+        if isinstance(values, dict)
+        for name, value in values.items()
+    }
