@@ -16,11 +16,12 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure, SubFigure
 from matplotlib.patheffects import withStroke
-from matplotlib.ticker import MaxNLocator, NullFormatter, StrMethodFormatter
+from matplotlib.ticker import MaxNLocator
 from matplotlib.transforms import ScaledTranslation
 
 from fastkd.analysis.results import (
     UNTRAINED,
+    Curve,
     LayerResult,
     ModelResult,
     Sep,
@@ -175,8 +176,10 @@ def _draw_layers(axes: Axes, model: ModelResult) -> None:
     if len(layers) == 1:
         axes.vlines(places, lower, upper, color=_OWN, alpha=0.22, linewidth=6)
     _line(axes, places, [f.mean for f in found], _OWN, "mean", marker="o")
-    tail_marker = "_" if len(layers) == 1 else ""
-    _line(axes, places, tails, _OWN, "99th percentile", style="--", width=0.7, marker=tail_marker)
+    _line(
+        axes, places, tails, _OWN, "99th percentile", linestyle="--", linewidth=0.7,
+        marker="_" if len(layers) == 1 else "",
+    )  # fmt: skip
     if has_shared_depth(model):
         at = np.array([place for place, layer in enumerate(layers) if layer.shared])
         means = [x.shared.ranks.distribution(level).mean for x in layers if x.shared]
@@ -185,9 +188,8 @@ def _draw_layers(axes: Axes, model: ModelResult) -> None:
     top = max(axes.get_ylim()[1], 1.12 * max([1.0, *measured(np.asarray(tails))]))
     largest = [layer.ranks.largest for layer in layers]
     if min(largest) < top:
-        _line(axes, places, largest, _BASELINE, "largest: min(N, D)", style=":", width=0.8)
-    axes.set_ylim(0, top)
-    axes.set_ylabel(f"rank@{percent(level)} (dimensions)")
+        _line(axes, places, largest, _BASELINE, "largest: min(N, D)", linestyle=":", linewidth=0.8)
+    axes.set(ylim=(0, top), ylabel=f"rank@{percent(level)} (dimensions)")
     _depth_axis(axes, layers)
 
 
@@ -198,15 +200,14 @@ def _draw_layer_rotation(axes: Axes, model: ModelResult) -> None:
         means = [rotated.mean_excess(rotated.overlap_shared) for _, rotated in found]
         places = np.array([place for place, _ in found])
         _line(axes, places, means, color, f"k = {size}", marker=marker)
-    axes.set_ylim(-0.05, 1.02)
-    axes.set_ylabel("excess overlap with shared\n(0: random, 1: same)")
+    axes.set(ylim=(-0.05, 1.02), ylabel="excess overlap with shared\n(0: random, 1: same)")
     _depth_axis(axes, model.layers)
 
 
 def _depth_axis(axes: Axes, layers: Sequence[LayerResult]) -> None:
     kinds = {layer.name.partition(".")[0] for layer in layers}
-    axes.set_xlabel({"blocks": "block", "stages": "stage"}.get("/".join(kinds), "layer"))
-    axes.set_xlim(-0.5, len(layers) - 0.5)
+    label = {"blocks": "block", "stages": "stage"}.get("/".join(kinds), "layer")
+    axes.set(xlim=(-0.5, len(layers) - 0.5), xlabel=label)
     step = -(-len(layers) // 12)
     axes.set_xticks(range(0, len(layers), step), [str(layer.index) for layer in layers[::step]])
     _clean(axes, grid="y")
@@ -227,10 +228,8 @@ def _draw_histogram(axes: Axes, layer: LayerResult, level: float) -> None:
     medians = ", ".join(f"{np.median(values):g} {name}" for name, _, values in shown)
     below = f"median {medians}" if shown else "no image has a rank"
     axes.set_title(f"rank@{percent(level)}\n{below}", fontsize=6.5)
-    axes.set_xlim(0, edges[-1])
-    axes.set_xlabel("dimensions")
-    axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
-    axes.yaxis.set_major_locator(MaxNLocator(4, integer=True))
+    axes.set(xlim=(0, edges[-1]), xlabel="dimensions")
+    axes.locator_params(nbins=4, integer=True)
     _clean(axes, grid="y")
 
 
@@ -245,18 +244,16 @@ def _draw_energy(axes: Axes, model: ModelResult) -> None:
     for name, color, curve, side in curves:
         if len(curve.mean) == 0 or not np.isfinite(curve.mean).all():
             continue
-        _band(axes, np.arange(1, len(curve.mean) + 1), curve.mean, curve.std, color, name)
+        _band(axes, np.arange(1, len(curve.mean) + 1), curve, color, name)
         for level in levels:
             _mark_level(axes, curve.mean, level, color, side)
-    axes.set_xscale("log")
-    axes.set_xlim(0.9, layer.channels * 1.5)  # room for the numbers of the last dots
-    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
-    axes.xaxis.set_minor_formatter(NullFormatter())
-    axes.set_yticks([0, 20, 40, 60, *(100 * level for level in levels)])
-    axes.set_yticklabels(["0", "20", "40", "60", *map(percent, levels)])
-    axes.set_ylim(0, 104)
-    axes.set_xlabel("dimensions (log)")
-    axes.set_ylabel("energy held (%)")
+    room = (0.9, layer.channels * 1.5)  # for the numbers of the last dots
+    axes.set(xscale="log", xlim=room, xlabel="dimensions (log)")
+    axes.set(ylim=(0, 104), ylabel="energy held (%)")
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_formatter("")
+    ticks = [0, 0.2, 0.4, 0.6, *levels]
+    axes.set_yticks([100 * tick for tick in ticks], [percent(tick) for tick in ticks])
     _clean(axes)
 
 
@@ -267,26 +264,21 @@ def _mark_level(axes: Axes, mean: np.ndarray, level: float, color: str, side: in
     axes.plot([dimension], [height], marker="o", markersize=3, color=color)
     # Left of the steep curve, right of and below the other.
     axes.annotate(
-        f"{dimension}",
-        (dimension, height),
-        xytext=(-3 * side, 2 * side),
-        textcoords="offset points",
-        ha="right" if side > 0 else "left",
-        va="bottom" if side > 0 else "top",
-        fontsize=6.5,
-        color=color,
+        f"{dimension}", (dimension, height), xytext=(-3 * side, 2 * side),
+        textcoords="offset points", ha="right" if side > 0 else "left",
+        va="bottom" if side > 0 else "top", fontsize=6.5, color=color,
         path_effects=[withStroke(linewidth=1.5, foreground="white")],
-    )
+    )  # fmt: skip
 
 
 def _draw_sep(upper: Axes, lower: Axes, found: Sep, test: SepTest | None) -> None:
     count = len(found.white_noise)
     parts = np.arange(1, count + 1) / count
-    _band(upper, parts, found.curve.mean, found.curve.std, _OWN, "mean token", width=2.4)
-    _line(upper, parts, 100 * found.white_noise, "black", "white noise", "--", 0.9)
-    upper.set_ylabel("energy held (%)")
+    _band(upper, parts, found.curve, _OWN, "mean token", linewidth=2.4)
+    noise = 100 * found.white_noise
+    _line(upper, parts, noise, "black", "white noise", linestyle="--", linewidth=0.9)
     upper.text(0.03, 0.97, f"{found.tokens:,} tokens", transform=upper.transAxes, va="top")
-    upper.set_ylim(0, 104)
+    upper.set(ylim=(0, 104), ylabel="energy held (%)")
     difference = 100 * (found.curve.mean - found.white_noise)
     lower.axhline(0, color=_BASELINE, linestyle="--", linewidth=0.9)
     lower.plot(parts, difference, color=_OWN, linewidth=1.0)
@@ -294,11 +286,9 @@ def _draw_sep(upper: Axes, lower: Axes, found: Sep, test: SepTest | None) -> Non
         _draw_permutations(lower, found, test)
     largest = float(np.nanmax(np.abs(difference), initial=0))
     reach = 1.25 * max(largest, *map(abs, lower.get_ylim()), 1e-3) if largest else 1.0
-    lower.set_ylim(-reach, reach)
-    lower.set_xlim(0, 1)
-    lower.set_ylabel("minus white\nnoise (% points)")
     unique = "D" if found.convention == "full" else "(D // 2 + 1)"
-    lower.set_xlabel(f"channel frequency / {unique}, {found.convention} order")
+    lower.set(xlim=(0, 1), xlabel=f"channel frequency / {unique}, {found.convention} order")
+    lower.set(ylim=(-reach, reach), ylabel="minus white\nnoise (% points)")
     for axes in (upper, lower):
         _clean(axes, grid="y")
 
@@ -320,19 +310,12 @@ def _draw_permutations(axes: Axes, found: Sep, test: SepTest) -> None:
 
 def _draw_overlaps(axes: Axes, found: Sequence[Subspaces]) -> None:
     for place, one in enumerate(found):
-        for values, color, offset in (
-            (one.overlap_shared, _OWN, -0.18),
-            (one.overlap_pairs, _PAIRS, 0.18),
-        ):
-            values = measured(values)
-            if len(values):
-                _box(axes, values, place + offset, color)
+        _box(axes, one.overlap_shared, place - 0.18, _OWN)
+        _box(axes, one.overlap_pairs, place + 0.18, _PAIRS)
         axes.hlines(one.overlap_random, place - 0.4, place + 0.4, color=_BASELINE, linestyle="--")
     axes.set_xticks(range(len(found)), [str(one.k) for one in found])
-    axes.set_xlim(-0.6, len(found) - 0.4)
-    axes.set_ylim(0, 1.02)
-    axes.set_xlabel("k, dimensions of the subspaces")
-    axes.set_ylabel(r"overlap $\|V_i^\top V_j\|_F^2 \,/\, k$")
+    axes.set(xlim=(-0.6, len(found) - 0.4), xlabel="k, dimensions of the subspaces")
+    axes.set(ylim=(0, 1.02), ylabel=r"overlap $\|V_i^\top V_j\|_F^2 \,/\, k$")
     images = _count([one.overlap_shared for one in found], "image")
     pairs = _count([one.overlap_pairs for one in found], "pair")
     axes.set_title(f"{images}, {pairs}", fontsize=7)
@@ -347,39 +330,32 @@ def _count(overlaps: Sequence[np.ndarray], what: str) -> str:
 
 
 def _box(axes: Axes, values: np.ndarray, place: float, color: str) -> None:
+    if len(values := measured(values)) == 0:
+        return
     line = {"color": color, "linewidth": 0.9}
     axes.boxplot(
-        values,
-        positions=[place],
-        widths=0.28,
-        whis=(5, 95),
-        showfliers=False,
-        manage_ticks=False,
-        patch_artist=True,
-        boxprops={"facecolor": color, "alpha": 0.35, "linewidth": 0},
-        medianprops={**line, "linewidth": 1.6},
-        whiskerprops=line,
+        values, positions=[place], widths=0.28, whis=(5, 95), showfliers=False,
+        manage_ticks=False, patch_artist=True, medianprops={**line, "linewidth": 1.6},
+        boxprops={"facecolor": color, "alpha": 0.35, "linewidth": 0}, whiskerprops=line,
         capprops=line,
-    )
+    )  # fmt: skip
 
 
 def _draw_angles(axes: Axes, found: Sequence[Subspaces]) -> None:
-    largest = found[-1] if found else None
-    for name, color, style, marker, attribute in (
-        ("image and shared subspace", _OWN, "-", "o", "angles_shared"),
-        ("pairs of images", _PAIRS, "-", "s", "angles_pairs"),
-        ("random subspaces", _BASELINE, "--", "", "angles_random"),
-    ):
-        angles = getattr(largest, attribute) if largest else np.empty(0)
-        _line(axes, np.arange(1, len(angles) + 1), angles, color, name, style, marker=marker)
-    axes.set_ylim(0, 92)
-    axes.set_yticks([0, 15, 30, 45, 60, 75, 90])
-    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, min_n_ticks=1))
-    axes.set_xlabel("angle, from the smallest")
-    axes.set_ylabel("mean angle (degrees)")
-    if largest:
+    if found:
+        largest, places = found[-1], np.arange(1, found[-1].k + 1)
+        for name, angles, color, style, marker in (
+            ("image and shared subspace", largest.angles_shared, _OWN, "-", "o"),
+            ("pairs of images", largest.angles_pairs, _PAIRS, "-", "s"),
+            ("random subspaces", largest.angles_random, _BASELINE, "--", ""),
+        ):
+            at = places[: len(angles)]
+            _line(axes, at, angles, color, name, linestyle=style, marker=marker)
         axes.set_title(f"principal angles of k = {largest.k}", fontsize=7)
         axes.set_xlim(0.5, largest.k + 0.5)
+    axes.set(ylim=(0, 92), yticks=range(0, 91, 15), ylabel="mean angle (degrees)")
+    axes.set_xlabel("angle, from the smallest")
+    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, min_n_ticks=1))
     _clean(axes, grid="y")
 
 
@@ -394,8 +370,7 @@ def _compare_ranks(axes: Axes, layers: Sequence[LayerResult]) -> None:
             mean, tail = found.mean / layer.channels, found.percentile_99 / layer.channels
             axes.hlines(row + offset, mean, tail, color=color, linewidth=0.9)
             _dot(axes, mean, row + offset, marker, color, f"{name} basis (line: mean to p99)")
-    axes.set_xlim(0, 1.03)
-    axes.set_xlabel(f"rank@{percent(level)} / D")
+    axes.set(xlim=(0, 1.03), xlabel=f"rank@{percent(level)} / D")
 
 
 def _compare_rotation(axes: Axes, layers: Sequence[LayerResult]) -> None:
@@ -406,13 +381,13 @@ def _compare_rotation(axes: Axes, layers: Sequence[LayerResult]) -> None:
         for found in layer.rotation:
             color, marker = styles[found.k]
             place = row + 0.5 * ((sizes.index(found.k) + 0.5) / len(sizes) - 0.5)
-            with_shared, with_pairs = map(
+            excess, between_pairs = map(
                 found.mean_excess, (found.overlap_shared, found.overlap_pairs)
             )
-            _dot(axes, with_shared, place, marker, color, f"k = {found.k}")
-            _dot(axes, with_pairs, place, marker, color, hollow=True)
-    axes.set_xlim(-0.05, 1.03)
-    axes.set_xlabel("excess overlap, 0 is random\n(filled: shared, open: pairs)")
+            _dot(axes, excess, place, marker, color, f"k = {found.k}")
+            _dot(axes, between_pairs, place, marker, color, hollow=True)
+    label = "excess overlap, 0 is random\n(filled: shared, open: pairs)"
+    axes.set(xlim=(-0.05, 1.03), xlabel=label)
 
 
 def _compare_bandwidths(axes: Axes, layers: Sequence[LayerResult]) -> None:
@@ -425,8 +400,8 @@ def _compare_bandwidths(axes: Axes, layers: Sequence[LayerResult]) -> None:
             color, marker = styles[level]
             _dot(axes, width, row, marker, color, f"{percent(level)} %")
     conventions = sorted({layer.sep.convention for layer in layers if layer.sep})
-    axes.set_xlim(0, 1.03)
-    axes.set_xlabel(f"SEP bandwidth, {'/'.join(conventions)} order\n(bars: white noise)")
+    label = f"SEP bandwidth, {'/'.join(conventions)} order\n(bars: white noise)"
+    axes.set(xlim=(0, 1.03), xlabel=label)
 
 
 def _styles(values: Sequence[float]) -> dict[float, tuple[str, str]]:
@@ -443,38 +418,22 @@ def _dot(
     )  # fmt: skip
 
 
-def _line(
-    axes: Axes,
-    x: np.ndarray,
-    y: Any,
-    color: str,
-    label: str,
-    style: str = "-",
-    width: float = 1.3,
-    marker: str = "",
-) -> None:
-    every = max(1, len(x) // 12) if len(x) > 30 else 1
-    axes.plot(
-        x, y, color=color, linestyle=style, linewidth=width, marker=marker, markersize=2.5,
-        markevery=every, label=label,
-    )  # fmt: skip
+def _line(axes: Axes, x: np.ndarray, y: Any, color: str, label: str, **style: Any) -> None:
+    every = max(1, len(x) // 12) if len(x) > 30 else 1  # markers must not hide a long line
+    style = {"linewidth": 1.3, "markersize": 2.5, "markevery": every} | style
+    axes.plot(x, y, color=color, label=label, **style)
 
 
 def _band(
-    axes: Axes,
-    x: np.ndarray,
-    mean: np.ndarray,
-    std: np.ndarray | None,
-    color: str,
-    name: str,
-    width: float = 1.4,
+    axes: Axes, x: np.ndarray, curve: Curve, color: str, name: str, linewidth: float = 1.4
 ) -> None:
     """Draw a mean curve in percent, with its standard deviation clipped to 0 to 100."""
+    mean, std = curve.mean, curve.std
     if std is not None:
         lower, upper = np.clip(mean - std, 0, 1), np.clip(mean + std, 0, 1)
         axes.fill_between(x, 100 * lower, 100 * upper, color=color, alpha=0.22, linewidth=0)
     marker = "o" if len(x) == 1 else ""  # a single point has no line
-    _line(axes, x, 100 * mean, color, name, width=width, marker=marker)
+    _line(axes, x, 100 * mean, color, name, linewidth=linewidth, marker=marker)
 
 
 def _figure(width: float, height: float) -> Figure:
