@@ -6,6 +6,7 @@ import dataclasses
 import platform
 import shutil
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -91,14 +92,15 @@ def analyze(
     models = [*(model if several else [model]), *compare]  # type: ignore[misc]
     folder = None if output is None else Path(output)
     _check_arguments(models, data, checkpoint, folder, resume)
+    chosen = _options(options)
     if figures and folder is not None:
         _need_matplotlib()
     with world(device) as peers, verifying(verify):
         progress = Progress(shows=peers.is_main and not quiet)
-        run = _Run(data, _options(options), peers, progress, folder, resume)
-        reports = run.reports(models, checkpoint, untrained, weights)
+        run = _Run(data, chosen, peers, progress, folder, resume)
+        run.prepare_folder()
+        merged = Report.merged(run.reports(models, checkpoint, untrained, weights))
         asked = {"compare_paper": compare_paper, "command": command}
-        merged = Report.merged(reports)
         report = dataclasses.replace(merged, settings=merged.settings | asked)
         if folder is not None and peers.is_main:
             report.save(folder, figures=figures)
@@ -147,36 +149,41 @@ def _is_report(model: Model) -> bool:
     return (Path(model) / "report.json").is_file()
 
 
+@dataclasses.dataclass
 class _Run:
     """Measure one model after the other, and keep their reports until all are done."""
 
-    def __init__(
-        self,
-        data: Any,
-        options: Options,
-        peers: World,
-        progress: Progress,
-        folder: Path | None,
-        resume: bool,
-    ) -> None:
-        self.data = data
-        self.options = options
-        self.peers = peers
-        self.progress = progress
-        self.kept = None if folder is None else folder / RESUME_FOLDER
-        self.resume = resume
-        self.selection: ImageSelection | None = None  # opened once, the same for every model
-        if peers.is_main and self.kept is not None:
-            if self.kept.exists() and not resume:
+    data: Any
+    options: Options
+    peers: World
+    progress: Progress
+    folder: Path | None  # of the report
+    resume: bool
+
+    @cached_property
+    def selection(self) -> ImageSelection:
+        """The images, the same for every model."""
+        options = self.options
+        return open_images(self.data, options.data_root, options.images, options.seed)
+
+    @property
+    def kept(self) -> Path | None:
+        """Folder of what an interrupted analysis needs to resume."""
+        return None if self.folder is None else self.folder / RESUME_FOLDER
+
+    def prepare_folder(self) -> None:
+        """Clean up the folder of the report; refuse to overwrite an interrupted analysis."""
+        if self.peers.is_main and self.folder is not None and self.kept is not None:
+            if self.kept.exists() and not self.resume:
                 raise ValueError(
-                    f"analyze: {folder} holds an interrupted analysis; give resume=True "
+                    f"analyze: {self.folder} holds an interrupted analysis; give resume=True "
                     f"(--resume) to continue it, or remove {self.kept} to start over"
                 )
-            if self.kept.parent.is_dir():
-                remove_leftovers(self.kept.parent)
-            if resume and not self.kept.exists():
-                progress.write(f"nothing to resume in {folder}: measuring from the start")
-        peers.barrier()
+            if self.folder.is_dir():
+                remove_leftovers(self.folder)
+            if self.resume and not self.kept.exists():
+                self.progress.write(f"nothing to resume in {self.folder}: measuring from the start")
+        self.peers.barrier()
 
     def reports(
         self, models: list[Model], checkpoint: Any, untrained: bool, weights: str
@@ -219,12 +226,9 @@ class _Run:
         options = self.options
         opening = opening | {"img_size": options.img_size}
         if not is_array_folder(self.data):
-            if self.selection is None:  # before a model is downloaded in vain
-                self.selection = open_images(
-                    self.data, options.data_root, options.images, options.seed
-                )
+            selection = self.selection  # before a model is downloaded in vain
             subject = open_subject(model, **opening)
-            return ModelSource(subject, self.selection, options, self.peers.device)
+            return ModelSource(subject, selection, options, self.peers.device)
         neutral = {"weights": "auto", "amp": "none"}
         given = opening | {"amp": options.amp, "num_prefix": options.num_prefix}
         for name, value in given.items():

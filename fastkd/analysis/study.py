@@ -70,10 +70,10 @@ class Options:
     images: int | None = 1000
     img_size: int | None = None
     num_prefix: int = 0
-    levels: float | Sequence[float] = LEVELS
+    levels: Sequence[float] = LEVELS
     sep: Literal["full", "folded", "none"] = "full"
     permutations: int = 100
-    subspaces: int | Sequence[int] = SUBSPACES
+    subspaces: Sequence[int] = SUBSPACES
     shared: str = "last"
     centred: bool = False
     seed: int = 0
@@ -85,8 +85,7 @@ class Options:
     data_root: str | None = None
 
     def __post_init__(self) -> None:
-        levels, subspaces = self.all_levels, self.all_subspaces
-        levels_of("analyze", levels, "levels")
+        levels = levels_of("analyze", self.levels, "levels")
         if len(levels) > MOST_LEVELS:
             raise ValueError(f"analyze: levels may be {MOST_LEVELS} at most, got {len(levels)}")
         for name, known in (
@@ -98,7 +97,7 @@ class Options:
                 raise ValueError(
                     f"analyze: {name} must be one of {known}, got {getattr(self, name)!r}"
                 )
-        for k in subspaces:
+        for k in self.subspaces:
             check_numbers("analyze", subspaces=(k, 1))
         check_numbers(
             "analyze",
@@ -114,23 +113,13 @@ class Options:
         )
 
     @property
-    def all_levels(self) -> tuple[float, ...]:
-        """The levels as a tuple."""
-        return (self.levels,) if isinstance(self.levels, float) else tuple(self.levels)
-
-    @property
-    def all_subspaces(self) -> tuple[int, ...]:
-        """The dimensions k as a tuple."""
-        return (self.subspaces,) if isinstance(self.subspaces, int) else tuple(self.subspaces)
-
-    @property
     def measured(self) -> dict[str, Any]:
         """The settings that numbers depend on, beside images and model."""
         names = ("permutations", "shared", "centred", "seed")
         return {
-            "levels": self.all_levels,
+            "levels": levels_of("analyze", self.levels, "levels"),
             "convention": self.sep,
-            "subspaces": self.all_subspaces,
+            "subspaces": tuple(self.subspaces),
             **{name: getattr(self, name) for name in names},
         }
 
@@ -201,7 +190,7 @@ class Study:
         self.seconds = {"forward": 0.0, "analysis": 0.0}
         self.tokens = [0] * self.depth  # N of every layer
         # Tokens for the second pass; None once they would take too much memory.
-        self._kept: list[tuple[list[int], dict[int, Tensor]]] | None = []
+        self._kept: list[Batch] | None = []
         self._kept_bytes = 0
 
     def run(self) -> ModelResult:
@@ -228,7 +217,7 @@ class Study:
 
     def _first_measures(self, layer: int) -> dict[str, Accumulator]:
         measures: dict[str, Accumulator] = {
-            "spectra": ImageSpectra(self.options.all_levels),
+            "spectra": ImageSpectra(self.options.levels),
             "moment": SecondMoment(self.options.centred),
         }
         if self.options.sep != "none":
@@ -244,36 +233,15 @@ class Study:
             if first[layer]["moment"].tokens:
                 with self._timed("analysis"):
                     basis = first[layer]["moment"].result()
-                options = self.options
-                second[layer] = InSharedBasis(basis, options.all_levels, options.all_subspaces)
-        if not second:
-            return {}
-        if self._kept is None:
+                second[layer] = InSharedBasis(basis, self.options.levels, self.options.subspaces)
+        if second:
             measures = [{"shared": second[i]} if i in second else {} for i in range(self.depth)]
             self._pass("second", measures, stop)
-        else:
-            self._update_from_kept(second, self._kept, stop)
             self._kept = None
-        self._stop_together(stop)
+            self._stop_together(stop)
         for measure in second.values():
             _merge(measure, self.world)
         return second
-
-    def _update_from_kept(
-        self,
-        second: dict[int, InSharedBasis],
-        kept: list[tuple[list[int], dict[int, Tensor]]],
-        stop: StopRequest,
-    ) -> None:
-        label = f"{self.source.name}: {_PASSES['second']}"
-        self.progress.start(label, sum(len(places) for places, _ in kept))
-        for places, tokens in kept:
-            if stop.received is not None:
-                break
-            with self._timed("analysis"):
-                for layer, measure in second.items():
-                    measure.update(tokens[layer], places)
-            self.progress.advance(len(places))
 
     def _stop_together(self, stop: StopRequest) -> None:
         """Stop all processes if one was asked to, before any waits for the others."""
@@ -299,7 +267,8 @@ class Study:
             self._kept = None  # tokens of images before the interruption are lost
         label = f"{self.source.name}: {_PASSES[name]}"
         self.progress.start(label, end - first, begin - first, len(self.skipped))
-        for batch in self._batches(begin, end):
+        reread = name == "first" or self._kept is None
+        for batch in self._batches(begin, end) if reread else self._kept or ():
             known = len(self.skipped)  # the second pass meets those of the first one again
             with self._timed("analysis"), torch.no_grad():
                 self._update(batch, measures, keep=name == "first")
@@ -332,19 +301,20 @@ class Study:
                 accumulator.update(tokens, batch.places)
 
         # The last layer takes longest: it starts first, so that the others do not wait for it.
-        each(update, range(self.depth)[::-1], batch.tokens[0].device)
+        layers = [layer for layer in range(self.depth)[::-1] if measures[layer]]
+        each(update, layers, batch.tokens[0].device)
         if keep and self._kept is not None:
-            tokens = {layer: batch.tokens[layer] for layer in self.second}
-            self._kept_bytes += sum(x.numel() * x.element_size() for x in tokens.values())
+            # A copy: a view without the class token would keep the whole sequence alive.
+            tokens = [
+                x.clone() if n in self.second else x.new_empty(0)
+                for n, x in enumerate(batch.tokens)
+            ]
+            self._kept.append(batch._replace(tokens=tokens))
+            self._kept_bytes += sum(x.numel() * x.element_size() for x in tokens)
             images = self.share[1] - self.share[0]
-            seen = sum(len(places) for places, _ in self._kept) + len(batch.places)
-            allowed = self.options.memory * _GIGABYTE / self.world.size
-            if self._kept_bytes * images / seen > allowed:
+            seen = sum(len(kept.places) for kept in self._kept)
+            if self._kept_bytes * images / seen > self.options.memory * _GIGABYTE / self.world.size:
                 self._kept = None
-            else:
-                # A copy: a view without the class token would keep the whole sequence alive.
-                copies = {layer: x.clone() for layer, x in tokens.items()}
-                self._kept.append((batch.places, copies))
 
     def _merge_counts(self) -> None:
         """Gather skipped images and numbers of tokens; raise if too many images are unreadable."""

@@ -64,16 +64,37 @@ class Rows:
 
 
 class Accumulator:
-    """Collect sums and per-image rows; a subclass adds ``update`` and ``result``.
-
-    Nothing else is kept, so merging, gathering over processes and saving are the same for all.
-    """
+    """Collect sums and per-image rows, so that all subclasses merge and save in the same way."""
 
     def __init__(self) -> None:
         self.sums: dict[str, Tensor] = {}
         self.rows = Rows()
         self.channels: int | None = None  # D of the tokens; None before the first batch
         self._seen = 0
+
+    def update(self, tokens: Tensor, places: Sequence[int] | None = None) -> None:
+        """Measure a batch; images with a NaN or an infinity are left out.
+
+        Args:
+            tokens: [B, N, D] in any float dtype, prefix tokens already dropped.
+            places: numbers of the images, which order the result; None continues counting.
+
+        Raises:
+            ValueError: wrong shape, or another D than before.
+            TypeError: tokens are not floating-point.
+        """
+        raise NotImplementedError
+
+    def result(self) -> Any:
+        """Summarize what was seen so far; synchronizes.
+
+        Returns:
+            The measurements.
+
+        Raises:
+            ValueError: nothing was seen.
+        """
+        raise NotImplementedError
 
     @property
     def tokens(self) -> int:

@@ -53,20 +53,9 @@ class SecondMoment(Accumulator):
         self.centerd = centerd
 
     def options(self) -> dict[str, Any]:
-        """Return whether the moment is centered."""
         return {"centerd": self.centerd}
 
     def update(self, tokens: Tensor, places: Sequence[int] | None = None) -> None:
-        """Add a batch; an image with a NaN or an infinity is left out and counted.
-
-        Args:
-            tokens: [B, N, D] in any float dtype, prefix tokens already dropped.
-            places: ignored; accepted so that all accumulators have the same signature.
-
-        Raises:
-            ValueError: wrong shape, or another D than before.
-            TypeError: tokens are not floating-point.
-        """
         tokens, finite = self._checked(tokens)
         count = finite.sum() * tokens.shape[1]
         self._add("tokens", count)
@@ -79,14 +68,6 @@ class SecondMoment(Accumulator):
         self._add("total", total)
 
     def result(self) -> SharedBasis:
-        """Decompose what was seen so far; synchronizes.
-
-        Returns:
-            The basis that all images share, on the device of the tokens.
-
-        Raises:
-            ValueError: no token was seen.
-        """
         moment, mean = self._mean()
         energies, vectors = torch.linalg.eigh(moment)
         return SharedBasis(
@@ -154,7 +135,6 @@ class InSharedBasis(Accumulator):
         self._waiting: dict[int, Tensor] = {}
 
     def options(self) -> dict[str, Any]:
-        """Return levels, dimensions and a fingerprint of the basis."""
         energies = self.basis.energies
         return {
             "levels": self.levels,
@@ -163,7 +143,6 @@ class InSharedBasis(Accumulator):
         }
 
     def merge(self, other: Accumulator) -> None:
-        """Add what another accumulator has seen in the same basis."""
         super().merge(other)
         assert isinstance(other, InSharedBasis)
         self.pairs.merge(other.pairs)
@@ -171,27 +150,15 @@ class InSharedBasis(Accumulator):
             self._compare_pairs([place], vectors[None])
 
     def state(self) -> dict[str, Any]:
-        """Return the state with the pairs, for `restore`."""
         waiting = {place: vectors.cpu() for place, vectors in self._waiting.items()}
         return super().state() | {"pairs": self.pairs.state(), "waiting": waiting}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Replace everything seen so far by a `state`."""
         super().restore(state)
         self.pairs = Rows.of(state["pairs"])
         self._waiting = dict(state["waiting"])
 
     def update(self, tokens: Tensor, places: Sequence[int] | None = None) -> None:
-        """Measure a batch.
-
-        Args:
-            tokens: [B, N, D] in any float dtype, with the D of the basis.
-            places: numbers of the images; None continues counting.
-
-        Raises:
-            ValueError: wrong shape, or another D.
-            TypeError: tokens are not floating-point.
-        """
         self._check_channels(len(self.basis.energies))
         tokens, finite = self._checked(tokens)
         if self.basis.mean is not None:
@@ -247,14 +214,6 @@ class InSharedBasis(Accumulator):
         return columns
 
     def result(self) -> SharedView:
-        """Summarize what was seen so far; synchronizes.
-
-        Returns:
-            Ranks, curves and rotation.
-
-        Raises:
-            ValueError: no image was seen.
-        """
         rows, pairs = self.rows.sorted(), self.pairs.sorted()
         if not rows:
             raise ValueError("InSharedBasis.result: no image was seen")

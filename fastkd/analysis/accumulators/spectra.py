@@ -47,16 +47,6 @@ class ImageSpectraResult:
     finite: np.ndarray  # [images] bool; the others have a NaN, an infinity or too large a norm
     without_energy: int  # images whose tokens are all zero
 
-    @property
-    def images(self) -> int:
-        """Number of images, including those without a rank."""
-        return len(self.finite)
-
-    @property
-    def non_finite(self) -> int:
-        """Number of images left out for a NaN, an infinity or too large a norm."""
-        return int((~self.finite).sum())
-
 
 class ImageSpectra(Accumulator):
     """Spectrum of every image: ranks, energy curve, effective and stable rank.
@@ -76,20 +66,9 @@ class ImageSpectra(Accumulator):
         self.levels = levels_of("ImageSpectra", levels, "levels")
 
     def options(self) -> dict[str, Any]:
-        """Return the levels."""
         return {"levels": self.levels}
 
     def update(self, tokens: Tensor, places: Sequence[int] | None = None) -> None:
-        """Measure a batch.
-
-        Args:
-            tokens: [B, N, D] in any float dtype, prefix tokens already dropped.
-            places: numbers of the images, which order the result; None continues counting.
-
-        Raises:
-            ValueError: wrong shape.
-            TypeError: tokens are not floating-point.
-        """
         tokens, finite = self._checked(tokens)
         energies, ranks = spectral_ranks(tokens, self.levels)
         known = ranks[:, 0] > 0
@@ -106,14 +85,6 @@ class ImageSpectra(Accumulator):
         )
 
     def result(self) -> ImageSpectraResult:
-        """Summarize what was seen so far; synchronizes.
-
-        Returns:
-            Ranks, curves and counts.
-
-        Raises:
-            ValueError: no image was seen.
-        """
         rows = self.rows.sorted()
         if not rows:
             raise ValueError("ImageSpectra.result: no image was seen")
@@ -151,20 +122,9 @@ class TokenPattern(Accumulator):
         self.detailed = detailed
 
     def options(self) -> dict[str, Any]:
-        """Return convention and detail."""
         return {"convention": self.convention, "detailed": self.detailed}
 
     def update(self, tokens: Tensor, places: Sequence[int] | None = None) -> None:
-        """Add a batch; tokens without energy and images that are not finite are left out.
-
-        Args:
-            tokens: [B, N, D] in any float dtype, prefix tokens already dropped.
-            places: numbers of the images; None continues counting.
-
-        Raises:
-            ValueError: wrong shape, or another D than before.
-            TypeError: tokens are not floating-point.
-        """
         tokens, finite = self._checked(tokens)
         present = tokens.any(dim=-1)
         self._add("tokens", present.sum())
@@ -192,17 +152,7 @@ class TokenPattern(Accumulator):
         return [slice(start, start + step) for start in range(0, len(tokens), step)]
 
     def result(self, levels: Sequence[float] = BANDWIDTH_LEVELS) -> Sep:
-        """Summarize what was seen so far; synchronizes.
-
-        Args:
-            levels: fractions of the energy at which bandwidths are read.
-
-        Returns:
-            The pattern, with its std if ``detailed``.
-
-        Raises:
-            ValueError: no token with energy was seen.
-        """
+        """Summarize what was seen so far, with bandwidths at some levels; synchronizes."""
         self._refuse_empty()
         assert self.channels is not None
         std = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
 import hashlib
 import io
@@ -12,7 +13,7 @@ import math
 import os
 import re
 import zipfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -118,7 +119,8 @@ class Report:
             ValueError: a file is missing, torn, from another report or of another kind.
         """
         source = Path(folder) / "report.json"
-        content = _read_json(source)
+        with _reading(source):
+            content = read_json(source)
         if content.get("format") != FORMAT:
             raise ValueError(f"Report.load: {source} is no report of fastkd analyze")
         if content.get("version") != VERSION:
@@ -126,7 +128,16 @@ class Report:
                 f"Report.load: {source} must be of version {VERSION}, got "
                 f"{content.get('version')!r} (written by another release of fastkd?)"
             )
-        arrays = _read_arrays(Path(folder) / "arrays.npz", content.get("arrays_sha256"))
+        path = Path(folder) / "arrays.npz"
+        with _reading(path):
+            data = path.read_bytes()
+            if hashlib.sha256(data).hexdigest() != content.get("arrays_sha256"):
+                raise ValueError(
+                    "it is torn or belongs to another report.json (run the analysis again, or copy "
+                    "both files)"
+                )
+            with np.load(io.BytesIO(data), allow_pickle=False) as found:
+                arrays = dict(found)
         try:
             return decode(cls, content.get("results"), arrays)
         except ValueError as error:
@@ -225,30 +236,14 @@ def _draw(models: Sequence[ModelResult], folder: Path) -> dict[str, list[str]]:
     return plots.save_figures(models, folder)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+@contextlib.contextmanager
+def _reading(path: Path) -> Iterator[None]:
     try:
-        return read_json(path)
+        yield
     except FileNotFoundError:
         raise ValueError(
             f"Report.load: {path} does not exist (not a folder that fastkd analyze wrote?)"
         ) from None
-    except (OSError, ValueError) as error:
-        raise ValueError(f"Report.load: {path} cannot be read: {error}") from error
-
-
-def _read_arrays(path: Path, sha256: object) -> dict[str, np.ndarray]:
-    try:
-        data = path.read_bytes()
-    except FileNotFoundError:
-        raise ValueError(f"Report.load: {path} does not exist") from None
-    if hashlib.sha256(data).hexdigest() != sha256:
-        raise ValueError(
-            f"Report.load: {path} is torn or belongs to another report.json (run the analysis "
-            f"again, or copy both files)"
-        )
-    try:
-        with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
-            return dict(arrays)
     except (OSError, ValueError, zipfile.BadZipFile) as error:
         raise ValueError(f"Report.load: {path} cannot be read: {error}") from error
 
