@@ -24,23 +24,14 @@ def measured(values: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Distribution:
-    """How a number is distributed over images.
-
-    Attributes:
-        mean: over images.
-        std: population standard deviation.
-        lower_quartile: 25th percentile, interpolated linearly like the others.
-        median: 50th percentile.
-        upper_quartile: 75th percentile.
-        percentile_99: 99th percentile, which the paper's tables print.
-    """
+    """How a number is distributed over images; percentiles are interpolated linearly."""
 
     mean: float
-    std: float
+    std: float  # of the population
     lower_quartile: float
     median: float
     upper_quartile: float
-    percentile_99: float
+    percentile_99: float  # what the paper's tables print
 
     @classmethod
     def of(cls, values: np.ndarray) -> Distribution:

@@ -87,23 +87,17 @@ def check_same_analysis(path: Path, before: str, now: str) -> None:
     """Raise, naming the first difference, if a saved fingerprint is of another analysis."""
     if before == now:
         return
-    old, new = _flat(json.loads(before)), _flat(json.loads(now))
-    name = next(name for name in {**old, **new} if old.get(name) != new.get(name))
-    was, is_now = (
-        textwrap.shorten(str(values.get(name)), 60, placeholder="...") for values in (old, new)
-    )
+    what = _difference(json.loads(before), json.loads(now))
     raise ValueError(
-        f"analyze: {path} belongs to another analysis (its {name} is {was}, not {is_now}); give "
-        f"the same arguments, or remove {path.parent} to start over"
+        f"analyze: {path} belongs to another analysis (its {what}); give the same arguments, or "
+        f"remove {path.parent} to start over"
     )
 
 
-def _flat(fingerprint: dict[str, Any]) -> dict[str, Any]:
-    """Name nested values, as in ``selection.images``; plain values come first."""
-    plain = {name: value for name, value in fingerprint.items() if not isinstance(value, dict)}
-    return plain | {
-        f"{outer}.{name}": value
-        for outer, values in fingerprint.items()
-        if isinstance(values, dict)
-        for name, value in values.items()
-    }
+def _difference(old: dict[str, Any], new: dict[str, Any]) -> str:
+    name = next(name for name in {**old, **new} if old.get(name) != new.get(name))
+    was, is_now = old.get(name), new.get(name)
+    if isinstance(was, dict) and isinstance(is_now, dict):
+        return f"{name}.{_difference(was, is_now)}"
+    shown = [textwrap.shorten(str(value), 60, placeholder="...") for value in (was, is_now)]
+    return f"{name} is {shown[0]}, not {shown[1]}"

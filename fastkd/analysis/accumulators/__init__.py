@@ -142,9 +142,24 @@ class Accumulator:
         return other
 
     def _checked(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        tokens, finite = finite_images(type(self).__name__, tokens)
-        self._check_channels(tokens.shape[-1])
-        return tokens, finite
+        """Check a batch; zero images with a NaN, an infinity or a norm above `LARGEST_NORM`."""
+        caller, shape = type(self).__name__, list(tokens.shape)
+        checks.check_tensor(caller, "tokens", tokens)
+        if tokens.ndim != 3 or 0 in shape[1:]:
+            hint = " (a batch dimension missing?)" if tokens.ndim == 2 else ""
+            raise ValueError(
+                f"{caller}: tokens must be [B, N, D] with at least one token and one channel, got "
+                f"{shape}{hint}"
+            )
+        self._check_channels(shape[-1])
+        tokens = tokens.detach()
+        dtype = torch.promote_types(tokens.dtype, torch.float32)
+        # A NaN compares as False, too.
+        finite = torch.linalg.vector_norm(tokens, dim=(1, 2), dtype=dtype) <= LARGEST_NORM
+        # On a GPU, asking whether all are finite would synchronize.
+        if tokens.device.type == "cpu" and bool(finite.all()):
+            return tokens, finite
+        return only(finite, tokens), finite
 
     def _check_channels(self, channels: int) -> None:
         if self.channels not in (None, channels):
@@ -169,24 +184,6 @@ class Accumulator:
             places = range(self._seen, self._seen + len(tokens))
         self._seen += len(tokens)
         return torch.tensor(list(places), dtype=torch.int64)
-
-
-def finite_images(caller: str, tokens: Tensor) -> tuple[Tensor, Tensor]:
-    """Check a batch and zero images with a NaN, an infinity or a norm above `LARGEST_NORM`."""
-    checks.check_tensor(caller, "tokens", tokens)
-    if tokens.ndim != 3 or 0 in tokens.shape[1:]:
-        raise ValueError(
-            f"{caller}: tokens must be [B, N, D] with at least one token and one channel, got "
-            f"{list(tokens.shape)}" + (" (a batch dimension missing?)" if tokens.ndim == 2 else "")
-        )
-    tokens = tokens.detach()
-    dtype = torch.promote_types(tokens.dtype, torch.float32)
-    # A NaN compares as False, too.
-    finite = torch.linalg.vector_norm(tokens, dim=(1, 2), dtype=dtype) <= LARGEST_NORM
-    # On a GPU, asking whether all are finite would synchronize.
-    if tokens.device.type == "cpu" and bool(finite.all()):
-        return tokens, finite
-    return only(finite, tokens), finite
 
 
 def only(images: Tensor, tokens: Tensor) -> Tensor:

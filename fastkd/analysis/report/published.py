@@ -12,8 +12,6 @@ import yaml
 from fastkd.analysis.report.text import BESIDE, Column, Table
 from fastkd.analysis.results import UNTRAINED, ModelResult, percent
 
-_NONE = (None,) * 3  # a cell of three parts without a number
-
 
 class PublishedModel(NamedTuple):
     """One row of the paper's tables."""
@@ -88,13 +86,12 @@ def paper_ranks(models: Sequence[ModelResult], settings: Mapping[str, Any]) -> T
     rows: list[tuple[Any, ...]] = []
     for model, row, _ in matches:
         if row is None:
-            rows.append((model.name, "no", None, *(_NONE,) * len(levels)))
+            rows.append((model.name, "no", None, *_beside({}, None, levels)))
             continue
         for basis, ranks in model.last.bases():
             theirs = row.image_ranks if basis == "own" else row.dataset_ranks
             ours = {level: ranks.distribution(level).percentile_99 for level in ranks.levels}
-            cells = (_beside(ours.get(level), theirs[level]) for level in levels)
-            rows.append((model.name, row.name, basis, *cells))
+            rows.append((model.name, row.name, basis, *_beside(ours, theirs, levels)))
     source = published().source
     return Table(
         "paper_ranks",
@@ -116,14 +113,10 @@ def paper_bandwidths(models: Sequence[ModelResult], settings: Mapping[str, Any])
     """Our SEP bandwidths beside the paper's."""
     matches = [match(model, settings) for model in models]
     levels = list(published().models[0].bandwidths)
-    rows: list[tuple[Any, ...]] = []
+    rows = []
     for model, row, _ in matches:
-        if row is None:
-            rows.append((model.name, "no", *(_NONE,) * len(levels)))
-            continue
-        ours = model.last.bandwidths()
-        cells = (_beside(ours.get(level), row.bandwidths[level]) for level in levels)
-        rows.append((model.name, row.name, *cells))
+        name, theirs = (row.name, row.bandwidths) if row else ("no", None)
+        rows.append((model.name, name, *_beside(model.last.bandwidths(), theirs, levels)))
     return Table(
         "paper_bandwidths",
         f"SEP bandwidths beside arXiv {published().source['arxiv']}",
@@ -182,8 +175,13 @@ def _caveats(
         yield row.note
 
 
-def _beside(ours: float | None, theirs: float) -> tuple[float | None, float, float | None]:
-    return ours, theirs, None if ours is None else ours - theirs
+def _beside(
+    ours: Mapping[float, float], theirs: Mapping[float, float] | None, levels: Iterable[float]
+) -> list[tuple[float | None, ...]]:
+    """Make cells of ours, theirs and the difference."""
+    if theirs is None:
+        return [(None,) * 3 for _ in levels]
+    return [(ours.get(q), theirs[q], ours[q] - theirs[q] if q in ours else None) for q in levels]
 
 
 def _notes(matches: Iterable[Match]) -> list[str]:

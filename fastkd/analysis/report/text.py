@@ -182,32 +182,28 @@ def _is_missing(value: Any) -> bool:
     return value is None or (isinstance(value, float) and math.isnan(value))
 
 
-# Heading, names of tables, kinds of figures; a section without tables is left out.
-_SECTIONS: tuple[tuple[str, tuple[str, ...], tuple[str, ...]], ...] = (
-    (
-        "How many dimensions an image needs, alone and in the basis of all",
+# Heading -> names of tables, kinds of figures; a section without tables is left out.
+_SECTIONS = {
+    "How many dimensions an image needs, alone and in the basis of all": (
         ("ranks_last_layer",),
         ("shared_basis", "rank_histograms"),
     ),
-    (
-        "Layer by layer",
+    "Layer by layer": (
         ("ranks_by_layer", "shared_ranks_by_layer", "sep_by_layer"),
         ("layerwise_rank",),
     ),
-    (
-        "How far subspaces rotate from image to image",
+    "How far subspaces rotate from image to image": (
         ("rotation",),
         ("rotation", "layerwise_rotation"),
     ),
-    (
-        "How tokens spread their energy over channels",
+    "How tokens spread their energy over channels": (
         ("sep_bandwidths", "sep_permutations"),
         ("sep",),
     ),
-    ("Side by side", ("comparison",), ("comparison",)),
-    ("Beside the paper", ("paper_ranks", "paper_bandwidths"), ()),
-    ("Skipped images", ("skipped_images",), ()),
-)
+    "Side by side": (("comparison",), ("comparison",)),
+    "Beside the paper": (("paper_ranks", "paper_bandwidths"), ()),
+    "Skipped images": (("skipped_images",), ()),
+}
 
 # Settings that change no number.
 _OF_THE_RUN = ("command", "compare_paper")
@@ -295,7 +291,7 @@ def _listed(title: str, values: Mapping[str, Any]) -> str:
 
 
 def _sections(tables: Mapping[str, Table], figures: Mapping[str, Sequence[str]]) -> Iterable[str]:
-    for heading, names, kinds in _SECTIONS:
+    for heading, (names, kinds) in _SECTIONS.items():
         present = [tables[name] for name in names if name in tables]
         if not present:
             continue
