@@ -2,20 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from fastkd.analysis.report.published import paper_bandwidths, paper_ranks
-from fastkd.analysis.report.text import (
-    ANGLES,
-    INTERVAL,
-    SPREAD,
-    STATISTICS,
-    Column,
-    Table,
-)
+from fastkd.analysis.report.text import ANGLES, INTERVAL, SPREAD, STATISTICS, Column, Table
 from fastkd.analysis.results import (
     Distribution,
     LayerResult,
@@ -30,10 +23,9 @@ from fastkd.analysis.results import (
     subspace_sizes_of,
 )
 
-Row = tuple[Any, ...]
+ColumnOfCells = tuple[Column, Sequence[Any]]
 
 _MODEL = Column("Model", text=True, group=True)
-_LAYER_COLUMNS = (_MODEL, Column("Layer", text=True), Column("N", 0), Column("D", 0))
 _NONE = (None,) * 3  # a cell of three parts without a number
 
 
@@ -64,47 +56,28 @@ def all_tables(
 
 def models_table(models: Sequence[ModelResult]) -> Table:
     """List the models, one row each."""
-    columns = (
-        Column("Model", text=True),
-        Column("Weights", text=True),
-        Column("Architecture", text=True),
-        Column("Parameters (millions)", 2),
-        Column("Input (pixels)", text=True),
-        Column("Layers", 0),
-        Column("Last layer", text=True),
-        Column("Tokens N", 0),
-        Column("Channels D", 0),
-        Column("Images", 0),
-        Column("Images with NaN or infinity", 0),
-        Column("Images skipped", 0),
-        Column("Forward (s)"),
-        Column("Analysis (s)"),
-    )
-    rows = [
-        (
-            model.name,
-            model.weights,
-            model.architecture or None,
-            _millions(model),
-            "{} x {}".format(*model.input_size) if model.input_size else None,
-            len(model.layers),
-            model.last.name,
-            model.last.tokens,
-            model.last.channels,
-            model.images,
-            model.non_finite,
-            len(model.skipped),
-            model.seconds.get("forward"),
-            model.seconds.get("analysis"),
-        )
-        for model in models
+    sizes = ["{} x {}".format(*m.input_size) if m.input_size else None for m in models]
+    columns: list[ColumnOfCells] = [
+        (Column("Model", text=True), [model.name for model in models]),
+        (Column("Weights", text=True), [model.weights for model in models]),
+        (Column("Architecture", text=True), [model.architecture or None for model in models]),
+        (Column("Parameters (millions)", 2), [_millions(model) for model in models]),
+        (Column("Input (pixels)", text=True), sizes),
+        (Column("Layers", 0), [len(model.layers) for model in models]),
+        (Column("Last layer", text=True), [model.last.name for model in models]),
+        (Column("Tokens N", 0), [model.last.tokens for model in models]),
+        (Column("Channels D", 0), [model.last.channels for model in models]),
+        (Column("Images", 0), [model.images for model in models]),
+        (Column("Images with NaN or infinity", 0), [model.non_finite for model in models]),
+        (Column("Images skipped", 0), [len(model.skipped) for model in models]),
+        (Column("Forward (s)"), [model.seconds.get("forward") for model in models]),
+        (Column("Analysis (s)"), [model.seconds.get("analysis") for model in models]),
     ]
-    return Table(
+    return _table(
         "models",
         "Models analyzed",
         "At the last layer, an image has N tokens of D channels, without prefix tokens.",
         columns,
-        rows,
     )
 
 
@@ -143,70 +116,54 @@ def last_layer_ranks(models: Sequence[ModelResult]) -> Table:
 
 def layer_ranks(models: Sequence[ModelResult]) -> Table:
     """Per-image ranks of every layer, with effective and stable rank."""
-    levels = levels_of(layer for model in models for layer in model.layers)
-    rows = [
-        (
-            *_layer_cells(model, layer),
-            *(_statistics(layer.ranks, level) for level in levels),
-            _spread(Distribution.of(layer.effective_rank)),
-            _spread(Distribution.of(layer.stable_rank)),
-        )
-        for model in models
-        for layer in model.layers
-    ]
-    return Table(
+    found = [(model, layer) for model in models for layer in model.layers]
+    layers = [layer for _, layer in found]
+    effective = [_spread(Distribution.of(layer.effective_rank)) for layer in layers]
+    stable = [_spread(Distribution.of(layer.stable_rank)) for layer in layers]
+    return _table(
         "ranks_by_layer",
         "Per-image ranks by layer",
         "rank@q: number of dimensions that hold q % of an image's energy in its own basis. "
         "Effective rank: exponential of the entropy of the normalized singular values. Stable "
         "rank: total energy over the largest. Statistics are over images; p99 is the 99th "
         "percentile.",
-        (
-            *_LAYER_COLUMNS,
-            *_rank_columns(levels),
-            Column("Effective rank", 1, SPREAD),
-            Column("Stable rank", 2, SPREAD),
-        ),
-        rows,
+        [
+            *_layer_columns(found),
+            *_rank_columns([layer.ranks for layer in layers], levels_of(layers)),
+            (Column("Effective rank", 1, SPREAD), effective),
+            (Column("Stable rank", 2, SPREAD), stable),
+        ],
     )
 
 
 def shared_layer_ranks(models: Sequence[ModelResult]) -> Table:
     """Ranks in the shared basis of every layer that has one."""
-    found = [(model, one, one.shared) for model in models for one in model.layers if one.shared]
-    levels = levels_of(layer for _, layer, _ in found)
-    rows = [
-        (*_layer_cells(model, layer), *(_statistics(shared.ranks, level) for level in levels))
-        for model, layer, shared in found
-    ]
-    return Table(
+    found = [(model, layer) for model in models for layer in model.layers if layer.shared]
+    layers = [layer for _, layer in found]
+    ranks = [layer.shared.ranks for layer in layers if layer.shared]
+    return _table(
         "shared_ranks_by_layer",
         "Ranks in the shared basis by layer",
         "rank@q: number of dimensions that hold q % of an image's energy in the basis that all "
         "images share at this layer. Statistics are over images; p99 is the 99th percentile.",
-        (*_LAYER_COLUMNS, *_rank_columns(levels)),
-        rows,
+        [*_layer_columns(found), *_rank_columns(ranks, levels_of(layers))],
     )
 
 
 def sep_by_layer(models: Sequence[ModelResult]) -> Table:
     """SEP bandwidths of every layer."""
-    found = [(model, one, one.sep) for model in models for one in model.layers if one.sep]
-    levels = bandwidth_levels_of(layer for _, layer, _ in found)
-    rows = [
-        (*_layer_cells(model, layer), sep.convention, *map(layer.bandwidths().get, levels))
-        for model, layer, sep in found
-    ]
-    return Table(
+    found = [(model, layer) for model in models for layer in model.layers if layer.sep]
+    layers = [layer for _, layer in found]
+    conventions = [layer.sep.convention for layer in layers if layer.sep]
+    return _table(
         "sep_by_layer",
         "SEP bandwidths by layer",
         "b(q): fraction of the channel frequencies that holds q % of the mean token's energy.",
-        (
-            *_LAYER_COLUMNS,
-            Column("Convention", text=True),
-            *(Column(f"b({percent(level)} %)", 3) for level in levels),
-        ),
-        rows,
+        [
+            *_layer_columns(found),
+            (Column("Convention", text=True), conventions),
+            *_bandwidth_columns(layers),
+        ],
     )
 
 
@@ -222,7 +179,7 @@ def sep_bandwidths(models: Sequence[ModelResult]) -> Table:
         Column("Signal", text=True),
         *(Column(f"b({percent(level)} %)", 3, INTERVAL) for level in levels),
     )
-    rows: list[Row] = []
+    rows: list[tuple[Any, ...]] = []
     for model, sep in found:
         test, ends = model.last.sep_test, {}
         if test is not None:
@@ -301,46 +258,40 @@ def sep_permutations(models: Sequence[ModelResult]) -> Table:
 
 def rotation(models: Sequence[ModelResult]) -> Table:
     """How far images' own top-k subspaces are rotated against the shared one and each other."""
-    columns = (
-        _MODEL,
-        Column("Layer", text=True, group=True),
-        Column("D", 0, group=True),
-        Column("k", 0),
-        Column("Overlap with shared", 3, SPREAD),
-        Column("Overlap between pairs", 3, SPREAD),
-        Column("Random k/D", 3),
-        Column("Excess with shared", 3, SPREAD),
-        Column("Excess between pairs", 3, SPREAD),
-        Column("Angles to shared (°)", 1, ANGLES),
-        Column("Angles between pairs (°)", 1, ANGLES),
-        Column("Angles at random (°)", 1, ANGLES),
-        Column("Images", 0),
-        Column("Pairs", 0),
-    )
-    rows, notes = [], []
-    for model in models:
-        for layer, found in ((one, found) for one in model.layers for found in one.rotation):
-            overlaps = [measured(o) for o in (found.overlap_shared, found.overlap_pairs)]
-            excesses = [np.asarray(excess_overlap(o, found.overlap_random)) for o in overlaps]
-            angles = found.angles_shared, found.angles_pairs, found.angles_random
-            row = (
-                model.name,
-                layer.name,
-                layer.channels,
-                found.k,
-                *(_spread(Distribution.of(overlap)) for overlap in overlaps),
-                found.overlap_random,
-                *(_spread(Distribution.of(excess)) for excess in excesses),
-                *map(_first_median_last, angles),
-                *map(len, overlaps),
-            )
-            rows.append(row)
-            if missing := int(np.isnan(found.overlap_shared).sum()):
-                notes.append(
-                    f"{model.name}, {layer.name}: {missing:,} images of rank below k = {found.k} "
-                    "left out"
-                )
-    return Table(
+    found = [(m, layer, one) for m in models for layer in m.layers for one in layer.rotation]
+    subspaces = [one for _, _, one in found]
+    with_shared = [measured(one.overlap_shared) for one in subspaces]
+    between = [measured(one.overlap_pairs) for one in subspaces]
+
+    def spreads(overlaps: list[np.ndarray]) -> list[Any]:
+        return [_spread(Distribution.of(overlap)) for overlap in overlaps]
+
+    def excesses(overlaps: list[np.ndarray]) -> list[Any]:
+        pairs = zip(overlaps, subspaces, strict=True)
+        return spreads([np.asarray(excess_overlap(o, one.overlap_random)) for o, one in pairs])
+
+    columns: list[ColumnOfCells] = [
+        (_MODEL, [model.name for model, _, _ in found]),
+        (Column("Layer", text=True, group=True), [layer.name for _, layer, _ in found]),
+        (Column("D", 0, group=True), [layer.channels for _, layer, _ in found]),
+        (Column("k", 0), [one.k for one in subspaces]),
+        (Column("Overlap with shared", 3, SPREAD), spreads(with_shared)),
+        (Column("Overlap between pairs", 3, SPREAD), spreads(between)),
+        (Column("Random k/D", 3), [one.overlap_random for one in subspaces]),
+        (Column("Excess with shared", 3, SPREAD), excesses(with_shared)),
+        (Column("Excess between pairs", 3, SPREAD), excesses(between)),
+        (Column("Angles to shared (°)", 1, ANGLES), [_ends(o.angles_shared) for o in subspaces]),
+        (Column("Angles between pairs (°)", 1, ANGLES), [_ends(o.angles_pairs) for o in subspaces]),
+        (Column("Angles at random (°)", 1, ANGLES), [_ends(o.angles_random) for o in subspaces]),
+        (Column("Images", 0), [len(overlap) for overlap in with_shared]),
+        (Column("Pairs", 0), [len(overlap) for overlap in between]),
+    ]
+    notes = []
+    for model, layer, one in found:
+        if missing := int(np.isnan(one.overlap_shared).sum()):
+            left_out = f"{missing:,} images of rank below k = {one.k} left out"
+            notes.append(f"{model.name}, {layer.name}: {left_out}")
+    return _table(
         "rotation",
         "Rotation of subspaces",
         "Overlap: mean squared cosine of the principal angles between top-k right-singular "
@@ -350,48 +301,40 @@ def rotation(models: Sequence[ModelResult]) -> Table:
         "k/D even for noise, unlike that between pairs. Excess: (overlap - k/D) / (1 - k/D). "
         "Angles are mean principal angles in degrees: first, median and last of the k.",
         columns,
-        rows,
         notes,
     )
 
 
 def comparison(models: Sequence[ModelResult]) -> Table:
     """All models side by side: width, ranks in both bases, rotation and bandwidth."""
-    sizes = subspace_sizes_of(model.last for model in models)
-    highest = max(levels_of(model.last for model in models))
-    levels = bandwidth_levels_of(model.last for model in models)
-    at = f"rank@{percent(highest)}"
-    columns = (
-        Column("Model", text=True),
-        Column("Weights", text=True),
-        Column("Parameters (millions)", 2),
-        Column("D", 0),
-        Column(f"{at}, own basis", 1, STATISTICS),
-        Column(f"{at}, shared basis", 1, STATISTICS),
-        Column("Effective rank, mean"),
-        *(Column(f"Excess overlap with shared, k = {size}, mean", 3) for size in sizes),
-        *(Column(f"Excess overlap between pairs, k = {size}, mean", 3) for size in sizes),
-        *(Column(f"b({percent(level)} %)", 3) for level in levels),
-    )
-    rows = []
-    for model in models:
-        last = model.last
-        excess = {found.k: found.mean_excess(found.overlap_shared) for found in last.rotation}
-        between = {found.k: found.mean_excess(found.overlap_pairs) for found in last.rotation}
-        row = (
-            model.name,
-            model.weights,
-            _millions(model),
-            last.channels,
-            _statistics(last.ranks, highest),
-            _statistics(last.shared.ranks, highest) if last.shared else _NONE,
-            Distribution.of(last.effective_rank).mean,
-            *map(excess.get, sizes),
-            *map(between.get, sizes),
-            *map(last.bandwidths().get, levels),
-        )
-        rows.append(row)
-    return Table(
+    layers = [model.last for model in models]
+    sizes = subspace_sizes_of(layers)
+    highest = max(levels_of(layers))
+    own = [_statistics(x.ranks, highest) for x in layers]
+    shared = [_statistics(x.shared.ranks, highest) if x.shared else _NONE for x in layers]
+    by_size = [{found.k: found for found in layer.rotation} for layer in layers]
+    excess = "Excess overlap with shared", "Excess overlap between pairs"
+
+    def mean_excess(name: str, size: int) -> list[float | None]:
+        found = [rotations.get(size) for rotations in by_size]
+        return [None if one is None else one.mean_excess(getattr(one, name)) for one in found]
+
+    columns: list[ColumnOfCells] = [
+        (Column("Model", text=True), [model.name for model in models]),
+        (Column("Weights", text=True), [model.weights for model in models]),
+        (Column("Parameters (millions)", 2), [_millions(model) for model in models]),
+        (Column("D", 0), [layer.channels for layer in layers]),
+        (Column(f"rank@{percent(highest)}, own basis", 1, STATISTICS), own),
+        (Column(f"rank@{percent(highest)}, shared basis", 1, STATISTICS), shared),
+        (Column("Effective rank, mean"), [Distribution.of(x.effective_rank).mean for x in layers]),
+        *(
+            (Column(f"{title}, k = {size}, mean", 3), mean_excess(name, size))
+            for title, name in zip(excess, ("overlap_shared", "overlap_pairs"), strict=True)
+            for size in sizes
+        ),
+        *_bandwidth_columns(layers),
+    ]
+    return _table(
         "comparison",
         "Models side by side, last layer",
         "Ranks are over images; p99 is their 99th percentile. Excess overlap: 0 on average for "
@@ -399,7 +342,6 @@ def comparison(models: Sequence[ModelResult]) -> Table:
         "noise if images are few. b(q): SEP bandwidth. D differs between models, and no rank is "
         "above D.",
         columns,
-        rows,
     )
 
 
@@ -414,12 +356,38 @@ def skipped_images(models: Sequence[ModelResult]) -> Table:
     )
 
 
-def _layer_cells(model: ModelResult, layer: LayerResult) -> Row:
-    return model.name, layer.name, layer.tokens, layer.channels
+def _table(
+    name: str,
+    title: str,
+    explanation: str,
+    columns: Iterable[ColumnOfCells],
+    notes: Sequence[str] = (),
+) -> Table:
+    heads, cells = zip(*columns, strict=True)
+    return Table(name, title, explanation, heads, list(zip(*cells, strict=True)), list(notes))
 
 
-def _rank_columns(levels: Iterable[float]) -> Iterator[Column]:
-    return (Column(f"rank@{percent(level)}", 1, STATISTICS) for level in levels)
+def _layer_columns(found: Sequence[tuple[ModelResult, LayerResult]]) -> list[ColumnOfCells]:
+    return [
+        (_MODEL, [model.name for model, _ in found]),
+        (Column("Layer", text=True), [layer.name for _, layer in found]),
+        (Column("N", 0), [layer.tokens for _, layer in found]),
+        (Column("D", 0), [layer.channels for _, layer in found]),
+    ]
+
+
+def _rank_columns(ranks: Sequence[Ranks], levels: Iterable[float]) -> list[ColumnOfCells]:
+    return [
+        (Column(f"rank@{percent(q)}", 1, STATISTICS), [_statistics(one, q) for one in ranks])
+        for q in levels
+    ]
+
+
+def _bandwidth_columns(layers: Sequence[LayerResult]) -> list[ColumnOfCells]:
+    return [
+        (Column(f"b({percent(q)} %)", 3), [layer.bandwidths().get(q) for layer in layers])
+        for q in bandwidth_levels_of(layers)
+    ]
 
 
 def _millions(model: ModelResult) -> float | None:
@@ -437,7 +405,8 @@ def _spread(found: Distribution) -> tuple[float, float]:
     return found.mean, found.std
 
 
-def _first_median_last(angles: np.ndarray) -> tuple[float | None, ...]:
+def _ends(angles: np.ndarray) -> tuple[float | None, ...]:
+    """Return the first, median and last angle."""
     if len(angles) == 0:  # no pair of images was compared
         return _NONE
     return float(angles[0]), float(np.median(angles)), float(angles[-1])
