@@ -7,6 +7,7 @@ import platform
 import shutil
 from collections.abc import Sequence
 from functools import cached_property
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -91,10 +92,8 @@ def analyze(
     several = not isinstance(model, str | Path | nn.Module)
     models = [*(model if several else [model]), *compare]  # type: ignore[misc]
     folder = None if output is None else Path(output)
-    _check_arguments(models, data, checkpoint, folder, resume)
+    _check_arguments(models, data, checkpoint, folder, resume, figures)
     chosen = _options(options)
-    if figures and folder is not None:
-        _need_matplotlib()
     with world(device) as peers, verifying(verify):
         progress = Progress(shows=peers.is_main and not quiet)
         run = _Run(data, chosen, peers, progress, folder, resume)
@@ -117,7 +116,12 @@ def _options(given: dict[str, Any]) -> Options:
 
 
 def _check_arguments(
-    models: list[Model], data: Any, checkpoint: Any, folder: Path | None, resume: bool
+    models: list[Model],
+    data: Any,
+    checkpoint: Any,
+    folder: Path | None,
+    resume: bool,
+    figures: bool,
 ) -> None:
     measured = [model for model in models if not _is_report(model)]
     if not models:
@@ -130,16 +134,11 @@ def _check_arguments(
         )
     if resume and folder is None:
         raise ValueError("analyze: resume needs output, the folder of the interrupted analysis")
-
-
-def _need_matplotlib() -> None:
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError as error:
+    if figures and folder is not None and find_spec("matplotlib") is None:
         raise ModuleNotFoundError(
             "analyze: figures need matplotlib: pip install 'fastkd[analysis]', or leave them out "
             "with figures=False (--no-figures)"
-        ) from error
+        )
 
 
 def _is_report(model: Model) -> bool:

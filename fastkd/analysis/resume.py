@@ -6,6 +6,7 @@ import json
 import textwrap
 import time
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,36 +18,29 @@ from fastkd.utils.io import replacing
 SAVE_EVERY_SECONDS = 60.0
 
 
+@dataclass
 class Resume:
     """Save and load the state of the passes over one model's images."""
 
-    def __init__(
-        self,
-        folder: Path | None,  # None saves nothing
-        name: str,  # of the model's files
-        rank: int = 0,
-        size: int = 1,
-        wanted: bool = False,  # continue from what is there; else overwrite it
-    ) -> None:
-        self.folder = folder
-        self.wanted = wanted
-        self._suffix = f"-{rank}of{size}.pt"
-        self._name = name
-        self._size = size
-        self._fingerprint = ""
-        self._saved = time.monotonic()
+    folder: Path | None  # None saves nothing
+    name: str  # of the model's files
+    rank: int = 0
+    size: int = 1  # number of processes
+    wanted: bool = False  # continue from what is there; else overwrite it
+    _fingerprint: str = field(default="", init=False)
+    _saved: float = field(default_factory=time.monotonic, init=False)
 
     def open(self, fingerprint: str) -> None:
         """Set what the passes depend on; raise if another number of processes was interrupted."""
         self._fingerprint = fingerprint
         if self.folder is None or not self.wanted:
             return
-        left = {path.stem.rsplit("of", 1)[1] for path in self.folder.glob(f"{self._name}-*of*.pt")}
-        others = left - {str(self._size)}
+        left = {path.stem.rsplit("of", 1)[1] for path in self.folder.glob(f"{self.name}-*of*.pt")}
+        others = left - {str(self.size)}
         if others:
             raise ValueError(
                 f"analyze: {self.folder} was interrupted with {others.pop()} process(es); resume "
-                f"with as many, got {self._size}, or remove it to start over"
+                f"with as many, got {self.size}, or remove it to start over"
             )
 
     def state(self, phase: str) -> dict[str, Any] | None:
@@ -80,7 +74,8 @@ class Resume:
             self.save(phase, make_state())
 
     def _path(self, phase: str) -> Path | None:
-        return None if self.folder is None else self.folder / f"{self._name}-{phase}{self._suffix}"
+        file = f"{self.name}-{phase}-{self.rank}of{self.size}.pt"
+        return None if self.folder is None else self.folder / file
 
 
 def check_same_analysis(path: Path, before: str, now: str) -> None:

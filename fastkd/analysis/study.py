@@ -40,19 +40,17 @@ class Options:
     """Options of `analyze`, each a keyword argument of it.
 
     Attributes:
-        layers: ``"all"`` blocks or stages, the ``"last"`` one, or some: ``"0,5,23"``,
-            ``[0, 5, "final"]``, or module names. ``"final"`` is what a model's head pools; of a
-            Lift student, ``"all"`` and ``"last"`` include it.
+        layers: ``"all"`` blocks or stages, the ``"last"`` one, or some: ``"0,5"``, ``[0, "final"]``
+            or module names. ``"final"`` is what a model's head pools; Lift students include it.
         images: number of images, evenly from all classes; None for all.
         img_size: pixels a side, for models that are built for a size; None for each model's own.
         num_prefix: prefix tokens to drop from layers given by module name.
         levels: fractions q of the energy, in (0, 1], up to eight.
-        sep: bins of the frequency pattern: ``"full"`` (all D, as in the paper), ``"folded"``
-            (D // 2 + 1 unique ones) or ``"none"`` for no pattern.
+        sep: frequency pattern of ``"full"`` D bins as in the paper, ``"folded"`` (D // 2 + 1 unique
+            bins), or ``"none"``.
         permutations: random channel orders for the test of the pattern; 0 for no test.
         subspaces: dimensions k at which rotation is measured; those above min(N, D) are left out.
-        shared: layers that are also measured in the dataset's basis: ``"last"``, ``"all"`` or
-            ``"none"``.
+        shared: layers measured in the dataset's basis, too: ``"last"``, ``"all"`` or ``"none"``.
         centred: subtract the dataset's mean token in that basis; the paper does not.
         seed: for the choice of images, permutations and bootstrap samples.
         max_unreadable: fraction of the images that may be unreadable before the run stops.

@@ -22,6 +22,7 @@ from fastkd.inference.loading import names_a_file, open_model
 from fastkd.inference.preprocessing import Preprocessing, parameter_count
 from fastkd.models import LiftVisionTransformer, Taps, Teacher
 from fastkd.models.taps import TapKey, model_name
+from fastkd.utils.arguments import describe
 from fastkd.utils.distributed import autocast
 from fastkd.utils.random import preserved_rng, seed_cpu
 
@@ -59,7 +60,7 @@ def open_subject(
     """Open a model, or the one in a Teacher; untrained weights are the same each time."""
     if untrained and (checkpoint is not None or not _is_timm_name(model)):
         raise ValueError(
-            f"analyze: untrained=True needs a timm name without checkpoint, got {_shown(model)} "
+            f"analyze: untrained=True needs a timm name without checkpoint, got {describe(model)} "
             f"and checkpoint={checkpoint}"
         )
     teacher = model if isinstance(model, Teacher) else None
@@ -99,10 +100,6 @@ def open_subject(
 
 def _is_timm_name(model: str | Path | nn.Module) -> bool:
     return isinstance(model, str | Path) and not names_a_file("analyze", model)
-
-
-def _shown(model: Any) -> str:
-    return repr(str(model)) if isinstance(model, str | Path) else f"a {type(model).__name__}"
 
 
 class ModelSource:

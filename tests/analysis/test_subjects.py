@@ -256,7 +256,7 @@ def test_a_folder_called_like_a_model_does_not_hide_it(tmp_path, monkeypatch):
     [
         ("run", {"checkpoint": "x.pth"}, "checkpoint has no effect"),
         ("run", {"untrained": True}, "untrained=True needs a timm name"),
-        ("module", {"untrained": True}, "untrained=True needs a timm name.* a VisionTransformer"),
+        ("module", {"untrained": True}, "untrained=True needs a timm name.* VisionTransformer"),
         ("module", {"weights": "ema"}, "weights='ema' chooses in a fastkd checkpoint"),
         ("teacher", {"img_size": 64}, "img_size=64"),
         ("test_vit", {"weights": "raw"}, "weights='raw' chooses"),

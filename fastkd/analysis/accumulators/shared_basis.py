@@ -219,10 +219,12 @@ class InSharedBasis(Accumulator):
             raise ValueError("InSharedBasis.result: no image was seen")
         curves, ranks = rows["curves"], rows["ranks"]
         known = curves[ranks[:, 0] > 0].astype(np.float64)
+        if len(known) == 0:  # no image has a rank
+            known = np.full((1, curves.shape[1]), np.nan)
         return SharedView(
             ranks=Ranks(self.levels, ranks, largest=curves.shape[1]),
             curves=curves,
-            curve=_curve(known, curves.shape[1]),
+            curve=Curve(known.mean(axis=0), known.std(axis=0)),
             rotation=[
                 self._subspaces(k, rows, pairs)
                 for k in self._sizes()
@@ -287,12 +289,6 @@ def random_angles(
     # Rotating both subspaces changes no angle, so one of them may lie along the axes.
     cosines = torch.linalg.svdvals(torch.linalg.qr(noise).Q[:, :k])
     return (cosines.clamp(0, 1).arccos().mean(dim=0) * (180 / math.pi)).numpy()
-
-
-def _curve(curves: np.ndarray, length: int) -> Curve:
-    if len(curves) == 0:
-        return Curve(np.full(length, np.nan), np.full(length, np.nan))
-    return Curve(curves.mean(axis=0), curves.std(axis=0))
 
 
 def _sums_around_the_mean(tokens: Tensor, finite: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:

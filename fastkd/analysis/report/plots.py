@@ -13,7 +13,6 @@ import numpy as np
 
 # Without pyplot: its backend and state belong to the caller.
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure, SubFigure
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import MaxNLocator
@@ -439,7 +438,6 @@ def _band(
 def _figure(width: float, height: float) -> Figure:
     figure = Figure(figsize=(width, height))
     figure.set_layout_engine("constrained", w_pad=0.06, h_pad=0.05)
-    FigureCanvasAgg(figure)
     return figure
 
 
@@ -456,7 +454,7 @@ def _in_panels(
     panels = list(figure.subplots(rows, columns, sharey=sharey, squeeze=False).flat)
     for axes, model in zip(panels, models, strict=False):
         draw(axes, model)
-        text = f"{_model_label(model, 50)}\n{_details(model)}"
+        text = f"{_shortened(model.name, 50)}\n{_details(model)}"
         axes.set_title(text, loc="left", fontsize=7.5, color=_name_color(model))
     for axes in panels[len(models) :]:
         axes.set_visible(False)
@@ -473,7 +471,7 @@ def _subfigures(
     figure = _figure((2 if in_rows else columns) * _PANEL_WIDTH, rows * height + 0.25)
     parts = list(figure.subfigures(rows, columns, squeeze=False).flat)[: len(models)]
     for part, model in zip(parts, models, strict=True):
-        name = f"{_model_label(model, 56)}: " if in_rows else f"{_model_label(model, 50)}\n"
+        name = f"{_shortened(model.name, 56)}: " if in_rows else f"{_shortened(model.name, 50)}\n"
         text = f"{name}{_details(model)}"
         part.suptitle(text, x=0.02, ha="left", fontsize=8, color=_name_color(model))
     return figure, parts
@@ -483,21 +481,17 @@ def _name_color(model: ModelResult) -> str:
     return _WARNING if model.weights == UNTRAINED else "black"
 
 
-def _model_label(model: ModelResult, width: int) -> str:
-    return _escaped(_shortened(model.name, width))
-
-
 def _details(model: ModelResult) -> str:
     weights = _shortened(model.weights, 24)
     if model.weights == UNTRAINED:
         weights = "UNTRAINED WEIGHTS"
     last = model.last
-    return f"{_escaped(weights)}, N = {last.tokens}, D = {last.channels}, {_images(model)}"
+    return f"{weights}, N = {last.tokens}, D = {last.channels}, {_images(model)}"
 
 
 def _row_label(model: ModelResult) -> str:
     weights = "UNTRAINED WEIGHTS\n" if model.weights == UNTRAINED else ""
-    return f"{_model_label(model, 30)}\n{weights}D = {model.last.channels}, {_images(model)}"
+    return f"{_shortened(model.name, 30)}\n{weights}D = {model.last.channels}, {_images(model)}"
 
 
 def _images(model: ModelResult) -> str:
@@ -505,16 +499,12 @@ def _images(model: ModelResult) -> str:
 
 
 def _shortened(name: str, width: int) -> str:
-    """Drop the middle of a long name: models differ at either end."""
+    """Drop the middle of a long name, since models differ at either end; escape the rest."""
     name = " ".join(name.split())
-    if len(name) <= width:
-        return name
-    tail = width // 2 - 1
-    return f"{name[: width - tail - 1]}…{name[-tail:]}"
-
-
-def _escaped(text: str) -> str:
-    return printable(text).replace("$", r"\$")  # matplotlib reads $ as mathematics
+    if len(name) > width:
+        tail = width // 2 - 1
+        name = f"{name[: width - tail - 1]}…{name[-tail:]}"
+    return printable(name).replace("$", r"\$")  # matplotlib reads $ as mathematics
 
 
 def _legend(figure: Figure) -> None:

@@ -144,7 +144,7 @@ def _caveats(
     model: ModelResult, tag: str, row: PublishedModel, settings: Mapping[str, Any]
 ) -> Iterable[str]:
     if model.weights == UNTRAINED:
-        yield f"untrained weights: the differences say nothing about {row.name}"
+        yield f"untrained weights: the differences are no measure of {row.name}"
     elif not model.architecture:
         yield f"matched by name only; the paper's weights are {row.timm}"
     elif model.weights != "pretrained":

@@ -83,34 +83,30 @@ def models_table(models: Sequence[ModelResult]) -> Table:
 
 def last_layer_ranks(models: Sequence[ModelResult]) -> Table:
     """Ranks of the last layer in each image's own basis and in the shared one."""
-    columns = (
-        _MODEL,
-        Column("N", 0, group=True),
-        Column("D", 0, group=True),
-        Column("Basis", text=True, group=True),
-        Column("Energy (%)", 1),
-        Column("Rank", 1, SPREAD),
-        Column("Rank, median"),
-        Column("Rank, 99th percentile"),
-        Column("Images", 0),
-    )
-    rows = []
-    for model in models:
-        last = model.last
-        for basis, ranks in last.bases():
-            for level in ranks.levels:
-                found = ranks.distribution(level)
-                row = (model.name, last.tokens, last.channels, basis, 100 * level, _spread(found))
-                count = len(ranks.at(level))
-                rows.append((*row, found.median, found.percentile_99, count))
-    return Table(
+    found = [
+        (model, basis, 100 * level, ranks.distribution(level), len(ranks.at(level)))
+        for model in models
+        for basis, ranks in model.last.bases()
+        for level in ranks.levels
+    ]
+    columns: list[ColumnOfCells] = [
+        (_MODEL, [model.name for model, *_ in found]),
+        (Column("N", 0, group=True), [model.last.tokens for model, *_ in found]),
+        (Column("D", 0, group=True), [model.last.channels for model, *_ in found]),
+        (Column("Basis", text=True, group=True), [basis for _, basis, *_ in found]),
+        (Column("Energy (%)", 1), [energy for _, _, energy, *_ in found]),
+        (Column("Rank", 1, SPREAD), [_spread(ranks) for *_, ranks, _ in found]),
+        (Column("Rank, median"), [ranks.median for *_, ranks, _ in found]),
+        (Column("Rank, 99th percentile"), [ranks.percentile_99 for *_, ranks, _ in found]),
+        (Column("Images", 0), [count for *_, count in found]),
+    ]
+    return _table(
         "ranks_last_layer",
         "Ranks of the last layer",
         "Number of dimensions that hold a fraction of an image's energy, in the image's own best "
         "basis (SVD) and in the basis that all images share. Statistics are over images; the "
         "paper's tables print the 99th percentile.",
         columns,
-        rows,
     )
 
 
@@ -214,36 +210,30 @@ def sep_bandwidths(models: Sequence[ModelResult]) -> Table:
 
 def sep_permutations(models: Sequence[ModelResult]) -> Table:
     """SEP bandwidths under random permutations of the channels."""
-    columns = (
-        _MODEL,
-        Column("Layer", text=True, group=True),
-        Column("Energy (%)", 1),
-        Column("b observed", 4, INTERVAL),
-        Column("b permuted", 4, SPREAD),
-        Column("Shift", 4, INTERVAL, signed=True),
-        Column("p", 3),
-        Column("Permutations", 0),
-    )
-    tested = [
-        (model, one, one.sep_test) for model in models for one in model.layers if one.sep_test
+    found = [
+        (model, layer, layer.sep_test, index)
+        for model in models
+        for layer in model.layers
+        if layer.sep_test
+        for index in range(len(layer.sep_test.levels))
     ]
-    rows = [
-        (
-            model.name,
-            layer.name,
-            100 * level,
-            (float(test.observed[index]), *test.observed_interval[index].tolist()),
-            _spread(Distribution.of(test.permuted[:, index])),
-            (float(test.shift[index]), *test.shift_interval[index].tolist()),
-            float(test.p_value[index]),
-            len(test.permuted),
-        )
-        for model, layer, test in tested
-        for index, level in enumerate(test.levels)
+    tests = [(test, index) for _, _, test, index in found]
+    observed = [(float(t.observed[i]), *t.observed_interval[i].tolist()) for t, i in tests]
+    permuted = [_spread(Distribution.of(test.permuted[:, index])) for test, index in tests]
+    shifts = [(float(t.shift[i]), *t.shift_interval[i].tolist()) for t, i in tests]
+    columns: list[ColumnOfCells] = [
+        (_MODEL, [model.name for model, *_ in found]),
+        (Column("Layer", text=True, group=True), [layer.name for _, layer, *_ in found]),
+        (Column("Energy (%)", 1), [100 * test.levels[index] for test, index in tests]),
+        (Column("b observed", 4, INTERVAL), observed),
+        (Column("b permuted", 4, SPREAD), permuted),
+        (Column("Shift", 4, INTERVAL, signed=True), shifts),
+        (Column("p", 3), [float(test.p_value[index]) for test, index in tests]),
+        (Column("Permutations", 0), [len(test.permuted) for test, _ in tests]),
     ]
-    confidences = sorted({test.confidence for _, _, test in tested})
+    confidences = sorted({test.confidence for test, _ in tests})
     shown = " and ".join(f"{100 * confidence:g} %" for confidence in confidences)
-    return Table(
+    return _table(
         "sep_permutations",
         "SEP bandwidths under random permutations of the channels",
         f"Shift: permuted minus observed, read between bins. Intervals hold {shown} of the "
@@ -252,7 +242,6 @@ def sep_permutations(models: Sequence[ModelResult]) -> Table:
         "the observed one, at least 1 / (1 + permutations); a small p means that the order of the "
         "channels matters.",
         columns,
-        rows,
     )
 
 

@@ -205,8 +205,8 @@ _SECTIONS = {
     "Skipped images": (("skipped_images",), ()),
 }
 
-# Settings that change no number.
-_OF_THE_RUN = ("command", "compare_paper")
+_OF_THE_RUN = ("command", "compare_paper")  # settings that change no number
+_HIDDEN = (*_OF_THE_RUN, "by_model")
 
 _CAPTIONS = {
     "shared_basis": "Mean cumulated energy over dimensions, in each image's own basis and in the "
@@ -239,11 +239,11 @@ def render(
         "## What was measured",
         *_table(by_name["models"]),
         *_differences(settings),
-        _listed("Settings", _shown_settings(settings)),
+        _listed("Settings", {name: v for name, v in settings.items() if name not in _HIDDEN}),
         _listed("Versions and machine", environment),
         *_sections(by_name, figures),
         "## Files",
-        *_files(tables, figures),
+        _files(tables, figures),
         "## How to reproduce it",
         *_reproduce(settings),
     ]
@@ -282,10 +282,6 @@ def _differences(settings: Mapping[str, Any]) -> Iterable[str]:
         yield "\n".join(lines)
 
 
-def _shown_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: v for name, v in settings.items() if name not in ("by_model", *_OF_THE_RUN)}
-
-
 def _listed(title: str, values: Mapping[str, Any]) -> str:
     return "\n".join([f"{title}:\n", *(f"- {name}: {_code(v)}" for name, v in values.items())])
 
@@ -312,16 +308,15 @@ def _table(table: Table) -> Iterable[str]:
         yield "\n".join(f"- {escaped_markdown(note)}" for note in table.notes)
 
 
-def _files(tables: Sequence[Table], figures: Mapping[str, Sequence[str]]) -> Iterable[str]:
+def _files(tables: Sequence[Table], figures: Mapping[str, Sequence[str]]) -> str:
     # `Report.save` removes files that the list of an earlier report names.
-    yield "\n".join(
-        [
-            "- `report.json`: all numbers; `fastkd.analysis.Report.load` reads it with the arrays",
-            "- `arrays.npz`: per-image ranks and curves, spectra, angles; `report.json` names each",
-            *(f"- `tables/{table.name}.csv`, `.tex`: {table.title}" for table in tables),
-            *(f"- `figures/{stem}.png`, `.pdf`" for found in figures.values() for stem in found),
-        ]
-    )
+    lines = [
+        "- `report.json`: all numbers; `fastkd.analysis.Report.load` reads it with the arrays",
+        "- `arrays.npz`: per-image ranks and curves, spectra, angles; `report.json` names each",
+        *(f"- `tables/{table.name}.csv`, `.tex`: {table.title}" for table in tables),
+        *(f"- `figures/{stem}.png`, `.pdf`" for found in figures.values() for stem in found),
+    ]
+    return "\n".join(lines)
 
 
 def _reproduce(settings: Mapping[str, Any]) -> Iterable[str]:
