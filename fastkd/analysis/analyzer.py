@@ -116,12 +116,7 @@ def _options(given: dict[str, Any]) -> Options:
 
 
 def _check_arguments(
-    models: list[Model],
-    data: Any,
-    checkpoint: Any,
-    folder: Path | None,
-    resume: bool,
-    figures: bool,
+    models: list[Model], data: Any, checkpoint: Any, folder: Path | None, resume: bool, draw: bool
 ) -> None:
     measured = [model for model in models if not _is_report(model)]
     if not models:
@@ -134,7 +129,7 @@ def _check_arguments(
         )
     if resume and folder is None:
         raise ValueError("analyze: resume needs output, the folder of the interrupted analysis")
-    if figures and folder is not None and find_spec("matplotlib") is None:
+    if draw and folder is not None and find_spec("matplotlib") is None:
         raise ModuleNotFoundError(
             "analyze: figures need matplotlib: pip install 'fastkd[analysis]', or leave them out "
             "with figures=False (--no-figures)"

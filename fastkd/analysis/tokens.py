@@ -58,7 +58,8 @@ def open_subject(
     img_size: int | None = None,
 ) -> Subject:
     """Open a model, or the one in a Teacher; untrained weights are the same each time."""
-    if untrained and (checkpoint is not None or not _is_timm_name(model)):
+    has_weights = isinstance(model, nn.Module) or (untrained and names_a_file("analyze", model))
+    if untrained and (has_weights or checkpoint is not None):
         raise ValueError(
             f"analyze: untrained=True needs a timm name without checkpoint, got {describe(model)} "
             f"and checkpoint={checkpoint}"
@@ -96,10 +97,6 @@ def open_subject(
     if teacher.mean is not None:
         preprocessing = preprocessing.override(mean=teacher.mean, std=teacher.std)
     return Subject(name, found, architecture, network, preprocessing, teacher.input_size)
-
-
-def _is_timm_name(model: str | Path | nn.Module) -> bool:
-    return isinstance(model, str | Path) and not names_a_file("analyze", model)
 
 
 class ModelSource:
