@@ -24,14 +24,12 @@ from fastkd.config import MODULE_PREFIX
 from fastkd.inference.loading import Model, Source, open_model
 from fastkd.inference.preprocessing import change_input_size
 from fastkd.models.factory import default_cfgs, rebuilt_by, registered_name
-from fastkd.models.hub import fetched, is_hub_name
+from fastkd.models.hub import is_hub_name
 from fastkd.models.pretrained import LOCAL, fixed_input_size, is_export
 from fastkd.models.weights import (
     CRC_KEY,
     NO_CRC,
     VERSION_KEY,
-    FileKind,
-    file_kind,
     short_misfit,
     verifying,
     write_crc,
@@ -59,22 +57,20 @@ class Exported:
     path: Path  # file, or timm's folder
     format: str  # one of `FORMATS`
     architecture: str  # the student's name in timm, or ``module:ClassName``
-    model_args: dict[str, Any]  # what timm needs beside the name
-    weights: str  # ``"raw"`` or ``"ema"`` of a run, else ``"released"`` or ``"as given"``
-    values: int  # number of parameters and elements of buffers
+    model_args: dict[str, Any]  # of timm.create_model, beside the name
+    weights: str  # "raw" or "ema" of a run, else "as given"
     size: int  # bytes on disk
-    difference: float  # largest absolute difference from the student's logits, on random images
+    difference: float  # largest absolute difference from the student's logits of random images
     opset: int | None  # of an ONNX file
     load: str | None = None  # Python that loads it with timm; None where timm cannot
 
     def summary(self) -> str:
-        """Summarize in lines what was written, how it was checked, and how to load it."""
+        """Format what was written, how it was checked, and how to load it."""
         arguments = ", ".join(f"{name}={value!r}" for name, value in self.model_args.items())
         lines = [
-            f"student: {self.architecture}({arguments}), {self.weights} weights, "
-            f"{self.values:,} values",
+            f"student: {self.architecture}({arguments}), {self.weights} weights",
             f"written: {self.path} ({self.size / 1e6:.1f} MB)",
-            f"checked: logits differ by {self.difference:.1e} at most, on random images",
+            f"checked: logits differ by at most {self.difference:.1e} on random images",
         ]
         if self.opset is not None:
             lines.append(f"opset {self.opset}: images [batch, C, H, W] to logits [batch, classes]")
@@ -82,45 +78,43 @@ class Exported:
 
 
 def export(
-    run: Source,
+    model: Source,
     format: str = "timm",
     output: str | Path | None = None,
     *,
+    checkpoint: str | Path | None = None,
     weights: str = "auto",
     img_size: int | None = None,
-    model: Source | None = None,
     opset: int | None = None,
     overwrite: bool = False,
     verify: bool = True,
 ) -> Exported:
-    """Write the student of a run, and nothing else of it, for use elsewhere.
+    """Write a trained student, without optimizer and projectors, for use elsewhere.
 
-    It takes its place once it computes the student's logits of random images; a failure leaves
-    everything as it was.
+    The output is kept only if it computes the student's logits of random images.
 
     Args:
-        run: folder or checkpoint of a run, or any other model that `fastkd.evaluate` takes.
+        model: as in `fastkd.evaluate`; a module is copied.
         format: ``"timm"``, a folder for ``timm.create_model("local-dir:FOLDER", pretrained=True)``
-            with input size, statistics and names of classes (Lift, WideLast and uniform students
-            need ``import fastkd.models`` before); ``"safetensors"``, weights with the same in the
-            metadata, for the line in `Exported.load`; ``"onnx"``, from ``images`` [batch, C, H, W],
-            normalized with the ``mean`` and ``std`` of its metadata, to ``logits`` [batch, classes]
-            for any batch size.
-        output: file or folder; None puts ``student-timm``, ``student.safetensors`` or
-            ``student.onnx`` beside the checkpoint, or here if there is none.
-        weights: ``"raw"``, ``"ema"``, or ``"auto"``: those that the run measured to be better.
-        img_size: pixels a side to change to (position embeddings are resampled).
-        model: for a run whose student was a module: the module, which stays as it is, or a timm
-            name.
-        opset: of ONNX, from `OPSET`, the default, on.
-        overwrite: replace an earlier export in this format, which its metadata shows.
+            with input size, statistics and class names (Lift, WideLast and uniform students need
+            ``import fastkd.models`` before); ``"safetensors"``, weights with the same in the
+            metadata; ``"onnx"``, from ``images`` [batch, C, H, W], normalized with the ``mean`` and
+            ``std`` of its metadata, to ``logits`` [batch, classes], for any batch size.
+        output: file or folder; None: ``student-timm``, ``student.safetensors`` or ``student.onnx``
+            beside the checkpoint, or in the working directory if there is none.
+        checkpoint: as in `fastkd.evaluate`; also a run whose student was given as a module, beside
+            that module.
+        weights: as in `fastkd.evaluate`.
+        img_size: input pixels a side; position embeddings are resampled. None: as trained.
+        opset: of ONNX, at least `OPSET`, the default.
+        overwrite: replace an earlier export in this format, and nothing else.
         verify: as in `fastkd.evaluate`.
 
     Returns:
         What was written, and how it was checked.
 
     Raises:
-        ValueError: an option, the checkpoint, or a student that the format cannot hold.
+        ValueError: options, a checkpoint or a student that do not fit.
         FileExistsError: ``output`` exists, and is no export that ``overwrite`` may replace.
         FileNotFoundError: the folder of ``output`` does not exist.
         ImportError: a package that ONNX needs is missing.
@@ -131,19 +125,20 @@ def export(
     if opset is not None and format != "onnx":
         raise ValueError(f"export: opset={opset} has no effect: format is {format!r}")
     check_numbers("export", opset=(opset, OPSET), img_size=(img_size, 1, LARGEST_IMAGE))
-    refuse_blank("export", run=run, output=output)
+    refuse_blank("export", model=model, checkpoint=checkpoint, output=output)
     if format == "onnx":
         opset, needed = opset or OPSET, ("onnx", "onnxscript", "onnxruntime")
         missing = " ".join(name for name in needed if importlib.util.find_spec(name) is None)
         if missing:
             raise ImportError(f"export: the format onnx needs packages: pip install {missing}")
-    target = _default_output(run, format) if output is None else Path(output)
+    source = model if checkpoint is None else checkpoint
+    target = _default_output(source, format) if output is None else Path(output)
     _check_output(target, format, overwrite)
     with verifying(verify):
-        student = _open_student(run, weights, img_size, model)
+        student = _open_student(model, checkpoint, weights, img_size)
     with replacing_path(target, folder=format == "timm") as temporary:
         difference = _write(student, format, temporary, opset or OPSET)
-        _check_output(target, format, overwrite)  # what came in between is not replaced, either
+        _check_output(target, format, overwrite)  # something may have appeared there meanwhile
     files = target.iterdir() if target.is_dir() else [target]
     return Exported(
         path=target,
@@ -151,7 +146,6 @@ def export(
         architecture=student.name,
         model_args=student.arguments,
         weights=student.weights,
-        values=sum(tensor.numel() for tensor in student.network.state_dict().values()),
         size=sum(file.stat().st_size for file in files),
         difference=difference,
         opset=opset,
@@ -159,10 +153,10 @@ def export(
     )
 
 
-def _default_output(run: Source, format: str) -> Path:
-    if isinstance(run, nn.Module) or is_hub_name(run):
+def _default_output(source: Source, format: str) -> Path:
+    if isinstance(source, nn.Module) or is_hub_name(source):
         return Path(_NAMES[format])
-    path = Path(str(run).removeprefix(LOCAL))
+    path = Path(str(source).removeprefix(LOCAL))
     return (path if (path / LAST).exists() else path.parent) / _NAMES[format]
 
 
@@ -176,24 +170,28 @@ def _check_output(target: Path, format: str, overwrite: bool) -> None:
     empty = format == "timm" and target.is_dir() and not any(target.iterdir())
     if not os.path.lexists(target) or empty:
         return
-    if overwrite and _is_earlier_export(target, format):
-        return
-    kind = f"it is no {format} that fastkd exported"
-    reason = kind if overwrite else "choose another output, or set overwrite (--overwrite)"
-    raise FileExistsError(f"export: {target} exists and is not replaced: {reason}")
+    if not overwrite:
+        reason = "choose another output, or set overwrite (--overwrite)"
+        raise FileExistsError(f"export: {target} exists and is not replaced: {reason}")
+    if format == "onnx":
+        earlier = target.is_file() and VERSION_KEY.encode() in target.read_bytes()
+    else:
+        files = {entry.name for entry in target.iterdir()} if target.is_dir() else None
+        whole = {"config.json", _WEIGHTS} if format == "timm" else None
+        earlier = is_export(target) and files == whole
+    if not earlier:
+        reason = f"it is no {format} that fastkd exported"
+        raise FileExistsError(f"export: {target} exists and is not replaced: {reason}")
 
 
-def _open_student(source: Source, weights: str, img_size: int | None, model: Any) -> Model:
+def _open_student(
+    model: Source, checkpoint: str | Path | None, weights: str, img_size: int | None
+) -> Model:
     """Open a student with the name, arguments and input size by which timm builds it."""
-    path = None if isinstance(source, nn.Module) else Path(fetched("export", source))
-    released = path is not None and file_kind(path) is FileKind.WEIGHTS
-    if model is not None and (path is None or released):
-        raise ValueError(f"export: model has no effect: {source} is a model itself")
-    opening: Any = source if model is None else model
-    given = isinstance(opening, nn.Module)
+    given = isinstance(model, nn.Module)
     opened = open_model(
-        copy.deepcopy(opening) if given else opening,
-        checkpoint=None if model is None else path,
+        copy.deepcopy(model) if given else model,
+        checkpoint=checkpoint,
         weights=weights,
         img_size=img_size,
         caller="export",
@@ -211,20 +209,17 @@ def _open_student(source: Source, weights: str, img_size: int | None, model: Any
         if (fields := rebuilt_by(network)) is not None:
             name, options = registered_name(fields["model"], fields["variant"], fields["width"])
             arguments |= options
-    built_for = arguments.pop("img_size", None)
     if size is None and "img_size" in inspect.signature(type(network)).parameters:
-        size = built_for
+        size = arguments.get("img_size")
+    for known in ("img_size", "num_classes", "in_chans"):  # `_timm_arguments` adds the others
+        arguments.pop(known, None)
     if size is not None:
         arguments["img_size"] = [size] * 2 if isinstance(size, int) else list(size)
-    for known in ("num_classes", "in_chans"):  # `_timm_arguments` adds them
-        arguments.pop(known, None)
     spec = opened.trained_on or opened.preprocessing.input_spec(network, None)
     if img_size is not None:
         spec = replace(spec, size=(spec.size[0], img_size, img_size))
-    weights = "released" if released else opened.weights
     classes = opened.classes if len(opened.classes or ()) == opened.num_classes else None
-    changed: Any = {"name": name, "arguments": arguments, "weights": weights, "classes": classes}
-    return replace(opened, trained_on=spec, **changed)
+    return replace(opened, trained_on=spec, name=name, arguments=arguments, classes=classes)
 
 
 def _loading_line(student: Model, format: str, target: Path) -> str | None:
@@ -236,14 +231,6 @@ def _loading_line(student: Model, format: str, target: Path) -> str | None:
         return f"{call}({f'{LOCAL}{target}'!r}, pretrained=True)"
     arguments = "".join(f", {key}={value!r}" for key, value in _timm_arguments(student).items())
     return f"{call}({student.name!r}, checkpoint_path={str(target)!r}{arguments})"
-
-
-def _is_earlier_export(path: Path, format: str) -> bool:
-    """Whether a path holds what `write` wrote, and nothing else."""
-    if format == "onnx":
-        return path.is_file() and VERSION_KEY.encode() in path.read_bytes()
-    files = {entry.name for entry in path.iterdir()} if path.is_dir() else None
-    return is_export(path) and files == ({"config.json", _WEIGHTS} if format == "timm" else None)
 
 
 def _timm_arguments(student: Model) -> dict[str, Any]:
@@ -259,8 +246,9 @@ def _write(student: Model, format: str, path: Path, opset: int) -> float:
             compute = _WRITERS[format](student, path, opset)
     except (RuntimeError, TypeError, ValueError, AssertionError) as error:
         reason = textwrap.shorten(short_misfit(error), 500, placeholder=" ...")
-        reason = f"{student.name} cannot be exported to {format}: {reason}"
-        raise ValueError(f"export: {reason}") from error
+        raise ValueError(
+            f"export: {student.name} cannot be exported to {format}: {reason}"
+        ) from error
     generator, largest = torch.Generator().manual_seed(0), 0.0
     for batch in (2, 5):  # a batch size built into a graph would show
         images = torch.randn(batch, *_data_config(student)["input_size"], generator=generator)
@@ -303,7 +291,7 @@ def _save_weights(student: Model, path: Path) -> None:
     # safetensors refuses tensors that share memory or are channels_last.
     layout, state = torch.contiguous_format, student.network.state_dict()
     state = {name: tensor.clone(memory_format=layout) for name, tensor in state.items()}
-    # "pt" for Hugging Face's tools.
+    # Hugging Face's tools look for "pt".
     save_file(state, path, {"format": "pt", **_metadata(student), CRC_KEY: NO_CRC})
     write_crc(path)
 
@@ -330,7 +318,7 @@ def _write_onnx(student: Model, path: Path, opset: int) -> Any:
     for key, value in _metadata(student).items():
         model.metadata_props.add(key=key, value=value)
     path.write_bytes(model.SerializeToString())
-    onnxruntime: Any = importlib.import_module("onnxruntime")  # untyped, and not always there
+    onnxruntime: Any = importlib.import_module("onnxruntime")  # untyped, and optional
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     return lambda images: torch.from_numpy(session.run(["logits"], {"images": images.numpy()})[0])
 
@@ -339,7 +327,7 @@ _WRITERS = {"timm": _write_timm, "safetensors": _write_safetensors, "onnx": _wri
 
 
 def _metadata(student: Model) -> dict[str, str]:
-    """Describe a student in text; what is no string is JSON."""
+    """Describe a student in strings; other values become JSON."""
     described = {
         "architecture": student.name, "model_args": student.arguments,
         "num_classes": student.num_classes, "label_names": student.classes,

@@ -2,18 +2,24 @@
 
 import contextlib
 import io
+import json
 import os
 import re
+import shlex
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+import timm
+import torch
 
-from fastkd.cli import _parsers, main
+from fastkd.cli import COMMANDS, main, parsers
 from fastkd.config import Recipe
 from fastkd.losses import registry
 from tests.harness.tiny import image_folder, vit
 
+ROOT = Path(__file__).parents[1]
 SMALL = [
     *("--model", "test_vit", "--img-size", "32", "--epochs", "1", "--warmup-epochs", "0"),
     *("--batch-size", "6", "--workers", "0", "--amp", "none", "--device", "cpu"),
@@ -143,7 +149,9 @@ def test_a_teacher_that_cannot_be_downloaded_is_named_with_the_flags_that_help(
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("timm.create_model", fail)
-    monkeypatch.setattr("fastkd.inference.loading.create_student", lambda *_, **__: vit(in_chans=3))
+    monkeypatch.setattr(
+        "fastkd.inference.preprocessing.create_student", lambda *_, **__: vit(in_chans=3)
+    )
     teacher = ("--teacher", "resnet10t.c3_in1k", "--alpha", "0.5")
     status, _, err = run(capsys, *command, "--data", folder, *teacher, *TINY)
     assert status == 2
@@ -182,16 +190,16 @@ def test_recipes_lists_every_recipe_and_shows_one(capsys):
         ("train --resume= --output x", "resume must not be empty, got ''"),
         ("train --data= --output x", "data must not be empty, got ''"),
         ("evaluate x --data=", "data must not be empty, got ''"),
-        ("predict a.jpg --model test_vit --output=", "output must not be empty, got ''"),
+        ("predict test_vit a.jpg --output=", "output must not be empty, got ''"),
         ("analyze test_vit --data y --output=", "output must not be empty, got ''"),
         ("export x --output=", "output must not be empty, got ''"),
         ("bench-step --output=", "output must not be empty, got ''"),
-        ("demo --output=", "argument --output: must not be empty"),
+        ("demo --output=", "output must not be empty, got ''"),
         ("shard a b --shard-size inf", "shard_size must be finite and >= 1e-06, got inf"),
         ("shard a b --seed 99999999999999999999", "seed must be finite and below 2^63, got 9999"),
         ("train --workers 1000000 --output x", "workers: expected an integer between 0 and 1,024"),
-        ("predict a.jpg --model test_vit --top 0", "predict: error: top must be at least 1, got 0"),
-        ("predict a.jpg --model test_vit --workers -1", "workers must be 0 to 1024, got -1"),
+        ("predict test_vit a.jpg --top 0", "predict: error: top must be at least 1, got 0"),
+        ("predict test_vit a.jpg --workers -1", "workers must be 0 to 1024, got -1"),
         ("analyze test_vit --data y --batch-size 0", "batch_size must be at least 1, got 0"),
         ("analyze test_vit --data y --images -3", "images must be at least 1, got -3"),
         ("analyze test_vit --data y --img-size 0", "img_size must be 1 to 16384, got 0"),
@@ -217,7 +225,7 @@ def test_recipes_lists_every_recipe_and_shows_one(capsys):
         ("train --no-lr-scaling", "--lr-scaling false"),
         ("train --batch_size 8", "(did you mean --batch-size?)"),
         ("evaluate x --data y --num-workers 3", "(here it is --workers)"),
-        ("predict a.jpg --topk 3", "(here it is --top)"),
+        ("predict test_vit a.jpg --topk 3", "(here it is --top)"),
         ("train --alpha 0.9 --output x", "alpha: needs a teacher"),
         ("train --recipe nothing --output x", "widelast_supervised, got 'nothing'"),
         ("train --data nowhere --output x", "no folder 'nowhere'"),
@@ -230,7 +238,7 @@ def test_recipes_lists_every_recipe_and_shows_one(capsys):
         ),
         ("tarin", "invalid choice: 'tarin' (did you mean 'train'?)"),
         ("nothing", "invalid choice: 'nothing' (choose from train, evaluate,"),
-        ("export nowhere", "nor is there a file or folder"),
+        ("export nowhere", "'nowhere'"),
         ("export nowhere --opset 18", "opset=18 has no effect"),
     ],
 )
@@ -286,9 +294,9 @@ def test_codes_of_exits_are_kept(capsys, monkeypatch):
 )
 def test_a_value_may_begin_with_a_minus(monkeypatch, arguments, name, value):
     words, taken = arguments.split(), []
-    parser, commands = _parsers(words[0])
+    parser, commands = parsers(words[:1])
     commands[words[0]].set_defaults(run=taken.append)
-    monkeypatch.setattr("fastkd.cli._parsers", lambda _: (parser, commands))
+    monkeypatch.setattr("fastkd.cli.parsers", lambda _: (parser, commands))
     assert main(words) == 0
     assert getattr(taken[0], name) == value
 
@@ -343,15 +351,120 @@ def test_debug_shows_the_traceback(capsys, monkeypatch):
         main(["train", "--recipe", "nothing", "--output", "x"])
 
 
-@pytest.mark.parametrize(
-    "command",
-    ["train", "evaluate", "analyze", "export", "recipes", "shard", "bench-step", "env", "demo"],
-)
-def test_every_command_explains_itself(capsys, command):
+def test_fastkd_alone_prints_its_help(capsys):
+    status, out, _ = run(capsys)
+    assert status == 0
+    assert out == run(capsys, "--help")[1]
+    assert all(f"\n    {command} " in out for command in COMMANDS)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_usage_help_for_every_option_and_examples_that_parse(
+    capsys, command, monkeypatch
+):
+    monkeypatch.setenv("COLUMNS", "80")
     status, out, _ = run(capsys, command, "--help")
     assert status == 0
     assert out.startswith(f"usage: fastkd {command}")
-    assert f"\n    {command}" in run(capsys, "--help")[1]
+    assert "$" not in out.split("\nexamples:\n")[0] and "\\" not in out
+    assert max(map(len, out.splitlines())) <= 80
+    _, commands = parsers([command])
+    assert all(action.help for action in commands[command]._actions)
+    examples = out.split("\nexamples:\n")[1].splitlines()
+    assert len(examples) >= 2
+    for example in examples:
+        line = re.search(r"\bfastkd ([^)|>#\n]+)", example)[1]
+        options, unknown = parsers([command])[0].parse_known_args(shlex.split(line))
+        assert (options.command, unknown) == (command, [])
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_the_completion_script_has_every_command_and_flag(capsys, shell):
+    status, script, _ = run(capsys, "completion", shell)
+    assert status == 0
+    for name, parser in parsers()[1].items():
+        lines = [line for line in script.splitlines() if re.search(rf"\b{name}\b", line)]
+        words = set(re.findall(r"[\w-]+", " ".join(lines)))
+        flags = {flag for action in parser._actions for flag in action.option_strings}
+        if shell == "fish":
+            flags = {flag[2:] for flag in flags if flag.startswith("--")}
+        assert flags <= words, name
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("ev", ["evaluate"]),
+        ("evaluate runs/x --we", ["--weights"]),
+        ("evaluate runs/x --amp ", ["none", "bf16", "fp16"]),
+        ("train --recipe deit", ["deit_tiny"]),
+        ("train --track t", ["tensorboard"]),
+        ("completion f", ["fish"]),
+        ("predict ", []),  # files
+    ],
+)
+def test_bash_completes(capsys, tmp_path, line, expected):
+    _, script, _ = run(capsys, "completion", "bash")
+    (tmp_path / "fastkd.sh").write_text(script)
+    words = ["fastkd", *line.split(" ")]
+    program = (
+        f"source {tmp_path}/fastkd.sh; COMP_WORDS=({shlex.join(words)}); "
+        f"COMP_CWORD={len(words) - 1}; _fastkd; echo ${{COMPREPLY[*]}}"
+    )
+    done = subprocess.run(["bash", "-c", program], capture_output=True, text=True)
+    assert (done.stdout.split(), done.stderr) == (expected, "")
+
+
+def read_variables():
+    """Names of the environment variables that the project's files read or set."""
+    for name in ("fastkd", "setup.py", "csrc", "tests/conftest.py", "tests/models", "bench", ".ci"):
+        for path in [ROOT / name, *(ROOT / name).rglob("*")]:
+            if path.suffix in (".py", ".cpp", ".cu", ".h", ".cuh"):
+                # A string of its own; other names are of C macros and of Python's constants.
+                yield from re.findall(r"""["'](FASTKD_[A-Z_]+)["']""", path.read_text())
+            elif path.is_file() and path.suffix in ("", ".sh"):
+                yield from re.findall(r"\bFASTKD_[A-Z_]+", path.read_text())
+
+
+def test_env_lists_every_variable(capsys):
+    status, out, _ = run(capsys, "env", "--variables")
+    assert status == 0
+    listed = re.findall(r"^(FASTKD_[A-Z_]+)  +\S", out, re.MULTILINE)
+    assert sorted(listed) == sorted(set(read_variables()))
+
+
+def test_the_accuracy_can_be_written_to_a_file(capsys, folder, tmp_path):
+    model = timm.create_model("test_vit", num_classes=3)
+    torch.save(model.state_dict(), tmp_path / "w.pth")
+    file = tmp_path / "accuracy.json"
+    arguments = ("evaluate", "test_vit", "--checkpoint", str(tmp_path / "w.pth"), "--data", folder)
+    options = ("--device", "cpu", "--workers", "0", "--quiet", "--output", str(file))
+    status, out, err = run(capsys, *arguments, *options)
+    assert (status, err) == (0, "")
+    written = json.loads(file.read_text())
+    assert (written["model"], written["data"]) == ("test_vit", folder)
+    (measured,) = written["results"]
+    assert out.startswith(f"top-1 {measured['top1']:.2f} %")
+    assert (measured["count"], measured["weights"]) == (6, "as given")
+
+
+@pytest.mark.parametrize(
+    ("output", "message"),
+    [
+        ("x.csv", "output must end in .json, got"),
+        ("nowhere/x.json", "there is no folder"),
+        (".", "output must end in .json"),
+        ("folder.json", "output must be a file"),
+    ],
+)
+def test_an_output_that_cannot_be_written_is_refused_before_the_model_is_opened(
+    capsys, tmp_path, monkeypatch, output, message
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder.json").mkdir()
+    status, _, err = run(capsys, "evaluate", "nothing", "--data", "nowhere", "--output", output)
+    assert status == 2
+    assert message in err
 
 
 def test_every_recipe_field_is_a_flag(capsys):

@@ -18,8 +18,7 @@ from fastkd.config import (
     describe,
     parse_value,
 )
-from fastkd.inference.loading import build_student
-from fastkd.inference.preprocessing import Shape
+from fastkd.inference.preprocessing import Shape, build_student
 from fastkd.training.task import build_task
 
 # Top-1 on ImageNet-1k in %, as published: arXiv 2012.12877, 2412.19055 and 2511.15572.

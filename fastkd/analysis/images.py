@@ -18,7 +18,7 @@ from fastkd.data.datasets import VALIDATION_FOLDERS, Data, open_data
 from fastkd.data.image_files import reason_of
 from fastkd.data.readers import DataPair, FileReader, ReadableImages, TarImages
 from fastkd.data.transforms import InputSpec
-from fastkd.inference.images import image_loader
+from fastkd.inference.preprocessing import image_loader
 from fastkd.utils.io import writable
 from fastkd.utils.random import derive_seed, preserved_rng, seed_cpu
 

@@ -1,4 +1,4 @@
-"""The command line: flags become arguments of the public functions, their errors one line each."""
+"""The ``fastkd`` command: flags become arguments of public functions, errors become one line."""
 
 from __future__ import annotations
 
@@ -16,40 +16,35 @@ from typing import Any, NoReturn
 from fastkd.utils.hints import suggestion
 from fastkd.utils.io import printable
 
-# By name, in the order of ``fastkd --help``: what adds its options, imported for that
-# command alone, and what it does.
+# In the order of ``fastkd --help``: the function that adds a command's options, and what it does.
+# The module is imported for the chosen command only, so that ``fastkd --help`` loads no torch.
 COMMANDS = {
-    "train": ("train:configure", "train a student, by a teacher or without one"),
-    "evaluate": (
-        "evaluate:configure",
-        "measure the accuracy of a timm model, a checkpoint or a run",
-    ),
-    "predict": (
-        "predict:configure",
-        "say what images show, with a run, a checkpoint or a timm model",
-    ),
+    "train": ("cli.train:configure", "train a student, with or without a teacher"),
+    "evaluate": ("cli.inference:configure_evaluate", "measure the accuracy of a model"),
+    "predict": ("cli.inference:configure_predict", "classify images"),
     "analyze": (
-        "analyze:configure",
-        "measure what the features of models look like: ranks, SEP, rotation",
+        "cli.analyze:configure",
+        "measure rank, frequency pattern and rotation of features",
     ),
-    "export": ("export:configure", "write the student of a run for timm, safetensors or ONNX"),
-    "recipes": ("info:configure_recipes", "list the shipped recipes, or show one"),
-    "losses": ("info:configure_losses", "list losses and projectors, or explain one"),
-    "shard": (
-        "shard:configure",
-        "write a folder of images as WebDataset shards, smaller and in few files",
+    "export": ("cli.export:configure", "write a student as a timm folder, safetensors or ONNX"),
+    "shard": ("cli.shard:configure", "write an image folder as WebDataset shards"),
+    "bench-step": ("cli.bench_step:configure", "time the parts of a training step"),
+    "recipes": (
+        "cli.info:configure_recipes",
+        "list the shipped recipes and their top-1, or show one",
     ),
-    "bench-step": (
-        "bench_step:configure",
-        "time loader, teacher, student and optimizer of a training step",
+    "losses": ("cli.info:configure_losses", "list losses and projectors, or explain one"),
+    "env": ("cli.info:configure_env", "print versions, GPUs and usable backends"),
+    "completion": (
+        "cli.info:configure_completion",
+        "print a script that completes commands and flags in a shell",
     ),
-    "env": ("info:configure_env", "print what a bug report needs"),
-    "demo": ("", "distil digits on this machine, in minutes"),
+    "demo": ("demo:configure", "distill digits on this machine, in minutes"),
 }
 
-# Errors whose text says it all; others are shown with their type, and a hint for a bug report.
+# Errors whose text is enough; others are shown with their type, and a hint for a bug report.
 SELF_EXPLAINED = (ValueError, OSError, RuntimeError, ImportError)
-# Of wrong arguments; AssertionError is how timm's models refuse an image of another size.
+# Of wrong arguments; timm's models raise AssertionError for an image of another size.
 USER_ERRORS = (*SELF_EXPLAINED, TypeError, ArithmeticError, AssertionError)
 
 
@@ -78,23 +73,23 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _reader_left() -> bool:
-    """Flush the output; whether who reads it has read enough, as ``head`` does."""
+    """Flush the output, and return whether its reader has closed the pipe, as ``head`` does."""
     if sys.stdout is None:  # closed from the start
         return False
     try:
         sys.stdout.flush()
     except BrokenPipeError:
-        # What is left in the buffer would be tried again, and complained about, at the exit.
+        # Python would flush the buffer again at the exit, and print an error.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return True
     pipe = select.poll()
     with contextlib.suppress(OSError, TypeError, ValueError):  # no file, as in a notebook
         pipe.register(sys.stdout, select.POLLERR)
-    return bool(pipe.poll(0))  # without a buffer there was nothing to flush
+    return bool(pipe.poll(0))  # an unbuffered stdout had nothing to flush
 
 
 def print_once(text: str) -> None:
-    """Print on the main process of torchrun alone."""
+    """Print on the main process only."""
     from fastkd.utils.distributed import is_main_process  # imports torch
 
     if is_main_process():
@@ -102,12 +97,13 @@ def print_once(text: str) -> None:
 
 
 def _run(command: str, arguments: list[str]) -> int:
-    if command == "demo":  # which has a parser of its own for everything after its name
-        from fastkd.demo import main
-
-        return main(arguments[1:])
-    parser, commands = _parsers(command)
-    _check_command(parser, commands, arguments)
+    parser, commands = parsers([command])
+    if not arguments:
+        parser.print_help()
+        return 0
+    if not command and not arguments[0].startswith("-"):
+        hint = suggestion(arguments[0], commands) or f" (choose from {', '.join(commands)})"
+        parser.error(f"invalid choice: {arguments[0]!r}{hint}")
     options, unknown = parser.parse_known_args(arguments)
     if unknown:
         commands[command].refuse(unknown[0])
@@ -117,7 +113,7 @@ def _run(command: str, arguments: list[str]) -> int:
 
 def _one_line(error: Exception) -> str:
     text = str(error).strip()
-    if "Original Traceback" in text:  # a loader's worker sends the traceback along
+    if "Original Traceback" in text:  # a dataloader's worker sends the traceback along
         text = text.splitlines()[-1]
     text = " ".join(text.split())
     if text and isinstance(error, SELF_EXPLAINED):
@@ -126,12 +122,22 @@ def _one_line(error: Exception) -> str:
     return f"{named} (FASTKD_DEBUG=1 shows where)"
 
 
-class _Parser(argparse.ArgumentParser):
-    """Errors in one line, like every other error of the command line."""
+class _Help(argparse.HelpFormatter):
+    """Keep the lines of the examples, which end a help text; wrap everything else."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        if text.startswith("examples:"):
+            return text
+        return super()._fill_text(text, width, indent)
+
+
+class Parser(argparse.ArgumentParser):
+    """Print errors in one line, like every other error of the command line."""
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
-        # What is taken for a value, not for a flag: --pairs -1:-1, --mean -0.5,0.5, --layers -2,-1.
+        self.formatter_class, self.allow_abbrev = _Help, False
+        # Values, not flags: --pairs -1:-1, --mean -0.5,0.5, --layers -2,-1.
         self._negative_number_matcher = re.compile(r"-\.?\d")
 
     def error(self, message: str) -> NoReturn:
@@ -141,7 +147,7 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {printable(message)}\n")
 
     def refuse(self, argument: str) -> NoReturn:
-        """Leave because of an argument that is none of this parser's."""
+        """Leave because of an unknown argument."""
         hint = suggestion(argument.split("=")[0], self._option_string_actions)
         self.error(f"unknown argument {argument}{hint}")
 
@@ -153,26 +159,28 @@ class _Parser(argparse.ArgumentParser):
                     self.error(f"{name.replace('_', '-')} must not be empty, got {item!r}")
 
 
-def _parsers(chosen: str) -> tuple[_Parser, dict[str, _Parser]]:
-    """The parser, and those of the commands by name; only the chosen one has its options."""
-    parser = _Parser(
-        "fastkd", allow_abbrev=False, description="Feature distillation of Vision Transformers."
+def parsers(chosen: Iterable[str] = COMMANDS) -> tuple[Parser, dict[str, Parser]]:
+    """Return the main parser, and those of the commands by name; the chosen ones have options."""
+    parser = Parser(
+        "fastkd",
+        usage="fastkd COMMAND [options]",
+        description="Feature distillation of Vision Transformers.",
+        epilog="examples:\n"
+        "  fastkd demo --quick\n"
+        "  fastkd train --recipe lift_softkd_spectral --data imagenet --output runs/lift\n"
+        "  fastkd train --help",
     )
     parser.add_argument("--version", action="version", version=f"fastkd {_version()}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="command")
+    commands = parser.add_subparsers(
+        title="commands", dest="command", required=True, metavar="COMMAND [...]", prog="fastkd"
+    )
     for name, (home, text) in COMMANDS.items():
-        command = commands.add_parser(name, allow_abbrev=False, help=text)
-        if name == chosen:
+        sentence = f"{text[0].upper()}{text[1:]}."
+        command = commands.add_parser(name, help=text, description=sentence)
+        if name in chosen:
             module, _, function = home.partition(":")
-            getattr(importlib.import_module(f"fastkd.cli.{module}"), function)(command)
+            getattr(importlib.import_module(f"fastkd.{module}"), function)(command)
     return parser, commands.choices
-
-
-def _check_command(parser: _Parser, commands: Iterable[str], arguments: list[str]) -> None:
-    command = arguments[0] if arguments else "-"
-    if not command.startswith("-") and command not in commands:
-        hint = suggestion(command, commands) or f" (choose from {', '.join(commands)})"
-        parser.error(f"invalid choice: {command!r}{hint}")
 
 
 def _version() -> str:

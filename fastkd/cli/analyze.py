@@ -1,4 +1,4 @@
-"""``fastkd analyze``: ranks, patterns and rotation of features, and their report."""
+"""``fastkd analyze``: rank, frequency pattern and rotation of features, and their report."""
 
 from __future__ import annotations
 
@@ -8,106 +8,61 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from fastkd.cli import print_once
-from fastkd.cli.evaluate import add_verify_option
+from fastkd.cli import flags, print_once
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the options of ``fastkd analyze``."""
-    parser.usage = "fastkd analyze MODEL [MODEL ...] --data PATH [--output DIR] [options]"
+    parser.usage = "fastkd analyze MODEL [MODEL ...] --data DATA [--output DIR] [options]"
     parser.description = (
-        "Measure the features of one or more models on images: per-image rank, "
-        "data-set rank, rotation and frequency pattern (SEP) of every layer, in one streamed run. "
-        "Under torchrun the images are shared."
+        "Measure the features of models on images: rank per image and over the dataset, rotation, "
+        "and frequency pattern (SEP) of every layer, in one pass. Under torchrun the processes "
+        "share the images."
     )
-    parser.add_argument(
-        "model",
-        nargs="+",
-        metavar="MODEL",
-        help="timm name, checkpoint, folder of a run, or folder of a saved report; with saved "
-        "tokens as data, a label",
+    parser.epilog = """examples:
+  fastkd analyze cait_s24_224 --data imagenet --output report --compare-paper
+  fastkd analyze cait_s24_224 runs/a runs/b --data imagenet --output compared
+  fastkd analyze mine --data saved-tokens    # .npy files, [L, N, D] per image"""
+    saved = "; also the folder of a saved report, or any label if --data has saved tokens"
+    flags.add_model(parser, saved, nargs="+")
+    data = "image folder, timm dataset name, or folder of saved tokens (.npy, .npz)"
+    flags.text(parser, "--data", "DATA", data)
+    flags.text(parser, "--output", "DIR", "folder for report, tables and figures")
+    flags.text(parser, "--compare", "MODEL", "more models, after the first", nargs="+", default=[])
+    images = "number of images, or all (default: 1000)"
+    flags.text(parser, "--images", "N", images, type=_count_or_all, default=1000)
+    layers = "all, last, or numbers and module names: 0,5,final (default: all)"
+    flags.text(parser, "--layers", "LAYERS", layers, default="all")
+    flags.switch(parser, "--compare-paper", "show the published numbers beside ours")
+    flags.switch(parser, "--resume", "continue an interrupted analysis")
+    flags.shared(parser, "--quiet")
+    model = parser.add_argument_group("model")
+    flags.add_weights(model)
+    flags.switch(model, "--untrained", "random weights for timm names, instead of published ones")
+    flags.number(model, "--img-size", None, "pixels a side (default: each model's own)")
+    flags.number(
+        model, "--num-prefix", 0, "class and register tokens of layers given by module name"
     )
-    data = parser.add_argument_group("data")
-    data.add_argument(
-        "--data", help="image folder, timm data set name, or folder of saved tokens (.npy, .npz)"
+    group = parser.add_argument_group("measurements")
+    levels = "shares of the energy that define the ranks (default: 0.8,0.9,0.95,0.99)"
+    flags.text(group, "--levels", "Q,Q,...", levels, type=_numbers(float))
+    bins = "bins of the frequency pattern; the paper has full"
+    flags.choice(group, "--sep", ("full", "folded", "none"), bins)
+    flags.number(group, "--permutations", 100, "channel permutations in the test of SEP")
+    dimensions = "dimensions of the subspaces that are compared (default: 1,4,16,64)"
+    flags.text(group, "--subspaces", "K,K,...", dimensions, type=_numbers(int))
+    shared = "layers measured in the basis of the dataset, too"
+    flags.choice(group, "--shared", ("last", "all", "none"), shared)
+    flags.switch(group, "--centred", "subtract the mean token in the shared basis")
+    run = parser.add_argument_group("dataset and speed")
+    flags.shared(run, "--data-root")
+    flags.number(run, "--seed", 0, "seed of images and permutations")
+    flags.number(
+        run, "--max-unreadable", 0.05, "share of the images that may be unreadable", "SHARE"
     )
-    data.add_argument("--data-root", help="where a named data set keeps its files")
-    data.add_argument(
-        "--images", type=_count_or_all, default=1000, help="how many, or all (default: 1000)"
-    )
-    data.add_argument("--seed", type=int, default=0, help="of images and permutations (default: 0)")
-    data.add_argument(
-        "--max-unreadable", type=float, default=0.05, metavar="PART",
-        help="part of the images that may be unreadable (default: 0.05)",
-    )  # fmt: skip
-    models = parser.add_argument_group("models")
-    models.add_argument(
-        "--compare", nargs="+", default=[], metavar="MODEL", help="more models, beside the first"
-    )
-    models.add_argument("--checkpoint", help="local weights for the timm name")
-    models.add_argument(
-        "--untrained", action="store_true", help="random weights instead of published ones"
-    )
-    models.add_argument(
-        "--weights", choices=("auto", "raw", "ema"), default="auto", help="of a fastkd run"
-    )
-    add_verify_option(models)
-    models.add_argument(
-        "--layers", default="all", help="all, last, or numbers and names: 0,5,final (default: all)"
-    )
-    models.add_argument(
-        "--num-prefix",
-        type=int,
-        default=0,
-        help="class and register tokens of layers given by module name",
-    )
-    models.add_argument("--img-size", type=int, help="pixels a side (default: each model's own)")
-    measures = parser.add_argument_group("measurements")
-    measures.add_argument(
-        "--levels",
-        type=_numbers(float),
-        metavar="Q,Q,...",
-        help="parts of the energy (default: 0.8,0.9,0.95,0.99)",
-    )
-    measures.add_argument(
-        "--sep", choices=("full", "folded", "none"), default="full",
-        help="bins of the frequency pattern (default: full, as in the paper)",
-    )  # fmt: skip
-    measures.add_argument(
-        "--permutations",
-        type=int,
-        default=100,
-        help="channel permutations of SEP's test (default: 100)",
-    )
-    measures.add_argument(
-        "--subspaces",
-        type=_numbers(int),
-        metavar="K,K,...",
-        help="sizes k of the subspaces compared (default: 1,4,16,64)",
-    )
-    measures.add_argument(
-        "--shared", choices=("last", "all", "none"), default="last",
-        help="layers seen in the data set's basis too (default: last)",
-    )  # fmt: skip
-    measures.add_argument(
-        "--centred", action="store_true", help="subtract the mean token in the shared basis"
-    )
-    measures.add_argument(
-        "--compare-paper", action="store_true", help="put the published numbers beside ours"
-    )
-    run = parser.add_argument_group("run")
-    run.add_argument("--output", help="folder for report, tables, figures and arrays")
-    run.add_argument("--resume", action="store_true", help="go on with an interrupted analysis")
-    run.add_argument("--no-figures", action="store_true", help="draw none (no matplotlib needed)")
-    run.add_argument("--device", help="cpu, cuda, cuda:1 (default: cuda where there is one)")
-    run.add_argument("--amp", default="none", choices=("none", "bf16", "fp16"))
-    run.add_argument("--batch-size", type=int, default=16)
-    run.add_argument("--workers", type=int, help="processes that read images (default: up to 4)")
-    run.add_argument(
-        "--memory", type=float, default=0.5, metavar="GB",
-        help="for tokens kept between the passes (default: 0.5)",
-    )  # fmt: skip
-    run.add_argument("--quiet", action="store_true", help="show no progress")
+    flags.add_speed(run, batch_size=16)
+    flags.number(run, "--memory", 0.5, "tokens kept for the second pass", "GB")
+    flags.switch(run, "--no-figures", "draw none (needs no matplotlib)")
     parser.set_defaults(run=_run)
 
 
@@ -115,7 +70,7 @@ def _numbers(kind: Any) -> Any:
     def parse(text: str) -> tuple[Any, ...]:
         return tuple(kind(part) for part in text.split(","))
 
-    parse.__name__ = f"{kind.__name__}s with commas between"  # argparse names it in its error
+    parse.__name__ = f"{kind.__name__}s with commas between"  # shown in argparse's error
     return parse
 
 
@@ -124,21 +79,16 @@ def _count_or_all(text: str) -> int | None:
 
 
 def _run(options: argparse.Namespace) -> int:
-    from fastkd.analysis import LEVELS, analyze
-    from fastkd.analysis.accumulators.shared_basis import SUBSPACES
+    from fastkd.analysis import analyze
 
-    given = vars(options)
-    taken = ("command", "run", "model", "data", "output", "levels", "subspaces", "no_figures")
-    report = analyze(
-        options.model,
-        options.data,
-        options.output,
-        levels=options.levels or LEVELS,
-        subspaces=options.subspaces or SUBSPACES,
-        figures=not options.no_figures,
-        command=shlex.join(["fastkd", *sys.argv[1:]]),
-        **{name: value for name, value in given.items() if name not in taken},
-    )
+    given = {
+        name: value
+        for name, value in vars(options).items()
+        if name not in ("command", "run", "no_figures")
+        and not (name in ("levels", "subspaces") and value is None)
+    }
+    command = shlex.join(["fastkd", *sys.argv[1:]])
+    report = analyze(**given, figures=not options.no_figures, command=command)
     print_once(report.summary())
     if options.output is not None:
         print_once(f"report: {Path(options.output) / 'report.md'}")

@@ -1,4 +1,4 @@
-"""``fastkd recipes``, ``fastkd losses`` and ``fastkd env``: what there is to choose from."""
+"""``fastkd recipes``, ``losses``, ``env`` and ``completion``: commands that only print."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ import argparse
 import inspect
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from fastkd.cli import COMMANDS, parsers
 from fastkd.losses.registry import (
     FEATURE_LOSSES,
     LOGIT_LOSSES,
@@ -21,12 +22,16 @@ from fastkd.losses.registry import (
 )
 from fastkd.utils.io import printable
 
-_AIM = re.compile(r"# Aims at: (\d[\d.]* %)")  # in a recipe's head; some have none to aim at
+_AIM = re.compile(r"# Aims at: (\d[\d.]* %)")  # in a recipe's first comment; not in all
 
 
 def configure_recipes(parser: argparse.ArgumentParser) -> None:
     """Add the options of ``fastkd recipes``."""
-    parser.add_argument("name", nargs="?", help="a recipe to show")
+    parser.usage = "fastkd recipes [NAME] [--schema]"
+    parser.epilog = """examples:
+  fastkd recipes
+  fastkd recipes lift_softkd_spectral > mine.yaml"""
+    parser.add_argument("name", nargs="?", metavar="NAME", help="recipe to print")
     parser.add_argument(
         "--schema", action="store_true", help="print the JSON schema of a recipe, for editors"
     )
@@ -35,20 +40,100 @@ def configure_recipes(parser: argparse.ArgumentParser) -> None:
 
 def configure_losses(parser: argparse.ArgumentParser) -> None:
     """Add the options of ``fastkd losses``."""
-    parser.add_argument("name", nargs="?", help="a loss or projector to explain")
+    parser.usage = "fastkd losses [NAME]"
+    parser.epilog = """examples:
+  fastkd losses
+  fastkd losses spectral"""
+    parser.add_argument("name", nargs="?", metavar="NAME", help="loss or projector to explain")
     parser.set_defaults(run=_losses)
 
 
 def configure_env(parser: argparse.ArgumentParser) -> None:
     """Add the options of ``fastkd env``."""
+    parser.usage = "fastkd env [--variables]"
+    parser.epilog = """examples:
+  fastkd env
+  fastkd env --variables"""
+    parser.add_argument(
+        "--variables", action="store_true", help="list the environment variables that fastkd reads"
+    )
     parser.set_defaults(run=_env)
 
 
-def _env(_: argparse.Namespace) -> int:
-    from fastkd.ops.environment import report
+def configure_completion(parser: argparse.ArgumentParser) -> None:
+    """Add the options of ``fastkd completion``."""
+    parser.usage = "fastkd completion {bash,zsh,fish}"
+    parser.epilog = """examples:
+  eval "$(fastkd completion bash)"     # in ~/.bashrc
+  eval "$(fastkd completion zsh)"      # in ~/.zshrc
+  fastkd completion fish | source      # in ~/.config/fish/config.fish"""
+    parser.add_argument("shell", choices=("bash", "zsh", "fish"), help="shell of the script")
+    parser.set_defaults(run=_completion)
 
-    print(report())
+
+def _env(options: argparse.Namespace) -> int:
+    from fastkd.ops.environment import report, variables
+
+    print(variables() if options.variables else report())
     return 0
+
+
+def _completion(options: argparse.Namespace) -> int:
+    _, commands = parsers()
+    print(_fish(commands) if options.shell == "fish" else _bash(commands, options.shell))
+    return 0
+
+
+def _bash(commands: Mapping[str, argparse.ArgumentParser], shell: str) -> str:
+    """A completion function of bash, which zsh can load, too."""
+    cases = []
+    for name, parser in commands.items():
+        for action in parser._actions:
+            keys = "|".join(f"{name}:{flag}" for flag in action.option_strings or [""])
+            if values := _values(action):
+                cases.append(f'{keys}) words="{" ".join(values)}" ;;')
+        known = " ".join(flag for action in parser._actions for flag in action.option_strings)
+        cases.append(f'{name}:*) flags="{known}" ;;')
+    lines = "\n    ".join(cases)
+    zsh = "autoload -U compinit bashcompinit && compinit && bashcompinit\n"
+    return f"""{zsh if shell == "zsh" else ""}_fastkd() {{
+  local current="${{COMP_WORDS[COMP_CWORD]}}" previous="${{COMP_WORDS[COMP_CWORD-1]}}" words flags
+  [[ "$COMP_CWORD" -eq 2 ]] && previous=""
+  case "${{COMP_WORDS[1]}}:$previous" in
+    {lines}
+  esac
+  [[ "$COMP_CWORD" -eq 1 ]] && words="{" ".join(commands)}"
+  [[ "$current" == -* ]] && words="$flags"
+  COMPREPLY=($(compgen -W "$words" -- "$current"))
+}}
+complete -o default -F _fastkd fastkd"""
+
+
+def _fish(commands: Mapping[str, argparse.ArgumentParser]) -> str:
+    """One line of fish's ``complete`` per command and flag."""
+    lines = []
+    for name, parser in commands.items():
+        first = "-f -n __fish_use_subcommand"
+        lines.append(f"complete -c fastkd {first} -a {name} -d '{COMMANDS[name][1]}'")
+        for action in parser._actions:
+            words = [f"-l {flag[2:]}" for flag in action.option_strings if flag[1] == "-"]
+            if values := _values(action):
+                words.append(f"-a '{' '.join(values)}'")
+            within = f"-n '__fish_seen_subcommand_from {name}'"
+            lines += [f"complete -c fastkd {within} {' '.join(words)}"] * bool(words)
+    return "\n".join(lines)
+
+
+def _values(action: argparse.Action) -> list[str]:
+    """The words that may follow a flag, as far as they are known."""
+    from fastkd.cli.flags import choices_of
+    from fastkd.config import Recipe
+
+    if action.choices is not None:
+        return [str(choice) for choice in action.choices]
+    if action.dest == "recipe":
+        return Recipe.names()
+    return choices_of(action.dest) if action.dest in Recipe.model_fields else []
 
 
 def _recipes(options: argparse.Namespace) -> int:

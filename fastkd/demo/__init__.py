@@ -1,33 +1,56 @@
-"""``fastkd demo``: the paper's comparison on digits, in minutes on a CPU."""
+"""``fastkd demo``: the paper's comparison of students on digits, in minutes on a CPU."""
 
 from __future__ import annotations
 
 import argparse
 import importlib
 import time
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from fastkd.demo.experiment import Settings
 
-# What `pip install "fastkd[demo]"` brings, by the name it is imported under.
+# What `pip install "fastkd[demo]"` installs, by the name that it is imported by.
 _EXTRAS = {"sklearn": "scikit-learn", "matplotlib": "matplotlib"}
 
 
-def main(argv: Sequence[str]) -> int:
-    """Run the demo, or continue it."""
-    options = _parse(argv)
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Add the options of ``fastkd demo``."""
+    parser.usage = "fastkd demo [--quick] [options]"
+    parser.description = (
+        "Distill a small ViT into smaller ones on scikit-learn's digits, and compare plain, Lift "
+        "and WideLast students. Finished runs are kept: the same command continues, or prints the "
+        "results again."
+    )
+    parser.epilog = """examples:
+  fastkd demo --quick
+  fastkd demo --seeds 8 --output digits"""
+    parser.add_argument("--quick", action="store_true", help="one seed, short runs: under a minute")
+    parser.add_argument("--seeds", type=_positive, metavar="N", help="runs of every student")
+    parser.add_argument(
+        "--output", metavar="DIR", help="folder (default: fastkd-demo, or fastkd-demo-quick)"
+    )
+    parser.add_argument("--device", help="cpu (default) or cuda, which is not faster at this size")
+    parser.set_defaults(run=_run)
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"expected at least 1, got {value}")
+    return value
+
+
+def _run(options: argparse.Namespace) -> int:
     require_extras()
     from fastkd.demo.experiment import FULL, QUICK
 
     settings = QUICK if options.quick else FULL
     settings = replace(settings, device=options.device or settings.device)
-    seeds = options.seeds or settings.default_seeds
-    output = options.output or Path("fastkd-demo-quick" if options.quick else "fastkd-demo")
-    run_demo(settings, seeds, output)
+    output = options.output or ("fastkd-demo-quick" if options.quick else "fastkd-demo")
+    run_demo(settings, options.seeds or settings.default_seeds, Path(output))
     return 0
 
 
@@ -63,40 +86,3 @@ def _imports(module: str) -> bool:
     except ImportError:
         return False
     return True
-
-
-class _Parser(argparse.ArgumentParser):
-    """Errors in one line, as in the rest of the command line."""
-
-    def error(self, message: str) -> NoReturn:
-        """Print the message and leave with status 2."""
-        self.exit(2, f"{self.prog}: error: {message}\n")
-
-
-def _parse(argv: Sequence[str]) -> argparse.Namespace:
-    parser = _Parser(
-        "fastkd demo",
-        allow_abbrev=False,
-        description="Distil a small ViT into smaller ones on scikit-learn's digits and compare "
-        "plain, Lift and WideLast students. Run it again to continue or to look once more.",
-    )
-    parser.add_argument("--quick", action="store_true", help="one seed, short runs: under a minute")
-    parser.add_argument("--seeds", type=_positive, help="runs of every student")
-    parser.add_argument(
-        "--output", type=_folder, help="folder (default: fastkd-demo, or fastkd-demo-quick)"
-    )
-    parser.add_argument("--device", help="cpu (default) or cuda, which gains nothing at this size")
-    return parser.parse_args(list(argv))
-
-
-def _folder(text: str) -> Path:
-    if not text.strip():
-        raise argparse.ArgumentTypeError("must not be empty")
-    return Path(text)
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"expected at least 1, got {value}")
-    return value

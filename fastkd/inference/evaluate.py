@@ -1,11 +1,12 @@
-"""Accuracy of any model on any data."""
+"""Measure the accuracy of a model on an evaluation set."""
 
 from __future__ import annotations
 
 import contextlib
 import logging
 import math
-from collections.abc import Callable, Iterable, Iterator
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -21,14 +22,15 @@ from fastkd.data.classes import Classes, match_classes
 from fastkd.data.datasets import Data, open_data
 from fastkd.data.loader import default_workers, eval_loader
 from fastkd.data.transforms import InputSpec
-from fastkd.inference.loading import classes_of, open_model
+from fastkd.inference.loading import classes_of, open_for_images
 from fastkd.models.weights import verifying
 from fastkd.utils.arguments import MOST_WORKERS, check_numbers
 from fastkd.utils.distributed import World, autocast, world
 from fastkd.utils.hints import suggestion
+from fastkd.utils.progress import Progress
 
-OPTIONS = (*IMAGE_OPTIONS, "data_root")
-SHOWN = 3  # names of unreadable images that are said
+BAR_AFTER = 2.0  # seconds; shorter work needs no bar
+SHOWN = 3  # names of unreadable images in a message
 
 logger = logging.getLogger("fastkd")
 
@@ -43,6 +45,7 @@ def evaluate(
     amp: Literal["none", "bf16", "fp16"] = "none",
     batch_size: int = 256,
     workers: int | None = None,
+    quiet: bool = False,
     verify: bool = True,
     classes_by: Literal["name", "number"] = "name",
     **options: Unpack[EvaluateOptions],
@@ -50,79 +53,87 @@ def evaluate(
     """Measure accuracy on an evaluation set, every image once.
 
     Args:
-        model: a timm name (pretrained, or with ``checkpoint``; ``hf_hub:OWNER/NAME`` and
-            ``local-dir:FOLDER`` too), a folder that `export` wrote for timm, a checkpoint or folder
-            of a fastkd run, a student exported as safetensors, a checkpoint that the authors of
-            arXiv 2511.15572 released (a path, or ``hf_hub:OWNER/NAME/FILE``), or a module.
-        data: as in `train`, of which the evaluation set is used; or one data set, or a folder of
+        model: a timm name, ``hf_hub:OWNER/NAME`` or ``local-dir:FOLDER``; a run's folder or
+            checkpoint; an exported folder or safetensors file; a checkpoint that the authors of
+            arXiv 2511.15572 released; or a module. A file may be ``hf_hub:OWNER/NAME/FILE``.
+        data: as in `train`, of which the evaluation set is used; or one dataset, or a folder of
             class folders.
-        checkpoint: for a timm name or a module, weights in a file, which a module takes in place.
-            A checkpoint of a run and an exported student bring what they were fed.
-        weights: ``"raw"``, ``"ema"`` or ``"auto"`` of a fastkd checkpoint; auto takes the EMA where
-            its run measured it to be the better one.
+        checkpoint: weights for a timm name or, in place, for a module. A run's checkpoint and an
+            exported student also define the preprocessing.
+        weights: ``"raw"``, ``"ema"`` or ``"auto"`` of a run; auto takes the EMA weights if they had
+            the higher top-1 in its last evaluation.
         device: as in `train`.
-        amp: ``"none"``, ``"bf16"`` or ``"fp16"``.
+        amp: autocast type.
         batch_size: images per step and process.
-        workers: loader processes; None: up to four, as many as there are CPUs.
-        verify: refuse weights whose checksum is wrong or was left out; formats without one are not
-            checked.
-        classes_by: ``"name"``: labels are the model's classes of the same names; for models of an
-            ImageNet, WordNet's ids and their descriptions both count. Without names on a side, or
-            if no class has one of ImageNet's, labels are taken by number, which a line says.
-            ``"number"`` takes them so without asking.
+        workers: dataloader processes; None: up to four, at most one per CPU.
+        quiet: show no progress.
+        verify: refuse weights whose checksum is wrong or missing.
+        classes_by: ``"name"`` maps labels to the model's classes of the same name (WordNet's ids
+            and descriptions both count), and warns where it can only take them by ``"number"``.
         **options: ``img_size``, ``crop_pct``, ``crop_mode``, ``interpolation``, ``mean``, ``std``,
-            ``data_root`` as in a recipe; what is not given comes from the run's recipe, or is
-            timm's for evaluation. Models from a name or a run are built for ``img_size``.
+            ``data_root`` as in a recipe; by default those of the run, or timm's for evaluation.
 
     Returns:
-        ``top1`` and ``top5`` in % (``top5`` None below five classes), ``loss`` (plain
-        cross-entropy), ``count`` (images), ``unreadable`` (images that cannot be read),
-        ``nonfinite`` (images whose logits are NaN or infinite), ``weights`` (``"raw"``, ``"ema"``
-        or ``"as given"``). Those two kinds count as wrong, have no loss, and are warned of.
+        ``top1`` and ``top5`` in % (``top5`` None below five classes), ``loss`` (cross-entropy),
+        ``count`` of images, ``unreadable`` and ``nonfinite`` ones (NaN or infinite logits), which
+        count as wrong and have no loss, and ``weights`` (``"raw"``, ``"ema"`` or ``"as given"``).
 
     Raises:
-        ValueError: options or data that do not fit, classes that the model does not have, labels
-            that are no whole numbers, or a checkpoint that cannot be used.
+        ValueError: options, data, classes, labels or a checkpoint that do not fit.
         OSError: no image can be read.
     """
-    unknown = set(options) - set(OPTIONS)
-    if unknown:
-        name = sorted(unknown)[0]
-        hint = suggestion(name, ("batch_size", "checkpoint", "workers", "weights", *OPTIONS))
-        raise ValueError(f"evaluate: unknown option {name!r}{hint}; there are {OPTIONS}")
+    check_options("evaluate", options, (*IMAGE_OPTIONS, "data_root"))
     check_numbers("evaluate", batch_size=(batch_size, 1), workers=(workers, 0, MOST_WORKERS))
-    workers = default_workers() if workers is None else workers
     opened = open_data(data, options.get("data_root"), need_train=False)
     if opened.yields_tensors:
         refuse_image_options(options)
     with world(device) as peers, verifying(verify):
-        subject = open_model(
-            model,
-            checkpoint=checkpoint,
-            weights=weights,
-            img_size=options.get("img_size"),
-            caller="evaluate",
-        )
-        of_images: Any = {name: v for name, v in options.items() if name in IMAGE_OPTIONS}
-        network, preprocessing = subject.network, subject.preprocessing.override(**of_images)
-        spec = preprocessing.input_spec(network, opened)
-        network = network.to(peers.device)
+        subject = open_for_images("evaluate", model, checkpoint, weights, options)
+        spec = subject.preprocessing.input_spec(subject.network, opened)
+        network = subject.network.to(peers.device)
         named = subject.named
         if named.count is None:
             named = classes_of(network, subject.classes, _count_logits(network, spec, peers, amp))
         own = Classes.of_data(opened.val, opened.num_classes)
         numbers = match_classes(own, named, by=classes_by, quiet=not peers.is_main)
-        recipe = preprocessing.recipe.override(eval_batch_size=batch_size, workers=workers)
+        workers = default_workers() if workers is None else workers
+        recipe = subject.preprocessing.recipe.override(eval_batch_size=batch_size, workers=workers)
         if recipe.num_classes is None:
             recipe = recipe.override(num_classes=opened.num_classes or named.count or None)
         loader = eval_loader(replace(opened, numbers=numbers), recipe, spec, peers)
-        measured = evaluate_model(network, loader, peers, amp)
+        images = opened.val.num_samples or 0 if opened.streams else len(opened.val)
+        shows = peers.is_main and not quiet and images > 0  # a stream may not know its length
+        share = math.ceil(images / peers.size)
+        with Progress("evaluate", share, delay=BAR_AFTER, shows=shows) as progress:
+            measured = evaluate_model(network, loader, peers, amp, progress=progress)
     return measured | {"weights": subject.weights}
+
+
+def check_options(caller: str, options: Mapping[str, Any], known: Sequence[str]) -> None:
+    """Refuse unknown keyword arguments."""
+    for name in set(options).difference(known):
+        hint = suggestion(name, ("batch_size", "checkpoint", "top", "workers", "weights", *known))
+        raise ValueError(f"{caller}: unknown option {name!r}{hint}; expected one of {known}")
+
+
+def check_output(caller: str, path: str | Path | None, endings: Sequence[str] = ()) -> None:
+    """Refuse an output file that cannot be written, before any work is done for it."""
+    if path is None:
+        return
+    folder = Path(path).absolute().parent
+    if endings and Path(path).suffix.lower() not in endings:
+        raise ValueError(f"{caller}: output must end in {' or '.join(endings)}, got {str(path)!r}")
+    if Path(path).is_dir():
+        raise ValueError(f"{caller}: output must be a file, but {str(path)!r} is a folder")
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{caller}: there is no folder {str(Path(path).parent)!r}")
+    if not os.access(folder, os.W_OK):
+        raise PermissionError(f"{caller}: output: the folder {str(folder)!r} is not writable")
 
 
 @torch.no_grad()
 def _count_logits(network: nn.Module, spec: InputSpec, peers: World, amp: str) -> int:
-    """Run a module that does not say how many classes it has on one black image."""
+    """Run a module without ``num_classes`` on one black image."""
     with evaluating(network), autocast(peers.device, amp):
         return network(torch.zeros(1, *spec.size, device=peers.device)).shape[-1]
 
@@ -133,26 +144,25 @@ def evaluate_model(
     loader: Iterable[Batch],
     world: World,
     amp: str = "none",
-    warn: Callable[[str], None] = logger.warning,
+    warn: Callable[[str], None] = logger.warning,  # called on the main process
+    progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Accuracy and cross-entropy over the shares of all processes; synchronizes once, at the end.
-
-    Returns what `evaluate` does, but ``weights``; ``warn`` takes its lines, on the main process.
-    """
+    """Return what `evaluate` does, but ``weights``; synchronizes with all processes at the end."""
     sums = torch.zeros(5, dtype=torch.float64, device=world.device)
     faults: list[Fault] = []
     classes = 0
     with evaluating(model):
         for batch in loader:
             faults += batch.faults
-            if not len(batch.labels):
-                continue
-            images = batch.images.to(world.device, non_blocking=True)
-            target = batch.labels.to(world.device, non_blocking=True)
-            with autocast(world.device, amp):
-                logits = model(images)
-            classes = logits.shape[-1]
-            sums += _scores(logits.float(), target)
+            if len(batch.labels):
+                images = batch.images.to(world.device, non_blocking=True)
+                target = batch.labels.to(world.device, non_blocking=True)
+                with autocast(world.device, amp):
+                    logits = model(images)
+                classes = logits.shape[-1]
+                sums += _scores(logits.float(), target)
+            if progress is not None:
+                progress.advance(len(batch.labels) + len(batch.faults), len(batch.faults))
     known = sums.new_tensor([len(faults), classes >= 5])
     *totals, unreadable, has_top5 = world.sum(torch.cat([sums, known])).tolist()
     top1, top5, loss, finite, read = totals
@@ -160,8 +170,8 @@ def evaluate_model(
     check_readable(loader, faults, int(unreadable), count, world, warn)
     if nonfinite and world.is_main:
         warn(
-            f"{nonfinite:,} of {count:,} evaluation images have logits that are NaN or infinite: "
-            "they count as wrong, and have no loss"
+            f"{nonfinite:,} of {count:,} evaluation images have NaN or infinite logits: they count "
+            "as wrong, and have no loss"
         )
     return {
         "top1": 100 * top1 / max(count, 1),
@@ -175,7 +185,7 @@ def evaluate_model(
 
 @contextlib.contextmanager
 def evaluating(model: nn.Module) -> Iterator[nn.Module]:
-    """Run a model in eval mode, and put every module's mode back."""
+    """Run a model in eval mode, and restore every module's mode."""
     modes = [(module, module.training) for module in model.modules()]
     try:
         yield model.eval()
@@ -186,18 +196,15 @@ def evaluating(model: nn.Module) -> Iterator[nn.Module]:
 
 def check_readable(
     loader: Any,
-    faults: list[Fault],
-    unreadable: int,
+    faults: list[Fault],  # of this process
+    unreadable: int,  # images of all processes, as is count
     count: int,
     world: World,
     warn: Callable[[str], None],
 ) -> None:
-    """Name what no process could read, and refuse a figure of too few images to mean anything.
-
-    ``faults`` are this process' own, ``unreadable`` and ``count`` of all.
-    """
+    """Warn of unreadable images; raise if nothing was read, or not all that the dataset lists."""
     source = getattr(getattr(loader, "dataset", None), "source", None)
-    if source is not None and source.num_samples not in (None, count):  # streams can lose some
+    if source is not None and source.num_samples not in (None, count):  # a torn stream ends early
         raise ValueError(
             f"data: evaluated {count} of the {source.num_samples} images that {source} lists"
         )

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import operator
+import os
 import re
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from timm.data import ImageNetInfo, infer_imagenet_subset
@@ -16,77 +18,68 @@ from typing_extensions import Unpack
 
 from fastkd.config import IMAGE_OPTIONS, ImageOptions
 from fastkd.data.batches import Batch, Fault
+from fastkd.data.image_files import LeftOut, image_endings, list_images, warn_left_out
 from fastkd.data.loader import default_workers
-from fastkd.inference.evaluate import evaluating, have_finite_logits
-from fastkd.inference.images import Images, find_images, image_loader, open_files
-from fastkd.inference.loading import open_model
+from fastkd.data.readers import DataPair, FileReader, ReadableImages
+from fastkd.inference.evaluate import (
+    BAR_AFTER,
+    check_options,
+    check_output,
+    evaluating,
+    have_finite_logits,
+)
+from fastkd.inference.loading import open_for_images
+from fastkd.inference.preprocessing import image_loader
 from fastkd.models.weights import verifying
-from fastkd.utils.arguments import MOST_WORKERS, check_numbers
+from fastkd.utils.arguments import MOST_WORKERS, check_numbers, describe
 from fastkd.utils.distributed import World, autocast, world
-from fastkd.utils.hints import suggestion
 from fastkd.utils.io import csv_text, writable, write_text
 from fastkd.utils.progress import Progress
 
-BAR_AFTER = 2.0  # seconds: what is done sooner needs no bar
-_SYNSET = re.compile(r"n\d{8}")
-
-_WITH_EVERY_SYNSET = ("imagenet1k", "imagenet22k")  # the former has some that the latter has not
+Images = str | os.PathLike[str] | Iterable[str | os.PathLike[str]]
 
 FORMATS = (".csv", ".json")
+
+_SYNSET = re.compile(r"n\d{8}")
+_WITH_EVERY_SYNSET = ("imagenet1k", "imagenet22k")  # the former has some that the latter has not
 
 
 @dataclass(frozen=True)
 class Guess:
-    """One class that an image may be of.
+    """One class of an image."""
 
-    Attributes:
-        index: of the logit.
-        name: of the class; its number where no name is known.
-        probability: softmax over all classes.
-    """
-
-    index: int
-    name: str
-    probability: float
+    index: int  # of the logit
+    name: str  # of the class; its number where no name is known
+    probability: float  # softmax over all classes
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """The classes that an image may be of.
+    """The most probable classes of an image."""
 
-    Attributes:
-        image: its file; bytes of its name that are no UTF-8 as ``\\xff``.
-        guesses: the most probable first.
-    """
-
-    image: str
-    guesses: tuple[Guess, ...]
+    image: str  # its file; bytes of the name that are no UTF-8 are written as \\xff
+    guesses: tuple[Guess, ...]  # the most probable first
 
 
 @dataclass(frozen=True)
 class Predictions:
-    """What `predict` found.
+    """The result of `predict`."""
 
-    Attributes:
-        images: in the order in which they were given or found.
-        unreadable: what could not be read or has no finite logits, and why; likewise.
-        weights: of the model: ``"raw"`` or ``"ema"`` of a run, else ``"as given"``.
-    """
-
-    images: tuple[Prediction, ...]
-    unreadable: tuple[Fault, ...]
-    weights: str
+    images: tuple[Prediction, ...]  # in the order in which they were given or found
+    unreadable: tuple[Fault, ...]  # also those without finite logits; each with its reason
+    weights: str  # "raw" or "ema" of a run, else "as given"
 
     def save(self, path: str | Path) -> None:
         """Write a file atomically.
 
         Args:
-            path: ``.csv``: a row for every guess; ``.json``: all there is.
+            path: ``.csv``: a row for every guess; ``.json``: everything.
 
         Raises:
             ValueError: another ending.
         """
-        write_text(path, self._csv() if _format(path) == ".csv" else self._json())
+        check_output("predict", path, FORMATS)
+        write_text(path, self._csv() if Path(path).suffix.lower() == ".csv" else self._json())
 
     def _csv(self) -> str:
         rows: list[tuple[Any, ...]] = [("image", "rank", "index", "name", "probability")]
@@ -109,8 +102,8 @@ class Predictions:
 
 
 def predict(
-    images: Images,
     model: str | Path | nn.Module,
+    images: Images,
     *,
     checkpoint: str | Path | None = None,
     weights: Literal["auto", "raw", "ema"] = "auto",
@@ -124,157 +117,136 @@ def predict(
     verify: bool = True,
     **options: Unpack[ImageOptions],
 ) -> Predictions:
-    """Classify images, read and transformed as in `evaluate`.
-
-    Under torchrun the processes share the images; the main one writes ``output``.
+    """Classify images, prepared as in `evaluate`; processes of torchrun share them.
 
     Args:
-        images: files and folders. A folder stands for the images in it and below, but hidden ones,
-            as in `evaluate`: .jpg, .jpeg, .png, .webp, .bmp, .gif, .tif, .tiff, .ppm and .pgm;
-            ``timm.data.readers.add_img_extensions`` adds endings. Pipes and devices are unreadable.
-            A file that is named may be JPEG, PNG, WebP, GIF, BMP, PPM, TIFF, JPEG 2000 or
-            AVIF by its content, of at most 1.5 times PIL.Image.MAX_IMAGE_PIXELS, which is 134
-            million pixels (a JPEG of up to 179 million is read at half size). Images are brought
-            to as many channels as the model takes, and not turned by their EXIF orientation, as in
-            training. Grayscale of more than 8 bits counts as unreadable: no value in it means
-            white.
         model: as in `evaluate`.
+        images: files and folders. A folder is searched for files with timm's image endings, but
+            not for hidden ones; a file may have any ending. EXIF orientation is ignored, as in
+            training; grayscale of more than 8 bits counts as unreadable.
         checkpoint: as in `evaluate`.
         weights: as in `evaluate`.
-        top: number of classes given for an image.
+        top: number of classes per image.
         output: a ``.csv`` or ``.json`` file to write as well, see `Predictions.save`.
         device: as in `evaluate`.
         amp: as in `evaluate`.
         batch_size: images per step and process.
-        workers: loader processes, where there is more than one batch; None: up to four, as many
-            as there are CPUs.
+        workers: dataloader processes if there is more than one batch, as in `evaluate`.
         quiet: show no progress.
         verify: as in `evaluate`.
         **options: ``img_size``, ``crop_pct``, ``crop_mode``, ``interpolation``, ``mean``, ``std``.
 
     Returns:
-        The predictions, and what could not be read, on every process. Class names are those of the
-        run's data; else timm's where there are as many classes as in an ImageNet; else numbers.
+        The predictions, the same on every process. Classes have the names of the run's data; else
+        timm's where there are as many classes as in an ImageNet; else numbers.
 
     Raises:
         ValueError: no images, options that do not fit, or a model that cannot be used.
         TypeError: an argument of the wrong type.
         FileNotFoundError: there is no such model, or no folder for ``output``.
     """
-    check_numbers(
-        "predict", top=(top, 1), batch_size=(batch_size, 1), workers=(workers, 0, MOST_WORKERS)
-    )
-    unknown = sorted(set(options) - set(IMAGE_OPTIONS))
-    if unknown:
-        hint = suggestion(
-            unknown[0], ("batch_size", "checkpoint", "top", "workers", *IMAGE_OPTIONS)
-        )
-        raise ValueError(f"predict: unknown option {unknown[0]!r}{hint}; there are {IMAGE_OPTIONS}")
-    _check_output(output)
+    check_numbers("predict", top=(top, 1), batch_size=(batch_size, 1))
+    check_numbers("predict", workers=(workers, 0, MOST_WORKERS))
+    check_options("predict", options, IMAGE_OPTIONS)
+    check_output("predict", output, FORMATS)
     files, empty_folders = find_images(images)
     with world(device) as peers, verifying(verify):
-        opened = open_model(
-            model,
-            checkpoint=checkpoint,
-            weights=weights,
-            img_size=options.get("img_size"),
-            caller="predict",
-        )
-        if getattr(opened.network, "num_classes", None) == 0:
-            name = type(opened.network).__name__
-            raise ValueError(f"predict: the model, a {name}, has no classes")
-        preprocessing, data = opened.preprocessing.override(**options), open_files(files)
+        opened = open_for_images("predict", model, checkpoint, weights, options)
+        network = opened.network.to(peers.device)
+        if opened.num_classes == 0:
+            raise ValueError(f"predict: the model, a {type(network).__name__}, has no classes")
+        data = open_files(files)
         share = range(peers.rank, len(files), peers.size)
         loader = image_loader(
             data,
-            preprocessing.recipe,
-            preprocessing.input_spec(opened.network, data),
+            opened.preprocessing.recipe,
+            opened.preprocessing.input_spec(network, data),
             share,
             batch_size=batch_size,
             workers=default_workers() if workers is None else workers,
             device=peers.device,
         )
         shows = peers.is_main and not quiet
-        with (
-            Progress(
-                "predict", len(share), lost="passed over", delay=BAR_AFTER, shows=shows
-            ) as progress,
-            evaluating(opened.network.to(peers.device)) as network,
-        ):
-            shares = peers.gather(_classified(network, loader, files, peers, amp, top, progress))
+        with Progress("predict", len(share), delay=BAR_AFTER, shows=shows) as progress:
+            mine = _classify(network, loader, files, opened.classes, peers, amp, top, progress)
+        shares = peers.gather(mine)
         # In the order of the files, whichever process had them.
-        found = sorted(one for share in shares for one in share.found)
-        faults = sorted(fault for share in shares for fault in share.faults)
-        classes = class_descriptions(opened.classes, max(share.classes for share in shares))
+        found = sorted((one for found, _ in shares for one in found), key=operator.itemgetter(0))
+        faults = sorted(fault for _, faults in shares for fault in faults)
         predictions = Predictions(
-            tuple(_prediction(files[one.sample], one, classes) for one in found),
-            (*empty_folders, *faults),
-            opened.weights,
+            tuple(prediction for _, prediction in found), (*empty_folders, *faults), opened.weights
         )
         if output is not None and peers.is_main:
             predictions.save(output)
     return predictions
 
 
-def _check_output(output: str | Path | None) -> None:
-    if output is None:
-        return
-    _format(output)
-    if Path(output).is_dir():
-        raise ValueError(f"predict: output must be a file, but {str(output)!r} is a folder")
-    if not Path(output).absolute().parent.is_dir():
-        raise FileNotFoundError(f"predict: there is no folder {str(Path(output).parent)!r}")
+def find_images(images: Images) -> tuple[list[str], list[Fault]]:
+    """List the image files that are named, one by one or by their folders."""
+    several = isinstance(images, Iterable) and not isinstance(images, str | bytes | os.PathLike)
+    places: list[Any] = list(images) if several else [images]  # type: ignore[arg-type]
+    files: list[str] = []
+    faults = []
+    for place in places:
+        if not isinstance(place, str | os.PathLike):
+            raise TypeError(f"predict: images must be paths, got {describe(place)}")
+        left_out = LeftOut()
+        found = list_images(Path(place), left_out) if Path(place).is_dir() else [str(Path(place))]
+        warn_left_out(Path(place), left_out)
+        files += found
+        if not found:
+            reason = f"a folder without images ({', '.join(image_endings())})"
+            faults.append(Fault(-1, writable(place), reason))
+    if not files and not faults:
+        raise ValueError("predict: no images were given")
+    return files, faults
 
 
-def _format(path: str | Path) -> str:
-    suffix = Path(path).suffix.lower()
-    if suffix not in FORMATS:
-        raise ValueError(f"predict: output must end in .csv or .json, got {str(path)!r}")
-    return suffix
+def open_files(files: Sequence[str]) -> DataPair:
+    """Open image files as an evaluation set without labels."""
+    reader = FileReader("", [(file, None) for file in files], {})
+    return DataPair(
+        train=None,
+        val=ReadableImages(reader, labeled=False),
+        num_classes=None,
+        yields_tensors=False,
+        image_size=None,
+        labeled_val=False,
+    )
 
 
-@dataclass
-class _Share:
-    """The results of one process, and the number of classes."""
-
-    found: list[Likeliest] = field(default_factory=list)
-    faults: list[Fault] = field(default_factory=list)
-    classes: int = 0
-
-
-def _classified(
+def _classify(
     network: nn.Module,
     loader: Iterable[tuple[Batch | None, list[Fault]]],
     files: list[str],
+    classes: tuple[str, ...] | None,
     peers: World,
     amp: str,
     top: int,
     progress: Progress,
-) -> _Share:
-    share, reason = _Share(), "its logits are not finite"
-    if amp == "fp16":
-        reason += " (with amp='fp16' numbers overflow easily: try 'bf16' or 'none')"
-    for batch, faults in loader:
-        found: list[Likeliest] = []
-        if batch is not None:
-            found, share.classes = likeliest(network, batch, peers, amp, top)
-        overflown = [
-            Fault(one.sample, writable(files[one.sample]), reason)
-            for one in found
-            if not one.classes
-        ]
-        share.found += [one for one in found if one.classes]
-        share.faults += faults + overflown
-        progress.advance(len(found) + len(faults), len(faults) + len(overflown))
-    return share
-
-
-def _prediction(file: str, found: Likeliest, names: tuple[str, ...]) -> Prediction:
-    guesses = zip(found.classes, found.probabilities, strict=True)
-    return Prediction(
-        writable(file),
-        tuple(Guess(index, names[index], probability) for index, probability in guesses),
-    )
+) -> tuple[list[tuple[int, Prediction]], list[Fault]]:
+    """Classify this process' share; returns predictions by the index of their file, and faults."""
+    found: list[tuple[int, Prediction]] = []
+    lost: list[Fault] = []
+    names: tuple[str, ...] = ()
+    with evaluating(network):
+        for batch, faults in loader:
+            ranked: list[tuple[int, list[int], list[float]]] = []
+            if batch is not None:
+                ranked, count = _top_classes(network, batch, peers, amp, top)
+                names = names or class_descriptions(classes, count)
+            before = len(lost)
+            lost += faults
+            for index, labels, probabilities in ranked:
+                image = writable(files[index])
+                pairs = zip(labels, probabilities, strict=True)
+                guesses = tuple(Guess(label, names[label], value) for label, value in pairs)
+                if guesses:
+                    found.append((index, Prediction(image, guesses)))
+                else:
+                    lost.append(Fault(index, image, "its logits are not finite"))
+            progress.advance(len(ranked) + len(faults), len(lost) - before)
+    return found, lost
 
 
 def class_descriptions(names: Iterable[str] | None, count: int) -> tuple[str, ...]:
@@ -289,6 +261,7 @@ def _imagenet(count: int) -> list[str]:
 
 
 def _readable(names: list[str]) -> list[str]:
+    """Replace WordNet's ids by their descriptions."""
     if not all(_SYNSET.fullmatch(name) for name in names):
         return names
     described: dict[str, str] = {}
@@ -297,66 +270,24 @@ def _readable(names: list[str]) -> list[str]:
     return [described.get(name, name) for name in names]
 
 
-class Likeliest(NamedTuple):
-    """The classes that an image may be of, the most probable first.
-
-    Attributes:
-        sample: index of the image.
-        classes: k indices of logits; none where the image's logits are not finite.
-        probabilities: k values of the softmax over all classes.
-    """
-
-    sample: int
-    classes: tuple[int, ...]
-    probabilities: tuple[float, ...]
-
-
 @torch.no_grad()
-def likeliest(
+def _top_classes(
     network: nn.Module, batch: Batch, peers: World, amp: str, top: int
-) -> tuple[list[Likeliest], int]:
-    """Classify a batch; synchronizes once. Of [B, classes] logits, [B, k] numbers are kept."""
+) -> tuple[list[tuple[int, list[int], list[float]]], int]:
+    """Classify a batch; returns rows (file, classes, probabilities) and the number of classes.
+
+    An image without finite logits has no classes.
+    """
     images = batch.images.to(peers.device, non_blocking=True)
     with autocast(peers.device, amp):
-        logits = _logits(network, images)
-    finite = have_finite_logits(logits)
-    probabilities, classes = logits.float().softmax(-1).topk(min(top, logits.shape[-1]))
-    rows = zip(
-        batch.samples.tolist(), classes.tolist(), probabilities.tolist(), finite.tolist(),
-        strict=True,
-    )  # fmt: skip
-    found = [
-        Likeliest(sample, tuple(indices), tuple(values)) if usable else Likeliest(sample, (), ())
-        for sample, indices, values, usable in rows
-    ]
-    return found, logits.shape[-1]
-
-
-def _logits(network: nn.Module, images: Tensor) -> Tensor:
-    try:
         logits = network(images)
-    except RuntimeError as error:
-        dtype = _dtype(network)
-        if dtype == images.dtype or isinstance(error, torch.OutOfMemoryError):
-            raise
-        raise ValueError(
-            f"predict: the model's weights must be float32, as images are, got {dtype}: hand over "
-            "model.float(); amp computes in fewer bits"
-        ) from error
     if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != len(images):
         raise ValueError(
             f"predict: the model's logits must be [B, classes] with B = {len(images)}, got "
-            f"{_described(logits)}"
+            f"{describe(logits)}"
         )
-    return logits
-
-
-def _dtype(network: nn.Module) -> torch.dtype:
-    floating = (p.dtype for p in network.parameters() if p.is_floating_point())
-    return next(floating, torch.float32)
-
-
-def _described(output: Any) -> str:
-    if isinstance(output, Tensor):
-        return str(list(output.shape))
-    return f"a {type(output).__name__}"
+    finite = have_finite_logits(logits).tolist()
+    probabilities, classes = logits.float().softmax(-1).topk(min(top, logits.shape[-1]))
+    rows = zip(batch.samples.tolist(), classes.tolist(), probabilities.tolist(), strict=True)
+    ranked = [row if usable else (row[0], [], []) for row, usable in zip(rows, finite, strict=True)]
+    return ranked, logits.shape[-1]

@@ -1,36 +1,40 @@
-"""What a model is fed: input size, statistics, classes, and how images are prepared."""
+"""Input and output of a model: size, statistics and crop of its images, and its classes."""
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from timm.data import resolve_data_config
+import torch
+from timm.data import ImageNetInfo, infer_imagenet_subset, resolve_data_config
 from torch import nn
+from torch.utils.data import DataLoader, Dataset
 
-from fastkd.config import Recipe, StudentConfig
+from fastkd.config import MODULE_PREFIX, DataConfig, Recipe, StudentConfig
+from fastkd.data.batches import Batch, Collate, Fault, Sample
+from fastkd.data.classes import Classes
+from fastkd.data.image_files import reason_of, without_pillow_warnings
+from fastkd.data.loader import SampleDataset, eval_samples, loader_options
 from fastkd.data.readers import DataPair
+from fastkd.data.samplers import SampleKey
 from fastkd.data.transforms import InputSpec
+from fastkd.models import create_student
 from fastkd.models.pretrained import fixed_input_size, input_channels
 
 
 @dataclass(frozen=True)
 class Shape:
-    """What the student has to be built for.
+    """Input and output of a student that is to be built."""
 
-    Attributes:
-        num_classes: None if unknown.
-        channels: of the images.
-        img_size: None for the model's own.
-    """
-
-    num_classes: int | None
-    channels: int
-    img_size: int | tuple[int, int] | None
+    num_classes: int | None  # None: unknown
+    channels: int  # of the images
+    img_size: int | tuple[int, int] | None  # None: the model's own
 
 
 def student_shape(config: StudentConfig, data: DataPair) -> Shape:
-    """What a student needs to be built for these data; the recipe's classes and size come first."""
+    """The shape of a student for these data; the recipe's classes and size take precedence."""
     known = data.num_classes
     if config.num_classes is not None and known is not None and config.num_classes < known:
         raise ValueError(f"num_classes: {config.num_classes}, but the data have {known} classes")
@@ -41,15 +45,76 @@ def student_shape(config: StudentConfig, data: DataPair) -> Shape:
     if config.img_size is not None and (height, width) != (config.img_size,) * 2:
         raise ValueError(
             f"img_size: {config.img_size}, but the data are tensors of {height} x {width}, which "
-            f"are not resized"
+            "are not resized"
         )
     return Shape(num_classes, channels, (height, width))
 
 
+def build_student(config: StudentConfig, shape: Shape) -> nn.Module:
+    """Create the student that a recipe names, on the CPU, initialized from torch's generator."""
+    if config.model is None or config.model.startswith(MODULE_PREFIX):
+        raise ValueError(f"student: the recipe's model is {config.model}: hand the module over")
+    if shape.num_classes is None:
+        raise ValueError("num_classes is required: the dataset does not define classes")
+    options: dict[str, Any] = {
+        "width": config.width,
+        "num_classes": shape.num_classes,
+        "img_size": shape.img_size,
+        "init_weights": config.init_weights,
+    }
+    if shape.channels != 3:
+        options["in_chans"] = shape.channels
+    create = functools.partial(create_student, config.model, config.variant, **options)
+    try:
+        return create(drop_path_rate=config.drop_path)  # 0, too: some models have another default
+    except TypeError as error:
+        if "drop_path_rate" not in str(error):
+            raise
+    if config.drop_path:
+        raise ValueError(f"drop_path: {config.model} has no stochastic depth")
+    return create()
+
+
+def num_classes_of(network: nn.Module) -> int | None:
+    found = getattr(network, "num_classes", None)
+    return found if isinstance(found, int) else None
+
+
+def classes_of(
+    network: nn.Module, names: Sequence[str] | None = None, count: int | None = None
+) -> Classes:
+    """The classes of a model, by the given names or those of its configuration.
+
+    Without any, a model with as many classes as an ImageNet is guessed to have its classes.
+    """
+    config = getattr(network, "pretrained_cfg", None) or {}
+    count = num_classes_of(network) if count is None else count
+    sources = [names] if names else [config.get("label_names") or (), class_names(config) or ()]
+    known: dict[int, tuple[str, ...]] = {}
+    for source in sources:
+        if count is None or len(source) <= count:  # else they are another head's
+            for label, name in enumerate(source):
+                known[label] = (*known.get(label, ()), str(name))
+    subset = infer_imagenet_subset({"num_classes": count})
+    if known or subset is None:
+        return Classes(known, count)
+    guess = ImageNetInfo(subset).label_names()
+    return Classes({label: (name,) for label, name in enumerate(guess)}, count, guessed=True)
+
+
+def class_names(config: Mapping[str, Any]) -> tuple[str, ...] | None:
+    """Class names for a reader: descriptions, where a configuration has them."""
+    names: Sequence[str] = config.get("label_names") or ()
+    descriptions = config.get("label_descriptions") or {}
+    if not isinstance(descriptions, Mapping):
+        return tuple(descriptions)
+    return tuple(descriptions.get(name, name) for name in names) or None
+
+
 def class_count(student: nn.Module, shape: Shape) -> int | None:
-    """Number of the student's logits, as far as the student, recipe or data say."""
-    own = getattr(student, "num_classes", None)
-    if not isinstance(own, int):
+    """Number of the student's logits, as far as the student, recipe or data define it."""
+    own = num_classes_of(student)
+    if own is None:
         return shape.num_classes
     if shape.num_classes is not None and own < shape.num_classes:
         raise ValueError(
@@ -62,11 +127,10 @@ def class_count(student: nn.Module, shape: Shape) -> int | None:
 def input_spec(
     student: nn.Module, recipe: Recipe, data: DataPair | None, *, use_test_size: bool = False
 ) -> InputSpec:
-    """Size and statistics of the student's input.
+    """Size and statistics of the student's input; those of the recipe take precedence.
 
-    The recipe's ``img_size``, ``mean`` and ``std`` come first. Float tensors have a size already,
-    and are fed as they are unless the recipe has statistics; ``data=None`` stands for image files.
-    ``use_test_size`` takes timm's size for evaluation, where it publishes one.
+    Float tensors have a size, and are only normalized if the recipe has statistics; ``data=None``
+    stands for image files. ``use_test_size`` takes timm's size for evaluation, if there is one.
     """
     if data is not None and data.image_size is not None:
         spec = InputSpec(data.image_size, recipe.mean, recipe.std)
@@ -100,50 +164,21 @@ def _check_input(student: nn.Module, spec: InputSpec) -> None:
         raise ValueError(
             f"img_size: the images are {height} x {width}, but the student, a "
             f"{type(student).__name__}, is built for {fixed[0]} x {fixed[1]}: build it for the "
-            f"images' size (timm: img_size=, or set_input_size)"
+            "images' size (timm: img_size=, or set_input_size)"
         )
     if spec.mean is not None and len(spec.mean) != channels:
         raise ValueError(
             f"mean: {len(spec.mean)} values for images of {channels} channels: give mean and std "
-            f"with a value for each"
+            "with a value for each"
         )
 
 
 @dataclass(frozen=True)
-class LoadedStudent:
-    """A student rebuilt from a checkpoint.
-
-    Attributes:
-        model: in eval mode, on the CPU.
-        spec: what it was trained on.
-        recipe: its run's.
-        weights: ``"raw"`` or ``"ema"``.
-        classes: names of the classes by label, where the run's data had them.
-        num_classes: of the head, where the run knew them.
-        img_size: that the student was built for; None for its own.
-    """
-
-    model: nn.Module
-    spec: InputSpec
-    recipe: Recipe
-    weights: str
-    classes: tuple[str, ...] | None = None
-    num_classes: int | None = None
-    img_size: int | tuple[int, int] | None = None
-
-
-@dataclass(frozen=True)
 class Preprocessing:
-    """How a model sees the images it is evaluated on.
+    """How images are prepared for a model's evaluation."""
 
-    Attributes:
-        recipe: its ``img_size``, ``mean``, ``std``, ``crop_pct``, ``crop_mode``, ``interpolation``.
-        use_test_size: without an ``img_size``, take timm's size for evaluation where it publishes
-            one.
-    """
-
-    recipe: Recipe
-    use_test_size: bool = False
+    recipe: Recipe  # img_size, mean, std, crop_pct, crop_mode and interpolation count
+    use_test_size: bool = False  # without an img_size, take timm's size for evaluation, if any
 
     @classmethod
     def of_model(cls, model: nn.Module) -> Preprocessing:
@@ -151,11 +186,6 @@ class Preprocessing:
         config = resolve_data_config({}, model=model, use_test_size=True)
         names = ("crop_pct", "crop_mode", "interpolation")
         return cls(Recipe().override(**{name: config[name] for name in names}), True)
-
-    @classmethod
-    def of_run(cls, student: LoadedStudent) -> Preprocessing:
-        """How a run evaluated its student."""
-        return cls(student.recipe.override(mean=student.spec.mean, std=student.spec.std))
 
     def override(self, **options: Any) -> Preprocessing:
         """Change fields of the recipe; ValueError and TypeError as `Recipe.override`."""
@@ -183,3 +213,53 @@ def change_input_size(model: nn.Module, size: tuple[int, int]) -> None:
 def parameter_count(module: nn.Module) -> int:
     """Number of parameters."""
     return sum(parameter.numel() for parameter in module.parameters())
+
+
+class SamplesAndFaults(Dataset[Sample | Fault]):
+    """The samples of an evaluation set, and faults in the place of those that cannot be read."""
+
+    def __init__(self, samples: SampleDataset, size: tuple[int, int, int]) -> None:
+        self.samples = samples
+        self.size = size
+
+    def __getitem__(self, index: int) -> Sample | Fault:
+        try:
+            # Pillow reads large pictures and odd palettes, and the user meant them.
+            with without_pillow_warnings():
+                (sample,) = self.samples.__getitems__([SampleKey(0, index, 0)])
+        except Exception as error:  # what datasets raise has no common base
+            return Fault(index, self.samples.name(index), reason_of(error))
+        if isinstance(sample, Fault):
+            return sample
+        shape = tuple(sample.image.shape)
+        if shape != self.size:
+            reason = f"is {list(shape)}, expected {list(self.size)}"
+            return Fault(index, self.samples.name(index), reason)
+        return sample._replace(label=None)
+
+
+def image_loader(
+    data: DataPair,
+    config: DataConfig,
+    spec: InputSpec,
+    samples: Sequence[int],
+    *,
+    batch_size: int,
+    workers: int,
+    device: torch.device,
+    seed: int | None = None,
+) -> DataLoader[Any]:
+    """Load samples of an evaluation set, by index: (Batch, or None where none is read; faults)."""
+    return DataLoader(
+        SamplesAndFaults(eval_samples(data, config, spec, seed), spec.size),
+        batch_size,
+        sampler=samples,
+        collate_fn=functools.partial(_stack, Collate(spec if data.yields_tensors else None)),
+        **loader_options(workers if len(samples) > batch_size else 0, device),
+    )
+
+
+def _stack(stack: Collate, parts: list[Sample | Fault]) -> tuple[Batch | None, list[Fault]]:
+    samples = [part for part in parts if isinstance(part, Sample)]
+    faults = [part for part in parts if isinstance(part, Fault)]
+    return (stack(samples) if samples else None), faults

@@ -16,7 +16,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from fastkd.config import Recipe
 from fastkd.data.classes import require_same_classes
-from fastkd.inference.loading import Source, classes_of, create_teacher
+from fastkd.inference.loading import Source, classes_of
+from fastkd.inference.teacher import create_teacher
 from fastkd.integrations.timm_terms import (
     DescribedTerms,
     ReadyTerms,

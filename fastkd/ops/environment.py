@@ -1,11 +1,11 @@
-"""What a bug report needs: versions, GPU, and which backends are usable and, if not, why."""
+"""Versions, GPUs, usable backends and environment variables, for a bug report."""
 
 from __future__ import annotations
 
 import importlib.metadata
 import os
 import platform
-import sys
+from collections.abc import Collection
 
 import torch
 
@@ -13,7 +13,25 @@ from fastkd.ops import backends
 from fastkd.ops.backend import extension
 
 PACKAGES = ("torchvision", "timm", "triton", "numpy")
-VARIABLES = ("FASTKD_BACKEND", "FASTKD_SELF_CHECK", "FASTKD_BUILD", "TORCH_CUDA_ARCH_LIST")
+# What `fastkd env --variables` lists, by heading.
+VARIABLES = {
+    "use": {
+        "FASTKD_BACKEND": "cuda, triton or torch: the backend of every operator; auto by default",
+        "FASTKD_SELF_CHECK": "0 skips the comparison of a backend with torch at its first use",
+        "FASTKD_UNPROVEN": "1 lets kernels run that no GPU has been tested with",
+        "FASTKD_AUTOTUNE": "1 times the tiles of lift_kd's Triton kernels at their first use",
+        "FASTKD_DEBUG": "1 shows the traceback of an error of the command line",
+    },
+    "installation": {
+        "FASTKD_BUILD": "cuda or none: build the CUDA library, or not; by default if nvcc is found",
+    },
+    "tests and benchmarks": {
+        "FASTKD_REQUIRE": "triton,cuda,library,...: fail tests that would be skipped without these",
+        "FASTKD_TIMM_TESTS": "path of timm's tests/test_models.py, to run on fastkd's students",
+        "FASTKD_PYTHON": "Python that .ci/nightly uses, instead of a new virtual environment",
+        "FASTKD_COMMIT": "commit that benchmarks record, where git cannot tell it",
+    },
+}
 
 
 def version(package: str) -> str:
@@ -37,7 +55,7 @@ def gpus() -> list[str]:
 
 
 def report() -> str:
-    """The environment as text, a fact a line."""
+    """The environment as text, one fact per line."""
     library = extension()
     built = library.built
     if library.error is not None:
@@ -55,11 +73,21 @@ def report() -> str:
         ("CPU threads", str(torch.get_num_threads())),
         ("CUDA library", library_state),
         *((f"backend {name}", reason or "usable") for name, reason in backends().items()),
-        *((name, os.environ[name]) for name in VARIABLES if name in os.environ),
+        *(
+            (name, os.environ[name])
+            for name in (*VARIABLES["use"], *VARIABLES["installation"], "TORCH_CUDA_ARCH_LIST")
+            if name in os.environ
+        ),
     ]
+    return _table(rows)
+
+
+def variables() -> str:
+    """The environment variables of fastkd as text, one per line under headings."""
+    blocks = [f"{heading}:\n{_table(group.items())}" for heading, group in VARIABLES.items()]
+    return "\n\n".join(blocks)
+
+
+def _table(rows: Collection[tuple[str, str]]) -> str:
     width = max(len(name) for name, _ in rows)
     return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
-
-
-if __name__ == "__main__":
-    sys.stdout.write(report() + "\n")

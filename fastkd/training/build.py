@@ -29,15 +29,19 @@ from fastkd.data.readers import DataPair
 from fastkd.data.transforms import InputSpec, create_mixup
 from fastkd.inference.loading import (
     Model,
-    as_teacher,
-    build_student,
     classes_of,
-    create_teacher,
     names_a_file,
     open_model,
     starts_from_weights,
 )
-from fastkd.inference.preprocessing import Shape, class_count, input_spec, student_shape
+from fastkd.inference.preprocessing import (
+    Shape,
+    build_student,
+    class_count,
+    input_spec,
+    student_shape,
+)
+from fastkd.inference.teacher import as_teacher, create_teacher
 from fastkd.losses.registry import check_options, find_loss, has_temperature
 from fastkd.models import Teacher
 from fastkd.models.factory import rebuilt_by

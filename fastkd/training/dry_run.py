@@ -24,7 +24,7 @@ from fastkd.data.loader import eval_loader, train_loader
 from fastkd.data.readers import DataPair
 from fastkd.data.samplers import TrainBatchSampler, slice_size
 from fastkd.data.transforms import InputSpec
-from fastkd.inference.loading import create_teacher, names_a_file
+from fastkd.inference.loading import names_a_file
 from fastkd.inference.preprocessing import (
     Shape,
     class_count,
@@ -32,6 +32,7 @@ from fastkd.inference.preprocessing import (
     parameter_count,
     student_shape,
 )
+from fastkd.inference.teacher import create_teacher
 from fastkd.losses.registry import find_loss, has_temperature
 from fastkd.models import Teacher
 from fastkd.models.hub import is_hub_name

@@ -19,7 +19,7 @@ from fastkd.config import Recipe
 from fastkd.data.batches import Batch
 from fastkd.data.datasets import Data, open_data
 from fastkd.data.loader import train_loader
-from fastkd.inference.loading import create_teacher
+from fastkd.inference.teacher import create_teacher
 from fastkd.models import TapOutput
 from fastkd.training.build import (
     FromRecipe,

@@ -20,7 +20,7 @@ from fastkd.data.datasets import open_data
 from fastkd.data.image_files import load_rgb, open_file, open_image, reason_of
 from fastkd.data.readers import FileReader, ReadableImages
 from fastkd.data.shard_writer import convert
-from fastkd.inference.images import find_images
+from fastkd.inference.predict import find_images
 
 NOISE = Image.effect_noise((64, 48), 60).convert("RGB")
 POSTSCRIPT = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\nshowpage\n"

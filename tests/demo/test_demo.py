@@ -10,8 +10,8 @@ import pytest
 import torch
 
 import fastkd.demo
-from fastkd.cli import main as cli
-from fastkd.demo import experiment, main, run_demo
+from fastkd.cli import main
+from fastkd.demo import experiment, run_demo
 from fastkd.demo.data import HELD_OUT, load_digits
 from fastkd.demo.experiment import CONTENDERS, QUICK, mean_and_spread
 from fastkd.training import trainer
@@ -181,9 +181,9 @@ def test_other_settings_in_the_same_folder_are_refused(finished, trained):
 def test_quick_and_full_have_folders_of_their_own(monkeypatch):
     calls = []
     monkeypatch.setattr(fastkd.demo, "run_demo", lambda *arguments: calls.append(arguments))
-    assert main([]) == 0
-    assert main(["--quick"]) == 0
-    assert main(["--quick", "--seeds", "5", "--output", "here"]) == 0
+    assert main(["demo"]) == 0
+    assert main(["demo", "--quick"]) == 0
+    assert main(["demo", "--quick", "--seeds", "5", "--output", "here"]) == 0
     assert [(settings.name, seeds, str(output)) for settings, seeds, output in calls] == [
         ("full", experiment.FULL.default_seeds, "fastkd-demo"),
         ("quick", 1, "fastkd-demo-quick"),
@@ -196,7 +196,7 @@ def test_a_missing_package_is_one_error_that_says_what_to_install(
     module, package, monkeypatch, capsys, tmp_path
 ):
     monkeypatch.setitem(sys.modules, module, None)
-    assert cli(["demo", "--output", str(tmp_path / "demo")]) == 2
+    assert main(["demo", "--output", str(tmp_path / "demo")]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line == f'fastkd demo: error: {package} not found: pip install "fastkd[demo]"'
     assert not (tmp_path / "demo").exists()
@@ -205,7 +205,7 @@ def test_a_missing_package_is_one_error_that_says_what_to_install(
 @pytest.mark.parametrize("arguments", [["--seeds", "0"], ["--sedes", "3"]], ids=" ".join)
 def test_wrong_arguments_are_refused_in_one_line(arguments, capsys):
     with pytest.raises(SystemExit) as stopped:
-        main(arguments)
+        main(["demo", *arguments])
     assert stopped.value.code == 2
     assert len(capsys.readouterr().err.splitlines()) == 1
 

@@ -17,6 +17,7 @@ from fastkd.inference.predict import predict
 from fastkd.models import create_student
 from fastkd.training import Recipe, evaluate, export, load_student, train
 from fastkd.training.build import resolve_teacher
+from fastkd.utils import progress
 from tests.harness.tiny import FAST, image_folder, tensor_data, vit
 
 CPU = {"device": "cpu", "workers": 0}
@@ -114,6 +115,16 @@ def test_a_timm_model_is_evaluated_as_timm_does(monkeypatch, run):
     assert seen == {"size": (3, 192, 192), "pct": 0.97, "mode": "squash"}
 
 
+def test_a_long_evaluation_shows_progress_unless_quiet(run, monkeypatch, capsys):
+    monkeypatch.setattr(progress, "LINE_EVERY_SECONDS", 0.0)
+    evaluate(run[1], run[0], batch_size=5, **CPU)
+    lines = capsys.readouterr().err.splitlines()
+    shown = [line.split(", about")[0] for line in lines]
+    assert shown == ["evaluate: 5 of 9 images", "evaluate: 9 of 9 images"]
+    evaluate(run[1], run[0], batch_size=5, quiet=True, **CPU)
+    assert capsys.readouterr().err == ""
+
+
 def test_options_of_images_are_refused_for_tensors():
     with pytest.raises(ValueError, match=r"crop_pct=0\.9 has no effect: the data are tensors"):
         evaluate(vit(), tensor_data(), crop_pct=0.9, **CPU)
@@ -128,8 +139,10 @@ def test_a_loaded_student_is_the_trained_one(run):
     _, output, _ = run
     loaded = load_student(output, "raw")
     state = torch.load(output / "last.pth", weights_only=True)["state_dict"]
-    assert all(torch.equal(value, state[name]) for name, value in loaded.model.state_dict().items())
-    assert loaded.spec.size == (3, 32, 32)
+    assert all(
+        torch.equal(value, state[name]) for name, value in loaded.network.state_dict().items()
+    )
+    assert loaded.trained_on.size == (3, 32, 32)
 
 
 def test_a_module_is_evaluated_as_it_is():
@@ -270,7 +283,7 @@ def test_a_runs_classes_are_found_by_name_in_every_form(run, tmp_path):
     subset = tmp_path / "subset"
     for name in ("green", "red"):
         shutil.copytree(folder / "val" / name, subset / name)
-    guesses = predict(subset, output, top=1, device="cpu", workers=0, quiet=True).images
+    guesses = predict(output, subset, top=1, device="cpu", workers=0, quiet=True).images
     right = [Path(image.image).parent.name == image.guesses[0].name for image in guesses]
     expected = 100 * sum(right) / len(right)
     listed = {"classes": ["red", "green"], "splits": {"val": {"filenames": ["val-0.tar"]}}}

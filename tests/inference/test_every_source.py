@@ -153,7 +153,7 @@ def test_it_is_evaluated(source, expected, made):
 
 
 def test_it_predicts(source, expected, made):
-    found = fastkd.predict(made[2] / "val", source, top=1, quiet=True, **CPU)
+    found = fastkd.predict(source, made[2] / "val", top=1, quiet=True, **CPU)
     assert len(found.images) == 3 and found.weights == expected.weights
     if expected.classes is not None:
         assert {p.guesses[0].name for p in found.images} <= set(expected.classes)

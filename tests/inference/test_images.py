@@ -40,7 +40,7 @@ def folder(tmp_path):
 
 
 def predicted(folder, model):
-    found = predict(folder, model, device="cpu", workers=0, quiet=True)
+    found = predict(model, folder, device="cpu", workers=0, quiet=True)
     below = len(f"{folder}/")
     return (
         [prediction.image[below:] for prediction in found.images],

@@ -58,7 +58,7 @@ def opened(model, checkpoint=None, weights="auto", **options):
 
 def check_is_the_runs(subject, run):
     recipe = subject.preprocessing.recipe
-    assert torch.equal(computed(subject.network), computed(load_student(run).model))
+    assert torch.equal(computed(subject.network), computed(load_student(run).network))
     assert (recipe.mean, recipe.std, recipe.crop_pct) == (MEAN, STD, 0.9)
     assert (recipe.interpolation, subject.classes) == ("bilinear", CLASSES)
 
@@ -82,14 +82,14 @@ def test_every_form_teaches_the_same(forms, run, kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_form_can_be_analysed(forms, run, kind):
     subject = open_subject(forms[kind])
-    assert torch.equal(computed(subject.model), computed(load_student(run).model))
+    assert torch.equal(computed(subject.model), computed(load_student(run).network))
     assert subject.preprocessing.recipe.mean == MEAN
     assert subject.weights.removesuffix(" (ema)") in (LAST, Path(forms[kind]).name)
 
 
 @pytest.mark.parametrize("kind", ["checkpoint", "safetensors"])
 def test_a_form_fills_a_module_and_brings_its_preprocessing(forms, run, kind):
-    module = load_student(run, "raw").model
+    module = load_student(run, "raw").network
     subject = opened(module, forms[kind])
     assert subject.network is module
     check_is_the_runs(subject, run)
@@ -151,7 +151,7 @@ def test_an_exported_module_that_timm_does_not_know_asks_for_it(tmp_path):
     run = made_run(tmp_path / "run")
     module = create_student("test_vit", num_classes=3, img_size=32)
     module.norm.eps = 1.0  # which timm's of this name has not
-    path = export(run, "safetensors", model=module).path
+    path = export(module, "safetensors", checkpoint=run).path
     with pytest.raises(ValueError, match="cannot build, module:VisionTransformer: hand its module"):
         opened(path)
     assert opened(module, path).preprocessing.recipe.mean == MEAN
@@ -171,10 +171,10 @@ def test_classes_are_called_as_timm_describes_them():
 
 
 def test_a_module_in_another_size_is_a_copy(run):
-    module = load_student(run).model
+    module = load_student(run).network
     changed = load_student(run, model=module, img_size=64)
-    assert changed.model is not module and changed.model(images(64)).shape == (2, 3)
-    assert load_student(run, model=module).model is module
+    assert changed.network is not module and changed.network(images(64)).shape == (2, 3)
+    assert load_student(run, model=module).network is module
 
 
 def test_a_recipe_that_is_not_known_names_the_file(tmp_path):

@@ -9,8 +9,7 @@ from torch import nn
 
 from fastkd.config import Recipe
 from fastkd.data.datasets import open_data
-from fastkd.inference.loading import build_student
-from fastkd.inference.preprocessing import Shape, change_input_size, input_spec
+from fastkd.inference.preprocessing import Shape, build_student, change_input_size, input_spec
 from tests.harness.tiny import vit
 
 IMAGES = [(Image.new("RGB", (40, 40)), 0)] * 2

@@ -14,8 +14,7 @@ from timm.models.vision_transformer import init_weights_vit_timm
 from torch import Tensor, nn
 
 from fastkd.config import Recipe
-from fastkd.inference.loading import build_student
-from fastkd.inference.preprocessing import Shape
+from fastkd.inference.preprocessing import Shape, build_student
 from fastkd.models import (
     Lift,
     create_student,

@@ -19,8 +19,7 @@ from torch import Tensor, nn
 from fastkd.config import Recipe
 from fastkd.data.batches import Batch
 from fastkd.data.transforms import InputSpec
-from fastkd.inference.loading import build_student
-from fastkd.inference.preprocessing import Shape
+from fastkd.inference.preprocessing import Shape, build_student
 from fastkd.models import Teacher
 from fastkd.training.build import build_engine
 from fastkd.training.engine import Engine

@@ -390,7 +390,7 @@ def test_a_runs_student_of_tensors_teaches_on_images_as_they_come(fast, tmp_path
 
 def test_a_named_student_is_built_for_the_size_of_the_tensors(fast, tmp_path):
     train("test_vit", None, larger_tensors(), tmp_path, **fast | {"epochs": 1, "num_classes": 6})
-    assert load_student(tmp_path).model.patch_embed.img_size == (32, 32)
+    assert load_student(tmp_path).network.patch_embed.img_size == (32, 32)
 
 
 def test_an_img_size_reaches_only_models_that_are_built_for_one(fast, tmp_path):
