@@ -56,7 +56,7 @@ def _run(options: argparse.Namespace) -> int:
 
 def run_demo(settings: Settings, seeds: int, output: Path) -> None:
     """Train, measure, plot and report; finished runs in ``output`` are kept as they are."""
-    from fastkd.demo import plots, report
+    from fastkd.demo import report
     from fastkd.demo.experiment import run_experiment
     from fastkd.utils.progress import Progress
 
@@ -67,22 +67,19 @@ def run_demo(settings: Settings, seeds: int, output: Path) -> None:
         except (KeyboardInterrupt, SystemExit):
             progress.write("stopped; the same command continues from here")
             raise
-    plots.save_accuracy(findings, output / report.ACCURACY)
-    plots.save_ranks(findings, output / report.RANKS)
+    report.save_accuracy(findings, output / report.ACCURACY)
+    report.save_ranks(findings, output / report.RANKS)
     report.save(findings, output / report.RESULTS)
     print(report.text(findings, output, time.monotonic() - started))
 
 
 def require_extras() -> None:
     """Raise ImportError if a package of the ``demo`` extra is missing."""
-    missing = [name for module, name in _EXTRAS.items() if not _imports(module)]
+    missing = []
+    for module, name in _EXTRAS.items():
+        try:
+            importlib.import_module(module)
+        except ImportError:
+            missing.append(name)
     if missing:
         raise ImportError(f'{" and ".join(missing)} not found: pip install "fastkd[demo]"')
-
-
-def _imports(module: str) -> bool:
-    try:
-        importlib.import_module(module)
-    except ImportError:
-        return False
-    return True

@@ -1,4 +1,4 @@
-"""The demo's experiment: a teacher, six kinds of students, several seeds, and feature ranks."""
+"""The demo's experiment: digits, a teacher, six kinds of students, several seeds, feature ranks."""
 
 from __future__ import annotations
 
@@ -6,19 +6,18 @@ import dataclasses
 import json
 import math
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.data import TensorDataset
 
 from fastkd.analysis import ImageSpectra, InSharedBasis, Ranks, SecondMoment
-from fastkd.demo.data import CLASSES, SIDE, Digits, load_digits
 from fastkd.models import LiftVisionTransformer, Taps, Teacher, create_student
-from fastkd.training import Recipe, Result, train
+from fastkd.training import Recipe, train
 from fastkd.training.logging import RESULT
 from fastkd.utils.io import read_json, write_text
 from fastkd.utils.progress import Progress
@@ -26,9 +25,15 @@ from fastkd.utils.random import preserved_rng
 
 SETTINGS = "settings.json"
 RUNS = "runs"
-TEACHER = "teacher"
 
-_LAST_BLOCK = ((-1, -1),)
+CLASSES = 10
+SIDE = 8
+HELD_OUT = 500
+
+# Wider ranges turn one digit into another, or push it out of the 8 x 8 pixels.
+_ROTATION = math.radians(12)
+_SCALE = 0.1
+_SHIFT = 0.5  # pixels
 
 
 @dataclass(frozen=True)
@@ -40,7 +45,7 @@ class Settings:
     teacher_epochs: int  # over the augmented copies
     student_epochs: int
     augmented_copies: int = 10  # of each training image, for the teacher
-    teacher_width: int = 48  # channels
+    teacher_width: int = 48  # channels; students have half, as DeiT-Tiny has of CaiT-S24
     teacher_depth: int = 4  # blocks
     student_depth: int = 3
     feature_loss: str = "spectral"  # between the last token maps
@@ -49,25 +54,19 @@ class Settings:
     feature_weight: float = 0.02
     device: str = "cpu"
 
-    @property
-    def student_width(self) -> int:
-        """Half the teacher's, as DeiT-Tiny's is half of CaiT-S24's."""
-        return self.teacher_width // 2
-
 
 FULL = Settings("full", default_seeds=4, teacher_epochs=10, student_epochs=25)
 QUICK = Settings("quick", default_seeds=1, teacher_epochs=3, student_epochs=10)
 
 
-@dataclass(frozen=True)
-class Contender:
+class Contender(NamedTuple):
     """One kind of student."""
 
     key: str  # in folder names and results
     name: str
     variant: str  # of `fastkd.create_student`
     projector: str | None = None  # from student to teacher width; None trains without a teacher
-    twin: str | None = None  # key of the same student without distillation, to count the gain from
+    twin: str | None = None  # key of the same student without distillation
 
 
 CONTENDERS = (
@@ -80,17 +79,24 @@ CONTENDERS = (
 )
 
 
-@dataclass(frozen=True)
-class Scores:
-    """A contender's runs."""
+class Digits(NamedTuple):
+    """Datasets of (float32 [1, 8, 8], label), normalized by the training pixels."""
+
+    train: TensorDataset  # 1,297 images, for students
+    augmented: TensorDataset  # rotated, scaled and shifted copies of them, for the teacher
+    held_out: TensorDataset  # 500 images, stratified by digit; never trained on
+
+
+class Scores(NamedTuple):
+    """The runs of a contender."""
 
     contender: Contender
     parameters: int  # at inference
     top1: list[float]  # held-out accuracy in % after the last epoch, by seed
+    gains: list[float] | None  # points over the twin, by seed; None without a twin
 
 
-@dataclass(frozen=True)
-class FeatureRanks:
+class FeatureRanks(NamedTuple):
     """Ranks of one model's distilled features over the held-out images."""
 
     name: str  # of the model
@@ -101,7 +107,7 @@ class FeatureRanks:
     dataset: Ranks  # in the basis that all held-out images share
 
 
-@dataclass(frozen=True)
+@dataclass
 class Findings:
     """Everything that the demo measured."""
 
@@ -115,24 +121,54 @@ class Findings:
     ranks: list[FeatureRanks]  # the teacher's first
     kept: int  # runs that had been finished before
 
-    @property
-    def runs(self) -> int:
-        """Number of runs, the teacher's included."""
-        return 1 + self.seeds * len(self.scores)
 
-    def gains(self, scores: Scores) -> list[float] | None:
-        """Points over the twin without distillation, by seed; None if there is none."""
-        for other in self.scores:
-            if other.contender.key == scores.contender.twin:
-                return [a - b for a, b in zip(scores.top1, other.top1, strict=True)]
-        return None
+def load_digits(copies: int) -> Digits:
+    """Split and normalize scikit-learn's digits; the same split and copies on every call."""
+    from sklearn.datasets import load_digits as sklearn_digits
+    from sklearn.model_selection import train_test_split
+
+    pixels, labels = sklearn_digits(return_X_y=True)
+    parts = train_test_split(pixels, labels, test_size=HELD_OUT, stratify=labels, random_state=0)
+    train, held_out = (torch.from_numpy(p).float().view(-1, 1, SIDE, SIDE) / 16 for p in parts[:2])
+    train_labels, held_out_labels = (torch.from_numpy(part).long() for part in parts[2:])
+    mean, std = train.mean(), train.std()
+
+    def dataset(images: Tensor, labels: Tensor) -> TensorDataset:
+        return TensorDataset((images - mean) / std, labels)
+
+    return Digits(
+        dataset(train, train_labels),
+        dataset(_augmented(train, copies), train_labels.repeat(copies)),
+        dataset(held_out, held_out_labels),
+    )
+
+
+def _augmented(images: Tensor, copies: int) -> Tensor:
+    """Copy images under small, seeded random rotations, scalings and shifts."""
+    images = images.repeat(copies, 1, 1, 1)
+    generator = torch.Generator().manual_seed(0)
+
+    def uniform(limit: float) -> Tensor:
+        return (2 * torch.rand(len(images), generator=generator) - 1) * limit
+
+    angle, scale = uniform(_ROTATION), 1 + uniform(_SCALE)
+    # affine_grid measures in half images.
+    shift_x, shift_y = uniform(2 * _SHIFT / SIDE), uniform(2 * _SHIFT / SIDE)
+    cos, sin = scale * angle.cos(), scale * angle.sin()
+    matrices = torch.stack([cos, -sin, shift_x, sin, cos, shift_y], dim=1).view(-1, 2, 3)
+    grid = F.affine_grid(matrices, list(images.shape), align_corners=False)
+    return F.grid_sample(images, grid, align_corners=False)
 
 
 def run_experiment(settings: Settings, seeds: int, output: Path, progress: Progress) -> Findings:
     """Train what is not trained yet, and measure."""
     claim(output, settings)
-    with _one_thread():
-        return _Experiment(settings, seeds, output, progress).run()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # more gain little on small matrices, and sum in another order
+    try:
+        return _run(settings, seeds, output, progress)
+    finally:
+        torch.set_num_threads(threads)
 
 
 def claim(output: Path, settings: Settings) -> None:
@@ -153,104 +189,59 @@ def claim(output: Path, settings: Settings) -> None:
         )
 
 
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """Run torch on one thread: more gain little on small matrices and sum in another order."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
+def _run(settings: Settings, seeds: int, output: Path, progress: Progress) -> Findings:
+    digits = load_digits(settings.augmented_copies)
+    kept = 0
+    progress.start("", 1 + seeds * len(CONTENDERS))
 
-
-class _Experiment:
-    def __init__(self, settings: Settings, seeds: int, output: Path, progress: Progress) -> None:
-        self.settings = settings
-        self.seeds = seeds
-        self.output = output
-        self.progress = progress
-        self.digits = load_digits(settings.augmented_copies)
-        self.kept = 0
-        self.ranks: list[FeatureRanks] = []
-
-    def run(self) -> Findings:
-        """Run or fetch everything."""
-        self.progress.start("", 1 + self.seeds * len(CONTENDERS))
-        teacher, taught = self._train_teacher()
-        self._measure("teacher", teacher.model)
-        results: dict[str, list[Result]] = {contender.key: [] for contender in CONTENDERS}
-        # Seed by seed, so that a demo that is stopped early compares equal seeds.
-        for seed in range(self.seeds):
-            for contender in CONTENDERS:
-                results[contender.key].append(self._train_student(contender, seed, teacher))
-        return Findings(
-            settings=self.settings,
-            seeds=self.seeds,
-            train_images=len(self.digits.train),
-            held_out_images=len(self.digits.held_out),
-            teacher_top1=_top1(taught),
-            teacher_parameters=taught.parameters,
-            scores=[_scores(contender, results[contender.key]) for contender in CONTENDERS],
-            ranks=self.ranks,
-            kept=self.kept,
-        )
-
-    def _train_teacher(self) -> tuple[Teacher, Result]:
-        model = build_teacher(self.settings)
-        data = (self.digits.augmented, self.digits.held_out)
-        recipe = teacher_recipe(self.settings)
-        result = self._timed(
-            TEACHER, TEACHER, lambda folder: self._train(model, None, data, folder, recipe)
-        )
-        return Teacher(model), result
-
-    def _train_student(self, contender: Contender, seed: int, teacher: Teacher) -> Result:
-        model = build_student(self.settings, contender.variant, seed)
-        guide = None if contender.projector is None else teacher
-        data = (self.digits.train, self.digits.held_out)
-        recipe = student_recipe(self.settings, contender, seed)
-        result = self._timed(
-            f"{contender.name}, seed {seed}",
-            f"{contender.key}-seed{seed}",
-            lambda folder: self._train(model, guide, data, folder, recipe),
-        )
-        if seed == 0 and guide is not None:
-            self._measure(contender.name, model)
-        return result
-
-    def _train(
-        self, model: nn.Module, teacher: Any, data: Any, folder: Path, recipe: Any
-    ) -> Result:
-        # `train` leaves the trained weights in the model, also if the run was finished before.
-        device = self.settings.device
-        return train(model, teacher, data, folder, recipe, device=device, quiet=True)
-
-    def _timed(self, name: str, folder_name: str, run: Callable[[Path], Result]) -> Result:
-        folder = self.output / RUNS / folder_name
-        finished_before = (folder / RESULT).exists()
-        self.progress.note("", label=name)
+    def run(
+        name: str, folder: str, model: nn.Module, guide: Teacher | None, data: Any, recipe: Recipe
+    ) -> tuple[float, int]:
+        """Train, unless the run was finished before; returns top-1 and parameters."""
+        nonlocal kept
+        path = output / RUNS / folder
+        finished_before = (path / RESULT).exists()
+        kept += finished_before
+        progress.note("", label=name)
         started = time.monotonic()
-        result = run(folder)
-        self.kept += finished_before
-        self.progress.advance()
+        # `train` leaves the trained weights in the model, also if the run was finished before.
+        result = train(model, guide, data, path, recipe, device=settings.device, quiet=True)
+        progress.advance()
+        assert result.top1 is not None  # None is for evaluation sets without labels
         took = "kept from before" if finished_before else f"{time.monotonic() - started:.0f} s"
-        done, total = self.progress.done, self.progress.total
+        done, total = progress.done, progress.total
         number = f"[{done:>{len(str(total))}}/{total}]"
-        self.progress.write(f"{number} {name}: {_top1(result):.1f} % ({took})")
-        return result
+        progress.write(f"{number} {name}: {result.top1:.1f} % ({took})")
+        return result.top1, result.parameters
 
-    def _measure(self, name: str, model: nn.Module) -> None:
-        self.ranks.append(measure_ranks(name, model, self.digits, self.settings.device))
-
-
-def _scores(contender: Contender, results: list[Result]) -> Scores:
-    return Scores(contender, results[0].parameters, [_top1(result) for result in results])
-
-
-def _top1(result: Result) -> float:
-    assert result.top1 is not None  # None is for evaluation sets without labels
-    return result.top1
+    model = build_teacher(settings)
+    data = (digits.augmented, digits.held_out)
+    epochs = settings.teacher_epochs
+    recipe = Recipe(epochs=epochs, eval_interval=epochs, lr=5e-3, **_COMMON)
+    taught = run("teacher", "teacher", model, None, data, recipe)
+    teacher = Teacher(model)
+    ranks = [measure_ranks("teacher", model, digits, settings.device)]
+    results: dict[str, list[tuple[float, int]]] = {contender.key: [] for contender in CONTENDERS}
+    # Seed by seed, so that a demo that is stopped early compares equal seeds.
+    for seed in range(seeds):
+        for key, name, variant, projector, _ in CONTENDERS:
+            model = build_student(settings, variant, seed)
+            guide = None if projector is None else teacher
+            recipe = student_recipe(settings, projector, seed)
+            data = (digits.train, digits.held_out)
+            label, folder = f"{name}, seed {seed}", f"{key}-seed{seed}"
+            results[key].append(run(label, folder, model, guide, data, recipe))
+            if seed == 0 and guide is not None:
+                ranks.append(measure_ranks(name, model, digits, settings.device))
+    top1 = {key: [accuracy for accuracy, _ in found] for key, found in results.items()}
+    scores = []
+    for contender in CONTENDERS:
+        own, twin = top1[contender.key], top1.get(contender.twin or "")
+        gains = None if twin is None else [a - b for a, b in zip(own, twin, strict=True)]
+        scores.append(Scores(contender, results[contender.key][0][1], own, gains))
+    return Findings(
+        settings, seeds, len(digits.train), len(digits.held_out), *taught, scores, ranks, kept
+    )
 
 
 def build_teacher(settings: Settings) -> nn.Module:
@@ -261,13 +252,9 @@ def build_teacher(settings: Settings) -> nn.Module:
 
 def build_student(settings: Settings, variant: str, seed: int) -> nn.Module:
     """A student, untrained, half as wide as the teacher but for what its variant widens."""
-    return _vit(
-        seed,
-        variant,
-        None if variant == "plain" else settings.teacher_width,
-        embed_dim=settings.student_width,
-        depth=settings.student_depth,
-    )
+    width = None if variant == "plain" else settings.teacher_width
+    own = settings.teacher_width // 2
+    return _vit(seed, variant, width, embed_dim=own, depth=settings.student_depth)
 
 
 def _vit(seed: int, variant: str, width: int | None, **options: Any) -> nn.Module:
@@ -291,46 +278,37 @@ def _vit(seed: int, variant: str, width: int | None, **options: Any) -> nn.Modul
 
 # Label smoothing, AdamW and the cosine are the paper's; the rest suits 8 x 8 pixels and minutes.
 _COMMON: dict[str, Any] = {
-    "warmup_epochs": 1,
-    "batch_size": 64,
-    "lr_scaling": False,
-    "clip_grad": 1.0,
-    "ema_decay": None,
-    "amp": "none",
-    "augment": "none",
-    "workers": 0,
-    "eval_batch_size": 500,
-}
+    "warmup_epochs": 1, "batch_size": 64, "lr_scaling": False, "clip_grad": 1.0,
+    "ema_decay": None, "amp": "none", "augment": "none", "workers": 0, "eval_batch_size": 500,
+}  # fmt: skip
 
 
-def teacher_recipe(settings: Settings) -> Recipe:
-    """How the teacher is trained."""
-    epochs = settings.teacher_epochs
-    return Recipe(epochs=epochs, eval_interval=epochs, lr=5e-3, **_COMMON)
-
-
-def student_recipe(settings: Settings, contender: Contender, seed: int) -> Recipe:
+def student_recipe(settings: Settings, projector: str | None, seed: int) -> Recipe:
     """How a student is trained: 0.1 CE + 0.9 soft KD + w feature, or CE alone without a teacher."""
-    epochs = settings.student_epochs
     return Recipe(
-        epochs=epochs,
-        eval_interval=epochs,
+        epochs=settings.student_epochs,
+        eval_interval=settings.student_epochs,
         lr=4e-3,
         seed=seed,
         alpha=0.9,
         tau=1.0,
         feature_loss=settings.feature_loss,
         feature_weight=settings.feature_weight,
-        pairs=_LAST_BLOCK,
-        projector=contender.projector or "none",
-        classes_by="number",  # the digits have no names: without it every student warns of that
+        pairs=((-1, -1),),
+        projector=projector or "none",
+        classes_by="number",  # the digits have no names, of which every student would warn
         **_COMMON,
     )
 
 
+@torch.no_grad()
 def measure_ranks(name: str, model: nn.Module, digits: Digits, device: str) -> FeatureRanks:
-    """Per-image and data-set ranks of a model's distilled features over the held-out images."""
-    tokens, feature = distilled_tokens(model, digits.held_out.tensors[0].to(device))
+    """Ranks per image and over the dataset of a model's distilled features."""
+    output = Taps(model.eval().to(device), [-1])(digits.held_out.tensors[0].to(device))
+    (found,), feature = output.tokens.values(), "last block"
+    if isinstance(model, LiftVisionTransformer) and output.final is not None:
+        found, feature = output.final, "lifted tokens"
+    tokens = found.data
     image, moment = ImageSpectra(), SecondMoment()
     image.update(tokens)
     moment.update(tokens)
@@ -338,17 +316,6 @@ def measure_ranks(name: str, model: nn.Module, digits: Digits, device: str) -> F
     dataset.update(tokens)
     _, count, dim = tokens.shape
     return FeatureRanks(name, feature, count, dim, image.result().ranks, dataset.result().ranks)
-
-
-@torch.no_grad()
-def distilled_tokens(model: nn.Module, images: Tensor) -> tuple[Tensor, str]:
-    """The features that take part in distillation."""
-    model.eval().to(images.device)
-    output = Taps(model, [-1])(images)
-    if isinstance(model, LiftVisionTransformer) and output.final is not None:
-        return output.final.data, "lifted tokens"
-    (tokens,) = output.tokens.values()
-    return tokens.data, "last block"
 
 
 def mean_and_spread(values: list[float]) -> tuple[float, float | None]:

@@ -12,8 +12,7 @@ import torch
 import fastkd.demo
 from fastkd.cli import main
 from fastkd.demo import experiment, run_demo
-from fastkd.demo.data import HELD_OUT, load_digits
-from fastkd.demo.experiment import CONTENDERS, QUICK, mean_and_spread
+from fastkd.demo.experiment import CONTENDERS, HELD_OUT, QUICK, load_digits, mean_and_spread
 from fastkd.training import trainer
 
 TINY = replace(
