@@ -1,1 +1,1 @@
-"""fastkd in other trainers' loops: one module for each framework."""
+"""fastkd in the train loops of other libraries."""

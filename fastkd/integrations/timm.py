@@ -19,15 +19,17 @@ from fastkd.data.classes import require_same_classes
 from fastkd.inference.loading import Source, classes_of
 from fastkd.inference.teacher import create_teacher
 from fastkd.integrations.timm_terms import (
-    DescribedTerms,
-    ReadyTerms,
+    check_ready_terms,
     data_config,
+    described_terms,
+    example_input,
     refuse_arguments_of_timm,
+    tap_ready_term,
 )
 from fastkd.losses import DistillationLoss
 from fastkd.losses.base import FeatureTerm, LogitTerm
-from fastkd.models import TapOutput, Teacher
-from fastkd.training.task import DistillationTask
+from fastkd.models import TapOutput, Taps, Teacher
+from fastkd.training.task import DistillationTask, build_feature_term, build_logit_term
 
 try:
     from timm.task import DistillationTeacher, TrainingTask, resolve_classification_loss
@@ -43,14 +45,13 @@ logger = logging.getLogger("fastkd")
 
 
 class FeatureMapDistillationTask(TrainingTask):
-    r"""Distils token maps of chosen blocks, and logits, in timm's train loop.
+    """Distill token maps of chosen blocks, and logits, in timm's train loop.
 
-    .. math:: L = w_{task} \, criterion + \alpha \, L_{logit} + w \, L_{feature}
+    The loss is task_loss_weight * criterion + alpha * logit loss + feature_weight * feature loss.
 
-    timm's `FeatureDistillationTask` compares one pooled vector an image; this one compares the
-    tokens of pairs of blocks, with fastkd's losses and projectors. In timm's ``train.py``, put it
-    in that task's place, which ``--kd-model-name NAME --kd-distill-type feature`` asks for
-    (student_model is its ``model``)::
+    timm's `FeatureDistillationTask` compares one pooled vector per image; this one compares the
+    tokens of pairs of blocks, with fastkd's losses and projectors. In timm's ``train.py``, use it
+    in place of that task, which ``--kd-model-name NAME --kd-distill-type feature`` selects::
 
         from fastkd.integrations.timm import FeatureMapDistillationTask
 
@@ -60,54 +61,47 @@ class FeatureMapDistillationTask(TrainingTask):
             device=device, dtype=model_dtype, verbose=utils.is_primary(args),
         )
 
-    The import also makes ``--model deit_tiny_lift_patch16_224`` known. Everything else of the
-    script stays as it is: the optimiser takes ``task.get_trainable_module()`` (student and
-    projectors), EMA averages both, and checkpoints hold the bare student under ``state_dict``,
-    where ``timm.create_model(..., checkpoint_path=)`` finds it, and the projectors under
-    ``task_state``. Lift students run fused, as in `fastkd.train`.
-
-    Compile before `prepare_distributed`, as timm does; DDP then wraps student and terms, never the
-    teacher, and needs no ``find_unused_parameters``.
+    The import also registers ``--model deit_tiny_lift_patch16_224``. The optimizer takes
+    ``task.get_trainable_module()`` (student and projectors), EMA averages both, and checkpoints
+    hold the bare student under ``state_dict`` and the projectors under ``task_state``. Compile
+    before `prepare_distributed`, as timm does; DDP needs no ``find_unused_parameters``.
 
     Args:
         student_model: any timm model, or a module whose layers are paired by name.
         teacher_model: any source that `fastkd.create_teacher` takes, timm's `DistillationTeacher`,
-            or fastkd's `Teacher`. It is frozen, stays in eval mode, and is
-            fed images in its own statistics and size. A named one has the student's channels, and
-            weights; where logits are compared, with a head of the student's classes.
-        criterion: the task loss on (logits, target). Made by timm's `create_classification_loss`
-            when None.
+            or fastkd's `Teacher`. It is frozen and fed images in its own statistics and size. A
+            named one has the student's channels and, where logits are compared, needs weights for
+            the student's number of classes.
+        criterion: the task loss on (logits, target); None: timm's `create_classification_loss`.
         criterion_kwargs: its arguments when ``criterion`` is None.
-        teacher_pretrained_path: weights where ``teacher_model`` is a name, as `create_teacher`'s
-            ``checkpoint``.
-        teacher_pretrained_cfg_overlay: overrides of the name's ``pretrained_cfg``.
-        task_loss_weight: of the criterion; None: the recipe's ``ce_weight``, or where it has none
-            :math:`1 - \alpha`, as in `fastkd.train`.
+        teacher_pretrained_path: ``checkpoint`` of `create_teacher`, for a named teacher.
+        teacher_pretrained_cfg_overlay: overrides of the named teacher's ``pretrained_cfg``.
+        task_loss_weight: of the criterion; None: the recipe's ``ce_weight``, or 1 - alpha.
         logit: a ready logit term, such as `SoftKD(tau, alpha)`.
         feature: a ready feature term, such as `FeatureKD`; its pairs are module names, or count
             blocks from the front.
         recipe: where there are no ready terms: a recipe's name, file or object, of which the group
             "distillation" is taken; None: the defaults of `fastkd.train`.
-        device: of the terms and the criterion, and of the teacher, which is moved there.
+        device: of the terms, the criterion and the teacher.
         dtype: of the terms, and of a teacher given by name.
         verbose: log what is distilled.
         classes_by: ``"name"``: where student and teacher name their classes and logits are
-            compared, each must be called the same; ``"number"``: whatever they are called.
+            compared, the names must be equal; ``"number"``: they may differ.
         **options: single fields of that group, such as ``alpha``, ``tau``, ``feature_loss``,
-            ``pairs``, ``projector``, ``feature_weight``; widths are found out. Beside a ready
-            feature term: ``student_prefix`` and ``teacher_prefix``, for layers tapped by name.
+            ``pairs``, ``projector``, ``feature_weight``. Beside a ready feature term:
+            ``student_prefix`` and ``teacher_prefix``, for layers tapped by name.
 
     Attributes:
-        teacher: the `fastkd.models.Teacher`. Its ``set_input_stats(mean, std)`` says what images
-            are normalised with, where that is not what timm's loaders take for the student
-            (``--mean``). A ready `Teacher` that has been told before keeps what it was told.
+        teacher: the `fastkd.models.Teacher`. Its ``set_input_stats(mean, std)`` sets what images
+            are normalized with, where that is not what timm's loaders take for the student
+            (``--mean``). Statistics that were set on a ready `Teacher` are kept.
 
     Raises:
-        ValueError: nothing to distil, options beside ready terms, an option of another group, a
-            named teacher without weights, logits of other classes, or what `fastkd.train`
-            would refuse: unknown blocks, widths that do not meet.
+        ValueError: nothing to distill, options beside ready terms, an option of another group, a
+            named teacher without weights, logits of other classes, or what `fastkd.train` would
+            refuse.
         TypeError: ``logit`` or ``feature`` is no term, or an argument of timm's own tasks is given.
-        FileNotFoundError: the teacher's file is not there.
+        FileNotFoundError: the teacher's file is missing.
         RuntimeError: the teacher's weights cannot be downloaded.
     """
 
@@ -131,22 +125,22 @@ class FeatureMapDistillationTask(TrainingTask):
     ) -> None:
         super().__init__(device=device, dtype=dtype, verbose=verbose)
         refuse_arguments_of_timm(options)
-        described = (recipe, options, task_loss_weight)
-        terms: DescribedTerms | ReadyTerms
+        settings: Recipe | None = None
         if logit is None and feature is None:
-            terms = DescribedTerms(*described)
+            settings = described_terms(recipe, options, task_loss_weight)
+            logit, task_loss_weight = build_logit_term(settings), settings.ce_weight
         else:
-            terms = ReadyTerms(logit, feature, *described)
+            check_ready_terms(logit, feature, recipe, options)
         student = unwrap_model(student_model)
         teacher = _resolve_teacher(
             teacher_model,
             student,
             pretrained_path=teacher_pretrained_path,
             overlay=teacher_pretrained_cfg_overlay,
-            compares_logits=terms.compares_logits,
+            compares_logits=logit is not None,
             dtype=self.dtype,
         )
-        if terms.compares_logits:
+        if logit is not None:
             require_same_classes(
                 classes_of(student),
                 classes_of(teacher.model, teacher.classes),
@@ -155,35 +149,44 @@ class FeatureMapDistillationTask(TrainingTask):
                 of=("student", "teacher"),
                 quiet=not verbose,
             )
-        _say_input_statistics(teacher, student)
+        # Beside the trainable module, so that neither DDP, EMA nor a checkpoint holds it.
         self.teacher = teacher.to(self.device)
-        logit, feature, taps = terms.build(student, teacher, self.device)
-        trainable = _TrainableModule(student, _terms(logit, feature), taps)
-        trainable.terms.to(self.device, self.dtype)
-        self.trainable_module: Any = trainable
+        taps: Taps | None = None
+        if settings is not None:
+            example = example_input(student, self.device)
+            taps, feature = build_feature_term(student, teacher, settings, example)
+        elif feature is not None:
+            taps = tap_ready_term(feature, student, teacher, options, self.device)
+        if logit is None and feature is None:
+            raise ValueError(
+                "FeatureMapDistillationTask: alpha=0 and feature_weight=0 leave nothing to distill"
+            )
+        # The criterion is timm's, so that the cross-entropy is left out.
+        terms = DistillationLoss(logit, feature, cross_entropy=False).to(self.device, self.dtype)
+        self.trainable_module: Any = _TrainableModule(student, terms, taps)
         self.criterion = resolve_classification_loss(
             criterion, self.device, criterion_kwargs=criterion_kwargs
         )
-        self.task_loss_weight = _criterion_weight(terms.ce_weight, logit)
+        self.task_loss_weight = _criterion_weight(task_loss_weight, logit)
         if verbose:
             logger.info(
                 "FeatureMapDistillationTask: teacher=%s, task_loss_weight=%g, %s",
-                *(teacher.name, self.task_loss_weight, trainable.terms),
+                *(teacher.name, self.task_loss_weight, terms),
             )
 
     def forward(self, input: Tensor, target: Tensor) -> dict[str, Tensor]:
-        """One step's losses.
+        """Compute the losses of one step.
 
         Args:
-            input: [B, C, H, W], normalised for the student.
+            input: [B, C, H, W], normalized for the student.
             target: whatever the criterion takes: class indices [B], or soft targets [B, classes].
 
         Returns:
-            ``"loss"`` (to minimise), ``"output"`` (the student's logits), ``"task_loss"`` and every
+            ``"loss"`` (to minimize), ``"output"`` (the student's logits), ``"task_loss"`` and every
             term of distillation, unweighted, under its name.
 
         Raises:
-            TypeError: the student gives something else than its logits.
+            TypeError: the student does not return one tensor of logits.
         """
         teacher_output = self.teacher(input.detach())
         losses = self.trainable_module(input, target, teacher_output)
@@ -195,15 +198,7 @@ class FeatureMapDistillationTask(TrainingTask):
     def prepare_distributed(
         self, device_ids: list[Any] | None = None, **ddp_kwargs: Any
     ) -> FeatureMapDistillationTask:
-        """Wrap student and terms in DDP; the teacher has nothing to synchronise.
-
-        Args:
-            device_ids: of DDP; None on a CPU.
-            **ddp_kwargs: likewise.
-
-        Returns:
-            self.
-        """
+        """Wrap student and terms in DDP; the frozen teacher stays outside."""
         self.trainable_module = DistributedDataParallel(
             self.trainable_module, device_ids=device_ids, **ddp_kwargs
         )
@@ -212,59 +207,28 @@ class FeatureMapDistillationTask(TrainingTask):
     def compile(
         self, backend: str = "inductor", mode: str | None = None, **compile_kwargs: Any
     ) -> Any:
-        """Compile student with terms, student alone (for evaluation), and teacher.
-
-        Args:
-            backend: of `torch.compile`, as are the others.
-            mode: likewise.
-            **compile_kwargs: likewise.
-
-        Returns:
-            The compiled student.
-        """
+        """Compile student with terms, student alone (for evaluation), and teacher."""
         options = {"backend": backend, "mode": mode, **compile_kwargs}
+        # Evaluation runs the student without its terms: a graph of its own.
         self.eval_model = torch.compile(self._unwrapped().student, **options)
         self.trainable_module = torch.compile(self.trainable_module, **options)
         self.teacher.compile(**options)
         return self.eval_model
 
     def get_eval_model(self, module: nn.Module | None = None, ema: bool = False) -> Any:
-        """The bare student, or its compiled form: what is evaluated and saved.
-
-        Args:
-            module: the wrapped module to look into; None: the task's own.
-            ema: the averaged student instead.
-
-        Returns:
-            The student; None where there is no EMA.
-        """
+        """Return the bare student, or its compiled form, which is evaluated and saved."""
         found = super().get_eval_model(module=module, ema=ema)
         inner = None if found is None else unwrap_model(found)
         return inner.student if isinstance(inner, DistillationTask) else found
 
     def get_clip_parameters(self, exclude_head: bool = False) -> list[nn.Parameter]:
-        """Parameters of student and terms.
-
-        Args:
-            exclude_head: leave out the last two of the student, as timm does for AGC.
-
-        Returns:
-            The parameters.
-        """
+        """Return parameters of student and terms; AGC excludes the student's last two."""
         trainable = self._unwrapped()
         student = list(trainable.student.parameters())
         return [*(student[:-2] if exclude_head else student), *trainable.terms.parameters()]
 
     def get_task_state(self, module: nn.Module | None = None, ema: bool = False) -> dict[str, Any]:
-        """State of the terms (projectors): what a checkpoint needs beside the student.
-
-        Args:
-            module: the wrapped module to look into; None: the task's own.
-            ema: the averaged terms instead.
-
-        Returns:
-            ``{"terms": ...}``, or nothing where terms have no state or there is no EMA.
-        """
+        """Return the state of the terms (projectors), for a checkpoint."""
         trainable = self._unwrapped(module, ema)
         state = {} if trainable is None else trainable.terms.state_dict()
         return {"terms": state} if state else {}
@@ -276,17 +240,7 @@ class FeatureMapDistillationTask(TrainingTask):
         module: nn.Module | None = None,
         ema: bool = False,
     ) -> None:
-        """Load what `get_task_state` gave.
-
-        Args:
-            state: None or empty leaves the terms as they are, with a warning if they have a state.
-            strict: refuse missing and unexpected entries.
-            module: the wrapped module to load into; None: the task's own.
-            ema: load into the averaged terms.
-
-        Raises:
-            RuntimeError: there is no EMA to load into, or the state does not fit.
-        """
+        """Load what `get_task_state` returned."""
         trainable = self._unwrapped(module, ema)
         if trainable is None:
             raise RuntimeError("FeatureMapDistillationTask: call setup_ema() before loading it")
@@ -304,10 +258,10 @@ class FeatureMapDistillationTask(TrainingTask):
 
 
 class _TrainableModule(DistillationTask):
-    """Student and terms, with the layers that timm's layer-wise learning rates ask for."""
+    """Student and terms, grouped by layers for timm's layer-wise learning rates."""
 
     def group_matcher(self, coarse: bool = False) -> Any:
-        """Layers of the student; the terms belong to its last."""
+        """Return the student's layers; the terms belong to the last."""
         if not hasattr(self.student, "group_matcher"):
             return {}
         student: Any = self.student
@@ -326,15 +280,6 @@ class _TrainableModule(DistillationTask):
                 "student.set_distilled_training(False) leaves one"
             )
         return logits, distance
-
-
-def _terms(logit: LogitTerm | None, feature: FeatureTerm | None) -> DistillationLoss:
-    """The criterion is timm's, so that the cross-entropy is left out."""
-    if logit is None and feature is None:
-        raise ValueError(
-            "FeatureMapDistillationTask: alpha=0 and feature_weight=0 leave nothing to distil"
-        )
-    return DistillationLoss(logit, feature, cross_entropy=False)
 
 
 def _criterion_weight(given: float | None, logit: LogitTerm | None) -> float:
@@ -357,29 +302,25 @@ def _resolve_teacher(
     compares_logits: bool,
     dtype: torch.dtype,
 ) -> Teacher:
-    if isinstance(model, Teacher):
-        return model
-    if isinstance(model, DistillationTeacher):
-        mean, std = (x.flatten().tolist() for x in (model.mean_kd, model.std_kd))
-        return create_teacher(unwrap_model(model.model), mean=mean, std=std)
-    if isinstance(model, nn.Module):
-        return create_teacher(unwrap_model(model))
+    """Open the teacher, and set what timm's loaders normalize images with, unless it is set."""
     channels = getattr(student, "in_chans", 3)
-    teacher = create_teacher(
-        model,
-        checkpoint=pretrained_path,
-        num_classes=getattr(student, "num_classes", None) if compares_logits else None,
-        in_chans=None if channels == 3 else channels,
-        pretrained_cfg_overlay=overlay or None,
-    )
-    return teacher.to(dtype=dtype)
-
-
-def _say_input_statistics(teacher: Teacher, student: nn.Module) -> None:
-    """Tell the teacher how timm's loaders normalise images, unless somebody has told it."""
-    if teacher.scale is not None:
-        return
+    if isinstance(model, Teacher):
+        teacher = model
+    elif isinstance(model, DistillationTeacher):
+        mean, std = (x.flatten().tolist() for x in (model.mean_kd, model.std_kd))
+        teacher = create_teacher(unwrap_model(model.model), mean=mean, std=std)
+    elif isinstance(model, nn.Module):
+        teacher = create_teacher(unwrap_model(model))
+    else:
+        teacher = create_teacher(
+            model,
+            checkpoint=pretrained_path,
+            num_classes=getattr(student, "num_classes", None) if compares_logits else None,
+            in_chans=None if channels == 3 else channels,
+            pretrained_cfg_overlay=overlay or None,
+        ).to(dtype=dtype)
     config = data_config(student)
-    channels = getattr(student, "in_chans", len(teacher.mean or config["mean"]))
-    if len(config["mean"]) == channels:
+    expected = getattr(student, "in_chans", len(teacher.mean or config["mean"]))
+    if teacher.scale is None and len(config["mean"]) == expected:
         teacher.set_input_stats(config["mean"], config["std"])
+    return teacher
