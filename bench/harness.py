@@ -38,7 +38,7 @@ class Provider:
         name: column in the table.
         run: the work to time, without arguments.
         baseline: whether ours are compared against it.
-        capturable: whether a CUDA graph can hold it; what synchronises cannot be, and is timed from
+        capturable: whether a CUDA graph can hold it; what synchronizes cannot be, and is timed from
             an idle GPU to an idle GPU instead, the host's part included.
     """
 

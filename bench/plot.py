@@ -43,8 +43,8 @@ def draw(record: dict[str, Any], path: Path) -> None:
 def _bars(axis: Any, rows: list[dict[str, Any]], key: str, unit: str) -> None:
     values = [row[key] for row in rows]
     names = [row["provider"] for row in rows]
-    colours = [OURS if name.startswith("fastkd") else THEIRS for name in names]
-    bars = axis.barh(names, values, color=colours)
+    colors = [OURS if name.startswith("fastkd") else THEIRS for name in names]
+    bars = axis.barh(names, values, color=colors)
     axis.bar_label(bars, [f" {value:.1f} {unit}" for value in values], fontsize=8)
     axis.set_xlim(0, max(values) * 1.2 or 1)
     axis.tick_params(labelsize=8)

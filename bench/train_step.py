@@ -242,7 +242,7 @@ def endless(loader: Any) -> Iterator[Any]:
 
 
 class HookedLift(nn.Module):
-    """A timm DeiT whose last block's tokens are taken by a hook, lifted, normalised and pooled.
+    """A timm DeiT whose last block's tokens are taken by a hook, lifted, normalized and pooled.
 
     The class token's final norm and head stay where they were, and are computed.
 
@@ -389,12 +389,12 @@ class PlainLift(nn.Module):
 def plain_step(
     student: PlainLift, teacher: nn.Module, recipe: Recipe, device: str, mode: str
 ) -> Step:
-    """bf16, teacher, student and loss compiled as one, fused optimiser, no synchronisation.
+    """bf16, teacher, student and loss compiled as one, fused optimizer, no synchronization.
 
     Args:
         student: on the device, as the teacher.
         teacher: timm's model.
-        recipe: weights of the terms, precision and optimiser.
+        recipe: weights of the terms, precision and optimizer.
         device: its type.
         mode: of `torch.compile`; "none" runs it eager. "max-autotune" replays CUDA graphs, whose
             memory is not in the peak.

@@ -8,9 +8,9 @@
 //   cosine     mean over tokens of 1 - cos(student, teacher)
 //
 // Cut: a line is a run of tokens (a grid row for spectral, else up to kRun tokens) at V
-// neighbouring channels; one thread walks one line and keeps its row sums in registers, so no
-// thread waits for another until the final block sum. Neighbouring threads take lines that are
-// neighbours in memory. Moves: forward 2 reads of B N C elements; backward 2 reads (spectral
+// neighboring channels; one thread walks one line and keeps its row sums in registers, so no
+// thread waits for another until the final block sum. Neighboring threads take lines that are
+// neighbors in memory. Moves: forward 2 reads of B N C elements; backward 2 reads (spectral
 // re-reads its row, a few KB per block, from L1) and 1 write. Shared memory: 32 floats. Nothing of
 // size [B, N, C] is allocated.
 
@@ -38,7 +38,7 @@ constexpr int kPack = 8;         // channels per thread: 16 bytes of bf16 or fp1
 struct Lines {
   int runs, length, tokens;
   int packs;            // channel packs of the walked map
-  bool channels_inner;  // neighbouring threads: neighbouring channels, or neighbouring runs
+  bool channels_inner;  // neighboring threads: neighboring channels, or neighboring runs
   int64_t count;
 };
 
@@ -221,8 +221,8 @@ __device__ __forceinline__ CosineSums cosine_sums(const FeatureKd& p, const Cut&
   return sums;
 }
 
-// One token per `lanes` threads: a whole warp where channels are neighbours in memory, else one
-// thread, so that neighbouring threads still read neighbouring addresses.
+// One token per `lanes` threads: a whole warp where channels are neighbors in memory, else one
+// thread, so that neighboring threads still read neighboring addresses.
 template <typename S, typename T, int V>
 __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
     cosine_forward(FeatureKd p, Cut cut, int lanes, float* stats, float* partials) {

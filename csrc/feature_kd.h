@@ -1,4 +1,5 @@
-// feature_kd: the distance between two token maps, as raw pointers and a stream. Knows no torch.
+// feature_kd: the distance between two token maps, as raw pointers and a stream. Does not depend on
+// torch.
 #pragma once
 
 #include <cstdint>

@@ -9,9 +9,9 @@
 // FlashAttention-2: times the same W it is the tokens' gradient. The weight's does not fit beside
 // W: y's gradient is written, for a chunk of rows that stays in L2, for lift_kd_weight.cuh.
 //
-// W is centred over the outputs before it is rounded: LayerNorm(W x) = RMSNorm(W_c x). Its rows and
-// columns are permuted within groups of 32, such that what a thread holds of a row in four mma
-// tiles are eight neighbouring channels: tokens, teacher and gradients go between global memory and
+// W is centered over the outputs before it is rounded: LayerNorm(W x) = RMSNorm(W_c x). Its rows
+// and columns are permuted within groups of 32, such that what a thread holds of a row in four mma
+// tiles are eight neighboring channels: tokens, teacher and gradients go between global memory and
 // registers 16 bytes at a time, with no shared memory between.
 //
 // Moves: tokens and teacher once, the tokens' gradient once; y's gradient once to L2. Every worker
@@ -176,7 +176,7 @@ __global__ void __launch_bounds__(kLiftThreads, 1) lift(Lift p) {
     tokens.fetch(p, index, place);
     tile.start();
     tile.project(tokens);
-    if (p.norm) tile.normalise();
+    if (p.norm) tile.normalize();
     if constexpr (kGradient) {
       value += tile.differentiate(factor);
       uint32_t slopes[Out / 2 / 16][4];

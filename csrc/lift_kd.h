@@ -1,5 +1,5 @@
 // lift_kd: Linear, LayerNorm and the distance of feature_kd in one kernel, as raw pointers and a
-// stream. Knows no torch.
+// stream. Does not depend on torch.
 #pragma once
 
 #include <cstdint>
@@ -8,7 +8,7 @@
 
 namespace fastkd {
 
-// A parameter, or its gradient; no data: there is none, or nobody wants it.
+// A parameter, or its gradient; no data: there is none, or it is not needed.
 struct Parameter {
   void* data;
   Dtype dtype;

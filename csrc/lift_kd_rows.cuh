@@ -11,12 +11,12 @@ namespace fastkd {
 
 constexpr int kLiftWarps = 2 * kLiftWorkers;
 constexpr int kLiftThreads = kLiftWarps * kWarpSize;
-constexpr int kOctet = 8;    // neighbouring channels that one thread holds of a row
+constexpr int kOctet = 8;    // neighboring channels that one thread holds of a row
 constexpr int kGroup = 32;   // channels of the four threads that share a row of an mma tile
 constexpr int kPadding = 8;  // elements after each row in shared memory, against bank conflicts
 
 // Where a channel is put in shared memory: permuted within its group, such that what a thread finds
-// in four neighbouring mma tiles is an octet.
+// in four neighboring mma tiles is an octet.
 __device__ inline int packed_place(int channel) {
   const int in_group = channel % kGroup;
   const int place = 8 * (in_group % kOctet / 2) + 2 * (in_group / kOctet) + in_group % 2;
@@ -46,7 +46,7 @@ __device__ __forceinline__ Slot slot_at(const Slots& slots, int index) {
   return slot;
 }
 
-// A map whose octets are 16-byte aligned neighbours, or not.
+// A map whose octets are 16-byte aligned neighbors, or not.
 struct OctetMap : TokenMap {
   bool packed;
 };

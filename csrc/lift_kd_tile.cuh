@@ -104,7 +104,7 @@ __device__ __forceinline__ float smooth_l1_slope(float d, float beta, float inve
 
 // Adds to differences their means over half rows (feature_kd.cu): the spectral loss is the sum of
 // d (d + mean), and its slope 2 (d + mean). A grid row is all 16 rows of a tile, or 8 of them; of
-// an odd one, neighbouring columns are of the same half row, too.
+// an odd one, neighboring columns are of the same half row, too.
 template <bool kWholeTile, bool kOdd>
 __device__ __forceinline__ void add_means(Octets& d, float share, const bool (&filled)[2]) {
 #pragma unroll
@@ -260,10 +260,10 @@ struct LiftTile {
   int index;
   int image[2];
   bool filled[2];
-  // y; normalised, if there is a norm; and in place of them their gradients.
+  // y; normalized, if there is a norm; and in place of them their gradients.
   Octets y[kGroups];
   TeacherRows<kWide, kGroups> teacher;
-  uint32_t normalised[kGroups][4][2];  // what the norm's backward needs of y, in half precision
+  uint32_t normalized[kGroups][4][2];  // what the norm's backward needs of y, in half precision
   float inverse_deviation[2];
   float along[2], across[2];  // cosine's slope is along s - across t
 
@@ -347,8 +347,8 @@ struct LiftTile {
     }
   }
 
-  // W is centred, and so is y: its variance is its mean square. Empty slots become zero.
-  __device__ __forceinline__ void normalise() {
+  // W is centered, and so is y: its variance is its mean square. Empty slots become zero.
+  __device__ __forceinline__ void normalize() {
     float squares[2][1] = {};
 #pragma unroll
     for (int group = 0; group < kGroups; ++group)
@@ -487,7 +487,7 @@ struct LiftTile {
   __device__ __forceinline__ float differentiate(float factor) {
     float value = 0.f;
     if (p.teacher.data != nullptr && p.loss == FeatureLoss::kCosine) value = cosine_loss(factor);
-    float sums[2][2] = {};  // over a token: slopes for the normalised y, and their products with it
+    float sums[2][2] = {};  // over a token: slopes for the normalized y, and their products with it
 #pragma unroll
     for (int group = 0; group < kGroups; ++group) {
       Octets slope = {};
@@ -554,7 +554,7 @@ struct LiftTile {
         float& high = y[group][pair][2 * row + 1];
         const float low_slope = slope[pair][2 * row] * norm_weight[2 * pair];
         const float high_slope = slope[pair][2 * row + 1] * norm_weight[2 * pair + 1];
-        normalised[group][pair][row] = pack_pair<C>(low, high);
+        normalized[group][pair][row] = pack_pair<C>(low, high);
         sums[row][0] += low_slope + high_slope;
         sums[row][1] += low_slope * low + high_slope * high;
         low = low_slope;
@@ -571,7 +571,7 @@ struct LiftTile {
       for (int group = 0; group < kGroups; ++group)
 #pragma unroll
         for (int pair = 0; pair < 4; ++pair) {
-          const float2 z = unpack_pair<C>(normalised[group][pair][row]);
+          const float2 z = unpack_pair<C>(normalized[group][pair][row]);
           float& low = y[group][pair][2 * row];
           float& high = y[group][pair][2 * row + 1];
           low = inverse_deviation[row] * (low - mean - along_y * z.x);

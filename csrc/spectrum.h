@@ -1,5 +1,5 @@
-// spectrum: eigenvalues of a batch of small Gram matrices, as raw pointers and a stream. Knows no
-// torch.
+// spectrum: eigenvalues of a batch of small Gram matrices, as raw pointers and a stream. Does not
+// depend on torch.
 #pragma once
 
 #include <cstdint>

@@ -38,7 +38,7 @@ __device__ __forceinline__ int exponent_above(float x) {
 }
 
 // Signs of the leading principal minors of T - x: they change as often as T has eigenvalues less
-// than x. A minor of exactly 0 has neighbours of opposite signs, so its own does not matter.
+// than x. A minor of exactly 0 has neighbors of opposite signs, so its own does not matter.
 struct SturmSequence {
   float x, last = 0.f, minor = kTop;
   unsigned signs = 0;

@@ -78,7 +78,7 @@ __device__ __forceinline__ float sum_of(const float (&parts)[kCount]) {
 template <int kCount>
 struct HalfWarpSums {
   static constexpr int kPadded = std::bit_ceil(static_cast<unsigned>(kCount));
-  static constexpr int kCopies = kTileColumns / kPadded;  // neighbouring lanes with the same sum
+  static constexpr int kCopies = kTileColumns / kPadded;  // neighboring lanes with the same sum
   static_assert(kPadded <= kTileColumns);
   float sum;
   int index;
@@ -203,7 +203,7 @@ struct TriangleTiles {
     return quadratic;
   }
 
-  // Of two neighbouring column tiles, or the last one, each half of the warp finishes one.
+  // Of two neighboring column tiles, or the last one, each half of the warp finishes one.
   __device__ __forceinline__ float store_column_sums(int tile, float first, const float* second,
                                                      Workspace& shared) const {
     const bool upper = lane >= kTileColumns;

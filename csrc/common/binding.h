@@ -62,7 +62,7 @@ inline Dtype dtype_of(const Tensor& tensor, const char* what) {
   }
 }
 
-// Kernel launches report a bad configuration only through this; it does not synchronise.
+// Kernel launches report a bad configuration only through this; it does not synchronize.
 inline void check_launch(const char* operation) {
   const cudaError_t error = cudaGetLastError();
   STD_TORCH_CHECK(error == cudaSuccess, operation, ": ", cudaGetErrorString(error));

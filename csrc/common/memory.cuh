@@ -1,5 +1,5 @@
 // Typed global memory: element types, conversion to and from the fp32 that all kernels compute in,
-// and packs of V neighbouring elements that move in 16-byte transactions.
+// and packs of V neighboring elements that move in 16-byte transactions.
 #pragma once
 
 #include <cstdint>

@@ -5,7 +5,7 @@
 //   a[0] A[g, 2q..]  a[1] A[g + 8, 2q..]  a[2] A[g, 2q + 8..]  a[3] A[g + 8, 2q + 8..]
 //   b[0] B[2q.., g]  b[1] B[2q + 8.., g]
 //   d[0..1] D[g, 2q..]  d[2..3] D[g + 8, 2q..]
-// An A operand so has the layout of two neighbouring D tiles: results can be factors at once.
+// An A operand so has the layout of two neighboring D tiles: results can be factors at once.
 #pragma once
 
 #include <cstring>
