@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fastkd.ops import backends, lift_kd
 from fastkd.ops.lift_kd import BACKENDS, LIFT_EPS
-from fastkd.ops.lift_kd.projection import Projection
+from fastkd.ops.lift_kd.reference import Inputs as OperatorInputs
 
 
 def spectral(lifted: Tensor, teacher: Tensor) -> Tensor:
@@ -271,8 +271,10 @@ def case(
     for backend, reason in backends(device).items():
         tokens, teacher = (x.unflatten(1, (1, count)) for x in (inputs.tokens, inputs.teacher))
         norm = inputs.norm_weight, inputs.norm_bias
-        projection = Projection(inputs.weight, None, *norm, LIFT_EPS, dtype)
-        reason = reason or BACKENDS.why_not(backend, tokens, projection, teacher, loss)
+        lifter = inputs.weight, None, *norm, LIFT_EPS, dtype
+        reason = reason or BACKENDS.why_not(
+            backend, OperatorInputs(tokens, *lifter, teacher, loss, 1.0)
+        )
         if reason is None:
             step = ours(loss, pool, backend)
             providers.append(harness.Provider(f"fastkd ({backend})", runner(step, inputs)))

@@ -87,7 +87,7 @@ EPSILONS = {
     ("fastkd/losses/vkd.py", "WHITENING_EPS"): 1e-6,
     ("fastkd/ops/feature_kd/__init__.py", "eps"): 1e-8,  # of "cosine"
     ("fastkd/ops/feature_kd/reference.py", "eps"): 1e-8,
-    ("fastkd/ops/lift_kd/projection.py", "LIFT_EPS"): 1e-5,
+    ("fastkd/ops/lift_kd/reference.py", "LIFT_EPS"): 1e-5,
     ("fastkd/ops/lift_kd/reference.py", "COSINE_EPS"): 1e-8,
 }
 # Where the LayerNorm of Lift is computed or built.

@@ -9,8 +9,8 @@ import json
 import logging
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field, is_dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar, get_args
 
@@ -69,8 +69,8 @@ class Backends(Generic[AnyImplementation]):
         name: the operator's, as users know it, for messages.
         implementations: by backend name; must hold ``"torch"``.
         order: backends as ``"auto"`` tries them, fastest first.
-        looks_at: names of the operator's arguments that decide, for `Implementation.refuses`; the
-            first is a tensor, and without elements no backend runs.
+        looks_at: names of the operator's arguments that decide, for `Implementation.refuses`;
+            where the first tensor has no elements, no backend runs.
         example: what the self-check runs, see `fastkd.ops.self_check`.
     """
 
@@ -117,21 +117,13 @@ class Backends(Generic[AnyImplementation]):
         implementation = self.implementations.get(name)
         if implementation is None:
             return "not implemented for this operator"
-        reason = unavailable(name, inputs[0].device) or _unproven(name, implementation)
+        device = next(checks.tensors_of(inputs)).device
+        reason = unavailable(name, device) or _unproven(name, implementation)
         if reason is not None:
             return reason
-        if any(x.dtype == torch.float64 for x in tensors_of(inputs)):
+        if any(x.dtype == torch.float64 for x in checks.tensors_of(inputs)):
             return "float64 runs on 'torch' only"
         return implementation.refuses(*inputs) or self_check.failure(self, name, inputs)
-
-
-def tensors_of(inputs: Iterable[Any]) -> Iterator[Tensor]:
-    """The tensors among arguments, and in their dataclasses."""
-    for x in inputs:
-        if isinstance(x, Tensor):
-            yield x
-        elif is_dataclass(x):
-            yield from tensors_of(vars(x).values())
 
 
 def check_backend(function: str, backend: object) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import is_dataclass
 from typing import Any
 
 import torch
@@ -194,6 +195,15 @@ def refuse_second_derivatives(backward: Any, function: str) -> None:
         )
 
     backward.register_autograd(refuse)
+
+
+def tensors_of(inputs: Iterable[Any]) -> Iterator[Tensor]:
+    """The tensors among arguments, and in their dataclasses."""
+    for x in inputs:
+        if isinstance(x, Tensor):
+            yield x
+        elif is_dataclass(x):
+            yield from tensors_of(vars(x).values())
 
 
 def at_least_float32(tensor: Tensor) -> Tensor:

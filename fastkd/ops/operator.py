@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from fastkd.ops.backend import Backends, Implementation
-from fastkd.ops.checks import exact_float32, refuse_transforms
+from fastkd.ops.checks import exact_float32, refuse_transforms, tensors_of
 from fastkd.ops.self_check import Draw
 
 LIBRARY = torch.library.Library("fastkd", "FRAGMENT")
@@ -105,7 +105,7 @@ class Operator:
         requested = values.pop()
         named = dict(zip(self._arguments, values, strict=True))
         looked_at: list[Any] = [named.get(name) for name in self.backends.looks_at]
-        if looked_at[0].numel() == 0:
+        if next(tensors_of(looked_at)).numel() == 0:
             return _zeroed(self.shapes(*values))
         return getattr(self.backends.select(requested, *looked_at), self.method)(*values)
 

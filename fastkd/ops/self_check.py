@@ -14,6 +14,8 @@ from torch import Tensor
 if TYPE_CHECKING:
     from fastkd.ops.backend import Backends
 
+from fastkd.ops.checks import tensors_of
+
 logger = logging.getLogger("fastkd")
 
 ENVIRONMENT_SELF_CHECK = "FASTKD_SELF_CHECK"
@@ -55,7 +57,7 @@ def failure(backends: Backends[Any], name: str, inputs: tuple[Any, ...]) -> str 
     """
     if os.environ.get(ENVIRONMENT_SELF_CHECK, "1") == "0":
         return None
-    device = inputs[0].device
+    device = next(tensors_of(inputs)).device
     model = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     options = tuple(_kinds(inputs))
     key = name, model, options

@@ -13,7 +13,7 @@ from fastkd.ops import lift, lift_kd, self_check
 from fastkd.ops.feature_kd.reference import LOSSES
 from fastkd.ops.lift_kd import BACKENDS, LIFT_EPS
 from fastkd.ops.lift_kd import reference as torch_path
-from fastkd.ops.lift_kd.projection import Projection
+from fastkd.ops.lift_kd.reference import Inputs
 from tests.harness.cases import BFLOAT16_FIRST, laid_out, relative_error
 from tests.ops.answers import answer, by_reference, right
 from tests.ops.operators import LIFTED, OPERATORS, Tensors, layers, measure
@@ -253,21 +253,6 @@ def test_on_a_cpu_it_takes_a_quarter_of_eagers_memory_however_many_tokens():
     assert large + 64 * 196 * 192 * 4 <= eager / 4
 
 
-def test_tuning_keeps_the_fastest_configuration_that_fits(monkeypatch):
-    tiles = pytest.importorskip("fastkd.ops.lift_kd.tiles")
-    from fastkd.ops.lift_kd import triton as tuning
-
-    milliseconds = dict.fromkeys(tiles.CANDIDATES, 2.0)
-    milliseconds |= {tiles.HALF: 3.0, tiles.CANDIDATES[3]: 1.0, tiles.FLOAT: float("inf")}
-    monkeypatch.setattr(tuning, "_milliseconds", lambda tile, *rest: milliseconds[tile])
-    inputs = draw(SMALL)
-    projection = Projection(inputs["weight"], None, None, None, LIFT_EPS, torch.bfloat16)
-    tokens = inputs["student_tokens"].unflatten(1, SMALL[1:3])
-    search = (tokens, projection, "mse", tiles.HALF, None)
-    assert tuning._search(*search) == tiles.CANDIDATES[3]
-    assert tuning.tuned(*search) == tiles.HALF  # not asked for
-
-
 FLAT = (torch.randn(2, 9, 8), torch.randn(12, 8), torch.randn(2, 9, 12))
 
 
@@ -346,8 +331,9 @@ def test_lift_names_its_own_arguments():
 def self_checked(name: str, device: str, dtypes, loss: str, compute, normed: bool) -> str | None:
     tokens, weight, teacher = (torch.zeros(1, dtype=dtype, device=device) for dtype in dtypes)
     norm_weight = weight if normed else None
-    projection = Projection(weight, None, norm_weight, None, LIFT_EPS, compute)
-    return self_check.failure(BACKENDS, name, (tokens, projection, teacher, loss))
+    lifter = weight, None, norm_weight, None, LIFT_EPS, compute
+    inputs = Inputs(tokens, *lifter, teacher, loss, 1.0)
+    return self_check.failure(BACKENDS, name, (inputs,))
 
 
 @pytest.mark.slow
@@ -375,10 +361,11 @@ def test_an_unproven_backend_runs_only_where_it_is_asked_for(monkeypatch):
     monkeypatch.delenv("FASTKD_UNPROVEN", raising=False)
     inputs = (torch.zeros(2, 6, 6, 32), torch.zeros(64, 32), torch.zeros(2, 6, 6, 64))
     tokens, weight, teacher = (x.bfloat16() for x in inputs)
-    projection = Projection(weight, None, None, None, LIFT_EPS, torch.bfloat16)
+    lifter = weight, None, None, None, LIFT_EPS, torch.bfloat16
+    inputs = Inputs(tokens, *lifter, teacher, "mse", 1.0)
     assert not BACKENDS.implementations["cuda"].proven
-    reason = BACKENDS.why_not("cuda", tokens, projection, teacher, "mse")
+    reason = BACKENDS.why_not("cuda", inputs)
     assert "no GPU has verified it yet" in reason
     monkeypatch.setenv("FASTKD_UNPROVEN", "1")
-    reason = BACKENDS.why_not("cuda", tokens, projection, teacher, "mse")
+    reason = BACKENDS.why_not("cuda", inputs)
     assert reason is None or "verified" not in reason

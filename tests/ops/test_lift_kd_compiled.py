@@ -6,12 +6,10 @@ import pytest
 import torch
 
 from fastkd.ops.feature_kd.reference import LOSSES
-from fastkd.ops.lift_kd.projection import LIFT_EPS, Projection
-from fastkd.ops.lift_kd.reference import stats_shape
+from fastkd.ops.lift_kd.reference import LIFT_EPS, Inputs
 from tests.harness import gates
 from tests.harness.aot import ARCHS
 
-tiles = pytest.importorskip("fastkd.ops.lift_kd.tiles")
 triton = pytest.importorskip("fastkd.ops.lift_kd.triton")
 
 # Ds, Dt
@@ -36,20 +34,20 @@ def launches(widths, loss, dtype, arch, *, pool=True, parts=("norm_weight", "nor
     tokens = on_meta(256, 14, 14, channels, dtype=dtype)
     teacher = on_meta(256, 14, 14, width, dtype=dtype)
     vectors = [on_meta(width) if name in parts else None for name in ALL]
-    projection = Projection(on_meta(width, channels), *vectors, LIFT_EPS, dtype)
-    cut = tiles.Cut.of(tokens, loss, tiles.default_tile(dtype, channels, arch))
-    prepared, started = triton.prepare(projection)
-    stats, scalar = on_meta(*stats_shape(tokens)), on_meta()
+    lifter = on_meta(width, channels), *vectors, LIFT_EPS, dtype
+    inputs = Inputs(tokens, *lifter, teacher, loss, 1.0)
+    cut = triton.Cut.of(inputs, arch)
+    prepared, started = triton.prepare(inputs)
+    stats, scalar = on_meta(*inputs.stats_shape), on_meta()
     pooled = on_meta(256, width if pool else 0)
-    started += triton.forward_launches(
-        tokens, prepared, teacher, loss, 1.0, scalar, pooled, stats, cut
-    )
+    started += triton.forward_launches(prepared, scalar, pooled, stats, cut)
     needs = [True, True, *(vector is not None for vector in vectors)]
-    work = triton.GradientWork(tokens, projection, prepared, teacher, loss, 1.0, stats, needs, cut)
-    upstream = triton.PooledUpstream(pooled, tokens, prepared) if pool else None
-    started += [] if upstream is None else upstream.launches
-    band = work.bands()[1]
-    return [*started, *work.launches(band, scalar, upstream), *work.finish_launches()]
+    upstream = None
+    if pool:
+        *upstream, projection = triton.pooled_gradient(pooled, prepared)
+        started += projection
+    work = triton.GradientWork(inputs, prepared, stats, needs, cut, scalar, upstream)
+    return [*started, *work.launches(work.bands()[1]), *work.finish_launches()]
 
 
 def case_name(widths, loss, dtype, parts=("norm_weight", "norm_bias"), pool=True) -> str:

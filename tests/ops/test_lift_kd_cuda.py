@@ -7,7 +7,7 @@ autograd, on the GPU where there is one, else on the host.
 from __future__ import annotations
 
 import subprocess
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fastkd.ops.feature_kd.reference import LOSSES
 from fastkd.ops.lift_kd import cuda, reference
-from fastkd.ops.lift_kd.projection import LIFT_EPS, Projection
+from fastkd.ops.lift_kd.reference import LIFT_EPS, Inputs
 from tests.harness import host, nvcc
 from tests.harness.cases import laid_out, nearest_dtype_error, relative_error
 
@@ -44,41 +44,44 @@ def _cuda_only(backend):
 
 @dataclass
 class Problem:
-    """Inputs as implementations get them; ``eager`` is what the same dtype gives in PyTorch."""
+    """Inputs as implementations get them, and the gradients that arrive."""
 
-    tokens: Tensor
-    projection: Projection
-    teacher: Tensor | None
-    loss: str
+    inputs: Inputs
     upstream: Tensor
-    pooled_upstream: Tensor
+    pooled_upstream: Tensor | None
+
+    @property
+    def parameters(self) -> list[Tensor | None]:
+        return [self.inputs.weight, *self.inputs.vectors]
 
     @property
     def needs(self) -> list[bool]:
-        return [True, *(x is not None for x in self.projection.parameters())]
-
-    @property
-    def inputs(self):
-        return self.tokens, self.projection, self.teacher
+        return [True, *(x is not None for x in self.parameters)]
 
     def gradients(self, **changes):
         upstreams = self.upstream, self.pooled_upstream
-        stats = self.tokens.new_empty(0)
         needs = changes.get("needs", self.needs)
-        return cuda.backward(*upstreams, *self.inputs, stats, self.loss, 1.0, needs)
+        return cuda.backward(*upstreams, self.inputs, torch.empty(0), needs)
 
     def by_autograd(self, dtype: torch.dtype):
         """Value, pooled tokens and gradients by the definition, all in ``dtype``."""
-        parameters = self.projection.parameters()
-        leaves = [None if x is None else x.detach().to(dtype) for x in (self.tokens, *parameters)]
-        leaves = [None if x is None else x.requires_grad_() for x in leaves]
-        projection = Projection(*leaves[1:], LIFT_EPS, dtype)
-        teacher = None if self.teacher is None else self.teacher.to(dtype)
-        value, pooled = reference.definition(leaves[0], projection, teacher, self.loss)
-        total = value * self.upstream.to(dtype) if teacher is not None else 0
+        inputs = in_dtype(self.inputs, dtype)
+        leaves = [inputs.tokens, inputs.weight, *inputs.vectors]
+        leaves = [x.requires_grad_() for x in leaves if x is not None]
+        value, pooled = reference.definition(inputs)
+        total = value * self.upstream.to(dtype) if inputs.teacher is not None else 0
         total = total + (pooled * self.pooled_upstream.to(dtype)).sum()
-        gradients = torch.autograd.grad(total, [x for x in leaves if x is not None])
-        return value.detach(), pooled.detach(), gradients
+        return value.detach(), pooled.detach(), torch.autograd.grad(total, leaves)
+
+
+def in_dtype(inputs: Inputs, dtype: torch.dtype) -> Inputs:
+    """Copies of all tensors in a dtype, also that of the products."""
+    tensors = {
+        name: x.detach().to(dtype, copy=True)
+        for name, x in vars(inputs).items()
+        if isinstance(x, Tensor)
+    }
+    return replace(inputs, compute=dtype, **tensors)
 
 
 def draw(
@@ -108,24 +111,23 @@ def draw(
 
     weight = noise(wide, narrow) * narrow**-0.5
     norms = (1 + 0.3 * noise(wide), noise(wide)) if norm else (None, None)
-    projection = Projection(weight, noise(wide) if bias else None, *norms, LIFT_EPS, compute)
+    lifter = weight, noise(wide) if bias else None, *norms, LIFT_EPS, compute
     tokens = view(noise(*grid, narrow, dtype=token_dtype))
     maps = view(noise(*grid, wide, dtype=teacher_dtype)) if teacher else None
     upstream = torch.full((), float(tokens.shape[:3].numel()), device=device)
-    return Problem(
-        tokens, projection, maps, loss, upstream, noise(grid[0], wide, dtype=torch.float32)
-    )
+    inputs = Inputs(tokens, *lifter, maps, loss, 1.0)
+    return Problem(inputs, upstream, noise(grid[0], wide, dtype=torch.float32))
 
 
 def check(problem: Problem) -> None:
     """Both passes within twice the error of eager PyTorch in the dtype of the products."""
-    compute = problem.projection.compute
-    value, pooled, _ = cuda.forward(*problem.inputs, problem.loss, 1.0, True)
+    compute, loss = problem.inputs.compute, problem.inputs.loss
+    value, pooled, _ = cuda.forward(problem.inputs, True)
     found = [value, pooled, *(g for g in problem.gradients() if g.numel())]
     true_value, true_pooled, truths = problem.by_autograd(torch.float64)
     # torch has no half-precision FFT on the CPU: the other losses' slope is no less exact.
-    eager_loss = "mse" if problem.loss == "spectral" else problem.loss
-    eager = Problem(**{**vars(problem), "loss": eager_loss})
+    inputs = replace(problem.inputs, loss="mse" if loss == "spectral" else loss)
+    eager = replace(problem, inputs=inputs)
     _, exact_pooled, exact = eager.by_autograd(torch.float64)
     _, plain_pooled, plain = eager.by_autograd(compute)
     errors = [relative_error(a, b) for a, b in zip((plain_pooled, *plain), (exact_pooled, *exact))]
@@ -178,7 +180,7 @@ def test_maps_of_any_dtype_and_layout(backend, layout, token_dtype, teacher_dtyp
     )
     gradient = problem.gradients()[0]
     assert gradient.dtype == token_dtype
-    assert gradient.stride() == torch.empty_like(problem.tokens).stride()
+    assert gradient.stride() == torch.empty_like(problem.inputs.tokens).stride()
     check(problem)
 
 
@@ -186,30 +188,24 @@ def test_maps_of_any_dtype_and_layout(backend, layout, token_dtype, teacher_dtyp
 def test_one_pass_gives_what_two_passes_give(backend, loss):
     problem = draw((2, 4, 6), loss=loss, token_dtype=torch.float32, device=backend.device)
     problem.upstream, problem.pooled_upstream = torch.ones_like(problem.upstream), None
-    value, *gradients = cuda.one_pass(*problem.inputs, loss, 1.0, problem.needs)
-    assert torch.equal(value, cuda.forward(*problem.inputs, loss, 1.0, False)[0])
+    value, *gradients = cuda.one_pass(problem.inputs, problem.needs)
+    assert torch.equal(value, cuda.forward(problem.inputs, False)[0])
     for ours, other in zip(gradients, problem.gradients(), strict=True):
         assert relative_error(ours, other) < 8e-3
 
 
 def test_unscaled_float16_slopes_do_not_vanish_within_one_pass(backend):
     problem = draw((4, 8, 16), compute=torch.float16, norm=False, device=backend.device)
-    problem.teacher = problem.teacher * 1e-2
-    problem.tokens = problem.tokens.float() * 1e-2
-    weight = problem.projection.weight.float()
-    projection = Projection(weight, None, None, None, LIFT_EPS, torch.float16)
-    _, *gradients = cuda.one_pass(
-        problem.tokens, projection, problem.teacher, "mse", 1.0, [True, True, False, False, False]
+    inputs = replace(
+        problem.inputs,
+        tokens=problem.inputs.tokens.float() * 1e-2,
+        weight=problem.inputs.weight.float(),
+        bias=None,
+        teacher=problem.inputs.teacher * 1e-2,
     )
-    exact = Projection(weight.double(), None, None, None, LIFT_EPS, torch.float64)
-    _, *truths = reference.one_pass(
-        problem.tokens.double(),
-        exact,
-        problem.teacher.double(),
-        "mse",
-        1.0,
-        [True, True, False, False, False],
-    )
+    needs = [True, True, False, False, False]
+    _, *gradients = cuda.one_pass(inputs, needs)
+    _, *truths = reference.one_pass(in_dtype(inputs, torch.float64), needs)
     for ours, truth in zip(gradients[:2], truths[:2]):
         assert relative_error(ours, truth) < 4e-3
 
@@ -231,7 +227,7 @@ def test_a_second_run_is_bitwise_equal(backend, loss):
     problem = draw((3, 5, 7), loss=loss, device=backend.device)
     runs = []
     for _ in range(2):
-        value, pooled, _ = cuda.forward(*problem.inputs, loss, 1.0, True)
+        value, pooled, _ = cuda.forward(problem.inputs, True)
         runs.append((value, pooled, *problem.gradients()))
     assert all(torch.equal(first, second) for first, second in zip(*runs))
 
@@ -239,7 +235,7 @@ def test_a_second_run_is_bitwise_equal(backend, loss):
 def test_slopes_in_many_chunks_give_the_same_gradients(backend, monkeypatch):
     problem = draw((5, 4, 7), device=backend.device)
     whole = problem.gradients()
-    tile = cuda.TILE_ROWS * problem.projection.width * 2
+    tile = cuda.TILE_ROWS * problem.inputs.width * 2
     monkeypatch.setattr(cuda, "SLOPE_BYTES", 3 * tile)
     for ours, other in zip(problem.gradients(), whole, strict=True):
         assert relative_error(ours, other) < 8e-3
@@ -248,9 +244,9 @@ def test_slopes_in_many_chunks_give_the_same_gradients(backend, monkeypatch):
 
 def test_inputs_are_not_written_to(backend):
     problem = draw((2, 3, 7), device=backend.device)
-    tensors = problem.tokens, problem.teacher, *problem.projection.parameters()
+    tensors = [x for x in vars(problem.inputs).values() if isinstance(x, Tensor)]
     before = [x.clone() for x in tensors]
-    cuda.forward(*problem.inputs, "mse", 1.0, True)
+    cuda.forward(problem.inputs, True)
     problem.gradients()
     assert all(torch.equal(now, then) for now, then in zip(tensors, before))
 
@@ -269,8 +265,8 @@ def test_what_it_refuses_it_names(grid, widths, compute, loss, reason):
     narrow, wide = widths
     tokens = torch.empty(1, dtype=compute).expand(*grid, narrow)
     weight = torch.empty(1, dtype=compute).expand(wide, narrow)
-    projection = Projection(weight, None, None, None, LIFT_EPS, compute)
-    found = cuda.refuses(tokens, projection, tokens, loss)
+    lifter = weight, None, None, None, LIFT_EPS, compute
+    found = cuda.refuses(Inputs(tokens, *lifter, tokens, loss, 1.0))
     assert found is None if reason is None else reason in found
 
 

@@ -13,7 +13,7 @@ from fastkd.ops.backend import Backend, check_backend
 from fastkd.ops.feature_kd.reference import LOSSES, LossName
 from fastkd.ops.lift_kd import op
 from fastkd.ops.lift_kd.op import BACKENDS
-from fastkd.ops.lift_kd.projection import LIFT_EPS
+from fastkd.ops.lift_kd.reference import LIFT_EPS
 from fastkd.utils.arguments import check_number
 
 __all__ = ["BACKENDS", "LIFT_EPS", "lift", "lift_kd"]
@@ -147,18 +147,14 @@ def lift_kd(
     tokens, teacher = checks.as_map(student_tokens, size), checks.as_map(teacher_tokens, size)
     parameters = weight, bias, norm_weight, norm_bias
     compute = _compute_dtype(tokens, *parameters)
-    projection = *parameters, float(lift_eps), compute
+    inputs = tokens, *parameters, float(lift_eps), compute, teacher, loss, float(beta)
     needs = _needs(tokens, *parameters)
     # Loss scaling keeps float16 gradients from vanishing, but it arrives in the backward only.
     half = torch.float16 in (tokens.dtype, compute)
     if not pool and any(needs) and not half:
-        value, *_ = op.one_pass(
-            tokens, *projection, True, teacher, loss, float(beta), needs, backend
-        )
+        value, *_ = op.one_pass(*inputs, needs, backend)
         return value
-    value, pooled, _ = op.forward(
-        tokens, *projection, False, teacher, loss, float(beta), pool, backend
-    )
+    value, pooled, _ = op.forward(*inputs, pool, backend)
     return (value, pooled.to(_output_dtype(tokens, norm_weight, compute))) if pool else value
 
 
@@ -206,9 +202,9 @@ def lift(
     parameters = weight, bias, norm_weight, norm_bias
     compute = _compute_dtype(tokens, *parameters)
     out_dtype = _output_dtype(tokens, norm_weight, compute)
-    projection = *parameters, float(lift_eps), compute, False
+    inputs = view, *parameters, float(lift_eps), compute, None, "mse", 1.0
     if pool:
-        _, pooled, _ = op.forward(view, *projection, None, "mse", 1.0, True, backend)
+        _, pooled, _ = op.forward(*inputs, True, backend)
         return pooled.to(out_dtype)
     if any(_needs(view, *parameters)):
         if backend not in ("auto", "torch"):
@@ -218,7 +214,7 @@ def lift(
             )
         lifted = _lift_by_layers(view, *parameters, lift_eps, compute, out_dtype)
     else:
-        lifted = op.lift(view, *projection, out_dtype, backend)
+        lifted = op.lift(*inputs, out_dtype, backend)
     return lifted.permute(0, 3, 1, 2) if tokens.ndim == 4 else lifted.flatten(1, 2)
 
 

@@ -1,21 +1,20 @@
-"""lift_kd through the compiled library: schemas of its raw operators, their limits and buffers.
+"""lift_kd by csrc/lift_kd.cu: schemas of its raw operators, their limits and buffers.
 
-The kernels and the binding are csrc/lift_kd.cu and csrc/lift_kd_binding.cpp, which register
-implementations for what is declared here. A tensor without elements stands for an absent one.
+A tensor without elements stands for an absent one.
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastkd.ops.feature_kd.reference import LOSSES
-from fastkd.ops.lift_kd.projection import Gradients, Projection
-from fastkd.ops.lift_kd.reference import stats_shape
+from fastkd.ops.lift_kd.reference import Gradients, Inputs
 
 WIDTHS = ((192, 384),)  # (Ds, Dt) of the compiled kernels: W must fit into shared memory
 HOST_WIDTHS = (*WIDTHS, (32, 64))  # compiled for CPU tensors, as tests do: a quick one, too
@@ -59,24 +58,23 @@ def few_blocks() -> Iterator[None]:
         MAX_BLOCKS = before
 
 
-def refuses(
-    tokens: Tensor, projection: Projection, teacher: Tensor | None, loss: str | None
-) -> str | None:
+def refuses(inputs: Inputs) -> str | None:
     """Why these inputs cannot run here; None where they can."""
+    tokens, compute = inputs.tokens, inputs.compute
     batch, height, width = tokens.shape[:3]
-    widths, compute = (tokens.shape[3], projection.width), projection.compute
+    widths = tokens.shape[3], inputs.width
     compiled = WIDTHS if tokens.is_cuda else HOST_WIDTHS
     if compute not in (torch.float16, torch.bfloat16):
         return f"it multiplies in float16 or bfloat16, not {compute}"
     if widths not in compiled:
         known = ", ".join(f"{student} to {lifted}" for student, lifted in compiled)
         return f"it lifts {known} channels, not {widths[0]} to {widths[1]}"
-    if teacher is not None and loss == "spectral" and width > TILE_ROWS:
+    if inputs.teacher is not None and inputs.loss == "spectral" and width > TILE_ROWS:
         return f"its spectral loss takes grid rows of up to {TILE_ROWS} tokens, got {width}"
     if batch * height * max(width, TILE_ROWS) >= 2**31:
         return "it counts tokens in 32 bits"
     if tokens.is_cuda:
-        # torch's own types know its shared memory from 2.15 on
+        # torch's own types have its shared memory from 2.15 on
         properties: Any = torch.cuda.get_device_properties(tokens.device)
         found = properties.shared_memory_per_block_optin
         if found < SHARED_BYTES:
@@ -84,25 +82,17 @@ def refuses(
     return None
 
 
-def forward(
-    tokens: Tensor,
-    projection: Projection,
-    teacher: Tensor | None,
-    loss: str,
-    beta: float,
-    pool: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """As `reference.forward`; a fill and at most four launches, no synchronisation."""
-    batch, width = tokens.shape[0], projection.width
-    blocks = _blocks(tokens)
-    stats = _floats(tokens, *stats_shape(tokens)).zero_()
+def forward(inputs: Inputs, pool: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """As `reference.forward`; a fill and at most four launches, no synchronization."""
+    tokens, teacher = inputs.tokens, inputs.teacher
+    batch, width, blocks = tokens.shape[0], inputs.width, _blocks(tokens)
+    stats = _floats(tokens, *inputs.stats_shape).zero_()
     result = _floats(tokens) if teacher is not None else tokens.new_zeros((), dtype=torch.float32)
     pooled = _floats(tokens, batch, width if pool else 0)
     if teacher is None and not pool:
         return result, pooled, stats
     torch.ops.fastkd._lift_kd_forward(
-        *_inputs(tokens, projection, teacher, loss, beta),
-        *_workspace(tokens, projection),
+        *_arguments(inputs),
         _floats(tokens, blocks),
         _floats(tokens, blocks * WORKERS + batch if pool else 0, width),
         result,
@@ -111,72 +101,48 @@ def forward(
     return result, pooled, stats
 
 
-def one_pass(
-    tokens: Tensor,
-    projection: Projection,
-    teacher: Tensor,
-    loss: str,
-    beta: float,
-    needs: Sequence[bool],
-) -> tuple[Tensor, ...]:
-    """As `reference.one_pass`; five launches, two more per further chunk, no synchronisation."""
-    result = _floats(tokens)
-    gradients = _differentiate(
-        tokens, projection, teacher, loss, beta, _absent(tokens), _absent(tokens), result, needs
-    )
-    return result, *gradients
+def one_pass(inputs: Inputs, needs: Sequence[bool]) -> tuple[Tensor, ...]:
+    """As `reference.one_pass`; five launches, two more per further chunk, no synchronization."""
+    result, absent = _floats(inputs.tokens), _absent(inputs.tokens)
+    return result, *_differentiate(inputs, absent, absent, result, needs, exact=True)
 
 
 def backward(
     upstream: Tensor | None,
     pooled_upstream: Tensor | None,
-    tokens: Tensor,
-    projection: Projection,
-    teacher: Tensor | None,
+    inputs: Inputs,
     stats: Tensor,
-    loss: str,
-    beta: float,
     needs: Sequence[bool],
 ) -> Gradients:
     """As `reference.backward`; launches as `one_pass` does. The statistics are not needed."""
-    if upstream is None or teacher is None:
-        upstream = teacher = None
-    of_loss, of_pooled = (
-        _absent(tokens) if x is None else _dense(x) for x in (upstream, pooled_upstream)
-    )
-    return _differentiate(
-        tokens, projection, teacher, loss, beta, of_loss, of_pooled, _absent(tokens), needs
-    )
+    absent = _absent(inputs.tokens)
+    if upstream is None or inputs.teacher is None:
+        upstream, inputs = None, replace(inputs, teacher=None)
+    of_loss, of_pooled = (absent if x is None else _dense(x) for x in (upstream, pooled_upstream))
+    return _differentiate(inputs, of_loss, of_pooled, absent, needs, exact=False)
 
 
 def _differentiate(
-    tokens: Tensor,
-    projection: Projection,
-    teacher: Tensor | None,
-    loss: str,
-    beta: float,
+    inputs: Inputs,
     upstream: Tensor,
     pooled_upstream: Tensor,
     result: Tensor,
     needs: Sequence[bool],
+    exact: bool,
 ) -> Gradients:
-    gradients = projection.empty_gradients(tokens, needs)
-    width, student_width = projection.weight.shape
-    blocks = _blocks(tokens)
+    tokens, blocks = inputs.tokens, _blocks(inputs.tokens)
+    gradients = inputs.empty_gradients(needs, exact)
+    width, student_width = inputs.weight.shape
     of_weight = gradients[1].numel() > 0
-    padded = loss == "spectral" and teacher is not None
     of_vectors = any(gradient.numel() > 0 for gradient in gradients[2:])
+    slopes = _slope_rows(inputs) if of_weight else 0, width
     torch.ops.fastkd._lift_kd_gradients(
         upstream,
         pooled_upstream,
-        *_inputs(tokens, projection, teacher, loss, beta),
-        *_workspace(tokens, projection),
+        *_arguments(inputs),
         _floats(tokens, blocks),
         _floats(tokens, blocks if of_vectors else 0, 3, width),
-        tokens.new_empty(
-            (_slope_rows(tokens, projection, padded) if of_weight else 0, width),
-            dtype=projection.compute,
-        ),
+        tokens.new_empty(slopes, dtype=inputs.compute),
         _floats(tokens, WEIGHT_SPLITS if of_weight else 0, width, student_width),
         result,
         *gradients,
@@ -184,27 +150,25 @@ def _differentiate(
     return gradients
 
 
-def _inputs(
-    tokens: Tensor, projection: Projection, teacher: Tensor | None, loss: str, beta: float
-) -> tuple[Tensor | int | float, ...]:
-    tensors = (_absent(tokens) if x is None else x for x in (teacher, *projection.parameters()))
-    return tokens, *tensors, LOSSES.index(loss), beta, projection.eps, _blocks(tokens)
+def _arguments(inputs: Inputs) -> tuple[Tensor | int | float, ...]:
+    """The inputs; buffers for the weight as the kernels want it, and for the vectors in float32."""
+    tokens = inputs.tokens
+    optional = inputs.teacher, inputs.weight, *inputs.vectors
+    tensors = (_absent(tokens) if x is None else x for x in optional)
+    options = LOSSES.index(inputs.loss), inputs.beta, inputs.eps, _blocks(tokens)
+    packed = tokens.new_empty(inputs.weight.shape, dtype=inputs.compute)
+    return tokens, *tensors, *options, packed, _floats(tokens, 3, inputs.width)
 
 
-def _workspace(tokens: Tensor, projection: Projection) -> tuple[Tensor, Tensor]:
-    """The weight as the kernels want it, and bias, norm weight and norm bias in float32."""
-    packed = tokens.new_empty(projection.weight.shape, dtype=projection.compute)
-    return packed, _floats(tokens, 3, projection.width)
-
-
-def _slope_rows(tokens: Tensor, projection: Projection, padded: bool) -> int:
+def _slope_rows(inputs: Inputs) -> int:
     """Rows of a chunk: a tile for each of the workers, as many times as the buffer may be large."""
-    batch, height, width = tokens.shape[:3]
-    if padded:  # spectral's tiles are whole grid rows, of 8 or 16 tokens
+    batch, height, width = inputs.tokens.shape[:3]
+    if inputs.loss == "spectral" and inputs.teacher is not None:
+        # Its tiles are whole grid rows, of 8 or 16 tokens.
         width = TILE_ROWS // 2 if width <= TILE_ROWS // 2 else TILE_ROWS
     tiles = -(-batch * height * width // TILE_ROWS)
-    limit = SLOPE_BYTES // (TILE_ROWS * projection.width * projection.compute.itemsize)
-    workers = _blocks(tokens) * WORKERS
+    limit = SLOPE_BYTES // (TILE_ROWS * inputs.width * inputs.compute.itemsize)
+    workers = _blocks(inputs.tokens) * WORKERS
     return min(tiles, max(limit // workers, 1) * workers) * TILE_ROWS
 
 

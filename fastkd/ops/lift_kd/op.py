@@ -1,7 +1,4 @@
-"""lift_kd's operators: loss and pooled tokens, their gradients, both in one pass, and the tokens.
-
-Inputs have been checked and are [B, H, W, D] views.
-"""
+"""lift_kd's operators: loss and pooled tokens, their gradients, both at once, lifted tokens."""
 
 from __future__ import annotations
 
@@ -9,7 +6,7 @@ import importlib.util
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,7 +14,7 @@ from torch import Tensor
 
 from fastkd.ops.backend import Backends, Implementation
 from fastkd.ops.lift_kd import cuda, reference
-from fastkd.ops.lift_kd.projection import LIFT_EPS, Gradients, Projection
+from fastkd.ops.lift_kd.reference import LIFT_EPS, Gradients, Inputs
 from fastkd.ops.operator import SCALES, operator
 from fastkd.ops.self_check import Draw
 
@@ -30,42 +27,32 @@ class LiftImplementation(Implementation):
     lift: Callable[..., Tensor] = reference.lift
 
 
-def _example(
-    run: LiftImplementation,
-    draw: Draw,
-    tokens: Tensor,
-    projection: Projection,
-    teacher: Tensor | None,
-    loss: str | None,
-) -> Iterator[Any]:
+def _example(run: LiftImplementation, draw: Draw, inputs: Inputs) -> Iterator[Any]:
     on_cuda = draw.backend == "cuda"
     size = 3, 7, 6  # [B, H, W]: rows that fill no tile, and a last tile that is cut off
     narrow, wide = (192, 384) if on_cuda else (72, 136)  # else no whole blocks
-    kind, loss = projection.weight, loss or "mse"
-    drawn, taught = draw(*size, narrow, like=tokens), draw(*size, wide, like=teacher)
+    kind = inputs.weight
+    tokens = draw(*size, narrow, like=inputs.tokens)
+    teacher = draw(*size, wide, like=inputs.teacher)
     noise = draw(wide, narrow, like=None).float()
     weight = draw.rounded(noise * narrow**-0.5, kind.dtype)
-    bias, *norm = (draw(wide, like=kind) for _ in range(3))
-    normed = projection.norm_weight is not None
-    norm_weight, norm_bias = norm if normed else (None, None)
-    compute = draw.compute(projection.compute)
+    bias, norm_weight, norm_bias = (draw(wide, like=kind) for _ in range(3))
+    options = LIFT_EPS, draw.compute(inputs.compute), teacher, inputs.loss, 1.0
+    example = Inputs(tokens, weight, bias, norm_weight, norm_bias, *options)
+    if not inputs.normed:
+        example = replace(example, norm_weight=None, norm_bias=None)
     upstream, pooled_upstream = draw(like=None), draw(size[0], wide, like=None)
-    needs = [True, True, True, normed, normed]
-
-    def lifter(exact_gradients: bool) -> Projection:
-        return Projection(weight, bias, norm_weight, norm_bias, LIFT_EPS, compute, exact_gradients)
-
+    needs = [True, True, True, inputs.normed, inputs.normed]
     with cuda.few_blocks() if on_cuda else nullcontext():  # so that it takes every loop twice
-        inputs = drawn, lifter(False), taught
-        value, pooled, stats = run.forward(*inputs, loss, 1.0, True)
+        value, pooled, stats = run.forward(example, True)
         yield from (("value", value), ("value", pooled))
-        gradients = run.backward(upstream, pooled_upstream, *inputs, stats, loss, 1.0, needs)
-        yield from (("gradient", g) for g, needed in zip(gradients, needs, strict=True) if needed)
-        if projection.compute != torch.float16:  # which never takes this form, see lift_kd
-            value, *gradients = run.one_pass(drawn, lifter(True), taught, loss, 1.0, needs)
+        gradients = run.backward(upstream, pooled_upstream, example, stats, needs)
+        if inputs.compute != torch.float16:  # which never takes one pass, see lift_kd
+            value, *others = run.one_pass(example, needs)
             yield "value", value
-            yield from (("gradient", g) for g, n in zip(gradients, needs, strict=True) if n)
-        yield "gradient", run.lift(drawn, lifter(False), value.dtype)
+            gradients, needs = (*gradients, *others), 2 * needs
+        yield from (("gradient", g) for g, needed in zip(gradients, needs, strict=True) if needed)
+        yield "gradient", run.lift(example, value.dtype)
 
 
 def _implementations() -> dict[str, LiftImplementation]:
@@ -86,11 +73,7 @@ def _implementations() -> dict[str, LiftImplementation]:
 
 
 BACKENDS = Backends(
-    "lift_kd",
-    _implementations(),
-    ("triton", "cuda", "torch"),
-    ("tokens", "projection", "teacher", "loss"),
-    _example,
+    "lift_kd", _implementations(), ("triton", "cuda", "torch"), ("inputs",), _example
 )
 
 
@@ -106,42 +89,30 @@ def _backward_flops(_upstream: Any, _pooled: Any, *shapes: Any) -> int:
 def backward(
     upstream: Tensor | None,
     pooled_upstream: Tensor | None,
-    tokens: Tensor,
-    projection: Projection,
-    teacher: Tensor | None,
+    inputs: Inputs,
     stats: Tensor,
-    loss: str,
-    beta: float,
     needs: Sequence[bool],
 ) -> Gradients:
-    return projection.empty_gradients(tokens, needs)
+    return inputs.empty_gradients(needs, exact=False)
 
 
 def _recompute(
     needs: Sequence[bool], upstream: Tensor | None, pooled_upstream: Tensor | None, *arguments: Any
 ) -> Gradients:
-    *lifted, teacher, loss, beta, pool, backend, stats = arguments
-    upstream = None if teacher is None else upstream  # without one the loss is a constant
+    *inputs, pool, backend, stats = arguments
     upstreams = upstream, pooled_upstream if pool else None
-    return backward(*upstreams, *lifted, teacher, stats, loss, beta, list(needs[:5]), backend)
+    return backward(*upstreams, *inputs, stats, list(needs[:5]), backend)
 
 
 @operator(
     "lift_kd", BACKENDS, gradient=_recompute, differentiable=2, kept=(2,), flops=_product_flops
 )
-def forward(
-    tokens: Tensor,
-    projection: Projection,
-    teacher: Tensor | None,
-    loss: str,
-    beta: float,
-    pool: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+def forward(inputs: Inputs, pool: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Loss, pooled tokens, statistics for the backward."""
-    dtype = projection.accumulator
-    width = projection.width if pool else 0
-    shapes = (), (tokens.shape[0], width), reference.stats_shape(tokens)
-    value, pooled, stats = (tokens.new_empty(shape, dtype=dtype) for shape in shapes)
+    shapes = (), (inputs.tokens.shape[0], inputs.width if pool else 0), inputs.stats_shape
+    value, pooled, stats = (
+        inputs.tokens.new_empty(shape, dtype=inputs.accumulator) for shape in shapes
+    )
     return value, pooled, stats
 
 
@@ -153,19 +124,15 @@ def forward(
     flops=lambda *shapes: 3 * _product_flops(*shapes),
 )
 def one_pass(
-    tokens: Tensor,
-    projection: Projection,
-    teacher: Tensor,
-    loss: str,
-    beta: float,
-    needs: Sequence[bool],
+    inputs: Inputs, needs: Sequence[bool]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Loss, and the gradients of tokens, weight, bias, norm weight and norm bias."""
-    value = tokens.new_empty((), dtype=projection.accumulator)
-    return value, *projection.empty_gradients(tokens, needs)
+    """Loss, and the gradients of the first five inputs."""
+    value = inputs.tokens.new_empty((), dtype=inputs.accumulator)
+    return value, *inputs.empty_gradients(needs, exact=True)
 
 
 @operator("lift", BACKENDS, method="lift", flops=_product_flops)
-def lift(tokens: Tensor, projection: Projection, out_dtype: torch.dtype) -> Tensor:
+def lift(inputs: Inputs, out_dtype: torch.dtype) -> Tensor:
     """The lifted tokens, [B, H, W, Dt]."""
-    return tokens.new_empty((*tokens.shape[:3], projection.width), dtype=out_dtype)
+    tokens = inputs.tokens
+    return tokens.new_empty((*tokens.shape[:3], inputs.width), dtype=out_dtype)

@@ -1,9 +1,4 @@
-"""lift_kd in plain PyTorch: the definition, and the CPU path.
-
-`definition` says what is computed: Linear, LayerNorm, distance, mean over tokens. It is the
-specification that every other implementation is measured against, in float64. The functions below
-compute the same a few thousand rows at a time, gradients included, so that the lifted map is never
-there as a whole. They run anywhere, in any float dtype, for any widths.
+"""lift_kd in plain PyTorch: the definition, and the CPU path, a few thousand rows at a time.
 
 All maps here are [B, H, W, D] views, with any strides.
 """
@@ -11,186 +6,186 @@ All maps here are [B, H, W, D] views, with any strides.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from fastkd.ops.feature_kd import reference as distance
-from fastkd.ops.lift_kd.projection import Gradients, Projection
+
+Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+Block = tuple[slice, slice, slice]
+
+# Of the LayerNorm, as in the paper's released code; the other norms of a timm ViT have 1e-6.
+LIFT_EPS = 1e-5
+COSINE_EPS = 1e-8  # tokens with a smaller norm have no direction, see feature_kd
 
 # Bytes of one temporary [rows, Dt]; about five of them are alive at a time.
 CHUNK_BYTES = 1 << 20
 ACCELERATOR_CHUNK_BYTES = 64 << 20
 
-COSINE_EPS = 1e-8  # tokens with a smaller norm have no direction, see feature_kd
 
-Block = tuple[slice, slice, slice]
+@dataclass(frozen=True)
+class Inputs:
+    """What every implementation gets; the first five can have a gradient.
 
-
-def definition(
-    tokens: Tensor, projection: Projection, teacher: Tensor | None, loss: str, beta: float = 1.0
-) -> tuple[Tensor, Tensor]:
-    """The operation as the paper writes it; differentiable by autograd.
-
-    Args:
+    Attributes:
         tokens: [B, H, W, Ds].
-        projection: Linear Ds -> Dt and, with a norm weight, LayerNorm.
-        teacher: [B, H, W, Dt]; None leaves out the loss.
+        weight: [Dt, Ds].
+        bias: [Dt] or None.
+        norm_weight: [Dt], or None for no LayerNorm.
+        norm_bias: [Dt] or None.
+        eps: of the LayerNorm.
+        compute: dtype in which matrix products take their operands; sums are in `accumulator`.
+        teacher: [B, H, W, Dt], or None for no loss.
         loss: one of feature_kd's.
-        beta: where smooth L1 turns from a parabola into a line.
-
-    Returns:
-        The scalar distance between lifted tokens and teacher (0 without one), as feature_kd defines
-        it, and the lifted tokens' mean over the grid, [B, Dt]. Source: arXiv 2511.15572, "Lift".
+        beta: of smooth L1.
     """
-    lifted = F.linear(tokens, projection.weight, projection.bias)
-    if projection.norm_weight is not None:
-        width = (projection.width,)
-        lifted = F.layer_norm(
-            lifted, width, projection.norm_weight, projection.norm_bias, projection.eps
-        )
-    if teacher is None:
+
+    tokens: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    norm_weight: Tensor | None
+    norm_bias: Tensor | None
+    eps: float
+    compute: torch.dtype
+    teacher: Tensor | None
+    loss: str
+    beta: float
+
+    @property
+    def width(self) -> int:
+        return self.weight.shape[0]
+
+    @property
+    def normed(self) -> bool:
+        return self.norm_weight is not None
+
+    @property
+    def accumulator(self) -> torch.dtype:
+        return torch.float64 if self.compute == torch.float64 else torch.float32
+
+    @property
+    def vectors(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        return self.bias, self.norm_weight, self.norm_bias
+
+    @property
+    def stats_shape(self) -> tuple[int, ...]:
+        """[B, H, W, 4]: what fused kernels keep of every token between forward and backward."""
+        return (*self.tokens.shape[:3], 4)
+
+    def empty_gradients(self, needs: Sequence[bool], exact: bool) -> Gradients:
+        """Allocate gradients like their inputs, without elements where they are not needed.
+
+        ``exact``: the parameters' in the accumulator's dtype, because they will be scaled before
+        they are rounded to the parameters' own.
+        """
+        dtype = self.accumulator if exact else None
+        tokens = self.tokens
+        gradients = [torch.empty_like(tokens) if needs[0] else tokens.new_empty(0)]
+        for parameter, needed in zip((self.weight, *self.vectors), needs[1:], strict=True):
+            if parameter is None or not needed:
+                gradients.append(tokens.new_empty(0))
+                continue
+            # Contiguous, because kernels write row by row, however the parameter lies in memory.
+            gradients.append(
+                torch.empty_like(parameter, dtype=dtype, memory_format=torch.contiguous_format)
+            )
+        return tuple(gradients)  # type: ignore[return-value]
+
+
+def definition(inputs: Inputs) -> tuple[Tensor, Tensor]:
+    """The operation as the paper writes it (arXiv 2511.15572, "Lift"); differentiable by autograd.
+
+    Returns the scalar distance between lifted tokens and teacher, as feature_kd defines it (0
+    without a teacher), and the lifted tokens' mean over the grid, [B, Dt].
+    """
+    lifted = F.linear(inputs.tokens, inputs.weight, inputs.bias)
+    if inputs.norm_weight is not None:
+        norm = inputs.norm_weight, inputs.norm_bias
+        lifted = F.layer_norm(lifted, (inputs.width,), *norm, inputs.eps)
+    if inputs.teacher is None:
         value = lifted.new_zeros(())
     else:
-        value = distance.definition(lifted, teacher, loss, beta, COSINE_EPS)
+        value = distance.definition(lifted, inputs.teacher, inputs.loss, inputs.beta, COSINE_EPS)
     return value, lifted.mean(dim=(1, 2))
 
 
-def stats_shape(tokens: Tensor) -> tuple[int, ...]:
-    """[B, H, W, 4]: what fused kernels keep of every token between forward and backward."""
-    return (*tokens.shape[:3], 4)
-
-
-def lift(tokens: Tensor, projection: Projection, out_dtype: torch.dtype) -> Tensor:
+def lift(inputs: Inputs, out_dtype: torch.dtype) -> Tensor:
     """The lifted tokens themselves, [B, H, W, Dt]."""
-    lifted = tokens.new_empty((*tokens.shape[:3], projection.width), dtype=out_dtype)
-    lifter = _Lifter(projection)
-    for block in _blocks(tokens, projection, "mse"):
+    tokens = inputs.tokens
+    lifted = tokens.new_empty((*tokens.shape[:3], inputs.width), dtype=out_dtype)
+    lifter = _Lifter(inputs)
+    for block in _blocks(inputs):
         lifted[block] = lifter.lift(lifter.rows(tokens[block])).unflatten(
             0, lifted[block].shape[:3]
         )
     return lifted
 
 
-def forward(
-    tokens: Tensor,
-    projection: Projection,
-    teacher: Tensor | None,
-    loss: str,
-    beta: float,
-    pool: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss, pooled lifted tokens and statistics.
+def forward(inputs: Inputs, pool: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """The loss (0 without a teacher), [B, Dt] means, and statistics for the backward.
 
-    Returns:
-        The scalar loss (0 without a teacher); [B, Dt] means, or no elements without ``pool``, both
-        in the accumulator's dtype; and `stats_shape` statistics, which are zeros here, because this
-        path's backward needs none.
+    All are in the accumulator's dtype. Without ``pool`` the means have no elements; the statistics
+    are zeros here, because this path's backward needs none.
     """
-    dtype = projection.accumulator
-    stats = tokens.new_zeros(stats_shape(tokens), dtype=dtype)
-    pooled = tokens.new_zeros((tokens.shape[0], projection.width if pool else 0), dtype=dtype)
-    lifter = _Lifter(projection)
+    tokens, dtype = inputs.tokens, inputs.accumulator
+    stats = tokens.new_zeros(inputs.stats_shape, dtype=dtype)
+    pooled = tokens.new_zeros((tokens.shape[0], inputs.width if pool else 0), dtype=dtype)
+    lifter = _Lifter(inputs)
     # Added up as they come: torch's summed losses keep the memory of their whole input alive.
     value = tokens.new_zeros((), dtype=dtype)
-    for block in _blocks(tokens, projection, loss):
+    for block in _blocks(inputs):
         lifted = lifter.lift(lifter.rows(tokens[block])).unflatten(0, tokens[block].shape[:3])
         if pool:
             pooled[block[0]] += lifted.sum(dim=(1, 2))
-        if teacher is not None:
-            t = teacher[block].to(dtype)
-            cosines = _cosines(lifted, t, loss)
-            value += distance.distance_sum(lifted, t, cosines, loss, beta)
-    if teacher is not None:
-        value = value * distance.mean_scale(teacher, teacher, loss)
+        if inputs.teacher is not None:
+            t = inputs.teacher[block].to(dtype)
+            cosines = _cosines(lifted, t, inputs.loss)
+            value += distance.distance_sum(lifted, t, cosines, inputs.loss, inputs.beta)
+    if inputs.teacher is not None:
+        value = value * distance.mean_scale(inputs.teacher, inputs.teacher, inputs.loss)
     return value, pooled.div_(tokens.shape[1:3].numel()), stats
 
 
-def one_pass(
-    tokens: Tensor,
-    projection: Projection,
-    teacher: Tensor,
-    loss: str,
-    beta: float,
-    needs: Sequence[bool],
-) -> tuple[Tensor, ...]:
-    """The scalar loss and its gradients, from one walk over tokens and teacher.
-
-    Args:
-        tokens: [B, H, W, Ds].
-        projection: as for `definition`.
-        teacher: [B, H, W, Dt].
-        loss: one of feature_kd's.
-        beta: of smooth L1.
-        needs: which of `DIFFERENTIABLE` to compute; the others come back without elements.
-
-    Returns:
-        Loss, gradients.
-    """
-    one = tokens.new_ones((), dtype=projection.accumulator)
-    value, gradients = _differentiate(
-        tokens, projection, teacher, loss, beta, one, None, needs, with_value=True
-    )
+def one_pass(inputs: Inputs, needs: Sequence[bool]) -> tuple[Tensor, ...]:
+    """The scalar loss and the needed gradients, from one walk over tokens and teacher."""
+    one = inputs.tokens.new_ones((), dtype=inputs.accumulator)
+    value, gradients = _differentiate(inputs, one, None, needs, one_pass=True)
     return value, *gradients
 
 
 def backward(
     upstream: Tensor | None,
     pooled_upstream: Tensor | None,
-    tokens: Tensor,
-    projection: Projection,
-    teacher: Tensor | None,
+    inputs: Inputs,
     stats: Tensor,
-    loss: str,
-    beta: float,
     needs: Sequence[bool],
 ) -> Gradients:
-    """Gradients through loss and pooled tokens; the lifted tokens are computed again.
-
-    Args:
-        upstream: scalar, gradient of the loss; None for none.
-        pooled_upstream: [B, Dt], gradient of the pooled tokens; None for none.
-        tokens: as for `forward`, and so are the others.
-        projection: likewise.
-        teacher: likewise.
-        stats: from `forward`.
-        loss: likewise.
-        beta: likewise.
-        needs: which of `DIFFERENTIABLE` to compute.
-
-    Returns:
-        The gradients.
-    """
-    _, gradients = _differentiate(
-        tokens, projection, teacher, loss, beta, upstream, pooled_upstream, needs, with_value=False
-    )
-    return gradients
+    """The needed gradients through the loss (a scalar arrives) and the pooled tokens ([B, Dt])."""
+    return _differentiate(inputs, upstream, pooled_upstream, needs, one_pass=False)[1]
 
 
 class _Lifter:
     """The projector's forward and backward on rows [R, Ds], with the sums of its own gradients."""
 
-    def __init__(self, projection: Projection, needs: Sequence[bool] = (False,) * 5) -> None:
-        dtype = projection.accumulator
-        _, self.need_weight, self.need_bias, self.need_norm_weight, self.need_norm_bias = needs
-        self.need_rows = needs[0]
-        self.weight = projection.weight.to(projection.compute)
+    def __init__(self, inputs: Inputs, needs: Sequence[bool] = (False,) * 5) -> None:
+        self.dtype, self.compute, self.eps = inputs.accumulator, inputs.compute, inputs.eps
+        self.weight = inputs.weight.to(self.compute)
         # CPUs multiply float16 slowly, and sum it up in float16.
-        if projection.compute == torch.float16 and self.weight.device.type == "cpu":
+        if self.compute == torch.float16 and self.weight.device.type == "cpu":
             self.weight = self.weight.float()
         self.bias, self.norm_weight, self.norm_bias = (
-            None if x is None else x.to(dtype) for x in projection.parameters()[1:]
+            None if x is None else x.to(self.dtype) for x in inputs.vectors
         )
-        self.eps = projection.eps
-        self.compute = projection.compute
-        self.dtype = dtype
-        zeros = self.weight.new_zeros
-        width = projection.width
-        self.weight_gradient = zeros(self.weight.shape, dtype=dtype) if self.need_weight else None
-        self.bias_gradient = zeros(width, dtype=dtype) if self.need_bias else None
-        self.norm_weight_gradient = zeros(width, dtype=dtype) if self.need_norm_weight else None
-        self.norm_bias_gradient = zeros(width, dtype=dtype) if self.need_norm_bias else None
+        self.need_rows = needs[0]
+        width = inputs.width
+        shapes = self.weight.shape, (width,), (width,), (width,)
+        self.sums = [
+            self.weight.new_zeros(shape, dtype=self.dtype) if needed else None
+            for shape, needed in zip(shapes, needs[1:], strict=True)
+        ]
 
     def rows(self, tokens: Tensor) -> Tensor:
         """[b, h, w, Ds] -> [R, Ds], rounded to the dtype of the products."""
@@ -214,83 +209,73 @@ class _Lifter:
 
     def backward(self, rows: Tensor, slope: Tensor) -> Tensor | None:
         """Add what [R, Dt] ``slope`` gives the parameters; return the rows' gradient if needed."""
+        weight_sum, bias_sum, *_ = self.sums
         if self.norm_weight is not None:
             slope = self._norm_backward(slope)
-        elif self.bias_gradient is not None:
-            self.bias_gradient += slope.sum(dim=0)
-        if not (self.need_rows or self.need_weight):
+        elif bias_sum is not None:
+            bias_sum += slope.sum(dim=0)
+        if not self.need_rows and weight_sum is None:
             return None
         slope = slope.to(self.weight.dtype)
-        if self.weight_gradient is not None:
+        if weight_sum is not None:
             if slope.dtype == self.dtype:
-                self.weight_gradient.addmm_(slope.mT, rows)
+                weight_sum.addmm_(slope.mT, rows)
             else:
-                self.weight_gradient += slope.mT @ rows
+                weight_sum += slope.mT @ rows
         return slope @ self.weight if self.need_rows else None
 
     def _norm_backward(self, slope: Tensor) -> Tensor:
-        need_projected = self.need_rows or self.need_weight or self.need_bias
-        wanted = [need_projected, self.need_norm_weight, self.need_norm_bias]
+        assert self.norm_weight is not None
+        weight_sum, bias_sum, norm_weight_sum, norm_bias_sum = self.sums
+        need_projected = self.need_rows or weight_sum is not None or bias_sum is not None
+        wanted = [need_projected, norm_weight_sum is not None, norm_bias_sum is not None]
         projected, norm_weight, norm_bias = torch.ops.aten.native_layer_norm_backward(
             slope,
             self.projected,
-            self.norm_weight.shape,  # type: ignore[union-attr]
+            self.norm_weight.shape,
             self.mean,
             self.rstd,
             self.norm_weight,
             self.norm_bias,
             wanted,
         )
-        if self.norm_weight_gradient is not None:
-            self.norm_weight_gradient += norm_weight
-        if self.norm_bias_gradient is not None:
-            self.norm_bias_gradient += norm_bias
-        if self.bias_gradient is not None:
-            self.bias_gradient += projected.sum(dim=0)
+        if norm_weight_sum is not None:
+            norm_weight_sum += norm_weight
+        if norm_bias_sum is not None:
+            norm_bias_sum += norm_bias
+        if bias_sum is not None:
+            bias_sum += projected.sum(dim=0)
         return projected
-
-    def parameter_gradients(self) -> list[Tensor | None]:
-        """Of weight, bias, norm weight, norm bias."""
-        return [
-            self.weight_gradient,
-            self.bias_gradient,
-            self.norm_weight_gradient,
-            self.norm_bias_gradient,
-        ]
 
 
 def _differentiate(
-    tokens: Tensor,
-    projection: Projection,
-    teacher: Tensor | None,
-    loss: str,
-    beta: float,
+    inputs: Inputs,
     upstream: Tensor | None,
     pooled_upstream: Tensor | None,
     needs: Sequence[bool],
-    with_value: bool,
+    one_pass: bool,
 ) -> tuple[Tensor, Gradients]:
-    dtype = projection.accumulator
-    gradients = projection.empty_gradients(tokens, needs)
-    lifter = _Lifter(projection, needs)
+    tokens, teacher, loss, dtype = inputs.tokens, inputs.teacher, inputs.loss, inputs.accumulator
+    gradients = inputs.empty_gradients(needs, exact=one_pass)
+    lifter = _Lifter(inputs, needs)
     value = tokens.new_zeros((), dtype=dtype)
-    if teacher is None:
-        upstream = None
     if upstream is not None and teacher is not None:
         scale = distance.mean_scale(teacher, teacher, loss)
         factor = upstream.to(dtype) * scale
     if pooled_upstream is not None:
         share = pooled_upstream.to(dtype)[:, None, None] / tokens.shape[1:3].numel()
-    for block in _blocks(tokens, projection, loss):
+    for block in _blocks(inputs):
         rows = lifter.rows(tokens[block])
         lifted = lifter.lift(rows).unflatten(0, tokens[block].shape[:3])
         if upstream is not None and teacher is not None:
             t = teacher[block].to(dtype)
             cosines = _cosines(lifted, t, loss)
-            if with_value:
-                value += distance.distance_sum(lifted, t, cosines, loss, beta)
+            if one_pass:
+                value += distance.distance_sum(lifted, t, cosines, loss, inputs.beta)
             # Without a norm the lifted rows are not needed again, with one they are no longer.
-            slope = distance.distance_slope(lifted, t, cosines, loss, beta, factor, out=lifted)
+            slope = distance.distance_slope(
+                lifted, t, cosines, loss, inputs.beta, factor, out=lifted
+            )
             if pooled_upstream is not None:
                 slope += share[block[0]]
         elif pooled_upstream is not None:
@@ -300,12 +285,10 @@ def _differentiate(
         rows_gradient = lifter.backward(rows, slope.flatten(0, 2))
         if rows_gradient is not None:
             gradients[0][block] = rows_gradient.unflatten(0, tokens[block].shape[:3])
-    for gradient, total in zip(gradients[1:], lifter.parameter_gradients(), strict=True):
+    for gradient, total in zip(gradients[1:], lifter.sums, strict=True):
         if total is not None:
             gradient.copy_(total)
-    if with_value and teacher is not None:
-        value = value * distance.mean_scale(teacher, teacher, loss)
-    return value, gradients
+    return value * scale if one_pass else value, gradients
 
 
 def _cosines(lifted: Tensor, teacher: Tensor, loss: str) -> Tensor:
@@ -314,11 +297,11 @@ def _cosines(lifted: Tensor, teacher: Tensor, loss: str) -> Tensor:
     return lifted.new_empty(0)
 
 
-def _blocks(tokens: Tensor, projection: Projection, loss: str) -> Iterator[Block]:
-    """Cuts a map into blocks of a few thousand tokens; a grid row stays whole for spectral."""
-    batch, height, width = tokens.shape[:3]
-    chunk = CHUNK_BYTES if tokens.device.type == "cpu" else ACCELERATOR_CHUNK_BYTES
-    rows = max(1, chunk // (projection.width * projection.accumulator.itemsize))
+def _blocks(inputs: Inputs) -> Iterator[Block]:
+    """Cut a map into blocks of a few thousand tokens; a grid row stays whole for spectral."""
+    batch, height, width = inputs.tokens.shape[:3]
+    chunk = CHUNK_BYTES if inputs.tokens.device.type == "cpu" else ACCELERATOR_CHUNK_BYTES
+    rows = max(1, chunk // (inputs.width * inputs.accumulator.itemsize))
     whole = slice(None)
     if rows >= height * width:
         step = rows // (height * width)
@@ -328,7 +311,7 @@ def _blocks(tokens: Tensor, projection: Projection, loss: str) -> Iterator[Block
     for image in range(batch):
         for row in range(0, height, max(1, rows // width)):
             band = slice(row, row + max(1, rows // width))
-            if width <= rows or loss == "spectral":
+            if width <= rows or inputs.loss == "spectral":
                 yield slice(image, image + 1), band, whole
                 continue
             for column in range(0, width, rows):
