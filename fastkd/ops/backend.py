@@ -1,4 +1,4 @@
-"""The choice of the implementation of an operator, its reasons, and the self-check."""
+"""The choice of an operator's backend, and the compiled library."""
 
 from __future__ import annotations
 
@@ -132,21 +132,18 @@ def check_backend(function: str, backend: object) -> None:
 
 
 def unavailable(name: str, device: torch.device) -> str | None:
-    """Why a backend cannot run on a device, whatever the operator; None where it can.
-
-    Args:
-        name: ``"cuda"``, ``"triton"`` or ``"torch"``.
-        device: where the tensors live.
-
-    Returns:
-        A reason in words, or None.
-    """
+    """Why a backend cannot run on a device, whatever the operator; None where it can."""
     if name == "torch" or name in EMULATED:
         return None
-    seen = "" if torch.cuda.is_available() else ", and torch sees no GPU"
-    if device.type != "cuda" or seen:
-        return f"it needs CUDA tensors, got {device.type}{seen}"
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return _needs_cuda(device.type)
     return _unavailable_on_gpu(name, device.index or 0)
+
+
+@functools.cache
+def _needs_cuda(device: str) -> str:
+    seen = "" if torch.cuda.is_available() else ", and torch sees no GPU"
+    return f"it needs CUDA tensors, got {device}{seen}"
 
 
 def _unproven(name: str, implementation: Implementation) -> str | None:
@@ -229,15 +226,7 @@ def library_path() -> Path | None:
 
 
 def load_library(path: Path) -> Extension:
-    """Load one library and read what it was built for.
-
-    Args:
-        path: a shared library built from csrc.
-
-    Returns:
-        Its state; `Extension.error` names both what it was built for and what was found when
-        loading failed.
-    """
+    """Load a library built from csrc and read what it was built for."""
     try:
         raw = ctypes.CDLL(str(path))
         raw.fastkd_build_info.restype = ctypes.c_char_p

@@ -19,7 +19,6 @@ VARIABLES = {
         "FASTKD_BACKEND": "cuda, triton or torch: the backend of every operator; auto by default",
         "FASTKD_SELF_CHECK": "0 skips the comparison of a backend with torch at its first use",
         "FASTKD_UNPROVEN": "1 lets kernels run that no GPU has been tested with",
-        "FASTKD_AUTOTUNE": "1 times the tiles of lift_kd's Triton kernels at their first use",
         "FASTKD_DEBUG": "1 shows the traceback of an error of the command line",
     },
     "installation": {

@@ -258,7 +258,7 @@ def test_normalising_by_powers_of_two_brings_every_norm_near_1(dtype):
     limits = torch.finfo(dtype)
     sizes = torch.tensor([limits.smallest_normal / 64, 1.0, limits.max / 64], dtype=dtype)
     rows = torch.randn(3, 200, dtype=dtype) * sizes[:, None]
-    scaled, weighted = reference.normalised(rows)
+    scaled, weighted = reference.normalized(rows)
     norms = scaled.norm(dim=-1)
     assert (norms >= 0.5 - 1e-6).all() and (norms <= 1 + 1e-6).all()
     assert torch.allclose((scaled * weighted).sum(dim=-1), torch.ones(3, dtype=dtype))

@@ -17,7 +17,9 @@ from fastkd.ops.second_moment import second_moment
 from fastkd.ops.sep import LEVELS as BANDWIDTH_LEVELS
 from fastkd.ops.sep import (
     TIE_TOLERANCE,
+    Convention,
     bandwidth,
+    check_convention,
     permuted_moment,
     sep_curves,
     sep_from_moment,
@@ -25,7 +27,6 @@ from fastkd.ops.sep import (
     sep_power,
     white_noise_sep,
 )
-from fastkd.ops.sep.reference import Convention, check_convention
 from fastkd.ops.spectrum import LEVELS, effective_rank, energy_curve, spectral_ranks, stable_rank
 
 CONFIDENCE = 0.95

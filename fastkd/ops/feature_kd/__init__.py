@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastkd.ops import checks
 from fastkd.ops.backend import Backend, Backends, Implementation, check_backend
-from fastkd.ops.feature_kd import cuda, reference
+from fastkd.ops.feature_kd import reference
 from fastkd.ops.feature_kd.reference import LOSSES, LossName
 from fastkd.ops.operator import operator
 from fastkd.ops.self_check import Draw
@@ -114,6 +114,51 @@ def _check_widths(student: Tensor, teacher: Tensor, pool: str) -> None:
         )
 
 
+SCRATCH = 4096  # floats: one per block, csrc/feature_kd.cu's kMaxBlocks
+
+torch.library.define(
+    "fastkd::_feature_kd_forward",
+    "(Tensor student, Tensor teacher, int loss, float beta, float eps, "
+    "Tensor(a!) scratch, Tensor(b!) stats, Tensor(c!) result) -> ()",
+)
+torch.library.define(
+    "fastkd::_feature_kd_backward",
+    "(Tensor upstream, Tensor student, Tensor teacher, Tensor stats, int loss, float beta, "
+    "float eps, bool for_teacher, Tensor(a!) gradient) -> ()",
+)
+
+
+def _cuda_forward(
+    student: Tensor, teacher: Tensor, loss: str, beta: float, eps: float
+) -> tuple[Tensor, Tensor]:
+    """As `reference.forward`; two launches, no synchronization."""
+    result = student.new_empty((), dtype=torch.float32)
+    stats = student.new_empty(reference.stats_shape(student, loss), dtype=torch.float32)
+    scratch = student.new_empty(SCRATCH, dtype=torch.float32)
+    torch.ops.fastkd._feature_kd_forward(
+        student, teacher, LOSSES.index(loss), beta, eps, scratch, stats, result
+    )
+    return result, stats
+
+
+def _cuda_backward(
+    upstream: Tensor,
+    student: Tensor,
+    teacher: Tensor,
+    stats: Tensor,
+    loss: str,
+    beta: float,
+    eps: float,
+    for_teacher: bool,
+) -> Tensor:
+    """As `reference.backward`; one launch, no synchronization."""
+    gradient = torch.empty_like(teacher if for_teacher else student)
+    torch.ops.fastkd._feature_kd_backward(
+        upstream, student, teacher, stats, LOSSES.index(loss), beta, eps, for_teacher, gradient
+    )
+    return gradient
+
+
 # [B, H, W, Ds] and Dt: packed channels and an even row; and nothing even, with overlapping windows.
 EXAMPLE_SHAPES = (((2, 4, 6, 40), 40), ((2, 3, 5, 33), 57))
 
@@ -133,7 +178,7 @@ def _example(
 def _implementations() -> dict[str, Implementation]:
     implementations = {
         "torch": Implementation(reference.forward, reference.backward),
-        "cuda": Implementation(cuda.forward, cuda.backward),
+        "cuda": Implementation(_cuda_forward, _cuda_backward),
     }
     if importlib.util.find_spec("triton") is not None:
         from fastkd.ops.feature_kd import triton

@@ -97,14 +97,14 @@ def operands(rows: Tensor, weight: str, dtype: torch.dtype) -> tuple[Tensor, lis
     if weight == "none":
         rows = rows.to(dtype)
         return rows, [rows]
-    scaled, weighted = normalised(rows.to(torch.promote_types(rows.dtype, torch.float32)))
+    scaled, weighted = normalized(rows.to(torch.promote_types(rows.dtype, torch.float32)))
     high = weighted.to(dtype)
     if high.dtype == weighted.dtype:
         return scaled, [weighted]
     return scaled.to(dtype), [high, (weighted - high).to(dtype)]
 
 
-def normalised(rows: Tensor) -> tuple[Tensor, Tensor]:
+def normalized(rows: Tensor) -> tuple[Tensor, Tensor]:
     """Factors of x x^T / ||x||^2 that neither overflow nor underflow.
 
     Args:

@@ -1,8 +1,8 @@
-"""SEP's building blocks: spectra from a second moment or token by token, and what is read off them.
+"""SEP, the token spectral energy pattern: how a token's energy is spread over channel frequencies.
 
 The definition is per token: `sep_curves`. Their mean needs no FFT per token: |x^(f)|^2 is the
 Fourier transform of a token's circular autocorrelation, which is linear in x x^T: the sums along
-the wrapped diagonals of the second moment. Everything here is plain PyTorch on any device.
+the wrapped diagonals of the second moment.
 """
 
 from __future__ import annotations
@@ -14,7 +14,9 @@ import torch
 from torch import Tensor
 
 from fastkd.ops import checks
-from fastkd.ops.second_moment.reference import normalised
+from fastkd.ops.backend import Backend, check_backend
+from fastkd.ops.second_moment import check_tokens, second_moment
+from fastkd.ops.second_moment.reference import as_images, normalized, row_chunks
 from fastkd.utils.arguments import check_number
 
 Convention = Literal["full", "folded"]
@@ -22,25 +24,69 @@ CONVENTIONS: tuple[Convention, ...] = get_args(Convention)
 LEVELS = (0.5, 0.6, 0.7, 0.8, 0.9)
 TIE_TOLERANCE = 1e-6  # a curve that meets a level up to rounding (float32) has reached it
 
+# Tokens whose curves are there at once: on a CPU they fit its caches.
+CHUNK_ROWS = 256
+ACCELERATOR_CHUNK_ROWS = 16384
 
-def sep_from_moment(moment: Tensor, convention: Convention = "full") -> Tensor:
-    """Mean SEP curve of the tokens of a row-normalised second moment; one FFT of length D.
 
-    Allocates as much as ``moment``.
+def sep(
+    tokens: Tensor, convention: Convention = "full", *, std: bool = False, backend: Backend = "auto"
+) -> Tensor | tuple[Tensor, Tensor]:
+    r"""Token spectral energy pattern, averaged over tokens (arXiv 2511.15572).
+
+    A token x in R^D has at bin f the energy \|DFT(x)_f\|^2; its curve cumulates them in frequency
+    order, over their total. The mean curve is read off the row-normalized second moment and one
+    FFT of length D, exactly: no FFT per token. The standard deviation needs that FFT; it is made in
+    float32 (float64 for float64 tokens) a chunk of tokens at a time; chunks add up in float64.
+
+    Of every real signal the full curve is symmetric, so that it reaches 0.5 halfway by
+    construction, and of white noise it is the diagonal (`white_noise_sep`): compare with both.
 
     Args:
-        moment: [..., D, D], ``second_moment(tokens, "row_norm")`` or a sum of several; moments
-            with permuted channels (`permuted_moment`) can be done at once.
-        convention: ``"full"`` or ``"folded"``, as in `fastkd.ops.sep.sep`.
+        tokens: [..., D], any leading dimensions, any strides; float16, bfloat16, float32 or
+            float64. Tokens of zeros are left out. No gradient: see `second_moment`.
+        convention: ``"full"``: all D bins in FFT order, what the paper plots; ``"folded"``: the
+            D // 2 + 1 unique ones, with conjugate pairs folded into one.
+        std: also return the standard deviation.
+        backend: of the second moment: ``"auto"``, ``"triton"`` or ``"torch"``.
 
     Returns:
-        [..., D] or [..., D // 2 + 1], float32 (float64 for a float64 moment); NaN for a moment
-        without tokens.
+        The mean curve, [D] or [D // 2 + 1] float64; with ``std`` a pair of it and of the population
+        standard deviation over tokens, of the same shape. NaN where no token has energy, or one is
+        not finite.
 
     Raises:
-        TypeError: ``moment`` is no floating-point tensor.
-        ValueError: it is not [..., D, D], or the convention is unknown.
+        TypeError: ``tokens`` is no floating-point tensor.
+        ValueError: it has no channels or requires a gradient, or the convention is unknown.
+        RuntimeError: ``backend`` names one that cannot run here, and why.
     """
+    check_tokens("sep", tokens)
+    check_convention("sep", convention)
+    checks.check_flag("sep", "std", std)
+    check_backend("sep", backend)
+    moment = second_moment(tokens, "row_norm", backend=backend)
+    mean = sep_from_moment(moment, convention)
+    return (mean, _deviation(tokens, mean, convention)) if std else mean
+
+
+def _deviation(tokens: Tensor, mean: Tensor, convention: Convention) -> Tensor:
+    """Population standard deviation over the curves of tokens with energy."""
+    rows = CHUNK_ROWS if tokens.device.type == "cpu" else ACCELERATOR_CHUNK_ROWS
+    # Sums of deviations, not of curves: squares of nearly equal curves would cancel. What is left
+    # is small enough for float32 within a chunk.
+    count, sums, squares = (torch.zeros_like(mean) for _ in range(3))
+    for chunk in row_chunks(as_images(tokens), rows):
+        curves = sep_curves(chunk, convention)
+        energetic = curves[:, -1:] != 0
+        deviation = torch.where(energetic, curves - mean.to(curves.dtype), 0.0)
+        count += energetic.sum()
+        sums += deviation.sum(dim=0)
+        squares += deviation.square().sum(dim=0)
+    return (squares / count - (sums / count).square()).clamp(min=0).sqrt()
+
+
+def sep_from_moment(moment: Tensor, convention: Convention = "full") -> Tensor:
+    """Mean curve of row-normalized second moments [..., D, D]; NaN for one without tokens."""
     checks.check_tensor("sep_from_moment", "moment", moment)
     check_convention("sep_from_moment", convention)
     if moment.ndim < 2 or moment.shape[-1] != moment.shape[-2] or moment.shape[-1] == 0:
@@ -56,20 +102,10 @@ def sep_from_moment(moment: Tensor, convention: Convention = "full") -> Tensor:
 
 
 def sep_power(tokens: Tensor) -> Tensor:
-    """Power at every frequency, summed over tokens that each have a total of 1.
+    """Power at the D // 2 + 1 unique frequencies, summed over tokens with a total of 1 each.
 
-    What `sep_from_power` makes a mean curve of, for accumulators: sums over batches add up. On a
-    CPU a transform of every token is several times faster than their second moment.
-
-    Args:
-        tokens: [..., D], as in `sep_curves`. Tokens of zeros count as nothing.
-
-    Returns:
-        [D // 2 + 1] float64: powers of the unique frequencies, conjugate ones counted once.
-
-    Raises:
-        TypeError: ``tokens`` is no floating-point tensor.
-        ValueError: it has no channels.
+    For accumulators, with `sep_from_power`: sums over batches add up. On a CPU a transform of every
+    token is several times faster than their second moment. Tokens of zeros count as nothing.
     """
     power = _token_power("sep_power", tokens).reshape(-1, tokens.shape[-1] // 2 + 1)
     total = (power * _folds(tokens.shape[-1], power)).sum(dim=-1)
@@ -77,20 +113,7 @@ def sep_power(tokens: Tensor) -> Tensor:
 
 
 def sep_from_power(power: Tensor, dim: int, convention: Convention = "full") -> Tensor:
-    """Mean SEP curve of powers summed over tokens.
-
-    Args:
-        power: [..., dim // 2 + 1], `sep_power` or a sum of several.
-        dim: channels D of a token.
-        convention: ``"full"`` or ``"folded"``, as in `fastkd.ops.sep.sep`.
-
-    Returns:
-        [..., D] or [..., D // 2 + 1] in the dtype of ``power``, ends at 1; NaN without tokens.
-
-    Raises:
-        TypeError: ``power`` is no floating-point tensor.
-        ValueError: it does not fit ``dim``, or the convention is unknown.
-    """
+    """Mean curve of powers [..., dim // 2 + 1] summed over tokens; NaN without tokens."""
     checks.check_tensor("sep_from_power", "power", power)
     check_convention("sep_from_power", convention)
     check_number("sep_from_power", "dim", dim, whole=True)
@@ -104,21 +127,9 @@ def sep_from_power(power: Tensor, dim: int, convention: Convention = "full") -> 
 
 
 def sep_curves(tokens: Tensor, convention: Convention = "full") -> Tensor:
-    """SEP curve of every token, by a real FFT per token; allocates about four times the tokens.
+    """Curve of every token [..., D] of any size, by a real FFT; allocates about four times as much.
 
-    Args:
-        tokens: [..., D], any leading dimensions; float16, bfloat16, float32 or float64, of any
-            size: each token is scaled first.
-        convention: ``"full"`` or ``"folded"``, as in `fastkd.ops.sep.sep`.
-
-    Returns:
-        [..., D] or [..., D // 2 + 1], float32 (float64 for float64 tokens), ends at 1. Zeros for a
-        token of zeros, which has no curve: leave such out with ``tokens.ne(0).any(dim=-1)``. NaN
-        for a token that is not finite.
-
-    Raises:
-        TypeError: ``tokens`` is no floating-point tensor.
-        ValueError: it has no channels, or the convention is unknown.
+    Zeros for a token of zeros, which has no curve; NaN for one that is not finite.
     """
     check_convention("sep_curves", convention)
     power = _token_power("sep_curves", tokens)
@@ -155,19 +166,7 @@ def bandwidth(curve: Tensor, q: float | Sequence[float] = LEVELS) -> Tensor:
 
 
 def permuted_moment(moment: Tensor, permutation: Tensor) -> Tensor:
-    """Second moments of tokens with permuted channels, P C P^T, without the tokens.
-
-    Args:
-        moment: [D, D].
-        permutation: [R, D] int64, R permutations of the channels: x becomes x[permutation[r]].
-
-    Returns:
-        [R, D, D]: for many permutations of wide tokens, pass some at a time.
-
-    Raises:
-        TypeError: ``moment`` is no floating-point tensor, or ``permutation`` no int64 tensor.
-        ValueError: the shapes do not fit.
-    """
+    """Second moments [R, D, D] of tokens x[permutation[r]], P C P^T, without the tokens."""
     checks.check_tensor("permuted_moment", "moment", moment)
     if not isinstance(permutation, Tensor) or permutation.dtype != torch.int64:
         got = permutation.dtype if isinstance(permutation, Tensor) else type(permutation).__name__
@@ -183,18 +182,7 @@ def permuted_moment(moment: Tensor, permutation: Tensor) -> Tensor:
 
 
 def white_noise_sep(dim: int, convention: Convention = "full") -> Tensor:
-    """Expected SEP curve of white noise, whose energy is spread evenly over the full bins.
-
-    Args:
-        dim: channels D of a token.
-        convention: ``"full"``: the diagonal d / D; ``"folded"``: likewise, with two bins in one.
-
-    Returns:
-        [D] or [D // 2 + 1] float64, on the CPU.
-
-    Raises:
-        ValueError: ``dim`` is not positive, or the convention is unknown.
-    """
+    """Expected curve of white noise, whose energy is spread evenly over the full bins."""
     check_convention("white_noise_sep", convention)
     check_number("white_noise_sep", "dim", dim, least=1, whole=True)
     even = torch.ones(dim // 2 + 1, dtype=torch.float64)
@@ -214,7 +202,7 @@ def _token_power(function: str, tokens: Tensor) -> Tensor:
             f"{function}: tokens must be [..., D] with at least one channel, got "
             f"{list(tokens.shape)}"
         )
-    scaled, _ = normalised(tokens.to(torch.promote_types(tokens.dtype, torch.float32)))
+    scaled, _ = normalized(tokens.to(torch.promote_types(tokens.dtype, torch.float32)))
     if scaled.numel() == 0:  # which not every FFT library takes
         return scaled.new_empty((*scaled.shape[:-1], scaled.shape[-1] // 2 + 1))
     spectrum = torch.fft.rfft(scaled)
