@@ -100,20 +100,20 @@ def open_model(
     for side in sides:
         check_numbers(caller, img_size=(side, 1, LARGEST_IMAGE), num_classes=(num_classes, 0))
     options = {name: value for name, value in timm_kwargs.items() if value is not None}
+    if not isinstance(source, str | Path | nn.Module):  # `reading` would blame a file
+        raise TypeError(
+            f"{caller}: a model must be a timm name, a file or an nn.Module, got "
+            f"{type(source).__name__}"
+        )
     file: Any = source if checkpoint is None else checkpoint
     named = isinstance(file, nn.Module) or timm.is_model(str(file).partition(".")[0])
     with contextlib.nullcontext() if named else reading(caller, file):
         if isinstance(source, nn.Module):
             refuse_for_modules(caller, {"num_classes": num_classes, **options})
             opened = _of_module(caller, source, checkpoint, weights)
-        elif isinstance(source, str | Path):
+        else:
             given = (weights, img_size, num_classes, alternative, options)
             opened = _Opener(caller, str(source), *given).open(checkpoint, pretrained)
-        else:
-            raise TypeError(
-                f"{caller}: a model must be a timm name, a file or an nn.Module, got "
-                f"{type(source).__name__}"
-            )
     if isinstance(img_size, int):
         opened = replace(opened, preprocessing=opened.preprocessing.override(img_size=img_size))
     return opened
