@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
-COPIED = ("fastkd", "tests", "examples", "bench", "csrc", ".ci")
+COPIED = ("fastkd", "docs", "tests", "examples", "bench", "csrc", ".ci")
 FILES = ("pyproject.toml", "README.md", "CHANGELOG.md", "CONTRIBUTING.md", "setup.py", "LICENSE")
 NEEDS_GPU = "cuda.py"  # modules that call kernels which run on a GPU alone
 SWAPS: dict[type[ast.AST], tuple[str, str]] = {

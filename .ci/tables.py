@@ -95,8 +95,8 @@ def api() -> str:
 # Which backends a function runs on; those that are not named here are plain PyTorch.
 BACKENDS = {
     "feature_kd": "feature_kd:BACKENDS",
-    "lift": "lift_kd.op:BACKENDS",
-    "lift_kd": "lift_kd.op:BACKENDS",
+    "lift": "lift_kd:BACKENDS",
+    "lift_kd": "lift_kd:BACKENDS",
     "second_moment": "second_moment:BACKENDS",
     "sep": "second_moment:BACKENDS",
     "singular_values": "spectrum:SOLVERS",

@@ -7,6 +7,7 @@ import contextlib
 import pathlib
 import pickle
 import re
+import sys
 import textwrap
 import zipfile
 import zlib
@@ -176,6 +177,8 @@ def read_file(path: str | Path, device: str | torch.device = "cpu") -> Any:
     try:
         if torch.device(device).type != "meta":
             check_sum(path)
+        elif _is_swapped(path):
+            device = "cpu"  # torch ends the process if it swaps bytes that were not read
         if path.suffix == _SAFETENSORS:
             return load_file(path, str(device))
         with torch.serialization.safe_globals(_PLAIN):
@@ -184,6 +187,18 @@ def read_file(path: str | Path, device: str | torch.device = "cpu") -> Any:
         raise
     except Exception as error:  # bytes that are no checkpoint fail in any way
         raise _unreadable(path, error) from error
+
+
+def _is_swapped(path: Path) -> bool:
+    """Whether a .pth file may be of a machine of another byte order."""
+    if not zipfile.is_zipfile(path):
+        return False
+    try:
+        with zipfile.ZipFile(path) as archive:
+            order = (name for name in archive.namelist() if name.endswith("/byteorder"))
+            return any(archive.read(name) != sys.byteorder.encode() for name in order)
+    except zipfile.BadZipFile:  # without CRC, or damaged
+        return True
 
 
 def verifies() -> bool:
