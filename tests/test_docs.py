@@ -1,4 +1,4 @@
-"""README.md and docs/: snippets run, commands and flags exist, links resolve, tables are current."""
+"""The snippets, commands, links and generated tables of README.md and docs/ are right."""
 
 from __future__ import annotations
 

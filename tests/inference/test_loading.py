@@ -152,7 +152,7 @@ def test_an_exported_module_that_timm_does_not_know_asks_for_it(tmp_path):
     module = create_student("test_vit", num_classes=3, img_size=32)
     module.norm.eps = 1.0  # which timm's of this name has not
     path = export(module, "safetensors", checkpoint=run).path
-    with pytest.raises(ValueError, match="cannot build, module:VisionTransformer: .*module"):
+    with pytest.raises(ValueError, match=r"cannot build, module:VisionTransformer: .*module"):
         opened(path)
     assert opened(module, path).preprocessing.recipe.mean == MEAN
 
