@@ -31,7 +31,7 @@ def pretend(arch: int) -> None:
     from triton.runtime import driver
 
     from fastkd.ops import backend
-    from fastkd.ops.launch import KernelLaunch
+    from fastkd.ops.operator import KernelLaunch
 
     class Driver:
         def get_current_device(self) -> int:

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from fastkd.ops.launch import KernelLaunch
+from fastkd.ops.operator import KernelLaunch
 from tests.harness import gates
 from tests.harness.aot import Compiled
 

@@ -17,8 +17,8 @@ from fastkd.losses.relations import (
     slices,
     zero_gradient,
 )
-from fastkd.ops.checks import at_least_float32
-from fastkd.ops.operator import empty_gradient, gradient_in_forward, operator, wide_dtype
+from fastkd.ops.checks import at_least_float32, wide_dtype
+from fastkd.ops.operator import empty_gradient, gradient_in_forward, operator
 
 
 class CRD(Distance):

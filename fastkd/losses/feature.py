@@ -35,10 +35,9 @@ from fastkd.losses.projectors import (
 )
 from fastkd.ops import feature_kd, lift, lift_kd
 from fastkd.ops.backend import Backend
-from fastkd.ops.checks import check_float
+from fastkd.ops.checks import check_float, wide_dtype
 from fastkd.ops.feature_kd.reference import LOSSES, LossName
 from fastkd.ops.lift_kd import LIFT_EPS
-from fastkd.ops.operator import wide_dtype
 from fastkd.tokens import ResampleMode, Tokens
 from fastkd.utils.arguments import describe
 

@@ -19,7 +19,8 @@ from fastkd.losses.relations import (
     slices,
     zero_gradient,
 )
-from fastkd.ops.operator import empty_gradient, gradient_in_forward, wide_dtype
+from fastkd.ops.checks import wide_dtype
+from fastkd.ops.operator import empty_gradient, gradient_in_forward
 
 
 class RKD(Distance):

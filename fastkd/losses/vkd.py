@@ -10,8 +10,7 @@ from torch import Tensor
 
 from fastkd.losses.base import Distance, Grid, check_choice, check_positive
 from fastkd.losses.feature import MapDistance
-from fastkd.ops.checks import at_least_float32, in_float64
-from fastkd.ops.operator import wide_dtype
+from fastkd.ops.checks import at_least_float32, in_float64, wide_dtype
 
 Normalization = Literal["standardize", "whiten", "none"]
 VectorLoss = Literal["smooth_l1", "mse"]

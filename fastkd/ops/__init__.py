@@ -1,8 +1,4 @@
-"""Operators: fused functions of tensors, a folder each.
-
-``__init__.py`` is the function and its declaration to torch, ``reference.py`` the specification in
-plain PyTorch, ``triton.py`` and ``cuda.py`` (with csrc) the kernels.
-"""
+"""Operators: fused functions of tensors."""
 
 from fastkd.ops.backend import backends
 from fastkd.ops.feature_kd import feature_kd

@@ -35,27 +35,15 @@ ENVIRONMENT_UNPROVEN = "FASTKD_UNPROVEN"
 EMULATED: set[str] = set()
 
 
-def _no_backward(*inputs: Any) -> Any:
-    raise NotImplementedError("this operator has no backward of its own on any backend")
-
-
 @dataclass(frozen=True)
 class Implementation:
-    """One operator on one backend.
-
-    Attributes:
-        forward: the operator's forward on checked inputs.
-        backward: its backward, where it depends on the backend.
-        refuses: a reason why these inputs cannot run here, or None. Only what is special to the
-            operator: device, float64 and missing software are dealt with before.
-        proven: whether a GPU has shown it to be right; if not, it runs only where
-            FASTKD_UNPROVEN=1 asks for it.
-    """
+    """One operator on one backend."""
 
     forward: Callable[..., Any]
-    backward: Callable[..., Any] = _no_backward
+    backward: Any = None  # as callable as ``forward`` where the operator has a gradient
+    # Why it cannot run these inputs, but for device, float64 and missing software; or None.
     refuses: Callable[..., str | None] = lambda *inputs: None
-    proven: bool = True
+    proven: bool = True  # by a GPU; if not, it runs only with FASTKD_UNPROVEN=1
 
 
 AnyImplementation = TypeVar("AnyImplementation", bound=Implementation)
@@ -83,15 +71,9 @@ class Backends(Generic[AnyImplementation]):
     _logged: set[tuple[str, str]] = field(default_factory=set)
 
     def select(self, requested: str, *inputs: Any) -> AnyImplementation:
-        """Choose the implementation to run.
+        """Choose the implementation for the arguments that ``looks_at`` names, None if missing.
 
-        Args:
-            requested: a backend's name, or ``"auto"``; FASTKD_BACKEND overrides ``"auto"``.
-            inputs: the arguments that ``looks_at`` names; None for one that there is not.
-
-        Raises:
-            RuntimeError: a backend asked for by name cannot run; the reason is in the message.
-            ValueError: ``requested`` is no backend.
+        FASTKD_BACKEND overrides ``"auto"``. A backend asked for by name raises if it cannot run.
         """
         if requested == "auto":
             requested = os.environ.get(ENVIRONMENT_CHOICE, "auto")
@@ -127,7 +109,7 @@ class Backends(Generic[AnyImplementation]):
 
 
 def check_backend(function: str, backend: object) -> None:
-    """Refuse what is no backend's name."""
+    """Raise unless it is a backend's name."""
     checks.check_choice(function, "backend", backend, NAMES)
 
 
@@ -135,7 +117,7 @@ def unavailable(name: str, device: torch.device) -> str | None:
     """Why a backend cannot run on a device, whatever the operator; None where it can."""
     if name == "torch" or name in EMULATED:
         return None
-    if device.type != "cuda" or not torch.cuda.is_available():
+    if device.type != "cuda":
         return _needs_cuda(device.type)
     return _unavailable_on_gpu(name, device.index or 0)
 
@@ -155,6 +137,8 @@ def _unproven(name: str, implementation: Implementation) -> str | None:
 
 @functools.cache
 def _unavailable_on_gpu(name: str, index: int) -> str | None:
+    if not torch.cuda.is_available():
+        return _needs_cuda("cuda")
     device = torch.device("cuda", index)
     if name == "cuda":
         return extension().why_not_on(device)
@@ -182,17 +166,11 @@ def backends(device: torch.device | str | None = None) -> dict[str, str | None]:
 
 @dataclass(frozen=True)
 class Extension:
-    """The state of the compiled library.
-
-    Attributes:
-        path: the library file, or None where none was built.
-        error: why it is not usable, or None where it is loaded.
-        built: what it was built for: ``torch``, ``cuda`` (versions) and ``archs`` (a list).
-    """
+    """The state of the compiled library."""
 
     path: Path | None
-    error: str | None
-    built: dict[str, str | list[str]] = field(default_factory=dict)
+    error: str | None  # why it is not usable
+    built: dict[str, str | list[str]] = field(default_factory=dict)  # for which torch, cuda, archs
 
     def why_not_on(self, device: torch.device) -> str | None:
         """Why the library's kernels cannot run on a CUDA device; None where they can."""

@@ -1,7 +1,4 @@
-"""Token maps as operators get them: checks with the caller's names, and one shape for all kinds.
-
-[B, N, D] tokens and [B, D, H, W] maps both become [B, H, W, D] views, with any strides.
-"""
+"""Checks of arguments with the caller's names, [B, H, W, D] views of maps, and float32 products."""
 
 from __future__ import annotations
 
@@ -30,7 +27,7 @@ _before: list[tuple[Any, str]] = []
 
 
 def check_map(function: str, name: str, x: object) -> None:
-    """Refuse what is no [B, N, D] or [B, D, H, W]; see `check_tensor`."""
+    """Raise unless it is a [B, N, D] or [B, D, H, W] tensor; see `check_tensor`."""
     check_tensor(function, name, x)
     assert isinstance(x, Tensor)
     if x.ndim not in (3, 4):
@@ -40,14 +37,14 @@ def check_map(function: str, name: str, x: object) -> None:
 
 
 def check_tensor(function: str, name: str, x: object) -> None:
-    """Refuse what an operator cannot take: no floating-point tensor, or one of `torch.func`."""
+    """Raise unless an operator can take it: a floating-point tensor outside of `torch.func`."""
     check_float(function, name, x)
     assert isinstance(x, Tensor)
     refuse_transforms(function, x)
 
 
 def check_float(function: str, name: str, x: object) -> None:
-    """Refuse what is no floating-point tensor, with a TypeError."""
+    """Raise a TypeError unless it is a dense floating-point tensor of 16 bits or more."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{function}: {name} must be a tensor, got {describe(x)}")
     if not x.is_floating_point():
@@ -60,13 +57,13 @@ def check_float(function: str, name: str, x: object) -> None:
 
 
 def check_flag(function: str, name: str, value: object) -> None:
-    """Refuse what is neither True nor False."""
+    """Raise unless it is True or False."""
     if not isinstance(value, bool):
         raise TypeError(f"{function}: {name} must be True or False, got {describe(value)}")
 
 
 def check_choice(function: str, name: str, value: object, choices: Sequence[str]) -> None:
-    """Refuse what is none of some words."""
+    """Raise unless it is one of the choices."""
     if not isinstance(value, str) or value not in choices:
         raise ValueError(
             f"{function}: {name} must be one of {tuple(choices)}, got {describe(value)}"
@@ -87,17 +84,7 @@ def levels_of(function: str, q: object, name: str = "q") -> tuple[float, ...]:
 
 
 def check_pair(function: str, names: tuple[str, str], student: Tensor, teacher: Tensor) -> None:
-    """Refuse maps on different devices, of different kinds, or without tokens or channels.
-
-    Args:
-        function: the operator's name, for messages.
-        names: the arguments' names.
-        student: [B, N, D] or [B, D, H, W].
-        teacher: the same kind.
-
-    Raises:
-        ValueError: they do not go together.
-    """
+    """Refuse maps on different devices, of different kinds, or without tokens or channels."""
     if student.device != teacher.device:
         raise ValueError(
             f"{function}: {names[1]} must be on {student.device} like {names[0]}, "
@@ -116,24 +103,12 @@ def check_pair(function: str, names: tuple[str, str], student: Tensor, teacher: 
 
 
 def grid_of(function: str, x: Tensor, grid: tuple[int, int] | None, rows: bool) -> tuple[int, int]:
-    """The grid (H, W) to take a map by.
-
-    Args:
-        function: the operator's name, for messages.
-        x: [B, N, D] or [B, D, H, W].
-        grid: what the user said.
-        rows: whether grid rows matter; if not, tokens without a grid are one row.
-
-    Returns:
-        (H, W).
-
-    Raises:
-        ValueError: ``grid`` does not fit, or is needed and not known.
-    """
-    if grid is not None and not _is_grid(grid):
-        error = ValueError if isinstance(grid, tuple | list) else TypeError
-        got = grid if error is ValueError else describe(grid)
-        raise error(f"{function}: grid must be (H, W), two integers, got {got}")
+    """The grid (H, W) of a map; without ``rows``, tokens without a grid are one row."""
+    if grid is not None:
+        listed = isinstance(grid, tuple | list)
+        if not listed or [isinstance(n, int | torch.SymInt) for n in grid] != [True, True]:
+            error, got = (ValueError, grid) if listed else (TypeError, describe(grid))
+            raise error(f"{function}: grid must be (H, W), two integers, got {got}")
     if x.ndim == 4:
         if grid is not None and tuple(grid) != tuple(x.shape[2:]):
             raise ValueError(
@@ -142,7 +117,13 @@ def grid_of(function: str, x: Tensor, grid: tuple[int, int] | None, rows: bool) 
         return x.shape[2], x.shape[3]
     tokens = x.shape[1]
     if grid is None:
-        grid = _square(function, tokens) if rows else (1, tokens)
+        side = round(tokens**0.5)  # not isqrt, which torch.compile cannot trace
+        if rows and side * side != tokens:
+            raise ValueError(
+                f"{function}: loss='spectral' needs grid=(H, W) for {tokens} tokens, which are no "
+                "square (a CLS token left in?)"
+            )
+        grid = (side, side) if rows else (1, tokens)
     if grid[0] * grid[1] != tokens or min(grid) < 1:
         raise ValueError(f"{function}: grid {tuple(grid)} does not match {tokens} tokens")
     return grid
@@ -151,21 +132,6 @@ def grid_of(function: str, x: Tensor, grid: tuple[int, int] | None, rows: bool) 
 def as_map(x: Tensor, grid: tuple[int, int]) -> Tensor:
     """[B, N, D] or [B, D, H, W] as a [B, H, W, D] view."""
     return x.permute(0, 2, 3, 1) if x.ndim == 4 else x.unflatten(1, grid)
-
-
-def _is_grid(grid: object) -> bool:
-    whole = (int, torch.SymInt)
-    return isinstance(grid, tuple | list) and [isinstance(n, whole) for n in grid] == [True, True]
-
-
-def _square(function: str, tokens: int) -> tuple[int, int]:
-    side = round(tokens**0.5)  # not isqrt, which torch.compile cannot trace
-    if side * side != tokens:
-        raise ValueError(
-            f"{function}: loss='spectral' needs grid=(H, W) for {tokens} tokens, which are no "
-            "square (a CLS token left in?)"
-        )
-    return side, side
 
 
 def refuse_transforms(function: str, x: Tensor) -> None:
@@ -185,18 +151,6 @@ def refuse_transforms(function: str, x: Tensor) -> None:
         )
 
 
-def refuse_second_derivatives(backward: Any, function: str) -> None:
-    """Let an operator that computes a gradient say that it has none itself."""
-
-    def refuse(*_: Any) -> None:
-        raise RuntimeError(
-            f"{function}: its gradient cannot be differentiated again (create_graph=True); take "
-            "torch's own operations where second derivatives are needed"
-        )
-
-    backward.register_autograd(refuse)
-
-
 def tensors_of(inputs: Iterable[Any]) -> Iterator[Tensor]:
     """The tensors among arguments, and in their dataclasses."""
     for x in inputs:
@@ -206,15 +160,13 @@ def tensors_of(inputs: Iterable[Any]) -> Iterator[Tensor]:
             yield from tensors_of(vars(x).values())
 
 
+def wide_dtype(*tensors: Tensor) -> torch.dtype:
+    """float64 if one of the tensors is, else float32."""
+    return torch.float64 if any(x.dtype == torch.float64 for x in tensors) else torch.float32
+
+
 def at_least_float32(tensor: Tensor) -> Tensor:
-    """Half precision to float32, float32 and float64 as they are.
-
-    Args:
-        tensor: of a float dtype.
-
-    Returns:
-        The tensor, or a copy of it.
-    """
+    """Half precision to float32, float32 and float64 as they are."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
@@ -225,14 +177,7 @@ def power_of_two(x: Tensor) -> Tensor:
 
 
 def in_float64(tensor: Tensor) -> Tensor:
-    """Bring a tensor to float64: on its device, or on the CPU where that has none (``"mps"``).
-
-    Args:
-        tensor: of a float dtype.
-
-    Returns:
-        The tensor, or a copy of it.
-    """
+    """Bring a tensor to float64: on its device, or on the CPU where that has none (``"mps"``)."""
     # Moved first, since a conversion on the way could be made on either device.
     return (tensor.cpu() if tensor.device.type == "mps" else tensor).double()
 
@@ -241,9 +186,8 @@ def in_float64(tensor: Tensor) -> Tensor:
 def exact_float32() -> Iterator[None]:
     """Keep float32 matrix products in float32 inside the block.
 
-    torch's settings are the process': they come back when the last thread has left its block, and
-    another thread that multiplies before that is exact, too, and not the faster for it. A product's
-    setting that only followed a wider one (``torch.backends.fp32_precision``) follows it again.
+    torch's settings are the process': they come back when the last thread has left its block. A
+    product's setting that only followed ``torch.backends.fp32_precision`` follows it again.
     """
     global _depth
     with _LOCK:
@@ -264,10 +208,9 @@ def exact_float32() -> Iterator[None]:
 
 
 def _own_precision(setting: Any) -> str:
-    """What has been set for products themselves: ``"none"`` where a wider setting decides.
+    """What has been set for products themselves, ``"none"`` where a wider setting decides.
 
-    A setting reads as what is in force, so that only a look without its own can tell the two apart;
-    leaves it without.
+    A setting reads as what is in force; only a look without its own can tell the two apart.
     """
     in_force: str = setting.fp32_precision
     setting.fp32_precision = "none"

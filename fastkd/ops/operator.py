@@ -1,11 +1,13 @@
-"""Declare operators to torch: schema, result shapes, gradient, choice of backend and FLOPs."""
+"""Declare operators to torch: schema, result shapes, gradient, backends, FLOPs; launch kernels."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,7 +15,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from fastkd.ops.backend import Backends, Implementation
-from fastkd.ops.checks import exact_float32, refuse_transforms, tensors_of
+from fastkd.ops.checks import exact_float32, refuse_transforms, tensors_of, wide_dtype
 from fastkd.ops.self_check import Draw
 
 LIBRARY = torch.library.Library("fastkd", "FRAGMENT")
@@ -106,7 +108,10 @@ class Operator:
         named = dict(zip(self._arguments, values, strict=True))
         looked_at: list[Any] = [named.get(name) for name in self.backends.looks_at]
         if next(tensors_of(looked_at)).numel() == 0:
-            return _zeroed(self.shapes(*values))
+            results = self.shapes(*values)
+            for result in results if isinstance(results, tuple) else (results,):
+                result.zero_()
+            return results
         return getattr(self.backends.select(requested, *looked_at), self.method)(*values)
 
     def _differentiate(self, *arguments: Any) -> Any:
@@ -118,6 +123,34 @@ class Operator:
             return self.overload(*arguments)
 
 
+@dataclass(frozen=True)
+class KernelLaunch:
+    """A launch of a ``@triton.jit`` kernel as a value, which tests compile ahead of time.
+
+    ``arguments`` are tensors, ints and floats by name, ``constants`` the ``tl.constexpr`` ones.
+    """
+
+    kernel: Any
+    grid: tuple[int, ...]
+    arguments: Mapping[str, Tensor | int | float]
+    constants: Mapping[str, Any]
+    num_warps: int = 4
+    num_stages: int = 2
+
+    @property
+    def options(self) -> dict[str, int | bool]:
+        """Compiler options; fused multiply-add is named because Triton's default is changing."""
+        stages = self.num_stages
+        return {"num_warps": self.num_warps, "num_stages": stages, "enable_fp_fusion": True}
+
+    def run(self) -> None:
+        """Start the kernel on the device and current stream of its tensors; does not wait."""
+        device = next(a.device for a in self.arguments.values() if isinstance(a, Tensor))
+        guard = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+        with guard:
+            self.kernel[self.grid](**self.arguments, **self.constants, **self.options)
+
+
 def _schema(arguments: list[tuple[str, Any]], returns: Any, mutates: tuple[str, ...]) -> str:
     def prototype() -> None: ...
 
@@ -126,13 +159,6 @@ def _schema(arguments: list[tuple[str, Any]], returns: Any, mutates: tuple[str, 
     signature = inspect.Signature(parameters, return_annotation=returns)
     prototype.__signature__ = signature  # type: ignore[attr-defined]
     return torch.library.infer_schema(prototype, mutates_args=mutates)
-
-
-def _zeroed(results: Any) -> Any:
-    for result in results if isinstance(results, tuple) else (results,):
-        if result is not None:
-            result.zero_()
-    return results
 
 
 class _Gradient(torch.autograd.Function):
@@ -226,11 +252,6 @@ def gradient_in_forward(
         return call
 
     return declare
-
-
-def wide_dtype(*tensors: Tensor) -> torch.dtype:
-    """float64 if one of the tensors is, else float32."""
-    return torch.float64 if any(x.dtype == torch.float64 for x in tensors) else torch.float32
 
 
 def empty_gradient(x: Tensor, dtype: torch.dtype, needed: bool) -> Tensor:

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from fastkd.ops.checks import tensors_of
+
 if TYPE_CHECKING:
     from fastkd.ops.backend import Backends
-
-from fastkd.ops.checks import tensors_of
 
 logger = logging.getLogger("fastkd")
 
@@ -50,7 +50,7 @@ class Draw:
 
 
 def failure(backends: Backends[Any], name: str, inputs: tuple[Any, ...]) -> str | None:
-    """Compare a backend with the reference once per device model, dtypes and options.
+    """Compare a backend with the reference once per device, dtypes and options.
 
     ``backends.example(implementation, draw, *inputs)`` yields pairs of "value" or "gradient" and a
     result, from drawn tensors with the dtypes and options of the inputs. Synchronizes.
@@ -58,9 +58,7 @@ def failure(backends: Backends[Any], name: str, inputs: tuple[Any, ...]) -> str 
     if os.environ.get(ENVIRONMENT_SELF_CHECK, "1") == "0":
         return None
     device = next(tensors_of(inputs)).device
-    model = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    options = tuple(_kinds(inputs))
-    key = name, model, options
+    key = name, device, *_kinds(inputs)
     if key in backends.verdicts:
         return backends.verdicts[key]
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
@@ -69,15 +67,14 @@ def failure(backends: Backends[Any], name: str, inputs: tuple[Any, ...]) -> str 
         verdict = _difference(backends, name, inputs, device)
     except torch.OutOfMemoryError:
         # For good: a backward must not run elsewhere than the forward whose results it gets.
-        backends.verdicts[key] = "no memory was left for its self-check"
-        return backends.verdicts[key]
+        verdict = "no memory was left for its self-check"
     except Exception as error:
         verdict = f"it failed its self-check: {error}"
     backends.verdicts[key] = verdict
     if verdict is not None:
         logger.warning(
-            "%s: backend %r is switched off in this process: %s (on %s with %s)",
-            backends.name, name, verdict, model, ", ".join(map(str, options)),
+            "%s: backend %r is switched off in this process: %s (%s)",
+            backends.name, name, verdict, ", ".join(map(str, key[1:])),
         )  # fmt: skip
     return verdict
 

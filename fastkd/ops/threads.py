@@ -1,9 +1,7 @@
-"""Work on a CPU shared out over threads that compute alone.
+"""Share work on a CPU over threads that compute alone, with the same bits for any number of them.
 
-For many small matrices, and for measurements that do not depend on each other. torch.linalg solves
-a batch one matrix after the other, with all threads on each; at a few hundred rows they mostly wait
-for each other. Here every thread takes a share of the batch and does all of it, which is about
-twice as fast on two cores, and the bits do not depend on how many threads there are.
+torch.linalg solves a batch one matrix after the other, with all threads on each, which at a few
+hundred rows mostly wait for each other: a share for each is about twice as fast on two cores.
 """
 
 from __future__ import annotations
@@ -31,15 +29,9 @@ _LOCK = threading.Lock()
 def over_shares(
     work: Callable[[slice], Result], batch: Tensor, multiplications: float
 ) -> list[Result]:
-    """Do something to all of a batch, in shares where that is faster; without gradients.
+    """Call ``work`` on slices of all of a batch, in threads where that is faster; no gradients.
 
-    Args:
-        work: gets a slice of the batch; called in several threads at once.
-        batch: [B, ...], whose device and length decide.
-        multiplications: that a matrix takes, roughly.
-
-    Returns:
-        What ``work`` returned for the shares, in order; never empty.
+    ``multiplications`` is roughly what one item takes. The results of the shares come in order.
     """
     threads = torch.get_num_threads()
     if not _worth_sharing(batch, threads, multiplications * len(batch)):
@@ -53,16 +45,7 @@ def over_shares(
 def each(
     work: Callable[[Item], Result], items: Sequence[Item], device: torch.device
 ) -> list[Result]:
-    """Do something to every item, on a CPU in several threads at once; without gradients.
-
-    Args:
-        work: called in several threads, in each of which torch has one thread.
-        items: that do not depend on each other.
-        device: where the work is done.
-
-    Returns:
-        What ``work`` returned, in order.
-    """
+    """Call ``work`` on every item, on a CPU in several threads at once; no gradients."""
     threads = torch.get_num_threads()
     alone = min(threads, len(items)) < 2 or device.type != "cpu" or not _threads_are_openmp()
     if alone:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastkd.ops.launch import KernelLaunch
+from fastkd.ops.operator import KernelLaunch
 
 _slow, _nightly = pytest.mark.slow, pytest.mark.nightly
 ARCHS = (

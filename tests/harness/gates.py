@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fastkd.ops.launch import KernelLaunch
+from fastkd.ops.operator import KernelLaunch
 from tests.harness.aot import SHARED_BYTES, Compiled, compile_launch
 
 RECORDS = Path(__file__).parent / "compiled_kernels.json"

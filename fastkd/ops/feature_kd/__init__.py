@@ -46,9 +46,8 @@ def feature_kd(
 
     The forward reads each input once and allocates nothing of size [B, N, D]; the backward
     allocates and writes the gradient once. Sums are in float32 (float64 for float64 inputs) in a
-    fixed order, so results are bitwise reproducible on one device. Nothing waits for the GPU,
-    except the very first call on a device model and dtype, which compares the chosen kernel with
-    the reference; ``FASTKD_SELF_CHECK=0`` turns that off.
+    fixed order, so results are bitwise reproducible on one device. Only the first call on a device
+    model and dtypes waits for the GPU, to check the kernel (not with ``FASTKD_SELF_CHECK=0``).
 
     Args:
         student: [B, N, Ds] tokens or a [B, Ds, H, W] map; float16, bfloat16, float32 or float64,
@@ -90,23 +89,21 @@ def feature_kd(
 
 
 def _check_widths(student: Tensor, teacher: Tensor, pool: str) -> None:
-    tokens = student.ndim == 3
-    student_width, teacher_width = (x.shape[2 if tokens else 1] for x in (student, teacher))
+    axis = 2 if student.ndim == 3 else 1
+    widths = student.shape[axis], teacher.shape[axis]
     wanted = list(student.shape)
     if pool != "none":
-        wanted[2 if tokens else 1] = teacher_width
+        wanted[axis] = widths[1]
     if list(teacher.shape) != wanted:
         hint = ""
-        if tokens and student.shape[1] != teacher.shape[1]:
+        if axis == 2 and student.shape[1] != teacher.shape[1]:
             hint = " (a CLS token left in?)"
-        elif student_width != teacher_width:
+        elif widths[0] != widths[1]:
             hint = " (widths differ: choose pool='teacher' or 'student', or project first)"
         raise ValueError(
             f"feature_kd: teacher must be {wanted} like student, got {list(teacher.shape)}{hint}"
         )
-    narrow, wide = (
-        (student_width, teacher_width) if pool == "teacher" else (teacher_width, student_width)
-    )
+    narrow, wide = widths if pool == "teacher" else widths[::-1]
     if narrow > wide:
         raise ValueError(
             f"feature_kd: pool={pool!r} averages the {pool}'s channels down, "
@@ -227,6 +224,6 @@ def _forward(
     student: Tensor, teacher: Tensor, loss: str, beta: float, eps: float
 ) -> tuple[Tensor, Tensor]:
     """Loss, and statistics for the backward, of [B, H, W, D] maps."""
-    dtype = reference.accumulator_dtype(student, teacher)
+    dtype = checks.wide_dtype(student, teacher)
     stats = student.new_empty(reference.stats_shape(student, loss), dtype=dtype)
     return student.new_empty((), dtype=dtype), stats

@@ -1,9 +1,4 @@
-"""feature_kd in plain PyTorch: the definition, and the CPU path.
-
-`definition` says what is computed, in the words of the papers: the specification that every other
-implementation is measured against, in float64. `forward` and `backward` compute the same without
-the FFT and without temporaries of the maps' size: a few images at a time, with the gradient written
-out by hand. They run anywhere, in any float dtype.
+"""feature_kd in plain PyTorch: the definition, and the CPU path, a few images at a time.
 
 All maps here are [B, H, W, D] views, with any strides.
 """
@@ -17,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastkd.ops.checks import power_of_two
+from fastkd.ops.checks import power_of_two, wide_dtype
 
 LossName = Literal["mse", "spectral", "smooth_l1", "cosine"]
 LOSSES: tuple[LossName, ...] = get_args(LossName)
@@ -25,12 +20,6 @@ LOSSES: tuple[LossName, ...] = get_args(LossName)
 # Bytes of one temporary: on a CPU small enough for the caches, elsewhere big enough to fill a GPU.
 CHUNK_BYTES = 2 << 20
 ACCELERATOR_CHUNK_BYTES = 64 << 20
-
-
-def accumulator_dtype(student: Tensor, teacher: Tensor) -> torch.dtype:
-    """float64 where an input is float64, else float32."""
-    either_double = torch.float64 in (student.dtype, teacher.dtype)
-    return torch.float64 if either_double else torch.float32
 
 
 def pool_channels(x: Tensor, channels: int) -> Tensor:
@@ -45,19 +34,7 @@ def pool_channels(x: Tensor, channels: int) -> Tensor:
 def definition(
     student: Tensor, teacher: Tensor, loss: str, beta: float = 1.0, eps: float = 1e-8
 ) -> Tensor:
-    """The distance as the papers write it; differentiable by autograd, in the inputs' dtype.
-
-    Args:
-        student: [B, H, W, Ds]; the wider of the two maps is pooled to the other's channels.
-        teacher: [B, H, W, Dt].
-        loss: one of `LOSSES`.
-        beta: where smooth L1 turns from a parabola into a line.
-        eps: tokens with a norm below have no direction: their cosine is 0, without gradient.
-
-    Returns:
-        Scalar: mse and smooth_l1 average over all elements, cosine over tokens, spectral
-        (SpectralKD, arXiv 2412.19055, eq. 6) over real and imaginary parts of the half spectrum.
-    """
+    """The distance as the papers write it; differentiable by autograd, in the inputs' dtype."""
     channels = min(student.shape[-1], teacher.shape[-1])
     s, t = pool_channels(student, channels), pool_channels(teacher, channels)
     if loss == "mse":
@@ -106,13 +83,8 @@ def stats_shape(student: Tensor, loss: str) -> tuple[int, ...]:
 def forward(
     student: Tensor, teacher: Tensor, loss: str, beta: float, eps: float
 ) -> tuple[Tensor, Tensor]:
-    """Loss and statistics, a chunk of images at a time.
-
-    Returns:
-        The scalar loss, and `stats_shape` statistics: cosine, 1 / |student| and 1 / |teacher| of
-        every token (zeros where a token has no direction).
-    """
-    dtype = accumulator_dtype(student, teacher)
+    """Loss, and `stats_shape` statistics: see `token_cosines`."""
+    dtype = wide_dtype(student, teacher)
     stats = student.new_empty(stats_shape(student, loss), dtype=dtype)
     # Added up as they come: torch's summed losses keep the memory of their whole input alive.
     total = student.new_zeros((), dtype=dtype)
@@ -141,7 +113,7 @@ def backward(
     own = 2 if for_teacher else 1
     if for_teacher:
         student, teacher = teacher, student
-    dtype = accumulator_dtype(student, teacher)
+    dtype = wide_dtype(student, teacher)
     gradient = torch.empty_like(student)
     factor = upstream.to(dtype) * mean_scale(student, teacher, loss)
     # Where no cast and no unpooling follow, the slope is written where it belongs at once.
@@ -157,7 +129,7 @@ def backward(
 
 def _chunks(student: Tensor, teacher: Tensor) -> Iterator[slice]:
     widest = max(student.shape[-1], teacher.shape[-1])
-    image_bytes = student.shape[1:3].numel() * widest * accumulator_dtype(student, teacher).itemsize
+    image_bytes = student.shape[1:3].numel() * widest * wide_dtype(student, teacher).itemsize
     on_cpu = student.device.type == "cpu"
     step = max(1, (CHUNK_BYTES if on_cpu else ACCELERATOR_CHUNK_BYTES) // image_bytes)
     for first in range(0, student.shape[0], step):
@@ -310,7 +282,7 @@ def _unpool_gradient(slope: Tensor, channels: int) -> Tensor:
     if channels % pooled == 0:
         share = channels // pooled
         return (slope / share).repeat_interleave(share, dim=-1)
-    # The windows overlap: a channel lies in one window or in two neighbouring ones.
+    # The windows overlap: a channel lies in one window or in two neighboring ones.
     window = torch.arange(pooled, device=slope.device)
     sizes = -(-(window + 1) * channels // pooled) - window * channels // pooled
     shares = slope / sizes

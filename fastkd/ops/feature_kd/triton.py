@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -19,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastkd.ops.feature_kd.reference import LOSSES, mean_scale, stats_shape
-from fastkd.ops.launch import KernelLaunch
+from fastkd.ops.operator import KernelLaunch
 
 MSE, SPECTRAL, SMOOTH_L1, COSINE = (tl.constexpr(i) for i in range(4))
 
@@ -326,7 +327,7 @@ def cut(loss: str, *maps: Tensor) -> Cut:
         run_length = block_tokens = 64 if channels_first else 16
     runs = height if by_rows else triton.cdiv(height * width, run_length)
     block_channels = min(triton.next_power_of_2(channels), max(TILE // block_tokens, 8))
-    # Channels-first rows share cache lines with their neighbours: one program takes them all.
+    # Channels-first rows share cache lines with their neighbors: one program takes them all.
     runs_per_program = min(runs, 8 if channels_first else 4)
     return Cut(run_length, runs, by_rows, runs_per_program, block_tokens, block_channels)
 
@@ -348,7 +349,7 @@ def refuses(student: Tensor, teacher: Tensor, loss: str) -> str | None:
 def forward(
     student: Tensor, teacher: Tensor, loss: str, beta: float, eps: float
 ) -> tuple[Tensor, Tensor]:
-    """As `reference.forward`; two launches, no synchronisation."""
+    """As `reference.forward`; two launches, no synchronization."""
     loss_value = student.new_empty((), dtype=torch.float32)
     stats = student.new_empty(stats_shape(student, loss), dtype=torch.float32)
     for launch in forward_launches(student, teacher, loss, beta, eps, loss_value, stats):
@@ -366,7 +367,7 @@ def backward(
     eps: float,
     for_teacher: bool,
 ) -> Tensor:
-    """As `reference.backward`; one launch, no synchronisation."""
+    """As `reference.backward`; one launch, no synchronization."""
     gradient = torch.empty_like(teacher if for_teacher else student)
     backward_launch(upstream, student, teacher, stats, loss, beta, for_teacher, gradient).run()
     return gradient
@@ -384,32 +385,24 @@ def forward_launches(
     """The forward's launches: partial sums (and cosine's statistics), then their sum."""
     plan = cut(loss, student, teacher)
     channels = min(student.shape[-1], teacher.shape[-1])
-    arguments = _walk(plan, student, teacher, channels)
-    windows = _windows(student, teacher, channels)
-    tile = {"BLOCK_T": plan.block_tokens, "BLOCK_C": plan.block_channels}
     grid: tuple[int, ...] = plan.grid(student.shape[0], channels)
+    kernel, constants = _difference_forward, _kind(loss, student, plan)
+    own: dict[str, Any] = {"beta": beta, "inverse_half_row": _inverse_half_row(student)}
     if loss == "cosine":
         grid = (plan.runs, student.shape[0])
+        kernel, constants, own = _cosine_forward, {}, {"stats": stats, "eps": eps}
     partials = student.new_empty(math.prod(grid), dtype=torch.float32)
-    if loss == "cosine":
-        first = KernelLaunch(
-            _cosine_forward,
-            grid,
-            {"stats": stats, "partials": partials, **arguments, "eps": eps},
-            {**windows, **tile},
-        )
-    else:
-        first = KernelLaunch(
-            _difference_forward,
-            grid,
-            {
-                "partials": partials,
-                **arguments,
-                "beta": beta,
-                "inverse_half_row": _inverse_half_row(student),
-            },
-            {**_kind(loss, student, plan), **windows, **tile},
-        )
+    first = KernelLaunch(
+        kernel,
+        grid,
+        {"partials": partials, **_walk(plan, student, teacher, channels), **own},
+        {
+            **constants,
+            **_windows(student, teacher, channels),
+            "BLOCK_T": plan.block_tokens,
+            "BLOCK_C": plan.block_channels,
+        },
+    )
     return [first, finish_launch(partials, loss_value, mean_scale(student, teacher, loss))]
 
 

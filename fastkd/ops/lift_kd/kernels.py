@@ -5,7 +5,7 @@ chunks of BLOCK_O and never holds more of the lifted row than that. `forward` le
 the pooled tokens and four numbers per token; `token_gradient` computes each chunk again, turns it
 into the slope of the projection and accumulates the tokens' gradient; the slope goes, for a band of
 tokens small enough for the L2 cache, to `weight_gradient`. Under a LayerNorm the weight's columns
-are centred over the outputs first: LN(W x) is then RMSNorm(W_c x), without a mean, and dW is dW_c
+are centered over the outputs first: LN(W x) is then RMSNorm(W_c x), without a mean, and dW is dW_c
 minus its mean over the outputs.
 
 Moves per tile: tokens once, teacher once (twice in the one-pass form, from the L2 cache the second

@@ -28,31 +28,18 @@ ACCELERATOR_CHUNK_BYTES = 64 << 20
 
 @dataclass(frozen=True)
 class Inputs:
-    """What every implementation gets; the first five can have a gradient.
+    """What every implementation gets; the first five can have a gradient."""
 
-    Attributes:
-        tokens: [B, H, W, Ds].
-        weight: [Dt, Ds].
-        bias: [Dt] or None.
-        norm_weight: [Dt], or None for no LayerNorm.
-        norm_bias: [Dt] or None.
-        eps: of the LayerNorm.
-        compute: dtype in which matrix products take their operands; sums are in `accumulator`.
-        teacher: [B, H, W, Dt], or None for no loss.
-        loss: one of feature_kd's.
-        beta: of smooth L1.
-    """
-
-    tokens: Tensor
-    weight: Tensor
-    bias: Tensor | None
-    norm_weight: Tensor | None
-    norm_bias: Tensor | None
-    eps: float
-    compute: torch.dtype
-    teacher: Tensor | None
-    loss: str
-    beta: float
+    tokens: Tensor  # [B, H, W, Ds]
+    weight: Tensor  # [Dt, Ds]
+    bias: Tensor | None  # [Dt]
+    norm_weight: Tensor | None  # [Dt], or None for no LayerNorm
+    norm_bias: Tensor | None  # [Dt]
+    eps: float  # of the LayerNorm
+    compute: torch.dtype  # of the operands of matrix products; sums are in `accumulator`
+    teacher: Tensor | None  # [B, H, W, Dt], or None for no loss
+    loss: str  # one of feature_kd's
+    beta: float  # of smooth L1
 
     @property
     def width(self) -> int:

@@ -18,9 +18,9 @@ from torch import Tensor
 
 from fastkd.ops.feature_kd.reference import LOSSES, mean_scale
 from fastkd.ops.feature_kd.triton import finish_launch
-from fastkd.ops.launch import KernelLaunch
 from fastkd.ops.lift_kd import kernels
 from fastkd.ops.lift_kd.reference import COSINE_EPS, Gradients, Inputs
+from fastkd.ops.operator import KernelLaunch
 
 BLOCK = 64  # channels per block where there is nothing to choose
 BAND_TOKENS = 2 * 132 * 64  # two tiles per SM of an H100; their slopes (13 MB) stay in its L2 cache
@@ -32,30 +32,21 @@ MAX_TOKENS = 2**31 - 1
 
 @dataclass(frozen=True)
 class Loop:
-    """How a kernel walks the outputs: BLOCK_O of them per chunk, warps, stages of the pipeline."""
+    """How a kernel walks the outputs."""
 
-    outputs: int
+    outputs: int  # per chunk, BLOCK_O
     warps: int
     stages: int
 
 
 @dataclass(frozen=True)
 class Tile:
-    """A configuration of the kernels `forward` and `token_gradient`.
+    """A configuration of the kernels `forward` and `token_gradient`."""
 
-    Attributes:
-        rows: tokens per tile, BLOCK_M.
-        channels: of the tokens per block, BLOCK_I.
-        resident_blocks: up to how many blocks of a token's channels stay for all outputs.
-        slab_blocks: blocks of the tokens' gradient that one program accumulates.
-        forward: the forward's loop.
-        gradient: the gradient's loop.
-    """
-
-    rows: int
-    channels: int
-    resident_blocks: int
-    slab_blocks: int
+    rows: int  # tokens per tile, BLOCK_M
+    channels: int  # of the tokens per block, BLOCK_I
+    resident_blocks: int  # up to so many blocks of a token's channels stay for all outputs
+    slab_blocks: int  # of the tokens' gradient that one program accumulates
     forward: Loop
     gradient: Loop
 
@@ -82,21 +73,13 @@ def tile_of(inputs: Inputs, arch: int | None = None) -> Tile:
 
 @dataclass(frozen=True)
 class Cut:
-    """How the tokens of a batch are cut into tiles.
-
-    Attributes:
-        tile: its configuration.
-        tile_rows: tokens in a tile; whole grid rows for spectral, so fewer than ``tile.rows``.
-        tokens: in the batch.
-        tiles: in the batch.
-        images: how many a tile touches at most.
-    """
+    """How the tokens of a batch are cut into tiles."""
 
     tile: Tile
-    tile_rows: int
+    tile_rows: int  # tokens in a tile; whole grid rows for spectral, so fewer than `Tile.rows`
     tokens: int
     tiles: int
-    images: int
+    images: int  # that a tile touches at most
 
     @staticmethod
     def of(inputs: Inputs, arch: int | None = None) -> Cut:

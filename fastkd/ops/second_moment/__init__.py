@@ -20,7 +20,7 @@ __all__ = ["check_tokens", "second_moment"]
 
 
 def second_moment(tokens: Tensor, weight: Weight = "none", *, backend: Backend = "auto") -> Tensor:
-    r"""Sum of the tokens' outer products, uncentred.
+    r"""Sum of the tokens' outer products, uncentered.
 
     - ``"none"``: sum_t x_t x_t^T.
     - ``"row_norm"``: sum_t x_t x_t^T / \|\|x_t\|\|^2; a token of zeros counts as nothing. Its trace
@@ -28,14 +28,11 @@ def second_moment(tokens: Tensor, weight: Weight = "none", *, backend: Backend =
 
     It is a sum, not a mean, and float64, so that it can be added up over batches. Products are
     summed in float32 over fixed stretches of tokens (float64 for float64 tokens), and the stretches
-    in float64 in a fixed order: bitwise reproducible on one device. Float32 products are never made
-    in TensorFloat-32 alone, whatever torch is set to. Allocates chunks of a few thousand tokens, or
-    in a kernel partial sums, up to 32 matrices [D, D] in up to 128 MB (one, if it is larger),
-    however many tokens there are; waits for the GPU only in the first call on a device model and
-    dtype, which compares the chosen kernel with the definition.
-
-    A measurement, without a gradient: `torch.Tensor.detach` the tokens, or call it in
-    `torch.no_grad`.
+    in float64 in a fixed order: bitwise reproducible on one device. Float32 products never use
+    TensorFloat-32 alone, whatever torch is set to. Allocates chunks of a few thousand tokens, or in
+    a kernel up to 32 matrices [D, D] in up to 128 MB (one, if it is larger). Only the first call on
+    a device model and dtype waits for the GPU, to check the kernel. It has no gradient: call it in
+    `torch.no_grad`, or detach the tokens.
 
     Args:
         tokens: [..., D], any leading dimensions, any strides (a sliced-off class token costs no
@@ -61,16 +58,7 @@ def second_moment(tokens: Tensor, weight: Weight = "none", *, backend: Backend =
 
 
 def check_tokens(function: str, tokens: Tensor) -> None:
-    """Refuse what cannot be measured: no floating-point tensor, no channels, a gradient wanted.
-
-    Args:
-        function: the caller's name, for messages.
-        tokens: what was given as [..., D].
-
-    Raises:
-        TypeError: no floating-point tensor.
-        ValueError: no channels, or gradients are on and the tokens require one.
-    """
+    """Raise unless they are [..., D] of a float dtype, of which no gradient is wanted."""
     checks.check_tensor(function, "tokens", tokens)
     if tokens.ndim == 0 or tokens.shape[-1] == 0:
         raise ValueError(

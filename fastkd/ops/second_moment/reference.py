@@ -1,9 +1,4 @@
-"""second_moment in plain PyTorch: the definition, and the path of CPUs and unproven GPUs.
-
-`definition` says what is computed: the specification that every other implementation is measured
-against, in float64. `forward` computes the same a chunk of tokens at a time, the upper triangle
-only, with float32 products and float64 sums over chunks.
-"""
+"""second_moment in plain PyTorch: the definition, and the path of CPUs, a chunk at a time."""
 
 from __future__ import annotations
 
@@ -50,11 +45,7 @@ def as_images(tokens: Tensor) -> Tensor:
 
 
 def row_chunks(tokens: Tensor, rows: int) -> Iterator[Tensor]:
-    """The tokens of [B, N, D] in order, as [up to ``rows``, D] matrices.
-
-    Whole images share a chunk, longer ones are cut. A chunk is a copy only where something else, a
-    class token sliced off for one, lies between its images.
-    """
+    """The tokens of [B, N, D] in order, as [up to ``rows``, D]: whole images, or parts of one."""
     for images in tokens.split(max(1, rows // max(1, tokens.shape[1]))):
         for part in images.split(rows, dim=1):
             yield part.reshape(-1, part.shape[-1])
@@ -83,16 +74,10 @@ def forward(tokens: Tensor, weight: str) -> Tensor:
 
 
 def operands(rows: Tensor, weight: str, dtype: torch.dtype) -> tuple[Tensor, list[Tensor]]:
-    """Matrices whose products left^T right add up to the second moment of a chunk.
+    """Left and right [rows, D], whose products left^T right add up to a chunk's second moment.
 
-    Args:
-        rows: [rows, D].
-        weight: one of `WEIGHTS`.
-        dtype: of the operands.
-
-    Returns:
-        The left operand and the right ones, [rows, D]. Half-precision tokens are exact on the left;
-        on the right, where a norm divides them, a second operand holds what rounding left over.
+    Half-precision tokens are exact on the left; on the right, where a norm divides them, a second
+    operand holds what rounding left over.
     """
     if weight == "none":
         rows = rows.to(dtype)
@@ -105,15 +90,10 @@ def operands(rows: Tensor, weight: str, dtype: torch.dtype) -> tuple[Tensor, lis
 
 
 def normalized(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Factors of x x^T / ||x||^2 that neither overflow nor underflow.
+    """Factors a x and a x / ||a x||^2 of x x^T / ||x||^2 that neither overflow nor underflow.
 
-    Args:
-        rows: [..., D] float32 or float64.
-
-    Returns:
-        a x and a x / ||a x||^2, [..., D], where a is the power of two that brings the token's norm
-        into [1/2, 1]: float16, too, holds the channels of both, and what rounding the second leaves
-        over. Both are zero for a token of zeros, NaN for one that is not finite.
+    a is the power of two that brings the token's norm into [1/2, 1]: float16, too, holds both, and
+    what rounding the second leaves over. Zero for a token of zeros, NaN for one with a NaN.
     """
     # First by the largest channel: before that, the norm itself may overflow or underflow.
     scaled = rows / power_of_two(rows.abs().amax(dim=-1, keepdim=True))

@@ -24,7 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastkd.ops.launch import KernelLaunch
+from fastkd.ops.operator import KernelLaunch
 
 WEIGHT_ROWS, WEIGHT_CHANNELS = 8, 256  # tile of row_weights
 FINISH_BLOCK = 32
@@ -157,21 +157,13 @@ def add_splits(
 
 @dataclass(frozen=True)
 class Tile:
-    """A configuration of `tile_moments`.
+    """A configuration of `tile_moments`."""
 
-    Attributes:
-        channels: of a square tile, BLOCK_D.
-        rows: tokens per step, BLOCK_R.
-        warps: per program.
-        stages: of the software pipeline.
-        programs: to aim at, in whole waves on the 132 multiprocessors of an H100.
-    """
-
-    channels: int
-    rows: int
+    channels: int  # of a square tile, BLOCK_D
+    rows: int  # tokens per step, BLOCK_R
     warps: int
     stages: int
-    programs: int
+    programs: int  # to aim at, in whole waves on the 132 multiprocessors of an H100
 
 
 LARGE = Tile(128, 64, warps=8, stages=3, programs=132)
@@ -195,17 +187,11 @@ def tile_of(tokens: Tensor, weight: str) -> Tile:
 
 @dataclass(frozen=True)
 class Cut:
-    """How a band of tokens is split.
-
-    Attributes:
-        tile: configuration of the products.
-        split_rows: tokens per split.
-        splits: in a band; in the last one some may be empty, and are left out.
-    """
+    """How a band of tokens is split."""
 
     tile: Tile
     split_rows: int
-    splits: int
+    splits: int  # in a band; in the last one some may be empty, and are left out
 
     @staticmethod
     def of(tokens: Tensor, weight: str) -> Cut:
@@ -231,7 +217,7 @@ def refuses(tokens: Tensor, weight: str) -> str | None:
 
 
 def forward(tokens: Tensor, weight: str) -> Tensor:
-    """As `reference.forward`; no synchronisation. Copies tokens whose channels are not adjacent."""
+    """As `reference.forward`; no synchronization. Copies tokens whose channels are not adjacent."""
     if tokens.stride(2) != 1:
         tokens = tokens.contiguous()
     moment = tokens.new_empty((tokens.shape[2], tokens.shape[2]), dtype=torch.float64)
@@ -243,10 +229,7 @@ def forward(tokens: Tensor, weight: str) -> Tensor:
 def launches(tokens: Tensor, weight: str, moment: Tensor) -> list[KernelLaunch]:
     """Weights of all tokens, where there are any; then, band by band, partial sums and their sum.
 
-    Args:
-        tokens: [B, N, D], not empty, channels adjacent.
-        weight: ``"none"`` or ``"row_norm"``.
-        moment: [D, D] float64, to be written.
+    ``tokens`` are [B, N, D] with adjacent channels, ``moment`` is [D, D] float64.
     """
     cut = Cut.of(tokens, weight)
     rows, channels = tokens.shape[:2].numel(), tokens.shape[2]

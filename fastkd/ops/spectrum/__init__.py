@@ -78,7 +78,7 @@ def spectrum(x: Tensor, *, backend: Backend = "auto") -> Tensor:
 
     They are the eigenvalues of the smaller Gram matrix (`gram`). On a CPU it is made and solved in
     float64, so that energies down to about 1e-10 of the total are right; elsewhere in float32, with
-    errors of a few 1e-7 of the total, so that smaller energies are rounding. Nothing is centred.
+    errors of a few 1e-7 of the total, so that smaller energies are rounding. Nothing is centered.
     Allocates [..., n, n]; the library's solver, where it is the one that runs, may synchronise with
     the host.
 
@@ -190,24 +190,19 @@ def _gram_gradient(upstream: Tensor, x: Tensor) -> Tensor:
 
 @operator(
     "gram",
-    lambda x: reference.gram(x, reference.accumulator_dtype(x)),
+    lambda x: reference.gram(x, checks.wide_dtype(x)),
     gradient=lambda needs, upstream, x: [_gram_gradient(upstream, x)],
 )
 def _gram(x: Tensor) -> Tensor:
-    return _empty_gram(x, reference.accumulator_dtype(x))
+    return _empty_gram(x, checks.wide_dtype(x))
 
 
 def _run(x: Tensor, levels: list[float], backend: str) -> tuple[Tensor, Tensor, Tensor]:
     """Compute energies, ranks, and the Gram matrix for the backward, of [B, N, D]."""
     product = reference.gram(x, reference.solver_dtype(x))
-    if len(x) == 0:
-        energies = product.new_empty(0, product.shape[-1])
-        ranks = x.new_empty(0, len(levels), dtype=torch.long)
-    else:
-        energies, ranks = SOLVERS.select(backend, x, product.shape[-1]).forward(
-            product, tuple(levels)
-        )
-    dtype = reference.accumulator_dtype(x)
+    solver = SOLVERS.select(backend if len(x) else "torch", x, product.shape[-1])
+    energies, ranks = solver.forward(product, tuple(levels))
+    dtype = checks.wide_dtype(x)
     if energies.dtype != dtype:  # solved in float64, but ties are those of the tokens' dtype
         energies = energies.to(dtype)
         held = energies.isfinite().all(dim=-1, keepdim=True)
@@ -232,7 +227,7 @@ def _spectrum_gradient(upstream: Tensor, x: Tensor, gram: Tensor) -> Tensor:
 )
 def _spectrum(x: Tensor, levels: list[float], backend: str) -> tuple[Tensor, Tensor, Tensor]:
     return (
-        x.new_empty((x.shape[0], min(x.shape[1:])), dtype=reference.accumulator_dtype(x)),
+        x.new_empty((x.shape[0], min(x.shape[1:])), dtype=checks.wide_dtype(x)),
         x.new_empty((x.shape[0], len(levels)), dtype=torch.long),
         _empty_gram(x, reference.solver_dtype(x)),
     )

@@ -124,12 +124,7 @@ def singular_values_of(energies: Tensor) -> Tensor:
 
 
 def check_energies(caller: str, energies: Tensor) -> None:
-    """Refuse what cannot be energies [..., n].
-
-    Raises:
-        TypeError: no floating-point tensor.
-        ValueError: no energy in the last dimension.
-    """
+    """Raise unless they can be energies [..., n]."""
     checks.check_tensor(caller, "energies", energies)
     if energies.ndim == 0 or energies.shape[-1] == 0:
         raise ValueError(
@@ -138,7 +133,7 @@ def check_energies(caller: str, energies: Tensor) -> None:
 
 
 def _wide(energies: Tensor) -> Tensor:
-    return energies.to(reference.accumulator_dtype(energies))
+    return energies.to(checks.wide_dtype(energies))
 
 
 def subspace(x: Tensor, k: int) -> Tensor:
@@ -154,8 +149,8 @@ def subspace(x: Tensor, k: int) -> Tensor:
     Returns:
         [..., D, k] float64, columns that are orthonormal to rounding, the most energetic first;
         signs are arbitrary.
-        Columns past a matrix's rank are zero: nothing says where they point (singular values below
-        1e-7 of the largest do not count). All NaN for a matrix with a NaN or an infinity.
+        Columns past a matrix's rank are zero, as they have no direction (singular values below 1e-7
+        of the largest do not count). All NaN for a matrix with a NaN or an infinity.
 
     Raises:
         TypeError: ``x`` is no floating-point tensor.
@@ -199,7 +194,7 @@ def principal_angles(a: Tensor, b: Tensor) -> Tensor:
     Args:
         a: [..., D, k], orthonormal columns (`subspace`), or zero ones, which are at right angles to
             everything.
-        b: [..., D, l], likewise; leading dimensions broadcast.
+        b: [..., D, l], as ``a``; leading dimensions broadcast.
 
     Returns:
         [..., min(k, l)] float64, radians in [0, pi / 2], ascending, exact to about 1e-8. NaN where
@@ -226,7 +221,7 @@ def overlap(a: Tensor, b: Tensor) -> Tensor:
 
     Args:
         a: [..., D, k], orthonormal columns (`subspace`), or zero ones, which overlap with nothing.
-        b: [..., D, l], likewise; leading dimensions broadcast.
+        b: [..., D, l], as ``a``; leading dimensions broadcast.
 
     Returns:
         [...] float64 in [0, 1]. NaN where columns are not orthonormal.

@@ -1,8 +1,6 @@
-"""Spectra in plain PyTorch: the definition, and what runs where no kernel does.
+"""Spectra in plain PyTorch: the definition by an SVD, and the far faster way by Gram matrices.
 
-`definition` is the specification, by a singular value decomposition. `gram`, `solve` and `backward`
-take the way that is faster by far: eigenvalues of the smaller Gram matrix, by the library's batched
-solver. All matrices here are [B, N, D], with any strides.
+All matrices here are [B, N, D], with any strides.
 """
 
 from __future__ import annotations
@@ -10,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastkd.ops.checks import exact_float32
+from fastkd.ops.checks import exact_float32, wide_dtype
 from fastkd.ops.threads import over_shares
 
 # Bytes of converted tokens at a time: on a CPU small enough for the caches.
@@ -30,11 +28,6 @@ def definition(x: Tensor) -> Tensor:
     return torch.linalg.svdvals(x).square()
 
 
-def accumulator_dtype(x: Tensor) -> torch.dtype:
-    """float64 for float64, else float32."""
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
 def smaller_side(x: Tensor) -> Tensor:
     """X [B, n, m] or its transpose, with n = min(N, D) rows."""
     return x if x.shape[-2] <= x.shape[-1] else x.mT
@@ -42,7 +35,7 @@ def smaller_side(x: Tensor) -> Tensor:
 
 def solver_dtype(x: Tensor) -> torch.dtype:
     """float64 on a CPU, where it costs little and keeps energies of 1e-10 of the total."""
-    return torch.float64 if x.device.type == "cpu" else accumulator_dtype(x)
+    return torch.float64 if x.device.type == "cpu" else wide_dtype(x)
 
 
 def gram(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -70,15 +63,9 @@ def gram(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def solve(gram: Tensor, levels: tuple[float, ...]) -> tuple[Tensor, Tensor]:
-    """Eigenvalues of positive semidefinite matrices, and the ranks that they give.
+    """Energies [B, n] of positive semidefinite matrices [B, n, n], and the ranks that they give.
 
-    Args:
-        gram: [B, n, n] float32 or float64.
-        levels: parts of the energy, in (0, 1].
-
-    Returns:
-        Energies [B, n], descending, what rounding made negative set to 0, NaN for a matrix that is
-        not finite; ranks [B, levels] int64, see `ranks_of`.
+    Descending, what rounding made negative set to 0, NaN for a matrix that is not finite.
     """
     matrices = gram.detach()
     shares = over_shares(lambda some: _energies(matrices[some]), gram, gram.shape[-1] ** 3)
@@ -95,14 +82,9 @@ def _energies(gram: Tensor) -> Tensor:
 
 
 def ranks_of(energies: Tensor, levels: tuple[float, ...]) -> Tensor:
-    """Smallest number of leading energies that hold each part of the total.
+    """Smallest number of leading energies that hold each part of the total, [..., levels] int64.
 
-    Args:
-        energies: [..., n] float32 or float64.
-        levels: parts of the energy.
-
-    Returns:
-        [..., levels] int64, from 1 to n; 0 where there is no energy, or one that is not finite.
+    0 where there is no energy, or one that is not finite.
     """
     curve = energies.double().cumsum(dim=-1)
     total = curve[..., -1:]
@@ -119,15 +101,8 @@ def backward(upstream: Tensor, x: Tensor, gram: Tensor) -> Tensor:
 
     With G = R R^T = V diag(e) V^T of the smaller side R: 2 V diag(upstream) V^T R. No gap between
     eigenvalues is divided by, so that repeated ones do no harm: the gradient of a function that is
-    symmetric in them does not depend on which eigenvectors the solver returns.
-
-    Args:
-        upstream: [B, n].
-        x: [B, N, D].
-        gram: [B, n, n], what `gram` gave.
-
-    Returns:
-        [B, N, D]; NaN for a matrix that is not finite.
+    symmetric in them does not depend on which eigenvectors the solver returns. NaN for a matrix
+    that is not finite.
     """
     weight = torch.empty_like(gram)
     twice = (2 * upstream.detach()).to(gram.dtype)
