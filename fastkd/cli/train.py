@@ -64,7 +64,7 @@ def _dry_run(options: argparse.Namespace) -> int:
     from fastkd.training.build import FromRecipe
     from fastkd.training.dry_run import dry_run
 
-    given, faults = flags.parse_fields(options)
+    given = flags.given_fields(options)
     with verifying(options.verify):
         resolved, values = dry_run(
             options.recipe,
@@ -73,7 +73,6 @@ def _dry_run(options: argparse.Namespace) -> int:
             output=options.output,
             resume=options.resume,
             device=options.device,
-            problems=faults,
         )
     lines = [f"{heading + ':':<16} {text}" for heading, text in values.items()]
     print_once("\n".join([*lines, "", resolved.to_yaml()]))

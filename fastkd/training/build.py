@@ -23,38 +23,20 @@ from fastkd.config import (
     refuse_image_options,
 )
 from fastkd.data.classes import Classes, match_classes, require_same_classes
-from fastkd.data.datasets import Data
 from fastkd.data.gpu_augment import device_augment
 from fastkd.data.readers import DataPair
 from fastkd.data.transforms import InputSpec, create_mixup
-from fastkd.inference.loading import (
-    Model,
-    classes_of,
-    names_a_file,
-    open_model,
-    starts_from_weights,
-)
-from fastkd.inference.preprocessing import (
-    Shape,
-    build_student,
-    class_count,
-    input_spec,
-    student_shape,
-)
+from fastkd.inference import loading, preprocessing
+from fastkd.inference.preprocessing import Shape, class_count, input_spec, student_shape
 from fastkd.inference.teacher import as_teacher, create_teacher
 from fastkd.losses.registry import check_options, find_loss, has_temperature
 from fastkd.models import Teacher
 from fastkd.models.factory import rebuilt_by
+from fastkd.models.hub import is_hub_name
 from fastkd.models.pretrained import looks_like_a_path
+from fastkd.training import optim
 from fastkd.training.engine import Engine
 from fastkd.training.logging import check_trackers
-from fastkd.training.optim import (
-    build_optimizer,
-    check_optimizer,
-    check_schedule,
-    ends_at_min_lr,
-    takes_adam_eps,
-)
 from fastkd.training.probe import naming
 from fastkd.training.state import Identity
 from fastkd.training.task import build_task
@@ -62,9 +44,6 @@ from fastkd.utils.distributed import World
 from fastkd.utils.random import derive_seed, preserved_rng, seed_all
 
 logger = logging.getLogger("fastkd")
-
-_TEACHER_BY_NAME = "teacher_checkpoint: holds weights for a teacher given by its timm name"
-
 
 STUDENT_FIELDS = ("variant", "width", "drop_path", "init_weights")
 TEACHER_FIELDS = ("teacher_checkpoint", "teacher_img_size")
@@ -74,8 +53,6 @@ FEATURE_FIELDS = (
     *("student_prefix", "teacher_prefix"),
 )
 LOGIT_FIELDS = ("tau", "logit_loss", "logit_options", "classes_by")
-# Given as 0, they change nothing in a run without a teacher.
-WEIGHT_FIELDS = ("alpha", "feature_weight")
 _DEFAULTS = dict(Recipe())  # asking for one asks for nothing
 
 
@@ -84,9 +61,6 @@ class FromRecipe(enum.Enum):
 
     TEACHER = "the recipe's teacher"
 
-    def __repr__(self) -> str:
-        return f"<{self.value}>"
-
 
 class Given(NamedTuple):
     """The arguments of `train`, resolved; nothing is opened but a student with weights."""
@@ -94,23 +68,35 @@ class Given(NamedTuple):
     recipe: Recipe
     student: str | nn.Module | None
     teacher: Any
-    data: Data
+    data: Any  # `Data`; None in a dry run
     output: Path | None
     classes: Classes  # of the weights that the student starts from
 
 
 def resolve_run(
-    student: Any, teacher: Any, data: Any, output: Any, recipe: Any, resume: str, overrides: Any
+    student: Any,
+    teacher: Any,
+    data: Any,
+    output: Any,
+    recipe: Any,
+    resume: str,
+    overrides: Any,
+    dry: bool = False,
 ) -> Given:
-    """Resolve the arguments of `train`; refuse what cannot work before anything is opened."""
-    folder = check_output(output, resume)
+    """Resolve the arguments of `train`; a dry run needs no data, and loads no published weights."""
+    folder = _check_output(output, resume)
     loaded = Recipe.load(recipe)
     given = overrides.get("model", loaded.model) if student is None else student
-    opened = with_weights(given, overrides.get("img_size", loaded.img_size))
-    student, classes = (student, Classes()) if opened is None else (opened.network, opened.named)
+    classes = Classes()
+    if isinstance(given, str | Path) and loading.starts_from_weights("train", given):
+        size = overrides.get("img_size", loaded.img_size)
+        loads = not (dry and is_hub_name(str(given)))
+        with preserved_rng():
+            opened = loading.open_model(given, img_size=size, pretrained=loads, caller="train")
+        student, classes = opened.network, opened.named
     resolved = resolve_recipe(loaded, student, teacher, data, overrides)
     source = resolved.data if data is None else data
-    if source is None:
+    if source is None and not dry:
         raise ValueError("train: data is missing: a folder, a timm data set name or two data sets")
     check_trackers(resolved.track, folder)
     if folder is None:
@@ -119,28 +105,20 @@ def resolve_run(
     return Given(resolved, student, chosen_teacher(loaded, teacher), source, folder, classes)
 
 
-def check_output(output: Any, resume: str) -> Path | None:
-    """The folder of a run; refuses what cannot become one."""
+def _check_output(output: Any, resume: str) -> Path | None:
+    """Return the folder of a run, or refuse what cannot become one."""
     for name, path in (("output", output), ("resume", resume)):
         if path is not None and not str(path).strip():
             raise ValueError(f"train: {name} must not be empty, got {path!r}")
-    folder = None if output is None else Path(output)
-    files = [] if folder is None else [path for path in (folder, *folder.parents) if path.is_file()]
-    if files:
-        raise ValueError(f"train: output must be a folder, but {files[0]} is a file")
-    return folder
-
-
-def with_weights(student: Any, img_size: int | None, pretrained: bool = True) -> Model | None:
-    """Open a student that has weights to start from; None for a timm name or a module."""
-    if not (isinstance(student, str | Path) and starts_from_weights("train", student)):
+    if output is None:
         return None
-    with preserved_rng():
-        return open_model(student, img_size=img_size, pretrained=pretrained, caller="train")
+    for path in (Path(output), *Path(output).parents):
+        if path.is_file():
+            raise ValueError(f"train: output must be a folder, but {path} is a file")
+    return Path(output)
 
 
 def check_data(data: DataPair, overrides: Mapping[str, Any]) -> None:
-    """Refuse overrides that have no effect on these data."""
     if overrides.get("train_samples") is not None and not data.streams:
         raise ValueError("train_samples: only streamed data have no length of their own")
     if data.yields_tensors:
@@ -163,7 +141,12 @@ def open_student(
     shape = student_shape(recipe, data)
     seed_all(derive_seed("model", recipe.seed))
     module = student if isinstance(student, nn.Module) else new_student(recipe, shape)
-    _check_precision(module)
+    for name, weight in module.named_parameters():
+        if weight.dtype in (torch.float16, torch.bfloat16):
+            raise ValueError(
+                f"student: weights must be float32, got {name} in {weight.dtype}: hand over "
+                "student.float(); amp='bf16' computes in bfloat16"
+            )
     num_classes = class_count(module, shape)
     module = module.to(peers.device)
     peers.share(module)  # before anything is copied from it, the EMA for one
@@ -171,19 +154,9 @@ def open_student(
 
 
 def new_student(recipe: Recipe, shape: Shape) -> nn.Module:
-    """Build a recipe's student, with errors that name the fields even where timm's do not."""
     options = f"img_size={shape.img_size}, width={recipe.width}, drop_path={recipe.drop_path}"
     with naming(f"student: {recipe.model} with {options}", (ValueError, TypeError, OSError)):
-        return build_student(recipe, shape)
-
-
-def _check_precision(student: nn.Module) -> None:
-    for name, weight in student.named_parameters():
-        if weight.dtype in (torch.float16, torch.bfloat16):
-            raise ValueError(
-                f"student: weights must be float32, got {name} in {weight.dtype}: hand over "
-                "student.float(); amp='bf16' computes in bfloat16"
-            )
+        return preprocessing.build_student(recipe, shape)
 
 
 def check_classes(
@@ -194,22 +167,19 @@ def check_classes(
     teacher: Teacher | None,
     quiet: bool = False,
 ) -> DataPair:
-    """Compare the data's classes with a teacher's logits and with the weights to start from.
-
-    Without labels the student learns the teacher's classes, so evaluation labels are mapped to
-    those; where they are of other classes, they are not used.
-    """
+    """Compare the data's classes with a teacher's logits and with the weights to start from."""
     own = replace(Classes.of_data(data.train, None), count=num_classes)
     differences = own.differences(weights, ("data", "weights"))
     if weights.names and not weights.guessed and differences and not quiet:
         logger.warning("student: its weights are of other classes (%s)", differences)
     if teacher is None or recipe.alpha == 0:
         return data
-    theirs = classes_of(teacher.model, teacher.classes)
+    theirs = loading.classes_of(teacher.model, teacher.classes)
     of: Any = {"caller": "teacher", "of": ("data", "teacher"), "quiet": quiet}
     if recipe.labels:
         require_same_classes(own, theirs, by=recipe.classes_by, **of)
         return data
+    # The student learns the teacher's classes: evaluation labels are mapped to those, or not used.
     require_same_classes(Classes(count=num_classes), theirs, by="number", **of)
     own = Classes.of_data(data.val, None)
     if recipe.classes_by == "number" or not (data.labeled_val and own.names and theirs.names):
@@ -231,41 +201,31 @@ def identify(
     teacher: Teacher | None,
     updates_per_epoch: int,
 ) -> Identity:
-    """Describe what a checkpoint of the run must agree with."""
     samples = recipe.train_samples or len(data.train) if data.streams else len(data.train)
     stream = (peers.size, recipe.workers) if data.streams else None
     named = Classes.of_data(data.train, None)
     if teacher is not None and recipe.alpha > 0 and not recipe.labels:
-        named = classes_of(teacher.model, teacher.classes)  # what the student learns
+        named = loading.classes_of(teacher.model, teacher.classes)  # what the student learns
     names = {} if named.guessed else named.names
     regular = names and list(names) == list(range(len(names)))
     classes = [names[label][0] for label in names] if regular else None
-    return Identity(
-        recipe=recipe,
-        spec=built.spec,
-        num_classes=built.num_classes,
-        img_size=built.img_size,
-        classes=classes,
-        train_images=samples,
-        stream=stream,
-        updates_per_epoch=updates_per_epoch,
-    )
+    _, spec, num_classes, img_size = built
+    sizes = (samples, stream, updates_per_epoch)
+    return Identity(recipe, spec, num_classes, img_size, classes, *sizes)
 
 
 def chosen_teacher(recipe: TeacherConfig, teacher: Any) -> Any:
-    """The teacher of a run."""
     if teacher is not FromRecipe.TEACHER:
         return teacher
     if recipe.teacher is not None and recipe.teacher.startswith(MODULE_PREFIX):
         raise ValueError(
-            f"teacher: the recipe's teacher is {recipe.teacher}: hand the module over, or None to "
-            f"train without one"
+            f"teacher: the recipe's teacher is {recipe.teacher}: hand the module over, or None"
         )
     return recipe.teacher
 
 
 def resolve_recipe(recipe: Any, student: Any, teacher: Any, data: Any, overrides: Any) -> Recipe:
-    """The recipe of a run as it is saved: with overrides, and with what the caller hands over."""
+    """Return the recipe of a run as it is saved, with everything that the caller hands over."""
     loaded = Recipe.load(recipe)
     resolved = loaded.override(**overrides)
     if resolved.variant != loaded.variant and "width" not in overrides:
@@ -277,36 +237,34 @@ def resolve_recipe(recipe: Any, student: Any, teacher: Any, data: Any, overrides
         ("sched", "sched_kwargs"),
     ):
         if getattr(resolved, chosen) != getattr(loaded, chosen) and options not in overrides:
-            gone: Any = {options: None}
-            resolved = resolved.override(**gone)
-    check_optimizer(resolved)
+            resolved = resolved.override(**{options: None})
+    optim.check_optimizer(resolved)
     teacher = chosen_teacher(loaded, teacher)
     _check_effect(resolved, student, teacher, overrides)
     if teacher is None:  # recorded, whatever terms the recipe has
-        none: Any = dict.fromkeys((*TEACHER_FIELDS, "ce_weight"))
+        none = dict.fromkeys((*TEACHER_FIELDS, "ce_weight"))
         resolved = resolved.override(alpha=0.0, feature_weight=0.0, **none)
     if student is not None:
         rebuilt = rebuilt_by(student) if isinstance(student, nn.Module) else None
         resolved = resolved.override(**(rebuilt or {"model": _name(student)}))
-    if not isinstance(student, nn.Module):
-        _refuse_tag(resolved.model)
-    if isinstance(data, str | Path):
-        resolved = resolved.override(data=str(data))
-    if not resolved.labels:
-        _check_unlabeled(resolved, teacher, overrides)
-    check_schedule(resolved)
-    _check_loss_options(resolved)
-    return resolved.override(teacher=None if teacher is None else _name(teacher))
-
-
-def _refuse_tag(model: str | None) -> None:
-    """Refuse a timm name with a tag, which stands for weights: a name starts from random ones."""
-    architecture, _, tag = (model or "").partition(".")
-    if tag and timm.is_model(architecture) and not looks_like_a_path(str(model)):
+    model = resolved.model or ""
+    architecture, _, tag = model.partition(".")
+    by_name = not isinstance(student, nn.Module) and not looks_like_a_path(model)
+    if tag and by_name and timm.is_model(architecture):  # a tag stands for weights
         raise ValueError(
             f"student: the tag of {model!r} is one of published weights, but a timm name starts "
             f"from random ones: write {architecture!r} for these, 'hf_hub:timm/{model}' for those"
         )
+    if isinstance(data, str | Path):
+        resolved = resolved.override(data=str(data))
+    if not resolved.labels:
+        _check_unlabeled(resolved, teacher, overrides)
+    optim.check_schedule(resolved)
+    if resolved.alpha > 0:
+        check_options(find_loss(resolved.logit_loss), resolved.logit_options, "logit_options")
+    if resolved.feature_weight > 0:
+        check_options(find_loss(resolved.feature_loss), resolved.feature_options, "feature_options")
+    return resolved.override(teacher=None if teacher is None else _name(teacher))
 
 
 def _name(model: Any) -> str:
@@ -327,14 +285,13 @@ def _check_effect(
     elif resolved.variant == "plain" and overrides.get("width") is not None:
         refuse(overrides, ("width",), "variant='plain' has no width to choose")
     if teacher is None:
-        _refuse_terms(overrides)
+        for name in (*TEACHER_FIELDS, "classes_by", *DistillConfig.model_fields):
+            value = overrides.get(name)
+            if value is not None and not (name in ("alpha", "feature_weight") and value == 0):
+                raise ValueError(f"{name}: needs a teacher, and there is none (got {value!r})")
     elif resolved.alpha == 0 and resolved.feature_weight == 0:
         raise ValueError("teacher: with alpha=0 and feature_weight=0 it teaches nothing")
-    changed = {
-        name: value
-        for name, value in overrides.items()
-        if getattr(resolved, name) != _DEFAULTS[name]
-    }
+    changed = {n: value for n, value in overrides.items() if getattr(resolved, n) != _DEFAULTS[n]}
     if resolved.alpha == 0:
         refuse(changed, LOGIT_FIELDS, "alpha is 0")
     if resolved.feature_weight == 0:
@@ -347,7 +304,7 @@ def _check_effect(
 
 
 def _idle(recipe: Recipe) -> list[tuple[bool, tuple[str, ...], str]]:
-    """(condition, fields, reason): where the condition holds, the fields do nothing."""
+    """List (condition, fields, reason): where the condition holds, the fields do nothing."""
     no_temperature = not has_temperature(find_loss(recipe.logit_loss))
     random = f"augment={recipe.augment!r} leaves timm's random transforms out"
     return [
@@ -356,29 +313,28 @@ def _idle(recipe: Recipe) -> list[tuple[bool, tuple[str, ...], str]]:
         (not recipe.mixes, ("mixup_prob", "mixup_switch_prob"), "Mixup and CutMix are off"),
         (recipe.ema_decay is None, ("ema_warmup",), "there is no EMA"),
         (recipe.warmup_epochs == 0, ("warmup_lr",), "there is no warm-up"),
-        (not ends_at_min_lr(recipe), ("min_lr",), f"sched={recipe.sched!r} has no lowest rate"),
-        (not takes_adam_eps(recipe.opt), ("adam_eps",), f"opt={recipe.opt!r} has none like it"),
+        (
+            not optim.ends_at_min_lr(recipe),
+            ("min_lr",),
+            f"sched={recipe.sched!r} has no lowest rate",
+        ),
+        (
+            not optim.takes_adam_eps(recipe.opt),
+            ("adam_eps",),
+            f"opt={recipe.opt!r} has none like it",
+        ),
         (recipe.auto_augment is not None, ("color_jitter",), "auto_augment takes its place"),
         (not recipe.labels, ("label_smoothing",), "with labels=False there is no cross-entropy"),
     ]
 
 
 def warn_idle(given: Mapping[str, Any], names: Iterable[str], reason: str) -> None:
-    """Warn of each name that was given, although it has no effect."""
     for name in names:
         if name in given:
             logger.warning("%s=%r has no effect: %s", name, given[name], reason)
 
 
-def _refuse_terms(overrides: Mapping[str, Any]) -> None:
-    for name in (*TEACHER_FIELDS, "classes_by", *DistillConfig.model_fields):
-        value = overrides.get(name)
-        if name in overrides and value is not None and not (name in WEIGHT_FIELDS and value == 0):
-            raise ValueError(f"{name}: needs a teacher, and there is none (got {value!r})")
-
-
 def _check_unlabeled(recipe: Recipe, teacher: Any, overrides: Mapping[str, Any]) -> None:
-    """What would have needed labels."""
     if teacher is None:
         raise ValueError(
             "labels: without labels a student learns from a teacher, and there is none"
@@ -391,14 +347,6 @@ def _check_unlabeled(recipe: Recipe, teacher: Any, overrides: Mapping[str, Any])
         raise ValueError(f"labels: logit_loss={recipe.logit_loss!r} looks at them")
 
 
-def _check_loss_options(recipe: DistillConfig) -> None:
-    """Options of the losses that the run uses."""
-    if recipe.alpha > 0:
-        check_options(find_loss(recipe.logit_loss), recipe.logit_options, "logit_options")
-    if recipe.feature_weight > 0:
-        check_options(find_loss(recipe.feature_loss), recipe.feature_options, "feature_options")
-
-
 def build_engine(
     student: nn.Module,
     teacher: Teacher | None,
@@ -409,13 +357,10 @@ def build_engine(
     num_classes: int | None,
     updates_per_epoch: int,
 ) -> Engine:
-    """Put task, optimizer, schedule, EMA and augmentation together."""
     mixup = None
     if recipe.mixes:
         if num_classes is None:
-            raise ValueError(
-                "num_classes is required with Mixup: student and data do not define it"
-            )
+            raise ValueError("num_classes: Mixup needs it, student and data do not define it")
         mixup = create_mixup(recipe, num_classes, recipe.label_smoothing)
     # Before taps look at the student, so that the copy is of the bare model.
     ema = None
@@ -424,7 +369,7 @@ def build_engine(
     if teacher is not None:
         teacher = teacher.to(world.device)
     task = build_task(student, teacher, recipe, torch.zeros(1, *spec.size, device=world.device))
-    optimizer, scheduler = build_optimizer(task, recipe, updates_per_epoch)
+    optimizer, scheduler = optim.build_optimizer(task, recipe, updates_per_epoch)
     augment = device_augment(recipe, spec)
     return Engine(
         task,
@@ -440,17 +385,13 @@ def build_engine(
 
 
 def resolve_teacher(teacher: Any, config: TeacherConfig, spec: InputSpec) -> Teacher | None:
-    """Open the teacher, frozen and on the CPU, and tell it what the images are normalized with.
-
-    ``teacher`` is None, a `Teacher`, or whatever `open_model` opens; ``spec`` is the student's
-    input.
-    """
+    """Open a teacher, frozen and on the CPU, for images that are normalized for the student."""
     if teacher is None:
         return None
     size, checkpoint = config.teacher_img_size, config.teacher_checkpoint
     is_module = isinstance(teacher, nn.Module)
-    if checkpoint is not None and (is_module or names_a_file("train", teacher)):
-        raise ValueError(_TEACHER_BY_NAME)
+    if checkpoint is not None and (is_module or loading.names_a_file("train", teacher)):
+        raise ValueError("teacher_checkpoint: holds weights for a teacher given by its timm name")
     if isinstance(teacher, Teacher):
         if size is not None:
             raise ValueError("teacher_img_size: a Teacher has an input_size of its own")
@@ -458,10 +399,11 @@ def resolve_teacher(teacher: Any, config: TeacherConfig, spec: InputSpec) -> Tea
     elif is_module:
         resolved = create_teacher(teacher, input_size=size)
     else:
-        with naming(
-            f"teacher: {teacher} (teacher_img_size={size})", (ValueError, TypeError, OSError)
-        ):
-            opened = open_model(teacher, checkpoint=checkpoint, img_size=size, caller="train")
+        what = f"teacher: {teacher} (teacher_img_size={size})"
+        with naming(what, (ValueError, TypeError, OSError)):
+            opened = loading.open_model(
+                teacher, checkpoint=checkpoint, img_size=size, caller="train"
+            )
         resolved = as_teacher(opened, built_for=size)
     resolved.set_input_stats(spec.mean, spec.std)
     return resolved

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import copy
 import itertools
-import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -18,7 +17,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastkd.config import MODULE_PREFIX, OptimConfig, Recipe, TeacherConfig
-from fastkd.data.classes import Classes
 from fastkd.data.datasets import open_data
 from fastkd.data.loader import eval_loader, train_loader
 from fastkd.data.readers import DataPair
@@ -36,30 +34,20 @@ from fastkd.inference.teacher import create_teacher
 from fastkd.losses.registry import find_loss, has_temperature
 from fastkd.models import Teacher
 from fastkd.models.hub import is_hub_name
+from fastkd.training import probe
 from fastkd.training.build import (
     FromRecipe,
     check_classes,
     check_data,
-    check_output,
     new_student,
-    resolve_recipe,
+    resolve_run,
     resolve_teacher,
-    with_weights,
 )
 from fastkd.training.optim import ends_at_min_lr, skips_on_device
-from fastkd.training.probe import (
-    NEEDS_VALUES,
-    check_inputs,
-    naming,
-    student_words,
-    teacher_words,
-    terms_words,
-)
 from fastkd.training.task import build_task
 from fastkd.utils.distributed import autocast, check_device, process_count
 
 Module = TypeVar("Module", bound=nn.Module)
-Given = TypeVar("Given")
 
 
 def dry_run(
@@ -70,99 +58,41 @@ def dry_run(
     output: str | Path | None = None,
     resume: str = "auto",
     device: str | None = None,
-    problems: Sequence[str] = (),
 ) -> tuple[Recipe, dict[str, str]]:
-    """Describe a run without loading a teacher's weights, using a device or writing output.
+    """Resolve and describe a run, or raise what it would be refused for.
 
-    Raises one ValueError of all that a run would be refused for, ``problems`` among it.
+    Loads no published weights, uses no device and writes nothing.
     """
-    run = _Attempts(problems)
-    run.attempt(check_output, output, resume)
-    if resume not in ("auto", "never") and resume.strip() and not Path(resume).exists():
-        run.problems.append(f"resume: there is no checkpoint {resume!r}")
-    chosen = run.attempt(check_device, device)
-    world_size = run.attempt(process_count) or 1
-    loaded = run.attempt(Recipe.load, recipe)
-    if loaded is None:
-        run.finish()
-    size = overrides.get("img_size", loaded.img_size)
-    model = overrides.get("model", loaded.model)
-    published = model is not None and is_hub_name(model)
-    known = len(run.problems)
-    opened = run.attempt(with_weights, model, size, pretrained=not published)
-    student, weights = (None, Classes()) if opened is None else (opened.network, opened.named)
-    lost = len(run.problems) > known
-    resolved = run.resolve(loaded, student, teacher, overrides)
-    data = None
-    if resolved.data is not None:
-        data = run.attempt(open_data, resolved.data, resolved.data_root, labels=resolved.labels)
-    shape: Shape | None = Shape(resolved.num_classes, 3, resolved.img_size)
+    if resume not in ("auto", "never") and not Path(resume).exists():
+        raise ValueError(f"resume: there is no checkpoint {resume!r}")
+    chosen, world_size = check_device(device), process_count()
+    given = resolve_run(None, teacher, None, output, recipe, resume, overrides, dry=True)
+    config, data, student = given.recipe, None, given.student
+    shape = Shape(config.num_classes, 3, config.img_size)
+    if given.data is not None:
+        data = open_data(given.data, config.data_root, labels=config.labels)
+        check_data(data, overrides)
+        shape = student_shape(config, data)
+    if not isinstance(student, nn.Module):
+        student = new_student(config, shape)
+    spec, classes = input_spec(student, config, data), class_count(student, shape)
+    probe.check_inputs(config, spec, data)
+    guide = sketch_teacher(config, spec)
     if data is not None:
-        run.attempt(check_data, data, overrides)
-        shape = run.attempt(student_shape, resolved, data)
-    elif resolved.data is not None and resolved.num_classes is None:
-        shape = Shape(1000, 3, resolved.img_size)  # the data are a problem already
-    if student is None and shape is not None and not lost:
-        student = run.attempt(new_student, resolved, shape)
-    if student is None or shape is None:
-        run.finish()
-    spec = run.attempt(input_spec, student, resolved, data)
-    values = run.attempt(effective_values, resolved, student, data, world_size)
-    costs = None
-    if spec is not None:
-        classes = run.attempt(class_count, student, shape)
-        before = len(run.problems)
-        run.attempt(check_inputs, resolved, spec, data, classes)
-        if data is not None and len(run.problems) == before:
-            run.attempt(train_loader, data, resolved, spec)
-            run.attempt(eval_loader, data, resolved, spec)
-        guide = run.attempt(sketch_teacher, resolved, spec)
-        if data is not None:
-            run.attempt(check_classes, resolved, data, classes, weights, guide)
-        costs = run.attempt(cost_lines, resolved, student, guide, spec, world_size)
-    if run.problems or values is None or costs is None:
-        run.finish()
-    published |= resolved.teacher is not None and not names_a_file("train", resolved.teacher)
-    absent = chosen is not None and chosen.type == "cuda" and not torch.cuda.is_available()
+        train_loader(data, config, spec)
+        eval_loader(data, config, spec)
+        check_classes(config, data, classes, given.classes, guide)
+    values = effective_values(config, student, data, world_size)
+    values |= cost_lines(config, student, guide, spec, world_size)
+    named = config.teacher is not None and not names_a_file("train", config.teacher)
     unchecked = {
         "data (none are given)": data is None,
-        "published weights": published,
-        f"{device} (not on this machine)": absent,
+        "published weights": named or is_hub_name(config.model or ""),
+        f"{device} (not on this machine)": chosen.type == "cuda" and not torch.cuda.is_available(),
     }
-    left = [what for what, is_left in unchecked.items() if is_left]
-    return resolved, values | costs | ({"not checked": ", ".join(left)} if left else {})
-
-
-class _Attempts:
-    """Steps that are tried although others failed, and their errors."""
-
-    def __init__(self, problems: Sequence[str]) -> None:
-        self.problems = list(problems)
-
-    def attempt(self, step: Callable[..., Given], *arguments: Any, **options: Any) -> Given | None:
-        """Return what a step gives; None after an error."""
-        try:
-            return step(*arguments, **options)
-        except Exception as error:
-            self.problems.append(" ".join(str(error).split()) or type(error).__name__)
-        return None
-
-    def resolve(self, loaded: Recipe, student: Any, teacher: Any, given: dict[str, Any]) -> Recipe:
-        """Resolve the recipe with those overrides that are no problem."""
-        while True:
-            try:
-                return resolve_recipe(loaded, student, teacher, None, given)
-            except (ValueError, TypeError) as error:
-                lines = str(error).splitlines()
-            self.problems += lines
-            named = {re.split("[:=]", line)[0] for line in lines} & given.keys()
-            if not named:
-                self.finish()
-            given = {name: value for name, value in given.items() if name not in named}
-
-    def finish(self) -> NoReturn:
-        """Raise the problems."""
-        raise ValueError("; ".join(dict.fromkeys(self.problems)))
+    if left := [what for what, is_left in unchecked.items() if is_left]:
+        values["not checked"] = ", ".join(left)
+    return config, values
 
 
 def effective_values(
@@ -185,9 +115,6 @@ def effective_values(
     if not skips_on_device(recipe.opt):
         values["optimizer"] += "; the host waits at every update for its gradient norm"
     if data is not None:
-        known = data.num_classes
-        if known is not None and recipe.num_classes is not None and recipe.num_classes > known:
-            values["classes"] = f"{recipe.num_classes} logits for data of {known} classes"
         samples = recipe.train_samples or len(data.train) if data.streams else len(data.train)
         sampler = TrainBatchSampler(
             samples, share, accumulation=accumulation, world_size=world_size
@@ -205,11 +132,7 @@ def effective_values(
 
 @dataclass(frozen=True)
 class Cost:
-    """Parameters of a run's models, and FLOPs per image.
-
-    FLOPs are those of matrix products, convolutions and attention (`torch.utils.flop_counter`), a
-    multiply-add being two; element-wise work is left out.
-    """
+    """Parameters of a run's models, and FLOPs per image by `torch.utils.flop_counter`."""
 
     student_parameters: int  # without projectors
     dropped_parameters: int  # of the terms' projectors, which inference does not need
@@ -229,10 +152,12 @@ def estimate(
         guide = None if teacher is None else _outlined(teacher)
         images = torch.empty(batch, *spec.size)
         # Before the task taps the student, whose inference has no terms.
-        with naming(student_words(recipe, spec.size)), torch.no_grad(), _counting() as counter:
-            was_training = student.training
+        with (
+            probe.naming(probe.student_words(recipe, spec.size)),
+            torch.no_grad(),
+            _counting() as counter,
+        ):
             student.eval()(images[:1])
-            student.train(was_training)
         student_flops = counter.get_total_flops()
     # Outside the fake mode, because initializing projectors reads values.
     task = build_task(student, guide, recipe, images[:1]).train()
@@ -245,10 +170,10 @@ def estimate(
             target = torch.zeros(batch, classes)
         with _counting() as counter:
             with autocast(images.device, recipe.amp):
-                with naming(teacher_words(recipe)):
+                with probe.naming(probe.teacher_words(recipe)):
                     output = None if needed is None else needed(images)
                 teacher_flops = counter.get_total_flops()
-                with naming(terms_words(recipe)):
+                with probe.naming(probe.terms_words(recipe)):
                     losses = task(images, target, output)
             losses["loss"].backward()
     return Cost(
@@ -289,39 +214,32 @@ def cost_lines(
     """Format the cost of a run under ``"parameters"`` and ``"FLOPs per image"``."""
     try:
         cost = estimate(student, teacher, recipe, spec, slice_size(recipe, world_size))
-    except NEEDS_VALUES as error:
-        reason = f"a model's pass depends on values ({type(error).__name__})"
-        parameters = f"{parameter_count(student):,}"
-        return {"parameters": parameters, "FLOPs per image": f"unknown, because {reason}"}
+    except probe.NEEDS_VALUES as error:
+        reason = f"unknown: a model's pass depends on values ({type(error).__name__})"
+        return {"parameters": f"{parameter_count(student):,}", "FLOPs per image": reason}
+    giga = [f"{n / 1e9:.3g} G" for n in (cost.student_flops, cost.step_flops, cost.teacher_flops)]
     parameters = f"{cost.student_parameters:,}"
     if cost.dropped_parameters:
         parameters += f", and {cost.dropped_parameters:,} of projectors, dropped after training"
-    flops = f"{_giga(cost.student_flops)} G, training step {_giga(cost.step_flops)} G"
+    flops = f"{giga[0]}, training step {giga[1]}"
     if cost.teacher_parameters:
         parameters += f"; teacher {cost.teacher_parameters:,}"
     if cost.teacher_flops:
-        flops += f", teacher {_giga(cost.teacher_flops)} G"
+        flops += f", teacher {giga[2]}"
     elif recipe.teacher is not None and teacher is None:
         flops += ", without the teacher"
     return {"parameters": parameters, "FLOPs per image": f"{flops} (a multiply-add is 2)"}
 
 
-def _giga(flops: int) -> str:
-    return f"{flops / 1e9:.3g}"
-
-
 def sketch_teacher(config: TeacherConfig, spec: InputSpec) -> Teacher | None:
-    """Build a teacher for `estimate`: a timm model on the meta device, or one from its checkpoint.
-
-    None without a teacher, or if the recipe names a module that was passed to `train`.
-    """
+    """Build a teacher for `estimate`: on the meta device, or from its checkpoint."""
     name = config.teacher
-    if name is None or name.startswith(MODULE_PREFIX):
+    if name is None or name.startswith(MODULE_PREFIX):  # a module that was passed to `train`
         return None
     if names_a_file("train", name):
         return resolve_teacher(name, config, spec)
     described = f"teacher: {name} (teacher_img_size={config.teacher_img_size})"
-    with naming(described, (ValueError, TypeError, OSError)), torch.device("meta"):
+    with probe.naming(described, (ValueError, TypeError, OSError)), torch.device("meta"):
         teacher = create_teacher(name, pretrained=False, img_size=config.teacher_img_size)
         teacher.set_input_stats(spec.mean, spec.std)
     return teacher

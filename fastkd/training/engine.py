@@ -6,7 +6,7 @@ import inspect
 import itertools
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -56,7 +56,7 @@ class Reading(NamedTuple):
     seconds: float = 0.0
 
     def record(self, since: Reading | None, processes: int) -> dict[str, Any]:
-        """Means over the updates applied, and the speed, since an earlier reading or in all."""
+        """Return means over the updates applied, and the speed, since a reading or in all."""
         before = since or Reading(dict.fromkeys(self.sums, 0.0))
         count = max(1, self.applied - before.applied)
         seconds = max(self.seconds - before.seconds, 1e-9)
@@ -86,7 +86,7 @@ class Meter:
 
     @property
     def elapsed(self) -> float:
-        """Seconds of the epoch's updates, with those of an earlier part of the run."""
+        """Return seconds of the epoch's updates, with those of an earlier part of the run."""
         return self.seconds + (0.0 if self._began is None else time.perf_counter() - self._began)
 
     def add(self, values: Tensor, applied: Tensor) -> None:
@@ -119,14 +119,13 @@ class Meter:
         self.interval = None
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain numbers, from which a resumed epoch reports means of the whole epoch."""
+        """Return plain numbers, from which a resumed epoch reports means of the whole epoch."""
         state = {name: getattr(self, name) for name in _PLAIN} | {"seconds": self.elapsed}
         interval = None if self.interval is None else self.interval._asdict()
         sums, skips = self.sums.tolist(), self.skips.tolist()
         return {**state, "sums": sums, "skips": skips, "interval": interval}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Put back what `state_dict` gave."""
         for name in _PLAIN:
             setattr(self, name, state[name])
         self.sums.copy_(torch.tensor(state["sums"], dtype=torch.float64))
@@ -190,49 +189,40 @@ class Engine:
         # (update, samples, whether applied, whether the loss was finite) since the last report
         self._unread: list[tuple[int, list[Tensor], Tensor, Tensor]] = []
         for module in (task, teacher):
-            if module is None:
-                continue
-            if config.channels_last:
+            if module is not None and config.channels_last:
                 (task.student if module is task else module).to(memory_format=torch.channels_last)
-            if config.compile != "none":
+            if module is not None and config.compile != "none":
                 # In place: state dicts keep their names, and evaluation runs the bare student.
                 module.compile(mode=config.compile)
         self.wrapped: nn.Module = task if world.size == 1 else _data_parallel(task, world)
 
     @property
     def lr(self) -> float:
-        """The learning rate of the next update."""
         return self.optimizer.param_groups[0]["lr"]
 
     def update(self, slices: list[Batch]) -> None:
-        """One optimizer update from the slices of its batch; advances the position."""
+        """Run an optimizer update on the slices of its batch, and advance the position."""
         seed_all(derive_seed("update", self.config.seed, self.position.total, self.world.rank))
         self.optimizer.zero_grad(set_to_none=True)
         losses = torch.zeros_like(self.meter.sums[:-1])
-        with self._reversible_statistics() as statistics:
+        before = [buffer.clone() for buffer in self.statistics]
+        try:
             for number, batch in enumerate(slices):
                 last = number == len(slices) - 1
                 losses += self.backward(batch, share=1 / len(slices), synchronize=last)
             self.changing = True
-            applied = self.apply(losses, statistics)
+            applied = self.apply(losses, before)
+        except BaseException:
+            for buffer, old in zip(self.statistics, before, strict=True):
+                buffer.copy_(old)
+            raise
         samples = [batch.samples for batch in slices]
         finite = losses.isfinite().all()
         self._unread.append((self.position.total, samples, applied, finite))
         self.changing = False
 
-    @contextmanager
-    def _reversible_statistics(self) -> Iterator[list[Tensor]]:
-        """Running statistics before the update, which are put back if it does not get through."""
-        before = [buffer.clone() for buffer in self.statistics]
-        try:
-            yield before
-        except BaseException:
-            for buffer, old in zip(self.statistics, before, strict=True):
-                buffer.copy_(old)
-            raise
-
     def inputs(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """A batch as the student takes it: on the device, augmented, normalized and mixed."""
+        """Bring a batch to the device, and augment, normalize and mix it."""
         device = self.world.device
         images = batch.images.to(device, non_blocking=True)
         target = batch.labels.to(device, non_blocking=True)
@@ -245,7 +235,6 @@ class Engine:
         return images, target
 
     def teach(self, images: Tensor) -> TapOutput | None:
-        """The teacher's logits and tokens for the student's images; None without a teacher."""
         return None if self.teacher is None else self.teacher(images)
 
     def begin_pass(self) -> None:
@@ -297,7 +286,7 @@ class Engine:
         return applied
 
     def read(self) -> Reading:
-        """The epoch's sums so far over all processes; synchronizes, with them and with the host."""
+        """Return the epoch's sums so far over all processes; waits for them and for the device."""
         own = torch.cat([self.meter.sums, self.meter.skips])
         *sums, skipped, _, longest = (self.world.sum(own) / self.world.size).tolist()
         meter, lost = self.meter, int(skipped)
@@ -323,13 +312,13 @@ class Engine:
         return not self.world.sum((~torch.stack(finite)).any().float())
 
     def process_state(self) -> dict[str, Any]:
-        """What every process has of its own: sums, and running statistics of batch norms."""
+        """Return what every process has of its own: sums, and statistics of batch norms."""
         kept = (*self.statistics, *self._average_statistics)
         statistics = [buffer.cpu() for buffer in kept] if self.world.size > 1 else []
         return {"meter": self.meter.state_dict(), "statistics": statistics}
 
     def load_process_states(self, states: list[dict[str, Any]]) -> None:
-        """Put back what each process had; where there were more or fewer, the sums' mean."""
+        """Put back what each process had; the mean of the sums where their number changed."""
         own = states[self.world.rank % len(states)]
         if len(states) == self.world.size:
             self.meter.load_state_dict(own["meter"])
@@ -342,7 +331,7 @@ class Engine:
         self.meter.load_state_dict(own["meter"] | {"sums": sums})
 
     def non_finite(self, what: str) -> NonFiniteError:
-        """The error that ends a run whose losses, gradients or weights are infinite or NaN."""
+        """Build the error that ends a run, with what can be done."""
         weights = "finite, from before" if self.is_finite() else "infinite or NaN, too"
         return NonFiniteError(
             f"train: {what}, at or before update {self.position.total} in epoch "
@@ -352,7 +341,7 @@ class Engine:
         )
 
     def skipped_updates(self) -> list[Skipped]:
-        """Updates skipped since `forget_skipped`; synchronizes with the host alone."""
+        """List the updates skipped since `forget_skipped`; waits for the device."""
         if not self._unread:
             return []
         updates, samples, *flags = zip(*self._unread, strict=True)
@@ -364,7 +353,6 @@ class Engine:
         ]
 
     def forget_skipped(self) -> None:
-        """Drop what `skipped_updates` lists, once it is reported."""
         self._unread = []
 
 
@@ -377,7 +365,7 @@ def knows_found_inf(optimizer: torch.optim.Optimizer) -> bool:
 
 
 def _running_statistics(module: nn.Module) -> list[Tensor]:
-    """Buffers that a forward pass writes: a skipped update must not leave its NaN there."""
+    """List buffers that a forward pass writes: a skipped update must not leave its NaN there."""
     norms = [part for part in module.modules() if isinstance(part, _NormBase)]
     return [buffer for norm in norms for buffer in norm.buffers()]
 

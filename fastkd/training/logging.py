@@ -6,7 +6,7 @@ import contextlib
 import importlib
 import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -24,11 +24,12 @@ EPOCHS = "epochs.csv"
 RESULT = "result.json"
 PLOT = "results.png"
 
+Tracker = tuple[Callable[..., Any], Callable[[], Any]]  # (log, close)
+
 EMA_MOVED = 0.5  # the least that the EMA should have taken from the training at its end
 
 
 def timestamp() -> str:
-    """Return the local time with its offset, in ISO 8601."""
     return datetime.now().astimezone().isoformat("T", "seconds")
 
 
@@ -56,7 +57,7 @@ class RunLogger:
             unit="update", lines=False, leave=True, shows=self.shows, stream=stream
         )
         self._log: TextIO | None = None
-        self._trackers: list[Any] = []
+        self._trackers: list[Tracker] = []
         self._faults: list[tuple[int, Fault]] = []
         self._epochs = 0  # that are in the log
         self.total_updates = recipe.epochs * updates_per_epoch
@@ -85,17 +86,14 @@ class RunLogger:
         if self.output is not None:
             (self.output / PLOT).unlink(missing_ok=True)  # of a part of the run
             self._log = open(self.output / LOG, "a", encoding="utf-8")  # noqa: SIM115
-            self._trackers = [
-                _TRACKERS[name](self.output, self.recipe.to_dict(), updates)
-                for name in _trackers_of(self.recipe.track)
-            ]
+            config, names = self.recipe.to_dict(), _trackers_of(self.recipe.track)
+            self._trackers = [_open_tracker(name, self.output, config, updates) for name in names]
         self.progress.start("", self.total_updates, updates)
 
     def reopen(self, updates: int, history: list[dict[str, Any]]) -> None:
-        """Write the files anew where they are gone."""
         log, self._log = self._log, None
-        with contextlib.suppress(OSError):
-            if log is not None:
+        if log is not None:
+            with contextlib.suppress(OSError):
                 log.close()
         self.mend(updates, history[: self._epochs])
         if self.output is not None and log is not None:
@@ -118,7 +116,6 @@ class RunLogger:
             )
 
     def message(self, text: str) -> None:
-        """Show a line of text, with the time where it goes to a file."""
         stamp = "" if self.progress.has_bar else f"{timestamp()[:19].replace('T', ' ')} "
         self.progress.write(stamp + printable(text))
 
@@ -129,7 +126,6 @@ class RunLogger:
 
     @property
     def has_faults(self) -> bool:
-        """Whether this process has unreadable images to report."""
         return bool(self._faults)
 
     def report(self, skipped: Sequence[Skipped]) -> None:
@@ -159,7 +155,6 @@ class RunLogger:
             )
 
     def interval(self, record: dict[str, Any]) -> None:
-        """Log the means since the last interval."""
         self._write_line({"kind": "interval", **record})
         self._track("train", record)
         if self.progress.has_bar:
@@ -187,9 +182,8 @@ class RunLogger:
         self.message(text)
 
     def close(self) -> None:
-        """Close the files, the trackers and the bar."""
-        for tracker in self._trackers:
-            tracker.close()
+        for _, close in self._trackers:
+            close()
         self._trackers = []
         log, self._log = self._log, None
         if log is not None:
@@ -215,9 +209,9 @@ class RunLogger:
 
     def _track(self, group: str, record: dict[str, Any]) -> None:
         numbers = {f"{group}/{n}": v for n, v in record.items() if isinstance(v, int | float)}
-        for tracker in self._trackers:
-            with self._surviving(type(tracker).__name__):
-                tracker.log(numbers, step=record["update"])
+        for log, _ in self._trackers:
+            with self._surviving("track"):
+                log(numbers, step=record["update"])
 
     def _write_line(self, record: dict[str, Any]) -> None:
         if self._log is None:
@@ -228,7 +222,7 @@ class RunLogger:
 
     @contextlib.contextmanager
     def _surviving(self, what: str) -> Iterator[None]:
-        """A run is worth more than a line of its logs: on a full disk it goes on without."""
+        """Go on without a line of the logs where the disk is full."""
         try:
             yield
         except OSError as error:
@@ -304,37 +298,7 @@ def _speed(record: dict[str, Any]) -> list[str]:
     return parts
 
 
-class _TensorBoard:
-    module = "torch.utils.tensorboard"
-
-    def __init__(self, output: Path, config: dict[str, Any], updates: int) -> None:
-        writer: Any = importlib.import_module(self.module).SummaryWriter
-        self.writer = writer(str(output / "tensorboard"), purge_step=updates + 1)
-        self.close = self.writer.close
-
-    def log(self, values: dict[str, float], step: int) -> None:
-        for name, value in values.items():
-            self.writer.add_scalar(name, value, step)
-
-
-class _WandB:
-    """One run of Weights & Biases a folder: its id is kept there, so that it goes on."""
-
-    module = "wandb"
-
-    def __init__(self, output: Path, config: dict[str, Any], updates: int) -> None:
-        file = output / "wandb_id.txt"
-        resumed = updates > 0 and file.exists()
-        known = file.read_text(encoding="utf-8").strip() if resumed else None
-        options = {"name": output.name, "dir": str(output), "id": known, "config": config}
-        init = importlib.import_module(self.module).init
-        self.run: Any = init(project="fastkd", resume="allow", **options)
-        self.log, self.close = self.run.log, self.run.finish
-        if known is None:
-            write_text(file, f"{self.run.id}\n")
-
-
-_TRACKERS: dict[str, Any] = {"tensorboard": _TensorBoard, "wandb": _WandB}
+_TRACKERS = {"tensorboard": "torch.utils.tensorboard", "wandb": "wandb"}  # their modules
 
 
 def _trackers_of(track: str | None) -> list[str]:
@@ -342,12 +306,11 @@ def _trackers_of(track: str | None) -> list[str]:
 
 
 def check_trackers(track: str | None, output: Path | None) -> None:
-    """Refuse a tracker that could not run, before the run begins."""
     for name in _trackers_of(track):
         if output is None:
             raise ValueError(f"track: {name} keeps its files in the run's folder: give an output")
         try:
-            importlib.import_module(_TRACKERS[name].module)
+            importlib.import_module(_TRACKERS[name])
         except ImportError as error:
             raise ValueError(
                 f"track: {name} is asked for and cannot be imported ({error}); "
@@ -355,47 +318,48 @@ def check_trackers(track: str | None, output: Path | None) -> None:
             ) from None
 
 
+def _open_tracker(name: str, output: Path, config: dict[str, Any], updates: int) -> Tracker:
+    module = importlib.import_module(_TRACKERS[name])
+    if name == "tensorboard":
+        writer = module.SummaryWriter(str(output / "tensorboard"), purge_step=updates + 1)
+
+        def log(values: dict[str, float], step: int) -> None:
+            for key, value in values.items():
+                writer.add_scalar(key, value, step)
+
+        return log, writer.close
+    # One run of Weights & Biases a folder: its id is kept there, so that it goes on.
+    file = output / "wandb_id.txt"
+    resumed = updates > 0 and file.exists()
+    known = file.read_text(encoding="utf-8").strip() if resumed else None
+    options = {"name": output.name, "dir": str(output), "id": known, "config": config}
+    run = module.init(project="fastkd", resume="allow", **options)
+    if known is None:
+        write_text(file, f"{run.id}\n")
+    return run.log, run.finish
+
+
 @dataclass(frozen=True)
 class Result:
-    """What `fastkd.train` measured on the evaluation set; accuracies in %.
+    """What `fastkd.train` measured on the evaluation set; accuracies in %."""
 
-    Attributes:
-        top1: of the raw weights after the last epoch; None where the evaluation set has no labels.
-        top5: of the raw weights after the last epoch; None below five classes.
-        ema_top1: of the averaged weights after the last epoch; None without EMA.
-        ema_top5: of the averaged weights after the last epoch; None without EMA.
-        best_top1: the highest top-1 that `best_rule` saw; None where it goes by the loss.
-        best_epoch: the epoch it belongs to, from 1.
-        best_rule: how the best epoch was picked.
-        epochs: epochs trained.
-        images: images in the evaluation set.
-        unreadable: how many of them cannot be read, and count as wrong.
-        parameters: of the student, without projectors that are dropped at inference.
-        eval_loss: after the last epoch: plain cross-entropy, or the objective where accuracy is not
-            what the best epoch is picked by.
-        output: the run's folder; None where nothing was written.
-        last: the checkpoint after the last epoch; None where none was written.
-        best: the checkpoint of the best epoch, whose weights may be raw or averaged (its
-            ``weights``); None where none was written.
-        history: one record per epoch, as in epochs.csv.
-    """
-
-    top1: float | None
-    top5: float | None
-    ema_top1: float | None
+    top1: float | None  # raw weights, after the last epoch; None where there are no labels
+    top5: float | None  # None below five classes
+    ema_top1: float | None  # averaged weights; None without EMA
     ema_top5: float | None
-    best_top1: float | None
-    best_epoch: int
-    best_rule: str
+    best_top1: float | None  # the highest by `best_rule`; None where it goes by the loss
+    best_epoch: int  # from 1
+    best_rule: str  # how the best epoch was picked
     epochs: int
-    images: int
-    parameters: int
+    images: int  # in the evaluation set
+    parameters: int  # of the student, without projectors that are dropped at inference
+    # Plain cross-entropy, or the objective where accuracy does not pick the best epoch.
     eval_loss: float | None = None
-    unreadable: int = 0
-    output: str | None = None
-    last: str | None = None
-    best: str | None = None
-    history: list[dict[str, Any]] = field(default_factory=list, repr=False)
+    unreadable: int = 0  # evaluation images that count as wrong
+    output: str | None = None  # the run's folder
+    last: str | None = None  # the checkpoint after the last epoch
+    best: str | None = None  # the checkpoint of the best epoch: raw or averaged (its ``weights``)
+    history: list[dict[str, Any]] = field(default_factory=list, repr=False)  # as in epochs.csv
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the result as JSON, atomically.
@@ -429,19 +393,14 @@ class Result:
 
     def summary(self) -> str:
         """Summarize in lines what was measured, on what, and how the best epoch was picked."""
-        lines = []
+        lines, images = [], f"{self.images:,} evaluation images"
         if self.top1 is not None:
-            lines.append(
-                f"top-1 after epoch {self.epochs}: {_accuracies(self.top1, self.top5)} (raw "
-                f"weights, {self.images:,} evaluation images)"
-            )
+            top1 = _accuracies(self.top1, self.top5)
+            lines.append(f"top-1 after epoch {self.epochs}: {top1} (raw weights, {images})")
         if self.ema_top1 is not None:
             lines.append(f"with EMA weights: {_accuracies(self.ema_top1, self.ema_top5)}")
         if self.best_top1 is None:
-            lines.append(
-                f"loss after epoch {self.epochs}: {self.eval_loss:.4f} ({self.images:,} evaluation "
-                f"images)"
-            )
+            lines.append(f"loss after epoch {self.epochs}: {self.eval_loss:.4f} ({images})")
         if self.unreadable:
             lines.append(f"evaluation images that cannot be read: {self.unreadable:,}")
         if self.best_epoch == 0:
@@ -462,7 +421,6 @@ def _accuracies(top1: float, top5: float | None) -> str:
 def result_of(
     history: list[dict[str, Any]], ranking: dict[str, Any], ranked_by: str, **known: Any
 ) -> Result:
-    """Sum up a finished run by its history, and by ``known`` fields of the result."""
     last, by_loss = history[-1], ranked_by == "eval_loss"
     weights = "EMA" if ranked_by == "ema_top1" else "raw"
     measure = f"{'lowest loss' if by_loss else 'highest top-1'} of the {weights} weights"

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import inspect
-import math
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, cast
 
 import torch
 from timm.optim import create_optimizer_v2, get_optimizer_info, list_optimizers
@@ -13,10 +13,9 @@ from timm.optim.kron import Kron
 from timm.scheduler import create_scheduler_v2
 from torch import nn
 
-from fastkd.config import OptimConfig, refuse
+from fastkd.config import OptimConfig
 from fastkd.fields import Options
 from fastkd.training.engine import knows_found_inf
-from fastkd.training.task import DistillationTask
 from fastkd.utils.hints import suggestion
 
 LOOKAHEAD = "lookahead_"  # timm's prefix of any optimizer's name
@@ -27,27 +26,23 @@ _NOT_OPTIONS = frozenset(
         *("foreach", "fused", "capturable", "differentiable", "maximize"),
     }
 )
-_CYCLES = ("cycle_mul", "cycle_decay", "cycle_limit", "cooldown_epochs", "warmup_prefix")
-# Of `create_scheduler_v2`; without its noise, whose seed is not the run's.
+# Of `create_scheduler_v2`; without its noise, whose seed is not the run's, and without cycles.
 SCHEDULE_OPTIONS = {
-    "cosine": (*_CYCLES, "k_decay"),
-    "multistep": ("decay_milestones", "decay_rate", "warmup_prefix"),
-    "poly": (*_CYCLES, "k_decay", "decay_rate"),
-    "step": ("decay_epochs", "decay_rate", "warmup_prefix"),
-    "tanh": _CYCLES,
+    "cosine": ("k_decay",),
+    "multistep": ("decay_milestones", "decay_rate"),
+    "poly": ("k_decay", "decay_rate"),
+    "step": ("decay_epochs", "decay_rate"),
+    "tanh": (),
 }
 
 
 def optimizer_names() -> list[str]:
-    """List timm's optimizers that a run can use, each also with the prefix ``lookahead_``.
-
-    Tests show of each that a non-finite update leaves it alone and that it is resumed exactly.
-    """
+    """List timm's optimizers that a run can use, each also with the prefix ``lookahead_``."""
     infos = {name: get_optimizer_info(name) for name in list_optimizers()}
-    return [
+    return [  # which tests show to resume exactly, and to be left alone by a non-finite update
         name
         for name, info in infos.items()
-        # A text names a class of apex or bitsandbytes, which needs a GPU: not shown to resume.
+        # A text names a class of apex or bitsandbytes, which needs a GPU.
         if not isinstance(info.opt_class, str)
         and not info.second_order  # Adahessian needs a gradient of the gradient
         and info.opt_class is not Kron  # draws random numbers, on every process its own
@@ -75,29 +70,34 @@ def skips_on_device(opt: str) -> bool:
 
 def check_optimizer(recipe: OptimConfig) -> None:
     """Refuse an optimizer that a run cannot use, and options that it does not have."""
-    names, base = optimizer_names(), recipe.opt.removeprefix(LOOKAHEAD)
-    if base not in names:
+    known, base = optimizer_names(), recipe.opt.removeprefix(LOOKAHEAD)
+    if base not in known:
         raise ValueError(
-            f"opt: expected one of {', '.join(names)} (or {LOOKAHEAD} and one of them), got "
-            f"{recipe.opt!r}{suggestion(base, names)}"
+            f"opt: expected one of {', '.join(known)} (or {LOOKAHEAD} and one of them), got "
+            f"{recipe.opt!r}{suggestion(base, known)}"
         )
     options, fields = dict(recipe.opt_kwargs or {}), {"lr": "lr", "weight_decay": "weight_decay"}
     if takes_adam_eps(base):
         fields["eps"] = "adam_eps"
-    for name in options:
-        if name in fields:
-            raise ValueError(f"opt_kwargs: {name} is the recipe's field {fields[name]}")
-    arguments = _arguments(base)
-    known = [name for name in arguments if name not in _NOT_OPTIONS | fields.keys()]
-    _check_arguments("opt_kwargs", recipe.opt, options, {n: arguments[n] for n in known})
+    for name in options.keys() & fields.keys():
+        raise ValueError(f"opt_kwargs: {name} is the recipe's field {fields[name]}")
+    taken = {n: p for n, p in _arguments(base).items() if n not in _NOT_OPTIONS | fields.keys()}
+    _check_arguments("opt_kwargs", recipe.opt, options, taken)
     if options:
         weights = nn.ParameterDict({"matrix": torch.ones(2, 2), "vector": torch.ones(2)})
         for weight in weights.values():
             weight.grad = torch.ones_like(weight)
-        try:
+        with _blaming("opt_kwargs", recipe.opt, options):
             _create_optimizer(weights, recipe).step()
-        except Exception as error:  # whatever a class raises at a value that it cannot use
-            raise ValueError(f"opt_kwargs: {recipe.opt!r} with {options}: {error}") from error
+
+
+@contextmanager
+def _blaming(field: str, owner: str, options: Options) -> Iterator[None]:
+    """Raise whatever timm or a class raises at a value as an error of the field."""
+    try:
+        yield
+    except Exception as error:
+        raise ValueError(f"{field}: {owner!r} with {options}: {error}") from error
 
 
 def _check_arguments(
@@ -111,22 +111,18 @@ def _check_arguments(
                 f"{', '.join(known)}"
             )
         default = known[name].default
-        number = isinstance(value, int | float) and not isinstance(value, bool)
-        fits, expected = True, ""
+        fits, expected = type(value) in (int, float), "a number"
         if isinstance(default, bool):
             fits, expected = isinstance(value, bool), "true or false"
-        elif isinstance(default, int | float):
-            fits, expected = number, "a number"
         elif isinstance(default, tuple):
             fits, expected = isinstance(value, tuple), f"a list such as {list(default)}"
-            if isinstance(value, tuple) and field == "opt_kwargs":
-                fits = len(value) == len(default)
+        elif not isinstance(default, int | float):
+            continue
         if not fits:
             raise ValueError(f"{field}: {name} of {owner!r}: expected {expected}, got {value!r}")
 
 
 def ends_at_min_lr(recipe: OptimConfig) -> bool:
-    """Check whether the schedule has a lowest learning rate."""
     return recipe.sched not in ("multistep", "step")
 
 
@@ -136,20 +132,14 @@ def check_schedule(recipe: OptimConfig) -> None:
     arguments = inspect.signature(create_scheduler_v2).parameters
     known = {name: arguments[name] for name in SCHEDULE_OPTIONS[recipe.sched]}
     _check_arguments("sched_kwargs", recipe.sched, options, known)
-    if options.get("cycle_limit", 1) == 1:
-        refuse(options, ("cycle_mul", "cycle_decay"), "sched_kwargs has no cycle_limit above 1")
     peak = f"the learning rate {recipe.scaled_lr:g}"
     if recipe.lr_scaling:
         peak += f" (= lr {recipe.lr:g} x batch_size {recipe.batch_size} / 512)"
     if ends_at_min_lr(recipe) and recipe.scaled_lr <= recipe.min_lr:
-        raise ValueError(
-            f"min_lr: {recipe.min_lr:g} is not below {peak}, so the {recipe.sched} would not fall: "
-            f"raise lr or batch_size, set lr_scaling=False, or lower min_lr"
-        )
+        raise ValueError(f"min_lr: {recipe.min_lr:g} is not below {peak}, so nothing would fall")
     if recipe.warmup_epochs > 0 and recipe.warmup_lr > recipe.scaled_lr:
         raise ValueError(
-            f"warmup_lr: {recipe.warmup_lr:g} is above {peak}, so the warm-up would fall: lower "
-            f"warmup_lr, or raise lr"
+            f"warmup_lr: {recipe.warmup_lr:g} is above {peak}, so the warm-up would fall"
         )
     if options or not ends_at_min_lr(recipe):
         _try_schedule(recipe, options)
@@ -157,32 +147,22 @@ def check_schedule(recipe: OptimConfig) -> None:
 
 def _try_schedule(recipe: OptimConfig, options: Options) -> None:
     """Walk through a schedule, in at most a thousand steps, and refuse what would not train."""
-    stand_in = torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=recipe.scaled_lr)
-    per_epoch = 100
-    begin = per_epoch * recipe.warmup_epochs
-    end = per_epoch * recipe.epochs - 2  # a milestone of timm's takes effect an update early
-    rates = []
     for name, value in options.items():
         items = value if isinstance(value, tuple) else (value,)
         numbers = [item for item in items if isinstance(item, int | float) and item >= 0]
         if len(numbers) < len(items) or numbers != sorted(numbers):
             expected = "at least 0, and ascending in a list"
             raise ValueError(f"sched_kwargs: {name}: expected {expected}, got {value!r}")
-    try:
+    stand_in = torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=recipe.scaled_lr)
+    per_epoch, rates = 100, []
+    begin = per_epoch * recipe.warmup_epochs
+    end = per_epoch * recipe.epochs - 2  # a milestone of timm's takes effect an update early
+    with _blaming("sched_kwargs", recipe.sched, options):
         scheduler = _create_scheduler(stand_in, recipe, per_epoch)
         for update in (*range(begin, end, max(1, (end - begin) // 1000)), end):
             scheduler.step_update(update)
-            rates.append(stand_in.param_groups[0]["lr"])
-        usable = all(math.isfinite(rate) for rate in rates)
-    except Exception as error:  # whatever timm raises at a value that it cannot use
-        raise ValueError(f"sched_kwargs: {recipe.sched!r} with {options}: {error}") from error
-    floor = recipe.min_lr if ends_at_min_lr(recipe) else 0
-    if not usable or min(rates) < floor:
-        raise ValueError(
-            f"sched_kwargs: with {options} the learning rate would become {min(rates):g}, expected "
-            f"no less than {floor:g}"
-        )
-    if rates[-1] >= max(rates) and options.get("decay_rate") != 1:
+            rates.append(float(stand_in.param_groups[0]["lr"]))
+    if not rates[-1] < max(rates) and options.get("decay_rate") != 1:
         raise ValueError(
             f"sched_kwargs: {recipe.sched!r} with {options or 'no options'} does not fall within "
             f"{recipe.epochs} epochs (decay_rate=1 keeps the learning rate)"
@@ -190,62 +170,34 @@ def _try_schedule(recipe: OptimConfig, options: Options) -> None:
 
 
 def build_optimizer(
-    task: DistillationTask, config: OptimConfig, updates_per_epoch: int
+    task: nn.Module, config: OptimConfig, updates_per_epoch: int
 ) -> tuple[torch.optim.Optimizer, Any]:
-    """Create timm's optimizer and schedule with warm-up, stepped per update."""
     optimizer = _create_optimizer(task, config)
     return optimizer, _create_scheduler(optimizer, config, updates_per_epoch)
 
 
 def _create_optimizer(module: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
-    options = dict(config.opt_kwargs or {})
+    options: dict[str, Any] = dict(config.opt_kwargs or {})
     if takes_adam_eps(config.opt):
         options["eps"] = config.adam_eps
     if skips_on_device(config.opt.removeprefix(LOOKAHEAD)):
         options["fused"] = True
-    return create_optimizer_v2(
-        module,
-        opt=config.opt,
-        lr=config.scaled_lr,
-        weight_decay=config.weight_decay,
-        **options,
-    )
+    options |= {"lr": config.scaled_lr, "weight_decay": config.weight_decay}
+    return create_optimizer_v2(module, opt=config.opt, **options)
 
 
 def _create_scheduler(
     optimizer: torch.optim.Optimizer, config: OptimConfig, updates_per_epoch: int
 ) -> Any:
-    options: dict[str, Any] = dict(config.sched_kwargs or {})
     scheduler, _ = create_scheduler_v2(
         optimizer,
         sched=config.sched,
-        num_epochs=_cycle_epochs(config, **options),
+        num_epochs=config.epochs,
         warmup_epochs=config.warmup_epochs,
         min_lr=config.min_lr,
         warmup_lr=config.warmup_lr,
         step_on_epochs=False,
         updates_per_epoch=updates_per_epoch,
-        **options,
+        **cast(dict[str, Any], config.sched_kwargs or {}),
     )
     return scheduler
-
-
-def _cycle_epochs(
-    config: OptimConfig,
-    cycle_limit: int = 1,
-    cycle_mul: float = 1.0,
-    cooldown_epochs: float = 0,
-    warmup_prefix: bool = False,
-    **_: Any,
-) -> int:
-    """The length of the first cycle; timm adds to it what here is part of ``epochs``."""
-    around = cooldown_epochs + config.warmup_epochs * warmup_prefix
-    growth = float(cycle_mul)
-    cycles = cycle_limit if growth == 1 else (growth**cycle_limit - 1) / (growth - 1)
-    length = (config.epochs - around) / cycles
-    if cycle_limit % 1 or length < 1 or length % 1:
-        raise ValueError(
-            f"{config.epochs} epochs, less {around} of warm-up and cool-down, cannot be divided "
-            f"into {cycle_limit} cycles of whole epochs"
-        )
-    return int(length)

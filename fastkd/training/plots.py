@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import importlib.metadata
 import math
 import textwrap
@@ -13,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastkd.config import Recipe
-from fastkd.training.logging import EPOCHS, LOG, PLOT, whole_records
+from fastkd.training.logging import LOG, PLOT, whole_records
 from fastkd.utils.io import replacing
 
 if TYPE_CHECKING:  # matplotlib is optional, and slow to import
@@ -47,13 +46,14 @@ def plot_run(folder: Path, message: Callable[[str], None]) -> Path | None:
 
 
 def draw_run(folder: Path) -> Figure:
-    """Draw the four panels."""
     from matplotlib.figure import Figure  # not pyplot, whose state and backend are the caller's
 
     recipe = Recipe.load(folder / "recipe.yaml")
     records = whole_records(folder / LOG)
-    epochs = _read_epochs(folder / EPOCHS, records)
-    intervals = [record for record in records if record.get("kind") == "interval"]
+    intervals, epochs, skipped = (
+        [record for record in records if record.get("kind") == kind]
+        for kind in ("interval", "epoch", "skipped")
+    )
     steps = _steps(intervals, epochs)
     if not steps:
         raise ValueError(f"{LOG} has no interval and no epoch yet")
@@ -70,9 +70,12 @@ def draw_run(folder: Path) -> Figure:
     (losses, top1), (rate, speed) = figure.subplots(2, 2)
     _draw_losses(losses, steps, terms)
     _draw_eval_losses(losses, epochs, "total" if by_loss else "ce")
-    _mark_skipped(
-        losses, [record["update"] for record in records if record.get("kind") == "skipped"]
-    )
+    if skipped:
+        losses.plot(
+            [record["update"] for record in skipped], [0.02] * len(skipped), color=_GRAY,
+            marker="x", markersize=5, linestyle="", label=f"skipped ({len(skipped)})",
+            transform=losses.get_xaxis_transform(),
+        )  # fmt: skip
     _draw_top1(top1, epochs, best_by)
     _line(rate, sorted([*intervals, *epochs], key=itemgetter("update")), "lr", _TERMS[1])
     rate.set_ylabel("learning rate")
@@ -94,24 +97,6 @@ def draw_run(folder: Path) -> Figure:
                 ncols=4, columnspacing=1.2, handlelength=1.6,
             )  # fmt: skip
     return figure
-
-
-def _read_epochs(path: Path, records: Records) -> Records:
-    """Join epochs.csv and the epochs of log.jsonl: a full disk may have kept one out of either."""
-    epochs: dict[int, dict[str, Any]] = {}
-    if path.exists():
-        with open(path, encoding="utf-8", newline="") as file:
-            for row in csv.DictReader(file):
-                epochs[int(row["epoch"])] = {n: _value(text) for n, text in row.items() if text}
-    epochs |= {record["epoch"]: record for record in records if record.get("kind") == "epoch"}
-    return [epochs[number] for number in sorted(epochs)]
-
-
-def _value(text: str) -> float | str:
-    try:
-        return float(text)
-    except ValueError:
-        return text
 
 
 def _steps(intervals: Records, epochs: Records) -> Records:
@@ -175,14 +160,6 @@ def _draw_eval_losses(axes: Axes, epochs: Records, measure: str) -> None:
     if high > _LOG_RATIO * low > 0:
         axes.set_yscale("log")
     axes.set_ylabel("loss")
-
-
-def _mark_skipped(axes: Axes, updates: Sequence[int]) -> None:
-    if updates:
-        axes.plot(
-            updates, [0.02] * len(updates), color=_GRAY, marker="x", markersize=5, linestyle="",
-            transform=axes.get_xaxis_transform(), label=f"skipped ({len(updates)})",
-        )  # fmt: skip
 
 
 def _draw_top1(axes: Axes, epochs: Records, best_by: str) -> None:

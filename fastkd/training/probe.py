@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import Any, TypeVar
 from unittest.mock import patch
 
@@ -13,12 +13,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import (
-    DataDependentOutputException,
-    DynamicOutputShapeException,
-    UnsupportedFakeTensorException,
-    UnsupportedOperatorException,
-)
+from torch._subclasses import fake_tensor
 from torch.utils.data import DataLoader
 
 from fastkd.config import DataConfig, Recipe
@@ -33,7 +28,7 @@ from fastkd.data.batches import (
 from fastkd.data.gpu_augment import device_augment
 from fastkd.data.readers import DataPair, ReadableImages
 from fastkd.data.samplers import SampleKey
-from fastkd.data.transforms import InputSpec, create_mixup
+from fastkd.data.transforms import InputSpec
 from fastkd.ops.backend import ENVIRONMENT_CHOICE
 from fastkd.training.engine import Engine
 from fastkd.utils.arguments import LARGEST_IMAGE
@@ -50,15 +45,15 @@ DRAWS = 8  # of each made image: not every operation that timm draws takes every
 _DEFAULTS = ("ratio", "scale", "interpolation", "crop_pct", "crop_mode")
 NEUTRAL: dict[str, Any] = {
     **{"auto_augment": None, "color_jitter": 0.0, "reprob": 0.0, "hflip": 0.0},
-    **{name: Recipe.model_fields[name].default for name in _DEFAULTS},
+    **{name: DataConfig.model_fields[name].default for name in _DEFAULTS},
 }
 
 # Raised by passes that depend on values, which tensors without storage do not have.
 NEEDS_VALUES = (
-    DataDependentOutputException,
-    DynamicOutputShapeException,
-    UnsupportedFakeTensorException,
-    UnsupportedOperatorException,
+    fake_tensor.DataDependentOutputException,
+    fake_tensor.DynamicOutputShapeException,
+    fake_tensor.UnsupportedFakeTensorException,
+    fake_tensor.UnsupportedOperatorException,
 )
 IMAGE_FILES = DataPair(None, None, None, yields_tensors=False, image_size=None)
 
@@ -78,78 +73,49 @@ def naming(what: str, passing: tuple[type[Exception], ...] = ()) -> Iterator[Non
 
 
 def student_words(recipe: Recipe, size: Any) -> str:
-    """The student and what its forward pass depends on, for `naming`."""
     shape = " x ".join(map(str, size))
     return f"student: {recipe.model} on images of {shape} (img_size={recipe.img_size})"
 
 
 def teacher_words(recipe: Recipe) -> str:
-    """The teacher and what its forward pass depends on, for `naming`."""
     return f"teacher: {recipe.teacher} (teacher_img_size={recipe.teacher_img_size})"
 
 
 def terms_words(recipe: Recipe) -> str:
-    """The fields that the terms depend on, for `naming`."""
     used = ["logit_loss"] if recipe.alpha else []
     used += ["feature_loss", "pairs", "projector"] if recipe.feature_weight else []
     return ", ".join(f"{name}={getattr(recipe, name)!r}" for name in used) or "terms"
 
 
-def check_inputs(
-    recipe: Recipe, spec: InputSpec, data: DataPair | None, num_classes: int | None
-) -> None:
-    """Take made images through the transforms and Mixup of a run; needs neither data nor device."""
-    with seeded(0, ALONE.device):
-        if data is not None and data.yields_tensors:
-            train_sample_transform(recipe, spec, data)  # refuses what has no meaning for tensors
-            images = _tensors(spec.size)
-        else:
-            images = _transformed_or_blamed(recipe, spec, data or IMAGE_FILES)
-        for name, other in (("mixup", "cutmix"), ("cutmix", "mixup")):
-            if getattr(recipe, name) > 0 and num_classes is not None:
-                alone = recipe.override(**{other: 0.0}, mixup_prob=1.0)
-                with naming(f"{name}: {getattr(recipe, name)!r} cannot be used"):
-                    mixup = create_mixup(alone, num_classes, recipe.label_smoothing)
-                    assert mixup is not None
-                    mixed, _ = mixup(images.clone(), torch.zeros(len(images), dtype=torch.long))
-                    if not mixed.isfinite().all():
-                        raise ValueError("it makes images NaN")
-
-
-def _transformed_or_blamed(recipe: Recipe, spec: InputSpec, data: DataPair) -> Tensor:
-    side = max(spec.size[-2:])
-    if side / recipe.crop_pct > LARGEST_IMAGE:
+def check_inputs(config: DataConfig, spec: InputSpec, data: DataPair | None) -> None:
+    """Take made images through the transforms of a run; needs neither data nor device."""
+    if data is not None and data.yields_tensors:
+        train_sample_transform(config, spec, data)  # refuses what has no meaning for tensors
+        return
+    data, side = data or IMAGE_FILES, max(spec.size[-2:])
+    if side / config.crop_pct > LARGEST_IMAGE:
         raise ValueError(
-            f"crop_pct: {recipe.crop_pct!r} of images of {side} pixels a side resizes them to "
-            f"{side / recipe.crop_pct:.3g}, at most {LARGEST_IMAGE} are allowed"
+            f"crop_pct: {config.crop_pct!r} of images of {side} pixels a side resizes them to "
+            f"{side / config.crop_pct:.3g}, at most {LARGEST_IMAGE} are allowed"
         )
     try:
-        return _transformed(recipe, spec, data)
+        with seeded(0, ALONE.device):
+            Collate()(_made(eval_sample_transform(config, spec, data)))
+            batch = Collate()(_made(train_sample_transform(config, spec, data), DRAWS))
+            augment = device_augment(config, spec)
+            if augment is not None:
+                augment(batch.images, batch.plan or {})
     except Exception as error:
         name = re.match(r"(\w+): ", str(error))
-        if name is not None and name[1] in Recipe.model_fields:
+        if name is not None and name[1] in DataConfig.model_fields:
             raise
-        used = {n: neutral for n, neutral in NEUTRAL.items() if getattr(recipe, n) != neutral}
-        blamed = []
-        for field, neutral in used.items():
-            with suppress(Exception):  # those without which it works
-                _transformed(recipe.override(**{field: neutral}), spec, data)
-                blamed.append(field)
-        given = ", ".join(f"{field}: {getattr(recipe, field)!r}" for field in blamed or used)
+        used = [field for field in NEUTRAL if getattr(config, field) != NEUTRAL[field]]
+        given = ", ".join(f"{field}: {getattr(config, field)!r}" for field in used)
         raise ValueError(f"{given or 'transforms'} cannot be used: {_reason(error)}") from error
 
 
-def _transformed(config: DataConfig, spec: InputSpec, data: DataPair) -> Tensor:
-    """Made images as the student takes them, [B, C, H, W]; evaluation's transform runs, too."""
-    with seeded(0, ALONE.device):
-        Collate()(_made(eval_sample_transform(config, spec, data)))
-        batch = Collate()(_made(train_sample_transform(config, spec, data), DRAWS))
-        augment = device_augment(config, spec)
-        return batch.images if augment is None else augment(batch.images, batch.plan or {})
-
-
 def _made(transform: SampleTransform, draws: int = 1) -> list[Sample]:
-    """Two images of noise, each transformed as often as asked for."""
+    """Make two images of noise, each transformed as often as asked for."""
     noise = np.random.default_rng(0)
     shape = (IMAGES, MADE_SIZE[1], MADE_SIZE[0], 3)
     pixels = noise.integers(0, 256, shape, dtype=np.uint8)

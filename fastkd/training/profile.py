@@ -13,9 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from fastkd.config import Recipe
 from fastkd.data.batches import Batch
 from fastkd.data.datasets import Data, open_data
 from fastkd.data.loader import train_loader
@@ -23,6 +22,7 @@ from fastkd.inference.teacher import create_teacher
 from fastkd.models import TapOutput
 from fastkd.training.build import (
     FromRecipe,
+    Given,
     build_engine,
     open_student,
     resolve_run,
@@ -43,16 +43,8 @@ UPDATE = "update, batch in memory"
 FULL = "full step"
 PARTS = (LOADER, INPUT, TEACHER, FORWARD, STUDENT, OPTIMIZER, UPDATE, FULL)  # in this order
 
-CONTENTION = 0.8  # a full step below this share of the slower one's speed: they compete
+PIECES = (INPUT, TEACHER, STUDENT, OPTIMIZER)  # that add up to an update
 UNSTEADY = 1.0  # no verdict if a part's quartiles lie further apart than this, in medians
-
-# The parts that add up to an update.
-_PIECES = {
-    INPUT: "bringing the batch to the device and augmenting it",
-    TEACHER: "the teacher's forward pass",
-    STUDENT: "the student's forward and backward pass",
-    OPTIMIZER: "optimizer and EMA",
-}
 
 
 @dataclass(frozen=True)
@@ -68,7 +60,6 @@ class Part:
 
     @property
     def spread(self) -> float:
-        """Distance between the quartiles, in medians."""
         return (self.upper_quartile - self.lower_quartile) / self.seconds
 
 
@@ -91,22 +82,15 @@ class Breakdown:
             )
         loader, update = (self.parts[name].images_per_second for name in (LOADER, UPDATE))
         if self.limit == LOADER:
-            text = (
+            return (
                 f"The loader limits: it yields {loader:,.0f} images/s, an update could take "
                 f"{update:,.0f}."
             )
-        else:
-            share = self.parts[self.limit].seconds / self.parts[UPDATE].seconds
-            text = (
-                f"The update limits, most of all {_PIECES[self.limit]} ({100 * share:.0f} % of "
-                f"it); the loader could yield {loader / update:.1f} times what an update takes."
-            )
-        if self.parts[FULL].images_per_second < CONTENTION * min(loader, update):
-            text += (
-                " Together they are slower than either alone: they take turns (workers=0), or "
-                "compete for the host."
-            )
-        return text
+        share = self.parts[self.limit].seconds / self.parts[UPDATE].seconds
+        return (
+            f"The update limits, most of all {self.limit!r} ({100 * share:.0f} % of it); the "
+            f"loader could yield {loader / update:.1f} times what an update takes."
+        )
 
 
 def bench_step(
@@ -129,30 +113,22 @@ def bench_step(
         got = "none" if given.teacher is None else "a module"
         raise ValueError(f"bench_step: untrained=True expects a teacher by its name, got {got}")
     with preserved_rng(), world(device) as peers:
-        engine, loader = _build(given.recipe, given.teacher, untrained, given.data, peers)
+        engine, loader = _build(given, untrained, peers)
         return measure_step(engine, loader, steps, on_part=on_part)
 
 
-def _build(
-    recipe: Recipe, teacher: Any, untrained: bool, source: Data, peers: World
-) -> tuple[Engine, Any]:
-    data = open_data(source, recipe.data_root, labels=recipe.labels)
-    built = open_student(None, recipe, data, peers)
+def _build(given: Given, untrained: bool, peers: World) -> tuple[Engine, Any]:
+    recipe, teacher = given.recipe, given.teacher
+    data = open_data(given.data, recipe.data_root, labels=recipe.labels)
+    built = open_student(given.student, recipe, data, peers)
     if untrained and not Path(teacher).exists():
         size, classes = recipe.teacher_img_size, built.num_classes
         teacher = create_teacher(teacher, pretrained=False, num_classes=classes, img_size=size)
         recipe = recipe.override(teacher_checkpoint=None, teacher_img_size=None)
     loader = train_loader(data, recipe, built.spec, peers)
-    engine = build_engine(
-        built.module,
-        resolve_teacher(teacher, recipe, built.spec),
-        recipe,
-        built.spec,
-        peers,
-        num_classes=built.num_classes,
-        updates_per_epoch=1,  # the schedule changes no time
-    )
-    return engine, loader
+    teacher = resolve_teacher(teacher, recipe, built.spec)
+    sizes: Any = {"num_classes": built.num_classes, "updates_per_epoch": 1}  # which changes no time
+    return build_engine(built.module, teacher, recipe, built.spec, peers, **sizes), loader
 
 
 def measure_step(
@@ -207,7 +183,6 @@ def _timed(work: Callable[[], Any], clock: _Clock, steps: int, group: int) -> li
 
 
 def _endless_updates(loader: Any, accumulation: int) -> Iterator[list[Batch]]:
-    """Yield the slices of each update, epoch after epoch."""
     batches = itertools.chain.from_iterable(iter(loader) for _ in itertools.count())
     while True:
         yield list(itertools.islice(batches, accumulation))
@@ -216,8 +191,14 @@ def _endless_updates(loader: Any, accumulation: int) -> Iterator[list[Batch]]:
 def _works(engine: Engine, slices: list[Batch]) -> dict[str, Callable[[], Any]]:
     """Return the parts to time on a batch in memory, in the order of an update."""
     prepared = [Batch(*engine.inputs(batch), batch.samples) for batch in slices]
+
+    def teach(batch: Batch) -> TapOutput | None:
+        engine.begin_pass()
+        with autocast(engine.world.device, engine.config.amp):
+            return engine.teach(batch.images)
+
     # Copies, because the next replay of a CUDA graph overwrites its outputs.
-    taught = [copy.deepcopy(_teach(engine, batch.images)) for batch in prepared]
+    taught = [copy.deepcopy(teach(batch)) for batch in prepared]
     student = copy.copy(engine)  # for prepared batches and known outputs of the teacher
     student.augment = student.mixup = None
     outputs = itertools.cycle(taught)
@@ -236,19 +217,13 @@ def _works(engine: Engine, slices: list[Batch]) -> dict[str, Callable[[], Any]]:
 
     works: dict[str, Callable[[], Any]] = {
         INPUT: lambda: [engine.inputs(batch) for batch in slices],
-        TEACHER: lambda: [_teach(engine, batch.images) for batch in prepared],
+        TEACHER: lambda: [teach(batch) for batch in prepared],
         FORWARD: forward,
         STUDENT: backward,  # leaves the gradients that the optimizer needs
         OPTIMIZER: lambda: engine.apply(torch.zeros_like(engine.meter.sums[:-1])),
         UPDATE: lambda: engine.update(slices),
     }
     return {name: work for name, work in works.items() if name != TEACHER or engine.teacher}
-
-
-def _teach(engine: Engine, images: Tensor) -> TapOutput | None:
-    engine.begin_pass()
-    with autocast(engine.world.device, engine.config.amp):
-        return engine.teach(images)
 
 
 class _Clock:
@@ -282,7 +257,6 @@ def _breakdown(seconds: dict[str, list[float]], images: int, peak: int | None = 
     for name in (name for name in PARTS if name in seconds):
         lower, median, upper = statistics.quantiles(seconds[name], n=4, method="inclusive")
         parts[name] = Part(name, median, lower, upper, images / median, median / full)
-    pieces = [name for name in _PIECES if name in parts]
-    largest = max(pieces, key=lambda name: parts[name].seconds)
+    largest = max(parts.keys() & set(PIECES), key=lambda name: parts[name].seconds)
     limit = LOADER if parts[LOADER].seconds > parts[UPDATE].seconds else largest
     return Breakdown(parts, images, limit, peak)

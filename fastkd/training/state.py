@@ -10,16 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fastkd.checkpoint import (
-    BEST,
-    LAST,
-    CheckpointError,
-    load_checkpoint,
-    load_latest,
-    move_best,
-    remove_checkpoints,
-    save_checkpoint,
-)
+from fastkd import checkpoint
+from fastkd.checkpoint import BEST, LAST, CheckpointError
 from fastkd.config import Recipe
 from fastkd.data.transforms import InputSpec
 from fastkd.inference.loading import recipe_of
@@ -92,22 +84,20 @@ class RunState:
 
     @property
     def finished(self) -> bool:
-        """Whether the last epoch is done."""
         return self.engine.position.epoch >= self.identity.recipe.epochs
 
     @property
     def is_saved(self) -> bool:
-        """Whether last.pth holds everything that is done."""
         return self._saved == vars(self.engine.position)
 
-    def is_in_output(self, checkpoint: Path | None) -> bool:
-        """Whether a run that resumes from this checkpoint goes on in the folder where it was."""
-        if checkpoint is None or self.output is None:
+    def is_in_output(self, path: Path | None) -> bool:
+        """Check whether a run that resumes from this checkpoint goes on in its folder."""
+        if path is None or self.output is None:
             return False
-        return checkpoint.parent.resolve() == self.output.resolve()
+        return path.parent.resolve() == self.output.resolve()
 
     def where(self) -> dict[str, int]:
-        """Epoch (from 1) of the last update, and its number in the run, as logs have them."""
+        """Return epoch (from 1) and number in the run of the last update, as logs have them."""
         position = self.engine.position
         begun = position.update > 0 or position.total == 0
         return {"epoch": position.epoch + begun, "update": position.total}
@@ -136,10 +126,7 @@ class RunState:
         return -value if self.ranked_by == "eval_loss" else value
 
     def save(self, name: str = LAST) -> OSError | None:
-        """Write a checkpoint; called by all processes, refused once something is not finite.
-
-        Where it cannot be written the run may go on, for the next one may be: returns the error.
-        """
+        """Write a checkpoint on all processes, or return the error: the next one may be written."""
         engine = self.engine
         engine.read()
         if not engine.is_finite():
@@ -151,10 +138,10 @@ class RunState:
         position = vars(engine.position).copy()
         try:
             if engine.world.is_main and name == BEST:
-                save_checkpoint(self._best_state(), self.output / name)
+                checkpoint.save_checkpoint(self._best_state(), self.output / name)
             elif engine.world.is_main:
                 keep = self.identity.recipe.keep_checkpoints
-                save_checkpoint(self._state(processes), self.output / name, keep)
+                checkpoint.save_checkpoint(self._state(processes), self.output / name, keep)
         except OSError as error:
             self.unsaved[name] = error
         else:
@@ -164,14 +151,14 @@ class RunState:
         return self.unsaved.get(name)
 
     def kept(self) -> str:
-        """Which checkpoint holds how much of the run."""
+        """Describe which checkpoint holds how much of the run."""
         if self._saved is None or self.output is None:
             nothing = "Nothing of this run was saved"
             return nothing if self._begun is None else f"{nothing} since {self._begun}"
         return f"{self.output / LAST} holds the run after update {self._saved['total']}"
 
     def _student_state(self) -> dict[str, Any]:
-        """What rebuilds the student, with raw and averaged weights by the names that timm has."""
+        """Return what rebuilds the student, and its weights by the names that timm has."""
         identity, spec, ema = self.identity, self.identity.spec, self.engine.ema
         evaluated = [record for record in self.history if "top1" in record]
         last = evaluated[-1] if evaluated else {}
@@ -189,14 +176,13 @@ class RunState:
         }
 
     def _best_state(self) -> dict[str, Any]:
-        """The better weights alone, and which of the two they are."""
+        """Return the better weights alone, and which of the two they are."""
         state = self._student_state()
         state["weights"] = better_weights(state)
         averaged = state.pop("state_dict_ema")
         return state | ({"state_dict": averaged} if state["weights"] == "ema" else {})
 
     def _state(self, processes: list[dict[str, Any]]) -> dict[str, Any]:
-        """Everything that the rest of the run depends on."""
         engine, identity = self.engine, self.identity
         return {
             **self._student_state(),
@@ -223,14 +209,14 @@ class RunState:
         totals = self.engine.world.gather(position.total)
         if len(set(totals)) > 1:
             raise CheckpointError(
-                f"resume: the processes found different checkpoints (after updates {totals}): the "
-                f"output must be on a file system that all of them see"
+                f"resume: the processes found checkpoints of different updates ({totals}): do all "
+                f"of them see the output's file system?"
             )
         path = self._begun = None if found is None else found[1]
         if path is not None and not self.engine.is_finite():
             raise CheckpointError(
-                f"resume: {path} holds weights or moments of the optimizer that are not finite; "
-                f"remove it to go on from the one before it, if there is one"
+                f"resume: {path} holds weights or moments that are not finite; without it the run "
+                f"goes on from the checkpoint before"
             )
         if self.engine.world.is_main and self.output is not None:
             self.output.mkdir(parents=True, exist_ok=True)
@@ -240,8 +226,8 @@ class RunState:
                     aside = file.rename(f"{file}.folder")
                     self.torn.append(f"checkpoint: {file} was a folder and is {aside.name} now")
             if path is None:
-                remove_checkpoints(self.output)
-            move_best(path, self.output, self.best)
+                checkpoint.remove_checkpoints(self.output)
+            checkpoint.move_best(path, self.output, self.best)
         if self.output is not None and path == self.output / LAST:
             self._saved = vars(position).copy()
         return path
@@ -252,12 +238,12 @@ class RunState:
         folder = self.output if resume == "auto" else Path(resume)
         if folder is not None and (resume == "auto" or folder.is_dir()):
             torn: list[str] = []
-            found = load_latest(folder, torn.append)
+            found = checkpoint.load_latest(folder, torn.append)
             self.torn += [f"{reason}; the checkpoint before it is taken" for reason in torn]
             if found is not None or resume == "auto":
                 return found
         path = Path(resume) / LAST if Path(resume).is_dir() else Path(resume)
-        return load_checkpoint(path), path
+        return checkpoint.load_checkpoint(path), path
 
     def _check_output(self, resume: str) -> None:
         """Refuse to go on with one run in the folder of another."""
@@ -267,11 +253,10 @@ class RunState:
         if folder.resolve() != self.output.resolve() and (self.output / LAST).exists():
             raise CheckpointError(
                 f"resume: {self.output} holds a run of its own, which {resume} is not of: choose "
-                f"another output, or resume='auto' to continue the one that is there"
+                f"another output, or resume='auto'"
             )
 
     def _restore(self, state: dict[str, Any], path: Path) -> None:
-        """Put the run where a checkpoint left it."""
         engine = self.engine
         try:
             _check_same_run(path, state, self.identity)
@@ -289,13 +274,11 @@ class RunState:
         except CheckpointError:
             raise
         except (RuntimeError, ValueError) as error:
-            raise CheckpointError(
-                f"resume: {path} does not fit this student: {short_misfit(error)}"
-            ) from error
+            reason = f"does not fit this student: {short_misfit(error)}"
+            raise CheckpointError(f"resume: {path} {reason}") from error
         except (LookupError, TypeError, AttributeError, ArithmeticError) as error:
-            raise CheckpointError(
-                f"resume: {path} is not what a run saves ({type(error).__name__}: {error})"
-            ) from error
+            reason = f"is not what a run saves ({type(error).__name__}: {error})"
+            raise CheckpointError(f"resume: {path} {reason}") from error
         engine.position = Position(**state["position"])
         self.history, self.best = state["history"], state["best"]
 
@@ -312,17 +295,13 @@ class RunState:
             or not 0 <= state["best"]["epoch"] <= position.epoch
             or self.ranked_by not in state["best"]
         ):
-            raise ValueError(
-                f"its position is {vars(position)}, with {len(epochs)} epochs of history and "
-                f"{state['best']} as the best, in a run of {last} epochs of {length} updates"
-            )
+            run = f"{len(epochs)} epochs of history, or {last} epochs of {length} updates"
+            raise ValueError(f"its position {vars(position)} does not fit {run}")
 
 
 def _check_same_run(path: Path, state: dict[str, Any], identity: Identity) -> None:
     if "optimizer" not in state:
-        raise CheckpointError(
-            f"resume: {path} holds a student alone, no run to continue (take {LAST})"
-        )
+        raise CheckpointError(f"resume: {path} holds a student alone, no run (take {LAST})")
     for name, what in (
         ("train_images", "numbers of training images"),
         ("classes", "class names or their order"),

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import logging
-from typing import cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fastkd.config import DistillConfig, Recipe
-from fastkd.fields import Key, Pairs
+from fastkd.fields import Key
 from fastkd.losses import (
     DistillationLoss,
     FeatureKD,
@@ -86,7 +86,7 @@ class DistillationTask(nn.Module):
     def _run_student(
         self, images: Tensor, teacher_output: TapOutput | None
     ) -> tuple[Tensor, Tensor | None]:
-        """Logits, and the distance to the teacher's tokens where a term compares them."""
+        """Return logits, and the distance to the teacher's tokens where a term compares them."""
         feature, taps = self.terms.feature, self.taps
         if feature is None or taps is None or teacher_output is None:
             return self.student(images), None
@@ -98,13 +98,15 @@ class DistillationTask(nn.Module):
     def _run_lifting_student(
         self, images: Tensor, taps: Taps, feature: FeatureTerm, teacher: dict[Key, Tokens]
     ) -> tuple[Tensor, Tensor]:
-        """Logits and distance in one pass, or from written lifted tokens where that cannot be."""
+        """Return logits and distance in one fused pass, or from written lifted tokens."""
         key = feature.pairs[0][0]
         options = feature.operator_options if isinstance(feature, FeatureKD) else None
-        student = _fusable(self.student, images)
-        if student is not None and options is not None:
+        student = self.student
+        lifts = isinstance(student, LiftVisionTransformer) and student.fuses_lift(images)
+        if lifts and options is not None:
             tokens, target = feature.matched({key: taps.last_block(images)}, teacher)
-            return student.forward_head_kd(tokens.data, target.data, grid=tokens.grid, **options)
+            fused: Any = student.forward_head_kd
+            return fused(tokens.data, target.data, grid=tokens.grid, **options)
         output = taps(images)
         if output.final is None:
             raise ValueError(
@@ -122,12 +124,6 @@ class DistillationTask(nn.Module):
             *(f"student.{name}" for name in embeddings),
             *(f"terms.{name}" for name in undecayed(self.terms)),
         }
-
-
-def _fusable(student: nn.Module, images: Tensor) -> LiftVisionTransformer | None:
-    """A student that lifts in the same pass in which its tokens are compared."""
-    lifts = isinstance(student, LiftVisionTransformer) and student.fuses_lift(images)
-    return cast(LiftVisionTransformer, student) if lifts else None
 
 
 def build_task(
@@ -174,10 +170,8 @@ def build_task(
 
 
 def _freeze_unreached(task: DistillationTask, teacher: Teacher | None, example: Tensor) -> None:
-    """Freeze what a distance of features cannot train: blocks behind the last one tapped, the head.
-
-    DDP waits for the gradient of every parameter that requires one.
-    """
+    """Freeze what a distance of features cannot train: the head, blocks behind the last tap."""
+    # DDP waits for the gradient of every parameter that requires one.
     modes = [(module, module.training) for module in task.modules()]
     task.eval()  # one image must not move running statistics
     target = torch.zeros(len(example), dtype=torch.long, device=example.device)
@@ -195,7 +189,7 @@ def _freeze_unreached(task: DistillationTask, teacher: Teacher | None, example: 
 
 
 def build_logit_term(config: DistillConfig, labels: bool = True) -> LogitTerm | None:
-    """The logit loss of a recipe; None where its weight alpha is 0."""
+    """Build the logit loss of a recipe; None where its weight alpha is 0."""
     if config.alpha == 0:
         return None
     if labels and config.cross_entropy_weight == 0 and find_loss(config.logit_loss).whole_ce:
@@ -212,7 +206,7 @@ def build_logit_term(config: DistillConfig, labels: bool = True) -> LogitTerm | 
 def build_feature_term(
     student: nn.Module, teacher: Teacher, config: DistillConfig, example: Tensor
 ) -> tuple[Taps, FeatureTerm] | tuple[None, None]:
-    """The feature loss of a recipe, and what it reads; None twice where its weight is 0."""
+    """Build the feature loss of a recipe and its taps; None twice where its weight is 0."""
     if config.feature_weight == 0:
         return None, None
     # One layer at a time, because taps merge what resolves to the same layer (-1 and 11).
@@ -220,19 +214,25 @@ def build_feature_term(
         (Taps(student, [s]).indices[0], Taps(teacher.model, [t]).indices[0])
         for s, t in config.pairs
     )
-    student_keys, teacher_keys = _keys(pairs)
+    # Each side's layers, every one once.
+    student_keys, teacher_keys = (list(dict.fromkeys(keys)) for keys in zip(*pairs, strict=True))
     taps = Taps(student, student_keys, num_prefix=config.student_prefix)
     teacher_taps = teacher.tap(teacher_keys, num_prefix=config.teacher_prefix)
-    if config.projector == "lift":
-        student_dims = dict.fromkeys(student_keys, _lifted_width(student))
-    else:
-        if isinstance(student, LiftVisionTransformer):
-            logger.warning(
-                "the student has lifted tokens, but projector=%r compares those of its last block, "
-                "before the lift; the paper's Lift takes projector='lift'",
-                config.projector,
-            )
+    if config.projector != "lift":
         student_dims = _dims(taps, example)
+    elif isinstance(student, LiftVisionTransformer):
+        student_dims = dict.fromkeys(student_keys, student.num_features)
+    else:
+        raise ValueError(
+            f"projector: 'lift' compares the lifted tokens of a student with variant='lift', "
+            f"{type(student).__name__} has none"
+        )
+    if config.projector != "lift" and isinstance(student, LiftVisionTransformer):
+        logger.warning(
+            "projector=%r compares the tokens of the student's last block, before the lift; the "
+            "paper's Lift takes projector='lift'",
+            config.projector,
+        )
     term = create_feature_loss(
         config.feature_loss,
         pairs,
@@ -246,20 +246,6 @@ def build_feature_term(
     return taps, term
 
 
-def _keys(pairs: Pairs) -> tuple[list[Key], list[Key]]:
-    """Each side's keys, every one once."""
-    return list(dict.fromkeys(s for s, _ in pairs)), list(dict.fromkeys(t for _, t in pairs))
-
-
 def _dims(taps: Taps, example: Tensor) -> dict[Key, int]:
     by_name = any(isinstance(key, str) for key in taps.indices)
     return taps.probe(example) if by_name else taps.dims
-
-
-def _lifted_width(student: nn.Module) -> int:
-    if not isinstance(student, LiftVisionTransformer):
-        raise ValueError(
-            f"projector: 'lift' compares the lifted tokens of a student with variant='lift', "
-            f"{type(student).__name__} has none"
-        )
-    return student.num_features

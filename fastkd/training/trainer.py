@@ -35,7 +35,7 @@ from fastkd.training.build import (
 )
 from fastkd.training.dry_run import cost_lines, effective_values
 from fastkd.training.engine import SKIPPED, NonFiniteError, Reading, evaluate_terms
-from fastkd.training.logging import PLOT, RESULT, Result, RunLogger, result_of, timestamp
+from fastkd.training.logging import LOG, PLOT, RESULT, Result, RunLogger, result_of, timestamp
 from fastkd.training.plots import plot_run
 from fastkd.training.probe import check_inputs, check_pass
 from fastkd.training.state import RunState, locked
@@ -132,7 +132,7 @@ def open_run(given: Given, peers: World, verify: bool, overrides: dict[str, Any]
     check_data(data, overrides)
     student = open_student(given.student, recipe, data, peers)
     spec, num_classes = student.spec, student.num_classes
-    check_inputs(recipe, spec, data, num_classes)
+    check_inputs(recipe, spec, data)
     with verifying(verify):
         teacher = resolve_teacher(given.teacher, recipe, spec)
     quiet = not peers.is_main
@@ -141,15 +141,8 @@ def open_run(given: Given, peers: World, verify: bool, overrides: dict[str, Any]
     eval_batches = eval_loader(data, recipe, spec, peers)
     schedule = schedule_of(batches)
     updates = schedule.updates_per_epoch
-    engine = build_engine(
-        student.module,
-        teacher,
-        recipe,
-        spec,
-        peers,
-        num_classes=num_classes,
-        updates_per_epoch=updates,
-    )
+    sizes: dict[str, Any] = {"num_classes": num_classes, "updates_per_epoch": updates}
+    engine = build_engine(student.module, teacher, recipe, spec, peers, **sizes)
     check_pass(engine, recipe, batches, data)
     ranked_by = "ema_top1" if recipe.best == "ema" else "top1"
     if not (data.labeled_val and (recipe.labels or engine.task.needs_logits)):
@@ -204,7 +197,6 @@ def _log_interval_if_due(run: RunState, logger: RunLogger) -> None:
 
 
 def _record(run: RunState, reading: Reading, since: Reading | None) -> dict[str, Any]:
-    """Put together a line of the log: means and speed since an earlier reading."""
     engine, device = run.engine, run.engine.world.device
     record = run.where() | {"lr": engine.meter.lr} | reading.record(since, engine.world.size)
     if device.type == "cuda":  # the most that tensors have held, in GiB
@@ -246,7 +238,6 @@ def evaluate(opened: OpenRun, logger: RunLogger, stop: StopRequest) -> dict[str,
 
 
 def report(run: RunState, logger: RunLogger) -> None:
-    """Log unreadable images and skipped updates; called by all processes."""
     logger.report(run.engine.skipped_updates())
     run.engine.forget_skipped()
 
@@ -261,7 +252,7 @@ def save(run: RunState, logger: RunLogger, name: str = LAST) -> None:
 
 
 def _remake_output(run: RunState, logger: RunLogger) -> None:
-    """Make a deleted output again, with what is still known."""
+    """Take a deleted lock again, and make a deleted output again with what is still known."""
     lock, output = run.lock, run.output
     if lock is None or output is None or lock.is_held():
         return
@@ -274,8 +265,7 @@ def _remake_output(run: RunState, logger: RunLogger) -> None:
         logger.reopen(run.engine.position.total, run.history)
     except OSError as error:
         return logger.message(f"{output} was deleted and cannot be made again ({error})")
-    lost = f", and {BEST} of epoch {run.best['epoch']} is lost" if run.best["epoch"] else ""
-    text = f"{output} was deleted and is made again: its log has epochs alone{lost}"
+    text = f"{output} was deleted and is made again, without {BEST} and most of {LOG}"
     logger.event("remade", run.where(), text)
 
 
@@ -284,14 +274,8 @@ def running(opened: OpenRun, resume: str, quiet: bool) -> Iterator[tuple[RunLogg
     """Resume a run, and log it; at an interrupt save what is done, and explain what went wrong."""
     run, stop = opened.run, StopRequest()
     recipe, peers, output = run.identity.recipe, run.engine.world, run.output
-    logger = RunLogger(
-        output,
-        recipe,
-        opened.schedule.updates_per_epoch,
-        peers=peers,
-        unreadable=run.unreadable,
-        quiet=quiet,
-    )
+    options: dict[str, Any] = {"peers": peers, "unreadable": run.unreadable, "quiet": quiet}
+    logger = RunLogger(output, recipe, opened.schedule.updates_per_epoch, **options)
     checkpoint = run.resume(resume)
     logger.mend(run.engine.position.total, run.history, foreign=not run.is_in_output(checkpoint))
     peers.barrier()  # the folder is there
@@ -353,7 +337,6 @@ def _save_before_stop(run: RunState, logger: RunLogger) -> None:
 
 
 def _finish(run: RunState, logger: RunLogger) -> Result:
-    """Write the result, and its figure."""
     output, peers, recipe = run.output, run.engine.world, run.identity.recipe
     unsaved = peers.gather(str(run.unsaved.get(LAST, "")))[0]  # the main process writes
     if unsaved:

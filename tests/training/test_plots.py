@@ -1,6 +1,5 @@
 """results.png: what is drawn of a run's records, and that drawing never ends a run."""
 
-import csv
 import io
 import json
 import math
@@ -43,14 +42,6 @@ def written(folder, records, **fields):
     text = "".join(json.dumps(record) + "\n" for record in records)
     (folder / "log.jsonl").write_text(text)
     return folder
-
-
-def write_epochs(folder, epochs):
-    columns = [name for name in max(epochs, key=len) if name != "kind"]
-    with open(folder / "epochs.csv", "w", newline="") as file:
-        writer = csv.DictWriter(file, columns, extrasaction="ignore")
-        writer.writeheader()
-        writer.writerows(epochs)
 
 
 def panel(figure, label):
@@ -274,23 +265,6 @@ def test_a_torn_last_line_is_passed_over(tmp_path):
     with open(tmp_path / "log.jsonl", "a") as file:
         file.write('{"kind": "epoch", "epo')
     assert lines(panel(drawn(tmp_path), "loss")) == whole
-
-
-@pytest.mark.parametrize("kept", [[], [0], [0, 2], [0, 1, 2]])
-def test_epochs_missing_from_the_log_are_taken_from_the_table(tmp_path, kept):
-    epochs = [epoch(1), *THREE[1:]]  # the first was not evaluated: empty cells in the table
-    write_epochs(tmp_path, epochs)
-    figure = drawn(written(tmp_path, [epochs[number] for number in kept]))
-    assert lines(panel(figure, "loss"))["total"] == ([10, 20, 30], [2.0] * 3)
-    assert lines(panel(figure, "top-1"))["raw weights"] == ([2, 3], [60.0, 55.0])
-
-
-def test_without_a_table_the_log_is_enough_and_without_a_log_the_table(tmp_path):
-    written(tmp_path, THREE)
-    from_log = lines(panel(drawn(tmp_path), "loss"))
-    write_epochs(tmp_path, THREE)
-    (tmp_path / "log.jsonl").unlink()
-    assert lines(panel(drawn(tmp_path), "loss")) == from_log
 
 
 @pytest.mark.draws

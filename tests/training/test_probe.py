@@ -1,6 +1,5 @@
 """What a run is refused for before its folder is touched, and that looking leaves no trace."""
 
-import re
 from types import SimpleNamespace
 
 import pytest
@@ -127,8 +126,8 @@ REFUSED = [
     ({"auto_augment": "augmix-w-3"}, "auto_augment: .*'augmix-w-3'"),
     ({"auto_augment": "rand_m9", "augment": "gpu"}, "auto_augment: .*'rand_m9'"),
     ({"crop_pct": 1e-9}, "crop_pct: 1e-09"),
-    ({"mixup": 1e-320}, "mixup: 1e-320"),
-    ({"cutmix": 1e-320, "mixup": 0.8}, "cutmix: 1e-320"),
+    ({"mixup": 1e-320}, "mixup: .*1e-320"),
+    ({"cutmix": 1e-320, "mixup": 0.8}, "cutmix: .*1e-320"),
     ({"mixup": 0.8, "batch_size": 5}, "batch_size: .* 5"),
     ({"img_size": 63}, "student: test_vit.*img_size=63"),
     ({"img_size": 8}, "student: test_vit.*img_size=8"),
@@ -242,19 +241,19 @@ def test_images_that_cannot_be_read_are_replaced_in_it_too(folder, tmp_path):
 @pytest.mark.parametrize(
     ("fields", "named"),
     [
-        ({}, "auto_augment: 'rand-m9-mstd0.5-inc1' cannot"),  # the default
+        ({}, "auto_augment: 'rand-m9-mstd0.5-inc1'.* cannot"),  # the default
         (
             {"auto_augment": "original", "interpolation": "random"},
-            "auto_augment: 'original' cannot",
+            "auto_augment: 'original'.* cannot",
         ),
         ({"augment": "gpu"}, "augment: 'gpu'.* got 4"),
     ],
 )
 def test_a_policy_that_cannot_augment_images_of_four_channels_is_named(fields, named):
     spec = InputSpec((4, 32, 32), (0.5,) * 4, (0.5,) * 4)
-    check_inputs(Recipe(auto_augment=None), spec, None, 3)
+    check_inputs(Recipe(auto_augment=None), spec, None)
     with pytest.raises(ValueError, match=named):
-        check_inputs(Recipe(**fields), spec, None, 3)
+        check_inputs(Recipe(**fields), spec, None)
 
 
 def test_fields_that_fail_together_are_all_named(monkeypatch):
@@ -264,34 +263,33 @@ def test_fields_that_fail_together_are_all_named(monkeypatch):
     monkeypatch.setattr(probe, "train_sample_transform", fail)
     recipe = Recipe(auto_augment="augmix", hflip=0.0, reprob=0.0, color_jitter=0.0, crop_pct=0.9)
     with pytest.raises(ValueError, match=r"^auto_augment: 'augmix', crop_pct: 0\.9 cannot"):
-        check_inputs(recipe, SPEC, None, 3)
+        check_inputs(recipe, SPEC, None)
 
 
-def test_a_dry_run_lists_all_problems(folder, tmp_path):
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"output": "file"}, "output must be a folder"),
+        ({"resume": "no.pth"}, "resume: .*'no.pth'"),
+        ({"device": "meta"}, "device: .*'meta'"),
+    ],
+)
+def test_a_dry_run_checks_the_arguments_beside_the_recipe(tmp_path, monkeypatch, options, named):
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "file").write_text("")
-    fields = {"lr": -1.0, "auto_augment": "rand_m9", "img_size": 63, "variant": "wide"}
-    with pytest.raises(ValueError) as refused:
-        dry_run(
-            None, None, {**fields, "model": "test_vit", "data": str(folder)},
-            output=tmp_path / "file", resume="no.pth", device="meta", problems=["epochs: many"],
-        )  # fmt: skip
-    for named in (
-        *("epochs: many", "output must be a folder", "resume: .*'no.pth'", "device: .*'meta'"),
-        *("lr: .*-1.0", "variant: .*'wide'", "auto_augment: .*'rand_m9'", "img_size=63"),
-    ):
-        assert re.search(named, str(refused.value)), named
+    with pytest.raises(ValueError, match=named):
+        dry_run(None, None, {"model": "test_vit"}, **options)
+
+
+def test_a_dry_run_names_every_field_out_of_range():
+    with pytest.raises(ValueError, match=r"(?s)variant: .*'wide'.*lr: .*-1\.0"):
+        dry_run(None, None, {"lr": -1.0, "variant": "wide"})
 
 
 def test_a_dry_run_says_what_it_could_not_check():
     fields = {"model": "test_vit", "num_classes": 1000, "img_size": 32, "projector": "linear"}
     _, values = dry_run(None, "test_vit2", fields | {"alpha": 0.5})
     assert values["not checked"] == "data (none are given), published weights"
-
-
-def test_a_dry_run_goes_on_where_the_data_are_wrong(tmp_path):
-    fields = {"model": "test_vit", "img_size": 63, "data": str(tmp_path / "lost")}
-    with pytest.raises(ValueError, match=r"data: .*lost.*; student: .*img_size=63"):
-        dry_run(None, None, fields)
 
 
 def test_a_students_weights_are_taken_from_the_field_model_too(folder, tmp_path):

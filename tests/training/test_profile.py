@@ -253,16 +253,9 @@ def test_with_a_fast_loader_the_largest_piece_of_the_update_limits():
     )
     assert breakdown.limit == TEACHER
     assert breakdown.sentence() == (
-        "The update limits, most of all the teacher's forward pass (70 % of it); the loader could "
+        f"The update limits, most of all {TEACHER!r} (70 % of it); the loader could "
         "yield 2.0 times what an update takes."
     )
-
-
-def test_loader_and_update_that_stand_in_each_others_way_are_said_to():
-    breakdown, _ = made(
-        loader=1.0, input=0.1, teacher=0.5, student=0.3, optimizer=0.1, update=1.0, full=2.0
-    )
-    assert breakdown.sentence().endswith("(workers=0), or compete for the host.")
 
 
 def test_shares_and_speeds_follow_from_medians():
