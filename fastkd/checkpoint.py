@@ -1,4 +1,4 @@
-"""Save, load, verify and rotate checkpoint files; a torn file never takes a name that counts."""
+"""Save, load, verify and rotate checkpoint files."""
 
 from __future__ import annotations
 
@@ -21,20 +21,17 @@ BEST = "best.pth"
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that cannot be used; the message says why and what can be done."""
+    """A checkpoint that cannot be used."""
 
 
 class TornCheckpointError(CheckpointError):
-    """A file that is no whole checkpoint of fastkd's; an earlier one may serve."""
+    """A file that is not a whole checkpoint of fastkd; an earlier one can be used instead."""
 
 
 def save_checkpoint(
     state: dict[str, Any], path: str | os.PathLike[str], keep: int | None = None
 ) -> None:
-    """Write a checkpoint atomically: a file of that name is always a whole one.
-
-    Of the name, ``keep`` files stay: earlier ones become ``last-1.pth``, ``last-2.pth``, ....
-    """
+    """Write a checkpoint atomically; ``keep`` files stay (last.pth, last-1.pth, ...)."""
     try:
         with replacing(path, None if keep is None else keep - 1) as file, _with_crc():
             torch.save({"format": FORMAT, "version": VERSION, **state}, file)
@@ -46,7 +43,7 @@ def save_checkpoint(
 
 @contextmanager
 def _with_crc() -> Iterator[None]:
-    """Let torch write checksums, which a process may have switched off for other files."""
+    """Let torch write checksums, even if the process has switched them off for other files."""
     chosen = get_crc32_options()
     set_crc32_options(True)
     try:
@@ -75,13 +72,12 @@ def load_latest(folder: Path, on_torn: Callable[[str], None]) -> tuple[dict[str,
 
 
 def remove_checkpoints(folder: Path) -> None:
-    """Remove a run's checkpoints, so that nothing of it is taken for another's."""
     for path in [*_versions(folder / LAST), folder / BEST]:
         path.unlink(missing_ok=True)
 
 
 def _versions(path: Path) -> list[Path]:
-    """A file and its earlier versions, the latest first; one of them may be missing."""
+    """List a file and its earlier versions that exist, the latest first."""
     numbers = [0]
     for found in path.parent.glob(f"{path.stem}-*{path.suffix}"):
         number = found.stem.removeprefix(f"{path.stem}-")
@@ -128,7 +124,7 @@ def load_checkpoint(
 
 
 def move_best(resumed: Path | None, output: Path, best: dict[str, Any]) -> None:
-    """Let a run that continues in another folder find its best checkpoint there."""
+    """Copy the best checkpoint of a run that continues in another folder."""
     target = output / BEST
     source = None if resumed is None else resumed.parent / BEST
     if source is not None and source.resolve() == target.resolve():
@@ -140,7 +136,7 @@ def move_best(resumed: Path | None, output: Path, best: dict[str, Any]) -> None:
 
 
 def is_best(path: Path, best: dict[str, Any]) -> bool:
-    """Whether a checkpoint is there and is the epoch that a run calls its best."""
+    """Check whether a file is the checkpoint of a run's best epoch."""
     try:
         return load_checkpoint(path).get("best") == best
     except (CheckpointError, OSError):  # not there, torn, or not to be read

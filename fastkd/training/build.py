@@ -276,10 +276,8 @@ def _name(model: Any) -> str:
 def _check_effect(
     resolved: Recipe, student: Any, teacher: Any, overrides: Mapping[str, Any]
 ) -> None:
-    """Refuse overrides without which the run would be another one; warn of others that do nothing.
-
-    Only what was asked for in so many words: a recipe may hold more than a run needs.
-    """
+    """Refuse overrides without effect that would change the run, and warn of others."""
+    # Overrides alone: a recipe may hold more than a run needs.
     if isinstance(student, nn.Module):
         refuse(overrides, STUDENT_FIELDS, "the student is given as a module")
     elif resolved.variant == "plain" and overrides.get("width") is not None:
@@ -313,16 +311,8 @@ def _idle(recipe: Recipe) -> list[tuple[bool, tuple[str, ...], str]]:
         (not recipe.mixes, ("mixup_prob", "mixup_switch_prob"), "Mixup and CutMix are off"),
         (recipe.ema_decay is None, ("ema_warmup",), "there is no EMA"),
         (recipe.warmup_epochs == 0, ("warmup_lr",), "there is no warm-up"),
-        (
-            not optim.ends_at_min_lr(recipe),
-            ("min_lr",),
-            f"sched={recipe.sched!r} has no lowest rate",
-        ),
-        (
-            not optim.takes_adam_eps(recipe.opt),
-            ("adam_eps",),
-            f"opt={recipe.opt!r} has none like it",
-        ),
+        (not optim.ends_at_min_lr(recipe), ("min_lr",), f"sched={recipe.sched!r} has none"),
+        (not optim.takes_adam_eps(recipe.opt), ("adam_eps",), f"opt={recipe.opt!r} has none"),
         (recipe.auto_augment is not None, ("color_jitter",), "auto_augment takes its place"),
         (not recipe.labels, ("label_smoothing",), "with labels=False there is no cross-entropy"),
     ]
@@ -336,9 +326,7 @@ def warn_idle(given: Mapping[str, Any], names: Iterable[str], reason: str) -> No
 
 def _check_unlabeled(recipe: Recipe, teacher: Any, overrides: Mapping[str, Any]) -> None:
     if teacher is None:
-        raise ValueError(
-            "labels: without labels a student learns from a teacher, and there is none"
-        )
+        raise ValueError("labels: expected a teacher where labels=False, got none")
     if recipe.mixes:
         raise ValueError("labels: Mixup and CutMix mix labels; set mixup=0 and cutmix=0")
     if overrides.get("ce_weight") is not None:

@@ -116,6 +116,8 @@ def _check_arguments(
             fits, expected = isinstance(value, bool), "true or false"
         elif isinstance(default, tuple):
             fits, expected = isinstance(value, tuple), f"a list such as {list(default)}"
+            if isinstance(value, tuple) and field == "opt_kwargs":
+                fits = len(value) == len(default)
         elif not isinstance(default, int | float):
             continue
         if not fits:

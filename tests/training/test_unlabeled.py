@@ -60,7 +60,7 @@ def test_labels_of_the_evaluation_set_are_counted_where_logits_are_taught(images
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"teacher": None}, "learns from a teacher, and there is none"),
+        ({"teacher": None}, "labels: expected a teacher"),
         ({"feature_weight": 0.0}, "it teaches nothing"),
         ({"mixup": 0.8}, "mix labels"),
         ({"ce_weight": 0.5}, "no cross-entropy"),
