@@ -122,15 +122,7 @@ def choices_of(name: str) -> list[str]:
 
 
 def given_fields(options: argparse.Namespace) -> dict[str, Any]:
-    """The recipe fields that were given, as Python values."""
-    given, faults = parse_fields(options)
-    if faults:
-        raise ValueError("; ".join(faults))
-    return given
-
-
-def parse_fields(options: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
-    """Read the recipe fields that were given; return also a line for each wrong value."""
+    """Read the recipe fields that were given, or raise a line for each wrong value."""
     given: dict[str, Any] = {}
     faults = []
     for name in Recipe.model_fields:
@@ -139,7 +131,9 @@ def parse_fields(options: argparse.Namespace) -> tuple[dict[str, Any], list[str]
                 given[name] = parse_value(name, getattr(options, name))
             except ValueError as error:
                 faults.append(str(error))
-    return given, faults
+    if faults:
+        raise ValueError("; ".join(faults))
+    return given
 
 
 def given_image_fields(options: argparse.Namespace, *others: str) -> dict[str, Any]:
