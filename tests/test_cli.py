@@ -521,6 +521,12 @@ def test_losses_explains_one_by_its_formula_and_options(capsys):
     assert "weight in its source: 1" in out
 
 
+@pytest.mark.parametrize("loss", [*registry.LOGIT_LOSSES, *registry.FEATURE_LOSSES])
+def test_formulas_are_plain_text(capsys, loss):
+    _, out, _ = run(capsys, "losses", loss.name)
+    assert not re.search(r"[\\$]|:math:|[{}]", out)
+
+
 def test_losses_explains_a_projector_too(capsys):
     status, out, _ = run(capsys, "losses", "lift")
     assert status == 0

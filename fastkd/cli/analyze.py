@@ -40,9 +40,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     flags.add_weights(model)
     flags.switch(model, "--untrained", "random weights for timm names, instead of published ones")
     flags.number(model, "--img-size", None, "pixels a side (default: each model's own)")
-    flags.number(
-        model, "--num-prefix", 0, "class and register tokens of layers given by module name"
-    )
+    flags.number(model, "--num-prefix", 0, "class and register tokens of layers given by name")
     group = parser.add_argument_group("measurements")
     levels = "shares of the energy that define the ranks (default: 0.8,0.9,0.95,0.99)"
     flags.text(group, "--levels", "Q,Q,...", levels, type=_numbers(float))
@@ -57,9 +55,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     run = parser.add_argument_group("dataset and speed")
     flags.shared(run, "--data-root")
     flags.number(run, "--seed", 0, "seed of images and permutations")
-    flags.number(
-        run, "--max-unreadable", 0.05, "share of the images that may be unreadable", "SHARE"
-    )
+    flags.number(run, "--max-unreadable", 0.05, "share of images that may be unreadable", "SHARE")
     flags.add_speed(run, batch_size=16)
     flags.number(run, "--memory", 0.5, "tokens kept for the second pass", "GB")
     flags.switch(run, "--no-figures", "draw none (needs no matplotlib)")

@@ -13,7 +13,6 @@ Options = argparse._ActionsContainer  # a parser, or a group of its options
 
 MOST_USED = ("data", "teacher", "model", "variant", "epochs", "batch_size", "lr")
 
-
 # Options of several commands that are the same everywhere.
 _SHARED: dict[str, dict[str, Any]] = {
     "--recipe": {"help": "shipped recipe (see: fastkd recipes), or a YAML file", "metavar": "NAME"},
@@ -116,7 +115,7 @@ def add_image_fields(parser: argparse.ArgumentParser) -> None:
 
 
 def choices_of(name: str) -> list[str]:
-    """The values of a field that has a few; empty for others."""
+    """The values of a field that allows a few words; empty for others."""
     expected = describe(name).split(";")[0].replace(" or ", ", ")
     return expected.removeprefix("one of ").split(", ") if expected.startswith("one of") else []
 
@@ -157,10 +156,8 @@ def naming_flags(flags: str) -> Iterator[None]:
 def _help(name: str, text: str | None, default: Any) -> str:
     expected = describe(name)
     choices = f" ({expected.removeprefix('one of ')})" if "one of" in expected else ""
-    if isinstance(default, tuple):
-        pairs = all(isinstance(item, tuple) for item in default)
-        shown = ",".join(f"{item[0]}:{item[1]}" if pairs else f"{item:g}" for item in default)
-    else:
-        plain = default is None or isinstance(default, bool)
-        shown = str(default).lower() if plain else str(default)
-    return f"{text}{choices} [{shown}]"
+    if isinstance(default, tuple):  # as it is written on the command line
+        items = (":".join(map(str, x)) if isinstance(x, tuple) else f"{x:g}" for x in default)
+        return f"{text}{choices} [{','.join(items)}]"
+    plain = default is None or isinstance(default, bool)
+    return f"{text}{choices} [{str(default).lower() if plain else default}]"

@@ -45,11 +45,18 @@ def configure_evaluate(parser: argparse.ArgumentParser) -> None:
 
 def _evaluate(options: argparse.Namespace) -> int:
     from fastkd.inference.evaluate import check_output, evaluate
+    from fastkd.inference.loading import weights_to_choose
+    from fastkd.models.weights import verifying
     from fastkd.utils.distributed import is_main_process
 
     check_output("evaluate", options.output, (".json",))
     results = []
-    for weights in _weights(options):
+    chosen: tuple[Any, ...] = (options.weights,)
+    if options.weights is None:  # all that a run has
+        with verifying(options.verify):
+            found = weights_to_choose("evaluate", options.model, options.checkpoint)
+        chosen = found or ("auto",)
+    for weights in chosen:
         given = {name: getattr(options, name) for name in (*SHARED, "classes_by")}
         given |= {"weights": weights, **flags.given_image_fields(options, "data_root")}
         measured = evaluate(options.model, options.data, **given)
@@ -61,17 +68,6 @@ def _evaluate(options: argparse.Namespace) -> int:
         asked = {name: getattr(options, name) for name in ("model", "checkpoint", "data")}
         write_text(options.output, json.dumps(asked | {"results": finite}, indent=2) + "\n")
     return 0
-
-
-def _weights(options: argparse.Namespace) -> tuple[str, ...]:
-    """The weights that were asked for; by default all that a run has."""
-    from fastkd.inference.loading import weights_to_choose
-    from fastkd.models.weights import verifying
-
-    if options.weights is not None:
-        return (options.weights,)
-    with verifying(options.verify):
-        return weights_to_choose("evaluate", options.model, options.checkpoint) or ("auto",)
 
 
 def _accuracy_line(model: str, measured: dict[str, Any]) -> str:

@@ -22,6 +22,26 @@ from fastkd.losses.registry import (
 )
 from fastkd.utils.io import printable
 
+_BRACES = r"\{((?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*)\}"  # up to three levels
+_FRACTION = re.compile(rf"\\frac\s*{_BRACES}\s*{_BRACES}")
+_LATEX = {
+    r":math:`([^`]*)`": r"\1",
+    r"\.\. math::\s*": "    ",
+    r"\((\w+)\) / \((\w+)\)": r"(\1/\2)",
+    rf"\\overline\s*{_BRACES}": r"mean(\1)",
+    r"\\langle": "<",
+    r"\\rangle": ">",
+    r"\\(left|right|Big|big|mathrm|quad|qquad)(?![a-z])": "",
+    r"\\(cdot|odot)": "*",
+    r"\\ne(?![a-z])": "!=",
+    r"\\\|": "|",
+    r"\\[,;! ]|\\\\": " ",
+    r"\\([a-z]+)": r"\1",  # sum, log, tau, ...
+    r"&=": "=",
+    r"([_^])\{([^{}]*)\}": r"\1(\2)",
+    r"[{}]|\\": "",
+    r"(?<=\S) {2,}": " ",
+}
 _AIM = re.compile(r"# Aims at: (\d[\d.]* %)")  # in a recipe's first comment; not in all
 
 
@@ -206,4 +226,13 @@ def _explanation(loss: Loss) -> str:
     lines.append(f"options: {chosen or 'none'}")
     if loss in LOGIT_LOSSES and has_temperature(loss):
         lines.append("temperature: --tau, a field of its own")
-    return "\n".join([*lines, "", inspect.cleandoc(cls.__doc__ or "")])
+    return "\n".join([*lines, "", _plain_math(inspect.cleandoc(cls.__doc__ or ""))])
+
+
+def _plain_math(text: str) -> str:
+    """Write LaTeX as text: \\frac{a}{b} becomes (a) / (b), \\tau becomes tau."""
+    for _ in range(3):  # fractions within fractions
+        text = _FRACTION.sub(r"(\1) / (\2)", text)
+    for pattern, plain in _LATEX.items():
+        text = re.sub(pattern, plain, text)
+    return text

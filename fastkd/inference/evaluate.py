@@ -126,9 +126,9 @@ def check_output(caller: str, path: str | Path | None, endings: Sequence[str] = 
     if Path(path).is_dir():
         raise ValueError(f"{caller}: output must be a file, but {str(path)!r} is a folder")
     if not folder.is_dir():
-        raise FileNotFoundError(f"{caller}: there is no folder {str(Path(path).parent)!r}")
+        raise FileNotFoundError(f"{caller}: output: there is no folder {str(folder)!r}")
     if not os.access(folder, os.W_OK):
-        raise PermissionError(f"{caller}: output: the folder {str(folder)!r} is not writable")
+        raise PermissionError(f"{caller}: output: {str(folder)!r} is not writable")
 
 
 @torch.no_grad()
