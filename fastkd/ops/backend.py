@@ -75,8 +75,8 @@ class Backends(Generic[AnyImplementation]):
 
         FASTKD_BACKEND overrides ``"auto"``. A backend asked for by name raises if it cannot run.
         """
-        if requested == "auto":
-            requested = os.environ.get(ENVIRONMENT_CHOICE, "auto")
+        if requested == "auto" and ENVIRONMENT_CHOICE in os.environ:
+            requested = os.environ[ENVIRONMENT_CHOICE]
             check_backend(self.name, requested)
         if requested != "auto":
             reason = self.why_not(requested, *inputs)

@@ -56,7 +56,6 @@ class Operator:
         self.scales = scales
         self.backends = run if isinstance(run, Backends) else None
         signature = inspect.signature(shapes, eval_str=True)
-        self._arguments = list(signature.parameters)
         flat: list[tuple[str, Any]] = []
         self._value: tuple[slice, Any] | None = None  # where a dataclass lies in the schema
         for parameter in signature.parameters.values():
@@ -68,6 +67,11 @@ class Operator:
             else:
                 flat.append((parameter.name, kind))
         if self.backends is not None:
+            arguments = list(signature.parameters)
+            self._looked_at = [
+                arguments.index(name) if name in arguments else None
+                for name in self.backends.looks_at
+            ]
             flat.append(("backend", str))
         schema = _schema(flat, signature.return_annotation, mutates)
         LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
@@ -84,19 +88,22 @@ class Operator:
     def __call__(self, *arguments: Any) -> Any:
         return self.overload(*arguments)
 
-    def _values(self, arguments: tuple[Any, ...]) -> list[Any]:
+    def _values(self, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
         """Put the dataclass together again."""
-        values = list(arguments)
-        if self._value is not None:
-            place, kind = self._value
-            values[place] = [kind(*arguments[place])]
-        return values
+        if self._value is None:
+            return arguments
+        place, kind = self._value
+        return *arguments[: place.start], kind(*arguments[place]), *arguments[place.stop :]
 
     def _fake(self, *arguments: Any) -> Any:
-        return self.shapes(*self._values(arguments)[: len(self._arguments)])
+        values = self._values(arguments)
+        return self.shapes(*(values if self.backends is None else values[:-1]))
 
     def _run(self, *arguments: Any) -> Any:
-        device = next(x.device.type for x in arguments if isinstance(x, Tensor))
+        for x in arguments:
+            if isinstance(x, Tensor):
+                device = x.device.type
+                break
         # Autocast is still on in here, and would recast products.
         if torch.is_autocast_enabled(device):
             with torch.autocast(device, enabled=False):
@@ -104,9 +111,8 @@ class Operator:
         values = self._values(arguments)
         if self.backends is None:
             return self.run(*values)  # type: ignore[operator]
-        requested = values.pop()
-        named = dict(zip(self._arguments, values, strict=True))
-        looked_at: list[Any] = [named.get(name) for name in self.backends.looks_at]
+        values, requested = values[:-1], values[-1]
+        looked_at = [None if place is None else values[place] for place in self._looked_at]
         if next(tensors_of(looked_at)).numel() == 0:
             results = self.shapes(*values)
             for result in results if isinstance(results, tuple) else (results,):
@@ -115,9 +121,7 @@ class Operator:
         return getattr(self.backends.select(requested, *looked_at), self.method)(*values)
 
     def _differentiate(self, *arguments: Any) -> Any:
-        if torch.is_grad_enabled() and any(
-            isinstance(x, Tensor) and x.requires_grad for x in arguments
-        ):
+        if torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments):
             return _Gradient.apply(self, *arguments)
         with torch._C._AutoDispatchBelowAutograd():
             return self.overload(*arguments)
