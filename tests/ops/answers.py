@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -177,3 +179,16 @@ def expected_dtypes(name: str, dtype: torch.dtype, count: int) -> list[torch.dty
 def same_bits(first, second) -> None:
     for ours, theirs in zip((*first[0], *first[1].values()), (*second[0], *second[1].values())):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=0, equal_nan=True)
+
+
+@contextmanager
+def bfloat16_products() -> Iterator[None]:
+    """Let torch multiply float32 operands as bfloat16."""
+    setting = torch.backends.mkldnn.matmul
+    before = setting.fp32_precision
+    setting.fp32_precision = "bf16"
+    try:
+        yield
+        assert setting.fp32_precision == "bf16"
+    finally:
+        setting.fp32_precision = before

@@ -21,6 +21,7 @@ from fastkd import ops
 from tests.harness.cases import relative_error
 from tests.ops.answers import (
     answer,
+    bfloat16_products,
     compare,
     found,
     inputs_of,
@@ -355,21 +356,11 @@ def test_autocast_changes_nothing_but_operands_of_products(name, backend, varian
     assert relative_error(gradients["weight"], exact[1]["weight"]) > 1e-4
 
 
-@pytest.fixture
-def bfloat16_products():
-    setting = torch.backends.mkldnn.matmul
-    before = setting.fp32_precision
-    setting.fp32_precision = "bf16"
-    yield setting
-    setting.fp32_precision = before
-
-
 @each("variants", backends=False, where=lambda operator: not operator.follows_autocast)
-def test_the_users_precision_of_products_changes_nothing(name, backend, variant, bfloat16_products):
+def test_the_users_precision_of_products_changes_nothing(name, backend, variant):
     inputs = inputs_of(name, "small", "noise", torch.float32, "tokens")
-    again = answer(backend, name, inputs, options_of(name, variant))
-    assert bfloat16_products.fp32_precision == "bf16"
-    bfloat16_products.fp32_precision = "ieee"
+    with bfloat16_products():
+        again = answer(backend, name, inputs, options_of(name, variant))
     same_bits(again, answer(backend, name, inputs, options_of(name, variant)))
 
 

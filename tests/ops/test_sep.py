@@ -207,10 +207,7 @@ def test_a_curve_with_nan_has_no_bandwidth():
 
 M = torch.eye(4)
 BAD_INPUTS = {
-    "convention": (lambda: sep(M, "half"), ValueError, "sep: convention.*'folded'.*got 'half'"),
     "no_channels": (lambda: sep(M[:, :0]), ValueError, r"sep: tokens must be.*got \[4, 0\]"),
-    "int": (lambda: sep(M.int()), TypeError, "sep: tokens must have a float dtype"),
-    "backend": (lambda: sep(M, backend="jax"), ValueError, "backend must be one of.*'jax'"),
     "curves": (lambda: sep_curves(M[:, :0]), ValueError, r"sep_curves: .*got \[4, 0\]"),
     "moment": (lambda: sep_from_moment(M[:3]), ValueError, r"sep_from_moment: .*got \[3, 4\]"),
     "level": (lambda: bandwidth(M, [0.0]), ValueError, r"bandwidth: .*\(0, 1\], got \[0.0\]"),
