@@ -19,15 +19,11 @@ class AttentionTransfer(Distance):
               - \frac{q^t_b}{\|q^t_b\|_2} \right\|_2^2
 
     Source: arXiv 1612.03928, following its code; the paper's eq. 2 sums norms without squares. The
-    authors' weight of 1000 on the sum over three stages is 3000 on a mean of three pairs. An
-    image of zeros has a map of zeros and no gradient.
+    authors' weight of 1000 on the sum over three stages is 3000 on a mean of three pairs.
 
     Args:
-        power: p, at least 1. The larger, the more the strongest places count.
-
-    Raises:
-        TypeError: ``power`` is no number.
-        ValueError: ``power`` is below 1 (a value of zero would have an infinite gradient).
+        power: p, at least 1 (below, a value of zero would have an infinite gradient). The larger,
+            the more the strongest places count.
     """
 
     equal_widths = False

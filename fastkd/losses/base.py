@@ -52,10 +52,6 @@ class LogitTerm(nn.Module):
 
         Returns:
             Scalar, float32 or float64; 0 for an empty batch.
-
-        Raises:
-            ValueError: shapes differ, there are too few classes, or a target is missing or boolean.
-            RuntimeError: a class index is out of range (on CUDA, a device assert).
         """
         return self.weight * self.compare(student, teacher, target)
 
@@ -81,9 +77,6 @@ class FeatureTerm(nn.Module):
         weight: factor of the loss.
         resample: mode in which the teacher's map is resampled to the student's grid
             (`fastkd.tokens.match_grids`); None refuses different grids.
-
-    Raises:
-        ValueError: no pairs, repeated ones, or an unknown ``resample``.
     """
 
     name = "feature"  # key of the loss in what DistillationLoss returns
@@ -108,9 +101,6 @@ class FeatureTerm(nn.Module):
 
         Returns:
             Scalar, float32 (float64 for float64 tokens).
-
-        Raises:
-            ValueError: a key is missing, grids differ without ``resample``, or widths do not fit.
         """
         return self.weight * self.compare(student, teacher)
 
@@ -142,7 +132,7 @@ class FeatureTerm(nn.Module):
             widths: channels that both sides must have, if these are known.
 
         Returns:
-            The student's tokens and the teacher's.
+            Both sides.
 
         Raises:
             ValueError: a key is missing, widths differ from ``widths``, or grids do not fit.
@@ -152,8 +142,7 @@ class FeatureTerm(nn.Module):
         frozen = _look_up(self, "teacher", teacher, keys[1], Tokens)
         name, sources = type(self).__name__, (mine.source, frozen.source)
         check_sides(name, sources, mine.data, frozen.data)
-        found = mine.dim, frozen.dim
-        if widths not in (None, found):
+        if widths not in (None, found := (mine.dim, frozen.dim)):
             raise ValueError(
                 f"{name}: pair {index} must have {widths} channels (student's, teacher's), got "
                 f"{found} from {' and '.join(sources)}"
@@ -208,10 +197,6 @@ class Distance(nn.Module):
 
         Returns:
             Scalar, float32 (float64 for float64 inputs).
-
-        Raises:
-            TypeError: an input is no floating-point tensor.
-            ValueError: shapes or widths do not fit.
         """
         self._check_shapes(student, teacher)
         if student.ndim == 4:

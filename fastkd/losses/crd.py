@@ -15,7 +15,6 @@ from fastkd.losses.relations import (
     chunk_limit,
     normalized,
     slices,
-    zero_gradient,
 )
 from fastkd.ops.checks import at_least_float32, wide_dtype
 from fastkd.ops.operator import empty_gradient, gradient_in_forward, operator
@@ -31,29 +30,22 @@ class CRD(Distance):
               -\log \frac{e^{z^s_i \cdot z^t_i / \tau}}{\sum_j e^{z^s_i \cdot z^t_j / \tau}}
               -\log \frac{e^{z^t_i \cdot z^s_i / \tau}}{\sum_j e^{z^t_i \cdot z^s_j / \tau}} \right]
 
-    which is log B for random embeddings. Heads, temperature (of the code) and both sides as anchors
-    are from arXiv 1910.10699, which draws 16384 negatives of other classes from a memory bank,
-    contrasts each with the positive (NCE), and adds the directions. Here the negatives are the
-    batch's other images, of any class, and the directions are averaged: weights are not comparable
-    with CRD's, large batches matter (see ``gather``), and copies of one image in a batch (repeated
-    augmentation) are pushed apart.
+    which is log B for random embeddings. Heads, temperature and both sides as anchors are from
+    arXiv 1910.10699, which contrasts 16384 negatives of other classes, from a memory bank, with the
+    positive (NCE), and adds the directions. Here the negatives are the batch's other images, of any
+    class, and the directions are averaged: weights are not comparable, large batches matter (see
+    ``gather``), and copies of an image in a batch (repeated augmentation) are pushed apart.
 
-    Both heads are dropped at inference. The gradient is computed in the forward, a few rows of the
-    B x B logits at a time; second derivatives are refused.
+    Both heads are dropped at inference. Second derivatives are refused.
 
     Args:
         student_dim: the student's channels.
         teacher_dim: the teacher's channels.
         dim: channels of the embeddings.
         temperature: :math:`\tau`; the smaller, the more the hardest negatives count.
-        gather: in training, take negatives from all processes of torch.distributed's default
-            group. All must call the loss equally often with equally many images
-            (``drop_last=True``); this is checked for CPU tensors only.
-        chunk_bytes: limit of the temporaries (at least a row of 2 B numbers); by default 2 MiB on a
-            CPU, 64 MiB elsewhere.
-
-    Raises:
-        ValueError: a width, the temperature or ``chunk_bytes`` is not positive.
+        gather: in training, take negatives from all processes. All must call the loss equally
+            often with equally many images (``drop_last=True``); checked for CPU tensors only.
+        chunk_bytes: limit of the temporaries, by default 2 MiB on a CPU, 64 MiB elsewhere.
     """
 
     equal_widths = False
@@ -183,7 +175,7 @@ def _info_nce(
     scale = 1 / max(1, len(anchors))
     total = anchors.new_zeros((), dtype=dtype)
     anchors_gradient = empty_gradient(anchors, dtype, needs_gradient)
-    candidates_gradient = zero_gradient(candidates, dtype, needs_gradient)
+    candidates_gradient = empty_gradient(candidates, dtype, needs_gradient).zero_()
     # Two numbers per logit: logsumexp has a temporary of the same size.
     for rows in slices(len(anchors), 2 * len(candidates) * dtype.itemsize, limit):
         value, slope = _cross_entropy(

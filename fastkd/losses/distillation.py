@@ -31,8 +31,8 @@ class DistillationLoss(nn.Module):
         ce_weight: c; None is :math:`1 - \alpha`.
 
     Raises:
-        ValueError: a weight that is negative, infinite or NaN, :math:`\alpha` above 1 without
-            ``ce_weight``, ``ce_weight`` without ``cross_entropy``, or no loss at all.
+        ValueError: :math:`\alpha` above 1 without ``ce_weight``, ``ce_weight`` without
+            ``cross_entropy``, or no loss at all.
     """
 
     def __init__(
@@ -47,8 +47,9 @@ class DistillationLoss(nn.Module):
         _check_term("logit", logit, LogitTerm, "SoftKD(weight=0.5)")
         _check_term("feature", feature, FeatureTerm, 'FeatureKD("mse", [(11, 23)])')
         alpha = 0.0 if logit is None else logit.weight
-        check_at_least(self, 0, alpha=alpha, label_smoothing=label_smoothing)
-        check_at_least(self, 0, feature_weight=0.0 if feature is None else feature.weight)
+        feature_weight = 0.0 if feature is None else feature.weight
+        check_at_least(self, 0, alpha=alpha, feature_weight=feature_weight)
+        check_at_least(self, 0, label_smoothing=label_smoothing)
         check_at_least(self, 0, ce_weight=0.0 if ce_weight is None else ce_weight)
         if label_smoothing >= 1:
             raise ValueError(
@@ -105,7 +106,7 @@ class DistillationLoss(nn.Module):
             Scalars: ``"loss"`` (the total), and each part of `names` unweighted.
 
         Raises:
-            ValueError: what a part compares is missing.
+            ValueError: what a part needs is missing.
         """
         distance = None
         if self.feature is not None:
@@ -130,7 +131,7 @@ class DistillationLoss(nn.Module):
             distance: scalar, the unweighted feature loss; needed with one.
 
         Returns:
-            Scalars, by the names that `forward` gives them.
+            The scalars that `forward` returns.
 
         Raises:
             ValueError: what a part needs is missing.

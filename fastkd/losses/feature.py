@@ -93,9 +93,7 @@ class FeatureKD(FeatureTerm):
 
     .. math:: L = \frac{1}{|P|} \sum_{(i, j) \in P} d(\pi(F^s_i), F^t_j)
 
-    The distances of `MapDistance` are fused with the projector :math:`\pi` where that is ``"pool"``
-    or one Linear. All projectors but ``"lift"`` are dropped at inference; `build_projector` has the
-    learned ones.
+    All projectors :math:`\pi` but ``"lift"`` are dropped at inference.
 
     Args:
         loss: the distance d: a name (``fastkd losses`` lists them), or a module called as
@@ -104,9 +102,9 @@ class FeatureKD(FeatureTerm):
         pairs: (student key, teacher key), resolved to the keys of the taps.
         weight: factor of the loss, the paper's by default.
         projector: ``"none"`` for equal widths, or a d of any widths; ``"pool"`` averages the wider
-            side's channels (SpectralKD's code); ``"linear"``, ``"mlp"`` or ``"orthogonal"``;
-            ``"lift"`` compares the lifted tokens from which the student classifies
-            (arXiv 2511.15572), which the caller puts under the pair's student key.
+            side's channels (SpectralKD's code); a learned one of `build_projector`; ``"lift"``
+            compares the lifted tokens from which the student classifies (arXiv 2511.15572), which
+            the caller puts under the pair's student key.
         student_dims: channels per student key; needed by learned projectors and distances.
         teacher_dims: channels per teacher key; needed where ``student_dims`` are.
         resample: see `FeatureTerm`.
@@ -133,8 +131,7 @@ class FeatureKD(FeatureTerm):
         check_choice(self, "projector", projector, PROJECTORS)
         if projector == "lift" and len(pairs) > 1:
             raise ValueError(
-                f"FeatureKD: projector='lift' compares the one lifted map of the student, got "
-                f"{len(pairs)} pairs"
+                f"FeatureKD: projector='lift' compares one lifted map, got {len(pairs)} pairs"
             )
         self.projector = projector
         self.lifts = projector == "lift"
@@ -268,29 +265,26 @@ class LiftKD(nn.Module):
 
     .. math:: L = d(LayerNorm(W F^s + b), F^t)
 
-    with the distance d of `MapDistance`. The lifted tokens [B, N, Dt] are never written
-    (`fastkd.ops.lift_kd`).
+    with the distance d of `MapDistance` (arXiv 2511.15572). The lifted tokens [B, N, Dt] are never
+    written. A teacher's `Tokens` on another grid (a patch size of 14) are first brought to the
+    student's by `fastkd.tokens.match_grids`.
 
     Args:
         student_dim: channels of the student's tokens, Ds.
         teacher_dim: channels of the teacher's tokens, Dt.
-        loss: the distance d: ``"mse"``, ``"spectral"``, ``"smooth_l1"`` or ``"cosine"``.
+        loss: d: ``"mse"``, ``"spectral"``, ``"smooth_l1"`` or ``"cosine"``.
         weight: factor of the distance.
         bias: whether the Linear has a bias; the paper's has none.
         norm: whether there is a LayerNorm.
         lift_eps: of the LayerNorm.
-        beta: threshold of ``"smooth_l1"``.
-        pool: also return the mean of the lifted tokens, which the student of arXiv 2511.15572
-            classifies.
+        beta: of ``"smooth_l1"``.
+        pool: also return the mean of the lifted tokens, which the paper's student classifies.
         backend: of the operator.
         device: of the parameters.
         dtype: of the parameters.
 
     Attributes:
         projector: the `Lift`, of Linear ``proj`` and LayerNorm ``norm``.
-
-    Raises:
-        ValueError: an unknown option.
     """
 
     name = "feature"
@@ -337,9 +331,6 @@ class LiftKD(nn.Module):
 
         Returns:
             ``weight`` times the distance; with ``pool`` the pair of it and [B, Dt].
-
-        Raises:
-            ValueError: widths, counts or grids do not fit.
         """
         width, channels = self.projector.operands()["weight"].shape
         _check_width("student_tokens", student_tokens, channels)
@@ -350,8 +341,7 @@ class LiftKD(nn.Module):
         )
         if isinstance(found, Tensor):
             return self.weight * found
-        distance, pooled = found
-        return self.weight * distance, pooled
+        return self.weight * found[0], found[1]
 
     def lift(self, tokens: Tensor, pool: bool = True) -> Tensor:
         """Lift the student's tokens without a teacher, as at inference.
@@ -369,6 +359,11 @@ class LiftKD(nn.Module):
 
 
 def _check_width(argument: str, tokens: Tensor, dim: int) -> None:
+    if isinstance(tokens, Tokens):
+        raise TypeError(
+            f"LiftKD: {argument} must be a tensor, got Tokens (give its data, and grid=; "
+            "fastkd.tokens.match_grids resamples a teacher's to the student's grid)"
+        )
     check_float("LiftKD", argument, tokens)
     channels = 1 if tokens.ndim == 4 else -1
     if tokens.ndim not in (3, 4) or tokens.shape[channels] != dim:

@@ -25,9 +25,6 @@ class SoftKD(LogitTerm):
     Args:
         tau: temperature, > 0.
         weight: factor of the loss.
-
-    Raises:
-        ValueError: ``tau`` is not positive.
     """
 
     name = "soft_kd"
@@ -41,7 +38,9 @@ class SoftKD(LogitTerm):
 
     def compare(self, student: Tensor, teacher: Tensor, target: Tensor | None = None) -> Tensor:
         check_logit_pair(self, student, teacher)
-        return self.tau**2 * _mean_kl(_soften(student, self.tau), _frozen(teacher, self.tau))
+        return self.tau**2 * _mean_kl(
+            _soften(student, self.tau), _soften(teacher.detach(), self.tau)
+        )
 
 
 class HardKD(LogitTerm):
@@ -66,7 +65,7 @@ class HardKD(LogitTerm):
         check_logit_pair(self, student, teacher)
         largest, choice = teacher.detach().max(dim=-1)
         total = F.cross_entropy(at_least_float32(student), choice, reduction="sum")
-        # A row of NaN or of -inf alone has no largest class, though arg max names one.
+        # A row of NaN or of -inf alone has no largest class, though max() returns one.
         lost = torch.where((largest > -torch.inf).all(), 0.0, torch.nan)
         return _mean_of(total + lost, len(student))
 
@@ -90,9 +89,6 @@ class DIST(LogitTerm):
         eps: added to the product of norms, > 0; the authors' 1e-8 lets the gradient of classes
             that hardly occur in the batch fade.
         weight: factor of the loss.
-
-    Raises:
-        ValueError: ``tau`` or ``eps`` is not positive, or a weight is negative.
     """
 
     name = "dist"
@@ -117,7 +113,7 @@ class DIST(LogitTerm):
     def compare(self, student: Tensor, teacher: Tensor, target: Tensor | None = None) -> Tensor:
         check_logit_pair(self, student, teacher, min_classes=2)
         of_student = _soften(student, self.tau).softmax(dim=-1)
-        of_teacher = _frozen(teacher, self.tau).softmax(dim=-1)
+        of_teacher = _soften(teacher.detach(), self.tau).softmax(dim=-1)
         between = (1 - _pearson(of_student, of_teacher, 1, self.eps)).sum()
         loss = self.inter * _mean_of(between, len(student))
         if len(student) > 1:  # one image has no spread within a class
@@ -135,17 +131,14 @@ class DKD(LogitTerm):
     o = 1 - p_t[y] for each image.
 
     Source: Zhao et al. 2022 (arXiv 2203.08679), whose alpha and beta are a and o: tau 4 and (1, 8)
-    on CIFAR-100; tau 1 and (1, 0.5) for ResNet-34 to 18 (the defaults), (1, 2) for ResNet-50 to
-    MobileNet on ImageNet. They add it to the whole cross-entropy, and ramp it up at first.
+    on CIFAR-100; tau 1 and (1, 0.5), the defaults, for ResNet-34 to 18 on ImageNet. They add it to
+    the whole cross-entropy, and ramp it up at first.
 
     Args:
         tau: temperature, > 0.
         target_weight: of the target class against the rest, >= 0.
         other_weight: of the other classes among each other, >= 0.
         weight: factor of the loss.
-
-    Raises:
-        ValueError: ``tau`` is not positive, or a weight is negative.
     """
 
     name = "dkd"
@@ -172,7 +165,7 @@ class DKD(LogitTerm):
         label = _label(self, student, teacher, target)
         # From logarithms, where the authors' code takes those of probabilities: 0 does no harm.
         student_target, student_others = _split(_soften(student, self.tau), label)
-        teacher_target, teacher_others = _split(_frozen(teacher, self.tau), label)
+        teacher_target, teacher_others = _split(_soften(teacher.detach(), self.tau), label)
         of_target = _mean_kl(
             _against_rest(student_target, student_others),
             _against_rest(teacher_target, teacher_others),
@@ -199,9 +192,6 @@ class NKD(LogitTerm):
         tau: temperature of the others, > 0.
         gamma: weight of the others, >= 0.
         weight: factor of the loss.
-
-    Raises:
-        ValueError: ``tau`` is not positive, or ``gamma`` is negative.
     """
 
     name = "nkd"
@@ -218,10 +208,10 @@ class NKD(LogitTerm):
     def compare(self, student: Tensor, teacher: Tensor, target: Tensor | None = None) -> Tensor:
         label = _label(self, student, teacher, target)
         log_student, _ = _split(F.log_softmax(_soften(student), dim=-1), label)
-        log_teacher, _ = _split(F.log_softmax(_frozen(teacher), dim=-1), label)
+        log_teacher, _ = _split(F.log_softmax(_soften(teacher.detach()), dim=-1), label)
         of_target = -expected(log_teacher.exp(), log_student)
         _, student_others = _split(_soften(student, self.tau), label)
-        _, teacher_others = _split(_frozen(teacher, self.tau), label)
+        _, teacher_others = _split(_soften(teacher.detach(), self.tau), label)
         shares = teacher_others.softmax(dim=-1)
         of_others = -expected(shares, F.log_softmax(student_others, dim=-1))
         total = of_target + self.gamma * self.tau**2 * of_others
@@ -241,10 +231,6 @@ def _mean_of(total: Tensor, images: int) -> Tensor:
 
 def _soften(logits: Tensor, tau: float = 1.0) -> Tensor:
     return at_least_float32(logits) / tau
-
-
-def _frozen(logits: Tensor, tau: float = 1.0) -> Tensor:
-    return _soften(logits.detach(), tau)
 
 
 def _mean_kl(student: Tensor, teacher: Tensor) -> Tensor:

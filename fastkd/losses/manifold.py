@@ -15,7 +15,6 @@ from fastkd.losses.relations import (
     chunk_limit,
     directions,
     slices,
-    zero_gradient,
 )
 from fastkd.ops.checks import wide_dtype
 from fastkd.ops.operator import empty_gradient, gradient_in_forward
@@ -36,23 +35,15 @@ class ManifoldKD(Distance):
 
     Source: arXiv 2107.01378, with the weights and K of its ImageNet runs. The paper writes squared
     Frobenius norms; its code takes means over the matrices' elements, as here. Patches are drawn
-    from the global generator of the tokens' device; in eval mode they are evenly spaced instead, so
-    evaluations are comparable. Relations are within one process's micro-batch.
-
-    The gradient, 4 (S S^T - T T^T) S, is computed in the forward, a chunk of the matrices at a
-    time; second derivatives are refused. A token of zeros gets no gradient.
+    at random in training and evenly spaced in eval mode. Relations are within one process's
+    micro-batch. Second derivatives are refused. A token of zeros gets no gradient.
 
     Args:
         intra: weight of the similarities within an image; 0 skips them.
         inter: weight of those between images at a place; 0 skips them.
         random: weight of those between random patches; 0 skips them, and draws none.
         patches: K; all patches where there are fewer.
-        chunk_bytes: limit of a temporary (at least one group's vectors); by default 2 MiB on a CPU,
-            64 MiB elsewhere.
-
-    Raises:
-        ValueError: weights that are negative, not finite or all zero, or ``patches`` or
-            ``chunk_bytes`` is not positive.
+        chunk_bytes: limit of a temporary, by default 2 MiB on a CPU, 64 MiB elsewhere.
     """
 
     equal_widths = False
@@ -120,7 +111,7 @@ def _manifold_kd(
 ) -> tuple[Tensor, Tensor]:
     """(loss, gradient) of [B, N, Ds] and [B, N, Dt] tokens; ``drawn`` indexes all B N."""
     dtype = wide_dtype(student, teacher)
-    gradient = zero_gradient(student, dtype, needs_gradient)
+    gradient = empty_gradient(student, dtype, needs_gradient).zero_()
     total = student.new_zeros((), dtype=dtype)
     if intra:
         total += _relations(student, teacher, gradient, intra, limit, needs_gradient)
@@ -131,7 +122,7 @@ def _manifold_kd(
         # By two indices: flattening would copy tokens that are a slice of a larger tensor.
         image, place = drawn // student.shape[1], drawn % student.shape[1]
         chosen, taught = (x[image, place].unsqueeze(0) for x in (student, teacher))
-        own = zero_gradient(chosen, dtype, needs_gradient)
+        own = empty_gradient(chosen, dtype, needs_gradient).zero_()
         total += _relations(chosen, taught, own, random, limit, needs_gradient)
         if needs_gradient:
             gradient.flatten(0, 1).index_add_(0, drawn, own[0])

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from fastkd.losses import registry
 from fastkd.ops import lift_kd
 from fastkd.ops.backend import Backend
 from fastkd.ops.checks import at_least_float32, in_float64
@@ -16,17 +17,17 @@ from fastkd.ops.feature_kd.reference import LossName
 from fastkd.ops.lift_kd import LIFT_EPS
 from fastkd.utils.arguments import check_numbers
 
-# As in the registry, which imports the bases of the losses, and they this file.
-PROJECTORS = ("none", "pool", "linear", "mlp", "orthogonal", "lift")
+PROJECTORS = registry.names(registry.PROJECTORS)
 
 
 def build_projector(name: str, student_dim: int, teacher_dim: int) -> nn.Module | None:
     """Build the layers that map a student's tokens to the teacher's width.
 
-    ``"linear"`` is FitNets' (arXiv 1412.6550); ``"mlp"``, Linear, GELU, Linear, AM-RADIO's head
-    (arXiv 2312.06709) without its LayerNorm; ``"orthogonal"`` VkD's (arXiv 2403.06213), a Linear
-    without bias whose weight has orthonormal columns (rows if the teacher is narrower). Its
-    parameter is ``parametrizations.weight.original``; see `undecayed`. torch cannot pickle it.
+    ``"linear"`` is FitNets' (arXiv 1412.6550); ``"mlp"``, Linear, GELU, Linear, as wide inside as
+    the teacher, AM-RADIO's head (arXiv 2312.06709) without its LayerNorm; ``"orthogonal"`` VkD's
+    (arXiv 2403.06213), a Linear without bias whose weight has orthonormal columns (rows if the
+    teacher is narrower). Its parameter is ``parametrizations.weight.original``; torch cannot
+    pickle it.
 
     Args:
         name: one of `PROJECTORS`.
@@ -43,25 +44,22 @@ def build_projector(name: str, student_dim: int, teacher_dim: int) -> nn.Module 
     check_numbers("build_projector", student_dim=(student_dim, 1), teacher_dim=(teacher_dim, 1))
     if name not in PROJECTORS:
         raise ValueError(f"build_projector: name must be one of {PROJECTORS}, got {name!r}")
+    if name == "orthogonal":
+        return orthogonal_projector(student_dim, teacher_dim)
+    if name not in ("linear", "mlp"):
+        return None
+    first = init_linear(nn.Linear(student_dim, teacher_dim))
     if name == "linear":
-        return _linear(student_dim, teacher_dim)
-    if name == "mlp":
-        layers = _linear(student_dim, teacher_dim), _linear(teacher_dim, teacher_dim)
-        return nn.Sequential(layers[0], nn.GELU(), layers[1])
-    return orthogonal_projector(student_dim, teacher_dim) if name == "orthogonal" else None
+        return first
+    return nn.Sequential(first, nn.GELU(), init_linear(nn.Linear(teacher_dim, teacher_dim)))
 
 
-def _linear(student_dim: int, teacher_dim: int) -> nn.Linear:
-    layer = nn.Linear(student_dim, teacher_dim)
-    init_linear(layer)
-    return layer
-
-
-def init_linear(layer: nn.Linear) -> None:
-    """Initialize a layer as in ViTs: truncated N(0, 0.02), bias zero."""
+def init_linear(layer: nn.Linear) -> nn.Linear:
+    """Initialize a layer in place as in ViTs: truncated N(0, 0.02), bias zero."""
     nn.init.trunc_normal_(layer.weight, std=0.02)
     if layer.bias is not None:
         nn.init.zeros_(layer.bias)
+    return layer
 
 
 def orthogonal_projector(student_dim: int, teacher_dim: int) -> nn.Linear:
@@ -108,11 +106,8 @@ def _cayley(free: Tensor) -> Tensor:
 def undecayed(module: nn.Module) -> set[str]:
     """List the parameters of orthogonal projectors, which weight decay would pull to the identity.
 
-    timm's `create_optimizer_v2` reads them from the ``no_weight_decay()`` of `DistillationLoss`. In
-    your own loop, give them, like biases and norms, a parameter group with ``weight_decay=0``.
-
     Args:
-        module: any module.
+        module: any module; `DistillationLoss.no_weight_decay` lists its own for timm's optimizers.
 
     Returns:
         Names, as in ``module.named_parameters()``.
@@ -127,8 +122,6 @@ def undecayed(module: nn.Module) -> set[str]:
 
 class Lift(nn.Module):
     """Lift tokens to the teacher's width: Linear, then LayerNorm (arXiv 2511.15572, "Lift").
-
-    Calling it gives the lifted tokens; `compare` never writes them.
 
     Args:
         dim: channels of the incoming tokens.
@@ -180,7 +173,7 @@ class Lift(nn.Module):
         pool: bool = False,
         backend: Backend = "auto",
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """Compute the distance to a frozen teacher's tokens (`fastkd.ops.lift_kd`).
+        """Compute the distance to a frozen teacher's tokens without writing the lifted ones.
 
         Args:
             tokens: [B, N, dim] or [B, dim, H, W], any strides.
@@ -188,11 +181,11 @@ class Lift(nn.Module):
             loss: see `LiftKD`.
             grid: (H, W) of [B, N, D] tokens.
             beta: of ``"smooth_l1"``.
-            pool: also return the mean of the lifted tokens.
+            pool: also return the mean of the lifted tokens, [B, width].
             backend: of the operator.
 
         Returns:
-            A scalar; with ``pool`` the pair of it and [B, width].
+            A scalar; with ``pool`` a pair.
         """
         options = {"grid": grid, "pool": pool, "beta": beta, "backend": backend}
         operands = self.operands() | options

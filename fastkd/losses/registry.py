@@ -1,17 +1,15 @@
 """Losses and projectors by the names that recipes and the command line use."""
 
-# torch and pydantic are imported where they are needed: `fastkd losses` and `fastkd train --help`
-# must answer at once.
+# torch and pydantic are imported where they are needed: `fastkd train --help` must answer at once.
 
 from __future__ import annotations
 
 import importlib
 import inspect
 import typing
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from fastkd.utils.hints import suggestion
 
@@ -123,17 +121,13 @@ def create_logit_loss(
 
     Returns:
         The loss.
-
-    Raises:
-        ValueError, TypeError: an unknown name or option, or a value that the loss refuses.
     """
     entry = find_loss(name, LOGIT_LOSSES, "logit_loss")
     check_options(entry, options, "logit_options")
-    arguments = dict(options or {})
+    arguments = {"weight": weight, **(options or {})}
     if tau is not None and has_temperature(entry):
         arguments["tau"] = tau
-    term: LogitTerm = entry.load()(weight=weight, **arguments)
-    return term
+    return cast("LogitTerm", entry.load()(**arguments))
 
 
 def create_feature_loss(
@@ -153,7 +147,7 @@ def create_feature_loss(
         name: of a feature loss (``fastkd losses`` lists them).
         pairs: (student key, teacher key).
         weight: factor of the loss.
-        projector: from student to teacher width; "none" for a loss that projects by itself.
+        projector: one of `PROJECTORS`; "none" for a loss that projects by itself.
         student_dims: channels per student key.
         teacher_dims: channels per teacher key.
         resample: see `FeatureTerm`.
@@ -163,22 +157,21 @@ def create_feature_loss(
         The loss; its parameters are on the CPU.
 
     Raises:
-        ValueError, TypeError: an unknown name or option, a value that the loss refuses, or widths
-            that the projector cannot bring together.
+        ValueError: an unknown name or option, or a projector that does not fit.
     """
     entry = find_loss(name, FEATURE_LOSSES, "feature_loss")
     check_options(entry, options, "feature_options")
-    make: Callable[..., FeatureTerm]
+    arguments: dict[str, Any] = {"pairs": pairs, "weight": weight, "resample": resample}
+    arguments |= {"student_dims": student_dims, "teacher_dims": teacher_dims, **(options or {})}
     if not entry.projects:
-        make = partial(_load("feature", "FeatureKD"), name, projector=projector)
+        term = _load("feature", "FeatureKD")(name, projector=projector, **arguments)
     elif projector == "none":
-        make = entry.load()
+        term = entry.load()(**arguments)
     else:
         raise ValueError(
             f"projector: {name!r} brings widths together itself, got projector={projector!r}"
         )
-    dims = {"student_dims": student_dims, "teacher_dims": teacher_dims}
-    return make(pairs=pairs, weight=weight, resample=resample, **dims, **(options or {}))
+    return cast("FeatureTerm", term)
 
 
 def names(entries: Iterable[Loss | Projector]) -> tuple[str, ...]:

@@ -11,15 +11,9 @@ from torch import Tensor, nn
 from fastkd.losses.base import check_counts
 from fastkd.ops.checks import power_of_two
 from fastkd.ops.feature_kd.reference import ACCELERATOR_CHUNK_BYTES, CHUNK_BYTES
-from fastkd.ops.operator import empty_gradient
 
 # A shorter vector has no direction: its similarities are 0, and it gets no gradient.
 SHORTEST = 1e-12
-
-
-def zero_gradient(x: Tensor, dtype: torch.dtype, needed: bool) -> Tensor:
-    """Allocate a gradient of zeros; see `empty_gradient`."""
-    return empty_gradient(x, dtype, needed).zero_()
 
 
 def chunk_limit(device: torch.device, chunk_bytes: int | None) -> int:

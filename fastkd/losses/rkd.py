@@ -17,7 +17,6 @@ from fastkd.losses.relations import (
     directions,
     normalized,
     slices,
-    zero_gradient,
 )
 from fastkd.ops.checks import wide_dtype
 from fastkd.ops.operator import empty_gradient, gradient_in_forward
@@ -36,23 +35,15 @@ class RKD(Distance):
                      \frac{x_k - x_i}{\|x_k - x_i\|} \right\rangle
 
     where :math:`\mu` is the mean of a side's nonzero distances. Source: arXiv 1904.05068, with the
-    weights commonly used for classification. The authors' code clamps distances of equal
-    images to 1e-6; here they are 0 and have no gradient, like angles with a leg of length 0. Their
-    classification script normalizes embeddings (``normalize=True``), RepDistiller does not.
-
-    The gradient is computed in the forward, for a few images i at a time; second derivatives are
-    refused. Relations are within one process's micro-batch.
+    weights commonly used for classification. The authors' code clamps distances of equal images to
+    1e-6; here they are 0 and have no gradient, like angles with a leg of length 0. Relations are
+    within one process's micro-batch. Second derivatives are refused.
 
     Args:
         distance_weight: :math:`w_d`; 0 skips distances.
         angle_weight: :math:`w_a`; 0 skips angles.
-        normalize: scale embeddings to unit length first.
-        chunk_bytes: limit of the temporaries (at least one image's, B (2 B + 3 Ds + 2 Dt) numbers);
-            by default 2 MiB on a CPU, 64 MiB elsewhere.
-
-    Raises:
-        ValueError: weights that are negative, not finite or both zero, or ``chunk_bytes`` is not
-            positive.
+        normalize: scale embeddings to unit length first, like the authors' classification script.
+        chunk_bytes: limit of the temporaries, by default 2 MiB on a CPU, 64 MiB elsewhere.
     """
 
     equal_widths = False
@@ -151,7 +142,7 @@ def _rkd_angles(
     """Mean smooth L1 between the cosines of all triples, and the student's gradient."""
     images, width = student.shape
     scale = 1 / max(1, images) ** 3
-    gradient = zero_gradient(student, student.dtype, needs_gradient)
+    gradient = empty_gradient(student, student.dtype, needs_gradient).zero_()
     total = student.new_zeros(())
     numbers_each = images * (2 * images + 3 * width + 2 * teacher.shape[1])
     for vertices in slices(images, numbers_each * student.itemsize, limit):

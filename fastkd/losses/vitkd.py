@@ -34,9 +34,8 @@ class ViTKD(FeatureTerm):
     for weight 1 beside the whole cross-entropy. They pair blocks 0 and 1, and the last blocks after
     the final norm: taps named "blocks.0", "blocks.1" and "norm" give the same, while numbered taps
     give the last block before that norm, whose scale may need another ``generate_weight``.
-
-    All parameters, about 18 Dt^2 and a Linear per pair, are dropped at inference. The mask is drawn
-    from the global generator of the tokens' device, in evaluation too.
+    All parameters, about 18 Dt^2 and a Linear per pair, are dropped at inference. The mask is
+    random in evaluation too.
 
     Args:
         pairs: (student key, teacher key); the last (or single) one is generated, others mimicked.
@@ -45,14 +44,12 @@ class ViTKD(FeatureTerm):
         teacher_dims: channels per teacher key.
         resample: see `FeatureTerm`.
         mask_ratio: share of tokens that are masked, in (0, 1), rounded up to whole tokens; 0.5 by
-            default. Refused where nothing is generated.
+            default.
         mimic_weight: of the first part, >= 0, 3e-5 by default; 0 removes it and its parameters.
-            Refused with a single pair.
         generate_weight: of the second part, >= 0; 0 removes it and its parameters.
 
     Raises:
-        ValueError: no pairs, an option out of range or of a removed part, a key without channels,
-            or nothing to do.
+        ValueError: an option out of range or without effect, or nothing to do.
     """
 
     def __init__(
@@ -80,13 +77,11 @@ class ViTKD(FeatureTerm):
         if not 0 < self.mask_ratio < 1:
             raise ValueError(f"ViTKD: mask_ratio must lie between 0 and 1, got {mask_ratio}")
         if single and self.mimic_weight > 0:
-            raise ValueError(
-                f"ViTKD: {mimic_weight=} has no effect with a single pair, which is generated"
-            )
+            raise ValueError(f"ViTKD: {mimic_weight=} has no effect on a single pair (generated)")
         if self.mimic_weight == 0 and generate_weight == 0:
             raise ValueError(
-                f"ViTKD: nothing to do for {len(self.pairs)} pair(s): mimic_weight=0 and "
-                "generate_weight=0 (the last pair is generated only)"
+                f"ViTKD: nothing to do for {len(self.pairs)} pair(s): both weights are 0 (the last "
+                "pair is generated only)"
             )
         mimicked = len(self.pairs) - 1 if self.mimic_weight > 0 else 0
         self._dims = tuple(self.widths(student_dims, teacher_dims))

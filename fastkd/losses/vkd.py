@@ -24,8 +24,7 @@ class VkD(Distance):
 
     with s and t the tokens' mean per image (``pool=False``: each of the B N tokens). The
     normalization :math:`\nu` removes the teacher's scale, which the projector ``"orthogonal"``
-    cannot. The defaults are those of the authors' code for DeiT, where the loss has weight 1. That
-    code has no whitening; its detector standardizes each channel over the batch, on both sides.
+    cannot. The defaults are those of the authors' code for DeiT, which has no whitening.
 
     Args:
         normalize: ``"standardize"``, each vector over its channels, a LayerNorm without weights
@@ -35,10 +34,10 @@ class VkD(Distance):
         beta: threshold of ``"smooth_l1"``, 1 by default.
         pool: average the tokens of an image first; False is better with ``"whiten"``, which needs
             more vectors than channels.
-        eps: of the whitening, 1e-6 by default.
+        eps: of the whitening, > 0, 1e-6 by default.
 
     Raises:
-        ValueError: an unknown or misplaced option, or an ``eps`` that is not positive.
+        ValueError: an ``eps`` without ``"whiten"``.
     """
 
     takes_embeddings = True
@@ -83,10 +82,8 @@ def whiten(tokens: Tensor, eps: float = WHITENING_EPS) -> Tensor:
 
     .. math:: y = L^{-1} (x - \mu), \quad L L^T = \Sigma + \varepsilon \, \bar\lambda I
 
-    with :math:`\Sigma` the covariance (divided by the number of tokens) and :math:`\bar\lambda` the
-    mean of its eigenvalues. Directions in which tokens vary by less than about eps of that fade to
-    zero. Below an eps of 1e-10 rounding can make all NaN. Returns float32 (float64 for float64),
-    computed in float64: about 1.5 n D^2 multiplications, slow on consumer GPUs.
+    with :math:`\Sigma` the covariance and :math:`\bar\lambda` the mean of its eigenvalues. Computed
+    in float64, slow on consumer GPUs. Below an eps of 1e-10 rounding can make all NaN.
     """
     # L is the Cholesky factor, as in the whitening that VkD's authors cite, arXiv 2007.06346. ZCA's
     # inverse root differs by a rotation, which a learned projector absorbs, and needs eigenvectors.

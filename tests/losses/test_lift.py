@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from fastkd.losses import LiftKD
 from fastkd.losses.projectors import Lift
 from fastkd.ops.lift_kd import LIFT_EPS
+from fastkd.tokens import Tokens, match_grids
 
 GRID = (3, 4)
 STUDENT, TEACHER = 6, 10
@@ -163,6 +164,15 @@ def test_a_backend_that_cannot_run_here_is_refused():
 def test_shapes_that_do_not_fit_are_named(student, teacher, message):
     with pytest.raises(ValueError, match=message):
         term_for()(random(*student), random(*teacher))
+
+
+@pytest.mark.parametrize("wrap", [lambda x, grid: x, Tokens])
+def test_a_teacher_on_another_grid_is_sent_to_match_grids(wrap):
+    student, teacher = random(2, 12, STUDENT), random(2, 48, TEACHER, seed=1)
+    with pytest.raises((TypeError, ValueError), match=r"(?:Tokens|\[2, 48, 10\]).*match_grids"):
+        term_for()(wrap(student, GRID), wrap(teacher, (6, 8)))
+    _, matched = match_grids(Tokens(student, GRID), Tokens(teacher, (6, 8)), "bicubic")
+    assert term_for()(student, matched.data).isfinite()
 
 
 def test_a_teacher_that_wants_a_gradient_is_refused():

@@ -273,6 +273,8 @@ def _check_teacher(student: Tensor, weight: Tensor, teacher: Tensor) -> None:
         surplus = student.shape[1] - teacher.shape[1] if student.ndim == 3 else 0
         hint = " (a CLS token left in?)" if surplus < 0 else ""
         hint = " (a CLS token left in student_tokens?)" if surplus > 0 else hint
+        if abs(surplus) > 2:  # DeiT has a class and a distillation token
+            hint = " (another grid? fastkd.tokens.match_grids resamples the teacher's)"
         raise ValueError(
             f"lift_kd: teacher_tokens must be {wanted} like student_tokens and weight, "
             f"got {list(teacher.shape)}{hint}"
