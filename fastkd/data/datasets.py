@@ -90,15 +90,15 @@ def open_data(
             f"{type(data).__name__}"
         )
     image, labeled_val = _inspect(val, "evaluation", labels)
+    numbers, known, own = None, class_names(train), class_names(val)
     if train is not None:
         image, _ = _inspect(train, "training", labels)
         if labels and _num_classes(train) == 1:
             raise ValueError(
-                "data: the training set has one class, which teaches nothing; a recipe with "
-                "labels=false needs no classes"
+                f"data: the training set has one class, {known.get(0, 0)!r}, which teaches "
+                "nothing; a recipe with labels=false needs no classes"
             )
     first = val if train is None else train
-    numbers, known, own = None, class_names(train), class_names(val)
     if known and own and known != own and labeled_val:
         numbers = _numbers_by_name(own, known, "evaluation set")
     return DataPair(

@@ -134,7 +134,7 @@ class _Work:
         if not source.is_dir():
             raise ValueError(f"shard: source: no folder {str(source)!r}")
         self.source, self.folder, self.options, self.quiet = source, folder, options, quiet
-        self.images: list[Any] = []  # (split, key, file, label) in the order of writing
+        self.images: list[Any] = []  # (split, key, file, label, whether a dead link) in order
         self.left: list[Any] = []  # in no shard, and not known as unreadable
         self.shards: dict[str, dict[str, int]] = {}  # number of samples by split and file name
         self.unreadable: dict[str, str] = {}  # reasons by file
@@ -154,8 +154,9 @@ class _Work:
             images: list[Any] = []
             for path, label in track(data.reader.samples, f"listing {split}", "file", not quiet):
                 file, key = os.path.relpath(path, source), f"{len(images):08d}"
-                images.append((split, key, file, label if data.labeled else None))
-                size = None if _is_dead_link(path) else os.path.getsize(path)
+                dead = os.path.islink(path) and not os.path.exists(path)
+                images.append((split, key, file, label if data.labeled else None, dead))
+                size = None if dead else os.path.getsize(path)
                 digest.update(os.fsencode(f"{images[-1]} {size}\n"))
             random.Random(f"{options['seed']} {split}").shuffle(images)
             self.images, self.shards[split] = self.images + images, {}
@@ -207,10 +208,11 @@ class _Work:
             stack.callback(pool.shutdown, cancel_futures=True)
             for start in range(0, len(self.left) + window, window):
                 images = self.left[start : start + window]
-                files = (os.path.join(self.source, file) for _, _, file, _ in images)
+                # A link that dies later is no broken image: the disk of its file may come back.
+                files = (None if i[4] else os.path.join(self.source, i[2]) for i in images)
                 results = pool.map(change, files, chunksize=CHUNK)
                 ready, ahead = ahead, zip(images, results, strict=True)
-                for (split, key, file, label), content in ready:
+                for (split, key, file, label, _), content in ready:
                     progress.advance(lost=int(isinstance(content, str)))
                     if isinstance(content, dict):
                         members = {"json": json.dumps({"filename": file}).encode(), **content}
@@ -268,13 +270,9 @@ def _begin_worker() -> None:
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 
-def _is_dead_link(path: str) -> bool:
-    return os.path.islink(path) and not os.path.exists(path)
-
-
-def convert(path: str, short_side: int | None, quality: int) -> dict[str, bytes] | str:
+def convert(path: str | None, short_side: int | None, quality: int) -> dict[str, bytes] | str:
     """Return {extension: content} of an image as it is stored, or the reason why it cannot be."""
-    if _is_dead_link(path):
+    if path is None:
         return "link to a missing file"
     with open_file(path) as file:  # an error here is the disk's, not the image's
         content = file.read(MAX_FILE + 1)

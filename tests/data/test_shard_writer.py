@@ -283,16 +283,21 @@ def test_a_link_to_nothing_is_listed_and_in_no_shard(tmp_path):
     assert file == "train/green/9.jpg" and "missing" in reason
 
 
-def test_a_source_that_goes_away_stops_the_work_which_then_goes_on(source, tmp_path, monkeypatch):
-    images = shutil.copytree(source, tmp_path / "images")
+@pytest.mark.parametrize("linked", [False, True])
+def test_a_source_that_goes_away_stops_the_work_which_then_goes_on(
+    source, tmp_path, monkeypatch, linked
+):
+    images = folder = shutil.copytree(source, tmp_path / "images")
+    if linked:
+        folder = shutil.copytree(images, tmp_path / "links", copy_function=os.symlink)
     with monkeypatch.context() as patch:
         before_shard(patch, 1, lambda: images.rename(tmp_path / "unmounted"))
         # One process and chunks of one: the images of the first shard are read, the last are not.
         patch.setattr(shard_writer, "CHUNK", 1)
         with pytest.raises(OSError, match=r"No such file .*\.jpg"):
-            shard(images, tmp_path / "shards", **SMALL)
+            shard(folder, tmp_path / "shards", **SMALL)
     (tmp_path / "unmounted").rename(images)
-    shard(images, tmp_path / "shards", **SMALL)
+    shard(folder, tmp_path / "shards", **SMALL)
     shard(source, tmp_path / "unbroken", **SMALL)
     assert files_of(tmp_path / "shards") == files_of(tmp_path / "unbroken")
 
