@@ -137,11 +137,7 @@ def printable(name: str | os.PathLike[str], *, lines: bool = False) -> str:
     r"""Escape control characters of a name or text, but with ``lines`` line breaks and tabs."""
     text = writable(name)
     kept = "\n\t" if lines else ""
-
-    def escaped(found: re.Match[str]) -> str:
-        return found[0] if found[0] in kept else found[0].encode("unicode_escape").decode()
-
-    return _CONTROL.sub(escaped, text)
+    return _CONTROL.sub(lambda c: c[0] if c[0] in kept else repr(c[0])[1:-1], text)
 
 
 def csv_text(rows: Iterable[Iterable[Any]]) -> str:

@@ -46,7 +46,7 @@ class FolderLock:
         self._file = -1
         self._made = False  # the folder, by this lock
         self._ended = threading.Event()
-        self._renewing = threading.Thread()
+        self._renewing: threading.Thread | None = None
 
     def acquire(self) -> None:
         """Take the lock, or raise a FolderInUseError that names its holder."""
@@ -95,7 +95,8 @@ class FolderLock:
         age = abs(time.time() - record["time"])
         here = record["host"] == self._record["host"]
         same_job = record["job"] is not None and record["job"] == self._record["job"]
-        if here and (locks or record["pid"] == os.getpid() or not _is_alive(record["pid"])):
+        alive = record["pid"] != os.getpid() and os.path.exists(f"/proc/{record['pid']}")
+        if here and (locks or not alive):
             return
         if age < STALE_SECONDS and (here or not same_job):
             until = f"; one that is silent for {STALE_SECONDS:.0f} s is taken over"
@@ -122,7 +123,7 @@ class FolderLock:
     def release(self) -> None:
         """Remove the lock's file, and the folder if the lock made it and it is empty."""
         self._ended.set()
-        if self._renewing.ident is not None:
+        if self._renewing is not None:
             self._renewing.join()  # or it might write to what is opened next under this number
         _held.discard(os.path.realpath(self.folder))
         with contextlib.suppress(OSError, FolderInUseError):
@@ -171,13 +172,3 @@ def holding(folder: Path, argument: str = "output") -> Iterator[FolderLock]:
         yield lock
     finally:
         lock.release()
-
-
-def _is_alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:  # of another user
-        pass
-    return True

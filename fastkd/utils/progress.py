@@ -31,15 +31,14 @@ class Progress:
         *,
         initial: int = 0,  # done in an earlier run; left out of the estimate
         unit: str = "image",
-        lost: str = "unreadable",  # the word for items that failed
         lines: bool = True,  # print a line every 10 seconds where there is no terminal
         delay: float = 0.0,  # seconds before the bar appears
         leave: bool = False,  # keep the finished bar on the terminal
         shows: bool = True,  # False in quiet runs and on processes other than the main one
         stream: TextIO | None = None,  # standard error by default
     ) -> None:
-        self.unit, self.lost, self.lines = unit, lost, lines
-        self.delay, self.leave, self.shows = delay, leave, shows
+        self.unit, self.lines, self.delay = unit, lines, delay
+        self.leave, self.shows = leave, shows
         self.stream = stream or sys.stderr
         self._bar: _Bar | None = None
         self.start(label, total, initial)
@@ -79,7 +78,7 @@ class Progress:
         self.lost_items += lost
         if self._bar is not None:
             if lost:
-                self._bar.set_postfix_str(f"{self.lost_items:,} {self.lost}", refresh=False)
+                self._bar.set_postfix_str(f"{self.lost_items:,} unreadable", refresh=False)
             self._bar.update(items)
         elif self.lines and time.monotonic() - self._line_at >= LINE_EVERY_SECONDS:
             self._line_at = time.monotonic()
@@ -109,7 +108,7 @@ class Progress:
     def _line(self) -> str:
         line = f"{self.label}: {self.done:,} of {self.total:,} {self.unit}s"
         if self.lost_items:
-            line += f", {self.lost_items:,} {self.lost}"
+            line += f", {self.lost_items:,} unreadable"
         if self.seconds_left:
             line += f", about {tqdm.format_interval(self.seconds_left)} left"
         return line

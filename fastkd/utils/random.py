@@ -34,8 +34,7 @@ def seed_cpu(seed: int) -> None:
 
 def seed_all(seed: int) -> None:
     """Seed python, numpy and torch, accelerators included; does not synchronize."""
-    random.seed(seed)
-    np.random.seed(seed)
+    seed_cpu(seed)
     torch.manual_seed(seed)
 
 

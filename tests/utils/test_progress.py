@@ -27,7 +27,7 @@ def clock(monkeypatch):
 
 def test_where_there_is_no_terminal_lines_tell_what_is_done_lost_and_left(at_once, clock):
     stream = io.StringIO()
-    with Progress("predict", 2000, lost="passed over", stream=stream) as progress:
+    with Progress("predict", 2000, stream=stream) as progress:
         clock[0] = 10.0
         progress.advance(500)
         clock[0] = 40.0
@@ -35,8 +35,8 @@ def test_where_there_is_no_terminal_lines_tell_what_is_done_lost_and_left(at_onc
         progress.advance(200)
     assert stream.getvalue().splitlines() == [
         "predict: 500 of 2,000 images, about 00:30 left",
-        "predict: 1,800 of 2,000 images, 1 passed over, about 00:04 left",
-        "predict: 2,000 of 2,000 images, 1 passed over",
+        "predict: 1,800 of 2,000 images, 1 unreadable, about 00:04 left",
+        "predict: 2,000 of 2,000 images, 1 unreadable",
     ]
 
 
