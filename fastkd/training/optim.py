@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any
 
 import torch
 from timm.optim import create_optimizer_v2, get_optimizer_info, list_optimizers
@@ -13,7 +13,7 @@ from timm.optim.kron import Kron
 from timm.scheduler import create_scheduler_v2
 from torch import nn
 
-from fastkd.config import OptimConfig
+from fastkd.config import OptimConfig, refuse
 from fastkd.fields import Options
 from fastkd.training.engine import knows_found_inf
 from fastkd.utils.hints import suggestion
@@ -26,13 +26,14 @@ _NOT_OPTIONS = frozenset(
         *("foreach", "fused", "capturable", "differentiable", "maximize"),
     }
 )
-# Of `create_scheduler_v2`; without its noise, whose seed is not the run's, and without cycles.
+_CYCLES = ("cycle_mul", "cycle_decay", "cycle_limit", "cooldown_epochs", "warmup_prefix")
+# Of `create_scheduler_v2`; without its noise, whose seed is not the run's.
 SCHEDULE_OPTIONS = {
-    "cosine": ("k_decay",),
-    "multistep": ("decay_milestones", "decay_rate"),
-    "poly": ("k_decay", "decay_rate"),
-    "step": ("decay_epochs", "decay_rate"),
-    "tanh": (),
+    "cosine": (*_CYCLES, "k_decay"),
+    "multistep": ("decay_milestones", "decay_rate", "warmup_prefix"),
+    "poly": (*_CYCLES, "k_decay", "decay_rate"),
+    "step": ("decay_epochs", "decay_rate", "warmup_prefix"),
+    "tanh": _CYCLES,
 }
 
 
@@ -134,6 +135,8 @@ def check_schedule(recipe: OptimConfig) -> None:
     arguments = inspect.signature(create_scheduler_v2).parameters
     known = {name: arguments[name] for name in SCHEDULE_OPTIONS[recipe.sched]}
     _check_arguments("sched_kwargs", recipe.sched, options, known)
+    if options.get("cycle_limit", 1) == 1:
+        refuse(options, ("cycle_mul", "cycle_decay"), "sched_kwargs has no cycle_limit above 1")
     peak = f"the learning rate {recipe.scaled_lr:g}"
     if recipe.lr_scaling:
         peak += f" (= lr {recipe.lr:g} x batch_size {recipe.batch_size} / 512)"
@@ -164,6 +167,12 @@ def _try_schedule(recipe: OptimConfig, options: Options) -> None:
         for update in (*range(begin, end, max(1, (end - begin) // 1000)), end):
             scheduler.step_update(update)
             rates.append(float(stand_in.param_groups[0]["lr"]))
+    floor = recipe.min_lr if ends_at_min_lr(recipe) else 0
+    if not min(rates) >= floor:
+        raise ValueError(
+            f"sched_kwargs: with {options} the learning rate would become {min(rates):g}, expected "
+            f"at least {floor:g}"
+        )
     if not rates[-1] < max(rates) and options.get("decay_rate") != 1:
         raise ValueError(
             f"sched_kwargs: {recipe.sched!r} with {options or 'no options'} does not fall within "
@@ -191,15 +200,32 @@ def _create_optimizer(module: nn.Module, config: OptimConfig) -> torch.optim.Opt
 def _create_scheduler(
     optimizer: torch.optim.Optimizer, config: OptimConfig, updates_per_epoch: int
 ) -> Any:
+    options: dict[str, Any] = dict(config.sched_kwargs or {})
     scheduler, _ = create_scheduler_v2(
         optimizer,
         sched=config.sched,
-        num_epochs=config.epochs,
+        num_epochs=_first_cycle(config, options),
         warmup_epochs=config.warmup_epochs,
         min_lr=config.min_lr,
         warmup_lr=config.warmup_lr,
         step_on_epochs=False,
         updates_per_epoch=updates_per_epoch,
-        **cast(dict[str, Any], config.sched_kwargs or {}),
+        **options,
     )
     return scheduler
+
+
+def _first_cycle(config: OptimConfig, options: dict[str, Any]) -> int:
+    """Return how many epochs timm's first cycle has for the run to have `epochs` with the rest."""
+    # timm adds further cycles, the cool-down and, as a prefix, the warm-up to the first cycle.
+    around = options.get("cooldown_epochs", 0)
+    around += config.warmup_epochs if options.get("warmup_prefix") else 0
+    growth, limit = options.get("cycle_mul", 1), options.get("cycle_limit", 1)
+    cycles = range(min(limit, config.epochs + 1))  # of an epoch or more
+    length = (config.epochs - around) / sum(growth**cycle for cycle in cycles)
+    if length < 1 or length % 1:
+        raise ValueError(
+            f"{config.epochs} epochs, less {around} of warm-up and cool-down, cannot be divided "
+            f"into {limit} cycles of whole epochs"
+        )
+    return int(length)

@@ -139,10 +139,15 @@ EPOCHS, PER_EPOCH = 12, 10
 SCHEDULES = [
     ("cosine", {}),
     ("cosine", {"k_decay": 1.5}),
+    ("cosine", {"cycle_limit": 3, "cycle_decay": 0.5}),
+    ("cosine", {"cycle_limit": 2, "cycle_mul": 2}),
+    ("cosine", {"cooldown_epochs": 3}),
+    ("cosine", {"warmup_prefix": True}),
     ("poly", {"decay_rate": 2}),
     ("tanh", {}),
     ("step", {"decay_epochs": 4, "decay_rate": 0.5}),
     ("step", {"decay_epochs": 2.5}),
+    ("step", {"decay_epochs": 4, "warmup_prefix": True}),
 ]
 
 
@@ -161,13 +166,20 @@ def rates(sched, options, **fields):
     return found
 
 
+def first_cycle(options):
+    """How long timm must be told that a schedule is, for the run to have EPOCHS epochs."""
+    around = options.get("cooldown_epochs", 0) + 2 * options.get("warmup_prefix", False)
+    growth, cycles = options.get("cycle_mul", 1), range(options.get("cycle_limit", 1))
+    return (EPOCHS - around) // sum(growth**cycle for cycle in cycles)
+
+
 @pytest.mark.parametrize(("sched", "options"), SCHEDULES, ids=str)
 def test_an_epoch_begins_with_timms_learning_rate_of_that_epoch(sched, options):
     stand_in = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=1.0)
     scheduler, length = create_scheduler_v2(
         stand_in,
         sched=sched,
-        num_epochs=EPOCHS,
+        num_epochs=first_cycle(options),
         warmup_epochs=2,
         warmup_lr=0.1,
         min_lr=0.01,
@@ -198,6 +210,13 @@ def test_learning_rates_within_an_epoch_follow_their_formulas():
         assert tanh[n] == pytest.approx(0.01 + 0.99 * (1 - math.tanh(-7 * (1 - s) + 3 * s)) / 2)
         assert step[n] == pytest.approx(0.1 ** (n // 40))
     assert cosine[:20] == pytest.approx([0.1 + 0.9 * n / 20 for n in range(20)])  # warm-up
+
+
+def test_cycles_and_cooldown_are_part_of_the_epochs():
+    cycles = rates("cosine", {"cycle_limit": 3, "cycle_decay": 0.5}, warmup_epochs=0)
+    assert cycles[::40] == pytest.approx([1.0, 0.5, 0.25, 0.01])
+    cooldown = rates("cosine", {"cooldown_epochs": 3})
+    assert cooldown[89] > 0.01 == cooldown[90] == cooldown[-1]
 
 
 def test_a_schedule_of_every_name_is_built_and_its_options_are_timms():

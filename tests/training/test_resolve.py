@@ -217,10 +217,16 @@ def test_options_that_an_optimizer_cannot_use_are_refused(options, message):
 @pytest.mark.parametrize(
     ("sched", "options", "message"),
     [
-        ("cosine", {"decay_epochs": 30}, "'cosine' has no option 'decay_epochs'.* it has k_decay"),
+        ("cosine", {"decay_epochs": 30}, "'cosine' has no option 'decay_epochs'.* it has cycle_mul"),
         ("cosine", {"noise": 0.5}, "'cosine' has no option 'noise'"),
         ("cosine", {"min_lr": 0.1}, "'cosine' has no option 'min_lr'"),
-        ("cosine", {"cycle_limit": 7}, "'cosine' has no option 'cycle_limit'"),
+        ("cosine", {"cycle_limit": 7}, "300 epochs, .* cannot be divided into 7 cycles"),
+        ("cosine", {"cycle_limit": 2.5}, "'cosine' with .*2.5"),
+        ("cosine", {"cycle_limit": 10**12, "cycle_mul": 2}, "'cosine' with"),
+        ("cosine", {"cooldown_epochs": 300}, "300 epochs, less 300"),
+        ("cosine", {"cooldown_epochs": -1}, "cooldown_epochs: expected at least 0.*, got -1"),
+        ("cosine", {"warmup_prefix": "no"}, "warmup_prefix of .*expected true or false, got 'no'"),
+        ("cosine", {"cycle_limit": 3, "cycle_decay": 1e-4}, "would become .*, expected"),
         ("cosine", {"k_decay": True}, "k_decay of 'cosine': expected a number, got True"),
         ("cosine", {"k_decay": -1}, "k_decay: expected at least 0.*, got -1"),
         ("cosine", {"k_decay": 0}, "does not fall"),
@@ -248,6 +254,11 @@ def test_a_default_schedule_that_would_not_fall_is_refused():
 def test_a_constant_learning_rate_can_be_asked_for():
     options = {"decay_rate": 1}
     assert resolve(sched="step", sched_kwargs=options).sched_kwargs == options
+
+
+def test_cycles_without_number_have_no_effect():
+    with pytest.raises(ValueError, match=r"cycle_decay=0\.5 has no effect"):
+        resolve(sched_kwargs={"cycle_decay": 0.5})
 
 
 def test_options_of_a_recipes_optimizer_and_schedule_leave_with_them():
