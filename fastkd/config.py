@@ -165,9 +165,6 @@ class DataConfig(fields.Section):
             if not 0 < low <= high <= highest:
                 limit = "" if highest > 1 else ", which is at most 1"
                 yield name, f"a lowest number above 0 and a highest one{limit}"
-        for name in ("mixup", "cutmix"):
-            if 0 < getattr(self, name) < FLOAT32[0]:
-                yield name, "0 or at least 1e-37 (below it, images become NaN)"
         if (self.mean is None) != (self.std is None):
             yield "std", f"a value beside mean, {self.mean}" if self.mean else "none, as mean is"
         elif self.mean and self.std and len({len(self.mean), len(self.std)} - {1}) > 1:

@@ -154,7 +154,9 @@ Pixels = Annotated[int, Ge(1), Le(LARGEST_IMAGE), "an integer between 1 and 16,3
 Positive = Annotated[
     float, Ge(FLOAT32[0]), Le(FLOAT32[1]), "a finite number above 0 (1e-37 to 1e37)"
 ]
-NonNegative = Annotated[float, Ge(0), Le(FLOAT32[1]), "a finite number of at least 0 (to 1e37)"]
+NonNegative = Annotated[  # numbers between 0 and 1e-37 would be 0 in float32, or images NaN
+    Annotated[float, Ge(0), Le(0)] | Positive, "a finite number of at least 0 (0, or 1e-37 to 1e37)"
+]
 Share = Annotated[float, Ge(0), Le(1), "a number between 0 and 1"]
 PositiveShare = Annotated[float, Gt(0), Le(1), "a number in (0, 1]"]
 BelowOne = Annotated[float, Ge(0), Lt(1), "a number in [0, 1)"]

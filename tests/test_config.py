@@ -631,9 +631,10 @@ def test_an_augmentation_of_timm_is_taken(policy):
     assert Recipe(auto_augment=policy).auto_augment == policy
 
 
-def test_a_number_beyond_float32_is_refused_with_the_range():
-    with pytest.raises(ValueError, match=r"tau: .*1e-37 to 1e37.*got 1e-300"):
-        Recipe(tau=1e-300)
+@pytest.mark.parametrize("name", ["tau", "alpha", "ce_weight", "weight_decay", "mixup"])
+def test_a_number_beyond_float32_is_refused_with_the_range(name):
+    with pytest.raises(ValueError, match=rf"{name}: .*1e-37 to 1e37.*got 1e-300"):
+        Recipe(**{name: 1e-300})
 
 
 def test_a_long_value_is_shown_by_its_beginning():

@@ -7,7 +7,6 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
-from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -99,19 +98,33 @@ def check_inputs(config: DataConfig, spec: InputSpec, data: DataPair | None) -> 
             f"{side / config.crop_pct:.3g}, at most {LARGEST_IMAGE} are allowed"
         )
     try:
-        with seeded(0, ALONE.device):
-            Collate()(_made(eval_sample_transform(config, spec, data)))
-            batch = Collate()(_made(train_sample_transform(config, spec, data), DRAWS))
-            augment = device_augment(config, spec)
-            if augment is not None:
-                augment(batch.images, batch.plan or {})
+        _transform(config, spec, data)
     except Exception as error:
         name = re.match(r"(\w+): ", str(error))
         if name is not None and name[1] in DataConfig.model_fields:
             raise
         used = [field for field in NEUTRAL if getattr(config, field) != NEUTRAL[field]]
-        given = ", ".join(f"{field}: {getattr(config, field)!r}" for field in used)
+        # Those without which it works; all of them where none is to blame alone.
+        blamed = [field for field in used if _works_without(field, config, spec, data)] or used
+        given = ", ".join(f"{field}: {getattr(config, field)!r}" for field in blamed)
         raise ValueError(f"{given or 'transforms'} cannot be used: {_reason(error)}") from error
+
+
+def _works_without(field: str, config: DataConfig, spec: InputSpec, data: DataPair) -> bool:
+    try:
+        _transform(config.model_copy(update={field: NEUTRAL[field]}), spec, data)
+    except Exception:
+        return False
+    return True
+
+
+def _transform(config: DataConfig, spec: InputSpec, data: DataPair) -> None:
+    with seeded(0, ALONE.device):
+        Collate()(_made(eval_sample_transform(config, spec, data)))
+        batch = Collate()(_made(train_sample_transform(config, spec, data), DRAWS))
+        augment = device_augment(config, spec)
+        if augment is not None:
+            augment(batch.images, batch.plan or {})
 
 
 def _made(transform: SampleTransform, draws: int = 1) -> list[Sample]:
@@ -171,14 +184,7 @@ def _first_images(loader: DataLoader[Any], data: DataPair) -> Batch:
 def _pass(engine: Engine, recipe: Recipe, batch: Batch) -> None:
     # `forward`, which is not compiled: shapes that training never has would be compiled for.
     task, teacher, device = engine.task, engine.teacher, engine.world.device
-    # No kernels are compiled for two images, unless the user chooses the backend: then it is tried.
-    backend = {ENVIRONMENT_CHOICE: os.environ.get(ENVIRONMENT_CHOICE, "torch")}
-    with (
-        _left_as_they_were(task, teacher),
-        seeded(0, device),
-        patch.dict(os.environ, backend),
-        torch.no_grad(),
-    ):
+    with _left_as_they_were(task, teacher), seeded(0, device), _no_kernels(), torch.no_grad():
         images, target = engine.inputs(batch)
         size = images.shape[1:]
         with autocast(device, recipe.amp):
@@ -191,6 +197,18 @@ def _pass(engine: Engine, recipe: Recipe, batch: Batch) -> None:
                     task.student.forward(images)
                 with naming(terms_words(recipe)):
                     raise
+
+
+@contextmanager
+def _no_kernels() -> Iterator[None]:
+    """Compile no kernels for two images, unless the user chooses the backend: then it is tried."""
+    chosen = ENVIRONMENT_CHOICE in os.environ
+    os.environ.setdefault(ENVIRONMENT_CHOICE, "torch")
+    try:
+        yield
+    finally:
+        if not chosen:
+            del os.environ[ENVIRONMENT_CHOICE]
 
 
 @contextmanager

@@ -241,10 +241,10 @@ def test_images_that_cannot_be_read_are_replaced_in_it_too(folder, tmp_path):
 @pytest.mark.parametrize(
     ("fields", "named"),
     [
-        ({}, "auto_augment: 'rand-m9-mstd0.5-inc1'.* cannot"),  # the default
+        ({}, "auto_augment: 'rand-m9-mstd0.5-inc1' cannot"),  # the default
         (
             {"auto_augment": "original", "interpolation": "random"},
-            "auto_augment: 'original'.* cannot",
+            "auto_augment: 'original' cannot",
         ),
         ({"augment": "gpu"}, "augment: 'gpu'.* got 4"),
     ],

@@ -217,7 +217,11 @@ def test_options_that_an_optimizer_cannot_use_are_refused(options, message):
 @pytest.mark.parametrize(
     ("sched", "options", "message"),
     [
-        ("cosine", {"decay_epochs": 30}, "'cosine' has no option 'decay_epochs'.* it has cycle_mul"),
+        (
+            "cosine",
+            {"decay_epochs": 30},
+            "'cosine' has no option 'decay_epochs'.* it has cycle_mul",
+        ),
         ("cosine", {"noise": 0.5}, "'cosine' has no option 'noise'"),
         ("cosine", {"min_lr": 0.1}, "'cosine' has no option 'min_lr'"),
         ("cosine", {"cycle_limit": 7}, "300 epochs, .* cannot be divided into 7 cycles"),
