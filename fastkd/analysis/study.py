@@ -51,7 +51,7 @@ class Options:
         permutations: random channel orders for the test of the pattern; 0 for no test.
         subspaces: dimensions k at which rotation is measured; those above min(N, D) are left out.
         shared: layers measured in the dataset's basis, too: ``"last"``, ``"all"`` or ``"none"``.
-        centred: subtract the dataset's mean token in that basis; the paper does not.
+        centered: subtract the dataset's mean token in that basis; the paper does not.
         seed: for the choice of images, permutations and bootstrap samples.
         max_unreadable: fraction of the images that may be unreadable before the run stops.
         memory: GB of tokens to keep for the second pass; without enough, images are read twice.
@@ -73,7 +73,7 @@ class Options:
     permutations: int = 100
     subspaces: Sequence[int] = SUBSPACES
     shared: str = "last"
-    centred: bool = False
+    centered: bool = False
     seed: int = 0
     max_unreadable: float = 0.05
     memory: float = 0.5
@@ -113,7 +113,7 @@ class Options:
     @property
     def measured(self) -> dict[str, Any]:
         """The settings that numbers depend on, beside images and model."""
-        names = ("permutations", "shared", "centred", "seed")
+        names = ("permutations", "shared", "centered", "seed")
         return {
             "levels": levels_of("analyze", self.levels, "levels"),
             "convention": self.sep,
@@ -216,7 +216,7 @@ class Study:
     def _first_measures(self, layer: int) -> dict[str, Accumulator]:
         measures: dict[str, Accumulator] = {
             "spectra": ImageSpectra(self.options.levels),
-            "moment": SecondMoment(self.options.centred),
+            "moment": SecondMoment(self.options.centered),
         }
         if self.options.sep != "none":
             measures["pattern"] = TokenPattern(self.options.sep, detailed=layer in self.second)

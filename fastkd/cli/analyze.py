@@ -51,7 +51,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     flags.text(group, "--subspaces", "K,K,...", dimensions, type=_numbers(int))
     shared = "layers measured in the basis of the dataset, too"
     flags.choice(group, "--shared", ("last", "all", "none"), shared)
-    flags.switch(group, "--centred", "subtract the mean token in the shared basis")
+    flags.switch(group, "--centered", "subtract the mean token in the shared basis")
     run = parser.add_argument_group("dataset and speed")
     flags.shared(run, "--data-root")
     flags.number(run, "--seed", 0, "seed of images and permutations")

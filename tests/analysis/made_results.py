@@ -25,7 +25,7 @@ SETTINGS = {
     "levels": list(LEVELS),
     "bandwidth_levels": list(BANDWIDTH_LEVELS),
     "convention": "full",
-    "centred": False,
+    "centered": False,
     "permutations": 100,
 }
 ENVIRONMENT = {"fastkd": "0.1.0", "torch": "2.15.0", "timm": "1.0.31", "machine": "2 CPU cores"}

@@ -44,23 +44,23 @@ class SecondMoment(Accumulator):
     """Second moment C = (1 / tokens) sum_i X_i^T X_i of all tokens, in float64.
 
     Args:
-        centerd: subtract the outer product of the mean token, which makes C the covariance. The
+        centered: subtract the outer product of the mean token, which makes C the covariance. The
             paper does not.
     """
 
-    def __init__(self, centerd: bool = False) -> None:
+    def __init__(self, centered: bool = False) -> None:
         super().__init__()
-        self.centerd = centerd
+        self.centered = centered
 
     def options(self) -> dict[str, Any]:
-        return {"centerd": self.centerd}
+        return {"centered": self.centered}
 
     def update(self, tokens: Tensor, places: Sequence[int] | None = None) -> None:
         tokens, finite = self._checked(tokens)
         count = finite.sum() * tokens.shape[1]
         self._add("tokens", count)
         self._add("non_finite", (~finite).sum())
-        if not self.centerd:
+        if not self.centered:
             self._add("moment", second_moment(tokens))
             return
         moment, total = _sums_around_the_mean(tokens, finite, count)
@@ -96,7 +96,7 @@ class SecondMoment(Accumulator):
             bad = int(self.sums.get("non_finite", 0))
             raise ValueError(f"SecondMoment: no token was seen ({bad} images not finite)")
         moment = self.sums["moment"] / tokens
-        if not self.centerd:
+        if not self.centered:
             return moment, None
         mean = self.sums["total"] / tokens
         return moment - mean.outer(mean), mean

@@ -41,7 +41,7 @@ VERSION = 1
 _log = logging.getLogger(__name__)
 
 # Settings without which two numbers of the same name are different quantities.
-_DEFINING = ("levels", "bandwidth_levels", "convention", "centred")
+_DEFINING = ("levels", "bandwidth_levels", "convention", "centered")
 # Key of the settings in which the models of a merged report differ.
 _BY_MODEL = "by_model"
 
@@ -53,7 +53,7 @@ class Report:
     Attributes:
         models: one result per model, in the order asked for.
         settings: plain values. ``"data"``, ``"images"``, ``"seed"``, ``"levels"``,
-            ``"bandwidth_levels"``, ``"convention"``, ``"centred"``, ``"permutations"``,
+            ``"bandwidth_levels"``, ``"convention"``, ``"centered"``, ``"permutations"``,
             ``"compare_paper"`` and ``"command"`` are read here; others are only shown.
         environment: versions and machine.
 

@@ -167,7 +167,7 @@ def _caveats(
         yield f"images of {ours}, the paper's of {theirs}"
     if model.images != source["images"]:
         yield f"{model.images:,} images, the paper's {source['images']:,}"
-    if settings.get("centred"):
+    if settings.get("centered"):
         yield "tokens were centered, the paper's were not"
     if last.sep is not None and last.sep.convention != source["convention"]:
         yield f"SEP is {last.sep.convention}, the paper's {source['convention']}"

@@ -260,7 +260,7 @@ def _head(models: Sequence[ModelResult], settings: Mapping[str, Any]) -> Iterabl
             f"> **Untrained weights: {', '.join(untrained)}.** These numbers describe a random "
             "initialization. They do not show the features that this architecture learns."
         )
-    if settings.get("centred"):
+    if settings.get("centered"):
         yield (
             "> **Centered**: the shared basis (ranks in it, captured energy, rotation) is measured "
             "on tokens minus the dataset's mean token. Each image's own spectrum is not centered, "

@@ -12,8 +12,8 @@ from fastkd.ops import energy_curve
 from tests.analysis.made_tokens import deficient, in_plane, normal
 
 
-def basis_of(*batches, centred=False):
-    moment = SecondMoment(centred)
+def basis_of(*batches, centered=False):
+    moment = SecondMoment(centered)
     for batch in batches:
         moment.update(batch)
     return moment.result()
@@ -26,7 +26,7 @@ def view_of(batch, subspaces=(1, 4), basis=None, sizes=None):
     return view.result()
 
 
-def test_second_moment_is_uncentred_and_decomposed_in_descending_order():
+def test_second_moment_is_uncentered_and_decomposed_in_descending_order():
     batch = normal(6, 5, 4) + 3
     rows = batch.double().flatten(0, 1)
     shared = basis_of(batch[:4], batch[4:])
@@ -39,28 +39,28 @@ def test_second_moment_is_uncentred_and_decomposed_in_descending_order():
     torch.testing.assert_close(alone.energies(), shared.energies, rtol=1e-5, atol=1e-5)
 
 
-def test_a_centred_moment_is_the_covariance():
+def test_a_centered_moment_is_the_covariance():
     batch = normal(6, 5, 4) + 3
-    shared = basis_of(batch[:4], batch[4:], centred=True)
+    shared = basis_of(batch[:4], batch[4:], centered=True)
     expected = torch.from_numpy(np.cov(batch.flatten(0, 1).double().numpy().T, bias=True))
     rebuilt = shared.vectors @ shared.energies.diag() @ shared.vectors.mT
     torch.testing.assert_close(rebuilt, expected, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(shared.mean, batch.double().mean(dim=(0, 1)))
 
 
-def test_images_are_seen_from_the_mean_where_the_moment_is_centred():
+def test_images_are_seen_from_the_mean_where_the_moment_is_centered():
     batch = normal(6, 5, 4) + 100
-    centred = view_of(batch, basis=basis_of(batch, centred=True))
+    centered = view_of(batch, basis=basis_of(batch, centered=True))
     around = batch - batch.mean(dim=(0, 1))
     expected = view_of(around)
-    np.testing.assert_allclose(centred.curve.mean, expected.curve.mean, atol=1e-4)
-    assert view_of(batch).curve.mean[0] > 0.99 > centred.curve.mean[0]
+    np.testing.assert_allclose(centered.curve.mean, expected.curve.mean, atol=1e-4)
+    assert view_of(batch).curve.mean[0] > 0.99 > centered.curve.mean[0]
 
 
-def test_a_bad_image_stays_out_of_the_centred_view():
+def test_a_bad_image_stays_out_of_the_centered_view():
     batch = normal(4, 6, 8) + 5
     batch[2, 0, 0] = torch.nan
-    view = view_of(batch, basis=basis_of(batch, centred=True))
+    view = view_of(batch, basis=basis_of(batch, centered=True))
     assert (view.ranks.values[:, 0] > 0).tolist() == [True, True, False, True]
     assert np.isnan(view.rotation[0].overlap_shared).tolist() == [False, False, True, False]
 
@@ -68,8 +68,8 @@ def test_a_bad_image_stays_out_of_the_centred_view():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_the_mean_is_subtracted_in_float32(dtype):
     batch = (normal(6, 5, 4) + 30).to(dtype)
-    ours = view_of(batch, basis=basis_of(batch, centred=True))
-    truth = view_of(batch.double(), basis=basis_of(batch.double(), centred=True))
+    ours = view_of(batch, basis=basis_of(batch, centered=True))
+    truth = view_of(batch.double(), basis=basis_of(batch.double(), centered=True))
     np.testing.assert_allclose(ours.curve.mean, truth.curve.mean, atol=1e-5)
 
 

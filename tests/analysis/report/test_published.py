@@ -101,12 +101,12 @@ def test_a_match_carries_its_caveats(model, note):
         assert note in "; ".join(found.notes)
 
 
-def test_centred_tokens_and_folded_patterns_are_noted():
+def test_centered_tokens_and_folded_patterns_are_noted():
     model = paper_like()
     folded = dataclasses.replace(model.last.sep, convention="folded")
     last = dataclasses.replace(model.last, sep=folded)
 
-    notes = "; ".join(beside(dataclasses.replace(model, layers=[last]), centred=True).notes)
+    notes = "; ".join(beside(dataclasses.replace(model, layers=[last]), centered=True).notes)
 
     assert "tokens were centered" in notes
     assert "SEP is folded" in notes

@@ -219,7 +219,7 @@ def test_merging_one_report_changes_nothing(report):
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("levels", [0.9]), ("bandwidth_levels", [0.5]), ("convention", "folded"), ("centred", True)],
+    [("levels", [0.9]), ("bandwidth_levels", [0.5]), ("convention", "folded"), ("centered", True)],
 )
 def test_reports_of_different_quantities_do_not_merge(name, value):
     with pytest.raises(ValueError, match=f"the same {name}"):
