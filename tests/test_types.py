@@ -14,6 +14,7 @@ import torch
 
 import fastkd
 from fastkd import Recipe, feature_kd
+from fastkd.analysis import Options
 from fastkd.losses import DistillationLoss, FeatureKD, SoftKD, VkD
 
 x = torch.zeros(2, 4, 8)
@@ -21,6 +22,9 @@ loss = feature_kd(x, x, "spectral", grid=(2, 2), backend="torch")
 result = fastkd.train("vit_tiny_patch16_224", None, "data", "out", epochs=4, pairs=((11, 23),))
 terms = DistillationLoss(SoftKD(2.0), FeatureKD(VkD("whiten"), resample="area"))
 recipe = Recipe(lr=1e-3, clip_grad=1, mean=(0.5,), pairs=((11, "a"),)).override(epochs=3, data="x")
+options = Options(layers=[0, "final"], sep="none", images=None, amp="bf16")
+report = fastkd.analyze("resnet18", "data", layers="0,5", levels=(0.9,), shared="all")
+print(options, report.models[0].last.ranks.at(0.9))
 print(result.top1, recipe.scaled_lr, fastkd.__version__, loss)
 """
 BAD = """
@@ -35,6 +39,8 @@ fastkd.lift_kd(x, x, x, loss="l2")
 fastkd.train(None, None, "data", 3)
 fastkd.evaluate("resnet18", "data", crop_pc=1.0)
 fastkd.predict("resnet18", "a.jpg", weights="best")
+fastkd.analyze("resnet18", "data", layrs="last")
+fastkd.analysis.Options(sep="half")
 fastkd.Recipe(epocs=4)
 fastkd.Recipe(epochs="4")
 fastkd.Recipe(amp="fp8")

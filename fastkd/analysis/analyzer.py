@@ -13,15 +13,17 @@ from typing import Any
 
 import torch
 from torch import nn
+from typing_extensions import Unpack
 
 from fastkd.analysis.arrays import ArraySource, is_array_folder
 from fastkd.analysis.images import ImageSelection, open_images
 from fastkd.analysis.report import Report, check_comparable
 from fastkd.analysis.resume import Resume, check_same_analysis
-from fastkd.analysis.study import Options, Study, TokenSource
+from fastkd.analysis.study import AnalyzeOptions, Options, Study, TokenSource
 from fastkd.analysis.tokens import ModelSource, open_subject
 from fastkd.checkpoint import LAST
 from fastkd.data.datasets import Data
+from fastkd.inference.evaluate import check_options
 from fastkd.models.weights import verifying
 from fastkd.ops.environment import version
 from fastkd.ops.sep import LEVELS as BANDWIDTH_LEVELS
@@ -50,7 +52,7 @@ def analyze(
     quiet: bool = False,
     verify: bool = True,
     command: str | None = None,
-    **options: Any,
+    **options: Unpack[AnalyzeOptions],
 ) -> Report:
     """Measure the features of models on images.
 
@@ -82,9 +84,9 @@ def analyze(
         The report, the same on every process.
 
     Raises:
-        ValueError: options, models or data do not match, or ``output`` holds an interrupted
-            analysis without ``resume``.
-        TypeError: an unknown option.
+        ValueError: options, models or data do not match, an unknown option, or ``output`` holds an
+            interrupted analysis without ``resume``.
+        TypeError: an option of another type.
         RuntimeError: too many images cannot be read, or weights cannot be downloaded.
         ModuleNotFoundError: figures need matplotlib.
     """
@@ -92,8 +94,9 @@ def analyze(
     several = not isinstance(model, str | Path | nn.Module)
     models = [*(model if several else [model]), *compare]  # type: ignore[misc]
     folder = None if output is None else Path(output)
+    check_options("analyze", options, tuple(AnalyzeOptions.__annotations__))
+    chosen = Options(**options)
     _check_arguments(models, data, checkpoint, folder, resume, figures)
-    chosen = _options(options)
     with world(device) as peers, verifying(verify):
         progress = Progress(shows=peers.is_main and not quiet)
         run = _Run(data, chosen, peers, progress, folder, resume)
@@ -106,13 +109,6 @@ def analyze(
             shutil.rmtree(folder / RESUME_FOLDER, ignore_errors=True)
         peers.barrier()
     return report
-
-
-def _options(given: dict[str, Any]) -> Options:
-    unknown = given.keys() - {field.name for field in dataclasses.fields(Options)}
-    if unknown:
-        raise TypeError(f"analyze: expected fields of Options, got {', '.join(sorted(unknown))}")
-    return Options(**given)
 
 
 def _check_arguments(

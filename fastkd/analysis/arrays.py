@@ -12,8 +12,7 @@ import numpy as np
 import torch
 
 from fastkd.analysis.images import balanced_subset
-from fastkd.analysis.study import Batch, Layer, Options
-from fastkd.analysis.tokens import parse_layers
+from fastkd.analysis.study import Batch, Layer, Options, parse_layers
 from fastkd.data.image_files import LeftOut, find_files, is_image, warn_left_out
 
 SUFFIXES = (".npy", ".npz")

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol, TypedDict
 
 import numpy as np
 import torch
@@ -19,11 +20,11 @@ from fastkd.analysis.accumulators.shared_basis import SUBSPACES, InSharedBasis, 
 from fastkd.analysis.accumulators.spectra import ImageSpectra, TokenPattern
 from fastkd.analysis.results import LayerResult, ModelResult
 from fastkd.analysis.resume import Resume
-from fastkd.ops.checks import levels_of
+from fastkd.ops.checks import check_choice, check_flag, levels_of
 from fastkd.ops.sep import CONVENTIONS
 from fastkd.ops.spectrum import LEVELS, MOST_LEVELS
 from fastkd.ops.threads import each
-from fastkd.utils.arguments import LARGEST_IMAGE, MOST_WORKERS, check_numbers
+from fastkd.utils.arguments import LARGEST_IMAGE, MOST_WORKERS, check_numbers, describe
 from fastkd.utils.distributed import AMP_DTYPES, StopRequest, World
 from fastkd.utils.progress import Progress
 
@@ -62,6 +63,7 @@ class Options:
 
     Raises:
         ValueError: a value out of bounds.
+        TypeError: a value of another type.
     """
 
     layers: LayerChoice = "all"
@@ -72,12 +74,12 @@ class Options:
     sep: Literal["full", "folded", "none"] = "full"
     permutations: int = 100
     subspaces: Sequence[int] = SUBSPACES
-    shared: str = "last"
+    shared: Literal["last", "all", "none"] = "last"
     centered: bool = False
     seed: int = 0
     max_unreadable: float = 0.05
     memory: float = 0.5
-    amp: str = "none"
+    amp: Literal["none", "bf16", "fp16"] = "none"
     batch_size: int = 16
     workers: int | None = None
     data_root: str | None = None
@@ -86,15 +88,17 @@ class Options:
         levels = levels_of("analyze", self.levels, "levels")
         if len(levels) > MOST_LEVELS:
             raise ValueError(f"analyze: levels may be {MOST_LEVELS} at most, got {len(levels)}")
-        for name, known in (
-            ("sep", (*CONVENTIONS, "none")),
-            ("shared", SHARED),
-            ("amp", ("none", *AMP_DTYPES)),
-        ):
-            if getattr(self, name) not in known:
-                raise ValueError(
-                    f"analyze: {name} must be one of {known}, got {getattr(self, name)!r}"
-                )
+        check_choice("analyze", "sep", self.sep, (*CONVENTIONS, "none"))
+        check_choice("analyze", "shared", self.shared, SHARED)
+        check_choice("analyze", "amp", self.amp, ("none", *AMP_DTYPES))
+        check_flag("analyze", "centered", self.centered)
+        parse_layers(self.layers)
+        for field in dataclasses.fields(self):
+            if getattr(self, field.name) is None and "None" not in str(field.type):
+                raise TypeError(f"analyze: {field.name} must be {field.type}, got None")
+        if isinstance(self.subspaces, str) or not isinstance(self.subspaces, Sequence):
+            got = describe(self.subspaces)
+            raise TypeError(f"analyze: subspaces must be a sequence of integers, got {got}")
         for k in self.subspaces:
             check_numbers("analyze", subspaces=(k, 1))
         check_numbers(
@@ -120,6 +124,50 @@ class Options:
             "subspaces": tuple(self.subspaces),
             **{name: getattr(self, name) for name in names},
         }
+
+
+class AnalyzeOptions(TypedDict, total=False):
+    """The fields of `Options` as keyword arguments, for type checkers."""
+
+    layers: LayerChoice
+    images: int | None
+    img_size: int | None
+    num_prefix: int
+    levels: Sequence[float]
+    sep: Literal["full", "folded", "none"]
+    permutations: int
+    subspaces: Sequence[int]
+    shared: Literal["last", "all", "none"]
+    centered: bool
+    seed: int
+    max_unreadable: float
+    memory: float
+    amp: Literal["none", "bf16", "fp16"]
+    batch_size: int
+    workers: int | None
+    data_root: str | None
+
+
+def parse_layers(layers: LayerChoice) -> str | list[int | str]:
+    """Parse a choice of layers into ``"all"``, ``"last"``, or a list of numbers and names."""
+    items = layers.split(",") if isinstance(layers, str) else layers
+    if not isinstance(items, Sequence) or any(
+        isinstance(item, bool) or not isinstance(item, int | str) for item in items
+    ):
+        raise TypeError(f"layers: expected all, last, or numbers and names, got {layers!r}")
+    if len(items) == 1 and items[0] in ("all", "last"):
+        return str(items[0])
+    chosen = [-1 if item == "last" else _number_or_name(item) for item in items]
+    if not chosen or "" in chosen:
+        raise ValueError(f"layers: expected all, last, or numbers and names, got {layers!r}")
+    return chosen
+
+
+def _number_or_name(item: int | str) -> int | str:
+    try:
+        return int(item)
+    except ValueError:
+        return str(item).strip()
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fastkd.analysis.images import ImageSelection
-from fastkd.analysis.study import Batch, Layer, LayerChoice, Options
+from fastkd.analysis.study import Batch, Layer, Options, parse_layers
 from fastkd.data.loader import default_workers
 from fastkd.data.readers import DataPair
 from fastkd.data.transforms import InputSpec
@@ -234,28 +234,6 @@ def _stages(model: Any) -> list[str]:
     if not hasattr(model, "feature_info") or not hasattr(model, "forward_intermediates"):
         return []
     return [str(model.feature_info[i]["module"]) for i in range(len(model.feature_info))]
-
-
-def parse_layers(layers: LayerChoice) -> str | list[int | str]:
-    """Parse a choice of layers into ``"all"``, ``"last"``, or a list of numbers and names."""
-    items = layers.split(",") if isinstance(layers, str) else layers
-    if not isinstance(items, Sequence) or any(
-        isinstance(item, bool) or not isinstance(item, int | str) for item in items
-    ):
-        raise TypeError(f"layers: expected all, last, or numbers and names, got {layers!r}")
-    if len(items) == 1 and items[0] in ("all", "last"):
-        return str(items[0])
-    chosen = [-1 if item == "last" else _number_or_name(item) for item in items]
-    if not chosen or "" in chosen:
-        raise ValueError(f"layers: expected all, last, or numbers and names, got {layers!r}")
-    return chosen
-
-
-def _number_or_name(item: int | str) -> int | str:
-    try:
-        return int(item)
-    except ValueError:
-        return str(item).strip()
 
 
 def weights_hash(module: nn.Module) -> str:

@@ -223,7 +223,7 @@ def test_without_matplotlib_figures_are_refused_before_anything_is_measured(
 
 
 def test_an_unknown_option_is_refused_by_name(photographs):
-    with pytest.raises(TypeError, match=r"analyze: .* got level"):
+    with pytest.raises(ValueError, match=r"analyze: .*'level' \(did you mean 'levels'\?\)"):
         analyze(VIT, photographs, level=0.9)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import signal
+from typing import get_type_hints
 
 import numpy as np
 import pytest
@@ -266,6 +267,26 @@ def test_images_that_are_not_finite_in_any_layer_are_counted():
 def test_options_that_mean_nothing_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         Options(**options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"layers": 5}, "layers: .*, got 5"),
+        ({"subspaces": 4}, "subspaces must be .*, got int 4"),
+        ({"subspaces": "4"}, "subspaces must be .*, got '4'"),
+        ({"permutations": None}, "permutations must be int, got None"),
+        ({"centered": "yes"}, "centered must be True or False, got 'yes'"),
+        ({"batch_size": "8"}, "batch_size must be an integer, got '8'"),
+    ],
+)
+def test_options_of_another_type_are_refused(options, message):
+    with pytest.raises(TypeError, match=message):
+        Options(**options)
+
+
+def test_type_checkers_see_the_fields_of_options():
+    assert get_type_hints(study.AnalyzeOptions) == get_type_hints(Options)
 
 
 def measure_on_rank(rank: int, output: str) -> None:

@@ -10,7 +10,8 @@ from torch.utils.data import TensorDataset
 
 from fastkd.analysis import Options
 from fastkd.analysis.images import open_images
-from fastkd.analysis.tokens import ModelSource, open_subject, parse_layers, weights_hash
+from fastkd.analysis.study import parse_layers
+from fastkd.analysis.tokens import ModelSource, open_subject, weights_hash
 from fastkd.models import create_student
 from tests.analysis.test_images import broken_folder, folder_of
 
