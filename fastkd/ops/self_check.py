@@ -6,15 +6,12 @@ import logging
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import is_dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastkd.ops.checks import tensors_of
-
-if TYPE_CHECKING:
-    from fastkd.ops.backend import Backends
 
 logger = logging.getLogger("fastkd")
 
@@ -49,11 +46,12 @@ class Draw:
         return torch.float64 if self.exact else dtype
 
 
-def failure(backends: Backends[Any], name: str, inputs: tuple[Any, ...]) -> str | None:
+def failure(backends: Any, name: str, inputs: tuple[Any, ...]) -> str | None:
     """Compare a backend with the reference once per device, dtypes and options.
 
-    ``backends.example(implementation, draw, *inputs)`` yields pairs of "value" or "gradient" and a
-    result, from drawn tensors with the dtypes and options of the inputs. Synchronizes.
+    ``backends`` is a `fastkd.ops.backend.Backends`. Its ``example(implementation, draw, *inputs)``
+    yields pairs of "value" or "gradient" and a result, from drawn tensors with the dtypes and
+    options of the inputs. Synchronizes.
     """
     if os.environ.get(ENVIRONMENT_SELF_CHECK, "1") == "0":
         return None
@@ -88,7 +86,7 @@ def _kinds(inputs: Iterable[Any]) -> Iterator[Any]:
 
 
 def _difference(
-    backends: Backends[Any], name: str, inputs: tuple[Any, ...], device: torch.device
+    backends: Any, name: str, inputs: tuple[Any, ...], device: torch.device
 ) -> str | None:
     rough, exact = (Draw(name, device, exact) for exact in (False, True))
     ours = backends.example(backends.implementations[name], rough, *inputs)
