@@ -115,8 +115,8 @@ class Operator:
         looked_at = [None if place is None else values[place] for place in self._looked_at]
         if next(tensors_of(looked_at)).numel() == 0:
             results = self.shapes(*values)
-            for result in results if isinstance(results, tuple) else (results,):
-                result.zero_()
+            for result in tensors_of(results if isinstance(results, tuple) else [results]):
+                result.zero_()  # none of an operator that writes to its inputs
             return results
         return getattr(self.backends.select(requested, *looked_at), self.method)(*values)
 
