@@ -243,6 +243,11 @@ def lifted_distance(student_tokens, teacher_tokens, loss="mse", pool=False, beta
     return (value, lifted.mean(dim=(1, 2))) if pool else value
 
 
+def lifted_map(tokens, **parameters):
+    lifted = layers(tokens, **parameters)
+    return lifted.permute(0, 3, 1, 2) if tokens.ndim == 4 else lifted.flatten(1, 2)
+
+
 def with_layers(tokens: str, teacher: str | None = None):
     """Inputs of lift_kd or lift."""
 
@@ -549,6 +554,22 @@ OPERATORS = {
         follows_autocast=True,
         refuses={"pool": ("yes", None), "lift_eps": ("1", -1.0)},
         kernels_of="lift_kd",
+    ),
+    "lift map": Operator(  # with a gradient it is torch's own layers
+        call=ops.lift,
+        reference=lifted_map,
+        draw=with_layers("tokens"),
+        shapes=LIFTED,
+        maps=("tokens",),
+        parameters=LIFT_PARAMETERS,
+        wanted=(),
+        results=("same",),
+        backends=("torch", "triton", "cuda"),
+        images="apart",
+        products=lambda tokens, **parameters: layers(tokens, **parameters),
+        follows_autocast=True,
+        kernels_of="lift_kd",
+        twice=None,
     ),
     "second_moment": Operator(
         call=ops.second_moment,

@@ -353,7 +353,8 @@ def test_autocast_changes_nothing_but_operands_of_products(name, backend, varian
     pairs = [*zip(results, exact[0]), *((x, exact[1][key]) for key, x in gradients.items())]
     assert max(relative_error(*pair) for pair in pairs) < 2e-2
     # The products have seen bfloat16 operands.
-    assert relative_error(gradients["weight"], exact[1]["weight"]) > 1e-4
+    seen, true = (x[1].get("weight", x[0][0]) for x in ((results, gradients), exact))
+    assert relative_error(seen, true) > 1e-4
 
 
 @each("variants", backends=False, where=lambda operator: not operator.follows_autocast)
@@ -497,7 +498,7 @@ def test_transforms_of_torch_func_are_refused(name, backend, variant, transform)
 @each(backends=False, where=lambda operator: operator.measures)
 def test_measurements_refuse_a_gradient(name, backend, variant):
     call, x = of_first(name, variant)
-    with pytest.raises((RuntimeError, ValueError), match=rf"{name}: .*gradient"):
+    with pytest.raises((RuntimeError, ValueError), match=rf"{name.split()[0]}: .*gradient"):
         call(x.clone().requires_grad_())
 
 
@@ -521,7 +522,7 @@ def test_what_is_no_dense_float_tensor_is_refused(name, backend, variant, place,
     inputs = dict(inputs_of(name, "small", "noise", torch.float32, "tokens"))
     key = operator.maps[place]
     inputs[key] = STRANGE[strange](inputs[key])
-    with pytest.raises(TypeError, match=rf"{name}: {key} must (be|have)") as caught:
+    with pytest.raises(TypeError, match=rf"{name.split()[0]}: {key} must (be|have)") as caught:
         operator.call(**inputs, **options_of(name, variant))
     assert len(str(caught.value)) < 200 and "tensor(" not in str(caught.value)
 
@@ -539,7 +540,7 @@ def test_options_of_other_types_and_ranges_are_named(name, backend, variant, ref
     operator = OPERATORS[name]
     inputs = inputs_of(name, "small", "noise", torch.float32, "tokens")
     options = options_of(name, variant) | {option: operator.refuses[option][place]}
-    with pytest.raises((TypeError, ValueError), match=rf"^{name}: {option} ") as caught:
+    with pytest.raises((TypeError, ValueError), match=rf"^{name.split()[0]}: {option} ") as caught:
         operator.call(**inputs, **options)
     message = str(caught.value)
     assert len(message) < 200 and "tensor(" not in message
@@ -552,7 +553,9 @@ def test_options_of_other_types_and_ranges_are_named(name, backend, variant, ref
 )
 def test_what_is_no_backend_is_refused(name, backend, variant, wrong):
     inputs = inputs_of(name, "small", "noise", torch.float32, "tokens")
-    with pytest.raises(ValueError, match=rf"{name}: backend must be one of .*, got ") as caught:
+    with pytest.raises(
+        ValueError, match=rf"{name.split()[0]}: backend must be one of .*, got "
+    ) as caught:
         OPERATORS[name].call(**inputs, **options_of(name, variant), backend=wrong)
     assert len(str(caught.value)) < 150
 
