@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -23,6 +22,7 @@ from fastkd.data.datasets import Data, open_data
 from fastkd.data.loader import default_workers, eval_loader
 from fastkd.data.transforms import InputSpec
 from fastkd.inference.loading import classes_of, open_for_images
+from fastkd.models.taps import evaluating
 from fastkd.models.weights import verifying
 from fastkd.utils.arguments import MOST_WORKERS, check_numbers
 from fastkd.utils.distributed import World, autocast, world
@@ -181,17 +181,6 @@ def evaluate_model(
         "unreadable": int(unreadable),
         "nonfinite": nonfinite,
     }
-
-
-@contextlib.contextmanager
-def evaluating(model: nn.Module) -> Iterator[nn.Module]:
-    """Run a model in eval mode, and restore every module's mode."""
-    modes = [(module, module.training) for module in model.modules()]
-    try:
-        yield model.eval()
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 def check_readable(

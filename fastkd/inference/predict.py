@@ -21,15 +21,10 @@ from fastkd.data.batches import Batch, Fault
 from fastkd.data.image_files import LeftOut, image_endings, list_images, warn_left_out
 from fastkd.data.loader import default_workers
 from fastkd.data.readers import DataPair, FileReader, ReadableImages
-from fastkd.inference.evaluate import (
-    BAR_AFTER,
-    check_options,
-    check_output,
-    evaluating,
-    have_finite_logits,
-)
+from fastkd.inference.evaluate import BAR_AFTER, check_options, check_output, have_finite_logits
 from fastkd.inference.loading import open_for_images
 from fastkd.inference.preprocessing import image_loader
+from fastkd.models.taps import evaluating
 from fastkd.models.weights import verifying
 from fastkd.utils.arguments import MOST_WORKERS, check_numbers, describe
 from fastkd.utils.distributed import World, autocast, world

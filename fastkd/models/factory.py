@@ -33,6 +33,7 @@ from fastkd.models.students import (
     into_widelast,
     widened,
 )
+from fastkd.models.taps import evaluating
 from fastkd.utils.random import preserved_rng
 
 Variant = Literal["plain", "lift", "widelast", "uniform"]
@@ -64,29 +65,26 @@ def create_student(
     ========  =================================================================  ==============
 
     Args:
-        name: a timm model name; ``lift``, ``widelast`` and ``uniform`` need a plain ViT or DeiT.
+        name: a timm model name; all variants but ``plain`` need a plain ViT or DeiT.
         variant: one of the four.
-        width: channels of the final features; 384 by default, except for ``uniform``, which needs
-            one, and ``plain``, which has none.
+        width: channels of the final features; 384 by default for ``lift`` and ``widelast``.
         num_classes: of the head; 0 leaves it out.
-        img_size: input size the model is built for; None keeps the timm model's own. Models that
-            run at any size (most CNNs) do not take it.
+        img_size: input size the model is built for; None keeps the timm model's own. Ignored by
+            models that run at any size (most CNNs).
         pretrained: start from timm's weights. ``lift`` keeps all but the final norm and head,
             ``widelast`` also not the last block; ``uniform`` has none that fit.
-        init_weights: ``"released"``, as in the paper's runs, draws the lift's projection and head
-            like `torch.nn.Linear`, and the class token of an untrained widelast with std 0.02;
-            ``"timm"`` draws all as timm does.
+        init_weights: ``"released"``, as in the paper's runs, initializes the lift's projection and
+            head like `torch.nn.Linear`, and the class token of an untrained widelast with std 0.02;
+            ``"timm"`` initializes all as timm does.
         **timm_kwargs: of the timm model (``drop_path_rate``, ``in_chans``, ``patch_size``, ...).
 
     Returns:
-        A timm model, for ``lift`` and ``widelast`` a `LiftVisionTransformer` and a
-        `WideLastVisionTransformer`.
+        A timm model; a `LiftVisionTransformer` for ``lift``, a `WideLastVisionTransformer` for
+        ``widelast``.
 
     Raises:
         ValueError: an unknown name or variant, a model that has no such variant, a width that is
-            missing or does not divide into heads, pretrained weights that do not exist, or an
-            ``init_weights`` that is unknown or contradicts timm's ``weight_init``.
-        FileNotFoundError: ``name`` is the path of a file.
+            missing or does not divide into heads, or pretrained weights that do not exist.
         RuntimeError: the pretrained weights cannot be downloaded.
     """
     if variant not in get_args(Variant):
@@ -154,7 +152,7 @@ def _create_uniform(name: str, width: int, pretrained: bool, kwargs: dict[str, A
             f"create_student: pretrained weights of {name!r} do not fit variant 'uniform', whose "
             "every layer has another width; use pretrained=False"
         )
-    recorder = BlockRecorder()  # not every kind of block says how many heads it has
+    recorder = BlockRecorder()  # not every kind of block has its number of heads as an attribute
     _outline(name, "uniform", kwargs | {"block_fn": recorder})
     num_heads = recorder.arguments["num_heads"]
     if width <= 0 or width % num_heads:
@@ -224,8 +222,8 @@ def _student_cfg(base: str, variant: str) -> dict[str, Any] | None:
 
 def _paper_cfg(base: str, variant: str) -> dict[str, Any]:
     # The paper and DeiT evaluate at this crop; timm's configuration has 0.9.
-    of_the_paper = base.partition(".")[0] == _BASE and variant != "plain"
-    return {"crop_pct": 0.875} if of_the_paper else {}
+    is_of_paper = base.partition(".")[0] == _BASE and variant != "plain"
+    return {"crop_pct": 0.875} if is_of_paper else {}
 
 
 default_cfgs = generate_default_cfgs(
@@ -293,7 +291,7 @@ def fastkd_student(
     pretrained_cfg: Any = None,
     **kwargs: Any,
 ) -> nn.Module:
-    """The student that `create_student` makes of any ``base``, fed as the base is."""
+    """The student that `create_student` makes of any ``base``, with the base's preprocessing."""
     # Exported students have this name where their base and variant have no entry of their own.
     if pretrained_cfg is None or isinstance(pretrained_cfg, str):  # a tag, and there are none
         cfg = _student_cfg(base, variant)
@@ -314,7 +312,7 @@ def registered_name(name: str, variant: str, width: int | None) -> tuple[str, di
     if variant == "plain":
         return name, {}
     width = default_width(variant) if width is None else width
-    own_width = variant == "uniform"  # which its name says
+    own_width = variant == "uniform"  # which is part of its name
     registered = variant_name(name.partition(".")[0], f"uniform{width}" if own_width else variant)
     if registered in default_cfgs:
         return registered, {} if own_width else {"width": width}
@@ -381,11 +379,7 @@ def _compute_the_same(network: nn.Module, rebuilt: nn.Module) -> bool:
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(1, input_channels(network), height, width, generator=generator)
     images = images.to(weight.device, weight.dtype)
-    modes = [(module, module.training) for module in network.modules()]
-    try:
-        logits, found = network.eval()(images), rebuilt.eval()(images)
-    finally:
-        for module, training in modes:
-            module.training = training
+    with evaluating(network):
+        logits, found = network(images), rebuilt.eval()(images)
     # Of the same layers and weights, so that hardly a rounding differs.
     return bool((logits - found).abs().max() <= 1e-5 * logits.abs().max().clamp(min=1))

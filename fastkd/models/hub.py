@@ -122,7 +122,10 @@ def explained(caller: str, name: str, error: Exception) -> Exception | None:
         reason = f"{repo} has no revision {match['revision']!r} on the hub"
     elif isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
         if match["file"] is None:
-            reason = f"{repo} is no model in timm's layout (config.json, model.safetensors)"
+            reason = (
+                f"{repo} is no model in timm's layout (config.json, model.safetensors); name one "
+                f"of its files, hf_hub:{repo}/FILE"
+            )
         else:
             reason = f"{repo} has no file {match['file']!r}"
     if reason is not None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import difflib
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +53,7 @@ _WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")  # of a model on the 
 class Exported(FileForm):
     """The metadata of a student that fastkd exported; all but words are JSON."""
 
-    architecture: str
+    architecture: str  # timm's name, or module:ClassName where only its author can build it
     model_args: Json[dict[str, Any]]
     input_size: Json[Size]
     mean: Json[Means]
@@ -64,6 +63,20 @@ class Exported(FileForm):
     crop_pct: Json[float] | None = None
     crop_mode: str | None = None
     interpolation: str | None = None
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """What `timm.create_model` needs beside the name."""
+        channels = self.input_size[0]
+        arguments = {"num_classes": self.num_classes, **self.model_args}
+        return arguments if channels == 3 else arguments | {"in_chans": channels}
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The ``pretrained_cfg`` of timm: statistics, size, crop and class names."""
+        config = {name: value for name in _CONFIG if (value := getattr(self, name)) is not None}
+        # timm's values for tests are of the architecture; the student was evaluated as trained.
+        return config | {"test_input_size": None, "test_crop_pct": None}
 
 
 class PretrainedConfig(FileForm):
@@ -93,8 +106,7 @@ def build_timm_model(
     """Call `timm.create_model`, with errors that name the cause.
 
     ``alternative``, what a user can do without pretrained weights, is appended to errors about
-    them. An unknown name or weights that were never published are a ValueError, a missing folder a
-    FileNotFoundError, and weights that cannot be downloaded a DownloadError.
+    them.
     """
     check_name(caller, name)
     hint = f"; {alternative}" if alternative else ""
@@ -234,10 +246,7 @@ def input_channels(model: nn.Module) -> int:
 
 
 def check_name(caller: str, name: str) -> None:
-    """Refuse a name that is not in timm's registry, suggesting the nearest ones.
-
-    Names with a source (``hf-hub:...``, ``local-dir:...``) are left to timm.
-    """
+    """Refuse a name without a source (``hf-hub:...``) that is not in timm's registry."""
     if looks_like_a_path(name):
         if Path(name).exists():
             raise ValueError(
@@ -265,10 +274,7 @@ def _has_weights(name: str, kwargs: Mapping[str, Any]) -> bool:
 def build_from_checkpoint(
     caller: str, name: str, file: Path, *, num_classes: int | None = None, **kwargs: Any
 ) -> nn.Module:
-    """Build a timm model with the weights of a file, in any layout that timm converts.
-
-    ``num_classes=None`` takes the head of the weights, 0 leaves it out.
-    """
+    """Build a timm model with the weights of a file, in any layout that timm converts."""
     check_name(caller, name)
     state = read_weights(caller, file)
     found = _classes_in(state, name)
@@ -334,33 +340,16 @@ def _misfit(caller: str, checkpoint: Path, name: str, error: Exception) -> Value
     return ValueError(f"{caller}: {str(checkpoint)!r} does not fit {name!r}: {short_misfit(error)}")
 
 
-@dataclass(frozen=True)
-class Description:
-    """How timm builds an exported student, and its ``pretrained_cfg``."""
-
-    architecture: str  # timm's name, or module:ClassName where only its author can build it
-    arguments: dict[str, Any]  # that `timm.create_model` needs beside the name
-    config: dict[str, Any]  # for timm's pretrained_cfg: statistics, size, crop and class names
-
-
-def read_description(path: str | Path) -> Description | None:
-    """Read the metadata of an exported .safetensors file; None of one that fastkd did not write."""
-    said = metadata(path)
-    if VERSION_KEY not in said:
+def read_description(path: Path) -> Exported | None:
+    """Read the metadata of a .safetensors file; None for one that fastkd did not write."""
+    found = metadata(path)
+    if VERSION_KEY not in found:
         return None
-    check_sum(Path(path))
-    values = checked(Exported, said, path)
-    arguments = {"num_classes": values.num_classes, **values.model_args}
-    channels = values.input_size[0]
-    if channels != 3:
-        arguments["in_chans"] = channels
-    config = {name: value for name in _CONFIG if (value := getattr(values, name)) is not None}
-    # Of the architecture in general; this student was evaluated as it was trained.
-    config |= {"test_input_size": None, "test_crop_pct": None}
-    return Description(values.architecture, arguments, config)
+    check_sum(path)
+    return checked(Exported, found, path)
 
 
-def build_exported(caller: str, file: Path, described: Description | None) -> nn.Module:
+def build_exported(caller: str, file: Path, described: Exported | None) -> nn.Module:
     """Build the student in a file that fastkd exported as safetensors."""
     if described is None or not timm.is_model(described.architecture):
         kind = "another fastkd's" if described is None else described.architecture

@@ -38,14 +38,13 @@ def load_released_checkpoint(
 
     Variant, depth, widths, patch size, image size and classes are read off the names and shapes.
     The norm and head that the released Lift never runs are left out; all else must match exactly.
-    A checkpoint holds no epsilons: the Lift's LayerNorm has that of the released code
-    (`fastkd.ops.lift_kd.LIFT_EPS`), every other one timm's.
+    The Lift's LayerNorm has the epsilon of the released code, every other one timm's.
 
     Args:
-        source: a .pth or .safetensors file with a state dict, alone or under ``"model"`` or
-            ``"state_dict"`` (no code is unpickled), or the state dict itself. Averaged weights
-            beside them are ignored. A file is a path, or ``hf_hub:OWNER/NAME/FILE``; the authors'
-            own are ``hf_hub:Huiyuancs/Encoding_Mismatch/models/Lift/pytorch_model.pth`` and
+        source: a state dict, or a .pth or .safetensors file with one, alone or under ``"model"`` or
+            ``"state_dict"`` (no code is unpickled; averaged weights are ignored): a path, or
+            ``hf_hub:OWNER/NAME/FILE``; the authors' own are
+            ``hf_hub:Huiyuancs/Encoding_Mismatch/models/Lift/pytorch_model.pth`` and
             ``.../models/WideLast/pytorch_model.pth``.
         num_classes: None keeps the checkpoint's head; another number gets a new, untrained head,
             for fine-tuning.
@@ -53,13 +52,11 @@ def load_released_checkpoint(
         verify: see `fastkd.evaluate`.
 
     Returns:
-        `LiftVisionTransformer` or `WideLastVisionTransformer`, in train mode as any new model.
+        `LiftVisionTransformer` or `WideLastVisionTransformer`, in train mode.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        RuntimeError: the hub's file cannot be downloaded.
-        ValueError: the hub has no such file, the file is torn or would run code, or the weights are
-            of neither student.
+        ValueError, OSError, RuntimeError: the file is missing or damaged, cannot be downloaded, or
+            has the weights of neither student.
     """
     given = isinstance(source, Mapping)
     named = contextlib.nullcontext() if given else reading(_CALLER, source)  # type: ignore[arg-type]

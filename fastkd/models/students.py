@@ -16,10 +16,10 @@ from fastkd.ops import lift as lift_tokens
 from fastkd.ops.backend import Backend
 from fastkd.ops.feature_kd.reference import LossName
 
-# Pools that read patch tokens only; "" hands the tokens on. The class token is never read.
+# Pools that read patch tokens only; "" returns the tokens.
 _LIFT_POOLS = ("avg", "avgmax", "max", "")
 
-# Which of a new student's tensors are drawn how: `create_student` has the table.
+# How the new layers are initialized; see `create_student`.
 InitWeights = Literal["released", "timm"]
 
 
@@ -55,10 +55,9 @@ class LiftVisionTransformer(_WideFinalTransformer):
     """Lift (arXiv 2511.15572): the lifted, normalized patch tokens are distilled and classified.
 
     The tokens of the last block go through `Lift`, in the place of timm's final norm, and the head
-    reads the mean over the lifted patch tokens. The class token stays in the sequence, because
-    patch tokens attend to it, and is not pooled. With ``global_pool="avg"``, `forward` never writes
-    the lifted tokens (`fastkd.ops.lift`); timm's `forward_features`, `forward_head` and
-    `forward_intermediates`, tracers and exporters run the plain layers.
+    reads the mean over the lifted patch tokens; the class token is not pooled. With
+    ``global_pool="avg"``, `forward` never writes the lifted tokens (`fastkd.ops.lift`); timm's
+    other methods, tracers and exporters run the plain layers.
 
     Args:
         width: channels of the lifted tokens and of the head.
@@ -69,10 +68,6 @@ class LiftVisionTransformer(_WideFinalTransformer):
     Attributes:
         fused_lift: False runs the plain layers everywhere, which second derivatives and
             `torch.vmap` need.
-
-    Raises:
-        ValueError: ``global_pool`` would read the class token or needs an attention pool, or
-            ``init_weights`` is unknown or contradicts timm's ``weight_init``.
     """
 
     fused_lift: bool = True
@@ -97,13 +92,9 @@ class LiftVisionTransformer(_WideFinalTransformer):
         return self.norm
 
     def forward(
-        self,
-        x: Tensor,
-        attn_mask: Tensor | None = None,
-        is_causal: bool = False,
+        self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False
     ) -> Tensor:
         """Logits [B, classes] of images ``x`` [B, C, H, W]; arguments as in timm."""
-        # Not joined by `and`, which TorchScript would compile.
         if not torch.jit.is_scripting():  # noqa: SIM102 -- TorchScript would compile an `and`
             if self.fuses_lift(x):
                 return self._forward_fused(x, attn_mask, is_causal)
@@ -174,14 +165,9 @@ class LiftVisionTransformer(_WideFinalTransformer):
         )
 
     def _forward_fused(self, x: Tensor, attn_mask: Tensor | None, is_causal: bool) -> Tensor:
+        masked = {"attn_mask": attn_mask, "is_causal": is_causal}
         (tokens,) = self.forward_intermediates(
-            x,
-            indices=1,
-            norm=False,
-            output_fmt="NLC",
-            intermediates_only=True,
-            attn_mask=attn_mask,
-            is_causal=is_causal,
+            x, indices=1, norm=False, output_fmt="NLC", intermediates_only=True, **masked
         )
         return self._classify(lift_tokens(tokens, **self.lift.operands(), pool=True))
 
@@ -224,8 +210,6 @@ def into_lift(
     init_weights: InitWeights = "released",
 ) -> LiftVisionTransformer:
     """Turn a timm ViT into a Lift student in place, keeping all but its norm, pooling and head."""
-    check_lift_pool(global_pool)
-    check_init_weights("LiftVisionTransformer", init_weights, vit.weight_init_mode)
     vit.__class__ = LiftVisionTransformer
     vit._install_lift(width, global_pool, init_weights)
     return vit
@@ -237,7 +221,7 @@ def _is_recorded(x: Tensor) -> bool:
     return isinstance(x, torch.fx.Proxy) or tracing or _is_exporting()
 
 
-@torch.compiler.assume_constant_result  # torch 2.11's compiler says yes when it does not export
+@torch.compiler.assume_constant_result  # torch 2.11's compiler returns True in any case
 def _is_exporting() -> bool:
     return torch.compiler.is_exporting()
 
@@ -310,11 +294,6 @@ class WideLastVisionTransformer(_WideFinalTransformer):
         block_fn: timm's `Block`; no other kind has a wide form.
         init_weights: ``"released"`` or ``"timm"``; see `create_student`.
         **kwargs: of timm's `VisionTransformer`.
-
-    Raises:
-        ValueError: ``width`` is no multiple of the head dimension, the blocks are not timm's
-            `Block`, the head pools by attention, or ``init_weights`` is unknown or contradicts
-            timm's ``weight_init``.
     """
 
     def __init__(
@@ -330,24 +309,6 @@ class WideLastVisionTransformer(_WideFinalTransformer):
         recorder = BlockRecorder()
         super().__init__(block_fn=recorder, **kwargs)
         self._install_wide_block(width, recorder.arguments, init_weights)
-
-    def forward_intermediates(
-        self,
-        x: Tensor,
-        indices: int | list[int] | None = None,
-        return_prefix_tokens: bool = False,
-        norm: bool = False,
-        **kwargs: Any,
-    ) -> Any:
-        last = len(self.blocks) - 1
-        wide = indices == 1 or (isinstance(indices, (list, tuple)) and set(indices) <= {-1, last})
-        if norm and not wide and not isinstance(self.norm, nn.Identity):
-            raise ValueError(
-                "WideLastVisionTransformer.forward_intermediates: norm=True needs indices=1, the "
-                f"last block, got {indices}: the others have {self.embed_dim} channels, not "
-                f"{self.num_features}"
-            )
-        return super().forward_intermediates(x, indices, return_prefix_tokens, norm, **kwargs)
 
     def prune_intermediate_layers(
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
@@ -391,11 +352,8 @@ def into_widelast(
 ) -> WideLastVisionTransformer:
     """Turn a timm ViT into a WideLast student in place, keeping all before its last block.
 
-    ``block_arguments`` are those of the last block. ``init_weights="released"`` draws the class
-    token anew, for an untrained model.
+    ``init_weights="released"`` also initializes the class token anew, for an untrained model.
     """
-    check_wide_block_type(type(vit.blocks[-1]))
-    check_init_weights("WideLastVisionTransformer", init_weights, vit.weight_init_mode)
     vit.__class__ = WideLastVisionTransformer
     vit._install_wide_block(width, block_arguments, init_weights)
     return vit

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import difflib
 import inspect
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -45,16 +45,15 @@ class TapOutput:
 class Taps:
     """Reads layers of a model while it runs; call it in the model's place.
 
-    Models with timm's feature interface are read by number, through `forward_intermediates` and
-    `forward_head`: no hooks, no copy for ViTs, and ``torch.compile(fullgraph=True)`` works. A
-    number is a block of a ViT or CaiT (not its class-attention blocks), and a stage of a Swin or
-    CNN, counted as in timm's ``feature_info``, including the stem (of a ResNet, 0 is ``act1`` and 4
-    is ``layer4``). Any other module is read by module name, with forward hooks that live as long as
-    the call. The channels of a 4-D output are found by ``feature_info``, the images' aspect ratio,
-    or the model's attribute ``output_fmt`` ("NCHW" or "NHWC"), in this order.
+    Models with timm's feature interface are read by number, without hooks, and under
+    ``torch.compile(fullgraph=True)``. A number is a block of a ViT or CaiT (not its class-attention
+    blocks), and a stage of a Swin or CNN, counted as in timm's ``feature_info``, including the stem
+    (of a ResNet, 0 is ``act1`` and 4 is ``layer4``). Any other module is read by module name. The
+    channels of a 4-D output are found by ``feature_info``, the images' aspect ratio, or the model's
+    attribute ``output_fmt`` ("NCHW" or "NHWC"), in this order.
 
     Args:
-        model: any model; not wrapped in DDP (wrap the module that calls the taps instead).
+        model: any model, not wrapped in DDP (wrap the module that calls the taps).
         indices: numbers, negative ones from the end, or module names; not both. Repeated ones are
             read once. Empty: logits and final tokens only.
         num_prefix: for module names: how many tokens at the front of a [B, N, D] output are no
@@ -64,12 +63,6 @@ class Taps:
 
     Attributes:
         indices: the resolved keys of `TapOutput.tokens`, in the order asked for.
-
-    Raises:
-        ValueError: a number out of range, a name that the model does not have, or, in a call, an
-            output whose layout or grid is not known.
-        TypeError: numbers and names are mixed, or numbers are given for a model without timm's
-            feature interface.
     """
 
     # No nn.Module: a module that holds both a model and its taps registers the model once.
@@ -106,13 +99,8 @@ class Taps:
         Returns:
             `dims`.
         """
-        modes = [(module, module.training) for module in self.model.modules()]
-        self.model.eval()
-        try:
+        with evaluating(self.model):
             self(images)
-        finally:
-            for module, training in modes:
-                module.training = training
         return self.dims
 
     def __call__(self, images: Tensor) -> TapOutput:
@@ -120,13 +108,13 @@ class Taps:
         return self._reader(images)
 
     def last_block(self, images: Tensor) -> Tokens:
-        """Get the tokens of the last block or stage, tapped or not; norm and head do not run.
+        """Get the tokens of the last block or stage, before the final norm, tapped or not.
 
         Args:
             images: [B, C, H, W].
 
         Returns:
-            Its tokens, before the final norm.
+            Its tokens.
         """
         return self._reader.last_block(images)
 
@@ -264,9 +252,7 @@ class _NameReader:
         def capture(key: str, module: nn.Module, inputs: Any, output: Any) -> None:
             captured[key] = output
 
-        with (
-            ExitStack() as hooks
-        ):  # of this call only, so copies and pickles of the model have none
+        with ExitStack() as hooks:  # of this call only: copies and pickles of the model have none
             for key in self.keys:
                 module = self.model.get_submodule(key)
                 hooks.enter_context(module.register_forward_hook(partial(capture, key)))
@@ -353,6 +339,17 @@ class _NameReader:
                 f"{width}; set grid=(H, W), or num_prefix (now {self.num_prefix}) for class tokens"
             )
         return fitting[0], self.num_prefix
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[nn.Module]:
+    """Run a model in eval mode, and restore every module's mode."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        yield model.eval()
+    finally:
+        for module, training in modes:
+            module.training = training
 
 
 def model_name(model: nn.Module) -> str:

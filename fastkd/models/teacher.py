@@ -26,9 +26,6 @@ class Teacher(nn.Module):
         input_size: (H, W) that images are resized to; None: not resized.
         classes: names of the model's classes by label, to compare with a student's; None: those of
             the model's ``pretrained_cfg``, if it has any.
-
-    Raises:
-        ValueError: only one of ``mean`` and ``std`` is given, or they differ in length.
     """
 
     scale: Tensor | None

@@ -240,7 +240,7 @@ def test_normed_intermediates_of_widelast_are_for_the_wide_block(tiny, images):
     model = student("widelast", tiny).eval()
     final, maps = model.forward_intermediates(images, [-1], norm=True, output_fmt="NLC")
     torch.testing.assert_close(maps[0], final[:, 1:])
-    with pytest.raises(ValueError, match=r"norm=True.*\[0, 2\]"):
+    with pytest.raises(RuntimeError, match=r"normalized_shape=\[48\].*24\]"):
         model.forward_intermediates(images, [0, 2], norm=True)
 
 
