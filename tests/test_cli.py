@@ -203,7 +203,7 @@ def test_recipes_lists_every_recipe_and_shows_one(capsys):
         ("analyze test_vit --data y --batch-size 0", "batch_size must be at least 1, got 0"),
         ("analyze test_vit --data y --images -3", "images must be at least 1, got -3"),
         ("analyze test_vit --data y --img-size 0", "img_size must be 1 to 16384, got 0"),
-        ("analyze test_vit --data y --memory nan", "memory must be finite and >= 0.0, got nan"),
+        ("analyze test_vit --data y --memory nan", "memory must be finite and >= 0, got nan"),
         ("evaluate x --data y --batch-size 0", "batch_size must be at least 1, got 0"),
         ("export x --img-size 0", "img_size must be 1 to 16384, got 0"),
         ("bench-step --steps 0", "steps must be at least 2, got 0"),

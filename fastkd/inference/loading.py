@@ -303,7 +303,7 @@ class _Opener:
             name, arguments = described.architecture, described.arguments
         else:
             try:
-                released = read_released(path)
+                network, name, arguments = read_released(path)
             except UnreadableError:
                 raise
             except ValueError as error:
@@ -312,8 +312,7 @@ class _Opener:
                     f"fastkd ({error}); for weights of a timm model give the model's name, and the "
                     "file with checkpoint="
                 ) from error
-            opened = _of_network(released.model, path)
-            name, arguments = released.architecture, released.arguments
+            opened = _of_network(network, path)
         return self._finished(replace(opened, name=name, arguments=dict(arguments)))
 
     def _of_checkpoint(self, file: Path) -> Model:

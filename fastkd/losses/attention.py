@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastkd.losses.base import Distance, Grid, check_at_least
+from fastkd.losses.base import Distance, Grid, check_numbers
 from fastkd.ops.checks import at_least_float32
 
 
@@ -30,7 +30,7 @@ class AttentionTransfer(Distance):
 
     def __init__(self, power: float = 2.0) -> None:
         super().__init__()
-        check_at_least(self, 1, power=power)
+        check_numbers(self, power=(power, 1.0))
         self.power = power
 
     def compare(self, student: Tensor, teacher: Tensor, grid: Grid | None) -> Tensor:

@@ -22,6 +22,8 @@ Key = int | str
 Pairs = Sequence[tuple[Key, Key]]
 Value = TypeVar("Value")
 
+POSITIVE = FLOAT32[0]  # the least of options that must be neither 0 nor infinite in float32
+
 
 def print_options(self: nn.Module) -> str:
     """Format the options that the constructor took; for ``extra_repr``."""
@@ -88,7 +90,7 @@ class FeatureTerm(nn.Module):
         if resample is not None:
             check_choice(self, "resample", resample, RESAMPLE_MODES)
         self.pairs = _checked_pairs(self, pairs)
-        check_at_least(self, 0, weight=weight)
+        check_numbers(self, weight=(weight, 0.0))
         self.weight = weight
         self.resample: ResampleMode | None = resample
 
@@ -259,26 +261,15 @@ def check_choice(term: nn.Module, argument: str, value: str, choices: Sequence[s
     checks.check_choice(type(term).__name__, argument, value, choices)
 
 
-def check_at_least(term: nn.Module, least: float, **options: float) -> None:
-    """Raise unless all options are finite numbers of at least ``least``."""
-    for option, value in options.items():
-        check_number(type(term).__name__, option, value, least)
-
-
-def check_counts(term: nn.Module, **options: int) -> None:
-    """Raise unless all options are positive integers."""
-    for option, value in options.items():
-        check_number(type(term).__name__, option, value, 1, whole=True)
-
-
-def check_positive(term: nn.Module, **options: float) -> None:
-    """Raise unless all options are positive, and neither 0 nor infinite in float32."""
-    check_at_least(term, FLOAT32[0], **options)
+def check_numbers(term: nn.Module, **options: tuple[float, float]) -> None:
+    """Raise unless every (value, least) is in bounds, and an integer where ``least`` is one."""
+    for option, (value, least) in options.items():
+        check_number(type(term).__name__, option, value, least, whole=isinstance(least, int))
 
 
 def check_weights(term: nn.Module, **weights: float) -> None:
     """Raise unless all are finite and not negative, and one of them is positive."""
-    check_at_least(term, 0, **weights)
+    check_numbers(term, **{name: (weight, 0.0) for name, weight in weights.items()})
     if not any(weights.values()):
         raise ValueError(
             f"{type(term).__name__}: one of {' and '.join(weights)} must be positive, got "

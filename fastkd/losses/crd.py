@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from fastkd.losses.base import Distance, Grid, check_counts, check_positive
+from fastkd.losses.base import POSITIVE, Distance, Grid, check_numbers
 from fastkd.losses.relations import (
     check_chunk_bytes,
     chunk_limit,
@@ -63,8 +63,8 @@ class CRD(Distance):
         chunk_bytes: int | None = None,
     ) -> None:
         super().__init__()
-        check_counts(self, student_dim=student_dim, teacher_dim=teacher_dim, dim=dim)
-        check_positive(self, temperature=temperature)
+        check_numbers(self, student_dim=(student_dim, 1), teacher_dim=(teacher_dim, 1))
+        check_numbers(self, dim=(dim, 1), temperature=(temperature, POSITIVE))
         check_chunk_bytes(self, chunk_bytes)
         self.student_dim = student_dim
         self.teacher_dim = teacher_dim

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastkd.losses.base import FeatureTerm, Key, LogitTerm, check_at_least
+from fastkd.losses.base import FeatureTerm, Key, LogitTerm, check_numbers
 from fastkd.losses.logit import check_logits, check_target, expected
 from fastkd.losses.projectors import undecayed
 from fastkd.ops.checks import at_least_float32
@@ -48,9 +48,10 @@ class DistillationLoss(nn.Module):
         _check_term("feature", feature, FeatureTerm, 'FeatureKD("mse", [(11, 23)])')
         alpha = 0.0 if logit is None else logit.weight
         feature_weight = 0.0 if feature is None else feature.weight
-        check_at_least(self, 0, alpha=alpha, feature_weight=feature_weight)
-        check_at_least(self, 0, label_smoothing=label_smoothing)
-        check_at_least(self, 0, ce_weight=0.0 if ce_weight is None else ce_weight)
+        check_numbers(self, alpha=(alpha, 0.0), feature_weight=(feature_weight, 0.0))
+        check_numbers(self, label_smoothing=(label_smoothing, 0.0))
+        if ce_weight is not None:
+            check_numbers(self, ce_weight=(ce_weight, 0.0))
         if label_smoothing >= 1:
             raise ValueError(
                 f"DistillationLoss: label_smoothing must be below 1, got {label_smoothing}"

@@ -16,9 +16,8 @@ from fastkd.losses.base import (
     Grid,
     Key,
     Pairs,
-    check_at_least,
     check_choice,
-    check_counts,
+    check_numbers,
     check_sides,
     print_options,
 )
@@ -75,7 +74,7 @@ class MapDistance(Distance):
         self.loss: LossName = loss
         self.beta = 1.0 if beta is None else beta
         self.backend: Backend = backend
-        check_at_least(self, 0, beta=self.beta)
+        check_numbers(self, beta=(self.beta, 0.0))
 
     def forward(self, student: Tensor, teacher: Tensor, *, grid: Grid | None = None) -> Tensor:
         # The operator checks its inputs, and takes maps as they are.
@@ -307,9 +306,9 @@ class LiftKD(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        check_counts(self, student_dim=student_dim, teacher_dim=teacher_dim)
+        check_numbers(self, student_dim=(student_dim, 1), teacher_dim=(teacher_dim, 1))
         check_choice(self, "loss", loss, LOSSES)
-        check_at_least(self, 0, weight=weight, lift_eps=lift_eps, beta=beta)
+        check_numbers(self, weight=(weight, 0.0), lift_eps=(lift_eps, 0.0), beta=(beta, 0.0))
         dims, placement = (student_dim, teacher_dim), (device, dtype)
         self.projector = Lift(*dims, lift_eps, *placement, bias=bias, norm=norm)
         init_linear(self.projector.proj)

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastkd.losses.base import LogitTerm, check_at_least, check_positive, check_sides
+from fastkd.losses.base import POSITIVE, LogitTerm, check_numbers, check_sides
 from fastkd.ops.checks import at_least_float32, check_float
 from fastkd.utils.arguments import describe
 
@@ -31,8 +31,7 @@ class SoftKD(LogitTerm):
 
     def __init__(self, tau: float = 1.0, weight: float = 1.0) -> None:
         super().__init__()
-        check_positive(self, tau=tau)
-        check_at_least(self, 0, weight=weight)
+        check_numbers(self, tau=(tau, POSITIVE), weight=(weight, 0.0))
         self.tau = tau
         self.weight = weight
 
@@ -58,7 +57,7 @@ class HardKD(LogitTerm):
 
     def __init__(self, weight: float = 1.0) -> None:
         super().__init__()
-        check_at_least(self, 0, weight=weight)
+        check_numbers(self, weight=(weight, 0.0))
         self.weight = weight
 
     def compare(self, student: Tensor, teacher: Tensor, target: Tensor | None = None) -> Tensor:
@@ -102,8 +101,8 @@ class DIST(LogitTerm):
         weight: float = 1.0,
     ) -> None:
         super().__init__()
-        check_positive(self, tau=tau, eps=eps)
-        check_at_least(self, 0, weight=weight, inter=inter, intra=intra)
+        check_numbers(self, tau=(tau, POSITIVE), eps=(eps, POSITIVE))
+        check_numbers(self, inter=(inter, 0.0), intra=(intra, 0.0), weight=(weight, 0.0))
         self.tau = tau
         self.inter = inter
         self.intra = intra
@@ -152,10 +151,8 @@ class DKD(LogitTerm):
         weight: float = 1.0,
     ) -> None:
         super().__init__()
-        check_positive(self, tau=tau)
-        check_at_least(
-            self, 0, weight=weight, target_weight=target_weight, other_weight=other_weight
-        )
+        check_numbers(self, tau=(tau, POSITIVE), weight=(weight, 0.0))
+        check_numbers(self, target_weight=(target_weight, 0.0), other_weight=(other_weight, 0.0))
         self.tau = tau
         self.target_weight = target_weight
         self.other_weight = other_weight
@@ -199,8 +196,7 @@ class NKD(LogitTerm):
 
     def __init__(self, tau: float = 1.0, gamma: float = 1.5, weight: float = 1.0) -> None:
         super().__init__()
-        check_positive(self, tau=tau)
-        check_at_least(self, 0, weight=weight, gamma=gamma)
+        check_numbers(self, tau=(tau, POSITIVE), gamma=(gamma, 0.0), weight=(weight, 0.0))
         self.tau = tau
         self.gamma = gamma
         self.weight = weight

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastkd.losses.base import Distance, Grid, check_counts, check_weights
+from fastkd.losses.base import Distance, Grid, check_numbers, check_weights
 from fastkd.losses.relations import (
     before_direction,
     check_chunk_bytes,
@@ -58,7 +58,7 @@ class ManifoldKD(Distance):
     ) -> None:
         super().__init__()
         check_weights(self, intra=intra, inter=inter, random=random)
-        check_counts(self, patches=patches)
+        check_numbers(self, patches=(patches, 1))
         check_chunk_bytes(self, chunk_bytes)
         self.intra = intra
         self.inter = inter

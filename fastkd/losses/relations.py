@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastkd.losses.base import check_counts
+from fastkd.losses.base import check_numbers
 from fastkd.ops.checks import power_of_two
 from fastkd.ops.feature_kd.reference import ACCELERATOR_CHUNK_BYTES, CHUNK_BYTES
 
@@ -26,7 +26,7 @@ def chunk_limit(device: torch.device, chunk_bytes: int | None) -> int:
 def check_chunk_bytes(term: nn.Module, chunk_bytes: int | None) -> None:
     """Raise unless the size is positive or None."""
     if chunk_bytes is not None:
-        check_counts(term, chunk_bytes=chunk_bytes)
+        check_numbers(term, chunk_bytes=(chunk_bytes, 1))
 
 
 def slices(length: int, bytes_each: int, limit: int) -> Iterator[slice]:

@@ -9,7 +9,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from fastkd.losses.base import FeatureTerm, Grid, Key, Pairs, check_at_least
+from fastkd.losses.base import FeatureTerm, Grid, Key, Pairs, check_numbers
 from fastkd.losses.projectors import fused_weights
 from fastkd.ops import feature_kd, lift_kd
 from fastkd.ops.checks import at_least_float32
@@ -72,8 +72,10 @@ class ViTKD(FeatureTerm):
         default = 0.0 if single else MIMIC_WEIGHT
         self.mimic_weight = default if mimic_weight is None else mimic_weight
         self.generate_weight = generate_weight
-        check_at_least(self, 0, mask_ratio=self.mask_ratio, mimic_weight=self.mimic_weight)
-        check_at_least(self, 0, generate_weight=generate_weight)
+        check_numbers(self, mask_ratio=(self.mask_ratio, 0.0))
+        check_numbers(
+            self, mimic_weight=(self.mimic_weight, 0.0), generate_weight=(generate_weight, 0.0)
+        )
         if not 0 < self.mask_ratio < 1:
             raise ValueError(f"ViTKD: mask_ratio must lie between 0 and 1, got {mask_ratio}")
         if single and self.mimic_weight > 0:

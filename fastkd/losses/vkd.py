@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastkd.losses.base import Distance, Grid, check_choice, check_positive
+from fastkd.losses.base import POSITIVE, Distance, Grid, check_choice, check_numbers
 from fastkd.losses.feature import MapDistance
 from fastkd.ops.checks import at_least_float32, in_float64, wide_dtype
 
@@ -59,7 +59,7 @@ class VkD(Distance):
         self.distance = MapDistance(distance, beta)
         self.pool = pool
         self.eps = WHITENING_EPS if eps is None else eps
-        check_positive(self, eps=self.eps)
+        check_numbers(self, eps=(self.eps, POSITIVE))
 
     @property
     def pools_first(self) -> bool:

@@ -239,14 +239,13 @@ default_cfgs = generate_default_cfgs(
 def _build_deit_tiny(
     model_class: type[nn.Module], architecture: str, pretrained: bool, **kwargs: Any
 ) -> Any:
-    feature_cfg = {"out_indices": kwargs.pop("out_indices", 3), "feature_cls": "getter"}
     deit_tiny = {"patch_size": 16, "embed_dim": 192, "depth": 12, "num_heads": 3}
     return build_model_with_cfg(
         model_class,
         architecture,
         pretrained,
         pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg=feature_cfg,
+        feature_cfg={"out_indices": kwargs.pop("out_indices", 3), "feature_cls": "getter"},
         **deit_tiny | kwargs,
     )
 

@@ -6,7 +6,6 @@ import contextlib
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -61,23 +60,16 @@ def load_released_checkpoint(
     given = isinstance(source, Mapping)
     named = contextlib.nullcontext() if given else reading(_CALLER, source)  # type: ignore[arg-type]
     with verifying(verify), named:
-        model: Any = read_released(source, head_dim=head_dim).model
+        model: Any = read_released(source, head_dim=head_dim)[0]
     if num_classes not in (None, model.num_classes):
         model.reset_classifier(num_classes)
     return model
 
 
-@dataclass(frozen=True)
-class Released:
-    """A student with released weights, and how timm builds it."""
-
-    model: nn.Module
-    architecture: str  # its name in timm's registry
-    arguments: dict[str, Any]  # that `timm.create_model` needs beside the name
-
-
-def read_released(source: str | Path | State, *, head_dim: int = _HEAD_DIM) -> Released:
-    """Read a released checkpoint; see `load_released_checkpoint`."""
+def read_released(
+    source: str | Path | State, *, head_dim: int = _HEAD_DIM
+) -> tuple[nn.Module, str, dict[str, Any]]:
+    """Read a released student, and the name and arguments by which timm builds it."""
     given = _read(source)
     if _is_lift(given):
         architecture = "deit_tiny_lift_patch16_224"
@@ -96,7 +88,7 @@ def read_released(source: str | Path | State, *, head_dim: int = _HEAD_DIM) -> R
     except RuntimeError as error:
         misfit = short_misfit(error)
         raise ValueError(f"{_CALLER}: the checkpoint does not fit: {misfit}") from error
-    return Released(model, architecture, arguments)
+    return model, architecture, arguments
 
 
 def in_our_names(state: State) -> State:

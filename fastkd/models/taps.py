@@ -30,11 +30,9 @@ class TapOutput:
 
     Attributes:
         logits: [B, classes]; pooled features [B, D] for a model without a head.
-        tokens: tokens per tapped layer, before the final norm. Keys are non-negative block or stage
-            numbers, or module names.
+        tokens: tokens per tapped layer, before the final norm, by non-negative number or name.
         final: what the head pools, prefix tokens dropped: patch tokens after the final norm, the
-            lifted tokens of a Lift student, the last feature map of a CNN. None where the model has
-            no such map, or its grid is not known.
+            lifted tokens of a Lift student, the last feature map of a CNN. None if not known.
     """
 
     logits: Tensor
@@ -321,7 +319,7 @@ class _NameReader:
         if self.grid is not None:
             return self.grid, self.num_prefix
         height, width = (int(side) for side in images.shape[-2:])
-        fitting = []
+        fitting: list[tuple[int, int]] = []
         if self.on_one_grid:
             rows, columns = self.model.patch_embed.dynamic_feat_size((height, width))
             found = count - rows * columns  # not every block of a model carries its prefix

@@ -52,7 +52,7 @@ def check_number(
     elif whole:
         limit = f"at least {least}"
     else:
-        limit = "positive" if least == FLOAT32[0] else f"finite and >= {least}"
+        limit = "positive" if least == FLOAT32[0] else f"finite and >= {least:g}"
     raise ValueError(f"{caller}: {name} must be {limit}, got {value}")
 
 
