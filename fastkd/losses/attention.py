@@ -18,8 +18,7 @@ class AttentionTransfer(Distance):
     .. math:: L = \frac{1}{B N} \sum_b \left\| \frac{q^s_b}{\|q^s_b\|_2}
               - \frac{q^t_b}{\|q^t_b\|_2} \right\|_2^2
 
-    Source: arXiv 1612.03928, following its code; the paper's eq. 2 sums norms without squares. The
-    authors' weight of 1000 on the sum over three stages is 3000 on a mean of three pairs.
+    Source: arXiv 1612.03928, following its code; the paper's eq. 2 sums norms without squares.
 
     Args:
         power: p, at least 1 (below, a value of zero would have an infinite gradient). The larger,

@@ -137,7 +137,7 @@ class FeatureTerm(nn.Module):
             Both sides.
 
         Raises:
-            ValueError: a key is missing, widths differ from ``widths``, or grids do not fit.
+            ValueError: widths differ from ``widths``, or grids do not fit.
         """
         keys = self.pairs[index]
         mine = _look_up(self, "student", student, keys[0], Tokens)

@@ -10,12 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from fastkd.losses.base import POSITIVE, Distance, Grid, check_numbers
-from fastkd.losses.relations import (
-    check_chunk_bytes,
-    chunk_limit,
-    normalized,
-    slices,
-)
+from fastkd.losses.relations import check_chunk_bytes, chunk_limit, normalized, slices
 from fastkd.ops.checks import at_least_float32, wide_dtype
 from fastkd.ops.operator import empty_gradient, gradient_in_forward, operator
 

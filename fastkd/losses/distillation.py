@@ -21,7 +21,7 @@ class DistillationLoss(nn.Module):
 
     .. math:: L = c \, CE + \alpha \, KD + w \, L_{feature}, \quad c = 1 - \alpha \text{ by default}
 
-    Source: arXiv 2511.15572. DKD, NKD and DIST are added to the whole cross-entropy, c = 1.
+    as in arXiv 2511.15572. The authors of DKD, NKD and DIST take c = 1.
 
     Args:
         logit: a logit loss, such as `SoftKD`, whose ``weight`` is :math:`\alpha`, or None.

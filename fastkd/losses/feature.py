@@ -141,7 +141,7 @@ class FeatureKD(FeatureTerm):
         self._with_grid = all(_takes_grid(distance) for distance in self.distances)
         self.projectors = nn.ModuleList()
         if widths is None and projector in _LEARNED:
-            raise self._needs_dims(f"{projector=}")
+            raise _needs_dims(f"{projector=}")
         for index, pair in enumerate(widths or ()):
             self._check_widths(index, *pair)
             layer = build_projector(projector, *pair)
@@ -189,17 +189,12 @@ class FeatureKD(FeatureTerm):
         if not distance.needs_widths:
             return [distance(**options)]
         if widths is None:
-            raise self._needs_dims(f"{loss=}")
+            raise _needs_dims(f"{loss=}")
         if self.projector == "pool":
             widths = [(min(pair), min(pair)) for pair in widths]
         elif self.projector != "none":
             widths = [(teacher_dim, teacher_dim) for _, teacher_dim in widths]
         return [distance(student_dim=s, teacher_dim=t, **options) for s, t in widths]
-
-    def _needs_dims(self, argument: str) -> ValueError:
-        return ValueError(
-            f"FeatureKD: {argument} needs student_dims and teacher_dims, the channels per key"
-        )
 
     def _distance(self, index: int) -> nn.Module:
         return self.distances[index if len(self.distances) > 1 else 0]
@@ -238,6 +233,10 @@ class FeatureKD(FeatureTerm):
         if self._with_grid:
             return cast(Tensor, distance(tokens, targets, grid=grid))
         return cast(Tensor, distance(tokens, targets))
+
+
+def _needs_dims(argument: str) -> ValueError:
+    return ValueError(f"FeatureKD: {argument} needs student_dims and teacher_dims")
 
 
 def _operator_options(distance: nn.Module) -> dict[str, Any] | None:
@@ -360,8 +359,8 @@ class LiftKD(nn.Module):
 def _check_width(argument: str, tokens: Tensor, dim: int) -> None:
     if isinstance(tokens, Tokens):
         raise TypeError(
-            f"LiftKD: {argument} must be a tensor, got Tokens (give its data, and grid=; "
-            "fastkd.tokens.match_grids resamples a teacher's to the student's grid)"
+            f"LiftKD: {argument} must be a tensor, got Tokens (give its data and grid, after "
+            "fastkd.tokens.match_grids where grids differ)"
         )
     check_float("LiftKD", argument, tokens)
     channels = 1 if tokens.ndim == 4 else -1

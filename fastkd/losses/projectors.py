@@ -26,8 +26,7 @@ def build_projector(name: str, student_dim: int, teacher_dim: int) -> nn.Module 
     ``"linear"`` is FitNets' (arXiv 1412.6550); ``"mlp"``, Linear, GELU, Linear, as wide inside as
     the teacher, AM-RADIO's head (arXiv 2312.06709) without its LayerNorm; ``"orthogonal"`` VkD's
     (arXiv 2403.06213), a Linear without bias whose weight has orthonormal columns (rows if the
-    teacher is narrower). Its parameter is ``parametrizations.weight.original``; torch cannot
-    pickle it.
+    teacher is narrower), which torch cannot pickle.
 
     Args:
         name: one of `PROJECTORS`.
@@ -82,9 +81,8 @@ class Orthonormal(nn.Module):
     """
 
     # One system of the narrower width is solved, whose matrix has no singular value below 1, so it
-    # cannot fail. torch.nn.utils.parametrizations.orthogonal solves for all Dt columns to keep Ds;
-    # its Householder map truncates parameters of -1 to integers: after one step of weight decay
-    # they, and the weight, are zero.
+    # cannot fail. torch.nn.utils.parametrizations.orthogonal solves for all Dt columns to keep Ds,
+    # and its Householder map turns all to zero after one step of weight decay.
 
     def forward(self, parameter: Tensor) -> Tensor:
         """Map a parameter [Dt, Ds] to the weight, in the parameter's shape and dtype."""

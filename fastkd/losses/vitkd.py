@@ -32,10 +32,9 @@ class ViTKD(FeatureTerm):
 
     Source: Yang et al. 2022 (arXiv 2209.02432), with the generator and the defaults of their code,
     for weight 1 beside the whole cross-entropy. They pair blocks 0 and 1, and the last blocks after
-    the final norm: taps named "blocks.0", "blocks.1" and "norm" give the same, while numbered taps
-    give the last block before that norm, whose scale may need another ``generate_weight``.
-    All parameters, about 18 Dt^2 and a Linear per pair, are dropped at inference. The mask is
-    random in evaluation too.
+    the final norm: taps named "blocks.0", "blocks.1" and "norm". Numbered taps give the last block
+    before that norm, whose scale may need another ``generate_weight``. All parameters, about
+    18 Dt^2 and a Linear per pair, are dropped at inference. The mask is random in evaluation too.
 
     Args:
         pairs: (student key, teacher key); the last (or single) one is generated, others mimicked.
@@ -73,9 +72,8 @@ class ViTKD(FeatureTerm):
         self.mimic_weight = default if mimic_weight is None else mimic_weight
         self.generate_weight = generate_weight
         check_numbers(self, mask_ratio=(self.mask_ratio, 0.0))
-        check_numbers(
-            self, mimic_weight=(self.mimic_weight, 0.0), generate_weight=(generate_weight, 0.0)
-        )
+        check_numbers(self, mimic_weight=(self.mimic_weight, 0.0))
+        check_numbers(self, generate_weight=(generate_weight, 0.0))
         if not 0 < self.mask_ratio < 1:
             raise ValueError(f"ViTKD: mask_ratio must lie between 0 and 1, got {mask_ratio}")
         if single and self.mimic_weight > 0:

@@ -27,13 +27,12 @@ class VkD(Distance):
     cannot. The defaults are those of the authors' code for DeiT, which has no whitening.
 
     Args:
-        normalize: ``"standardize"``, each vector over its channels, a LayerNorm without weights
-            (for classification); ``"whiten"``, decorrelated channels over one process's batch
-            (`fastkd.losses.vkd.whiten`, for generative tasks); or ``"none"``.
+        normalize: ``"standardize"``, a LayerNorm without weights (for classification);
+            ``"whiten"``, decorrelated channels over one process's batch (for generative tasks); or
+            ``"none"``.
         distance: ``"smooth_l1"`` or ``"mse"``.
         beta: threshold of ``"smooth_l1"``, 1 by default.
-        pool: average the tokens of an image first; False is better with ``"whiten"``, which needs
-            more vectors than channels.
+        pool: average an image's tokens first; ``"whiten"`` needs more vectors than channels.
         eps: of the whitening, > 0, 1e-6 by default.
 
     Raises:

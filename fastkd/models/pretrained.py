@@ -13,14 +13,7 @@ from pydantic import Json
 from timm.models import get_pretrained_cfg, resolve_pretrained_cfg
 from torch import Tensor, nn
 
-from fastkd.models.hub import (
-    DownloadError,
-    download,
-    explained,
-    hub_name,
-    is_hub_name,
-    offline,
-)
+from fastkd.models.hub import DownloadError, download, explained, hub_name, is_hub_name, offline
 from fastkd.models.released import in_our_names
 from fastkd.models.students import LiftVisionTransformer
 from fastkd.models.taps import model_name
@@ -322,13 +315,12 @@ def check_published_head(
     """Refuse a number of classes that the published weights of a timm name do not have."""
     cfg = None if ":" in name else get_pretrained_cfg(name)
     published = (overlay or {}).get("num_classes", getattr(cfg, "num_classes", None))
-    if published is not None:
-        check_head(caller, name, published, num_classes)
+    check_head(caller, name, published, num_classes)
 
 
-def check_head(caller: str, source: str | Path, found: int, wanted: int | None) -> None:
-    """Refuse a number of classes that the weights of a source do not have."""
-    if wanted not in (None, 0, found):
+def check_head(caller: str, source: str | Path, found: int | None, wanted: int | None) -> None:
+    """Refuse a number of classes that the weights of a source, if it is known, do not have."""
+    if found is not None and wanted not in (None, 0, found):
         raise ValueError(
             f"{caller}: {str(source)!r} has a head of {found} classes, got num_classes={wanted}, "
             "whose head would be random; fine-tune the model first and give it with "

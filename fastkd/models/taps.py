@@ -92,7 +92,7 @@ class Taps:
         """Run the model once in eval mode, so that `dims` is known.
 
         Args:
-            images: [1, C, H, W], an example of the model's input.
+            images: [1, C, H, W].
 
         Returns:
             `dims`.
@@ -327,9 +327,8 @@ class _NameReader:
                 return (int(rows), int(columns)), found
         else:
             patches = count - self.num_prefix
-            grids = [
-                (rows, patches // rows) for rows in range(1, patches + 1) if not patches % rows
-            ]
+            heights = [rows for rows in range(1, patches + 1) if patches % rows == 0]
+            grids = [(rows, patches // rows) for rows in heights]
             fitting = [grid for grid in grids if _has_aspect(grid, (height, width))]
         if len(fitting) != 1:
             raise ValueError(

@@ -207,13 +207,10 @@ def verifies() -> bool:
 
 
 def check_sum(path: Path) -> None:
-    """Raise a ChecksumError where a file has changed since it was written, unless `verifying` not.
-
-    A .pth file has a CRC per record, an export one of the whole file. Other .safetensors files and
-    torch's format before 1.6 have none.
-    """
+    """Raise a ChecksumError where a file has changed since it was written, if `verifies`."""
     if not verifies() or not path.is_file():
         return
+    # A .pth file has a CRC per record, an export one of the whole file, others have none.
     wrong = None
     if path.suffix == _SAFETENSORS:
         stored, actual = _file_crc(path)
@@ -265,10 +262,9 @@ def _number(dtype: np.dtype[Any], data: bytes) -> Any:
 
 def _plain_types() -> list[Any]:
     """List the classes that `torch.load` may build, under their names in pickles."""
-    modules = ("pathlib", "pathlib._local")  # the latter in Python 3.13
     paths = [
         (getattr(pathlib, f"Pure{kind}Path"), f"{module}.{pure}{kind}Path")
-        for module in modules
+        for module in ("pathlib", "pathlib._local")  # the latter in Python 3.13
         for kind in ("Posix", "Windows")
         for pure in ("", "Pure")
     ]
@@ -313,8 +309,7 @@ def read_weights(caller: str, path: str | Path, *, averaged: bool = True) -> dic
 def held_weights(content: Any, path: str | Path, *, averaged: bool = True) -> dict[str, Tensor]:
     """Get the weights in what `read_file` returned, without the prefixes of wrappers.
 
-    Of a fastkd run these are its `better_weights`, of other checkpoints the averaged ones if there
-    are any and ``averaged``. ``path`` is for messages.
+    These are the `better_weights` of a fastkd run, else averaged ones if any and ``averaged``.
     """
     held = content
     if isinstance(content, Mapping):
