@@ -108,20 +108,19 @@ def create_student(
     if variant == "lift":
         return _create_lift(name, width, pretrained, init_weights, timm_kwargs)
     if variant == "widelast":
-        # A class token that has learnt something is not drawn anew.
-        trained = pretrained or "checkpoint_path" in timm_kwargs
-        init_weights = "timm" if trained else init_weights
+        if pretrained or "checkpoint_path" in timm_kwargs:  # keep a trained class token
+            init_weights = "timm"
         return _create_widelast(name, width, pretrained, init_weights, timm_kwargs)
     return _create_uniform(name, width, pretrained, timm_kwargs)
 
 
 def default_width(variant: str) -> int:
-    if variant == "uniform":
-        raise ValueError(
-            "create_student: variant 'uniform' needs width= (219 makes deit_tiny_patch16_224 as "
-            "large as its WideLast)"
-        )
-    return _TEACHER_WIDTH
+    if variant != "uniform":
+        return _TEACHER_WIDTH
+    raise ValueError(
+        "create_student: variant 'uniform' needs width= (219 makes deit_tiny_patch16_224 as large "
+        "as its WideLast)"
+    )
 
 
 def _create_lift(
@@ -196,10 +195,8 @@ def _renamed(student: Any, variant: str) -> nn.Module:
     # By these a checkpoint would be reloaded as the base, with weights that do not fit.
     for source in ("url", "file", "state_dict", "hf_hub_id", "hf_hub_filename", "tag"):
         cfg.pop(source, None)
-    cfg |= {
-        "architecture": variant_name(architecture, variant),
-        **_paper_cfg(architecture, variant),
-    }
+    cfg["architecture"] = variant_name(architecture, variant)
+    cfg |= _paper_cfg(architecture, variant)
     return student
 
 
@@ -214,10 +211,9 @@ def _student_cfg(base: str, variant: str) -> dict[str, Any] | None:
     published = get_pretrained_cfg(base)
     if published is None:  # a base on the hub or in a folder
         return None
-    cfg: dict[str, Any] = published.to_dict(remove_source=True)
-    for key in ("architecture", "tag"):
-        cfg.pop(key, None)
-    return cfg | {"num_classes": 1000} | _paper_cfg(base, variant)
+    cfg = published.to_dict(remove_source=True).items()
+    kept = {key: value for key, value in cfg if key not in ("architecture", "tag")}
+    return kept | {"num_classes": 1000} | _paper_cfg(base, variant)
 
 
 def _paper_cfg(base: str, variant: str) -> dict[str, Any]:
@@ -237,12 +233,12 @@ default_cfgs = generate_default_cfgs(
 
 
 def _build_deit_tiny(
-    model_class: type[nn.Module], architecture: str, pretrained: bool, **kwargs: Any
+    model_class: type[nn.Module], variant: str, pretrained: bool, **kwargs: Any
 ) -> Any:
     deit_tiny = {"patch_size": 16, "embed_dim": 192, "depth": 12, "num_heads": 3}
     return build_model_with_cfg(
         model_class,
-        architecture,
+        variant_name(_BASE, variant),
         pretrained,
         pretrained_filter_fn=checkpoint_filter_fn,
         feature_cfg={"out_indices": kwargs.pop("out_indices", 3), "feature_cls": "getter"},
@@ -253,9 +249,7 @@ def _build_deit_tiny(
 @register_model
 def deit_tiny_lift_patch16_224(pretrained: bool = False, **kwargs: Any) -> LiftVisionTransformer:
     """DeiT-Tiny with its patch tokens lifted to ``width`` (384) channels; 5,983,528 parameters."""
-    return _build_deit_tiny(
-        LiftVisionTransformer, "deit_tiny_lift_patch16_224", pretrained, **kwargs
-    )
+    return _build_deit_tiny(LiftVisionTransformer, "lift", pretrained, **kwargs)
 
 
 @register_model
@@ -263,9 +257,7 @@ def deit_tiny_widelast_patch16_224(
     pretrained: bool = False, **kwargs: Any
 ) -> WideLastVisionTransformer:
     """DeiT-Tiny with a last block of ``width`` (384) channels; 7,313,896 parameters."""
-    return _build_deit_tiny(
-        WideLastVisionTransformer, "deit_tiny_widelast_patch16_224", pretrained, **kwargs
-    )
+    return _build_deit_tiny(WideLastVisionTransformer, "widelast", pretrained, **kwargs)
 
 
 @register_model
@@ -275,9 +267,7 @@ def deit_tiny_uniform219_patch16_224(
     """DeiT-Tiny with 219 channels (73 per head) in every block; 7,372,759 parameters."""
     check_init_weights("deit_tiny_uniform219_patch16_224", init_weights)
     arguments = {"embed_dim": 219} | kwargs
-    return _build_deit_tiny(
-        VisionTransformer, "deit_tiny_uniform219_patch16_224", pretrained, **arguments
-    )
+    return _build_deit_tiny(VisionTransformer, "uniform219", pretrained, **arguments)
 
 
 @register_model

@@ -72,8 +72,8 @@ def download(
     if offline:
         # Not by local_files_only=True: the client may send a request of its own before it looks.
         return _cached(repo, files, revision, cache_dir)
-    options: dict[str, Any] = {"revision": revision, "cache_dir": cache_dir}
-    options["etag_timeout"] = ANSWER_SECONDS
+    where = {"revision": revision, "cache_dir": cache_dir}
+    options: dict[str, Any] = {**where, "etag_timeout": ANSWER_SECONDS}
     *preferred, last = files
     for file in preferred:
         with contextlib.suppress(EntryNotFoundError):
@@ -121,13 +121,9 @@ def explained(caller: str, name: str, error: Exception) -> Exception | None:
     elif isinstance(error, RevisionNotFoundError):
         reason = f"{repo} has no revision {match['revision']!r} on the hub"
     elif isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
+        reason = f"{repo} has no file {match['file']!r}"
         if match["file"] is None:
-            reason = (
-                f"{repo} is no model in timm's layout (config.json, model.safetensors); name one "
-                f"of its files, hf_hub:{repo}/FILE"
-            )
-        else:
-            reason = f"{repo} has no file {match['file']!r}"
+            reason = f"{repo} is no model in timm's layout; name one of its files: {name}/FILE"
     if reason is not None:
         return ValueError(f"{caller}: {reason}")
     return _not_downloaded(caller, f"{name} is", error) if _is_download_failure(error) else None
