@@ -429,7 +429,7 @@ def _open_images(split: _Split, labels: bool) -> tuple[ReadableImages, int]:
 
 def _open_tars(split: _Split, labels: bool) -> tuple[ReadableImages, int]:
     """Open archives: (dataset, number of folders that the images are in)."""
-    reader = TarImages(split.tars, split.form, split.listed.target)
+    reader = TarImages(split.tars, split.form)
     if not len(reader):
         some = ", ".join(path.name for path in split.tars[:3])
         raise ValueError(f"data: {split.place} has no images in its archives ({some})")
@@ -442,7 +442,7 @@ def _open_tars(split: _Split, labels: bool) -> tuple[ReadableImages, int]:
     if len(without) and labels:
         raise ValueError(
             f"data: {len(without)} images have no label, such as "
-            f"{reader.filename(without[0], absolute=True)}; a recipe with labels=false needs none"
+            f"{reader.filename(without[0])}; a recipe with labels=false needs none"
         )
     return ReadableImages(reader, labeled=len(without) == 0), reader.folders
 

@@ -10,6 +10,7 @@ import copy
 import math
 import random
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -36,8 +37,7 @@ class Planned(NamedTuple):
 
     image: Tensor  # [3, H, W] uint8
     # "flip" [] bool; "operations" [K] int64, numbers of Operation; "arguments" [K, 6] float32;
-    # "erase" [4] int64: top, left, height, width, 0 where nothing is erased; "noise" [] int64, the
-    # seed of the erased box's noise
+    # "erase" [4] int64: top, left, height, width, 0 where nothing is erased; "noise" [] int64: seed
     plan: dict[str, Tensor]
 
 
@@ -81,17 +81,11 @@ class DeviceAugment(nn.Module):
     @torch.no_grad()
     def forward(self, images: Tensor, plan: dict[str, Tensor]) -> Tensor:
         """Augment images [B, 3, H, W] uint8 to float32, with a plan of [B, ...] on the host."""
-        if images.dtype != torch.uint8 or images.ndim != 4:
-            raise ValueError(
-                f"DeviceAugment: images must be [B, 3, H, W] uint8, got {list(images.shape)} "
-                f"{images.dtype}"
-            )
-        away = {str(part.device) for part in plan.values() if part.device.type != "cpu"}
-        if away:
-            raise ValueError(
-                f"DeviceAugment: plan must be on the host (its groups are read there without "
-                f"waiting for the device), got {', '.join(sorted(away))}"
-            )
+        if images.dtype != torch.uint8:  # floats would be clipped and rounded without an error
+            raise ValueError(f"DeviceAugment: images must be uint8, got {images.dtype}")
+        # Its groups are read without waiting for the device.
+        if away := {str(part.device) for part in plan.values()} - {"cpu"}:
+            raise ValueError(f"DeviceAugment: plan must be on the host, got {', '.join(away)}")
         moved = {name: part.to(images.device, non_blocking=True) for name, part in plan.items()}
         images = torch.where(moved["flip"].view(-1, 1, 1, 1), images.flip(3), images)
         layers = (moved[name].unbind(1) for name in ("operations", "arguments"))
@@ -143,7 +137,7 @@ class PlanTransform:
             elif isinstance(stage, RandAugment | AutoAugment):
                 self.policies.append(stage)
             elif isinstance(stage, ColorJitter):
-                self.policies.append(_JitterRecorder(stage))
+                self.policies.append(partial(_record_jitter, stage))
             elif isinstance(stage, RandomErasing):
                 self.erasing = copy.copy(stage)
                 self.erasing.per_pixel = False  # boxes alone: the device makes the noise
@@ -216,20 +210,12 @@ class _CallRecorder:
         return [*calls, (operation, translation(self.size[2], self.size[1], *arguments))]
 
 
-class _JitterRecorder:
-    """In place of torchvision's color jitter (without hue): append what it draws, as calls."""
-
-    def __init__(self, jitter: ColorJitter) -> None:
-        self.ranges = jitter.brightness, jitter.contrast, jitter.saturation, jitter.hue
-
-    def __call__(self, calls: list[Call]) -> list[Call]:
-        order, *factors = ColorJitter.get_params(*self.ranges)
-        drawn = [
-            (JITTERS[number], (factors[number],))
-            for number in order.tolist()
-            if factors[number] is not None
-        ]
-        return [*calls, *drawn]
+def _record_jitter(jitter: ColorJitter, calls: list[Call]) -> list[Call]:
+    """Append what torchvision's color jitter (without hue) draws, as calls."""
+    ranges = jitter.brightness, jitter.contrast, jitter.saturation, jitter.hue
+    order, *factors = ColorJitter.get_params(*ranges)
+    drawn = [(JITTERS[n], (factors[n],)) for n in order.tolist() if factors[n] is not None]
+    return [*calls, *drawn]
 
 
 class _ErasedBox:

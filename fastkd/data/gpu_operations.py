@@ -14,15 +14,8 @@ from enum import IntEnum
 import torch
 from torch import Tensor
 
-MASK = 0xFFFFFFFF
-
-# lowbias32 of Chris Wellons' hash prospector. The second factor less 2 ** 32 is the same modulo
-# 2 ** 32, and no product leaves int64.
-FACTORS = (0x7FEB352D, 0x846CA68B - 2**32)
-
 ARGUMENTS = 6  # of an operation: a matrix, or a value in the first place
 LEVELS = 256
-
 
 # By their number in a plan.
 Operation = IntEnum(
@@ -142,9 +135,7 @@ def _affine(
     rows = [(top.long() + first + tap).clamp(0, height - 1) * width for tap in range(taps)]
     across, down = ((x - 0.5) - left).unsqueeze(1), ((y - 0.5) - top).unsqueeze(1)
     pixels = images.flatten(2)
-    lines = [
-        interpolate([_pick(pixels, row + column) for column in columns], across) for row in rows
-    ]
+    lines = [interpolate([_pick(pixels, row + c) for c in columns], across) for row in rows]
     values = interpolate(lines, down).clamp_(0, 255).to(torch.uint8)
     return torch.where(inside.unsqueeze(1), values, fill.view(1, -1, 1)).view_as(images)
 
@@ -205,9 +196,9 @@ def normals(seeds: Tensor, count: int) -> Tensor:
 
 
 def _hash(x: Tensor) -> Tensor:
-    """Mix 32 bits, held in int64."""
+    """Mix 32 bits, held in int64, by lowbias32 of Chris Wellons' hash prospector."""
     x = x ^ (x >> 16)
-    x = (x * FACTORS[0]) & MASK
+    x = (x * 0x7FEB352D) & 0xFFFFFFFF
     x = x ^ (x >> 15)
-    x = (x * FACTORS[1]) & MASK
+    x = (x * (0x846CA68B - 2**32)) & 0xFFFFFFFF  # the same modulo 2 ** 32, and within int64
     return x ^ (x >> 16)

@@ -30,7 +30,7 @@ from fastkd.data.tars import list_classes, list_shard
 from fastkd.utils.io import replacing, writable
 from fastkd.utils.progress import track
 
-_VERSION = 6  # of the index kept beside the archives
+_VERSION = 7  # of the index kept beside the archives
 
 
 @dataclass(frozen=True)
@@ -105,16 +105,12 @@ class FileReader(ReaderImageFolder):
 class TarImages:
     """A reader of images in tars, like timm's readers; open files do not outlive a call."""
 
-    def __init__(
-        self,
-        tars: Sequence[Path],
-        layout: str,  # "shards": WebDataset's; "tar": folders are classes; "tars": archives are
-        target: str | None = None,  # field of the shards' .json that holds labels; None: .cls does
-    ) -> None:
+    def __init__(self, tars: Sequence[Path], layout: str) -> None:
+        # Layouts: "shards" of WebDataset; a "tar" with a folder per class; "tars", one per class.
         self.tars = list(tars)
         found = [path.stat() for path in self.tars]
         self.states = [_state(status) for status in found]
-        about, self._index = _open_index(self.tars, found, layout, target)
+        about, self._index = _open_index(self.tars, found, layout)
         self.targets = self._index["label"]  # [samples]
         self.class_to_idx = {name: number for number, name in enumerate(about["classes"])}
         self.empty, self.folders = about["empty"], about["folders"]
@@ -140,15 +136,12 @@ class TarImages:
         label = int(self.targets[index])
         return io.BytesIO(content), None if label == NO_LABEL else label
 
-    def filename(self, index: int, basename: bool = False, absolute: bool = False) -> str:
-        """Return an image's archive and its name there, as ``train-0000.tar:key.jpg``."""
+    def filename(self, index: int, absolute: bool = True) -> str:  # arguments as in timm's readers
+        """Return an image's archive and its name there, as ``/shards/train-0000.tar:key.jpg``."""
         start = self._index["name_end"][index - 1] if index else 0
         encoded = self._index["names"][start : self._index["name_end"][index]].tobytes()
         name = encoded.decode(errors="surrogateescape")
-        if basename:
-            return name.rsplit("/", 1)[-1]
-        path = self.tars[int(self._index["tar"][index])]
-        return f"{path if absolute else path.name}:{name}"
+        return f"{self.tars[int(self._index['tar'][index])]}:{name}"
 
 
 def _state(status: os.stat_result) -> tuple[int, int]:
@@ -156,12 +149,12 @@ def _state(status: os.stat_result) -> tuple[int, int]:
 
 
 def _open_index(
-    tars: list[Path], found: list[os.stat_result], layout: str, target: str | None
+    tars: list[Path], found: list[os.stat_result], layout: str
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Load the index beside the archives, if it is of these; else list them, and keep it there."""
     # ctime, since copying or unpacking archives may set their mtime.
     states = [[path.name, *_state(s), s.st_ctime_ns] for path, s in zip(tars, found, strict=True)]
-    of = [_VERSION, states, [*image_endings()], layout, target]
+    of = [_VERSION, states, [*image_endings()], layout]
     digest = hashlib.sha256(json.dumps([path.name for path in tars]).encode()).hexdigest()
     kept = tars[0].parent / f".fastkd-{digest[:12]}.npz"
     with (
@@ -172,20 +165,18 @@ def _open_index(
         about = json.loads(loaded["about"].tobytes())
         if about["of"] == of:
             return about, {name: loaded[name] for name in loaded if name != "about"}
-    about, arrays = _list_tars(tars, layout, target)
+    about, arrays = _list_tars(tars, layout)
     text = json.dumps({"of": of, **about}).encode()
     with contextlib.suppress(OSError), replacing(kept) as file:  # read-only data have no index
         np.savez(file, about=np.frombuffer(text, np.uint8), **arrays)
     return about, arrays
 
 
-def _list_tars(
-    tars: list[Path], layout: str, target: str | None
-) -> tuple[dict[str, Any], dict[str, Any]]:
+def _list_tars(tars: list[Path], layout: str) -> tuple[dict[str, Any], dict[str, Any]]:
     """List all samples, in arrays, which loader processes share without a copy."""
     left_out = LeftOut()
     listings = [
-        list_shard(path, target, left_out)
+        list_shard(path, left_out)
         if layout == "shards"
         else list_classes(path, layout == "tars", left_out)
         for path in track(tars, "listing", "tar")

@@ -43,8 +43,7 @@ class LostPart(Fault):
     """A part of a stream, with any number of samples, that cannot be read."""
 
 
-# (name, what opens it: (image, label), or None if it is not of this split)
-Item = tuple[str, Callable[[], tuple[Any, Any] | None]]
+Item = tuple[str, Callable[[], tuple[Any, Any]]]  # a name, and what opens (image, label)
 
 
 @dataclass(eq=False)
@@ -88,15 +87,14 @@ class StreamSource:
                 continue
             name, load = item
             try:
-                sample = load()
-                sample = sample and (decode(sample[0]), sample[1])
+                image, label = load()
+                image = decode(image)
             except LabelError:
                 raise
             except Exception as error:  # as in `ReadableImages`
                 yield Fault(NO_SAMPLE, writable(name), reason_of(error))
             else:
-                if sample:
-                    yield sample[0], class_number(sample[1], writable(name))
+                yield image, class_number(label, writable(name))
 
 
 class ShardStream(StreamSource):
@@ -114,7 +112,6 @@ class ShardStream(StreamSource):
         shown = name if address in name else f"{name} at {address}"
         urls = [f"{address}/{file}" for file in listed.files]
         super().__init__(shown, split, listed.samples, listed.classes or None, urls, listed.names)
-        self.target = listed.target
         self.warned = False  # of what is left out
 
     def items(self, rank: int, world_size: int, seed: int | None) -> Iterator[Item | Fault]:
@@ -157,7 +154,7 @@ class ShardStream(StreamSource):
                             faults.append(Fault(NO_SAMPLE, f"{url}:{name}", "is there twice"))
                         members.setdefault(name, content)
                     for key, (image, fields) in samples_of(members, url, left_out).items():
-                        label = fields.get("cls" if self.target is None else "json")
+                        label = fields.get("cls")
                         if image or label:
                             yield f"{url}:{key}", members.get(image or ""), members.get(label or "")
             except Exception as error:  # of the fetching process, or a broken archive
@@ -180,12 +177,10 @@ class ShardStream(StreamSource):
                 else:
                     left_out.add(LeftOut.IRREGULAR, f"{url}:{info.name}")
 
-    def _load(self, name: str, image: bytes | None, label: bytes | None) -> tuple[Any, Any] | None:
+    def _load(self, name: str, image: bytes | None, label: bytes | None) -> tuple[Any, Any]:
         if image is None or label is None:
             raise OSError("no image" if image is None else "no label")
-        number = parse_label(label, self.target, name, self.num_classes or 0)
-        # A target below zero marks images of other splits.
-        return None if self.target is not None and number is None else (open_image(image), number)
+        return open_image(image), parse_label(label, name, self.num_classes or 0)
 
 
 def _first_key(member: tuple[str, bytes]) -> str:

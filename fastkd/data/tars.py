@@ -134,11 +134,8 @@ def _parts(name: str) -> list[str]:
     return [*filter(None, posixpath.normpath(name).split("/")), *[""] * name.endswith("/")]
 
 
-def list_shard(path: Path, target: str | None = None, left_out: LeftOut | None = None) -> Listing:
-    """List the images of a WebDataset shard with their labels; None without one, or below zero.
-
-    Labels are in the field ``target`` of the samples' ``.json``, or in ``.cls`` without a target.
-    """
+def list_shard(path: Path, left_out: LeftOut | None = None) -> Listing:
+    """List the images of a WebDataset shard with the labels of their ``.cls``; None without one."""
     images: list[Member] = []
     labels: list[str | int | None] = []
     left_out = LeftOut() if left_out is None else left_out
@@ -150,11 +147,10 @@ def list_shard(path: Path, target: str | None = None, left_out: LeftOut | None =
                 continue
             images.append(members[image])
             labels.append(None)
-            if label := members.get(fields.get("cls" if target is None else "json", "")):
+            if label := members.get(fields.get("cls", "")):
                 file.seek(label.offset)
                 try:
-                    content = file.read(label.size)
-                    labels[-1] = parse_label(content, target, f"{path}:{label.name}")
+                    labels[-1] = parse_label(file.read(label.size), f"{path}:{label.name}")
                 except LabelError as error:
                     raise OSError(str(error)) from error
     return Listing(images, labels, [])
@@ -212,20 +208,13 @@ def is_shard(path: str | os.PathLike[str]) -> bool:
     return any("/" not in key.removeprefix("./") for key in images & described)
 
 
-def parse_label(content: bytes, target: str | None, name: str, classes: int = 0) -> int | None:
-    """Read the label in a shard's ``.cls``, or in a field of its ``.json``; None below zero."""
+def parse_label(content: bytes, name: str, classes: int = 0) -> int | None:
+    """Read the label in a shard's ``.cls``; None for -1."""
     try:
-        value = int(content) if target is None else json.loads(content)[target]
-        if target is not None and type(value) is int and value < 0:
-            return None  # of another split, as timm reads it
-        label = class_number(value, name)
-        if label is None:
-            raise ValueError("null")
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise LabelError(
-            f"{name} holds no label, which is a whole number: {error!r:.250}"
-        ) from error
-    if label >= (classes or MAX_CLASSES):
+        label = class_number(int(content), name)
+    except ValueError as error:
+        raise LabelError(f"{name} holds no label, a whole number: {error!r:.250}") from error
+    if label is not None and label >= (classes or MAX_CLASSES):
         known = f"there are {classes} classes" if classes else f"labels lie below {MAX_CLASSES}"
         raise LabelError(f"{name} holds the label {label}, but {known}")
     return None if label == NO_LABEL else label
@@ -237,7 +226,6 @@ class ShardSplit(NamedTuple):
     files: tuple[str, ...]
     samples: int | None = None  # None: unknown
     classes: int = 0  # 0: unknown
-    target: str | None = None  # field of the shards' .json that holds labels; None: .cls does
     names: tuple[str, ...] = ()  # of the classes by label; empty: unknown
 
 
@@ -261,7 +249,6 @@ def _parse_split(where: str, name: str, split: Any, classes: Any) -> ShardSplit:
     folder, where = os.path.dirname(where) or ".", f"data: {where}: split {name}"
     split = split if isinstance(split, dict) else {}
     files, samples = split.get("filenames"), split.get("num_samples")
-    target = split.get("alt_label") or None
     if not isinstance(files, list) or not files or not all(isinstance(f, str) for f in files):
         raise ValueError(f"{where} must have a list of filenames, got {files!r:.50}")
     for file in files:
@@ -271,8 +258,7 @@ def _parse_split(where: str, name: str, split: Any, classes: Any) -> ShardSplit:
         raise ValueError(f"{where} lists a shard twice")
     if not isinstance(samples, int | None) or not 0 <= (samples or 0) < 2**63:
         raise ValueError(f"{where}: num_samples must be a number, got {samples!r:.50}")
-    if not isinstance(target, str | None):
-        raise ValueError(f"{where}: alt_label must be a name, got {target!r}")
-    # Labels of another field are not those that the list names.
-    names = tuple(map(str, classes)) if isinstance(classes, list) and target is None else ()
-    return ShardSplit(tuple(files), samples or None, len(classes), target, names)
+    if field := split.get("alt_label"):  # of timm, in the samples' .json
+        raise ValueError(f"{where}: alt_label must be empty, got {field!r}: labels are in .cls")
+    names = tuple(map(str, classes)) if isinstance(classes, list) else ()
+    return ShardSplit(tuple(files), samples or None, len(classes), names)

@@ -238,13 +238,13 @@ def test_other_channels_than_three_are_refused():
 
 def test_float_images_are_refused():
     images, plan = planned(RECIPE, range(2))
-    with pytest.raises(ValueError, match=r"must be \[B, 3, H, W\] uint8, got .* torch.float32"):
+    with pytest.raises(ValueError, match=r"images must be uint8, got torch.float32"):
         augmented(RECIPE, images.float(), plan)
 
 
 def test_a_plan_that_left_the_host_is_refused():
     images, plan = planned(RECIPE, range(2))
-    with pytest.raises(ValueError, match=r"plan must be on the host .* got meta"):
+    with pytest.raises(ValueError, match=r"plan must be on the host, got meta"):
         augmented(RECIPE, images, {name: part.to("meta") for name, part in plan.items()})
 
 

@@ -28,19 +28,6 @@ def test_shards_found_below_the_root_of_a_wds_name(folder, tmp_path):
     assert len(open_data("wds/shards", str(tmp_path)).train) == 9
 
 
-def test_labels_are_taken_from_the_field_that_an_info_file_names(folder, tmp_path):
-    image = images_of(folder, "train")[0]
-    for split in ("train", "validation"):
-        files = [("c.jpg", image), ("c.json", b'{"kind": 5}')]
-        tar_of(tmp_path / f"{split}.0.tar", files)
-    splits = {
-        split: {"filenames": [f"{split}.0.tar"], "alt_label": "kind"}
-        for split in ("train", "validation")
-    }
-    (tmp_path / "_info.json").write_text(json.dumps({"splits": splits}))
-    assert open_data(tmp_path).train[0][1] == 5
-
-
 def listed_shards(folder, into, classes):
     """Shards with an info file that names some classes."""
     shards = write_shards(folder, into)
@@ -97,7 +84,10 @@ def test_a_label_of_evaluation_that_training_lacks_is_refused(folder, tmp_path):
             {"splits": {"val": {"filenames": ["a.tar"], "num_samples": 10**40}}},
             "split val: num_samples",
         ),
-        ({"splits": {"val": {"filenames": ["a.tar"], "alt_label": ["a"]}}}, "split val: alt_label"),
+        (
+            {"splits": {"val": {"filenames": ["a.tar"], "alt_label": "a"}}},
+            "split val: alt_label .*'a'",
+        ),
     ],
 )
 def test_a_malformed_list_of_shards_is_refused(tmp_path, info, told):
@@ -186,25 +176,11 @@ LABELS = [
 
 
 @pytest.mark.parametrize("content, told", LABELS)
-@pytest.mark.parametrize("target", [None, "kind"])
-def test_a_label_that_cannot_be_is_refused_with_shard_and_member(tmp_path, content, told, target):
-    described = b'{"kind": %s}' % content if target else content
-    name = "a.json" if target else "a.cls"
-    tar_of(tmp_path / "val-0.tar", [("a.jpg", b""), (name, described)])
-    split = {"filenames": ["val-0.tar"], "alt_label": target}
+def test_a_label_that_cannot_be_is_refused_with_shard_and_member(tmp_path, content, told):
+    tar_of(tmp_path / "val-0.tar", [("a.jpg", b""), ("a.cls", content)])
+    split = {"filenames": ["val-0.tar"], "alt_label": ""}
     (tmp_path / "_info.json").write_text(json.dumps({"splits": {"val": split}}))
-    if target and content == b"1e12":
-        told = "holds the label 1000000000000"
-    with pytest.raises(OSError, match=rf"val-0\.tar:{name} {told}"):
-        open_data(tmp_path, need_train=False)
-
-
-@pytest.mark.parametrize("value", ["true", "NaN", "Infinity", "null", "[]", "[" * 100_000])
-def test_what_is_no_number_in_a_description_is_no_label(tmp_path, value):
-    tar_of(tmp_path / "val-0.tar", [("a.jpg", b""), ("a.json", b'{"kind": %s}' % value.encode())])
-    split = {"filenames": ["val-0.tar"], "alt_label": "kind"}
-    (tmp_path / "_info.json").write_text(json.dumps({"splits": {"val": split}}))
-    with pytest.raises(OSError, match=r"val-0\.tar:a\.json holds no label"):
+    with pytest.raises(OSError, match=rf"val-0\.tar:a\.cls {told}"):
         open_data(tmp_path, need_train=False)
 
 
@@ -262,16 +238,6 @@ def test_a_label_that_is_no_number_is_an_error_naming_it(tmp_path):
 def test_a_cls_that_is_no_whole_number_is_an_error_naming_it(tmp_path, text):
     tar_of(tmp_path / "val-0.tar", [("x.jpg", b""), ("x.cls", text)])
     with pytest.raises(OSError, match=r"val-0\.tar:x\.cls .*whole number"):
-        open_data(tmp_path, need_train=False)
-
-
-@pytest.mark.parametrize("value", [0.9, True, "3", [0, 1], None])
-def test_a_field_of_a_json_that_is_no_whole_number_is_an_error_naming_it(tmp_path, value):
-    content = json.dumps({"fine": value}).encode()
-    tar_of(tmp_path / "val-0.tar", [("x.jpg", b""), ("x.json", content)])
-    split = {"filenames": ["val-0.tar"], "num_samples": 1, "alt_label": "fine"}
-    (tmp_path / "_info.json").write_text(json.dumps({"splits": {"validation": split}}))
-    with pytest.raises(OSError, match=r"val-0\.tar:x\.json .*whole number"):
         open_data(tmp_path, need_train=False)
 
 
