@@ -149,10 +149,7 @@ def list_shard(path: Path, left_out: LeftOut | None = None) -> Listing:
             labels.append(None)
             if label := members.get(fields.get("cls", "")):
                 file.seek(label.offset)
-                try:
-                    labels[-1] = parse_label(file.read(label.size), f"{path}:{label.name}")
-                except LabelError as error:
-                    raise OSError(str(error)) from error
+                labels[-1] = parse_label(file.read(label.size), f"{path}:{label.name}")
     return Listing(images, labels, [])
 
 
@@ -213,10 +210,11 @@ def parse_label(content: bytes, name: str, classes: int = 0) -> int | None:
     try:
         label = class_number(int(content), name)
     except ValueError as error:
-        raise LabelError(f"{name} holds no label, a whole number: {error!r:.250}") from error
+        text = f"data: {name} holds no label, a whole number: {error!r:.250}"
+        raise LabelError(text) from error
     if label is not None and label >= (classes or MAX_CLASSES):
         known = f"there are {classes} classes" if classes else f"labels lie below {MAX_CLASSES}"
-        raise LabelError(f"{name} holds the label {label}, but {known}")
+        raise LabelError(f"data: {name} holds the label {label}, but {known}")
     return None if label == NO_LABEL else label
 
 

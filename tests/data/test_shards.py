@@ -6,7 +6,7 @@ import os
 import pytest
 
 from fastkd.data.batches import Fault
-from fastkd.data.classes import class_names
+from fastkd.data.classes import LabelError, class_names
 from fastkd.data.datasets import open_data
 from tests.harness.archives import CLASSES, images_of, shard_of, tar_of, write_shards
 
@@ -180,7 +180,7 @@ def test_a_label_that_cannot_be_is_refused_with_shard_and_member(tmp_path, conte
     tar_of(tmp_path / "val-0.tar", [("a.jpg", b""), ("a.cls", content)])
     split = {"filenames": ["val-0.tar"], "alt_label": ""}
     (tmp_path / "_info.json").write_text(json.dumps({"splits": {"val": split}}))
-    with pytest.raises(OSError, match=rf"val-0\.tar:a\.cls {told}"):
+    with pytest.raises(LabelError, match=rf"val-0\.tar:a\.cls {told}"):
         open_data(tmp_path, need_train=False)
 
 
@@ -230,14 +230,14 @@ def test_shards_without_labels(folder, tmp_path):
 
 def test_a_label_that_is_no_number_is_an_error_naming_it(tmp_path):
     tar_of(tmp_path / "val-0.tar", [("x.jpg", b""), ("x.cls", b"cat")])
-    with pytest.raises(OSError, match=r"val-0\.tar:x\.cls holds no label"):
+    with pytest.raises(LabelError, match=r"val-0\.tar:x\.cls holds no label"):
         open_data(tmp_path, need_train=False)
 
 
 @pytest.mark.parametrize("text", [b"0.9", b"[0, 1]", b"true", b"-5", b"nan", b""])
 def test_a_cls_that_is_no_whole_number_is_an_error_naming_it(tmp_path, text):
     tar_of(tmp_path / "val-0.tar", [("x.jpg", b""), ("x.cls", text)])
-    with pytest.raises(OSError, match=r"val-0\.tar:x\.cls .*whole number"):
+    with pytest.raises(LabelError, match=r"val-0\.tar:x\.cls .*whole number"):
         open_data(tmp_path, need_train=False)
 
 
