@@ -29,7 +29,7 @@ from fastkd.data.batches import (
 from fastkd.data.classes import NO_LABEL, LabelError, class_number
 from fastkd.data.image_files import reason_of
 from fastkd.data.readers import DataPair
-from fastkd.data.samplers import EvalSampler, SampleKey, Schedule, TrainBatchSampler, slice_size
+from fastkd.data.samplers import SampleKey, Schedule, TrainBatchSampler, slice_size
 from fastkd.data.streaming import EvalStream, StreamSource, TrainStream
 from fastkd.data.transforms import InputSpec
 from fastkd.utils.distributed import ALONE, World
@@ -50,7 +50,7 @@ logger = logging.getLogger("fastkd")
 
 
 class SampleDataset(Dataset[Any]):
-    """A map-style dataset addressed by `SampleKey`; (seed, epoch, sample, copy) seed a sample."""
+    """A map-style dataset; its samples are seeded by (seed, epoch, sample, copy)."""
 
     def __init__(
         self,
@@ -70,8 +70,9 @@ class SampleDataset(Dataset[Any]):
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitems__(self, keys: list[SampleKey]) -> list[Sample | Fault]:
-        """Fetch a batch, as torch's loader asks for it; faults unless they are replaced."""
+    def __getitems__(self, indices: Sequence[SampleKey | int]) -> list[Sample | Fault]:
+        """Fetch a batch by keys, or by numbers of samples; faults unless they are replaced."""
+        keys = [SampleKey(0, key, 0) if isinstance(key, int) else key for key in indices]
         if self.seed is None:
             return [self._sample(key, {}) for key in keys]
         decoded: dict[int, tuple[Any, ...]] = {}
@@ -192,7 +193,7 @@ def eval_loader(
     else:
         dataset = eval_samples(data, recipe, spec)
         dataset.note, dataset.labels = notes.note, data.labeled_val
-        sampler = EvalSampler(len(data.val), peers.rank, peers.size)
+        sampler = range(peers.rank, len(data.val), peers.size)
     bound = (recipe.num_classes or data.num_classes or ANY_CLASS) if data.labeled_val else None
     if data.numbers and bound is not None:
         bound = 1 + max(data.numbers)

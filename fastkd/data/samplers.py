@@ -94,19 +94,6 @@ class TrainBatchSampler(Schedule, Sampler[list[SampleKey]]):
         return (self.updates_per_epoch - self.update) * self.accumulation
 
 
-class EvalSampler(Sampler[SampleKey]):
-    """Every sample exactly once over all ranks, in order; ranks may differ by one sample."""
-
-    def __init__(self, num_samples: int, rank: int = 0, world_size: int = 1) -> None:
-        self.indices = range(rank, num_samples, world_size)
-
-    def __iter__(self) -> Iterator[SampleKey]:
-        return (SampleKey(0, sample, 0) for sample in self.indices)
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-
 def slice_size(recipe: Recipe, world_size: int) -> int:
     """Return how many images one rank sees in one slice of an update."""
     shares = world_size * recipe.accumulation

@@ -18,7 +18,6 @@ from fastkd.data.classes import Classes
 from fastkd.data.image_files import reason_of, without_pillow_warnings
 from fastkd.data.loader import SampleDataset, eval_samples, loader_options
 from fastkd.data.readers import DataPair
-from fastkd.data.samplers import SampleKey
 from fastkd.data.transforms import InputSpec
 from fastkd.models import create_student
 from fastkd.models.pretrained import fixed_input_size, input_channels
@@ -226,7 +225,7 @@ class SamplesAndFaults(Dataset[Sample | Fault]):
         try:
             # Pillow reads large pictures and odd palettes, and the user meant them.
             with without_pillow_warnings():
-                (sample,) = self.samples.__getitems__([SampleKey(0, index, 0)])
+                (sample,) = self.samples.__getitems__([index])
         except Exception as error:  # what datasets raise has no common base
             return Fault(index, self.samples.name(index), reason_of(error))
         if isinstance(sample, Fault):

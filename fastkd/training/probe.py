@@ -26,7 +26,6 @@ from fastkd.data.batches import (
 )
 from fastkd.data.gpu_augment import device_augment
 from fastkd.data.readers import DataPair, ReadableImages
-from fastkd.data.samplers import SampleKey
 from fastkd.data.transforms import InputSpec
 from fastkd.ops.backend import ENVIRONMENT_CHOICE
 from fastkd.training.engine import Engine
@@ -171,7 +170,7 @@ def _first_images(loader: DataLoader[Any], data: DataPair) -> Batch:
     dataset: Any = loader.dataset
     if isinstance(data.train, ReadableImages):
         numbers = [number % len(data.train) for number in range(IMAGES)]
-        samples = dataset.__getitems__([SampleKey(0, number, 0) for number in numbers])
+        samples = dataset.__getitems__(numbers)
     elif data.image_size is not None:
         images = _tensors(data.image_size)
         samples = [Sample(image, 0, number) for number, image in enumerate(images)]

@@ -160,6 +160,18 @@ def test_tensors_are_normalised_where_statistics_are_given():
     torch.testing.assert_close(images, (data[1].tensors[0] - 1) / 2)
 
 
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_evaluation_covers_every_sample_exactly_once(world_size):
+    data, recipe = open_data(tensor_data(8, 10)), Recipe(eval_batch_size=3, workers=0)
+    spec = InputSpec((1, 8, 8), None, None)
+    loaders = [
+        eval_loader(data, recipe, spec, World(CPU, r, world_size)) for r in range(world_size)
+    ]
+    samples = [n for loader in loaders for batch in loader for n in batch.samples.tolist()]
+    assert sorted(samples) == list(range(10))
+    assert max(map(len, loaders)) - min(map(len, loaders)) <= 1
+
+
 def test_a_data_sets_own_random_transform_is_seeded():
     class Noisy(TensorDataset):
         def __getitem__(self, index):

@@ -2,7 +2,7 @@
 
 import pytest
 
-from fastkd.data.samplers import EvalSampler, TrainBatchSampler
+from fastkd.data.samplers import TrainBatchSampler
 
 
 def flat(batches):
@@ -65,9 +65,3 @@ def test_repeated_augmentation_gives_copies_in_one_pass_length():
 def test_a_data_set_smaller_than_an_update_is_refused():
     with pytest.raises(ValueError, match=r"16 images per update.*only 10"):
         TrainBatchSampler(10, 8, accumulation=2)
-
-
-@pytest.mark.parametrize("world_size", [1, 2, 3])
-def test_evaluation_covers_every_sample_exactly_once(world_size):
-    keys = [k for r in range(world_size) for k in EvalSampler(10, r, world_size)]
-    assert sorted(key.sample for key in keys) == list(range(10))
