@@ -84,23 +84,21 @@ class SampleTransform:
     ) -> Sample:
         """Transform a decoded image; random numbers come from the process' own generators."""
         made = image if self.transform is None else self.transform(image)
-        if isinstance(made, Planned):
-            return Sample(made.image, label, sample, made.plan, faults)
-        return Sample(made, label, sample, None, faults)
+        image, plan = made if isinstance(made, Planned) else (made, None)
+        return Sample(image, label, sample, plan, faults)
 
 
 def train_sample_transform(config: DataConfig, spec: InputSpec, data: DataPair) -> SampleTransform:
     """Create the transform of training images."""
+    if config.augment not in ("cpu", "gpu"):
+        return eval_sample_transform(config, spec, data)
     if data.yields_tensors:
-        if config.augment in ("cpu", "gpu"):
-            raise ValueError(
-                f"augment: {config.augment!r} transforms PIL images, but the data set yields "
-                "tensors: set augment='none', or 'dataset' if it augments at random itself"
-            )
-        return SampleTransform()
+        raise ValueError(
+            f"augment: {config.augment!r} transforms PIL images, but the data set yields "
+            "tensors: set augment='none', or 'dataset' if it augments at random itself"
+        )
     make = plan_transform if config.augment == "gpu" else train_transform
-    resized = None if config.augment in ("cpu", "gpu") else resized_size(config, spec)
-    return SampleTransform(make(config, spec), _mode(spec), resized)
+    return SampleTransform(make(config, spec), _mode(spec))
 
 
 def eval_sample_transform(

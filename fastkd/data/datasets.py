@@ -376,8 +376,7 @@ def _choose(
 
 def _open_split(split: _Split, labels: bool, like: ReadableImages | None = None) -> ReadableImages:
     """Open one split; with ``like``, a labeled training set, by that one's class numbers."""
-    opens = _open_images if split.form == IMAGES else _open_tars
-    dataset, folders = opens(split, labels)
+    dataset = (_open_images if split.form == IMAGES else _open_tars)(split, labels)
     if not dataset.labeled:
         return dataset
     if split.form == SHARDS:
@@ -392,18 +391,12 @@ def _open_split(split: _Split, labels: bool, like: ReadableImages | None = None)
                 )
         dataset.num_classes, dataset.classes = listed.classes or 1 + most, listed.names
         return dataset
-    if folders > (classes := len(dataset.reader.class_to_idx)):
-        warn(
-            "data: %s: images are in %d folders, but the classes are the %d at the top",
-            *(writable(split.place), folders, classes),
-        )
     if like is not None and like.reader.class_to_idx:
         _number_like(dataset, like, split.place, labels)
     return dataset
 
 
-def _open_images(split: _Split, labels: bool) -> tuple[ReadableImages, int]:
-    """Open a folder of image files: (dataset, number of folders that they are in)."""
+def _open_images(split: _Split, labels: bool) -> ReadableImages:
     folder, left_out = split.place, LeftOut()
     paths = list_images(folder, left_out)
     warn_left_out(folder, left_out)
@@ -423,12 +416,16 @@ def _open_images(split: _Split, labels: bool) -> tuple[ReadableImages, int]:
     numbers = number_classes(set(names))
     samples = [(path, numbers[name]) for path, name in zip(paths, names, strict=True)]
     empty = sorted(set(list_folders(folder)) - set(names))
+    if not outside and (inside := len({*map(os.path.dirname, paths)})) > len(numbers):
+        warn(
+            "data: %s: images are in %d folders, but the classes are the %d at the top",
+            *(writable(folder), inside, len(numbers)),
+        )
     reader = FileReader(str(folder), samples, numbers, empty)
-    return ReadableImages(reader, labeled=not outside), len({*map(os.path.dirname, paths)})
+    return ReadableImages(reader, labeled=not outside)
 
 
-def _open_tars(split: _Split, labels: bool) -> tuple[ReadableImages, int]:
-    """Open archives: (dataset, number of folders that the images are in)."""
+def _open_tars(split: _Split, labels: bool) -> ReadableImages:
     reader = TarImages(split.tars, split.form)
     if not len(reader):
         some = ", ".join(path.name for path in split.tars[:3])
@@ -444,7 +441,7 @@ def _open_tars(split: _Split, labels: bool) -> tuple[ReadableImages, int]:
             f"data: {len(without)} images have no label, such as "
             f"{reader.filename(without[0])}; a recipe with labels=false needs none"
         )
-    return ReadableImages(reader, labeled=len(without) == 0), reader.folders
+    return ReadableImages(reader, labeled=len(without) == 0)
 
 
 def refuse_empty_classes(dataset: ReadableImages, place: Path) -> None:

@@ -25,7 +25,7 @@ from torchvision.transforms import ColorJitter, Normalize, RandomHorizontalFlip
 
 from fastkd.config import DataConfig
 from fastkd.data.gpu_operations import ARGUMENTS, Operation, apply_operation, erase
-from fastkd.data.transforms import InputSpec, keep_one_bit, operations_of, train_stages
+from fastkd.data.transforms import InputSpec, keep_one_bit, operations_of, train_transform
 
 Call = tuple[Operation, tuple[float, ...]]
 Size = tuple[int, int, int]  # (channels, height, width)
@@ -43,7 +43,7 @@ class Planned(NamedTuple):
 
 def plan_transform(config: DataConfig, spec: InputSpec) -> PlanTransform:
     """Create the loader's half of ``augment="gpu"``; ``spec`` must have mean and std."""
-    return PlanTransform(train_stages(config, spec), spec.size)
+    return PlanTransform(train_transform(config, spec).transforms, spec.size)
 
 
 def device_augment(config: DataConfig, spec: InputSpec) -> DeviceAugment | None:

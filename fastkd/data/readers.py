@@ -113,7 +113,7 @@ class TarImages:
         about, self._index = _open_index(self.tars, found, layout)
         self.targets = self._index["label"]  # [samples]
         self.class_to_idx = {name: number for number, name in enumerate(about["classes"])}
-        self.empty, self.folders = about["empty"], about["folders"]
+        self.empty = about["empty"]
         several = layout == "shards" or len(self.tars) > 1
         warn_left_out(self.tars[0].parent if several else self.tars[0], about["left_out"])
 
@@ -197,7 +197,6 @@ def _list_tars(tars: list[Path], layout: str) -> tuple[dict[str, Any], dict[str,
     about: dict[str, Any] = {
         "classes": list(classes),  # empty if labels are numbers
         "empty": [name for listing in listings for name in listing.empty],
-        "folders": sum(listing.folders for listing in listings),
         "left_out": str(left_out),
     }
     return about, arrays

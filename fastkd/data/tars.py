@@ -41,7 +41,6 @@ class Listing(NamedTuple):
     members: list[Member]
     labels: list[str | int | None]  # a class name, a number, or None
     empty: list[str]  # classes without images
-    folders: int = 0  # that the images are in
 
 
 def _members(
@@ -117,16 +116,15 @@ def list_classes(path: Path, in_folder: bool, left_out: LeftOut) -> Listing:
     for member in others:
         if member.name[-1] != "/":
             left_out.add(LeftOut.NO_IMAGE, f"{path}:{member.name}")
-    folders = len({posixpath.dirname(member.name) for member in images})
     if in_folder:
-        return Listing(images, [path.stem] * len(images), [] if images else [path.stem], folders)
+        return Listing(images, [path.stem] * len(images), [] if images else [path.stem])
     places = [_parts(member.name) for member in images]
     lead = list(os.path.commonprefix([place[:-2] for place in places]))  # noqa: RUF071 - of lists
     shared = len(lead)
     names: list[str | int | None] = [p[shared] if len(p) > shared + 1 else None for p in places]
     beside = (_parts(member.name) for member in others)
     classes = {part[shared] for part in beside if len(part) > shared + 1 and part[:shared] == lead}
-    return Listing(images, names, sorted(classes - set(names)), folders)
+    return Listing(images, names, sorted(classes - set(names)))
 
 
 def _parts(name: str) -> list[str]:

@@ -27,16 +27,9 @@ class InputSpec:
     std: tuple[float, ...] | None  # per channel; None like mean
 
 
-def train_transform(config: DataConfig, spec: InputSpec) -> Transform:
-    """Create timm's random training transform, or evaluation's where nothing is random."""
-    if config.augment != "cpu":
-        return eval_transform(config, spec)
-    return Compose(train_stages(config, spec))
-
-
-def train_stages(config: DataConfig, spec: InputSpec) -> list[Any]:
-    """Return the steps of timm's random training transform, whatever ``augment`` is."""
-    transform = create_transform(
+def train_transform(config: DataConfig, spec: InputSpec) -> Compose:
+    """Create timm's random training transform, whatever ``augment`` is."""
+    transform: Compose = create_transform(
         spec.size,
         is_training=True,
         scale=config.scale,
@@ -51,7 +44,7 @@ def train_stages(config: DataConfig, spec: InputSpec) -> list[Any]:
         std=spec.std,
     )
     keep_one_bit(transform)
-    return list(transform.transforms)
+    return transform
 
 
 def eval_transform(config: DataConfig, spec: InputSpec) -> Transform:

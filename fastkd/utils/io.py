@@ -47,8 +47,7 @@ def replacing(path: str | os.PathLike[str], previous: int | None = None) -> Iter
             _shift(target, previous)
         os.replace(temporary, target)
     finally:
-        with contextlib.suppress(FileNotFoundError):
-            temporary.unlink()
+        temporary.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
