@@ -36,13 +36,13 @@ from fastkd.utils.distributed import ALONE, World
 from fastkd.utils.io import writable
 from fastkd.utils.random import derive_seed, preserved_rng, seed_cpu
 
-# What a dataset may raise over an image that cannot be read; anything else is its own mistake.
+# What a dataset may raise over an image that cannot be read; other errors stop the run.
 UNREADABLE = (OSError, Image.DecompressionBombError)
 REPLACEMENTS = 16  # images that are tried in the place of one that cannot be read
 ENOUGH_SHARDS = 8  # for each process, so that their shares of a stream's epoch are about even
 
 DEATHS = (RuntimeError, ConnectionError, EOFError)  # what a loader raises when a process died
-TORCH_SECONDS = 2.0  # within which torch learns of it
+TORCH_SECONDS = 2.0  # within which torch raises its own error of the death
 SHOWN_PIDS = re.compile(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\)")
 END, END_SECONDS = signal.SIGUSR2, 2.0  # ends a loader process that is not stuck
 
@@ -273,10 +273,8 @@ def describe_worker_death(loaders: Sequence[Any], error: BaseException) -> str |
     if isinstance(error, (ConnectionError, EOFError)):
         # SIGCHLD reaches torch after the process's sockets were closed, and torch's handler raises
         # in the code that runs then: wait for it here.
-        end = time.monotonic() + TORCH_SECONDS
         try:
-            while time.monotonic() < end:
-                time.sleep(0.02)
+            time.sleep(TORCH_SECONDS)
         except RuntimeError as late:
             error = late
     if (found := SHOWN_PIDS.search(str(error))) is None:

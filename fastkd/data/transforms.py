@@ -74,7 +74,7 @@ def resized_size(config: DataConfig, spec: InputSpec) -> tuple[int, int, bool] |
 
 
 def keep_one_bit(transform: Any) -> None:
-    """Let no posterize operation of a timm transform ask for 0 bits, which Pillow >= 13 refuses."""
+    """Keep at least 1 bit in timm's posterize operations: Pillow >= 13 refuses 0."""
     for operation in operations_of(transform):
         if operation.name.startswith("Posterize"):
             operation.aug_fn = functools.partial(_posterize, operation.aug_fn)

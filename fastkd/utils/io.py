@@ -1,4 +1,4 @@
-"""Files that are whole or not there: written beside their place, then renamed into it."""
+"""Write files atomically, beside their place and then renamed; escape names for output."""
 
 from __future__ import annotations
 

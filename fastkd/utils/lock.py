@@ -1,4 +1,4 @@
-"""A lock on an output folder that forked processes do not hold and that survives a kill."""
+"""A lock on an output folder, which ends with its process and is not held by forked ones."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class FolderInUseError(RuntimeError):
 
 
 class FolderLock:
-    """The right to write into a folder.
+    """Keeps other runs from writing into a folder.
 
     A POSIX record lock ends with its process and is not inherited by loader processes. For file
     systems without locks, and for hosts that do not share them, the file holds a record of the
