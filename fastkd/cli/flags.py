@@ -120,8 +120,8 @@ def choices_of(name: str) -> list[str]:
     return expected.removeprefix("one of ").split(", ") if expected.startswith("one of") else []
 
 
-def given_fields(options: argparse.Namespace) -> dict[str, Any]:
-    """Read the recipe fields that were given, or raise a line for each wrong value."""
+def given_fields(options: argparse.Namespace, keep_wrong: bool = False) -> dict[str, Any]:
+    """Read the recipe fields that were given; wrong values are raised, or kept as text."""
     given: dict[str, Any] = {}
     faults = []
     for name in Recipe.model_fields:
@@ -130,7 +130,8 @@ def given_fields(options: argparse.Namespace) -> dict[str, Any]:
                 given[name] = parse_value(name, getattr(options, name))
             except ValueError as error:
                 faults.append(str(error))
-    if faults:
+                given[name] = getattr(options, name)
+    if faults and not keep_wrong:
         raise ValueError("; ".join(faults))
     return given
 

@@ -64,7 +64,7 @@ def _dry_run(options: argparse.Namespace) -> int:
     from fastkd.training.build import FromRecipe
     from fastkd.training.dry_run import dry_run
 
-    given = flags.given_fields(options)
+    given = flags.given_fields(options, keep_wrong=True)  # to be listed with other problems
     with verifying(options.verify):
         resolved, values = dry_run(
             options.recipe,

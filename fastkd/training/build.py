@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import enum
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,6 +13,7 @@ import timm
 import torch
 from timm.utils import ModelEmaV3
 from torch import nn
+from torch.utils.data import DataLoader
 
 from fastkd.config import (
     MODULE_PREFIX,
@@ -23,7 +24,9 @@ from fastkd.config import (
     refuse_image_options,
 )
 from fastkd.data.classes import Classes, match_classes, require_same_classes
+from fastkd.data.datasets import open_data
 from fastkd.data.gpu_augment import device_augment
+from fastkd.data.loader import eval_loader, train_loader
 from fastkd.data.readers import DataPair
 from fastkd.data.transforms import InputSpec, create_mixup
 from fastkd.inference import loading, preprocessing
@@ -37,7 +40,7 @@ from fastkd.models.pretrained import looks_like_a_path
 from fastkd.training import optim
 from fastkd.training.engine import Engine
 from fastkd.training.logging import check_trackers
-from fastkd.training.probe import naming
+from fastkd.training.probe import check_inputs, naming
 from fastkd.training.state import Identity
 from fastkd.training.task import build_task
 from fastkd.utils.distributed import World
@@ -66,11 +69,19 @@ class Given(NamedTuple):
     """The arguments of `train`, resolved; nothing is opened but a student with weights."""
 
     recipe: Recipe
-    student: str | nn.Module | None
+    student: Any  # a name, a module or None
     teacher: Any
     data: Any  # `Data`; None in a dry run
     output: Path | None
     classes: Classes  # of the weights that the student starts from
+
+
+Attempt = Callable[..., Any]  # takes a step of opening a run: a function and its arguments
+
+
+def strictly(step: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+    """Take a step of opening a run, which an error ends; a dry run's attempts go on."""
+    return step(*arguments, **options)
 
 
 def resolve_run(
@@ -81,28 +92,28 @@ def resolve_run(
     recipe: Any,
     resume: str,
     overrides: Any,
-    dry: bool = False,
+    attempt: Attempt = strictly,
 ) -> Given:
-    """Resolve the arguments of `train`; a dry run needs no data, and loads no published weights."""
-    folder = _check_output(output, resume)
+    """Resolve the arguments of `train`; a dry run needs neither data, output nor weights."""
+    dry = attempt is not strictly
+    folder = attempt(_check_output, output, resume)
     loaded = Recipe.load(recipe)
-    given = overrides.get("model", loaded.model) if student is None else student
-    classes = Classes()
-    if isinstance(given, str | Path) and loading.starts_from_weights("train", given):
-        size = overrides.get("img_size", loaded.img_size)
-        loads = not (dry and is_hub_name(str(given)))
-        with preserved_rng():
-            opened = loading.open_model(given, img_size=size, pretrained=loads, caller="train")
-        student, classes = opened.network, opened.named
+    asked = loaded.override(**overrides)
+    source = asked.model if student is None else student
+    opened = attempt(_open_weights, source, asked.img_size, dry)
+    if opened is not None:
+        student = opened.network
     resolved = resolve_recipe(loaded, student, teacher, data, overrides)
-    source = resolved.data if data is None else data
-    if source is None and not dry:
+    data = resolved.data if data is None else data
+    if data is None and not dry:
         raise ValueError("train: data is missing: a folder, a timm data set name or two data sets")
-    check_trackers(resolved.track, folder)
-    if folder is None:
+    if folder or not dry:
+        attempt(check_trackers, resolved.track, folder)
+    if folder is None and not dry:
         idle = ("checkpoint_interval", "keep_checkpoints")
         warn_idle(overrides, idle, "without an output no checkpoint is written")
-    return Given(resolved, student, chosen_teacher(loaded, teacher), source, folder, classes)
+    classes = Classes() if opened is None else opened.named
+    return Given(resolved, student, chosen_teacher(loaded, teacher), data, folder, classes)
 
 
 def _check_output(output: Any, resume: str) -> Path | None:
@@ -118,11 +129,55 @@ def _check_output(output: Any, resume: str) -> Path | None:
     return Path(output)
 
 
+def _open_weights(student: Any, img_size: int | None, dry: bool) -> loading.Model | None:
+    """Open a student that has weights to start from; None for a timm name or a module."""
+    if not (isinstance(student, str | Path) and loading.starts_from_weights("train", student)):
+        return None
+    loads = not (dry and is_hub_name(str(student)))
+    with preserved_rng():
+        return loading.open_model(student, img_size=img_size, pretrained=loads, caller="train")
+
+
 def check_data(data: DataPair, overrides: Mapping[str, Any]) -> None:
     if overrides.get("train_samples") is not None and not data.streams:
         raise ValueError("train_samples: only streamed data have no length of their own")
     if data.yields_tensors:
         refuse_image_options(overrides)
+
+
+class Parts(NamedTuple):
+    """What a run works on, before anything of it changes."""
+
+    data: DataPair
+    student: BuiltStudent
+    teacher: Teacher | None
+    batches: DataLoader[Any]
+    eval_batches: DataLoader[Any]
+
+
+def open_parts(
+    given: Given,
+    peers: World,
+    overrides: Mapping[str, Any],
+    open_teacher: Callable[[Any, TeacherConfig, InputSpec], Teacher | None],
+    attempt: Attempt = strictly,
+) -> Parts:
+    """Open data, student, teacher and dataloaders, and try the transforms out."""
+    recipe, quiet = given.recipe, not peers.is_main
+    data = attempt(open_data, given.data, recipe.data_root, labels=recipe.labels)
+    attempt(check_data, data, overrides)
+    if given.data and not data:  # a dry run's problem already; it goes on with the student
+        classes = recipe.num_classes or preprocessing.num_classes_of(given.student) or 1000
+        recipe = recipe.override(num_classes=classes)
+    student = attempt(open_student, given.student, recipe, data or None, peers)
+    spec = student.spec
+    attempt(check_inputs, recipe, spec, data or None)
+    teacher = attempt(open_teacher, given.teacher, recipe, spec)
+    logits = (student.num_classes, given.classes)
+    data = attempt(check_classes, recipe, data, *logits, teacher, quiet)
+    batches = attempt(train_loader, data, recipe, spec, peers)
+    eval_batches = attempt(eval_loader, data, recipe, spec, peers)
+    return Parts(data, student, teacher, batches, eval_batches)
 
 
 class BuiltStudent(NamedTuple):
@@ -135,12 +190,14 @@ class BuiltStudent(NamedTuple):
 
 
 def open_student(
-    student: str | nn.Module | None, recipe: Recipe, data: DataPair, peers: World
+    student: str | nn.Module | None, recipe: Recipe, data: DataPair | None, peers: World
 ) -> BuiltStudent:
-    """Build the student, or take the given module, for these data."""
-    shape = student_shape(recipe, data)
+    """Build the student, or take the given module, for these data; None stands for images."""
+    shape = Shape(recipe.num_classes, 3, recipe.img_size)
+    if data is not None:
+        shape = student_shape(recipe, data)
     seed_all(derive_seed("model", recipe.seed))
-    module = student if isinstance(student, nn.Module) else new_student(recipe, shape)
+    module = student if isinstance(student, nn.Module) else _new_student(recipe, shape)
     for name, weight in module.named_parameters():
         if weight.dtype in (torch.float16, torch.bfloat16):
             raise ValueError(
@@ -153,7 +210,7 @@ def open_student(
     return BuiltStudent(module, input_spec(module, recipe, data), num_classes, shape.img_size)
 
 
-def new_student(recipe: Recipe, shape: Shape) -> nn.Module:
+def _new_student(recipe: Recipe, shape: Shape) -> nn.Module:
     options = f"img_size={shape.img_size}, width={recipe.width}, drop_path={recipe.drop_path}"
     with naming(f"student: {recipe.model} with {options}", (ValueError, TypeError, OSError)):
         return preprocessing.build_student(recipe, shape)

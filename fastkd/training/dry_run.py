@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
 from torch import nn
@@ -17,37 +18,66 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastkd.config import MODULE_PREFIX, OptimConfig, Recipe, TeacherConfig
-from fastkd.data.datasets import open_data
-from fastkd.data.loader import eval_loader, train_loader
 from fastkd.data.readers import DataPair
 from fastkd.data.samplers import TrainBatchSampler, slice_size
 from fastkd.data.transforms import InputSpec
 from fastkd.inference.loading import names_a_file
-from fastkd.inference.preprocessing import (
-    Shape,
-    class_count,
-    input_spec,
-    parameter_count,
-    student_shape,
-)
+from fastkd.inference.preprocessing import num_classes_of, parameter_count
 from fastkd.inference.teacher import create_teacher
 from fastkd.losses.registry import find_loss, has_temperature
 from fastkd.models import Teacher
 from fastkd.models.hub import is_hub_name
 from fastkd.training import probe
-from fastkd.training.build import (
-    FromRecipe,
-    check_classes,
-    check_data,
-    new_student,
-    resolve_run,
-    resolve_teacher,
-)
+from fastkd.training.build import FromRecipe, Given, open_parts, resolve_run, resolve_teacher
 from fastkd.training.optim import ends_at_min_lr, skips_on_device
 from fastkd.training.task import build_task
-from fastkd.utils.distributed import autocast, check_device, process_count
+from fastkd.utils.distributed import ALONE, autocast, check_device, process_count
+from fastkd.utils.random import preserved_rng
 
 Module = TypeVar("Module", bound=nn.Module)
+
+
+class _Missing:
+    """What a failed step of a dry run returns: false, and so is every attribute."""
+
+    def __getattr__(self, name: str) -> _Missing:
+        return self
+
+    def __bool__(self) -> bool:
+        return False
+
+
+MISSING = _Missing()
+
+
+class _Problems(list[str]):
+    """All that a run would be refused for."""
+
+    def attempt(self, step: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+        """Take a step of opening a run unless one before it failed that it needs."""
+        if any(argument is MISSING for argument in arguments):
+            return MISSING
+        try:
+            return step(*arguments, **options)
+        except Exception as error:
+            self += str(error).splitlines() or [type(error).__name__]
+        return MISSING
+
+    def resolve(self, recipe: Any, teacher: Any, output: Any, resume: str, asked: Any) -> Given:
+        """Resolve a run with those overrides that are no problem."""
+        while True:
+            known = len(self)
+            arguments = (None, teacher, None, output, recipe, resume, asked, self.attempt)
+            given = self.attempt(resolve_run, *arguments)
+            if given:
+                return given
+            named = {re.split("[:=]", line)[0] for line in self[known:]} & asked.keys()
+            if not named:
+                self.end()
+            asked = {name: value for name, value in asked.items() if name not in named}
+
+    def end(self) -> NoReturn:
+        raise ValueError("; ".join(dict.fromkeys(self)))
 
 
 def dry_run(
@@ -59,37 +89,32 @@ def dry_run(
     resume: str = "auto",
     device: str | None = None,
 ) -> tuple[Recipe, dict[str, str]]:
-    """Resolve and describe a run, or raise what it would be refused for.
+    """Resolve and describe a run, or raise all that it would be refused for.
 
     Loads no published weights, uses no device and writes nothing.
     """
+    problems = _Problems()
+    attempt = problems.attempt
     if resume not in ("auto", "never") and not Path(resume).exists():
-        raise ValueError(f"resume: there is no checkpoint {resume!r}")
-    chosen, world_size = check_device(device), process_count()
-    given = resolve_run(None, teacher, None, output, recipe, resume, overrides, dry=True)
-    config, data, student = given.recipe, None, given.student
-    shape = Shape(config.num_classes, 3, config.img_size)
-    if given.data is not None:
-        data = open_data(given.data, config.data_root, labels=config.labels)
-        check_data(data, overrides)
-        shape = student_shape(config, data)
-    if not isinstance(student, nn.Module):
-        student = new_student(config, shape)
-    spec, classes = input_spec(student, config, data), class_count(student, shape)
-    probe.check_inputs(config, spec, data)
-    guide = sketch_teacher(config, spec)
-    if data is not None:
-        train_loader(data, config, spec)
-        eval_loader(data, config, spec)
-        check_classes(config, data, classes, given.classes, guide)
-    values = effective_values(config, student, data, world_size)
-    values |= cost_lines(config, student, guide, spec, world_size)
+        problems.append(f"resume: there is no checkpoint {resume!r}")
+    chosen, world_size = attempt(check_device, device), attempt(process_count)
+    given = problems.resolve(recipe, teacher, output, resume, overrides)
+    config, has_data = given.recipe, given.data is not None
+    given = given._replace(data=given.data if has_data else MISSING)
+    with preserved_rng():
+        data, student, guide, *_ = open_parts(given, ALONE, overrides, sketch_teacher, attempt)
+    module, spec = student.module, student.spec
+    values = attempt(effective_values, config, module, data if has_data else None, world_size)
+    costs = attempt(cost_lines, config, module, guide or None, spec, world_size)
+    if problems:
+        problems.end()
     named = config.teacher is not None and not names_a_file("train", config.teacher)
     unchecked = {
-        "data (none are given)": data is None,
+        "data (none are given)": not has_data,
         "published weights": named or is_hub_name(config.model or ""),
         f"{device} (not on this machine)": chosen.type == "cuda" and not torch.cuda.is_available(),
     }
+    values |= costs
     if left := [what for what, is_left in unchecked.items() if is_left]:
         values["not checked"] = ", ".join(left)
     return config, values
@@ -115,6 +140,9 @@ def effective_values(
     if not skips_on_device(recipe.opt):
         values["optimizer"] += "; the host waits at every update for its gradient norm"
     if data is not None:
+        logits, known = num_classes_of(student) or recipe.num_classes, data.num_classes
+        if None not in (logits, known) and logits != known:
+            values["classes"] = f"{logits} logits for data of {known} classes"
         samples = recipe.train_samples or len(data.train) if data.streams else len(data.train)
         sampler = TrainBatchSampler(
             samples, share, accumulation=accumulation, world_size=world_size
@@ -231,12 +259,9 @@ def cost_lines(
     return {"parameters": parameters, "FLOPs per image": f"{flops} (a multiply-add is 2)"}
 
 
-def sketch_teacher(config: TeacherConfig, spec: InputSpec) -> Teacher | None:
+def sketch_teacher(name: Any, config: TeacherConfig, spec: InputSpec) -> Teacher | None:
     """Build a teacher for `estimate`: on the meta device, or from its checkpoint."""
-    name = config.teacher
-    if name is None or name.startswith(MODULE_PREFIX):  # a module that was passed to `train`
-        return None
-    if names_a_file("train", name):
+    if name is None or names_a_file("train", name):
         return resolve_teacher(name, config, spec)
     described = f"teacher: {name} (teacher_img_size={config.teacher_img_size})"
     with probe.naming(described, (ValueError, TypeError, OSError)), torch.device("meta"):

@@ -14,8 +14,8 @@ from torch.utils.data import DataLoader
 
 from fastkd.checkpoint import BEST, LAST, is_best
 from fastkd.config import Recipe
-from fastkd.data.datasets import Data, open_data
-from fastkd.data.loader import DEATHS, describe_worker_death, eval_loader, schedule_of, train_loader
+from fastkd.data.datasets import Data
+from fastkd.data.loader import DEATHS, describe_worker_death, schedule_of
 from fastkd.data.readers import DataPair
 from fastkd.data.samplers import Schedule
 from fastkd.inference.evaluate import evaluate_model
@@ -26,10 +26,8 @@ from fastkd.training.build import (
     FromRecipe,
     Given,
     build_engine,
-    check_classes,
-    check_data,
     identify,
-    open_student,
+    open_parts,
     resolve_run,
     resolve_teacher,
 )
@@ -37,7 +35,7 @@ from fastkd.training.dry_run import cost_lines, effective_values
 from fastkd.training.engine import SKIPPED, NonFiniteError, Reading, evaluate_terms
 from fastkd.training.logging import LOG, PLOT, RESULT, Result, RunLogger, result_of, timestamp
 from fastkd.training.plots import plot_run
-from fastkd.training.probe import check_inputs, check_pass
+from fastkd.training.probe import check_pass
 from fastkd.training.state import RunState, locked
 from fastkd.utils.distributed import StopRequest, World, world
 from fastkd.utils.random import preserved_rng
@@ -127,22 +125,13 @@ class OpenRun(NamedTuple):
 
 def open_run(given: Given, peers: World, verify: bool, overrides: dict[str, Any]) -> OpenRun:
     """Open data, student and teacher, and try them out before the output is touched."""
-    recipe = given.recipe
-    data = open_data(given.data, recipe.data_root, labels=recipe.labels)
-    check_data(data, overrides)
-    student = open_student(given.student, recipe, data, peers)
-    spec, num_classes = student.spec, student.num_classes
-    check_inputs(recipe, spec, data)
     with verifying(verify):
-        teacher = resolve_teacher(given.teacher, recipe, spec)
-    quiet = not peers.is_main
-    data = check_classes(recipe, data, num_classes, given.classes, teacher, quiet)
-    batches = train_loader(data, recipe, spec, peers)
-    eval_batches = eval_loader(data, recipe, spec, peers)
-    schedule = schedule_of(batches)
+        parts = open_parts(given, peers, overrides, resolve_teacher)
+    data, student, teacher, batches, eval_batches = parts
+    recipe, schedule = given.recipe, schedule_of(batches)
     updates = schedule.updates_per_epoch
-    sizes: dict[str, Any] = {"num_classes": num_classes, "updates_per_epoch": updates}
-    engine = build_engine(student.module, teacher, recipe, spec, peers, **sizes)
+    sizes: dict[str, Any] = {"num_classes": student.num_classes, "updates_per_epoch": updates}
+    engine = build_engine(student.module, teacher, recipe, student.spec, peers, **sizes)
     check_pass(engine, recipe, batches, data)
     ranked_by = "ema_top1" if recipe.best == "ema" else "top1"
     if not (data.labeled_val and (recipe.labels or engine.task.needs_logits)):

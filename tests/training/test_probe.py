@@ -1,5 +1,6 @@
 """What a run is refused for before its folder is touched, and that looking leaves no trace."""
 
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -12,7 +13,7 @@ from torch.utils.data import TensorDataset
 from fastkd.checkpoint import load_checkpoint
 from fastkd.config import Recipe
 from fastkd.data.transforms import InputSpec
-from fastkd.training import probe, train, trainer
+from fastkd.training import build, probe, train, trainer
 from fastkd.training.dry_run import dry_run
 from fastkd.training.probe import check_inputs, naming
 from tests.harness.tiny import FAST, image_folder, lift, made_run, tensor_data, vit
@@ -73,7 +74,7 @@ def test_a_run_is_the_same_to_the_bit_with_and_without_it(case, tmp_path, monkey
     states = []
     for looks in (True, False):
         if not looks:
-            monkeypatch.setattr(trainer, "check_inputs", lambda *_: None)
+            monkeypatch.setattr(build, "check_inputs", lambda *_: None)
             monkeypatch.setattr(trainer, "check_pass", lambda *_: None)
         output = tmp_path / str(looks)
         guide = None if teacher is None else teacher()
@@ -91,7 +92,7 @@ def test_images_of_a_folder_are_drawn_as_without_it(folder, tmp_path, monkeypatc
     found = []
     for looks in (True, False):
         if not looks:
-            monkeypatch.setattr(trainer, "check_inputs", lambda *_: None)
+            monkeypatch.setattr(build, "check_inputs", lambda *_: None)
             monkeypatch.setattr(trainer, "check_pass", lambda *_: None)
         result = train(None, None, folder, tmp_path / str(looks), **FAST | IMAGES)
         found.append(result.history[0]["loss"])
@@ -266,30 +267,53 @@ def test_fields_that_fail_together_are_all_named(monkeypatch):
         check_inputs(recipe, SPEC, None)
 
 
-@pytest.mark.parametrize(
-    ("options", "named"),
-    [
-        ({"output": "file"}, "output must be a folder"),
-        ({"resume": "no.pth"}, "resume: .*'no.pth'"),
-        ({"device": "meta"}, "device: .*'meta'"),
-    ],
-)
-def test_a_dry_run_checks_the_arguments_beside_the_recipe(tmp_path, monkeypatch, options, named):
-    monkeypatch.chdir(tmp_path)
+def test_a_dry_run_lists_all_problems(folder, tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(ValueError, match=named):
-        dry_run(None, None, {"model": "test_vit"}, **options)
+    fields = {"lr": -1.0, "auto_augment": "rand_m9", "img_size": 63, "variant": "wide"}
+    fields |= {"epochs": "many", "sched": "step", "sched_kwargs": {"decay_epochs": 300}}
+    with pytest.raises(ValueError) as refused:
+        dry_run(
+            None, "test_vit99", {**fields, "alpha": 0.5, "model": "test_vit", "data": str(folder)},
+            output=tmp_path / "file", resume="no.pth", device="meta",
+        )  # fmt: skip
+    for named in (
+        *("epochs: .*'many'", "output must be a folder", "resume: .*'no.pth'", "device: .*'meta'"),
+        *("lr: .*-1.0", "variant: .*'wide'", "auto_augment: .*'rand_m9'", "img_size=63"),
+        *("sched_kwargs: .*'step'", "'test_vit99'"),
+    ):
+        assert len(re.findall(named, str(refused.value))) == 1, named
 
 
-def test_a_dry_run_names_every_field_out_of_range():
-    with pytest.raises(ValueError, match=r"(?s)variant: .*'wide'.*lr: .*-1\.0"):
-        dry_run(None, None, {"lr": -1.0, "variant": "wide"})
+def test_a_dry_run_goes_on_where_the_data_are_wrong(tmp_path):
+    fields = {"model": "test_vit", "img_size": 63, "data": str(tmp_path / "lost")}
+    with pytest.raises(ValueError, match=r"^data: .*lost.*; student: .*img_size=63"):
+        dry_run(None, None, fields)
+
+
+def test_a_dry_run_goes_on_where_the_students_weights_are_wrong(tmp_path):
+    (tmp_path / "run.pth").write_bytes(b"no weights")
+    fields = {"model": str(tmp_path / "run.pth"), "data": str(tmp_path / "lost"), "epochs": 0}
+    with pytest.raises(ValueError, match=r"^epochs: .*run\.pth.*; data: .*lost'; names[^;]*$"):
+        dry_run(None, None, fields)
+
+
+def test_a_dry_run_goes_on_with_the_weights_of_a_student(tmp_path):
+    run = made_run(tmp_path / "start")
+    with pytest.raises(ValueError, match=r"^data: .*lost'; names[^;]*$"):
+        dry_run(None, None, {"model": str(run), "data": str(tmp_path / "lost")})
 
 
 def test_a_dry_run_says_what_it_could_not_check():
     fields = {"model": "test_vit", "num_classes": 1000, "img_size": 32, "projector": "linear"}
     _, values = dry_run(None, "test_vit2", fields | {"alpha": 0.5})
     assert values["not checked"] == "data (none are given), published weights"
+
+
+@pytest.mark.parametrize(("logits", "line"), [(3, None), (5, "5 logits for data of 3 classes")])
+def test_logits_beyond_the_classes_of_the_data_get_a_line(folder, logits, line):
+    fields = {"model": "test_vit", "num_classes": logits, "img_size": 32, "batch_size": 6}
+    _, values = dry_run(None, None, fields | {"lr_scaling": False, "data": str(folder)})
+    assert values.get("classes") == line
 
 
 def test_a_students_weights_are_taken_from_the_field_model_too(folder, tmp_path):
