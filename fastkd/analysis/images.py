@@ -97,10 +97,10 @@ class ImageSelection:
             device=device,
             seed=self.seed,
         )
-        for batch, faults in loader:
-            skipped = [(place_of[fault.sample], fault.reason) for fault in faults]
-            read = [] if batch is None else [place_of[index] for index in batch.samples.tolist()]
-            yield ReadImages(read, None if batch is None else batch.images, skipped)
+        for batch in loader:
+            skipped = [(place_of[fault.sample], fault.reason) for fault in batch.faults]
+            read = [place_of[index] for index in batch.samples.tolist()]
+            yield ReadImages(read, batch.images if read else None, skipped)
 
 
 def open_images(

@@ -18,6 +18,7 @@ from matplotlib.figure import Figure  # without pyplot, whose backend and state 
 
 from fastkd.analysis import LEVELS, Ranks
 from fastkd.demo.experiment import RUNS, FeatureRanks, Findings, Scores, mean_and_spread
+from fastkd.ops.environment import version
 from fastkd.utils.io import replacing, write_text
 
 RESULTS = "results.json"
@@ -97,15 +98,18 @@ def _caveats(findings: Findings) -> str:
     accuracy = mean_and_spread([value for s in findings.scores for value in s.top1])[0] / 100
     error = 100 * math.sqrt(accuracy * (1 - accuracy) / findings.held_out_images)
     spreads = [spread for s in findings.scores if (spread := mean_and_spread(s.top1)[1])]
-    seeds = f"seeds differ by up to {max(spreads):.1f} points" if spreads else "one seed has none"
+    if spreads:
+        seeds = f"seeds differ by up to {max(spreads):.1f} points (standard deviation)"
+    else:
+        seeds = "one seed does not show how much seeds differ"
     shows = (
         "What this shows: the trainer, the losses and the three kinds of student on real images; "
         "and how many dimensions an image needs in its own basis and in that of all images."
     )
     cannot = (
         f"What it cannot show: which student is better in general. These are {total:,} images of "
-        f"8 x 8 pixels and models of some ten thousand parameters; {seeds} (standard deviation), "
-        f"and {findings.held_out_images} held-out images alone leave a standard error of about "
+        f"8 x 8 pixels and models of some ten thousand parameters; {seeds}, and "
+        f"{findings.held_out_images} held-out images alone leave a standard error of about "
         f"{error:.1f} points. It is no evidence about ImageNet."
     )
     return "\n".join(textwrap.fill(paragraph, 100) for paragraph in (shows, cannot))
@@ -118,6 +122,7 @@ def save(findings: Findings, path: Path) -> None:
         "seeds": list(range(findings.seeds)),
         "train_images": findings.train_images,
         "held_out_images": findings.held_out_images,
+        "versions": {name: version(name) for name in ("fastkd", "torch", "timm", "scikit-learn")},
         "teacher": {"parameters": findings.teacher_parameters, "top1": findings.teacher_top1},
         "students": [_student(findings, scores) for scores in findings.scores],
         "ranks": [

@@ -131,11 +131,27 @@ def check_output(caller: str, path: str | Path | None, endings: Sequence[str] = 
         raise PermissionError(f"{caller}: output: {str(folder)!r} is not writable")
 
 
+def compute_logits(network: nn.Module, images: Tensor, device: torch.device, amp: str) -> Any:
+    """Run a model under autocast; name the dtypes if its weights have another than the images."""
+    images = images.to(device, non_blocking=True)
+    try:
+        with autocast(device, amp):
+            return network(images)
+    except RuntimeError as error:
+        dtype = next((p.dtype for p in network.parameters() if p.is_floating_point()), images.dtype)
+        if dtype == images.dtype or isinstance(error, torch.OutOfMemoryError):
+            raise
+        raise ValueError(
+            f"model: its weights must be {images.dtype}, as the images are, got {dtype}: give "
+            "model.float(); amp computes in fewer bits"
+        ) from error
+
+
 @torch.no_grad()
 def _count_logits(network: nn.Module, spec: InputSpec, peers: World, amp: str) -> int:
     """Run a module without ``num_classes`` on one black image."""
-    with evaluating(network), autocast(peers.device, amp):
-        return network(torch.zeros(1, *spec.size, device=peers.device)).shape[-1]
+    with evaluating(network):
+        return compute_logits(network, torch.zeros(1, *spec.size), peers.device, amp).shape[-1]
 
 
 @torch.no_grad()
@@ -155,10 +171,8 @@ def evaluate_model(
         for batch in loader:
             faults += batch.faults
             if len(batch.labels):
-                images = batch.images.to(world.device, non_blocking=True)
                 target = batch.labels.to(world.device, non_blocking=True)
-                with autocast(world.device, amp):
-                    logits = model(images)
+                logits = compute_logits(model, batch.images, world.device, amp)
                 classes = logits.shape[-1]
                 sums += _scores(logits.float(), target)
             if progress is not None:

@@ -106,8 +106,10 @@ def open_model(
             f"{type(source).__name__}"
         )
     file: Any = source if checkpoint is None else checkpoint
-    named = isinstance(file, nn.Module) or timm.is_model(str(file).partition(".")[0])
-    with contextlib.nullcontext() if named else reading(caller, file):
+    built = isinstance(file, nn.Module)
+    # A checkpoint is a file, even if it has the name of a model.
+    named = checkpoint is None and timm.is_model(str(source).partition(".")[0])
+    with contextlib.nullcontext() if built or named else reading(caller, file):
         if isinstance(source, nn.Module):
             refuse_for_modules(caller, {"num_classes": num_classes, **options})
             opened = _of_module(caller, source, checkpoint, weights)

@@ -21,13 +21,19 @@ from fastkd.data.batches import Batch, Fault
 from fastkd.data.image_files import LeftOut, image_endings, list_images, warn_left_out
 from fastkd.data.loader import default_workers
 from fastkd.data.readers import DataPair, FileReader, ReadableImages
-from fastkd.inference.evaluate import BAR_AFTER, check_options, check_output, have_finite_logits
+from fastkd.inference.evaluate import (
+    BAR_AFTER,
+    check_options,
+    check_output,
+    compute_logits,
+    have_finite_logits,
+)
 from fastkd.inference.loading import open_for_images
 from fastkd.inference.preprocessing import image_loader
 from fastkd.models.taps import evaluating
 from fastkd.models.weights import verifying
 from fastkd.utils.arguments import MOST_WORKERS, check_numbers, describe
-from fastkd.utils.distributed import World, autocast, world
+from fastkd.utils.distributed import World, world
 from fastkd.utils.io import csv_text, writable, write_text
 from fastkd.utils.progress import Progress
 
@@ -212,7 +218,7 @@ def open_files(files: Sequence[str]) -> DataPair:
 
 def _classify(
     network: nn.Module,
-    loader: Iterable[tuple[Batch | None, list[Fault]]],
+    loader: Iterable[Batch],
     files: list[str],
     classes: tuple[str, ...] | None,
     peers: World,
@@ -224,35 +230,57 @@ def _classify(
     found: list[tuple[int, Prediction]] = []
     lost: list[Fault] = []
     names: tuple[str, ...] = ()
+    nonfinite = "its logits are not finite"
+    if amp == "fp16":
+        nonfinite += " (amp='fp16' overflows easily: try 'bf16' or 'none')"
     with evaluating(network):
-        for batch, faults in loader:
-            ranked: list[tuple[int, list[int], list[float]]] = []
-            if batch is not None:
-                ranked, count = _top_classes(network, batch, peers, amp, top)
-                names = names or class_descriptions(classes, count)
+        for batch in loader:
             before = len(lost)
-            lost += faults
-            for index, labels, probabilities in ranked:
-                image = writable(files[index])
-                pairs = zip(labels, probabilities, strict=True)
-                guesses = tuple(Guess(label, names[label], value) for label, value in pairs)
-                if guesses:
-                    found.append((index, Prediction(image, guesses)))
-                else:
-                    lost.append(Fault(index, image, "its logits are not finite"))
-            progress.advance(len(ranked) + len(faults), len(lost) - before)
+            lost += batch.faults
+            if len(batch.samples):
+                best, count = _top_classes(network, batch.images, peers, amp, top)
+                names = names or class_descriptions(classes, count)
+                rows = zip(batch.samples.tolist(), best, strict=True)
+                for index, ranked in rows:
+                    image = writable(files[index])
+                    guesses = tuple(Guess(label, names[label], value) for label, value in ranked)
+                    if guesses:
+                        found.append((index, Prediction(image, guesses)))
+                    else:
+                        lost.append(Fault(index, image, nonfinite))
+            progress.advance(len(batch.samples) + len(batch.faults), len(lost) - before)
     return found, lost
+
+
+@torch.no_grad()
+def _top_classes(
+    network: nn.Module, images: Tensor, peers: World, amp: str, top: int
+) -> tuple[list[list[tuple[int, float]]], int]:
+    """(class, probability) of each image, the most probable first, and the number of classes.
+
+    An image without finite logits has none. The logits themselves are not kept.
+    """
+    logits = compute_logits(network, images, peers.device, amp)
+    if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != len(images):
+        raise ValueError(
+            f"predict: the model's logits must be [B, classes] with B = {len(images)}, got "
+            f"{describe(logits)}"
+        )
+    finite = have_finite_logits(logits).tolist()
+    best = logits.float().softmax(-1).topk(min(top, logits.shape[-1]))
+    rows = zip(best.indices.tolist(), best.values.tolist(), finite, strict=True)
+    found = [list(zip(labels, values, strict=True)) if ok else [] for labels, values, ok in rows]
+    return found, logits.shape[-1]
 
 
 def class_descriptions(names: Iterable[str] | None, count: int) -> tuple[str, ...]:
     """A name for every logit."""
-    known = _imagenet(count) if names is None else _readable([writable(name) for name in names])
+    if names is not None:
+        known = _readable([writable(name) for name in names])
+    else:
+        subset = infer_imagenet_subset({"num_classes": count})
+        known = [] if subset is None else ImageNetInfo(subset).label_descriptions()
     return tuple(known[:count] + [str(number) for number in range(len(known), count)])
-
-
-def _imagenet(count: int) -> list[str]:
-    subset = infer_imagenet_subset({"num_classes": count})
-    return [] if subset is None else ImageNetInfo(subset).label_descriptions()
 
 
 def _readable(names: list[str]) -> list[str]:
@@ -263,26 +291,3 @@ def _readable(names: list[str]) -> list[str]:
     for subset in _WITH_EVERY_SYNSET:
         described |= ImageNetInfo(subset).label_descriptions(as_dict=True)
     return [described.get(name, name) for name in names]
-
-
-@torch.no_grad()
-def _top_classes(
-    network: nn.Module, batch: Batch, peers: World, amp: str, top: int
-) -> tuple[list[tuple[int, list[int], list[float]]], int]:
-    """Classify a batch; returns rows (file, classes, probabilities) and the number of classes.
-
-    An image without finite logits has no classes.
-    """
-    images = batch.images.to(peers.device, non_blocking=True)
-    with autocast(peers.device, amp):
-        logits = network(images)
-    if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != len(images):
-        raise ValueError(
-            f"predict: the model's logits must be [B, classes] with B = {len(images)}, got "
-            f"{describe(logits)}"
-        )
-    finite = have_finite_logits(logits).tolist()
-    probabilities, classes = logits.float().softmax(-1).topk(min(top, logits.shape[-1]))
-    rows = zip(batch.samples.tolist(), classes.tolist(), probabilities.tolist(), strict=True)
-    ranked = [row if usable else (row[0], [], []) for row, usable in zip(rows, finite, strict=True)]
-    return ranked, logits.shape[-1]

@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 from fastkd.config import MODULE_PREFIX, DataConfig, Recipe, StudentConfig
-from fastkd.data.batches import Batch, Collate, Fault, Sample
+from fastkd.data.batches import Collate, Fault, Sample
 from fastkd.data.classes import Classes
 from fastkd.data.image_files import reason_of, without_pillow_warnings
 from fastkd.data.loader import SampleDataset, eval_samples, loader_options
@@ -248,17 +248,11 @@ def image_loader(
     device: torch.device,
     seed: int | None = None,
 ) -> DataLoader[Any]:
-    """Load samples of an evaluation set, by index: (Batch, or None where none is read; faults)."""
+    """Load samples of an evaluation set, by index; a batch without readable ones is empty."""
     return DataLoader(
         SamplesAndFaults(eval_samples(data, config, spec, seed), spec.size),
         batch_size,
         sampler=samples,
-        collate_fn=functools.partial(_stack, Collate(spec if data.yields_tensors else None)),
+        collate_fn=Collate(spec if data.yields_tensors else None),
         **loader_options(workers if len(samples) > batch_size else 0, device),
     )
-
-
-def _stack(stack: Collate, parts: list[Sample | Fault]) -> tuple[Batch | None, list[Fault]]:
-    samples = [part for part in parts if isinstance(part, Sample)]
-    faults = [part for part in parts if isinstance(part, Fault)]
-    return (stack(samples) if samples else None), faults

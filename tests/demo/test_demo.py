@@ -5,6 +5,7 @@ import io
 import json
 import sys
 from dataclasses import replace
+from importlib import metadata
 
 import pytest
 import torch
@@ -70,6 +71,7 @@ def test_figures_results_and_every_run_are_in_the_folder(finished):
 
 def test_results_hold_every_student_seed_by_seed(finished):
     results = json.loads((finished / "results.json").read_text(encoding="utf-8"))
+    assert results["versions"]["torch"] == metadata.version("torch")
     students = {student["student"]: student for student in results["students"]}
     assert list(students) == [c.key for c in CONTENDERS]
     for student in students.values():

@@ -157,6 +157,13 @@ def test_an_exported_module_that_timm_does_not_know_asks_for_it(tmp_path):
     assert opened(module, path).preprocessing.recipe.mean == MEAN
 
 
+def test_a_checkpoint_may_be_called_like_a_model(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save({"blocks": {"deep": "er"}, "pos_embed": torch.zeros(3)}, "resnet18.pth")
+    with pytest.raises(ValueError, match=r"open_model: .*resnet18\.pth"):
+        open_model("test_vit", checkpoint="resnet18.pth")
+
+
 def test_a_folder_without_weights_names_the_checkpoints_in_it(tmp_path, run):
     (tmp_path / "best.pth").write_bytes((run / LAST).read_bytes())
     for use in (opened, open_subject, lambda path: resolve_teacher(path, Recipe(), SPEC)):

@@ -93,8 +93,8 @@ def test_files_become_the_very_inputs_of_an_evaluation(run, tmp_path):
     files = [data.val.filename(index) for index in expected.samples.tolist()]
     options = {"batch_size": 7, "workers": 0, "device": torch.device("cpu")}
     loader = image_loader(open_files(files), preprocessing.recipe, spec, range(7), **options)
-    ((batch, faults),) = loader
-    assert not faults and torch.equal(batch.images, expected.images)
+    (batch,) = loader
+    assert not batch.faults and torch.equal(batch.images, expected.images)
 
 
 def test_as_many_images_are_right_as_evaluate_says(run, pictures):
@@ -434,6 +434,16 @@ def test_what_is_no_row_of_logits_for_every_image_is_refused(pictures, output, g
         predict(Gives(output), pictures, **CPU)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_weights_that_do_not_fit_float32_images_are_refused(pictures, dtype):
+    model = vit(in_chans=3).to(dtype)
+    refused = f"weights must be torch.float32, .* got {dtype}"
+    with pytest.raises(ValueError, match=refused):
+        predict(model, pictures, **CPU)
+    with pytest.raises(ValueError, match=refused):
+        evaluate(model, pictures, device="cpu", workers=0, classes_by="number")
+
+
 def overflows_over(rows):
     """Logits of which some rows are not finite."""
 
@@ -452,6 +462,8 @@ def test_an_image_without_finite_logits_is_told_and_the_rest_predicted(pictures)
     assert fault.name == str(pictures / "blue" / "1.jpg")
     assert fault.name not in by_image(predictions)
     assert fault.reason == "its logits are not finite"
+    (fault,) = predict(overflows_over([1]), pictures, amp="fp16", **CPU).unreadable
+    assert "amp='fp16' overflows" in fault.reason
 
 
 def test_a_class_that_a_model_masks_is_no_broken_image(pictures):
