@@ -33,6 +33,7 @@ from fastkd.utils.io import remove_leftovers, write_text
 from fastkd.utils.progress import Progress
 
 RESUME_FOLDER = "resume"
+FINGERPRINT = "fingerprint.json"  # of a model that was measured completely
 Model = str | Path | nn.Module
 
 
@@ -200,15 +201,12 @@ class _Run:
         if data is not None:
             data = str(data) if isinstance(data, str | Path) else type(data).__name__
         layers = options.layers
+        names = ("memory", "max_unreadable", "images", "amp", "img_size", "num_prefix")
         return {
             **options.measured,
-            "memory": options.memory,
-            "max_unreadable": options.max_unreadable,
+            **{name: getattr(options, name) for name in names},
             "data": data,
-            "images": options.images,
             "layers": layers if isinstance(layers, str) else ",".join(map(str, layers)),
-            "amp": options.amp,
-            "img_size": options.img_size,
             "bandwidth_levels": BANDWIDTH_LEVELS,
         }
 
@@ -237,9 +235,9 @@ class _Run:
         state = Resume(self.kept, f"{number:02}", peers.rank, peers.size, self.resume)
         study = Study(source, self.options, peers, state, self.progress)
         folder = None if self.kept is None else self.kept / f"{number:02}"
-        done = None if folder is None else folder / "fingerprint.json"
-        if folder is not None and done is not None and self.resume and done.exists():
-            check_same_analysis(folder, done.read_text(encoding="utf-8"), study.fingerprint)
+        if folder is not None and self.resume and (folder / FINGERPRINT).exists():
+            before = (folder / FINGERPRINT).read_text(encoding="utf-8")
+            check_same_analysis(folder, before, study.fingerprint)
             self.progress.write(f"{source.name}: already measured")
             return Report.load(folder)
         try:
@@ -247,9 +245,9 @@ class _Run:
         finally:
             self.progress.close()
         report = Report([result], settings, _environment(peers))
-        if folder is not None and done is not None and peers.is_main:
+        if folder is not None and peers.is_main:
             report.save(folder, figures=False)
-            write_text(done, study.fingerprint)  # last: a report without it is incomplete
+            write_text(folder / FINGERPRINT, study.fingerprint)  # a report without it is incomplete
         return report
 
 

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 from torch import Tensor
 from torch.utils.data import Subset, TensorDataset
 
@@ -80,24 +79,12 @@ class ImageSelection:
         config: DataConfig,
         spec: InputSpec,
         places: range,
-        *,
-        batch_size: int,
-        workers: int,
-        device: torch.device,
+        **loading: Any,  # batch size, workers and device for `image_loader`
     ) -> Iterator[ReadImages]:
         """Read images as a model's input, each place in exactly one batch."""
         place_of = {int(self.indices[place]): place for place in places}
-        loader = image_loader(
-            self.data,
-            config,
-            spec,
-            list(place_of),
-            batch_size=batch_size,
-            workers=workers,
-            device=device,
-            seed=self.seed,
-        )
-        for batch in loader:
+        indices = list(place_of)
+        for batch in image_loader(self.data, config, spec, indices, seed=self.seed, **loading):
             skipped = [(place_of[fault.sample], fault.reason) for fault in batch.faults]
             read = [place_of[index] for index in batch.samples.tolist()]
             yield ReadImages(read, batch.images if read else None, skipped)

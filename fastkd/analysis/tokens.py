@@ -173,8 +173,6 @@ class ModelSource:
         images = images.to(self._device, non_blocking=True)
         amp = autocast(self._device, self._options.amp)
         with torch.inference_mode(), evaluating(self._model), amp:
-            if self._choice.only_last:  # without the classification head
-                return [self._taps.last_block(images).data]
             output = self._taps(images)
         tokens = [output.tokens[key].data for key in self._choice.keys]
         if not self._choice.final:
@@ -190,7 +188,6 @@ class _Choice(NamedTuple):
     numbers: list[int]  # `Layer.index`
     final: bool = False
     by_name: bool = False
-    only_last: bool = False
 
 
 def _choose_layers(model: Any, layers: str | list[int | str]) -> _Choice:
@@ -217,7 +214,6 @@ def _choose_layers(model: Any, layers: str | list[int | str]) -> _Choice:
             [stages[number] for number in numbers] + [FINAL] * final_too,
             numbers + [len(stages)] * final_too,
             final_too,
-            only_last=numbers == [len(stages) - 1] and not final_too,
         )
     if numbers or final_too:
         raise ValueError(

@@ -196,64 +196,53 @@ class TokenPattern(Accumulator):
             )
         self._refuse_empty()
         moment = self.sums["moment"]
+        levels = tuple(levels)
+        observed = sep_from_moment(moment, self.convention).cpu()
+        permuted = self._permuted(permutations, seed)
+        rng = np.random.default_rng(seed)
+        resampled = self._resampled(rng)
+        # Read between bins: in whole bins, a shift by less than one bin would be rounding.
+        here, there = _crossings(observed, levels), _crossings(permuted, levels)
+        center = torch.cat([there, here[None]]).mean(dim=0)
+        as_far = (there - center).abs() >= (here - center).abs()
+        drawn = rng.integers(len(there), size=(RESAMPLES, len(there)))
+        shifts = there.numpy()[drawn].mean(axis=1) - _crossings(resampled, levels).numpy()
+        return SepTest(
+            levels=levels,
+            observed=bandwidth(observed, levels).numpy(),
+            observed_interval=intervals(bandwidth(resampled, levels).numpy(), CONFIDENCE),
+            permuted=bandwidth(permuted, levels).numpy(),
+            shift=(there.mean(dim=0) - here).numpy(),
+            shift_interval=intervals(shifts, CONFIDENCE),
+            p_value=((1 + as_far.sum(dim=0)).double() / (1 + len(there))).numpy(),
+            confidence=CONFIDENCE,
+        )
+
+    def _permuted(self, permutations: int, seed: int) -> Tensor:
+        """Compute the patterns of randomly permuted channels, [permutations, F]."""
+        moment = self.sums["moment"]
         generator = torch.Generator().manual_seed(seed)
         orders = [torch.randperm(len(moment), generator=generator) for _ in range(permutations)]
         step = max(1, _CHUNK_MOMENTS // moment.numel())
-        permuted = []
+        curves = []
         # The pattern of permuted channels follows exactly from the permuted second moment.
         for part in range(0, permutations, step):
             some = torch.stack(orders[part : part + step]).to(moment.device)
-            curves = sep_from_moment(permuted_moment(moment, some), self.convention)
-            permuted.append(curves.cpu())
+            curves.append(sep_from_moment(permuted_moment(moment, some), self.convention).cpu())
+        return torch.cat(curves)
+
+    def _resampled(self, rng: np.random.Generator) -> Tensor:
+        """Average bootstrap samples of images, weighted by their tokens, to [RESAMPLES, F]."""
         rows = self.rows.sorted()
-        return _test(
-            sep_from_moment(moment, self.convention).cpu(),
-            torch.cat(permuted),
-            torch.from_numpy(rows["curves"]).double(),
-            torch.from_numpy(rows["tokens"]).double(),
-            tuple(levels),
-            seed,
-        )
+        images = len(rows["tokens"])
+        drawn = rng.multinomial(images, [1 / images] * images, size=RESAMPLES)
+        shares = torch.from_numpy(drawn * rows["tokens"]).double()
+        curves = torch.from_numpy(rows["curves"]).double()
+        return shares @ curves / shares.sum(dim=1, keepdim=True)
 
     def _refuse_empty(self) -> None:
         if not self.tokens:
             raise ValueError("TokenPattern: no token with energy was seen")
-
-
-def _test(
-    observed: Tensor,
-    permuted: Tensor,
-    images: Tensor,
-    weights: Tensor,
-    levels: tuple[float, ...],
-    seed: int,
-) -> SepTest:
-    """Test curves: observed [F], permuted [R, F] and per image [images, F]."""
-    rng = np.random.default_rng(seed)
-    # Read between bins: in whole bins, a shift by less than one bin would be rounding.
-    here, there = _crossings(observed, levels), _crossings(permuted, levels)
-    center = torch.cat([there, here[None]]).mean(dim=0)
-    as_far = (there - center).abs() >= (here - center).abs()
-    resampled = _resampled_mean(images, weights, rng)
-    drawn = rng.integers(len(there), size=(RESAMPLES, len(there)))
-    shifts = there.numpy()[drawn].mean(axis=1) - _crossings(resampled, levels).numpy()
-    return SepTest(
-        levels=levels,
-        observed=bandwidth(observed, levels).numpy(),
-        observed_interval=intervals(bandwidth(resampled, levels).numpy(), CONFIDENCE),
-        permuted=bandwidth(permuted, levels).numpy(),
-        shift=(there.mean(dim=0) - here).numpy(),
-        shift_interval=intervals(shifts, CONFIDENCE),
-        p_value=((1 + as_far.sum(dim=0)).double() / (1 + len(there))).numpy(),
-        confidence=CONFIDENCE,
-    )
-
-
-def _resampled_mean(images: Tensor, weights: Tensor, rng: np.random.Generator) -> Tensor:
-    """Average bootstrap samples of images, weighted by their tokens, to [RESAMPLES, F]."""
-    drawn = rng.multinomial(len(images), [1 / len(images)] * len(images), size=RESAMPLES)
-    shares = torch.from_numpy(drawn).double() * weights
-    return shares @ images / shares.sum(dim=1, keepdim=True)
 
 
 def _crossings(curves: Tensor, levels: tuple[float, ...]) -> Tensor:

@@ -73,8 +73,6 @@ class Report:
         """Compare all numbers and arrays; NaN equals NaN."""
         return isinstance(other, Report) and same(self, other)
 
-    __hash__ = None  # type: ignore[assignment]
-
     def __repr__(self) -> str:
         return f"Report({', '.join(model.name for model in self.models)})"
 
@@ -283,8 +281,8 @@ def _layer_numbers(layer: LayerResult) -> dict[str, Any]:
         "tokens": layer.tokens,
         "channels": layer.channels,
         "ranks": _rank_numbers(layer.ranks),
-        "effective_rank": _statistics(Distribution.of(layer.effective_rank)),
-        "stable_rank": _statistics(Distribution.of(layer.stable_rank)),
+        "effective_rank": _statistics(layer.effective_rank),
+        "stable_rank": _statistics(layer.stable_rank),
     }
     if layer.sep:
         numbers["sep"] = {
@@ -302,8 +300,8 @@ def _layer_numbers(layer: LayerResult) -> dict[str, Any]:
         numbers["rotation"] = [
             {
                 "k": found.k,
-                "overlap_shared": _statistics(Distribution.of(found.overlap_shared)),
-                "overlap_pairs": _statistics(Distribution.of(found.overlap_pairs)),
+                "overlap_shared": _statistics(found.overlap_shared),
+                "overlap_pairs": _statistics(found.overlap_pairs),
                 "overlap_random": found.overlap_random,
             }
             for found in layer.shared.rotation
@@ -312,11 +310,11 @@ def _layer_numbers(layer: LayerResult) -> dict[str, Any]:
 
 
 def _rank_numbers(ranks: Ranks) -> dict[str, Any]:
-    return {f"{level:g}": _statistics(ranks.distribution(level)) for level in ranks.levels}
+    return {f"{level:g}": _statistics(ranks.at(level)) for level in ranks.levels}
 
 
-def _statistics(found: Distribution) -> dict[str, float | None]:
-    return _plain(dataclasses.asdict(found))
+def _statistics(values: np.ndarray) -> dict[str, float | None]:
+    return _plain(dataclasses.asdict(Distribution.of(values)))
 
 
 def _by_level(levels: Sequence[float], values: np.ndarray) -> dict[str, float | None]:
