@@ -309,11 +309,6 @@ def bandwidths(curve: np.ndarray, levels: Iterable[float]) -> np.ndarray:
     return bandwidth(torch.tensor(curve), list(levels)).numpy()
 
 
-def levels_of(layers: Iterable[LayerResult]) -> list[float]:
-    """List all levels at which the layers' ranks were read, ascending."""
-    return sorted({level for layer in layers for level in layer.ranks.levels})
-
-
 def bandwidth_levels_of(layers: Iterable[LayerResult]) -> list[float]:
     """List all levels at which the layers' bandwidths were read, ascending."""
     return sorted({level for layer in layers if layer.sep for level in layer.sep.levels})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import re
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -157,17 +158,10 @@ def parse_layers(layers: LayerChoice) -> str | list[int | str]:
         raise TypeError(f"layers: expected all, last, or numbers and names, got {layers!r}")
     if len(items) == 1 and items[0] in ("all", "last"):
         return str(items[0])
-    chosen = [-1 if item == "last" else _number_or_name(item) for item in items]
-    if not chosen or "" in chosen:
+    names = [-1 if item == "last" else str(item).strip() for item in items]
+    if not names or "" in names:
         raise ValueError(f"layers: expected all, last, or numbers and names, got {layers!r}")
-    return chosen
-
-
-def _number_or_name(item: int | str) -> int | str:
-    try:
-        return int(item)
-    except ValueError:
-        return str(item).strip()
+    return [int(name) if re.fullmatch(r"-?\d+", str(name)) else name for name in names]
 
 
 @dataclass(frozen=True)

@@ -135,9 +135,7 @@ class TokenPattern(Accumulator):
                 self._add("power", sep_power(tokens[some]))
             return
         self._add("moment", second_moment(tokens, "row_norm"))
-        self._add_curves(tokens, present, self._places(places, tokens))
-
-    def _add_curves(self, tokens: Tensor, present: Tensor, places: Tensor) -> None:
+        where = self._places(places, tokens)
         for some in self._chunks(tokens):
             here = present[some].unsqueeze(-1)
             curves = torch.where(here, sep_curves(tokens[some], self.convention), 0.0).double()
@@ -145,7 +143,7 @@ class TokenPattern(Accumulator):
             self._add("curve_squares", curves.square().sum(dim=(0, 1)))
             count = here.sum(dim=1)
             own = curves.sum(dim=1) / count.clamp_min(1)
-            self.rows.add(places[some], curves=own.float(), tokens=count.squeeze(-1))
+            self.rows.add(where[some], curves=own.float(), tokens=count.squeeze(-1))
 
     def _chunks(self, tokens: Tensor) -> list[slice]:
         """Slice the batch so that the curves of a slice fit into memory."""

@@ -238,10 +238,6 @@ def _draw(models: Sequence[ModelResult], folder: Path) -> dict[str, list[str]]:
 def _reading(path: Path) -> Iterator[None]:
     try:
         yield
-    except FileNotFoundError:
-        raise ValueError(
-            f"Report.load: {path} does not exist (not a folder that fastkd analyze wrote?)"
-        ) from None
     except (OSError, ValueError, zipfile.BadZipFile) as error:
         raise ValueError(f"Report.load: {path} cannot be read: {error}") from error
 

@@ -6,7 +6,7 @@ import io
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -29,7 +29,6 @@ from fastkd.analysis.results import (
     bandwidth_levels_of,
     bandwidths,
     has_shared_depth,
-    levels_of,
     measured,
     percent,
     subspace_sizes_of,
@@ -40,13 +39,8 @@ from fastkd.utils.io import printable, replacing
 _OWN, _SHARED, _PAIRS, _WARNING = "#0072B2", "#E69F00", "#009E73", "#D55E00"
 _BASELINE = "#555555"
 # Color and marker of the first, second, ... level or subspace.
-_SERIES = list(
-    zip(
-        ("#0072B2", "#56B4E9", "#009E73", "#E69F00", "#D55E00", "#CC79A7", "#000000"),
-        "osD^vPX",
-        strict=True,
-    )
-)
+_COLORS = ("#0072B2", "#56B4E9", "#009E73", "#E69F00", "#D55E00", "#CC79A7", "#000000")
+_SERIES = list(zip(_COLORS, "osD^vPX", strict=True))
 
 _PANEL_WIDTH = 3.5  # inches: one column of a two-column page
 _STYLE: dict[Any, Any] = {
@@ -63,13 +57,6 @@ _STYLE: dict[Any, Any] = {
 }
 
 
-class _Kind(NamedTuple):
-    name: str
-    wanted: Callable[[ModelResult], bool]
-    per_page: int  # models
-    draw: Callable[[Sequence[ModelResult]], Figure]
-
-
 def save_figures(models: Sequence[ModelResult], folder: Path) -> dict[str, list[str]]:
     """Save all figures as PNG and PDF; return the stems of the files by kind."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -83,11 +70,12 @@ def save_figures(models: Sequence[ModelResult], folder: Path) -> dict[str, list[
 
 def drawings(models: Sequence[ModelResult]) -> Iterator[tuple[str, str, Figure]]:
     """Draw the figures that the results have data for: kind, stem of the file, figure."""
-    for kind in _KINDS:
-        shown = [model for model in models if kind.wanted(model)]
-        for page, start in enumerate(range(0, len(shown), kind.per_page)):
-            stem = kind.name if page == 0 else f"{kind.name}_{page + 1}"
-            yield kind.name, stem, kind.draw(shown[start : start + kind.per_page])
+    for draw, per_page, is_wanted in _KINDS:
+        kind = draw.__name__
+        shown = [model for model in models if is_wanted(model)]
+        for page, start in enumerate(range(0, len(shown), per_page)):
+            stem = kind if page == 0 else f"{kind}_{page + 1}"
+            yield kind, stem, draw(shown[start : start + per_page])
     if len(models) > 1:
         yield "comparison", "comparison", comparison(models)
 
@@ -246,7 +234,7 @@ def _draw_energy(axes: Axes, model: ModelResult) -> None:
         _band(axes, np.arange(1, len(curve.mean) + 1), curve, color, name)
         for level in levels:
             _mark_level(axes, curve.mean, level, color, side)
-    room = (0.9, layer.channels * 1.5)  # for the numbers of the last dots
+    room = (0.7, layer.channels * 1.5)  # for the numbers of the first and last dots
     axes.set(xscale="log", xlim=room, xlabel="dimensions (log)")
     axes.set(ylim=(0, 104), ylabel="energy held (%)")
     axes.xaxis.set_major_formatter("{x:g}")
@@ -342,7 +330,9 @@ def _box(axes: Axes, values: np.ndarray, place: float, color: str) -> None:
 
 def _draw_angles(axes: Axes, found: Sequence[Subspaces]) -> None:
     if found:
-        largest, places = found[-1], np.arange(1, found[-1].k + 1)
+        # Subspaces of all channels are equal: they have no angle to show.
+        largest = ([one for one in found if one.overlap_random < 1] or found)[-1]
+        places = np.arange(1, largest.k + 1)
         for name, angles, color, style, marker in (
             ("image and shared subspace", largest.angles_shared, _OWN, "-", "o"),
             ("pairs of images", largest.angles_pairs, _PAIRS, "-", "s"),
@@ -359,12 +349,10 @@ def _draw_angles(axes: Axes, found: Sequence[Subspaces]) -> None:
 
 
 def _compare_ranks(axes: Axes, layers: Sequence[LayerResult]) -> None:
-    level = max(levels_of(layers))
+    level = max(layers[0].ranks.levels)
     styles = ((_OWN, "o", -0.12), (_SHARED, "s", 0.12))
     for row, layer in enumerate(layers):
         for (name, ranks), (color, marker, offset) in zip(layer.bases(), styles, strict=False):
-            if level not in ranks.levels:
-                continue
             found = ranks.distribution(level)
             mean, tail = found.mean / layer.channels, found.percentile_99 / layer.channels
             axes.hlines(row + offset, mean, tail, color=color, linewidth=0.9)
@@ -482,11 +470,9 @@ def _name_color(model: ModelResult) -> str:
 
 
 def _details(model: ModelResult) -> str:
-    weights = _shortened(model.weights, 24)
-    if model.weights == UNTRAINED:
-        weights = "UNTRAINED WEIGHTS"
-    last = model.last
-    return f"{weights}, N = {last.tokens}, D = {last.channels}, {_images(model)}"
+    is_untrained = model.weights == UNTRAINED
+    weights = "UNTRAINED WEIGHTS" if is_untrained else _shortened(model.weights, 24)
+    return f"{weights}, N = {model.last.tokens}, D = {model.last.channels}, {_images(model)}"
 
 
 def _row_label(model: ModelResult) -> str:
@@ -554,11 +540,12 @@ def _save(figure: Figure, path: Path) -> None:
             file.write(image.getvalue())
 
 
-_KINDS = (
-    _Kind("layerwise_rank", lambda model: True, 6, layerwise_rank),
-    _Kind("layerwise_rotation", has_shared_depth, 6, layerwise_rotation),
-    _Kind("rank_histograms", lambda model: True, 4, rank_histograms),
-    _Kind("shared_basis", lambda model: True, 6, shared_basis),
-    _Kind("sep", lambda model: model.last.sep is not None, 4, sep),
-    _Kind("rotation", lambda model: bool(model.last.rotation), 3, rotation),
+# The function of a figure, models on a page, and which models have data for it.
+_KINDS: tuple[tuple[Any, int, Callable[[ModelResult], bool]], ...] = (
+    (layerwise_rank, 6, lambda model: True),
+    (layerwise_rotation, 6, has_shared_depth),
+    (rank_histograms, 4, lambda model: True),
+    (shared_basis, 6, lambda model: True),
+    (sep, 4, lambda model: model.last.sep is not None),
+    (rotation, 3, lambda model: bool(model.last.rotation)),
 )

@@ -17,7 +17,6 @@ from fastkd.analysis.results import (
     bandwidth_levels_of,
     excess_overlap,
     has_shared_depth,
-    levels_of,
     measured,
     percent,
     subspace_sizes_of,
@@ -125,7 +124,7 @@ def layer_ranks(models: Sequence[ModelResult]) -> Table:
         "percentile.",
         [
             *_layer_columns(found),
-            *_rank_columns([layer.ranks for layer in layers], levels_of(layers)),
+            *_rank_columns([layer.ranks for layer in layers]),
             (Column("Effective rank", 1, SPREAD), effective),
             (Column("Stable rank", 2, SPREAD), stable),
         ],
@@ -135,14 +134,13 @@ def layer_ranks(models: Sequence[ModelResult]) -> Table:
 def shared_layer_ranks(models: Sequence[ModelResult]) -> Table:
     """Ranks in the shared basis of every layer that has one."""
     found = [(model, layer) for model in models for layer in model.layers if layer.shared]
-    layers = [layer for _, layer in found]
-    ranks = [layer.shared.ranks for layer in layers if layer.shared]
+    ranks = [layer.shared.ranks for _, layer in found if layer.shared]
     return _table(
         "shared_ranks_by_layer",
         "Ranks in the shared basis by layer",
         "rank@q: number of dimensions that hold q % of an image's energy in the basis that all "
         "images share at this layer. Statistics are over images; p99 is the 99th percentile.",
-        [*_layer_columns(found), *_rank_columns(ranks, levels_of(layers))],
+        [*_layer_columns(found), *_rank_columns(ranks)],
     )
 
 
@@ -298,7 +296,7 @@ def comparison(models: Sequence[ModelResult]) -> Table:
     """All models side by side: width, ranks in both bases, rotation and bandwidth."""
     layers = [model.last for model in models]
     sizes = subspace_sizes_of(layers)
-    highest = max(levels_of(layers))
+    highest = max(layers[0].ranks.levels)
     own = [_statistics(x.ranks, highest) for x in layers]
     shared = [_statistics(x.shared.ranks, highest) if x.shared else _NONE for x in layers]
     by_size = [{found.k: found for found in layer.rotation} for layer in layers]
@@ -365,10 +363,10 @@ def _layer_columns(found: Sequence[tuple[ModelResult, LayerResult]]) -> list[Col
     ]
 
 
-def _rank_columns(ranks: Sequence[Ranks], levels: Iterable[float]) -> list[ColumnOfCells]:
+def _rank_columns(ranks: Sequence[Ranks]) -> list[ColumnOfCells]:
     return [
         (Column(f"rank@{percent(q)}", 1, STATISTICS), [_statistics(one, q) for one in ranks])
-        for q in levels
+        for q in (ranks[0].levels if ranks else ())  # the same in a whole report
     ]
 
 
@@ -384,8 +382,6 @@ def _millions(model: ModelResult) -> float | None:
 
 
 def _statistics(ranks: Ranks, level: float) -> tuple[float | None, ...]:
-    if level not in ranks.levels:
-        return _NONE
     found = ranks.distribution(level)
     return found.mean, found.median, found.percentile_99
 

@@ -203,6 +203,12 @@ def test_rotation_draws_random_subspaces_beside_the_measured_ones():
     np.testing.assert_array_equal(angles, model.last.shared.rotation[-1].angles_random)
 
 
+def test_angles_are_drawn_of_the_largest_subspaces_that_have_any():
+    (_, right) = plots.rotation([made.model(sizes=(4, 24))]).axes  # 24 are all channels
+
+    assert right.get_title() == "principal angles of k = 4"
+
+
 def test_long_names_lose_their_middle():
     figure = plots.comparison([made.model("teacher_" + "x" * 80 + "_a"), made.model("b")])
 

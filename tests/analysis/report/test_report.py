@@ -167,7 +167,7 @@ def array_missing(path):
 @pytest.mark.parametrize(
     ("name", "damage", "message"),
     [
-        ("report.json", lambda path: path.unlink(), "does not exist"),
+        ("report.json", lambda path: path.unlink(), "No such file"),
         ("report.json", truncate, "cannot be read"),
         ("report.json", lambda path: path.write_text("[1, 2]"), "no mapping"),
         ("report.json", lambda path: path.write_bytes(b"\xff\xfe\x00"), "cannot be read"),
@@ -176,7 +176,7 @@ def array_missing(path):
         ("report.json", no_models, "at least one result"),
         ("report.json", field_missing, "curve"),
         ("report.json", array_missing, "nowhere"),
-        ("arrays.npz", lambda path: path.unlink(), "does not exist"),
+        ("arrays.npz", lambda path: path.unlink(), "No such file"),
         ("arrays.npz", truncate, "torn or belongs to another"),
     ],
 )
