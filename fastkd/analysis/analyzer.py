@@ -180,20 +180,17 @@ class _Run:
         self, models: list[Model], checkpoint: Any, untrained: bool, weights: str
     ) -> list[Report]:
         """Load saved reports and measure the other models."""
-        saved = {n: Report.load(str(model)) for n, model in enumerate(models) if _is_report(model)}
+        found = {n: Report.load(str(model)) for n, model in enumerate(models) if _is_report(model)}
         settings = self._settings()
-        if len(saved) < len(models):  # before anything is measured in vain
-            others = (report.settings for report in saved.values())
+        if len(found) < len(models):  # before anything is measured in vain
+            others = (report.settings for report in found.values())
             check_comparable("analyze", [settings, *others])
-        reports = []
         for number, model in enumerate(models):
-            if number in saved:
-                reports.append(saved[number])
-                continue
-            opening = _opening(model, len(models) > 1, untrained, weights)
-            source = self._source(model, opening | {"checkpoint": checkpoint})
-            reports.append(self._report(number, source, settings))
-        return reports
+            if number not in found:
+                opening = _opening(model, len(models) > 1, untrained, weights)
+                source = self._source(model, opening | {"checkpoint": checkpoint})
+                found[number] = self._report(number, source, settings)
+        return [found[number] for number in range(len(models))]
 
     def _settings(self) -> dict[str, Any]:
         """Return options and data as plain values, for the report."""

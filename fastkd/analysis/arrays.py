@@ -147,7 +147,8 @@ class ArraySource:
 
     def _read(self, file: Path) -> list[np.ndarray]:
         layers = read_tokens(file)
-        if (shapes := _shapes(layers)) != self._shapes:
+        shapes = [list(layer.shape) for layer in layers]
+        if shapes != self._shapes:
             raise ArrayError(
                 f"holds {_described(shapes)}, the first file holds {_described(self._shapes)}"
             )
@@ -161,17 +162,13 @@ def _first_shapes(files: list[Path]) -> list[list[int]]:
     first_error: Exception | None = None
     for file in files:
         try:
-            return _shapes(read_tokens(file))
+            return [list(layer.shape) for layer in read_tokens(file)]
         except (ArrayError, OSError) as error:
             first_error = first_error or error
     raise ValueError(
         f"data: none of {len(files)} .npy and .npz files can be read as tokens; {files[0].name} "
         f"{first_error}"
     ) from first_error
-
-
-def _shapes(layers: list[np.ndarray]) -> list[list[int]]:
-    return [list(layer.shape) for layer in layers]
 
 
 def _described(shapes: list[list[int]]) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import textwrap
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -68,10 +67,9 @@ class Resume:
             torch.save({"fingerprint": self._fingerprint, "state": state}, file)
         self._saved = time.monotonic()
 
-    def save_now_and_then(self, phase: str, make_state: Callable[[], dict[str, Any]]) -> None:
-        """Save the state if the last save was a minute ago."""
-        if time.monotonic() - self._saved >= SAVE_EVERY_SECONDS:
-            self.save(phase, make_state())
+    @property
+    def is_due(self) -> bool:
+        return time.monotonic() - self._saved >= SAVE_EVERY_SECONDS
 
     def _path(self, phase: str) -> Path | None:
         file = f"{self.name}-{phase}-{self.rank}of{self.size}.pt"

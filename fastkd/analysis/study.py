@@ -9,7 +9,7 @@ import re
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any, Literal, NamedTuple, Protocol, TypedDict
 
 import numpy as np
@@ -158,10 +158,10 @@ def parse_layers(layers: LayerChoice) -> str | list[int | str]:
         raise TypeError(f"layers: expected all, last, or numbers and names, got {layers!r}")
     if len(items) == 1 and items[0] in ("all", "last"):
         return str(items[0])
-    names = [-1 if item == "last" else str(item).strip() for item in items]
+    names = ["-1" if item == "last" else str(item).strip() for item in items]
     if not names or "" in names:
         raise ValueError(f"layers: expected all, last, or numbers and names, got {layers!r}")
-    return [int(name) if re.fullmatch(r"-?\d+", str(name)) else name for name in names]
+    return [int(name) if re.fullmatch(r"-?\d+", name) else name for name in names]
 
 
 @dataclass(frozen=True)
@@ -197,35 +197,27 @@ class TokenSource(Protocol):
     @property
     def fingerprint(self) -> dict[str, Any]:
         """Plain JSON values that differ where the tokens may."""
-        ...
 
     def batches(self, start: int, stop: int) -> Iterator[Batch]:
         """Yield tokens of the images at places start..stop-1, in order."""
-        ...
 
 
+@dataclass(eq=False)
 class Study:
     """Measure one source; every process calls `run`."""
 
-    def __init__(
-        self,
-        source: TokenSource,
-        options: Options,
-        world: World,
-        resume: Resume,
-        progress: Progress,
-    ) -> None:
-        self.source = source
-        self.options = options
-        self.world = world
-        self.resume = resume
-        self.progress = progress
-        self.share = _share(source.images, world)
-        self.depth = len(source.layers)
+    source: TokenSource
+    options: Options
+    world: World
+    resume: Resume
+    progress: Progress
+
+    def __post_init__(self) -> None:
+        self.share = _share(self.source.images, self.world)
+        self.depth = len(self.source.layers)
+        layers = list(range(self.depth))
         # Layers with a second pass.
-        self.second = {"last": [self.depth - 1], "all": list(range(self.depth)), "none": []}[
-            options.shared
-        ]
+        self.second = {"last": layers[-1:], "all": layers, "none": []}[self.options.shared]
         self.skipped: dict[int, tuple[str, str]] = {}  # place -> name and reason
         self.seconds = {"forward": 0.0, "analysis": 0.0}
         self.tokens = [0] * self.depth  # N of every layer
@@ -317,7 +309,8 @@ class Study:
             self.progress.advance(read, len(self.skipped) - known)
             if stop.received is not None or self._too_many_unreadable():
                 break
-            self.resume.save_now_and_then(name, partial(self._state, begin, measures))
+            if self.resume.is_due:
+                self.resume.save(name, self._state(begin, measures))
         self.resume.save(name, self._state(begin, measures))
 
     def _batches(self, begin: int, end: int) -> Iterator[Batch]:

@@ -170,10 +170,9 @@ class ModelSource:
             yield Batch(read.places, tokens, skipped)
 
     def _tokens(self, images: Tensor) -> list[Tensor]:
-        images = images.to(self._device, non_blocking=True)
         amp = autocast(self._device, self._options.amp)
         with torch.inference_mode(), evaluating(self._model), amp:
-            output = self._taps(images)
+            output = self._taps(images.to(self._device, non_blocking=True))
         tokens = [output.tokens[key].data for key in self._choice.keys]
         if not self._choice.final:
             return tokens

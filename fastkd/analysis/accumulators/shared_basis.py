@@ -167,16 +167,12 @@ class InSharedBasis(Accumulator):
         energies = captured_energies(tokens, self.basis.vectors)
         where = self._places(places, tokens)
         columns = {"ranks": rank_at(energies, self.levels).int(), "curves": energy_curve(energies)}
-        self.rows.add(where, **columns, **self._rotation(tokens, where.tolist()))
-
-    def _rotation(self, tokens: Tensor, places: list[int]) -> dict[str, Tensor]:
-        """Compare images with the shared subspaces and with their partners, for each k."""
-        if not self._sizes():
-            return {}
-        own = subspace(tokens, min(self._sizes()[-1], *tokens.shape[1:]))
-        self._compare_pairs(places, own)
-        shared = self.basis.vectors.to(own.device)
-        return self._compare("shared", own, shared.expand(len(own), -1, -1))
+        if self._sizes():
+            own = subspace(tokens, min(self._sizes()[-1], *tokens.shape[1:]))
+            self._compare_pairs(where.tolist(), own)
+            shared = self.basis.vectors.to(own.device)
+            columns |= self._compare("shared", own, shared.expand(len(own), -1, -1))
+        self.rows.add(where, **columns)
 
     def _sizes(self) -> list[int]:
         return [k for k in self.subspaces if k <= len(self.basis.energies)]

@@ -346,10 +346,8 @@ def _summary_lines(model: ModelResult) -> Iterable[str]:
             for level, width, white in zip(last.sep.levels, last.sep.bandwidths, noise, strict=True)
         )
     if model.skipped or model.non_finite:
-        yield (
-            f"  images skipped: {len(model.skipped):,}; with a NaN or infinity: "
-            f"{model.non_finite:,}"
-        )
+        skipped = f"images skipped: {len(model.skipped):,}"
+        yield f"  {skipped}; with a NaN or infinity: {model.non_finite:,}"
 
 
 def _rank_text(ranks: Ranks, level: float) -> str:

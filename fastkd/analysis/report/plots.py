@@ -303,17 +303,10 @@ def _draw_overlaps(axes: Axes, found: Sequence[Subspaces]) -> None:
     axes.set_xticks(range(len(found)), [str(one.k) for one in found])
     axes.set(xlim=(-0.6, len(found) - 0.4), xlabel="k, dimensions of the subspaces")
     axes.set(ylim=(0, 1.02), ylabel=r"overlap $\|V_i^\top V_j\|_F^2 \,/\, k$")
-    images = _count([one.overlap_shared for one in found], "image")
-    pairs = _count([one.overlap_pairs for one in found], "pair")
-    axes.set_title(f"{images}, {pairs}", fontsize=7)
+    if found:  # more than at larger k, where some images have too small a rank
+        images, pairs = measured(found[0].overlap_shared), measured(found[0].overlap_pairs)
+        axes.set_title(f"images: {len(images):,}, pairs: {len(pairs):,}", fontsize=7)
     _clean(axes, grid="y")
-
-
-def _count(overlaps: Sequence[np.ndarray], what: str) -> str:
-    """Count values, as "288 to 300 images" if the number depends on k."""
-    counts = sorted({len(measured(values)) for values in overlaps} or {0})
-    ends = " to ".join(f"{count:,}" for count in dict.fromkeys((counts[0], counts[-1])))
-    return f"{ends} {what}" + "s" * (counts[-1] != 1)
 
 
 def _box(axes: Axes, values: np.ndarray, place: float, color: str) -> None:
@@ -368,10 +361,9 @@ def _compare_rotation(axes: Axes, layers: Sequence[LayerResult]) -> None:
         for found in layer.rotation:
             color, marker = styles[found.k]
             place = row + 0.5 * ((sizes.index(found.k) + 0.5) / len(sizes) - 0.5)
-            excess, between_pairs = map(
-                found.mean_excess, (found.overlap_shared, found.overlap_pairs)
-            )
-            _dot(axes, excess, place, marker, color, f"k = {found.k}")
+            with_shared = found.mean_excess(found.overlap_shared)
+            between_pairs = found.mean_excess(found.overlap_pairs)
+            _dot(axes, with_shared, place, marker, color, f"k = {found.k}")
             _dot(axes, between_pairs, place, marker, color, hollow=True)
     label = "excess overlap, 0 is random\n(filled: shared, open: pairs)"
     axes.set(xlim=(-0.05, 1.03), xlabel=label)
@@ -411,16 +403,14 @@ def _line(axes: Axes, x: np.ndarray, y: Any, color: str, label: str, **style: An
     axes.plot(x, y, color=color, label=label, **style)
 
 
-def _band(
-    axes: Axes, x: np.ndarray, curve: Curve, color: str, name: str, linewidth: float = 1.4
-) -> None:
+def _band(axes: Axes, x: np.ndarray, curve: Curve, color: str, name: str, **style: Any) -> None:
     """Draw a mean curve in percent, with its standard deviation clipped to 0 to 100."""
     mean, std = curve.mean, curve.std
     if std is not None:
         lower, upper = np.clip(mean - std, 0, 1), np.clip(mean + std, 0, 1)
         axes.fill_between(x, 100 * lower, 100 * upper, color=color, alpha=0.22, linewidth=0)
     marker = "o" if len(x) == 1 else ""  # a single point has no line
-    _line(axes, x, 100 * mean, color, name, linewidth=linewidth, marker=marker)
+    _line(axes, x, 100 * mean, color, name, **{"linewidth": 1.4, "marker": marker} | style)
 
 
 def _figure(width: float, height: float) -> Figure:

@@ -161,10 +161,8 @@ def _caveats(
     if last.channels != row.channels:
         yield f"{last.channels} channels, the paper's model has {row.channels}"
     if model.input_size is not None and list(model.input_size) != source["input_size"]:
-        ours, theirs = (
-            "{} x {}".format(*size) for size in (model.input_size, source["input_size"])
-        )
-        yield f"images of {ours}, the paper's of {theirs}"
+        sizes = (*model.input_size, *source["input_size"])
+        yield "images of {} x {}, the paper's of {} x {}".format(*sizes)
     if model.images != source["images"]:
         yield f"{model.images:,} images, the paper's {source['images']:,}"
     if settings.get("centered"):
