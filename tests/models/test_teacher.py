@@ -11,6 +11,7 @@ from torch import nn
 
 from fastkd import create_teacher
 from fastkd.models import Teacher, create_student
+from fastkd.models.weights import read_weights
 
 NAME = "vit_tiny_patch16_224"  # timm's mean and std for it are 0.5
 HALF = (0.5, 0.5, 0.5)
@@ -287,10 +288,10 @@ def fastkd_checkpoint(vit, **measured):
         ({}, False),
     ],
 )
-def test_a_checkpoint_of_a_run_gives_its_better_weights(vit, shape, tmp_path, measured, averaged):
+def test_a_checkpoint_of_a_run_gives_its_better_weights(vit, tmp_path, measured, averaged):
     torch.save(fastkd_checkpoint(vit, **measured), tmp_path / "last.pth")
-    teacher = create_teacher(NAME, checkpoint=tmp_path / "last.pth", **shape)
-    torch.testing.assert_close(teacher.model.head.bias, vit.head.bias + averaged)
+    weights = read_weights("test", tmp_path / "last.pth")
+    torch.testing.assert_close(weights["head.bias"], vit.head.bias.detach() + averaged)
 
 
 def test_a_checkpoints_tensors_are_not_kept_a_second_time(checkpoint, shape):
