@@ -157,7 +157,7 @@ class FeatureKD(FeatureTerm):
 
     @property
     def operator_options(self) -> dict[str, Any] | None:
-        """The distance as the operators' keywords; None where only calling it will do."""
+        """The distance as the operators' keywords; None if it must be called."""
         return _operator_options(self.distances[0])
 
     def _build_distances(

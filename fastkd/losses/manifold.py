@@ -34,9 +34,9 @@ class ManifoldKD(Distance):
     - random: the K x K similarities of K different patches drawn from all B N.
 
     Source: arXiv 2107.01378, with the weights and K of its ImageNet runs. The paper writes squared
-    Frobenius norms; its code takes means over the matrices' elements, as here. Patches are drawn
-    at random in training and evenly spaced in eval mode. Relations are within one process's
-    micro-batch. Second derivatives are refused. A token of zeros gets no gradient.
+    Frobenius norms; its code takes means over the matrices' elements, as here. In eval mode patches
+    are evenly spaced instead. Relations are within one process's micro-batch. Second derivatives
+    are refused.
 
     Args:
         intra: weight of the similarities within an image; 0 skips them.

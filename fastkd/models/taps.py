@@ -47,8 +47,8 @@ class Taps:
     ``torch.compile(fullgraph=True)``. A number is a block of a ViT or CaiT (not its class-attention
     blocks), and a stage of a Swin or CNN, counted as in timm's ``feature_info``, including the stem
     (of a ResNet, 0 is ``act1`` and 4 is ``layer4``). Any other module is read by module name. The
-    channels of a 4-D output are found by ``feature_info``, the images' aspect ratio, or the model's
-    attribute ``output_fmt`` ("NCHW" or "NHWC"), in this order.
+    channels of a 4-D output are found by ``feature_info``, the images' aspect ratio, the module's
+    class, or the model's attribute ``output_fmt`` ("NCHW" or "NHWC"), in this order.
 
     Args:
         model: any model, not wrapped in DDP (wrap the module that calls the taps).
