@@ -38,7 +38,7 @@ from fastkd.data.loader import train_loader
 from fastkd.data.transforms import InputSpec, keep_one_bit
 from fastkd.models import LiftVisionTransformer, Teacher, create_student
 from fastkd.training import Recipe
-from fastkd.training.build import build_engine
+from fastkd.training.build import BuiltStudent, build_engine
 from fastkd.utils.distributed import World
 
 sys.path.append(str(Path(__file__).parents[1] / "examples"))
@@ -503,9 +503,8 @@ def our_step(
     world = World(torch.device(here))
     student, teacher = student.to(here), teacher.to(here)
     teacher.set_input_stats(MEAN, STD)
-    engine = build_engine(
-        student, teacher, recipe, spec, world, num_classes=CLASSES, updates_per_epoch=1000
-    )
+    built = BuiltStudent(student, spec, CLASSES, None)
+    engine = build_engine(built, teacher, recipe, world, updates=1000)
     engine.task.train()
 
     def step(images: Tensor, labels: Tensor) -> Callable[[], float]:

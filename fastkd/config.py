@@ -35,11 +35,11 @@ class StudentConfig(fields.Section):
     variant: Literal["plain", "lift", "widelast", "uniform"] = "plain"
     """student architecture"""
     width: fields.Width | None = None
-    "channels of the variant; none: 384 for lift and widelast; uniform requires it"
+    """channels of the variant; none: 384 for lift and widelast; uniform requires it"""
     img_size: fields.Pixels | None = None
-    "input pixels a side; none: the model's own"
+    """input pixels a side; none: the model's own"""
     num_classes: fields.Count | None = None
-    "number of classes; none: as many as the dataset has"
+    """number of classes; none: as many as the dataset has"""
     drop_path: fields.Share = 0.0
     """stochastic depth rate at the last block"""
     init_weights: Literal["released", "timm"] = "released"
@@ -50,11 +50,11 @@ class TeacherConfig(fields.Section):
     """Which teacher is opened, and the size of its images."""
 
     teacher: fields.Text | None = None
-    "teacher: timm name, run folder, checkpoint, export or hf_hub:...; none: train without one"
+    """teacher: timm name, run folder, checkpoint, export or hf_hub:...; none: train without one"""
     teacher_checkpoint: fields.Text | None = None
-    "weights for a teacher given by its timm name"
+    """weights for a teacher given by its timm name"""
     teacher_img_size: fields.Pixels | None = None
-    "input pixels a side of the teacher; none: its own"
+    """input pixels a side of the teacher; none: its own"""
     classes_by: Literal["name", "number"] = "name"
     """match the teacher's logits with the classes by name, or take them by number"""
 
@@ -71,24 +71,24 @@ class DistillConfig(fields.Section):
     tau: fields.Positive = 1.0
     """temperature of logit losses that have one"""
     logit_options: fields.LossOptions | None = None
-    "options of the logit loss, as name=value,... (see: fastkd losses NAME)"
+    """options of the logit loss, as name=value,... (see: fastkd losses NAME)"""
     feature_loss: fields.FeatureLoss = "mse"
     """distance between token maps"""
     feature_options: fields.LossOptions | None = None
-    "options of the feature loss, as name=value,... (see: fastkd losses NAME)"
+    """options of the feature loss, as name=value,... (see: fastkd losses NAME)"""
     feature_weight: fields.NonNegative = 0.2
     """weight of the feature loss; 0: none"""
     pairs: fields.PairList = ((-1, -1),)
     """student:teacher blocks, as 0:0,11:23; from the end: --pairs=-1:-1; of a CNN, timm's stages
     (ResNet: 0 is the stem, 4 is layer4)"""
     student_prefix: fields.Whole = 0
-    "class and register tokens of student layers paired by module name"
+    """class and register tokens of student layers paired by module name"""
     teacher_prefix: fields.Whole = 0
-    "class and register tokens of teacher layers paired by module name"
+    """class and register tokens of teacher layers paired by module name"""
     projector: fields.Projector = "none"
     """projector from student to teacher width"""
     resample: Literal["bilinear", "bicubic", "area", "nearest"] | None = None
-    "resampling of the teacher's token grid to the student's; none: refuse different grids"
+    """resampling of the teacher's token grid to the student's; none: refuse different grids"""
 
     @property
     def cross_entropy_weight(self) -> float:
@@ -107,28 +107,28 @@ class DataConfig(fields.Section):
     """Where images come from and how they are augmented."""
 
     data: fields.Text | None = None
-    "folder with train/ and val/, shards, or timm dataset name"
+    """folder with train/ and val/, shards, or timm dataset name"""
     data_root: fields.Text | None = None
-    "files of a timm dataset given by name"
+    """files of a timm dataset given by name"""
     labels: fields.Switch = True
     """false: train on the teacher alone, without cross-entropy; labels may be missing"""
     train_samples: fields.Count | None = None
-    "images per epoch of streamed data; none: as the dataset states"
+    """images per epoch of streamed data; none: as the dataset states"""
     max_unreadable: fields.Whole = 20
-    "stop after this many unreadable training images; others take their place"
+    """stop after this many unreadable training images; others take their place"""
     augment: Literal["cpu", "gpu", "none", "dataset"] = "cpu"
     """cpu: timm's random transforms; gpu: workers decode and crop, the device does the rest; none:
     nothing random; dataset: the data set's own"""
     mean: fields.Channels | None = None
-    "mean that images are normalized with; none: the model's own"
+    """mean that images are normalized with; none: the model's own"""
     std: fields.Channels | None = None
-    "std that images are normalized with; none: the model's own"
+    """std that images are normalized with; none: the model's own"""
     interpolation: Literal["bicubic", "bilinear", "random"] = "bicubic"
-    "interpolation of training crops and of evaluation"
-    crop_pct: fields.PositiveShare = 0.875
-    "share of the resized image that evaluation crops"
+    """interpolation of training crops and of evaluation"""
+    crop_pct: fields.Crop = 0.875
+    """share of the resized image that evaluation crops"""
     crop_mode: Literal["center", "squash", "border"] = "center"
-    "crop mode of evaluation, as in timm"
+    """crop mode of evaluation, as in timm"""
     scale: fields.Range = (0.08, 1.0)
     """area range of training crops"""
     ratio: fields.Range = (3 / 4, 4 / 3)
@@ -136,7 +136,7 @@ class DataConfig(fields.Section):
     hflip: fields.Share = 0.5
     """probability of a horizontal flip"""
     color_jitter: fields.NonNegative = 0.3
-    "strength of color jitter, if auto_augment is none"
+    """strength of color jitter, if auto_augment is none"""
     auto_augment: fields.Policy | None = "rand-m9-mstd0.5-inc1"
     """timm's auto augment policy string"""
     reprob: fields.Share = 0.25
@@ -152,7 +152,7 @@ class DataConfig(fields.Section):
     mixup_switch_prob: fields.Share = 0.5
     """probability of CutMix where both are on"""
     workers: fields.Workers = 8
-    "dataloader processes per rank; 0: load in the main process"
+    """dataloader processes per rank; 0: load in the main process"""
 
     @property
     def mixes(self) -> bool:
@@ -186,37 +186,37 @@ class OptimConfig(fields.Section):
     batch_size: fields.Count = 1024
     """images per update, over all ranks"""
     accumulation: fields.Count = 1
-    "gradient accumulation: slices of an update's batch"
+    """gradient accumulation: slices of an update's batch"""
     opt: fields.Text = "adamw"
     """optimizer, by timm's name: adamw, sgd, lion, lamb, ..."""
     opt_kwargs: fields.FactoryOptions | None = None
-    "options of the optimizer, as name=value,...; lists in brackets"
+    """options of the optimizer, as name=value,...; lists in brackets"""
     lr: fields.Positive = 5e-4
-    "learning rate before lr_scaling; those of the recipes are for AdamW"
+    """learning rate before lr_scaling; those of the recipes are for AdamW"""
     lr_scaling: fields.Switch = True
     """multiply lr by batch_size / 512"""
     sched: fields.Schedule = "cosine"
     """timm's schedule of the learning rate"""
     sched_kwargs: fields.FactoryOptions | None = None
-    "options of the schedule, as name=value,...: decay_milestones=[30,60],decay_rate=0.1"
+    """options of the schedule, as name=value,...: decay_milestones=[30,60],decay_rate=0.1"""
     min_lr: fields.NonNegative = 1e-5
-    "final learning rate of cosine, poly and tanh"
+    """final learning rate of cosine, poly and tanh"""
     warmup_lr: fields.NonNegative = 1e-6
-    "learning rate at the start of the warm-up"
+    """learning rate at the start of the warm-up"""
     weight_decay: fields.NonNegative = 0.05
     """weight decay of the optimizer; none on 1-d parameters"""
     decay_pos_embed: fields.Switch = False
-    "apply weight decay to embeddings, too, as the paper's released code does"
+    """apply weight decay to embeddings, too, as the paper's released code does"""
     adam_eps: fields.Positive = 1e-8
-    "epsilon of AdamW and similar optimizers; others take theirs by opt_kwargs"
+    """epsilon of AdamW and similar optimizers; others take theirs by opt_kwargs"""
     label_smoothing: fields.BelowOne = 0.1
-    "label smoothing of the cross-entropy"
+    """label smoothing of the cross-entropy"""
     clip_grad: fields.Positive | None = None
     """largest gradient norm; none: no limit"""
     ema_decay: fields.BelowOne | None = 0.99996
-    "decay of the EMA weights; none: no EMA"
+    """decay of the EMA weights; none: no EMA"""
     ema_warmup: fields.Switch = False
-    "raise the decay of the EMA to ema_decay step by step"
+    """raise the decay of the EMA to ema_decay step by step"""
     amp: Literal["none", "bf16", "fp16"] = "bf16"
     """autocast type"""
     max_nonfinite: fields.Count = 10
@@ -226,7 +226,7 @@ class OptimConfig(fields.Section):
     channels_last: fields.Switch = False
     """channels-last memory format, faster for convolutions on a GPU"""
     seed: fields.Seed = 0
-    "seed of weights, order, augmentation and dropout"
+    """seed of weights, order, augmentation and dropout"""
 
     @property
     def scaled_lr(self) -> float:
@@ -250,15 +250,15 @@ class EvalConfig(fields.Section):
     eval_interval: fields.Count = 1
     """epochs between evaluations; the last always is"""
     eval_batch_size: fields.Count = 256
-    "images per rank and step of an evaluation"
+    """images per rank and step of an evaluation"""
     best: Literal["raw", "ema"] = "raw"
-    "weights whose top-1 selects the best epoch"
+    """weights whose top-1 selects the best epoch"""
     log_interval: fields.Count = 50
-    "updates between lines of log.jsonl, and of output that goes to a file"
+    """updates between lines of log.jsonl, and of output that goes to a file"""
     track: Literal["tensorboard", "wandb", "both"] | None = None
-    "experiment tracker that metrics are sent to, too"
+    """experiment tracker that metrics are sent to, too"""
     keep_checkpoints: fields.Count = 2
-    "number of checkpoints to keep: last.pth, last-1.pth, ..."
+    """number of checkpoints to keep: last.pth, last-1.pth, ..."""
     checkpoint_interval: fields.Whole = 0
     """updates between checkpoints inside an epoch; 0: at its end only"""
 

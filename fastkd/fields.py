@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from annotated_types import Ge, Gt, Le, Lt, MaxLen, MinLen
+from annotated_types import Ge, Le, Lt, MaxLen, MinLen
 from pydantic import (
     AfterValidator,
     BaseModel,
@@ -158,7 +158,7 @@ NonNegative = Annotated[  # numbers between 0 and 1e-37 would be 0 in float32, o
     Annotated[float, Ge(0), Le(0)] | Positive, "a finite number of at least 0 (0, or 1e-37 to 1e37)"
 ]
 Share = Annotated[float, Ge(0), Le(1), "a number between 0 and 1"]
-PositiveShare = Annotated[float, Gt(0), Le(1), "a number in (0, 1]"]
+Crop = Annotated[float, Ge(0.1), Le(1), "a number between 0.1 and 1"]
 BelowOne = Annotated[float, Ge(0), Lt(1), "a number in [0, 1)"]
 Switch = Annotated[bool, "true or false"]
 Text = Annotated[str, Field(pattern=r"\S"), "a text that is not empty"]

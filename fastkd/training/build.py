@@ -197,7 +197,12 @@ def open_student(
     if data is not None:
         shape = student_shape(recipe, data)
     seed_all(derive_seed("model", recipe.seed))
-    module = student if isinstance(student, nn.Module) else _new_student(recipe, shape)
+    if isinstance(student, nn.Module):
+        module = student
+    else:
+        options = f"img_size={shape.img_size}, width={recipe.width}, drop_path={recipe.drop_path}"
+        with naming(f"student: {recipe.model} with {options}", (ValueError, TypeError, OSError)):
+            module = preprocessing.build_student(recipe, shape)
     for name, weight in module.named_parameters():
         if weight.dtype in (torch.float16, torch.bfloat16):
             raise ValueError(
@@ -208,12 +213,6 @@ def open_student(
     module = module.to(peers.device)
     peers.share(module)  # before anything is copied from it, the EMA for one
     return BuiltStudent(module, input_spec(module, recipe, data), num_classes, shape.img_size)
-
-
-def _new_student(recipe: Recipe, shape: Shape) -> nn.Module:
-    options = f"img_size={shape.img_size}, width={recipe.width}, drop_path={recipe.drop_path}"
-    with naming(f"student: {recipe.model} with {options}", (ValueError, TypeError, OSError)):
-        return preprocessing.build_student(recipe, shape)
 
 
 def check_classes(
@@ -250,14 +249,8 @@ def check_classes(
     return replace(data, numbers=numbers)
 
 
-def identify(
-    built: BuiltStudent,
-    recipe: Recipe,
-    data: DataPair,
-    peers: World,
-    teacher: Teacher | None,
-    updates_per_epoch: int,
-) -> Identity:
+def identify(parts: Parts, recipe: Recipe, peers: World, updates_per_epoch: int) -> Identity:
+    data, teacher = parts.data, parts.teacher
     samples = recipe.train_samples or len(data.train) if data.streams else len(data.train)
     stream = (peers.size, recipe.workers) if data.streams else None
     named = Classes.of_data(data.train, None)
@@ -266,7 +259,7 @@ def identify(
     names = {} if named.guessed else named.names
     regular = names and list(names) == list(range(len(names)))
     classes = [names[label][0] for label in names] if regular else None
-    _, spec, num_classes, img_size = built
+    _, spec, num_classes, img_size = parts.student
     sizes = (samples, stream, updates_per_epoch)
     return Identity(recipe, spec, num_classes, img_size, classes, *sizes)
 
@@ -393,15 +386,10 @@ def _check_unlabeled(recipe: Recipe, teacher: Any, overrides: Mapping[str, Any])
 
 
 def build_engine(
-    student: nn.Module,
-    teacher: Teacher | None,
-    recipe: Recipe,
-    spec: InputSpec,
-    world: World,
-    *,
-    num_classes: int | None,
-    updates_per_epoch: int,
+    built: BuiltStudent, teacher: Teacher | None, recipe: Recipe, world: World, updates: int
 ) -> Engine:
+    """Build task, optimizer and all else that an epoch of so many updates changes."""
+    student, spec, num_classes, _ = built
     mixup = None
     if recipe.mixes:
         if num_classes is None:
@@ -414,7 +402,7 @@ def build_engine(
     if teacher is not None:
         teacher = teacher.to(world.device)
     task = build_task(student, teacher, recipe, torch.zeros(1, *spec.size, device=world.device))
-    optimizer, scheduler = optim.build_optimizer(task, recipe, updates_per_epoch)
+    optimizer, scheduler = optim.build_optimizer(task, recipe, updates)
     augment = device_augment(recipe, spec)
     return Engine(
         task,

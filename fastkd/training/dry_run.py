@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -73,11 +73,11 @@ class _Problems(list[str]):
                 return given
             named = {re.split("[:=]", line)[0] for line in self[known:]} & asked.keys()
             if not named:
-                self.end()
+                raise self.error()
             asked = {name: value for name, value in asked.items() if name not in named}
 
-    def end(self) -> NoReturn:
-        raise ValueError("; ".join(dict.fromkeys(self)))
+    def error(self) -> ValueError:
+        return ValueError("; ".join(dict.fromkeys(self)))
 
 
 def dry_run(
@@ -107,7 +107,7 @@ def dry_run(
     values = attempt(effective_values, config, module, data if has_data else None, world_size)
     costs = attempt(cost_lines, config, module, guide or None, spec, world_size)
     if problems:
-        problems.end()
+        raise problems.error()
     named = config.teacher is not None and not names_a_file("train", config.teacher)
     unchecked = {
         "data (none are given)": not has_data,

@@ -7,7 +7,7 @@ import itertools
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -25,8 +25,7 @@ from fastkd.training.task import DistillationTask
 from fastkd.utils.distributed import World, autocast
 from fastkd.utils.random import derive_seed, seed_all, seeded
 
-FIRST_FP16_SCALE = 2.0**16
-# Updates that fp16's scaler may skip in a row only to come down to a scale of 1.
+# Updates that fp16's scaler may skip in a row only to come down from 2^16 to a scale of 1.
 FP16_SETTLING = 17
 
 SKIPPED = "as the loss or its gradient was infinite or NaN"
@@ -145,6 +144,7 @@ class Position:
     total: int = 0
 
 
+@dataclass(eq=False, repr=False)
 class Engine:
     """Everything that changes during training, and the update that changes it.
 
@@ -154,41 +154,30 @@ class Engine:
     schedule and EMA go on.
     """
 
-    def __init__(
-        self,
-        task: DistillationTask,
-        teacher: Teacher | None,  # None where the terms need none
-        optimizer: torch.optim.Optimizer,
-        scheduler: Any,  # timm's, stepped per update
-        *,
-        config: OptimConfig,
-        world: World,
-        ema: ModelEmaV3 | None = None,
-        # (uint8 images on the device, plan on the host) -> normalized images
-        augment: Callable[[Tensor, dict[str, Tensor]], Tensor] | None = None,
-        mixup: Mixup | None = None,
-    ) -> None:
-        self.task = task
-        self.teacher = teacher
-        self.optimizer = optimizer
-        self.scheduler = scheduler
-        self.config = config
-        self.world = world
-        self.ema = ema
-        self.augment = augment
-        self.mixup = mixup
-        self.scaler = torch.amp.GradScaler(
-            world.device.type, init_scale=FIRST_FP16_SCALE, enabled=config.amp == "fp16"
-        )
+    task: DistillationTask
+    teacher: Teacher | None  # None where the terms need none
+    optimizer: torch.optim.Optimizer
+    scheduler: Any  # timm's, stepped per update
+    _: KW_ONLY
+    config: OptimConfig
+    world: World
+    ema: ModelEmaV3 | None = None
+    # (uint8 images on the device, plan on the host) -> normalized images
+    augment: Callable[[Tensor, dict[str, Tensor]], Tensor] | None = None
+    mixup: Mixup | None = None
+
+    def __post_init__(self) -> None:
+        task, config, world = self.task, self.config, self.world
+        self.scaler = torch.amp.GradScaler(world.device.type, enabled=config.amp == "fp16")
         self.parameters = [p for p in task.parameters() if p.requires_grad]
         self.statistics = _running_statistics(task)
-        self._average_statistics = [] if ema is None else _running_statistics(ema.module)
+        self._average_statistics = [] if self.ema is None else _running_statistics(self.ema.module)
         self.position = Position()
         self.meter = Meter((*task.terms.names, "grad_norm"), world.device)
         self.changing = False
         # (update, samples, whether applied, whether the loss was finite) since the last report
         self._unread: list[tuple[int, list[Tensor], Tensor, Tensor]] = []
-        for module in (task, teacher):
+        for module in (task, self.teacher):
             if module is not None and config.channels_last:
                 (task.student if module is task else module).to(memory_format=torch.channels_last)
             if module is not None and config.compile != "none":

@@ -7,7 +7,7 @@ import importlib
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import KW_ONLY, asdict, dataclass, field
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any, TextIO
@@ -33,34 +33,29 @@ def timestamp() -> str:
     return datetime.now().astimezone().isoformat("T", "seconds")
 
 
+@dataclass(eq=False, repr=False)
 class RunLogger:
     """Writes the run's logs and shows its progress; every process has one, the main one writes."""
 
-    def __init__(
-        self,
-        output: Path | None,  # None writes no files
-        recipe: Recipe,
-        updates_per_epoch: int,
-        *,
-        peers: World = ALONE,
-        unreadable: list[str] | None = None,  # names of known images; new ones are added
-        quiet: bool = False,
-        stream: TextIO | None = None,  # of progress; standard error by default
-    ) -> None:
-        self.output = output if peers.is_main else None
-        self.recipe = recipe
-        self.updates_per_epoch = updates_per_epoch
-        self.peers = peers
-        self.unreadable = [] if unreadable is None else unreadable
-        self.shows = peers.is_main and not quiet
-        self.progress = Progress(
-            unit="update", lines=False, leave=True, shows=self.shows, stream=stream
-        )
+    output: Path | None  # None writes no files
+    recipe: Recipe
+    updates_per_epoch: int
+    _: KW_ONLY
+    peers: World = ALONE
+    unreadable: list[str] = field(default_factory=list)  # names of images; new ones are added
+    quiet: bool = False
+    stream: TextIO | None = None  # of progress; standard error by default
+
+    def __post_init__(self) -> None:
+        self.output = self.output if self.peers.is_main else None
+        self.shows = self.peers.is_main and not self.quiet
+        shown: Any = {"shows": self.shows, "stream": self.stream}
+        self.progress = Progress(unit="update", lines=False, leave=True, **shown)
         self._log: TextIO | None = None
         self._trackers: list[Tracker] = []
         self._faults: list[tuple[int, Fault]] = []
         self._epochs = 0  # that are in the log
-        self.total_updates = recipe.epochs * updates_per_epoch
+        self.total_updates = self.recipe.epochs * self.updates_per_epoch
 
     def mend(self, updates: int, history: list[dict[str, Any]], *, foreign: bool = False) -> None:
         """Rewrite the files to hold what a checkpoint holds; those of a ``foreign`` run go first.

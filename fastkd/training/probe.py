@@ -29,7 +29,6 @@ from fastkd.data.readers import DataPair, ReadableImages
 from fastkd.data.transforms import InputSpec
 from fastkd.ops.backend import ENVIRONMENT_CHOICE
 from fastkd.training.engine import Engine
-from fastkd.utils.arguments import LARGEST_IMAGE
 from fastkd.utils.distributed import ALONE, World, autocast
 from fastkd.utils.random import seeded
 
@@ -90,12 +89,7 @@ def check_inputs(config: DataConfig, spec: InputSpec, data: DataPair | None) -> 
     if data is not None and data.yields_tensors:
         train_sample_transform(config, spec, data)  # refuses what has no meaning for tensors
         return
-    data, side = data or IMAGE_FILES, max(spec.size[-2:])
-    if side / config.crop_pct > LARGEST_IMAGE:
-        raise ValueError(
-            f"crop_pct: {config.crop_pct!r} of images of {side} pixels a side resizes them to "
-            f"{side / config.crop_pct:.3g}, at most {LARGEST_IMAGE} are allowed"
-        )
+    data = data or IMAGE_FILES
     try:
         _transform(config, spec, data)
     except Exception as error:

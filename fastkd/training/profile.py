@@ -7,7 +7,7 @@ import itertools
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,6 @@ from fastkd.inference.teacher import create_teacher
 from fastkd.models import TapOutput
 from fastkd.training.build import (
     FromRecipe,
-    Given,
     build_engine,
     open_student,
     resolve_run,
@@ -30,7 +29,7 @@ from fastkd.training.build import (
 )
 from fastkd.training.engine import Engine
 from fastkd.utils.arguments import check_numbers
-from fastkd.utils.distributed import World, autocast, world
+from fastkd.utils.distributed import autocast, world
 from fastkd.utils.random import preserved_rng
 
 LOADER = "loader alone"
@@ -112,23 +111,18 @@ def bench_step(
     if untrained and (given.teacher is None or isinstance(given.teacher, nn.Module)):
         got = "none" if given.teacher is None else "a module"
         raise ValueError(f"bench_step: untrained=True expects a teacher by its name, got {got}")
+    recipe, guide = given.recipe, given.teacher
     with preserved_rng(), world(device) as peers:
-        engine, loader = _build(given, untrained, peers)
+        opened = open_data(given.data, recipe.data_root, labels=recipe.labels)
+        student = open_student(given.student, recipe, opened, peers)
+        if untrained and not Path(guide).exists():
+            size, classes = recipe.teacher_img_size, student.num_classes
+            guide = create_teacher(guide, pretrained=False, num_classes=classes, img_size=size)
+            recipe = recipe.override(teacher_checkpoint=None, teacher_img_size=None)
+        loader = train_loader(opened, recipe, student.spec, peers)
+        guide = resolve_teacher(guide, recipe, student.spec)
+        engine = build_engine(student, guide, recipe, peers, updates=1)  # which changes no time
         return measure_step(engine, loader, steps, on_part=on_part)
-
-
-def _build(given: Given, untrained: bool, peers: World) -> tuple[Engine, Any]:
-    recipe, teacher = given.recipe, given.teacher
-    data = open_data(given.data, recipe.data_root, labels=recipe.labels)
-    built = open_student(given.student, recipe, data, peers)
-    if untrained and not Path(teacher).exists():
-        size, classes = recipe.teacher_img_size, built.num_classes
-        teacher = create_teacher(teacher, pretrained=False, num_classes=classes, img_size=size)
-        recipe = recipe.override(teacher_checkpoint=None, teacher_img_size=None)
-    loader = train_loader(data, recipe, built.spec, peers)
-    teacher = resolve_teacher(teacher, recipe, built.spec)
-    sizes: Any = {"num_classes": built.num_classes, "updates_per_epoch": 1}  # which changes no time
-    return build_engine(built.module, teacher, recipe, built.spec, peers, **sizes), loader
 
 
 def measure_step(
@@ -140,12 +134,14 @@ def measure_step(
 ) -> Breakdown:
     """Time a step and its parts on every process; the engine's weights are trained by it."""
     engine.task.train()
-    updates = _endless_updates(loader, engine.config.accumulation)
+    accumulation = engine.config.accumulation
+    batches = itertools.chain.from_iterable(iter(loader) for _ in itertools.count())
+    updates = (list(itertools.islice(batches, accumulation)) for _ in itertools.count())
     slices = next(updates)
     # Batches of worker processes arrive in groups, so they are timed in groups, after dropping
     # those that were prefetched during the warm-up (in which models may be compiled).
     prefetched = loader.num_workers * (loader.prefetch_factor or 0)
-    ahead, group = math.ceil(prefetched / engine.config.accumulation), max(1, loader.num_workers)
+    ahead, group = math.ceil(prefetched / accumulation), max(1, loader.num_workers)
     device = engine.world.device
 
     def measure(name: str, work: Callable[[], Any], ahead: int = 0, group: int = 1) -> list[float]:
@@ -180,12 +176,6 @@ def _timed(work: Callable[[], Any], clock: _Clock, steps: int, group: int) -> li
             work()
         clock.mark()
     return [seconds / group for seconds in clock.intervals()]
-
-
-def _endless_updates(loader: Any, accumulation: int) -> Iterator[list[Batch]]:
-    batches = itertools.chain.from_iterable(iter(loader) for _ in itertools.count())
-    while True:
-        yield list(itertools.islice(batches, accumulation))
 
 
 def _works(engine: Engine, slices: list[Batch]) -> dict[str, Callable[[], Any]]:

@@ -6,7 +6,7 @@ import math
 import textwrap
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -57,30 +57,27 @@ def locked(output: Path | None, peers: World) -> Iterator[FolderLock | None]:
         yield lock
 
 
+@dataclass(eq=False, repr=False)
 class RunState:
-    """All of a run that changes, and its checkpoints.
+    """All of a run that changes, and its checkpoints."""
 
-    ``ranked_by`` is the evaluated figure that picks the best epoch: ``"top1"``, ``"ema_top1"`` (the
-    highest) or ``"eval_loss"`` (the lowest).
-    """
+    engine: Engine
+    identity: Identity
+    output: Path | None  # None writes nothing
+    # Evaluated figure that picks the best epoch: top1, ema_top1 (the highest) or eval_loss.
+    ranked_by: str
+    history: list[dict[str, Any]] = field(default_factory=list)  # a record of each finished epoch
+    unreadable: list[str] = field(default_factory=list)  # names of training images
+    torn: list[str] = field(default_factory=list)  # faults of checkpoints that were passed over
+    unsaved: dict[str, OSError] = field(default_factory=dict)  # by file name
+    lock: FolderLock | None = None  # on the process that writes into the output
+    _saved: dict[str, int] | None = None  # position of last.pth
+    _begun: Path | None = None  # the checkpoint that was resumed
 
-    def __init__(
-        self, engine: Engine, identity: Identity, output: Path | None, ranked_by: str
-    ) -> None:
-        self.engine = engine
-        self.student = engine.task.student
-        self.identity = identity
-        self.output = output  # None writes nothing
-        self.ranked_by = ranked_by
-        self.history: list[dict[str, Any]] = []  # a record of each finished epoch
+    def __post_init__(self) -> None:
+        self.student = self.engine.task.student
         # Epoch (from 1; 0: none yet) and figure, None before the first.
-        self.best: dict[str, Any] = {"epoch": 0, ranked_by: None}
-        self.unreadable: list[str] = []  # names of training images
-        self.torn: list[str] = []  # faults of checkpoints that were replaced by an earlier one
-        self.unsaved: dict[str, OSError] = {}  # by file name
-        self.lock: FolderLock | None = None  # on the process that writes into the output
-        self._saved: dict[str, int] | None = None  # position of last.pth
-        self._begun: Path | None = None  # the checkpoint that was resumed
+        self.best: dict[str, Any] = {"epoch": 0, self.ranked_by: None}
 
     @property
     def finished(self) -> bool:

@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
@@ -16,15 +16,13 @@ from fastkd.checkpoint import BEST, LAST, is_best
 from fastkd.config import Recipe
 from fastkd.data.datasets import Data
 from fastkd.data.loader import DEATHS, describe_worker_death, schedule_of
-from fastkd.data.readers import DataPair
-from fastkd.data.samplers import Schedule
 from fastkd.inference.evaluate import evaluate_model
 from fastkd.inference.preprocessing import parameter_count
-from fastkd.models import Teacher
 from fastkd.models.weights import verifying
 from fastkd.training.build import (
     FromRecipe,
     Given,
+    Parts,
     build_engine,
     identify,
     open_parts,
@@ -92,16 +90,16 @@ def train(
     with verifying(verify):
         given = resolve_run(student, teacher, data, output, recipe, resume, overrides)
     with preserved_rng(), world(device) as peers:
-        opened = open_run(given, peers, verify, overrides)
-        run, config = opened.run, given.recipe
+        run, parts = open_run(given, peers, verify, overrides)
+        config, schedule = given.recipe, schedule_of(parts.batches)
         with locked(given.output, peers) as run.lock:
-            with running(opened, resume, quiet) as (logger, stop):
+            with running(run, parts, resume, quiet) as (logger, stop):
                 for epoch in range(run.engine.position.epoch + 1, config.epochs + 1):
-                    opened.schedule.set_position(epoch - 1, run.engine.position.update)
-                    record = train_one_epoch(run, opened.batches, logger, stop)
+                    schedule.set_position(epoch - 1, run.engine.position.update)
+                    record = train_one_epoch(run, parts.batches, logger, stop)
                     if epoch % config.eval_interval == 0 or epoch == config.epochs:
                         save(run, logger)  # an evaluation may take longer than a stop may wait
-                        record |= evaluate(opened, logger, stop)
+                        record |= evaluate(run, parts, logger, stop)
                     if run.finish_epoch(record):
                         save(run, logger, BEST)
                     # Last: a kill before it lets the epoch be done again, with the same best.
@@ -112,33 +110,20 @@ def train(
             return _finish(run, logger)
 
 
-class OpenRun(NamedTuple):
-    """A run with everything that it works on."""
-
-    run: RunState
-    data: DataPair
-    teacher: Teacher | None
-    batches: DataLoader[Any]
-    schedule: Schedule  # of the batches
-    eval_batches: DataLoader[Any]
-
-
-def open_run(given: Given, peers: World, verify: bool, overrides: dict[str, Any]) -> OpenRun:
+def open_run(
+    given: Given, peers: World, verify: bool, overrides: dict[str, Any]
+) -> tuple[RunState, Parts]:
     """Open data, student and teacher, and try them out before the output is touched."""
     with verifying(verify):
         parts = open_parts(given, peers, overrides, resolve_teacher)
-    data, student, teacher, batches, eval_batches = parts
-    recipe, schedule = given.recipe, schedule_of(batches)
-    updates = schedule.updates_per_epoch
-    sizes: dict[str, Any] = {"num_classes": student.num_classes, "updates_per_epoch": updates}
-    engine = build_engine(student.module, teacher, recipe, student.spec, peers, **sizes)
-    check_pass(engine, recipe, batches, data)
+    recipe, updates = given.recipe, schedule_of(parts.batches).updates_per_epoch
+    engine = build_engine(parts.student, parts.teacher, recipe, peers, updates)
+    check_pass(engine, recipe, parts.batches, parts.data)
     ranked_by = "ema_top1" if recipe.best == "ema" else "top1"
-    if not (data.labeled_val and (recipe.labels or engine.task.needs_logits)):
+    if not (parts.data.labeled_val and (recipe.labels or engine.task.needs_logits)):
         ranked_by = "eval_loss"
-    identity = identify(student, recipe, data, peers, teacher, updates)
-    run = RunState(engine, identity, given.output, ranked_by)
-    return OpenRun(run, data, teacher, batches, schedule, eval_batches)
+    identity = identify(parts, recipe, peers, updates)
+    return RunState(engine, identity, given.output, ranked_by), parts
 
 
 def train_one_epoch(
@@ -193,16 +178,16 @@ def _record(run: RunState, reading: Reading, since: Reading | None) -> dict[str,
     return record | {"time": timestamp()}
 
 
-def evaluate(opened: OpenRun, logger: RunLogger, stop: StopRequest) -> dict[str, Any]:
+def evaluate(run: RunState, parts: Parts, logger: RunLogger, stop: StopRequest) -> dict[str, Any]:
     """Measure the raw and the averaged weights, and every term where accuracy does not rank."""
-    run, batches = opened.run, opened.eval_batches
     engine, peers, amp = run.engine, run.engine.world, run.identity.recipe.amp
+    batches = parts.eval_batches
     stop.raise_if_asked(peers)
     record: dict[str, Any] = {}
     lost = {"eval_unreadable": 0, "eval_nonfinite": 0, "ema_nonfinite": 0}
     lines: list[str] = []
     began = time.perf_counter()
-    if opened.data.labeled_val:
+    if parts.data.labeled_val:
         peers.average_norms(run.student)
         raw = evaluate_model(run.student, batches, peers, amp, lines.append)
         record = {name: raw[name] for name in ("top1", "top5")}
@@ -259,12 +244,14 @@ def _remake_output(run: RunState, logger: RunLogger) -> None:
 
 
 @contextmanager
-def running(opened: OpenRun, resume: str, quiet: bool) -> Iterator[tuple[RunLogger, StopRequest]]:
+def running(
+    run: RunState, parts: Parts, resume: str, quiet: bool
+) -> Iterator[tuple[RunLogger, StopRequest]]:
     """Resume a run, and log it; at an interrupt save what is done, and explain what went wrong."""
-    run, stop = opened.run, StopRequest()
+    stop = StopRequest()
     recipe, peers, output = run.identity.recipe, run.engine.world, run.output
     options: dict[str, Any] = {"peers": peers, "unreadable": run.unreadable, "quiet": quiet}
-    logger = RunLogger(output, recipe, opened.schedule.updates_per_epoch, **options)
+    logger = RunLogger(output, recipe, run.identity.updates_per_epoch, **options)
     checkpoint = run.resume(resume)
     logger.mend(run.engine.position.total, run.history, foreign=not run.is_in_output(checkpoint))
     peers.barrier()  # the folder is there
@@ -284,9 +271,9 @@ def running(opened: OpenRun, resume: str, quiet: bool) -> Iterator[tuple[RunLogg
             try:
                 values: dict[str, str] = {}
                 if logger.shows:
-                    values = effective_values(recipe, run.student, opened.data, peers.size)
-                    spec = run.identity.spec
-                    values |= cost_lines(recipe, run.student, opened.teacher, spec, peers.size)
+                    spec, teacher = run.identity.spec, parts.teacher
+                    values = effective_values(recipe, run.student, parts.data, peers.size)
+                    values |= cost_lines(recipe, run.student, teacher, spec, peers.size)
                 logger.announce(values, run.where(), run.torn)
                 yield logger, stop
             except (KeyboardInterrupt, SystemExit):
@@ -300,7 +287,7 @@ def running(opened: OpenRun, resume: str, quiet: bool) -> Iterator[tuple[RunLogg
                 if stop.received is not None:
                     _save_before_stop(run, logger)
                     stop.raise_as_exception()
-                death = describe_worker_death((opened.batches, opened.eval_batches), error)
+                death = describe_worker_death((parts.batches, parts.eval_batches), error)
                 if death is None:
                     raise
                 raise RuntimeError(death) from error

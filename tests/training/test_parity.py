@@ -21,7 +21,7 @@ from fastkd.data.batches import Batch
 from fastkd.data.transforms import InputSpec
 from fastkd.inference.preprocessing import Shape, build_student
 from fastkd.models import Teacher
-from fastkd.training.build import build_engine
+from fastkd.training.build import BuiltStudent, build_engine
 from fastkd.training.engine import Engine
 from fastkd.utils.distributed import World
 
@@ -249,15 +249,10 @@ def prepare(case: Case, dtype: torch.dtype) -> Update:
     recipe = Recipe.load(case.recipe).override(img_size=case.img_size, amp="none")
     student = stirred(build_student(recipe, Shape(CLASSES, 3, case.img_size))).to(dtype)
     teacher = stirred(timm.create_model(recipe.teacher, img_size=case.img_size)).to(dtype).eval()
-    engine = build_engine(
-        student,
-        Teacher(teacher),
-        recipe,
-        InputSpec((3, case.img_size, case.img_size), None, None),
-        World(torch.device("cpu")),
-        num_classes=CLASSES,
-        updates_per_epoch=UPDATES_PER_EPOCH,
-    )
+    spec = InputSpec((3, case.img_size, case.img_size), None, None)
+    built = BuiltStudent(student, spec, CLASSES, case.img_size)
+    world = World(torch.device("cpu"))
+    engine = build_engine(built, Teacher(teacher), recipe, world, UPDATES_PER_EPOCH)
     engine.task.train()
     hand = case.student(case.img_size).to(dtype).train()
     own = dict(hand.named_parameters())

@@ -17,7 +17,7 @@ from fastkd.data.datasets import open_data
 from fastkd.data.loader import train_loader
 from fastkd.inference.preprocessing import input_spec
 from fastkd.models import create_student
-from fastkd.training.build import build_engine
+from fastkd.training.build import BuiltStudent, build_engine
 from fastkd.utils.distributed import World
 from tests.harness.tiny import image_folder
 
@@ -115,9 +115,8 @@ def test_updates_do_not_wait_for_the_device(folder, fields):
     ).to(device)
     spec = input_spec(student, recipe, data)
     loader = train_loader(data, recipe, spec, World(device))
-    engine = build_engine(
-        student, teacher(), recipe, spec, World(device), num_classes=3, updates_per_epoch=2
-    )
+    built = BuiltStudent(student, spec, 3, None)
+    engine = build_engine(built, teacher(), recipe, World(device), updates=2)
     engine.task.train()
     epochs = itertools.chain.from_iterable(iter(loader) for _ in itertools.count())
     updates = [list(itertools.islice(epochs, recipe.accumulation)) for _ in range(6)]
