@@ -22,23 +22,14 @@ COMMANDS = {
     "train": ("cli.train:configure", "train a student, with or without a teacher"),
     "evaluate": ("cli.inference:configure_evaluate", "measure the accuracy of a model"),
     "predict": ("cli.inference:configure_predict", "classify images"),
-    "analyze": (
-        "cli.analyze:configure",
-        "measure rank, frequency pattern and rotation of features",
-    ),
+    "analyze": ("cli.analyze:configure", "measure rank, frequency and rotation of features"),
     "export": ("cli.export:configure", "write a student as a timm folder, safetensors or ONNX"),
     "shard": ("cli.shard:configure", "write an image folder as WebDataset shards"),
     "bench-step": ("cli.bench_step:configure", "time the parts of a training step"),
-    "recipes": (
-        "cli.info:configure_recipes",
-        "list the shipped recipes and their top-1, or show one",
-    ),
+    "recipes": ("cli.info:configure_recipes", "list recipes with published top-1, or show one"),
     "losses": ("cli.info:configure_losses", "list losses and projectors, or explain one"),
     "env": ("cli.info:configure_env", "print versions, GPUs and usable backends"),
-    "completion": (
-        "cli.info:configure_completion",
-        "print a script that completes commands and flags in a shell",
-    ),
+    "completion": ("cli.info:configure_completion", "print a script for a shell's completion"),
     "demo": ("demo:configure", "distill digits on this machine, in minutes"),
 }
 
@@ -69,6 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         named = " ".join(["fastkd", command]).strip()
         text = printable(_one_line(error).removeprefix(f"{command}: "))
         print(f"{named}: error: {text}", file=sys.stderr)
+        # As argparse: 2 for wrong arguments. 1 is for anything else.
         return 2 if isinstance(error, USER_ERRORS) else 1
 
 
@@ -88,12 +80,12 @@ def _reader_left() -> bool:
     return bool(pipe.poll(0))  # an unbuffered stdout had nothing to flush
 
 
-def print_once(text: str) -> None:
+def print_once(text: str, file: Any = None) -> None:
     """Print on the main process only."""
     from fastkd.utils.distributed import is_main_process  # imports torch
 
     if is_main_process():
-        print(printable(text, lines=True))
+        print(printable(text, lines=True), file=file)
 
 
 def _run(command: str, arguments: list[str]) -> int:
@@ -136,6 +128,7 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
+        # An abbreviation would stop working with the next flag of the same beginning.
         self.formatter_class, self.allow_abbrev = _Help, False
         # Values, not flags: --pairs -1:-1, --mean -0.5,0.5, --layers -2,-1.
         self._negative_number_matcher = re.compile(r"-\.?\d")

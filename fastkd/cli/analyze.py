@@ -83,6 +83,7 @@ def _run(options: argparse.Namespace) -> int:
         if name not in ("command", "run", "no_figures")
         and not (name in ("levels", "subspaces") and value is None)
     }
+    # Recorded in the report, so that it can be made again.
     command = shlex.join(["fastkd", *sys.argv[1:]])
     report = analyze(**given, figures=not options.no_figures, command=command)
     print_once(report.summary())

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
+import io
 import json
-import math
 import os
 import sys
-import tempfile
-from collections.abc import Iterator
-from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from PIL import Image
 
 from fastkd.cli import flags, print_once
 from fastkd.config import Recipe
@@ -20,10 +18,9 @@ from fastkd.config import Recipe
 if TYPE_CHECKING:
     from fastkd.training.profile import Breakdown
 
-DRAWN_IMAGES = 32  # the other files of the dataset are links to these
-DRAWN_SIZE = (500, 375)
-NOISE = 16.0  # of 255 levels: about 90 kB a file
-MOST_FILES = 50_000  # unless one update needs more
+DRAWN_IMAGES = 32  # more would not be slower to decode
+DRAWN_SIZE = (500, 375)  # ImageNet's most common size
+NOISE = 18.0  # of 255 levels: about 90 kB a file
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -31,8 +28,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.usage = "fastkd bench-step [--recipe NAME] [--data DATA] [options]"
     parser.description = (
         "Time the parts of the training step that fastkd train would run, and measure the peak "
-        "memory of a full step on a GPU. Without --data, JPEGs of 500 x 375 pixels are drawn and "
-        "read from memory's file cache. Every field of a recipe is a flag."
+        "memory of a full step on a GPU. Without --data, drawn JPEGs of 500 x 375 pixels are "
+        "decoded from memory. Every field of a recipe is a flag."
     )
     parser.epilog = """examples:
   fastkd bench-step --recipe lift_softkd_spectral --untrained
@@ -55,8 +52,11 @@ def _run(options: argparse.Namespace) -> int:
     given = flags.given_fields(options)
     recipe = Recipe.load(options.recipe)
     teacher = given.pop("teacher", FromRecipe.TEACHER)
-    named = flags.naming_flags("--teacher-checkpoint PATH, or --untrained: its time is the same")
-    with named, _data(given.pop("data", recipe.data), recipe.override(**given)) as data:
+    data = given.pop("data", recipe.data)
+    if data is None:
+        drawn = _DrawnImages(50 * recipe.override(**given).batch_size)
+        data = drawn, drawn
+    with flags.naming_flags("--teacher-checkpoint PATH, or --untrained: its time is the same"):
         breakdown = bench_step(
             recipe,
             data,
@@ -64,7 +64,7 @@ def _run(options: argparse.Namespace) -> int:
             untrained=options.untrained,
             steps=options.steps,
             device=options.device,
-            on_part=_announce,
+            on_part=lambda part: print_once(f"timing: {part}", sys.stderr),
             **given,
         )
     print_once(_table(breakdown))
@@ -73,41 +73,28 @@ def _run(options: argparse.Namespace) -> int:
     return 0
 
 
-def _announce(part: str) -> None:
-    from fastkd.utils.distributed import is_main_process
+class _DrawnImages:
+    """JPEGs of two classes in memory, each under many numbers."""
 
-    if is_main_process():
-        print(f"timing: {part}", file=sys.stderr)
+    classes = ("0", "1")
 
+    def __init__(self, count: int) -> None:
+        self.count, self.files = count, [_draw() for _ in range(DRAWN_IMAGES)]
 
-@contextlib.contextmanager
-def _data(given: str | None, recipe: Recipe) -> Iterator[str]:
-    """Yield the dataset that was given, or a temporary folder of drawn images."""
-    if given is not None:
-        yield given
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        files = max(recipe.batch_size, min(MOST_FILES, 50 * recipe.batch_size))
-        _draw(Path(folder) / "val", 2, 2)
-        _draw(Path(folder) / "train", DRAWN_IMAGES, files)
-        yield folder
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        # Only opened: the dataloader decodes, as it does with files.
+        return Image.open(io.BytesIO(self.files[index % DRAWN_IMAGES])), index % 2
 
 
-def _draw(folder: Path, drawn: int, files: int) -> None:
-    """Write JPEGs of two classes, blurred colors under noise, and link them under more names."""
-    import numpy as np
-    from PIL import Image
-
-    rng = np.random.default_rng(0)
-    for index in range(drawn):
-        path = folder / f"class{index % 2}" / f"{index:05}.jpg"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        colors = Image.fromarray(rng.integers(0, 256, (9, 12, 3), np.uint8))
-        smooth = np.asarray(colors.resize(DRAWN_SIZE, Image.Resampling.BICUBIC), np.float32)
-        noisy = (smooth + rng.normal(0, NOISE, smooth.shape)).clip(0, 255).astype(np.uint8)
-        Image.fromarray(noisy).save(path, quality=90)
-        for copy in range(1, math.ceil(files / drawn)):
-            os.link(path, path.with_name(f"{path.stem}-{copy}.jpg"))
+def _draw() -> bytes:
+    """Draw one JPEG: a photograph's size, and noise for a photograph's number of bytes."""
+    channels = [Image.effect_noise(DRAWN_SIZE, NOISE) for _ in range(3)]
+    file = io.BytesIO()
+    Image.merge("RGB", channels).save(file, "JPEG", quality=90)
+    return file.getvalue()
 
 
 def _table(breakdown: Breakdown) -> str:

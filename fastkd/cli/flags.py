@@ -97,8 +97,9 @@ def add_recipe(parser: argparse.ArgumentParser) -> None:
             group.add_argument(
                 "--" + name.replace("_", "-"),
                 dest=name,
-                default=argparse.SUPPRESS,
+                default=argparse.SUPPRESS,  # so that only given fields override a recipe
                 metavar="VALUE",
+                # argparse formats help texts with %.
                 help=_help(name, field.description, field.default).replace("%", "%%"),
                 **bare,
             )

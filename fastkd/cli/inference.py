@@ -12,7 +12,7 @@ from fastkd.cli import flags, print_once
 from fastkd.utils.io import printable, write_text
 
 if TYPE_CHECKING:
-    from fastkd.inference.predict import Guess, Prediction, Predictions
+    from fastkd.inference.predict import Guess, Predictions
 
 # Options of both commands that are arguments of both functions, under the same names.
 SHARED = ("checkpoint", "device", "amp", "batch_size", "workers", "quiet", "verify")
@@ -54,8 +54,7 @@ def _evaluate(options: argparse.Namespace) -> int:
     chosen: tuple[Any, ...] = (options.weights,)
     if options.weights is None:  # all that a run has
         with verifying(options.verify):
-            found = weights_to_choose("evaluate", options.model, options.checkpoint)
-        chosen = found or ("auto",)
+            chosen = weights_to_choose("evaluate", options.model, options.checkpoint) or ("auto",)
     for weights in chosen:
         given = {name: getattr(options, name) for name in (*SHARED, "classes_by")}
         given |= {"weights": weights, **flags.given_image_fields(options, "data_root")}
@@ -122,24 +121,19 @@ def _predict(options: argparse.Namespace) -> int:
 
 
 def _report(predictions: Predictions, model: str, output: str | None) -> str:
-    count = len(predictions.images)
-    images = f"{count:,} {'image' if count == 1 else 'images'}"
-    written = "" if output is None else f", written to {output}"
-    last = printable(f"{images} ({model}, weights {predictions.weights}){written}")
-    return "\n".join([*_table(predictions.images), last])
-
-
-def _table(images: tuple[Prediction, ...]) -> list[str]:
     """One line per image with one guess, else one per guess below the image's name."""
+    images = predictions.images
     names = [printable(prediction.image) for prediction in images]
-    if all(len(prediction.guesses) == 1 for prediction in images):
-        width = max(map(len, names), default=0)
-        pairs = zip(names, images, strict=True)
-        return [f"{name:<{width}}{_line(p.guesses[0])}" for name, p in pairs]
-    lines = []
+    single = all(len(prediction.guesses) == 1 for prediction in images)
+    width = max(map(len, names)) if single else 0
+    lines: list[str] = []
     for name, prediction in zip(names, images, strict=True):
-        lines += [name, *map(_line, prediction.guesses), ""]
-    return lines
+        guesses = [_line(guess) for guess in prediction.guesses]
+        lines += [f"{name:<{width}}{guesses[0]}"] if single else [name, *guesses, ""]
+    count = f"{len(images):,} {'image' if len(images) == 1 else 'images'}"
+    written = "" if output is None else f", written to {output}"
+    last = printable(f"{count} ({model}, weights {predictions.weights}){written}")
+    return "\n".join([*lines, last])
 
 
 def _line(guess: Guess) -> str:

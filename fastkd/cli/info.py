@@ -6,7 +6,7 @@ import argparse
 import inspect
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 from fastkd.cli import COMMANDS, parsers
@@ -114,6 +114,7 @@ def _bash(commands: Mapping[str, argparse.ArgumentParser], shell: str) -> str:
                 cases.append(f'{keys}) words="{" ".join(values)}" ;;')
         known = " ".join(flag for action in parser._actions for flag in action.option_strings)
         cases.append(f'{name}:*) flags="{known}" ;;')
+    # "command:flag" comes before "command:*", and the first case that matches is taken.
     lines = "\n    ".join(cases)
     zsh = "autoload -U compinit bashcompinit && compinit && bashcompinit\n"
     return f"""{zsh if shell == "zsh" else ""}_fastkd() {{
@@ -181,32 +182,25 @@ def _losses(options: argparse.Namespace) -> int:
     if options.name is None:
         print(_listing())
     elif options.name in projectors:
-        print(_line(_projector_row(projectors[options.name]), (0, 0)).strip())
+        print("  ".join(_projector_row(projectors[options.name])))
     else:
         print(_explanation(find_loss(options.name)))
     return 0
 
 
 def _listing() -> str:
-    blocks = [
-        ("logit losses, --logit-loss", [_row(loss) for loss in LOGIT_LOSSES]),
-        ("feature losses, --feature-loss", [_row(loss) for loss in FEATURE_LOSSES]),
-        ("projectors, --projector", [_projector_row(p) for p in PROJECTORS]),
-    ]
+    blocks = {
+        "logit losses, --logit-loss": [(x.name, x.summary, x.source) for x in LOGIT_LOSSES],
+        "feature losses, --feature-loss": [(x.name, x.summary, x.source) for x in FEATURE_LOSSES],
+        "projectors, --projector": [_projector_row(projector) for projector in PROJECTORS],
+    }
     lines: list[str] = []
-    for heading, block in blocks:
-        widths = [max(len(row[column]) for row in block) for column in range(2)]
-        lines += [heading, *(_line(row, widths) for row in block), ""]
+    for heading, rows in blocks.items():
+        first, second = (max(len(row[column]) for row in rows) for column in range(2))
+        lines.append(heading)
+        lines += [f"  {name:<{first}}  {text:<{second}}  {source}" for name, text, source in rows]
+        lines.append("")
     return "\n".join([*lines, "fastkd losses NAME explains one: formula, reduction, options."])
-
-
-def _line(row: Sequence[str], widths: Sequence[int]) -> str:
-    name, summary, source = row
-    return f"  {name:<{widths[0]}}  {summary:<{widths[1]}}  {source}"
-
-
-def _row(loss: Loss) -> tuple[str, str, str]:
-    return loss.name, loss.summary, loss.source
 
 
 def _projector_row(projector: Projector) -> tuple[str, str, str]:

@@ -39,6 +39,7 @@ def _run(options: argparse.Namespace) -> int:
         return _dry_run(options)
     given = flags.given_fields(options)
     recipe = Recipe.load(options.recipe)
+    # `teacher=None` would mean none: the recipe's is another value.
     teacher = given.pop("teacher", FromRecipe.TEACHER)
     if options.output is None:
         raise ValueError("--output is missing: the folder of the run")

@@ -131,7 +131,7 @@ class FeatureMapDistillationTask(TrainingTask):
             logit, task_loss_weight = build_logit_term(settings), settings.ce_weight
         else:
             check_ready_terms(logit, feature, recipe, options)
-        student = unwrap_model(student_model)
+        student = unwrap_model(student_model)  # a compiled model hides its blocks from taps
         teacher = _resolve_teacher(
             teacher_model,
             student,
@@ -161,7 +161,7 @@ class FeatureMapDistillationTask(TrainingTask):
             raise ValueError(
                 "FeatureMapDistillationTask: alpha=0 and feature_weight=0 leave nothing to distill"
             )
-        # The criterion is timm's, so that the cross-entropy is left out.
+        # The criterion is timm's, so the terms have no cross-entropy of their own.
         terms = DistillationLoss(logit, feature, cross_entropy=False).to(self.device, self.dtype)
         self.trainable_module: Any = _TrainableModule(student, terms, taps)
         self.criterion = resolve_classification_loss(
@@ -211,6 +211,7 @@ class FeatureMapDistillationTask(TrainingTask):
         options = {"backend": backend, "mode": mode, **compile_kwargs}
         # Evaluation runs the student without its terms: a graph of its own.
         self.eval_model = torch.compile(self._unwrapped().student, **options)
+        # One graph of student and terms, so that the loss is compiled, too.
         self.trainable_module = torch.compile(self.trainable_module, **options)
         self.teacher.compile(**options)
         return self.eval_model
@@ -225,6 +226,7 @@ class FeatureMapDistillationTask(TrainingTask):
         """Return parameters of student and terms; AGC excludes the student's last two."""
         trainable = self._unwrapped()
         student = list(trainable.student.parameters())
+        # The last two are the weight and bias of the head, as timm's own tasks take them.
         return [*(student[:-2] if exclude_head else student), *trainable.terms.parameters()]
 
     def get_task_state(self, module: nn.Module | None = None, ema: bool = False) -> dict[str, Any]:
@@ -315,6 +317,7 @@ def _resolve_teacher(
         teacher = create_teacher(
             model,
             checkpoint=pretrained_path,
+            # Without a logit term any head will do.
             num_classes=getattr(student, "num_classes", None) if compares_logits else None,
             in_chans=None if channels == 3 else channels,
             pretrained_cfg_overlay=overlay or None,

@@ -116,7 +116,7 @@ def tap_ready_term(
         )
     by_name = any(isinstance(key, str) for key in (*student_keys, *teacher_keys))
     if isinstance(feature, FeatureKD) and not (by_name and _input_size(student) is None):
-        if by_name:
+        if by_name:  # a block's width is known, a named layer's is not
             example = example_input(student, device)
             taps.probe(example)
             targets.probe(teacher.prepare(example))
@@ -151,6 +151,7 @@ def _refuse_widths(pair: tuple[Key, Key], widths: Sequence[int], made_for: Seque
 def data_config(student: nn.Module) -> dict[str, Any]:
     """How timm's loaders prepare images for a model by default."""
     cfg = getattr(student, "pretrained_cfg", None) or {}
+    # resolve_data_config repeats or drops statistics to match the channels.
     channels = {"in_chans": getattr(student, "in_chans", 3)}
     return dict(resolve_data_config(channels, pretrained_cfg=cfg))
 
