@@ -43,7 +43,7 @@ __all__ = ["FORMATS", "OPSET", "Exported", "export"]
 
 _NAMES = {"timm": "student-timm", "safetensors": "student.safetensors", "onnx": "student.onnx"}
 FORMATS = tuple(_NAMES)
-OPSET = 18  # the one that torch's exporter writes itself; it converts to later ones
+OPSET = 18  # of ONNX: the one that torch's exporter writes without a conversion
 
 _WEIGHTS = "model.safetensors"
 # Of timm's published weights, not of the student.
@@ -61,7 +61,6 @@ class Exported:
     weights: str  # "raw" or "ema" of a run, else "as given"
     size: int  # bytes on disk
     difference: float  # largest absolute difference from the student's logits of random images
-    opset: int | None  # of an ONNX file
     load: str | None = None  # Python that loads it with timm; None where timm cannot
 
     def summary(self) -> str:
@@ -72,8 +71,8 @@ class Exported:
             f"written: {self.path} ({self.size / 1e6:.1f} MB)",
             f"checked: logits differ by at most {self.difference:.1e} on random images",
         ]
-        if self.opset is not None:
-            lines.append(f"opset {self.opset}: images [batch, C, H, W] to logits [batch, classes]")
+        if self.format == "onnx":
+            lines.append(f"opset {OPSET}: images [batch, C, H, W] to logits [batch, classes]")
         return "\n".join(lines if self.load is None else [*lines, f"load: {self.load}"])
 
 
@@ -85,7 +84,6 @@ def export(
     checkpoint: str | Path | None = None,
     weights: str = "auto",
     img_size: int | None = None,
-    opset: int | None = None,
     overwrite: bool = False,
     verify: bool = True,
 ) -> Exported:
@@ -106,7 +104,6 @@ def export(
             that module.
         weights: as in `fastkd.evaluate`.
         img_size: input pixels a side; position embeddings are resampled. None: as trained.
-        opset: of ONNX, at least `OPSET`, the default.
         overwrite: replace an earlier export in this format, and nothing else.
         verify: as in `fastkd.evaluate`.
 
@@ -122,12 +119,10 @@ def export(
     """
     if format not in FORMATS:
         raise ValueError(f"export: format must be one of {FORMATS}, got {format!r}")
-    if opset is not None and format != "onnx":
-        raise ValueError(f"export: opset={opset} has no effect: format is {format!r}")
-    check_numbers("export", opset=(opset, OPSET), img_size=(img_size, 1, LARGEST_IMAGE))
+    check_numbers("export", img_size=(img_size, 1, LARGEST_IMAGE))
     refuse_blank("export", model=model, checkpoint=checkpoint, output=output)
     if format == "onnx":
-        opset, needed = opset or OPSET, ("onnx", "onnxscript", "onnxruntime")
+        needed = ("onnx", "onnxscript", "onnxruntime")
         missing = " ".join(name for name in needed if importlib.util.find_spec(name) is None)
         if missing:
             raise ImportError(f"export: the format onnx needs packages: pip install {missing}")
@@ -137,7 +132,7 @@ def export(
     with verifying(verify):
         student = _open_student(model, checkpoint, weights, img_size)
     with replacing_path(target, folder=format == "timm") as temporary:
-        difference = _write(student, format, temporary, opset or OPSET)
+        difference = _write(student, format, temporary)
         _check_output(target, format, overwrite)  # something may have appeared there meanwhile
     files = target.iterdir() if target.is_dir() else [target]
     return Exported(
@@ -148,7 +143,6 @@ def export(
         weights=student.weights,
         size=sum(file.stat().st_size for file in files),
         difference=difference,
-        opset=opset,
         load=_loading_line(student, format, target),
     )
 
@@ -239,11 +233,11 @@ def _timm_arguments(student: Model) -> dict[str, Any]:
     return {"in_chans": channels, "num_classes": student.num_classes, **student.arguments}
 
 
-def _write(student: Model, format: str, path: Path, opset: int) -> float:
+def _write(student: Model, format: str, path: Path) -> float:
     """Write a student; return the largest difference of logits computed from what was written."""
     try:
         with preserved_rng():  # timm initializes a model before it loads weights
-            compute = _WRITERS[format](student, path, opset)
+            compute = _WRITERS[format](student, path)
     except (RuntimeError, TypeError, ValueError, AssertionError) as error:
         reason = textwrap.shorten(short_misfit(error), 500, placeholder=" ...")
         raise ValueError(
@@ -262,7 +256,7 @@ def _write(student: Model, format: str, path: Path, opset: int) -> float:
     return largest
 
 
-def _write_timm(student: Model, folder: Path, _: int) -> Any:
+def _write_timm(student: Model, folder: Path) -> Any:
     if not timm.is_model(student.name):
         raise ValueError("timm knows no such model; safetensors and onnx need none")
     overlay = dict.fromkeys(_PUBLISHED) | _data_config(student)
@@ -277,7 +271,7 @@ def _write_timm(student: Model, folder: Path, _: int) -> Any:
     return timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
 
 
-def _write_safetensors(student: Model, path: Path, _: int) -> Any:
+def _write_safetensors(student: Model, path: Path) -> Any:
     _save_weights(student, path)
     if timm.is_model(student.name):
         arguments = _timm_arguments(student)
@@ -296,7 +290,7 @@ def _save_weights(student: Model, path: Path) -> None:
     write_crc(path)
 
 
-def _write_onnx(student: Model, path: Path, opset: int) -> Any:
+def _write_onnx(student: Model, path: Path) -> Any:
     program: Any = torch.onnx.export(
         student.network,
         (torch.zeros(2, *_data_config(student)["input_size"]),),
@@ -304,13 +298,10 @@ def _write_onnx(student: Model, path: Path, opset: int) -> Any:
         input_names=["images"],
         output_names=["logits"],
         dynamic_shapes=({0: torch.export.Dim("batch")},),
-        opset_version=opset,
+        opset_version=OPSET,
         verbose=False,
     )
     model = program.model_proto
-    written = {entry.domain: entry.version for entry in model.opset_import}[""]
-    if written != opset:
-        raise ValueError(f"torch cannot write opset {opset}, only {written}")
     graph = model.graph
     parts = (graph.node, graph.value_info, graph.initializer, graph.input, graph.output)
     for part in (graph, *itertools.chain(*parts, model.functions)):

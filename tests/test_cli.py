@@ -239,7 +239,6 @@ def test_recipes_lists_every_recipe_and_shows_one(capsys):
         ("tarin", "invalid choice: 'tarin' (did you mean 'train'?)"),
         ("nothing", "invalid choice: 'nothing' (choose from train, evaluate,"),
         ("export nowhere", "'nowhere'"),
-        ("export nowhere --opset 18", "opset=18 has no effect"),
     ],
 )
 def test_a_users_error_is_one_line_and_status_2(capsys, arguments, message):

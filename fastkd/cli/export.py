@@ -30,7 +30,6 @@ def configure(parser: argparse.ArgumentParser) -> None:
     model = parser.add_argument_group("model")
     flags.add_weights(model)
     flags.number(model, "--img-size", None, "input pixels a side (default: as trained)")
-    flags.number(model, "--opset", None, "ONNX opset, 18 (default) or later")
     parser.set_defaults(run=_run)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import statistics
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -320,7 +321,4 @@ def measure_ranks(name: str, model: nn.Module, digits: Digits, device: str) -> F
 
 def mean_and_spread(values: list[float]) -> tuple[float, float | None]:
     """Mean and sample standard deviation."""
-    mean = math.fsum(values) / len(values)
-    if len(values) == 1:
-        return mean, None
-    return mean, math.sqrt(math.fsum((v - mean) ** 2 for v in values) / (len(values) - 1))
+    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None

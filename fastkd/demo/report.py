@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import io
 import json
 import math
 import textwrap
@@ -238,7 +237,5 @@ def _clean(axes: Axes, grid: Literal["x", "y"]) -> None:
 
 
 def _save(figure: Figure, path: Path) -> None:
-    image = io.BytesIO()
-    FigureCanvasAgg(figure).print_png(image)
     with replacing(path) as file:
-        file.write(image.getvalue())
+        FigureCanvasAgg(figure).print_png(file)

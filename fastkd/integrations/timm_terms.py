@@ -151,7 +151,6 @@ def _refuse_widths(pair: tuple[Key, Key], widths: Sequence[int], made_for: Seque
 def data_config(student: nn.Module) -> dict[str, Any]:
     """How timm's loaders prepare images for a model by default."""
     cfg = getattr(student, "pretrained_cfg", None) or {}
-    # resolve_data_config repeats or drops statistics to match the channels.
     channels = {"in_chans": getattr(student, "in_chans", 3)}
     return dict(resolve_data_config(channels, pretrained_cfg=cfg))
 
