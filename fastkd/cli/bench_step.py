@@ -85,8 +85,10 @@ class _DrawnImages:
         return self.count
 
     def __getitem__(self, index: int) -> tuple[Any, int]:
+        from fastkd.data.image_files import open_image  # imports torch
+
         # Only opened: the dataloader decodes, as it does with files.
-        return Image.open(io.BytesIO(self.files[index % DRAWN_IMAGES])), index % 2
+        return open_image(self.files[index % DRAWN_IMAGES]), index % 2
 
 
 def _draw() -> bytes:
