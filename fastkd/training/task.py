@@ -21,6 +21,7 @@ from fastkd.losses import (
 from fastkd.losses.projectors import undecayed
 from fastkd.losses.registry import find_loss
 from fastkd.models import LiftVisionTransformer, TapOutput, Taps, Teacher
+from fastkd.models.taps import evaluating
 from fastkd.tokens import Tokens
 
 logger = logging.getLogger("fastkd")
@@ -172,13 +173,10 @@ def build_task(
 def _freeze_unreached(task: DistillationTask, teacher: Teacher | None, example: Tensor) -> None:
     """Freeze what a distance of features cannot train: the head, blocks behind the last tap."""
     # DDP waits for the gradient of every parameter that requires one.
-    modes = [(module, module.training) for module in task.modules()]
-    task.eval()  # one image must not move running statistics
     target = torch.zeros(len(example), dtype=torch.long, device=example.device)
-    output = task(example, target, None if teacher is None else teacher(example))
-    output["loss"].backward()
-    for module, training in modes:
-        module.training = training
+    with evaluating(task):  # one image must not move running statistics
+        output = task(example, target, None if teacher is None else teacher(example))
+        output["loss"].backward()
     unreached = [p for p in task.parameters() if p.requires_grad and p.grad is None]
     for parameter in unreached:
         parameter.requires_grad_(False)
