@@ -85,7 +85,8 @@ def _run(options: argparse.Namespace) -> int:
     }
     # Recorded in the report, so that it can be made again.
     command = shlex.join(["fastkd", *sys.argv[1:]])
-    report = analyze(**given, figures=not options.no_figures, command=command)
+    with flags.naming_flags("--checkpoint FILE, or --untrained for random weights"):
+        report = analyze(**given, figures=not options.no_figures, command=command)
     print_once(report.summary())
     if options.output is not None:
         print_once(f"report: {Path(options.output) / 'report.md'}")

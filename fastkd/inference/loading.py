@@ -91,7 +91,6 @@ def open_model(
     num_classes: int | None = None,  # None: as the weights have; 0 removes the head
     pretrained: bool = True,  # False leaves the weights of a timm name random
     caller: str = "open_model",  # public function that is named in errors
-    alternative: str = "give local weights with checkpoint=PATH",  # to published ones, for errors
     **timm_kwargs: Any,
 ) -> Model:
     """Open a model; the arguments are those of `create_teacher`."""
@@ -114,7 +113,7 @@ def open_model(
             refuse_for_modules(caller, {"num_classes": num_classes, **options})
             opened = _of_module(caller, source, checkpoint, weights)
         else:
-            given = (weights, img_size, num_classes, alternative, options)
+            given = (weights, img_size, num_classes, options)
             opened = _Opener(caller, str(source), *given).open(checkpoint, pretrained)
     if isinstance(img_size, int):
         opened = replace(opened, preprocessing=opened.preprocessing.override(img_size=img_size))
@@ -227,7 +226,6 @@ class _Opener:
     weights: str
     img_size: Size | None
     num_classes: int | None
-    alternative: str
     timm_kwargs: Mapping[str, Any]
 
     def open(self, checkpoint: str | Path | None, pretrained: bool) -> Model:
@@ -280,7 +278,7 @@ class _Opener:
             self.caller,
             name,
             pretrained=pretrained,
-            alternative=self.alternative,
+            alternative="give local weights with checkpoint=PATH",
             img_size=self.img_size,
             num_classes=self.num_classes,
             **self.timm_kwargs,
@@ -476,7 +474,9 @@ def load_student(
         img_size: input pixels a side to change to; None: as trained.
 
     Returns:
-        The student (``network``), its input (``trained_on``), its preprocessing and its classes.
+        An object with the student (``network``), the ``size``, ``mean`` and ``std`` of its input
+        (``trained_on``), ``weights`` ("raw" or "ema"), ``classes`` (names, or None) and
+        ``num_classes``.
 
     Raises:
         CheckpointError: the file cannot be used.
