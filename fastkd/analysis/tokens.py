@@ -78,6 +78,8 @@ def open_subject(
             img_size=img_size,
             pretrained=not untrained,
             caller="analyze",
+            alternative="give local weights with --checkpoint FILE (checkpoint=), or look at "
+            "random ones with --untrained (untrained=True)",
         )
     network, preprocessing = opened.network, opened.preprocessing
     name = model_name(network) if isinstance(model, nn.Module) else str(model)

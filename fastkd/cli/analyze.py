@@ -85,8 +85,7 @@ def _run(options: argparse.Namespace) -> int:
     }
     # Recorded in the report, so that it can be made again.
     command = shlex.join(["fastkd", *sys.argv[1:]])
-    with flags.naming_flags("--checkpoint FILE, or --untrained for random weights"):
-        report = analyze(**given, figures=not options.no_figures, command=command)
+    report = analyze(**given, figures=not options.no_figures, command=command)
     print_once(report.summary())
     if options.output is not None:
         print_once(f"report: {Path(options.output) / 'report.md'}")

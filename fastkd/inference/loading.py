@@ -91,6 +91,7 @@ def open_model(
     num_classes: int | None = None,  # None: as the weights have; 0 removes the head
     pretrained: bool = True,  # False leaves the weights of a timm name random
     caller: str = "open_model",  # public function that is named in errors
+    alternative: str = "give local weights with checkpoint=PATH",  # to published ones, for errors
     **timm_kwargs: Any,
 ) -> Model:
     """Open a model; the arguments are those of `create_teacher`."""
@@ -113,7 +114,7 @@ def open_model(
             refuse_for_modules(caller, {"num_classes": num_classes, **options})
             opened = _of_module(caller, source, checkpoint, weights)
         else:
-            given = (weights, img_size, num_classes, options)
+            given = (weights, img_size, num_classes, alternative, options)
             opened = _Opener(caller, str(source), *given).open(checkpoint, pretrained)
     if isinstance(img_size, int):
         opened = replace(opened, preprocessing=opened.preprocessing.override(img_size=img_size))
@@ -226,6 +227,7 @@ class _Opener:
     weights: str
     img_size: Size | None
     num_classes: int | None
+    alternative: str
     timm_kwargs: Mapping[str, Any]
 
     def open(self, checkpoint: str | Path | None, pretrained: bool) -> Model:
@@ -278,7 +280,7 @@ class _Opener:
             self.caller,
             name,
             pretrained=pretrained,
-            alternative="give local weights with checkpoint=PATH",
+            alternative=self.alternative,
             img_size=self.img_size,
             num_classes=self.num_classes,
             **self.timm_kwargs,
@@ -475,8 +477,7 @@ def load_student(
 
     Returns:
         An object with the student (``network``), the ``size``, ``mean`` and ``std`` of its input
-        (``trained_on``), ``weights`` ("raw" or "ema"), ``classes`` (names, or None) and
-        ``num_classes``.
+        (``trained_on``), ``weights`` ("raw" or "ema"), ``classes`` and ``num_classes``.
 
     Raises:
         CheckpointError: the file cannot be used.
