@@ -19,12 +19,12 @@ from PIL import Image
 
 import fastkd
 from fastkd.training import trainer
-from fastkd.training.engine import Engine
+from fastkd.training.updates import Engine
 
 PACKAGE = Path(fastkd.__file__).parent
 MATHEMATICS = ("models", "losses", "ops", "tokens.py")
 FILES, LINES = 12, 2_560
-TOGETHER = 800  # lines of trainer.py and engine.py
+TOGETHER = 800  # lines of trainer.py and updates.py
 
 
 class UpdateDone(Exception):
@@ -44,8 +44,8 @@ def main() -> int:
     apart, opening = set(after) - set(way), set(before) - set(after)
     print(f"models, losses, operators: {len(apart)} files, {sum(map(count, apart)):,} lines")
     print(f"opening a run before it: {len(opening)} files, {sum(map(count, opening)):,} lines")
-    together = count(Path("training/trainer.py")) + count(Path("training/engine.py"))
-    print(f"trainer.py and engine.py: {together} lines (at most {TOGETHER})")
+    together = count(Path("training/trainer.py")) + count(Path("training/updates.py"))
+    print(f"trainer.py and updates.py: {together} lines (at most {TOGETHER})")
     return int(len(way) > FILES or total > LINES or together > TOGETHER)
 
 

@@ -15,10 +15,10 @@ from collections import Counter
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-FILES, LINES = 142, 33_600
-ROOM, OPS = 22, 25  # percent of the lines
-DOCSTRINGS, COMMENTS = 18, 2.5  # percent of the lines: at most, at least
-FILE, FUNCTION = 1_063, 171  # lines
+FILES, LINES = 125, 27_900
+ROOM, OPS = 20, 25  # percent of the lines
+DOCSTRINGS, COMMENTS = 18, 3  # percent of the lines: at most, at least
+FILE, FUNCTION = 500, 80  # lines
 # What may be longer: kernels read from top to bottom, and figures.
 LONG = ("ops/lift_kd/kernels.py", "ops/lift_kd/triton.py", "ops/feature_kd/triton.py", "plots.py")
 # What must not reach which package, in however many steps.

@@ -33,8 +33,8 @@ from torch import Tensor, nn
 
 from fastkd import create_teacher
 from fastkd.data.batches import Batch
-from fastkd.data.datasets import open_data
 from fastkd.data.loader import train_loader
+from fastkd.data.open_data import open_data
 from fastkd.data.transforms import InputSpec, keep_one_bit
 from fastkd.models import LiftVisionTransformer, Teacher, create_student
 from fastkd.training import Recipe

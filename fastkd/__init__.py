@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     __version__: str
     from fastkd import analysis, integrations, losses, models, ops, training
     from fastkd.analysis import Report, analyze
-    from fastkd.inference.teacher import create_teacher
+    from fastkd.inference.create_teacher import create_teacher
     from fastkd.models import create_student, load_released_checkpoint
     from fastkd.ops import backends, feature_kd, lift, lift_kd
     from fastkd.training import Recipe, Result, evaluate, export, predict, shard, train
@@ -32,7 +32,7 @@ _PUBLIC = {
     "Recipe": "fastkd.config",
     "Result": "fastkd.training",
     "create_student": "fastkd.models",
-    "create_teacher": "fastkd.inference.teacher",
+    "create_teacher": "fastkd.inference.create_teacher",
     "load_released_checkpoint": "fastkd.models",
     "feature_kd": "fastkd.ops",
     "lift": "fastkd.ops",

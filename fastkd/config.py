@@ -9,8 +9,8 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, Literal, TypedDict
 
-from fastkd import fields
-from fastkd.utils.arguments import FLOAT32
+from fastkd import recipe_fields as fields
+from fastkd.utils.argument_checks import FLOAT32
 from fastkd.utils.hints import suggestion
 from fastkd.utils.io import write_text
 

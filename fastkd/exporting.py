@@ -21,11 +21,11 @@ from torch import nn
 
 from fastkd.checkpoint import LAST
 from fastkd.config import MODULE_PREFIX
-from fastkd.inference.loading import Model, Source, open_model
+from fastkd.inference.open_model import Model, Source, open_model
 from fastkd.inference.preprocessing import change_input_size
 from fastkd.models.factory import default_cfgs, rebuilt_by, registered_name
-from fastkd.models.hub import is_hub_name
-from fastkd.models.pretrained import LOCAL, fixed_input_size, is_export
+from fastkd.models.hub_download import is_hub_name
+from fastkd.models.timm_models import LOCAL, fixed_input_size, is_export
 from fastkd.models.weights import (
     CRC_KEY,
     NO_CRC,
@@ -35,7 +35,7 @@ from fastkd.models.weights import (
     write_crc,
 )
 from fastkd.ops.environment import version
-from fastkd.utils.arguments import LARGEST_IMAGE, check_numbers, refuse_blank
+from fastkd.utils.argument_checks import LARGEST_IMAGE, check_numbers, refuse_blank
 from fastkd.utils.io import replacing_path
 from fastkd.utils.random import preserved_rng
 

@@ -103,7 +103,7 @@ def arguments_in(diff: str, marks: str) -> set[str]:
 def test_the_change_of_timms_script_fits_both_tasks():
     tasks = pytest.importorskip("timm.task", reason="timm >= 1.0.31 has training tasks")
     from fastkd.integrations.timm import FeatureMapDistillationTask
-    from fastkd.integrations.timm_terms import OF_TIMMS_TASKS
+    from fastkd.integrations.timm_arguments import OF_TIMMS_TASKS
 
     (diff,) = re.findall(r"```diff\n(.*?)```", PAGES[TIMM], re.DOTALL)
     old = inspect.signature(tasks.FeatureDistillationTask).parameters

@@ -93,7 +93,7 @@ EPSILONS = {
 # Where the LayerNorm of Lift is computed or built.
 LIFT_FILES = (
     *("fastkd/ops/lift_kd/*.py", "fastkd/losses/feature.py", "fastkd/losses/projectors.py"),
-    *("fastkd/models/students.py", "fastkd/integrations/*.py"),
+    *("fastkd/models/architectures.py", "fastkd/integrations/*.py"),
 )
 
 

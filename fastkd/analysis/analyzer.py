@@ -22,12 +22,12 @@ from fastkd.analysis.resume import Resume, check_same_analysis
 from fastkd.analysis.study import AnalyzeOptions, Options, Study, TokenSource
 from fastkd.analysis.tokens import ModelSource, open_subject
 from fastkd.checkpoint import LAST
-from fastkd.data.datasets import Data
+from fastkd.data.open_data import Data
 from fastkd.inference.evaluate import check_options
 from fastkd.models.weights import verifying
 from fastkd.ops.environment import version
 from fastkd.ops.sep import LEVELS as BANDWIDTH_LEVELS
-from fastkd.utils.arguments import refuse_blank
+from fastkd.utils.argument_checks import refuse_blank
 from fastkd.utils.distributed import World, world
 from fastkd.utils.io import remove_leftovers, write_text
 from fastkd.utils.progress import Progress

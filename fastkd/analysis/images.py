@@ -13,9 +13,9 @@ from torch import Tensor
 from torch.utils.data import Subset, TensorDataset
 
 from fastkd.config import DataConfig
-from fastkd.data.datasets import VALIDATION_FOLDERS, Data, open_data
+from fastkd.data.datasets import DataPair, FileReader, ReadableImages, TarImages
 from fastkd.data.image_files import reason_of
-from fastkd.data.readers import DataPair, FileReader, ReadableImages, TarImages
+from fastkd.data.open_data import VALIDATION_FOLDERS, Data, open_data
 from fastkd.data.transforms import InputSpec
 from fastkd.inference.preprocessing import image_loader
 from fastkd.utils.io import writable

@@ -22,10 +22,10 @@ from fastkd.analysis.accumulators.spectra import ImageSpectra, TokenPattern
 from fastkd.analysis.results import LayerResult, ModelResult
 from fastkd.analysis.resume import Resume
 from fastkd.ops.checks import check_choice, check_flag, levels_of
+from fastkd.ops.parallel import each
 from fastkd.ops.sep import CONVENTIONS
 from fastkd.ops.spectrum import LEVELS, MOST_LEVELS
-from fastkd.ops.threads import each
-from fastkd.utils.arguments import LARGEST_IMAGE, MOST_WORKERS, check_numbers, describe
+from fastkd.utils.argument_checks import LARGEST_IMAGE, MOST_WORKERS, check_numbers, describe
 from fastkd.utils.distributed import AMP_DTYPES, StopRequest, World
 from fastkd.utils.progress import Progress
 

@@ -14,14 +14,14 @@ from torch import Tensor, nn
 
 from fastkd.analysis.images import ImageSelection
 from fastkd.analysis.study import Batch, Layer, Options, parse_layers
+from fastkd.data.datasets import DataPair
 from fastkd.data.loader import default_workers
-from fastkd.data.readers import DataPair
 from fastkd.data.transforms import InputSpec
-from fastkd.inference.loading import names_a_file, open_model
+from fastkd.inference.open_model import names_a_file, open_model
 from fastkd.inference.preprocessing import Preprocessing, parameter_count
 from fastkd.models import LiftVisionTransformer, Taps, Teacher
 from fastkd.models.taps import TapKey, evaluating, model_name
-from fastkd.utils.arguments import describe
+from fastkd.utils.argument_checks import describe
 from fastkd.utils.distributed import autocast
 from fastkd.utils.random import preserved_rng, seed_cpu
 

@@ -147,7 +147,7 @@ def given_image_fields(options: argparse.Namespace, *others: str) -> dict[str, A
 @contextlib.contextmanager
 def naming_flags(flags: str) -> Iterator[None]:
     """Add the flags that help to the error of a teacher whose weights cannot be downloaded."""
-    from fastkd.models.pretrained import DownloadError
+    from fastkd.models.timm_models import DownloadError
 
     try:
         yield

@@ -45,7 +45,7 @@ def configure_evaluate(parser: argparse.ArgumentParser) -> None:
 
 def _evaluate(options: argparse.Namespace) -> int:
     from fastkd.inference.evaluate import check_output, evaluate
-    from fastkd.inference.loading import weights_to_choose
+    from fastkd.inference.open_model import weights_to_choose
     from fastkd.models.weights import verifying
     from fastkd.utils.distributed import is_main_process
 

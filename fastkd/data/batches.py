@@ -12,9 +12,9 @@ from torch.utils.data import default_collate
 
 from fastkd.config import DataConfig
 from fastkd.data.classes import NO_LABEL
+from fastkd.data.datasets import DataPair
 from fastkd.data.gpu_augment import Planned, plan_transform
 from fastkd.data.image_files import refuse_deep, refuse_thin
-from fastkd.data.readers import DataPair
 from fastkd.data.transforms import (
     InputSpec,
     Transform,

@@ -27,8 +27,8 @@ from fastkd.data.batches import (
     train_sample_transform,
 )
 from fastkd.data.classes import NO_LABEL, LabelError, class_number
+from fastkd.data.datasets import DataPair
 from fastkd.data.image_files import reason_of
-from fastkd.data.readers import DataPair
 from fastkd.data.samplers import SampleKey, Schedule, TrainBatchSampler, slice_size
 from fastkd.data.streaming import EvalStream, StreamSource, TrainStream
 from fastkd.data.transforms import InputSpec

@@ -20,11 +20,11 @@ from typing import Any, NamedTuple
 
 from PIL import ExifTags, Image
 
-from fastkd.data.datasets import UNFINISHED, VALIDATION_FOLDERS, open_data, refuse_empty_classes
+from fastkd.data.datasets import TarImages
 from fastkd.data.image_files import MAX_FILE, open_file, open_image, reason_of, refuse_deep
-from fastkd.data.readers import TarImages
+from fastkd.data.open_data import UNFINISHED, VALIDATION_FOLDERS, open_data, refuse_empty_classes
 from fastkd.data.tars import SHARD_LISTS, list_shard
-from fastkd.utils.arguments import MOST_WORKERS, check_numbers, refuse_blank
+from fastkd.utils.argument_checks import MOST_WORKERS, check_numbers, refuse_blank
 from fastkd.utils.io import remove_leftovers, replacing, write_text
 from fastkd.utils.lock import NAME, holding
 from fastkd.utils.progress import Progress, track

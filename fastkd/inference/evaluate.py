@@ -18,13 +18,13 @@ from typing_extensions import Unpack
 from fastkd.config import IMAGE_OPTIONS, EvaluateOptions, refuse_image_options
 from fastkd.data.batches import Batch, Fault
 from fastkd.data.classes import Classes, match_classes
-from fastkd.data.datasets import Data, open_data
 from fastkd.data.loader import default_workers, eval_loader
+from fastkd.data.open_data import Data, open_data
 from fastkd.data.transforms import InputSpec
-from fastkd.inference.loading import classes_of, open_for_images
+from fastkd.inference.open_model import classes_of, open_for_images
 from fastkd.models.taps import evaluating
 from fastkd.models.weights import verifying
-from fastkd.utils.arguments import MOST_WORKERS, check_numbers
+from fastkd.utils.argument_checks import MOST_WORKERS, check_numbers
 from fastkd.utils.distributed import World, autocast, world
 from fastkd.utils.hints import suggestion
 from fastkd.utils.progress import Progress

@@ -18,9 +18,9 @@ from typing_extensions import Unpack
 
 from fastkd.config import IMAGE_OPTIONS, ImageOptions
 from fastkd.data.batches import Batch, Fault
+from fastkd.data.datasets import DataPair, FileReader, ReadableImages
 from fastkd.data.image_files import LeftOut, image_endings, list_images, warn_left_out
 from fastkd.data.loader import default_workers
-from fastkd.data.readers import DataPair, FileReader, ReadableImages
 from fastkd.inference.evaluate import (
     BAR_AFTER,
     check_options,
@@ -28,11 +28,11 @@ from fastkd.inference.evaluate import (
     compute_logits,
     have_finite_logits,
 )
-from fastkd.inference.loading import open_for_images
+from fastkd.inference.open_model import open_for_images
 from fastkd.inference.preprocessing import image_loader
 from fastkd.models.taps import evaluating
 from fastkd.models.weights import verifying
-from fastkd.utils.arguments import MOST_WORKERS, check_numbers, describe
+from fastkd.utils.argument_checks import MOST_WORKERS, check_numbers, describe
 from fastkd.utils.distributed import World, world
 from fastkd.utils.io import csv_text, writable, write_text
 from fastkd.utils.progress import Progress

@@ -15,12 +15,12 @@ from torch.utils.data import DataLoader, Dataset
 from fastkd.config import MODULE_PREFIX, DataConfig, Recipe, StudentConfig
 from fastkd.data.batches import Collate, Fault, Sample
 from fastkd.data.classes import Classes
+from fastkd.data.datasets import DataPair
 from fastkd.data.image_files import reason_of, without_pillow_warnings
 from fastkd.data.loader import SampleDataset, eval_samples, loader_options
-from fastkd.data.readers import DataPair
 from fastkd.data.transforms import InputSpec
 from fastkd.models import create_student
-from fastkd.models.pretrained import fixed_input_size, input_channels
+from fastkd.models.timm_models import fixed_input_size, input_channels
 
 
 @dataclass(frozen=True)

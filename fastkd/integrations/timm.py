@@ -16,9 +16,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from fastkd.config import Recipe
 from fastkd.data.classes import require_same_classes
-from fastkd.inference.loading import Source, classes_of
-from fastkd.inference.teacher import create_teacher
-from fastkd.integrations.timm_terms import (
+from fastkd.inference.create_teacher import create_teacher
+from fastkd.inference.open_model import Source, classes_of
+from fastkd.integrations.timm_arguments import (
     check_ready_terms,
     data_config,
     described_terms,

@@ -15,7 +15,7 @@ from fastkd.losses.projectors import undecayed
 from fastkd.ops import checks
 from fastkd.ops.checks import check_float
 from fastkd.tokens import RESAMPLE_MODES, ResampleMode, Tokens, match_grids
-from fastkd.utils.arguments import FLOAT32, check_number, describe
+from fastkd.utils.argument_checks import FLOAT32, check_number, describe
 
 Grid = tuple[int, int]
 Key = int | str

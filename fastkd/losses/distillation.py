@@ -13,7 +13,7 @@ from fastkd.losses.logit import check_logits, check_target, expected
 from fastkd.losses.projectors import undecayed
 from fastkd.ops.checks import at_least_float32
 from fastkd.tokens import Tokens
-from fastkd.utils.arguments import describe
+from fastkd.utils.argument_checks import describe
 
 
 class DistillationLoss(nn.Module):

@@ -38,7 +38,7 @@ from fastkd.ops.checks import check_float, wide_dtype
 from fastkd.ops.feature_kd.reference import LOSSES, LossName
 from fastkd.ops.lift_kd import LIFT_EPS
 from fastkd.tokens import ResampleMode, Tokens
-from fastkd.utils.arguments import describe
+from fastkd.utils.argument_checks import describe
 
 _LEARNED = tuple(p.name for p in registry.PROJECTORS if p.learned and not p.stays)
 

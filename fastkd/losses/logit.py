@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fastkd.losses.base import POSITIVE, LogitTerm, check_numbers, check_sides
 from fastkd.ops.checks import at_least_float32, check_float
-from fastkd.utils.arguments import describe
+from fastkd.utils.argument_checks import describe
 
 
 class SoftKD(LogitTerm):

@@ -14,7 +14,7 @@ from fastkd.ops.backend import Backend
 from fastkd.ops.checks import at_least_float32, in_float64
 from fastkd.ops.feature_kd.reference import LossName
 from fastkd.ops.lift_kd import LIFT_EPS
-from fastkd.utils.arguments import check_numbers
+from fastkd.utils.argument_checks import check_numbers
 
 # As in the registry, which imports the bases of the losses, and they this file.
 PROJECTORS = ("none", "pool", "linear", "mlp", "orthogonal", "lift")

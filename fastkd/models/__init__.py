@@ -4,9 +4,13 @@ Importing this registers the students in timm: `timm.create_model("deit_tiny_lif
 """
 
 from fastkd.losses.projectors import Lift
+from fastkd.models.architectures import (
+    LiftVisionTransformer,
+    WideLastBlock,
+    WideLastVisionTransformer,
+)
 from fastkd.models.factory import create_student
-from fastkd.models.released import load_released_checkpoint
-from fastkd.models.students import LiftVisionTransformer, WideLastBlock, WideLastVisionTransformer
+from fastkd.models.paper_checkpoints import load_released_checkpoint
 from fastkd.models.taps import TapOutput, Taps
 from fastkd.models.teacher import Teacher
 

@@ -20,8 +20,7 @@ from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_
 from torch import nn
 
 from fastkd.losses.projectors import has_hooks
-from fastkd.models.pretrained import build_timm_model, input_channels
-from fastkd.models.students import (
+from fastkd.models.architectures import (
     BlockRecorder,
     InitWeights,
     LiftVisionTransformer,
@@ -34,6 +33,7 @@ from fastkd.models.students import (
     widened,
 )
 from fastkd.models.taps import evaluating
+from fastkd.models.timm_models import build_timm_model, input_channels
 from fastkd.utils.random import preserved_rng
 
 Variant = Literal["plain", "lift", "widelast", "uniform"]

@@ -16,7 +16,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 
 from fastkd.tokens import Tokens
-from fastkd.utils.arguments import describe
+from fastkd.utils.argument_checks import describe
 
 TapKey = int | str
 

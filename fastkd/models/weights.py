@@ -26,8 +26,8 @@ from safetensors.torch import load_file
 from timm.models import clean_state_dict
 from torch import Tensor
 
-from fastkd.models.hub import DownloadError
-from fastkd.utils.arguments import LARGEST_IMAGE
+from fastkd.models.hub_download import DownloadError
+from fastkd.utils.argument_checks import LARGEST_IMAGE
 
 # What every checkpoint of `fastkd.train` carries under "format".
 FASTKD_FORMAT = "fastkd-checkpoint"

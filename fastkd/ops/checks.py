@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from fastkd.utils.arguments import check_number, describe
+from fastkd.utils.argument_checks import check_number, describe
 
 _SETTINGS: tuple[Any, ...] = (
     torch.backends.cuda.matmul,

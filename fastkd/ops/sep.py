@@ -17,7 +17,7 @@ from fastkd.ops import checks
 from fastkd.ops.backend import Backend, check_backend
 from fastkd.ops.second_moment import check_tokens, second_moment
 from fastkd.ops.second_moment.reference import as_images, normalized, row_chunks
-from fastkd.utils.arguments import check_number
+from fastkd.utils.argument_checks import check_number
 
 Convention = Literal["full", "folded"]
 CONVENTIONS: tuple[Convention, ...] = get_args(Convention)

@@ -7,12 +7,12 @@ from fastkd.config import Recipe
 from fastkd.data.shard_writer import shard
 from fastkd.exporting import export
 from fastkd.inference.evaluate import evaluate
-from fastkd.inference.loading import load_student
+from fastkd.inference.open_model import load_student
 from fastkd.inference.predict import Guess, Prediction, Predictions, predict
-from fastkd.training.engine import NonFiniteError
 from fastkd.training.logging import Result
 from fastkd.training.task import DistillationTask, build_task
 from fastkd.training.trainer import train
+from fastkd.training.updates import NonFiniteError
 
 __all__ = [
     "CheckpointError",

@@ -24,25 +24,25 @@ from fastkd.config import (
     refuse_image_options,
 )
 from fastkd.data.classes import Classes, match_classes, require_same_classes
-from fastkd.data.datasets import open_data
+from fastkd.data.datasets import DataPair
 from fastkd.data.gpu_augment import device_augment
 from fastkd.data.loader import eval_loader, train_loader
-from fastkd.data.readers import DataPair
+from fastkd.data.open_data import open_data
 from fastkd.data.transforms import InputSpec, create_mixup
-from fastkd.inference import loading, preprocessing
+from fastkd.inference import open_model, preprocessing
+from fastkd.inference.create_teacher import as_teacher, create_teacher
 from fastkd.inference.preprocessing import Shape, class_count, input_spec, student_shape
-from fastkd.inference.teacher import as_teacher, create_teacher
 from fastkd.losses.registry import check_options, find_loss, has_temperature
 from fastkd.models import Teacher
 from fastkd.models.factory import rebuilt_by
-from fastkd.models.hub import is_hub_name
-from fastkd.models.pretrained import looks_like_a_path
+from fastkd.models.hub_download import is_hub_name
+from fastkd.models.timm_models import looks_like_a_path
 from fastkd.training import optim
-from fastkd.training.engine import Engine
 from fastkd.training.logging import check_trackers
 from fastkd.training.probe import check_inputs, naming
 from fastkd.training.state import Identity
 from fastkd.training.task import build_task
+from fastkd.training.updates import Engine
 from fastkd.utils.distributed import World
 from fastkd.utils.random import derive_seed, preserved_rng, seed_all
 
@@ -129,13 +129,13 @@ def _check_output(output: Any, resume: str) -> Path | None:
     return Path(output)
 
 
-def _open_weights(student: Any, img_size: int | None, dry: bool) -> loading.Model | None:
+def _open_weights(student: Any, img_size: int | None, dry: bool) -> open_model.Model | None:
     """Open a student that has weights to start from; None for a timm name or a module."""
-    if not (isinstance(student, str | Path) and loading.starts_from_weights("train", student)):
+    if not (isinstance(student, str | Path) and open_model.starts_from_weights("train", student)):
         return None
     loads = not (dry and is_hub_name(str(student)))
     with preserved_rng():
-        return loading.open_model(student, img_size=img_size, pretrained=loads, caller="train")
+        return open_model.open_model(student, img_size=img_size, pretrained=loads, caller="train")
 
 
 def check_data(data: DataPair, overrides: Mapping[str, Any]) -> None:
@@ -230,7 +230,7 @@ def check_classes(
         logger.warning("student: its weights are of other classes (%s)", differences)
     if teacher is None or recipe.alpha == 0:
         return data
-    theirs = loading.classes_of(teacher.model, teacher.classes)
+    theirs = open_model.classes_of(teacher.model, teacher.classes)
     of: Any = {"caller": "teacher", "of": ("data", "teacher"), "quiet": quiet}
     if recipe.labels:
         require_same_classes(own, theirs, by=recipe.classes_by, **of)
@@ -255,7 +255,7 @@ def identify(parts: Parts, recipe: Recipe, peers: World, updates_per_epoch: int)
     stream = (peers.size, recipe.workers) if data.streams else None
     named = Classes.of_data(data.train, None)
     if teacher is not None and recipe.alpha > 0 and not recipe.labels:
-        named = loading.classes_of(teacher.model, teacher.classes)  # what the student learns
+        named = open_model.classes_of(teacher.model, teacher.classes)  # what the student learns
     names = {} if named.guessed else named.names
     regular = names and list(names) == list(range(len(names)))
     classes = [names[label][0] for label in names] if regular else None
@@ -423,7 +423,7 @@ def resolve_teacher(teacher: Any, config: TeacherConfig, spec: InputSpec) -> Tea
         return None
     size, checkpoint = config.teacher_img_size, config.teacher_checkpoint
     is_module = isinstance(teacher, nn.Module)
-    if checkpoint is not None and (is_module or loading.names_a_file("train", teacher)):
+    if checkpoint is not None and (is_module or open_model.names_a_file("train", teacher)):
         raise ValueError("teacher_checkpoint: holds weights for a teacher given by its timm name")
     if isinstance(teacher, Teacher):
         if size is not None:
@@ -434,7 +434,7 @@ def resolve_teacher(teacher: Any, config: TeacherConfig, spec: InputSpec) -> Tea
     else:
         what = f"teacher: {teacher} (teacher_img_size={size})"
         with naming(what, (ValueError, TypeError, OSError)):
-            opened = loading.open_model(
+            opened = open_model.open_model(
                 teacher, checkpoint=checkpoint, img_size=size, caller="train"
             )
         resolved = as_teacher(opened, built_for=size)

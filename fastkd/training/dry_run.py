@@ -18,15 +18,15 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastkd.config import MODULE_PREFIX, OptimConfig, Recipe, TeacherConfig
-from fastkd.data.readers import DataPair
+from fastkd.data.datasets import DataPair
 from fastkd.data.samplers import TrainBatchSampler, slice_size
 from fastkd.data.transforms import InputSpec
-from fastkd.inference.loading import names_a_file
+from fastkd.inference.create_teacher import create_teacher
+from fastkd.inference.open_model import names_a_file
 from fastkd.inference.preprocessing import num_classes_of, parameter_count
-from fastkd.inference.teacher import create_teacher
 from fastkd.losses.registry import find_loss, has_temperature
 from fastkd.models import Teacher
-from fastkd.models.hub import is_hub_name
+from fastkd.models.hub_download import is_hub_name
 from fastkd.training import probe
 from fastkd.training.build import FromRecipe, Given, open_parts, resolve_run, resolve_teacher
 from fastkd.training.optim import ends_at_min_lr, skips_on_device

@@ -14,7 +14,7 @@ from typing import Any, TextIO
 
 from fastkd.config import Recipe
 from fastkd.data.batches import Fault
-from fastkd.training.engine import Skipped
+from fastkd.training.updates import Skipped
 from fastkd.utils.distributed import ALONE, World
 from fastkd.utils.io import csv_text, printable, read_json, write_text
 from fastkd.utils.progress import Progress

@@ -14,8 +14,8 @@ from timm.scheduler import create_scheduler_v2
 from torch import nn
 
 from fastkd.config import OptimConfig, refuse
-from fastkd.fields import Options
-from fastkd.training.engine import knows_found_inf
+from fastkd.recipe_fields import Options
+from fastkd.training.updates import knows_found_inf
 from fastkd.utils.hints import suggestion
 
 LOOKAHEAD = "lookahead_"  # timm's prefix of any optimizer's name

@@ -24,11 +24,11 @@ from fastkd.data.batches import (
     eval_sample_transform,
     train_sample_transform,
 )
+from fastkd.data.datasets import DataPair, ReadableImages
 from fastkd.data.gpu_augment import device_augment
-from fastkd.data.readers import DataPair, ReadableImages
 from fastkd.data.transforms import InputSpec
 from fastkd.ops.backend import ENVIRONMENT_CHOICE
-from fastkd.training.engine import Engine
+from fastkd.training.updates import Engine
 from fastkd.utils.distributed import ALONE, World, autocast
 from fastkd.utils.random import seeded
 

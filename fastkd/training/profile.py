@@ -16,9 +16,9 @@ import torch
 from torch import nn
 
 from fastkd.data.batches import Batch
-from fastkd.data.datasets import Data, open_data
 from fastkd.data.loader import train_loader
-from fastkd.inference.teacher import create_teacher
+from fastkd.data.open_data import Data, open_data
+from fastkd.inference.create_teacher import create_teacher
 from fastkd.models import TapOutput
 from fastkd.training.build import (
     FromRecipe,
@@ -27,8 +27,8 @@ from fastkd.training.build import (
     resolve_run,
     resolve_teacher,
 )
-from fastkd.training.engine import Engine
-from fastkd.utils.arguments import check_numbers
+from fastkd.training.updates import Engine
+from fastkd.utils.argument_checks import check_numbers
 from fastkd.utils.distributed import autocast, world
 from fastkd.utils.random import preserved_rng
 

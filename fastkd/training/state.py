@@ -14,9 +14,9 @@ from fastkd import checkpoint
 from fastkd.checkpoint import BEST, LAST, CheckpointError
 from fastkd.config import Recipe
 from fastkd.data.transforms import InputSpec
-from fastkd.inference.loading import recipe_of
+from fastkd.inference.open_model import recipe_of
 from fastkd.models.weights import better_weights, short_misfit
-from fastkd.training.engine import Engine, Position
+from fastkd.training.updates import Engine, Position
 from fastkd.utils.distributed import World
 from fastkd.utils.io import remove_leftovers
 from fastkd.utils.lock import FolderInUseError, FolderLock, holding

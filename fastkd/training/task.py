@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from fastkd.config import DistillConfig, Recipe
-from fastkd.fields import Key
 from fastkd.losses import (
     DistillationLoss,
     FeatureKD,
@@ -22,6 +21,7 @@ from fastkd.losses.projectors import undecayed
 from fastkd.losses.registry import find_loss
 from fastkd.models import LiftVisionTransformer, TapOutput, Taps, Teacher
 from fastkd.models.taps import evaluating
+from fastkd.recipe_fields import Key
 from fastkd.tokens import Tokens
 
 logger = logging.getLogger("fastkd")

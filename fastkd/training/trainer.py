@@ -14,8 +14,8 @@ from torch.utils.data import DataLoader
 
 from fastkd.checkpoint import BEST, LAST, is_best
 from fastkd.config import Recipe
-from fastkd.data.datasets import Data
 from fastkd.data.loader import DEATHS, describe_worker_death, schedule_of
+from fastkd.data.open_data import Data
 from fastkd.inference.evaluate import evaluate_model
 from fastkd.inference.preprocessing import parameter_count
 from fastkd.models.weights import verifying
@@ -30,11 +30,11 @@ from fastkd.training.build import (
     resolve_teacher,
 )
 from fastkd.training.dry_run import cost_lines, effective_values
-from fastkd.training.engine import SKIPPED, NonFiniteError, Reading, evaluate_terms
 from fastkd.training.logging import LOG, PLOT, RESULT, Result, RunLogger, result_of, timestamp
 from fastkd.training.plots import plot_run
 from fastkd.training.probe import check_pass
 from fastkd.training.state import RunState, locked
+from fastkd.training.updates import SKIPPED, NonFiniteError, Reading, evaluate_terms
 from fastkd.utils.distributed import StopRequest, World, world
 from fastkd.utils.random import preserved_rng
 

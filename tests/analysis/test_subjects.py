@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 
 from fastkd import create_teacher
 from fastkd.analysis.tokens import open_subject
-from fastkd.data.datasets import open_data
+from fastkd.data.open_data import open_data
 from fastkd.models import (
     LiftVisionTransformer,
     Teacher,
@@ -284,7 +284,7 @@ def test_a_module_of_a_fixed_size_refuses_another():
 def test_published_weights_are_named_with_their_tag(monkeypatch):
     model = timm.create_model(TINY, **SMALL)
     model.pretrained_cfg = {"architecture": TINY, "tag": "r160_in1k"}
-    monkeypatch.setattr("fastkd.inference.loading.build_timm_model", lambda *_, **__: model)
+    monkeypatch.setattr("fastkd.inference.open_model.build_timm_model", lambda *_, **__: model)
     subject = open_subject(TINY)
     assert (subject.name, subject.architecture) == (TINY, f"{TINY}.r160_in1k")
 

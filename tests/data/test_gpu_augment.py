@@ -8,10 +8,10 @@ import torch
 from timm.data.auto_augment import rand_augment_transform
 
 from fastkd.config import Recipe
+from fastkd.data.datasets import DataPair
 from fastkd.data.gpu_augment import device_augment, plan_transform
 from fastkd.data.gpu_operations import Operation
 from fastkd.data.loader import train_loader
-from fastkd.data.readers import DataPair
 from fastkd.data.transforms import InputSpec, train_transform
 from fastkd.utils.distributed import World
 from fastkd.utils.random import seed_cpu

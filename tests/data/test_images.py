@@ -16,9 +16,9 @@ from PIL import EpsImagePlugin, Image, JpegImagePlugin, UnidentifiedImageError
 
 from fastkd.data import image_files
 from fastkd.data.batches import SampleTransform
-from fastkd.data.datasets import open_data
+from fastkd.data.datasets import FileReader, ReadableImages
 from fastkd.data.image_files import load_rgb, open_file, open_image, reason_of
-from fastkd.data.readers import FileReader, ReadableImages
+from fastkd.data.open_data import open_data
 from fastkd.data.shard_writer import convert
 from fastkd.inference.predict import find_images
 

@@ -17,7 +17,7 @@ from torch.utils.data import Dataset, IterableDataset, TensorDataset
 
 from fastkd.config import Recipe
 from fastkd.data.batches import Fault, SampleTransform
-from fastkd.data.datasets import open_data
+from fastkd.data.datasets import DataPair
 from fastkd.data.loader import (
     DEATHS,
     SampleDataset,
@@ -26,7 +26,7 @@ from fastkd.data.loader import (
     eval_loader,
     train_loader,
 )
-from fastkd.data.readers import DataPair
+from fastkd.data.open_data import open_data
 from fastkd.data.samplers import SampleKey, slice_size
 from fastkd.data.transforms import (
     InputSpec,

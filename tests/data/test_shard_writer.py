@@ -17,7 +17,7 @@ from PIL import ExifTags, Image
 
 from fastkd.cli import main
 from fastkd.data import shard_writer
-from fastkd.data.datasets import open_data
+from fastkd.data.open_data import open_data
 from fastkd.data.shard_writer import convert, shard
 from fastkd.utils.lock import holding
 from tests.harness.tiny import image_folder

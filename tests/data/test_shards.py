@@ -7,7 +7,7 @@ import pytest
 
 from fastkd.data.batches import Fault
 from fastkd.data.classes import LabelError, class_names
-from fastkd.data.datasets import open_data
+from fastkd.data.open_data import open_data
 from tests.harness.archives import CLASSES, images_of, shard_of, tar_of, write_shards
 
 

@@ -21,9 +21,9 @@ from fastkd.checkpoint import CheckpointError
 from fastkd.config import Recipe
 from fastkd.data import streaming
 from fastkd.data.classes import class_names
-from fastkd.data.datasets import open_data
+from fastkd.data.datasets import DataPair
 from fastkd.data.loader import DEATHS, describe_worker_death, eval_loader, train_loader
-from fastkd.data.readers import DataPair
+from fastkd.data.open_data import open_data
 from fastkd.data.shard_writer import shard
 from fastkd.data.streaming import StreamSource
 from fastkd.data.transforms import InputSpec

@@ -9,9 +9,9 @@ import tarfile
 import pytest
 from timm.data.readers.img_extensions import add_img_extensions, del_img_extensions
 
-from fastkd.data import readers
-from fastkd.data.datasets import open_data
-from fastkd.data.readers import TarImages
+from fastkd.data import datasets
+from fastkd.data.datasets import TarImages
+from fastkd.data.open_data import open_data
 from fastkd.data.tars import list_shard
 from tests.harness.archives import (
     both_splits,
@@ -36,7 +36,7 @@ def test_evaluation_opens_one_tar(folder, tmp_path):
 def test_headers_are_listed_once(folder, tmp_path, monkeypatch):
     shards = write_shards(folder, tmp_path / "shards")
     expected = contents(open_data(shards).train)
-    monkeypatch.setattr(readers, "list_shard", None)  # is not called
+    monkeypatch.setattr(datasets, "list_shard", None)  # is not called
     assert contents(open_data(shards).train) == expected
 
 
@@ -158,7 +158,7 @@ def test_a_folder_that_cannot_be_written_is_read_all_the_same(folder, tmp_path, 
     def refuse(*_):
         raise PermissionError("read-only")
 
-    monkeypatch.setattr(readers, "replacing", refuse)
+    monkeypatch.setattr(datasets, "replacing", refuse)
     assert len(open_data(write_shards(folder, tmp_path / "shards")).train) == 9
 
 

@@ -9,8 +9,8 @@ from PIL import Image
 
 from fastkd.config import DataConfig, Recipe
 from fastkd.data.batches import eval_sample_transform
-from fastkd.data.datasets import open_data
 from fastkd.data.loader import eval_loader, train_loader
+from fastkd.data.open_data import open_data
 from fastkd.data.transforms import InputSpec, create_mixup, operations_of, train_transform
 
 SPEC = InputSpec((3, 32, 32), (0.5, 0.5, 0.5), (0.2, 0.2, 0.2))

@@ -19,7 +19,7 @@ from fastkd import create_teacher, exporting
 from fastkd.checkpoint import load_checkpoint, save_checkpoint
 from fastkd.cli import main
 from fastkd.exporting import OPSET, export
-from fastkd.inference.loading import open_model
+from fastkd.inference.open_model import open_model
 from fastkd.models import create_student, load_released_checkpoint
 from fastkd.training import load_student, train
 from tests.harness.tiny import FAST, image_folder, made_run, tensor_data, vit

@@ -13,7 +13,7 @@ from torch.utils.data import TensorDataset
 
 from fastkd.checkpoint import save_checkpoint
 from fastkd.models import LiftVisionTransformer, create_student
-from fastkd.models.students import into_lift
+from fastkd.models.architectures import into_lift
 from fastkd.training import Recipe
 
 # A run on tensors, in this process, with a learning rate at which tiny models learn.

@@ -12,7 +12,7 @@ from torch.utils.data import TensorDataset
 
 from fastkd.data.transforms import InputSpec
 from fastkd.inference import evaluate as evaluation
-from fastkd.inference.loading import classes_of, weights_to_choose
+from fastkd.inference.open_model import classes_of, weights_to_choose
 from fastkd.inference.predict import predict
 from fastkd.models import create_student
 from fastkd.training import Recipe, evaluate, export, load_student, train

@@ -13,8 +13,8 @@ from torch.utils.data import TensorDataset
 
 import fastkd
 from fastkd.checkpoint import LAST
-from fastkd.inference.loading import open_model
-from fastkd.models import create_student, hub
+from fastkd.inference.open_model import open_model
+from fastkd.models import create_student, hub_download
 from tests.harness.tiny import FAST, image_folder, made_run
 
 SOURCES = [
@@ -88,7 +88,7 @@ def made(tmp_path_factory):
 
 @pytest.fixture(params=SOURCES)
 def source(request, made, monkeypatch):
-    monkeypatch.setattr(hub, "_hub_answers", lambda: False)  # what is cached will do
+    monkeypatch.setattr(hub_download, "_hub_answers", lambda: False)  # what is cached will do
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(made[0] / "hub"))
     return copy.deepcopy(made[1][request.param])  # a module is trained and frozen in place
 

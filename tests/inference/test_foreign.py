@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 
 from fastkd.config import Recipe
-from fastkd.inference.loading import open_model
+from fastkd.inference.open_model import open_model
 from fastkd.models.weights import verifying
 
 CONFIG = {

@@ -8,8 +8,8 @@ from PIL import Image
 
 from fastkd import analyze, evaluate, predict
 from fastkd.config import Recipe
-from fastkd.data.datasets import open_data
 from fastkd.data.loader import eval_loader
+from fastkd.data.open_data import open_data
 from fastkd.data.transforms import InputSpec
 from fastkd.utils.io import writable
 from tests.harness.tiny import vit

@@ -21,12 +21,12 @@ from torch import nn
 from fastkd.cli import inference as command
 from fastkd.cli import main
 from fastkd.data.batches import SampleTransform
-from fastkd.data.datasets import open_data
 from fastkd.data.image_files import ENDINGS
 from fastkd.data.loader import eval_loader
+from fastkd.data.open_data import open_data
 from fastkd.inference.predict import class_descriptions, open_files, predict
 from fastkd.inference.preprocessing import image_loader
-from fastkd.models import create_student, hub
+from fastkd.models import create_student, hub_download
 from fastkd.training import evaluate, export, load_student
 from fastkd.utils import progress as image_progress
 from tests.harness.tiny import image_folder, made_run, vit
@@ -522,8 +522,10 @@ def test_a_released_checkpoint_may_be_on_the_hub(pictures, tmp_path, monkeypatch
     base = {"img_size": 32, "patch_size": 16, "embed_dim": 64, "num_heads": 1, "depth": 1}
     student = create_student("deit_tiny_patch16_224", "widelast", width=64, **base)
     save_file(student.state_dict(), tmp_path / "cached.safetensors")
-    monkeypatch.setattr(hub, "_hub_answers", lambda: True)
-    monkeypatch.setattr(hub, "hf_hub_download", lambda *_, **__: tmp_path / "cached.safetensors")
+    monkeypatch.setattr(hub_download, "_hub_answers", lambda: True)
+    monkeypatch.setattr(
+        hub_download, "hf_hub_download", lambda *_, **__: tmp_path / "cached.safetensors"
+    )
     named = predict("hf_hub:owner/name/model.safetensors", pictures, **CPU)
     assert named.images == predict(tmp_path / "cached.safetensors", pictures, **CPU).images
 

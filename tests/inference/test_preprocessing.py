@@ -8,7 +8,7 @@ from timm.layers import DropPath
 from torch import nn
 
 from fastkd.config import Recipe
-from fastkd.data.datasets import open_data
+from fastkd.data.open_data import open_data
 from fastkd.inference.preprocessing import Shape, build_student, change_input_size, input_spec
 from tests.harness.tiny import vit
 

@@ -17,7 +17,7 @@ COMMIT = "a" * 40
 OPEN = """
 import json, sys, time
 from huggingface_hub import constants
-from fastkd.inference.loading import open_model
+from fastkd.inference.open_model import open_model
 found = {}
 for name in sys.argv[1:]:
     begun = time.monotonic()

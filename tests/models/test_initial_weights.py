@@ -19,8 +19,8 @@ from fastkd.models import (
     Lift,
     create_student,
 )
+from fastkd.models.architectures import into_lift, into_widelast
 from fastkd.models.factory import rebuilt_by, registered_name
-from fastkd.models.students import into_lift, into_widelast
 
 RARE = 1e-7  # probability of a largest value out of its bounds; five and a half standard deviations
 SIGMAS = 5.5

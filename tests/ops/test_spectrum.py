@@ -12,7 +12,7 @@ from torch import Tensor
 
 from bench.first_contact import ranks_near
 from fastkd.ops import backend as backends
-from fastkd.ops import self_check, threads
+from fastkd.ops import parallel, self_check
 from fastkd.ops.backend import Implementation
 from fastkd.ops.checks import exact_float32
 from fastkd.ops.spectrum import (
@@ -99,7 +99,7 @@ def test_on_a_cpu_weak_energies_are_right_beside_strong_ones():
 
 
 def test_the_bits_do_not_depend_on_the_number_of_threads(monkeypatch):
-    monkeypatch.setattr(threads, "_WORTH_SHARING", 0)
+    monkeypatch.setattr(parallel, "_WORTH_SHARING", 0)
     x = SPECTRA["noise_matrix"]((7, 9, 12))
     before = torch.get_num_threads()
     results = []
@@ -114,7 +114,7 @@ def test_the_bits_do_not_depend_on_the_number_of_threads(monkeypatch):
 
 
 def test_shared_work_goes_with_inference_mode_and_with_gradients(monkeypatch):
-    monkeypatch.setattr(threads, "_WORTH_SHARING", 0)
+    monkeypatch.setattr(parallel, "_WORTH_SHARING", 0)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     x = SPECTRA["noise_matrix"]((5, 6, 9))
     expected = true_energies(x)
@@ -127,13 +127,13 @@ def test_shared_work_goes_with_inference_mode_and_with_gradients(monkeypatch):
 
 
 def test_a_forked_process_does_not_wait_for_its_parents_threads(monkeypatch):
-    monkeypatch.setattr(threads, "_WORTH_SHARING", 0)
+    monkeypatch.setattr(parallel, "_WORTH_SHARING", 0)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     spectrum(torch.randn(4, 3, 3))
-    assert threads._POOLS
+    assert parallel._POOLS
     child = os.fork()
     if child == 0:
-        os._exit(len(threads._POOLS))
+        os._exit(len(parallel._POOLS))
     assert os.waitpid(child, 0)[1] == 0
 
 

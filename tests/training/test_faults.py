@@ -15,7 +15,7 @@ from torch.utils.data import TensorDataset
 from fastkd import checkpoint as checkpoints
 from fastkd.training import NonFiniteError, load_checkpoint, train, trainer
 from fastkd.training import logging as logger
-from fastkd.training.engine import Engine
+from fastkd.training.updates import Engine
 from tests.harness.tiny import (
     FAST,
     Interrupting,

@@ -10,7 +10,6 @@ import torch
 from timm.scheduler import create_scheduler_v2
 
 from fastkd.config import Recipe
-from fastkd.training.engine import knows_found_inf
 from fastkd.training.optim import (
     LOOKAHEAD,
     SCHEDULE_OPTIONS,
@@ -18,8 +17,9 @@ from fastkd.training.optim import (
     optimizer_names,
     skips_on_device,
 )
+from fastkd.training.updates import knows_found_inf
 from tests.harness.tiny import vit
-from tests.training.test_engine import BROKEN, batch, engine_for
+from tests.training.test_updates import BROKEN, batch, engine_for
 
 NAMES = optimizer_names()
 FUSED = {"adam", "adamw", "adagrad", "sgd", "momentum", "nesterov"}

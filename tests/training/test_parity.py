@@ -22,7 +22,7 @@ from fastkd.data.transforms import InputSpec
 from fastkd.inference.preprocessing import Shape, build_student
 from fastkd.models import Teacher
 from fastkd.training.build import BuiltStudent, build_engine
-from fastkd.training.engine import Engine
+from fastkd.training.updates import Engine
 from fastkd.utils.distributed import World
 
 CLASSES = 1000

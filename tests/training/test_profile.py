@@ -13,7 +13,6 @@ from fastkd.cli import main
 from fastkd.config import Recipe
 from fastkd.data.batches import Batch
 from fastkd.training import profile as steps
-from fastkd.training.engine import Engine
 from fastkd.training.profile import (
     FULL,
     INPUT,
@@ -26,6 +25,7 @@ from fastkd.training.profile import (
     Part,
     bench_step,
 )
+from fastkd.training.updates import Engine
 from fastkd.utils.distributed import World
 from tests.harness.tiny import image_folder
 

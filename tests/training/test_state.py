@@ -23,8 +23,8 @@ from torch.utils.data import TensorDataset
 from fastkd import evaluate
 from fastkd.checkpoint import save_checkpoint
 from fastkd.training import CheckpointError, load_checkpoint, train, trainer
-from fastkd.training.engine import Position
 from fastkd.training.state import RunState
+from fastkd.training.updates import Position
 from fastkd.utils.lock import holding
 from tests.harness.tiny import FAST, Interrupting, image_folder, tensor_data, vit
 from tests.harness.torchrun import run_ranks

@@ -6,7 +6,7 @@ from torch.utils.data import TensorDataset
 from fastkd import create_teacher
 from fastkd.config import Recipe
 from fastkd.data.classes import Classes
-from fastkd.data.datasets import open_data
+from fastkd.data.open_data import open_data
 from fastkd.training import load_checkpoint, train
 from fastkd.training.build import check_classes, resolve_run
 from tests.harness.tiny import image_folder, made_run, tensor_data, vit

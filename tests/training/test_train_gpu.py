@@ -13,8 +13,8 @@ import torch
 import fastkd
 from fastkd import create_teacher
 from fastkd.config import Recipe
-from fastkd.data.datasets import open_data
 from fastkd.data.loader import train_loader
+from fastkd.data.open_data import open_data
 from fastkd.inference.preprocessing import input_spec
 from fastkd.models import create_student
 from fastkd.training.build import BuiltStudent, build_engine

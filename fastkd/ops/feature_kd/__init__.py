@@ -15,7 +15,7 @@ from fastkd.ops.feature_kd import reference
 from fastkd.ops.feature_kd.reference import LOSSES, LossName
 from fastkd.ops.operator import operator
 from fastkd.ops.self_check import Draw
-from fastkd.utils.arguments import check_number
+from fastkd.utils.argument_checks import check_number
 
 POOLS = ("none", "student", "teacher")
 

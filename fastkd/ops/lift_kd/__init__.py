@@ -20,7 +20,7 @@ from fastkd.ops.lift_kd import cuda, reference
 from fastkd.ops.lift_kd.reference import LIFT_EPS, Gradients, Inputs
 from fastkd.ops.operator import SCALES, operator
 from fastkd.ops.self_check import Draw
-from fastkd.utils.arguments import check_number
+from fastkd.utils.argument_checks import check_number
 
 __all__ = ["BACKENDS", "LIFT_EPS", "lift", "lift_kd"]
 

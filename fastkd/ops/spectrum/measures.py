@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from fastkd.ops import checks
+from fastkd.ops.parallel import over_shares
 from fastkd.ops.spectrum import reference
-from fastkd.ops.threads import over_shares
-from fastkd.utils.arguments import check_number
+from fastkd.utils.argument_checks import check_number
 
 # Of the largest singular value; below it a direction is rounding, as for numpy.linalg.matrix_rank.
 _RANK_TOLERANCE = 1e-7

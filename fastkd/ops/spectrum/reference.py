@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastkd.ops.checks import exact_float32, wide_dtype
-from fastkd.ops.threads import over_shares
+from fastkd.ops.parallel import over_shares
 
 # Bytes of converted tokens at a time: on a CPU small enough for the caches.
 CHUNK_BYTES = 4 << 20

@@ -23,7 +23,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from fastkd.losses.registry import FEATURE_LOSSES, LOGIT_LOSSES, PROJECTORS, names
-from fastkd.utils.arguments import FLOAT32, LARGEST, LARGEST_IMAGE, MOST_WORKERS
+from fastkd.utils.argument_checks import FLOAT32, LARGEST, LARGEST_IMAGE, MOST_WORKERS
 from fastkd.utils.hints import suggestion
 
 Key = int | str  # a block's number, or a module's name

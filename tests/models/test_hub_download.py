@@ -11,21 +11,21 @@ import torch
 from huggingface_hub import constants, errors
 
 from fastkd import create_teacher
-from fastkd.models import create_student, hub, load_released_checkpoint
-from fastkd.models.hub import DownloadError, fetched, is_hub_name
-from fastkd.models.pretrained import build_timm_model
+from fastkd.models import create_student, hub_download, load_released_checkpoint
+from fastkd.models.hub_download import DownloadError, fetched, is_hub_name
+from fastkd.models.timm_models import build_timm_model
 
 FILE = "hf_hub:owner/name/models/Lift/pytorch_model.pth"
 
 
 @pytest.fixture
 def online(monkeypatch):
-    monkeypatch.setattr(hub, "_hub_answers", lambda: True)
+    monkeypatch.setattr(hub_download, "_hub_answers", lambda: True)
 
 
 @pytest.fixture
 def offline(monkeypatch):
-    monkeypatch.setattr(hub, "_hub_answers", lambda: False)
+    monkeypatch.setattr(hub_download, "_hub_answers", lambda: False)
 
 
 @pytest.fixture
@@ -44,7 +44,7 @@ def published(student, tmp_path, monkeypatch, online):
         asked.append((repo, file, revision))
         return str(tmp_path / "cached.pth")
 
-    monkeypatch.setattr(hub, "hf_hub_download", download)
+    monkeypatch.setattr(hub_download, "hf_hub_download", download)
     return asked
 
 
@@ -140,8 +140,8 @@ def test_published_weights_without_network_are_one_quick_error(offline, monkeypa
 @pytest.mark.parametrize("error", [None, OSError("no route")])
 def test_the_hub_is_there_if_it_answers_at_all(monkeypatch, error):
     head = failing(error) if error else lambda *_, **__: "even 500 is an answer"
-    monkeypatch.setattr(hub, "get_session", lambda: SimpleNamespace(head=head))
-    assert hub._hub_answers() == (error is None)
+    monkeypatch.setattr(hub_download, "get_session", lambda: SimpleNamespace(head=head))
+    assert hub_download._hub_answers() == (error is None)
 
 
 def test_a_cached_file_needs_no_network(offline, monkeypatch, tmp_path):
@@ -166,20 +166,20 @@ def test_a_cached_file_needs_no_network(offline, monkeypatch, tmp_path):
 )
 def test_a_file_that_the_repository_lacks_is_named(online, monkeypatch, use, message):
     missing = answered(errors.RemoteEntryNotFoundError)
-    monkeypatch.setattr(hub, "hf_hub_download", failing(missing))
+    monkeypatch.setattr(hub_download, "hf_hub_download", failing(missing))
     with pytest.raises(ValueError, match=message):
         use()
 
 
 def test_a_repository_that_is_not_there_is_a_users_error(online, monkeypatch):
     missing = answered(errors.RepositoryNotFoundError)
-    monkeypatch.setattr(hub, "hf_hub_download", failing(missing))
+    monkeypatch.setattr(hub_download, "hf_hub_download", failing(missing))
     with pytest.raises(ValueError, match="the hub has no repository 'owner/name'"):
         fetched("test", FILE)
 
 
 def test_a_gated_repository_asks_for_its_terms_to_be_accepted(online, monkeypatch):
-    monkeypatch.setattr(hub, "hf_hub_download", failing(answered(errors.GatedRepoError)))
+    monkeypatch.setattr(hub_download, "hf_hub_download", failing(answered(errors.GatedRepoError)))
     expected = (
         r"owner/name is gated: accept its terms on its page, .*owner/name, then hf auth login"
     )
@@ -194,7 +194,7 @@ def raised_from(error, cause):
 
 def told_of(monkeypatch, error, name):
     """What a user reads when a download fails so; of a name on the hub, and of one of timm's."""
-    monkeypatch.setattr(hub, "hf_hub_download", failing(error))
+    monkeypatch.setattr(hub_download, "hf_hub_download", failing(error))
     with pytest.raises(DownloadError) as told:
         create_teacher(name)
     return str(told.value)

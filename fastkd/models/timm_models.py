@@ -13,9 +13,16 @@ from pydantic import Json
 from timm.models import get_pretrained_cfg, resolve_pretrained_cfg
 from torch import Tensor, nn
 
-from fastkd.models.hub import DownloadError, download, explained, hub_name, is_hub_name, offline
-from fastkd.models.released import in_our_names
-from fastkd.models.students import LiftVisionTransformer
+from fastkd.models.architectures import LiftVisionTransformer
+from fastkd.models.hub_download import (
+    DownloadError,
+    download,
+    explained,
+    hub_name,
+    is_hub_name,
+    offline,
+)
+from fastkd.models.paper_checkpoints import in_our_names
 from fastkd.models.taps import model_name
 from fastkd.models.weights import (
     VERSION_KEY,

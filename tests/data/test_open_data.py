@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fastkd.data.datasets import open_data
+from fastkd.data.open_data import open_data
 from tests.harness.archives import (
     CLASSES,
     both_splits,

@@ -12,7 +12,7 @@ from fastkd import create_teacher
 from fastkd.analysis.tokens import open_subject
 from fastkd.checkpoint import LAST, CheckpointError, load_checkpoint, save_checkpoint
 from fastkd.data.transforms import InputSpec
-from fastkd.inference.loading import open_model, weights_to_choose
+from fastkd.inference.open_model import open_model, weights_to_choose
 from fastkd.models import create_student
 from fastkd.training import Recipe, evaluate, export, load_student
 from fastkd.training.build import resolve_teacher

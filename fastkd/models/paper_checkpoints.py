@@ -12,7 +12,7 @@ from typing import Any
 import timm
 from torch import Tensor, nn
 
-from fastkd.models.hub import fetched
+from fastkd.models.hub_download import fetched
 from fastkd.models.weights import held_weights, read_weights, reading, short_misfit, verifying
 
 State = Mapping[str, Tensor]

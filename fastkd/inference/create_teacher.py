@@ -8,10 +8,10 @@ from typing import Any
 
 from torch import nn
 
-from fastkd.inference.loading import Model, Size, Source, open_model, pair, refuse_for_modules
+from fastkd.inference.open_model import Model, Size, Source, open_model, pair, refuse_for_modules
 from fastkd.models import Teacher
-from fastkd.models.pretrained import fixed_input_size
 from fastkd.models.taps import model_name
+from fastkd.models.timm_models import fixed_input_size
 from fastkd.models.weights import verifying
 
 Statistics = Sequence[float]

@@ -15,7 +15,7 @@ from fastkd.losses import FeatureKD
 from fastkd.losses.base import FeatureTerm, Key, LogitTerm
 from fastkd.losses.projectors import check_widths, fused_weights
 from fastkd.models import LiftVisionTransformer, Taps, Teacher
-from fastkd.models.pretrained import fixed_input_size
+from fastkd.models.timm_models import fixed_input_size
 
 # Arguments of timm's own tasks, as its train.py passes them -> what takes their place here.
 OF_TIMMS_TASKS = {

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from fastkd.utils.arguments import FLOAT32, check_number, check_numbers, describe
+from fastkd.utils.argument_checks import FLOAT32, check_number, check_numbers, describe
 
 
 @pytest.mark.parametrize(

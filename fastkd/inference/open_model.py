@@ -27,8 +27,9 @@ from fastkd.inference.preprocessing import (
     num_classes_of,
 )
 from fastkd.models.factory import registered_name
-from fastkd.models.hub import fetched, hub_name, is_hub_name
-from fastkd.models.pretrained import (
+from fastkd.models.hub_download import fetched, hub_name, is_hub_name
+from fastkd.models.paper_checkpoints import read_released
+from fastkd.models.timm_models import (
     LOCAL,
     build_exported,
     build_from_checkpoint,
@@ -40,7 +41,6 @@ from fastkd.models.pretrained import (
     is_export,
     read_description,
 )
-from fastkd.models.released import read_released
 from fastkd.models.weights import (
     FileKind,
     Run,
@@ -53,7 +53,7 @@ from fastkd.models.weights import (
     short_misfit,
     verifies,
 )
-from fastkd.utils.arguments import LARGEST_IMAGE, check_numbers, refuse_blank
+from fastkd.utils.argument_checks import LARGEST_IMAGE, check_numbers, refuse_blank
 
 Source = str | Path | nn.Module
 Size = int | tuple[int, int]

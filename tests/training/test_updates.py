@@ -17,12 +17,12 @@ from fastkd.data.batches import Batch, Fault
 from fastkd.data.streaming import StreamSource
 from fastkd.data.transforms import InputSpec
 from fastkd.inference.evaluate import evaluate_model
-from fastkd.training.engine import Engine, NonFiniteError
 from fastkd.training.logging import RunLogger
 from fastkd.training.optim import build_optimizer
 from fastkd.training.state import Identity, RunState
 from fastkd.training.task import build_task
 from fastkd.training.trainer import train_one_epoch
+from fastkd.training.updates import Engine, NonFiniteError
 from fastkd.utils.distributed import StopRequest, World
 from tests.harness.tiny import tensor_data, vit
 
