@@ -92,7 +92,7 @@ def export(
     The output is kept only if it computes the student's logits of random images.
 
     Args:
-        model: as in `fastkd.evaluate`; a module is copied.
+        model: any source that `fastkd.evaluate` takes; a module is copied.
         format: ``"timm"``, a folder for ``timm.create_model("local-dir:FOLDER", pretrained=True)``
             with input size, statistics and class names (Lift, WideLast and uniform students need
             ``import fastkd.models`` before); ``"safetensors"``, weights with the same in the
@@ -100,12 +100,12 @@ def export(
             ``std`` of its metadata, to ``logits`` [batch, classes], for any batch size.
         output: file or folder; None: ``student-timm``, ``student.safetensors`` or ``student.onnx``
             beside the checkpoint, or in the working directory if there is none.
-        checkpoint: as in `fastkd.evaluate`; also a run whose student was given as a module, beside
-            that module.
-        weights: as in `fastkd.evaluate`.
+        checkpoint: weights for a timm name or a module; also a run whose student was given as a
+            module, beside that module.
+        weights: ``"raw"``, ``"ema"`` or ``"auto"`` (the better ones) of a run.
         img_size: input pixels a side; position embeddings are resampled. None: as trained.
         overwrite: replace an earlier export in this format, and nothing else.
-        verify: as in `fastkd.evaluate`.
+        verify: refuse weights whose checksum is wrong or missing.
 
     Returns:
         What was written, and how it was checked.

@@ -71,13 +71,13 @@ def analyze(
         compare: more models, beside the first in every table and figure.
         checkpoint: local weights for one timm name or module.
         untrained: give timm names random weights, the same each time.
-        weights: ``"raw"``, ``"ema"`` or ``"auto"`` of a run, as in `fastkd.evaluate`.
+        weights: ``"raw"``, ``"ema"`` or ``"auto"`` (the better ones) of a run.
         resume: continue an interrupted analysis of the same arguments in ``output``.
         figures: draw figures (needs matplotlib).
         compare_paper: add tables with the published numbers of models that the paper has.
         device: ``"cpu"``, ``"cuda"``, ``"cuda:1"``; None takes CUDA if there is a device.
         quiet: show no progress.
-        verify: as in `fastkd.evaluate`.
+        verify: refuse weights whose checksum is wrong or missing.
         command: the command line, for the report.
         **options: fields of `Options`: layers, images, levels, sep, seed, batch_size, ...
 

@@ -33,10 +33,10 @@ def create_teacher(
     """Open a model and freeze it as a teacher, which is fed images as it was trained.
 
     Args:
-        source: ``model`` as in `fastkd.evaluate`; a module is frozen in place.
-        checkpoint: as in `fastkd.evaluate`; read without unpickling code. For timm names, formats
-            that timm converts (original DINOv2, Swin ...) load too.
-        weights: as in `fastkd.evaluate`.
+        source: any model that `fastkd.evaluate` takes; a module is frozen in place.
+        checkpoint: weights for a timm name or a module, read without unpickling code. For timm
+            names, formats that timm converts (original DINOv2, Swin ...) load too.
+        weights: ``"raw"``, ``"ema"`` or ``"auto"`` (the better ones) of a run.
         pretrained: load published weights of a timm name; False leaves them random, for tests.
         num_classes: of the head; None: as the weights have; 0 removes the head, for features alone.
         mean: per channel, what images are normalized with; None: as a run or an export was trained,
@@ -44,7 +44,7 @@ def create_teacher(
         std: per channel, given together with ``mean``.
         input_size: (H, W) or a side that images are resized to; None: as a run or an export was
             trained, or the size that the model is fixed to, if it is.
-        verify: as in `fastkd.evaluate`.
+        verify: refuse weights whose checksum is wrong or missing.
         **timm_kwargs: of `timm.create_model`. ``img_size`` builds the model for another size, to
             which images are resized; a file that defines its model takes no other.
 

@@ -56,13 +56,13 @@ def evaluate(
         model: a timm name, ``hf_hub:OWNER/NAME`` or ``local-dir:FOLDER``; a run's folder or
             checkpoint; an exported folder or safetensors file; a checkpoint that the authors of
             arXiv 2511.15572 released; or a module. A file may be ``hf_hub:OWNER/NAME/FILE``.
-        data: as in `train`, of which the evaluation set is used; or one dataset, or a folder of
+        data: what `train` takes, of which the evaluation set is used; one dataset; or a folder of
             class folders.
         checkpoint: weights for a timm name or, in place, for a module. A run's checkpoint and an
             exported student also define the preprocessing.
         weights: ``"raw"``, ``"ema"`` or ``"auto"`` of a run; auto takes the EMA weights if they had
             the higher top-1 in its last evaluation.
-        device: as in `train`.
+        device: ``"cpu"``, ``"cuda"``, ``"cuda:1"``; None: CUDA if there is a device.
         amp: autocast type.
         batch_size: images per step and process.
         workers: dataloader processes; None: up to four, at most one per CPU.

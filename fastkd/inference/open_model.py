@@ -470,7 +470,7 @@ def load_student(
 
     Args:
         checkpoint: a checkpoint, or a run's folder, whose ``last.pth`` is taken.
-        weights: as in `fastkd.evaluate`.
+        weights: ``"raw"``, ``"ema"`` or ``"auto"`` (the better ones).
         model: takes the weights, in place (with ``img_size``, a copy does); needed where the run's
             student was given as a module.
         img_size: input pixels a side to change to; None: as trained.

@@ -118,23 +118,23 @@ def predict(
     verify: bool = True,
     **options: Unpack[ImageOptions],
 ) -> Predictions:
-    """Classify images, prepared as in `evaluate`; processes of torchrun share them.
+    """Classify images, preprocessed as `evaluate` does; processes of torchrun share them.
 
     Args:
-        model: as in `evaluate`.
+        model: any source that `evaluate` takes.
         images: files and folders. A folder is searched for files with timm's image endings, but
             not for hidden ones; a file may have any ending. EXIF orientation is ignored, as in
             training; grayscale of more than 8 bits counts as unreadable.
-        checkpoint: as in `evaluate`.
-        weights: as in `evaluate`.
+        checkpoint: weights for a timm name or, in place, for a module.
+        weights: ``"raw"``, ``"ema"`` or ``"auto"`` (the better ones) of a run.
         top: number of classes per image.
         output: a ``.csv`` or ``.json`` file to write as well, see `Predictions.save`.
-        device: as in `evaluate`.
-        amp: as in `evaluate`.
+        device: ``"cpu"``, ``"cuda"``, ``"cuda:1"``; None: CUDA if there is a device.
+        amp: autocast type.
         batch_size: images per step and process.
-        workers: dataloader processes if there is more than one batch, as in `evaluate`.
+        workers: dataloader processes if there is more than one batch; None: up to four.
         quiet: show no progress.
-        verify: as in `evaluate`.
+        verify: refuse weights whose checksum is wrong or missing.
         **options: ``img_size``, ``crop_pct``, ``crop_mode``, ``interpolation``, ``mean``, ``std``.
 
     Returns:

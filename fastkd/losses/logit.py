@@ -280,7 +280,7 @@ def check_logit_pair(
     if student.shape != teacher.shape:
         hint = ""
         if teacher.ndim == 2 and teacher.shape[1] != student.shape[1]:
-            hint = " (a teacher of another data set? alpha=0 distils features only)"
+            hint = " (a teacher of another data set? alpha=0 distills features only)"
         raise ValueError(
             f"{name}: teacher logits must be {list(student.shape)} like the student's, got "
             f"{list(teacher.shape)}{hint}"

@@ -72,7 +72,7 @@ def train(
             afresh, a path continues from that checkpoint.
         device: ``"cpu"``, ``"cuda"``, ``"cuda:1"``; None takes CUDA where there is a device.
         quiet: show nothing.
-        verify: check the hashes of downloaded weights, as in `fastkd.evaluate`.
+        verify: refuse weights whose checksum is wrong or missing.
         **overrides: recipe fields by name. Those that would have no effect are errors or warnings.
 
     Returns:

@@ -198,7 +198,7 @@ def test_the_command_line_measures_and_says_where_the_report_is(photographs, tmp
         ([VIT, "--data", "DATA", "--untrained", "--layers", "99"], "99"),
         ([VIT, "--data", "DATA", "--untrained", "--num-prefix", "1"], "num_prefix: expected mod"),
         ([VIT, "--data", "DATA", "--levels", "a"], "invalid floats with commas between value: 'a'"),
-        ([VIT, "--data", "DATA", "--colour", "red"], "unknown argument --colour"),
+        ([VIT, "--data", "DATA", "--color", "red"], "unknown argument --color"),
     ],
     ids=lambda value: value if isinstance(value, str) else None,
 )

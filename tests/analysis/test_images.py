@@ -57,7 +57,7 @@ def test_few_images_come_from_random_classes_whatever_their_size():
     assert min(drawn[label] for label in range(4)) > 60
 
 
-def test_neighbours_are_no_more_often_of_one_class_than_chance_has_it():
+def test_neighbors_are_no_more_often_of_one_class_than_chance_has_it():
     labels = np.repeat(np.arange(10), 50)
     order = labels[balanced_subset(labels, 500, None, 0)]
     same = (order[0::2] == order[1::2]).mean()
@@ -247,7 +247,7 @@ def test_tensors_of_another_size_are_reported():
     assert len(batch.places) == 2
 
 
-def test_tensors_are_normalised_where_statistics_are_given():
+def test_tensors_are_normalized_where_statistics_are_given():
     data = TensorDataset(torch.full((1, 3, 32, 32), 0.9), torch.zeros(1))
     (batch,) = read(open_images(data))
     torch.testing.assert_close(batch.images, torch.full((1, 3, 32, 32), 2.0))

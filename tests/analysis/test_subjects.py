@@ -16,7 +16,7 @@ from fastkd.models import (
     Teacher,
     WideLastVisionTransformer,
     create_student,
-    hub,
+    hub_download,
 )
 from fastkd.training import train
 from tests.harness.tiny import FAST, tensor_data, vit
@@ -88,7 +88,7 @@ def test_a_model_without_published_weights_names_the_ways_out():
         open_subject("deit_tiny_widelast_patch16_224")
 
 
-def test_a_misspelt_name_is_refused_with_its_neighbours():
+def test_a_misspelt_name_is_refused_with_its_neighbors():
     with pytest.raises(ValueError, match="did you mean vit_tiny_patch16_224"):
         open_subject("vit_tiny_patch16_225")
 
@@ -189,7 +189,7 @@ def released(variant, folder):
 @pytest.mark.parametrize(
     ("variant", "kind"), [("lift", LiftVisionTransformer), ("widelast", WideLastVisionTransformer)]
 )
-def test_a_released_checkpoint_is_recognised(tmp_path, variant, kind):
+def test_a_released_checkpoint_is_recognized(tmp_path, variant, kind):
     model, file = released(variant, tmp_path)
     subject = open_subject(file)
     assert isinstance(subject.model, kind)
@@ -294,7 +294,9 @@ def test_a_released_checkpoint_may_be_on_the_hub(tmp_path, monkeypatch):
     student = create_student("deit_tiny_patch16_224", "widelast", width=64, num_classes=5, **base)
     save_file(student.state_dict(), tmp_path / "cached.safetensors")
     name = "hf_hub:owner/name/models/WideLast/model.safetensors"
-    monkeypatch.setattr(hub, "_hub_answers", lambda: True)
-    monkeypatch.setattr(hub, "hf_hub_download", lambda *_, **__: tmp_path / "cached.safetensors")
+    monkeypatch.setattr(hub_download, "_hub_answers", lambda: True)
+    monkeypatch.setattr(
+        hub_download, "hf_hub_download", lambda *_, **__: tmp_path / "cached.safetensors"
+    )
     subject = open_subject(name)
     assert subject.name == name and same_weights(subject.model, student)

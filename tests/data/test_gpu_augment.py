@@ -26,7 +26,7 @@ POLICIES = [
     "rand-m15-mmax20-mstd1",
     "rand-m9-tweights",
     "original-mstd0.5",
-    None,  # colour jitter
+    None,  # color jitter
 ]
 
 
@@ -63,7 +63,7 @@ def augmented(recipe, images, plan):
 
 
 def levels(images):
-    """Grey levels before normalisation."""
+    """Gray levels before normalization."""
     mean, std = (torch.tensor(part).view(-1, 1, 1) for part in (SPEC.mean, SPEC.std))
     return (images * std + mean) * 255
 
@@ -146,7 +146,7 @@ def test_posterizing_keeps_a_bit_at_least():
     assert bits.min() == 1
 
 
-def test_uint8_goes_in_and_normalised_float32_comes_out():
+def test_uint8_goes_in_and_normalized_float32_comes_out():
     images, plan = planned(RECIPE, range(4))
     assert (images.dtype, images.shape) == (torch.uint8, (4, 3, 40, 40))
     done = augmented(RECIPE, images, plan)

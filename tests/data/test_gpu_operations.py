@@ -57,8 +57,8 @@ def test_affine_operations_are_pillows_to_a_level(name, interpolation):
             assert (difference > 0).float().mean() <= ROUNDED_OTHERWISE[interpolation]
 
 
-def test_affine_operations_leave_one_colour_as_it_is():
-    image = PICTURES["one colour"]()
+def test_affine_operations_leave_one_color_as_it_is():
+    image = PICTURES["one color"]()
     expected = by_timm(stages("Rotate", 7), image, 0)
     assert torch.equal(by_device(stages("Rotate", 7), image, 0), expected)
 

@@ -152,7 +152,7 @@ def test_tensors_pass_as_they_are():
     assert torch.equal(labels[order], train.tensors[1].sort(stable=True).values)
 
 
-def test_tensors_are_normalised_where_statistics_are_given():
+def test_tensors_are_normalized_where_statistics_are_given():
     data = tensor_data(8, 4)
     recipe = Recipe(batch_size=8, workers=0, augment="none")
     loader = eval_loader(open_data(data), recipe, InputSpec((1, 8, 8), (1.0,), (2.0,)))

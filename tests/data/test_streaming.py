@@ -339,9 +339,9 @@ def hub_set(tmp_path, monkeypatch, broken=None):
     (tmp_path / "set").mkdir()
     for split, files in (("train", 4), ("test", 2)):
         for file in range(files):
-            colours = [(file * 60, index * 25, 0) for index in range(9)]
+            colors = [(file * 60, index * 25, 0) for index in range(9)]
             rows = {
-                "image": [Image.new("RGB", (20, 20), colour) for colour in colours],
+                "image": [Image.new("RGB", (20, 20), color) for color in colors],
                 "label": [index % 3 for index in range(9)],
             }
             if split == broken and file == 0:

@@ -15,7 +15,7 @@ class Distiller(lightning.LightningModule):
 
     The maps must lie on one grid, as those of ViTs with one patch size at one image size do; where
     they do not, ``FeatureKD(..., resample="bilinear")`` brings the teacher's to the student's. The
-    teacher's images are renormalised from what the student's loaders use.
+    teacher's images are renormalized from what the student's loaders use.
 
     Lightning's checkpoints hold the teacher too. What to keep is
     ``torch.save(model.student.state_dict(), path)``.
@@ -35,7 +35,7 @@ class Distiller(lightning.LightningModule):
                 "spectral",
                 pairs=[(self.taps.indices[0], targets.indices[0])],
                 weight=0.2,
-                projector="linear",  # learned: the optimiser below takes it along
+                projector="linear",  # learned: the optimizer below takes it along
                 student_dims=self.taps.dims,
                 teacher_dims=targets.dims,
             ),

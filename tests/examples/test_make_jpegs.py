@@ -57,14 +57,14 @@ def test_twenty_classes_have_twenty_pairs_of_shape_and_texture():
 
 def test_classes_differ_in_their_mean_colour_more_than_their_images_do(tmp_path):
     make_jpegs(tmp_path / "a", classes=3, train=8, val=0, size=(60, 45))
-    colours = np.stack(
+    colors = np.stack(
         [
             np.stack([np.asarray(Image.open(f)).mean((0, 1)) for f in sorted(folder.iterdir())])
             for folder in sorted((tmp_path / "a" / "train").iterdir())
         ]
     )
-    colours /= colours.sum(-1, keepdims=True)  # whatever the light
-    assert colours.mean(1).std(0).max() > 1.5 * colours.std(1).mean(0).max()
+    colors /= colors.sum(-1, keepdims=True)  # whatever the light
+    assert colors.mean(1).std(0).max() > 1.5 * colors.std(1).mean(0).max()
 
 
 def test_a_folder_that_is_not_empty_is_left_alone(tmp_path):

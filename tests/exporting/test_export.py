@@ -42,7 +42,7 @@ def from_timm(path, **options):
 
 @pytest.fixture(scope="module")
 def distilled(tmp_path_factory):
-    """A real run, whose checkpoint holds a projector and an optimiser, too."""
+    """A real run, whose checkpoint holds a projector and an optimizer, too."""
     root = tmp_path_factory.mktemp("distilled")
     options = FAST | {"epochs": 1, "batch_size": 6, "img_size": 32, "lr": 1e-3}
     train(
@@ -515,12 +515,12 @@ def test_the_command_says_what_it_wrote_and_how_to_load_it(capsys, tmp_path):
 
 @pytest.mark.parametrize("format", ["timm", "safetensors"])
 def test_models_of_other_channels_are_built_for_them(tmp_path, format):
-    grey = timm.create_model("test_vit", in_chans=1, num_classes=3, img_size=32).eval()
-    grey.pretrained_cfg |= {"mean": (0.5,), "std": (0.2,)}
-    loaded = loaded_by(export(grey, format, tmp_path / OUTPUTS[format]).load)
+    gray = timm.create_model("test_vit", in_chans=1, num_classes=3, img_size=32).eval()
+    gray.pretrained_cfg |= {"mean": (0.5,), "std": (0.2,)}
+    loaded = loaded_by(export(gray, format, tmp_path / OUTPUTS[format]).load)
     images = torch.randn(2, 1, 32, 32)
     with torch.no_grad():
-        assert torch.equal(loaded(images), grey(images))
+        assert torch.equal(loaded(images), gray(images))
 
 
 def test_of_a_link_the_target_is_replaced(tmp_path):

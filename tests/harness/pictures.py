@@ -27,7 +27,7 @@ def photograph(seed: int = 0) -> Image.Image:
     return _image(pixels + random.normal(0, 6, pixels.shape))
 
 
-def one_colour() -> Image.Image:
+def one_color() -> Image.Image:
     return _image(np.full((HEIGHT, WIDTH, 3), (128, 7, 255)))
 
 
@@ -46,7 +46,7 @@ def nearly_white() -> Image.Image:
 
 PICTURES = {
     "photograph": photograph,
-    "one colour": one_colour,
+    "one color": one_color,
     "two levels": two_levels,
     "nearly white": nearly_white,
 }
@@ -62,14 +62,14 @@ def stages(name: str, magnitude: float, interpolation: Any = Image.Resampling.BI
 
 
 def by_timm(steps: list[Any], image: Image.Image, seed: int) -> torch.Tensor:
-    """Grey levels [3, H, W] after timm's own transforms."""
+    """Gray levels [3, H, W] after timm's own transforms."""
     seed_cpu(seed)
     done = np.array(Compose(steps)(image), dtype=np.float32)
     return torch.from_numpy(done).permute(2, 0, 1)
 
 
 def by_device(steps: list[Any], image: Image.Image, seed: int) -> torch.Tensor:
-    """Grey levels [3, H, W] after planning and the device's operations."""
+    """Gray levels [3, H, W] after planning and the device's operations."""
     plan = PlanTransform(steps, (3, HEIGHT, WIDTH))
     augment = DeviceAugment((0.0,) * 3, (1 / 255,) * 3, plan.fill)
     seed_cpu(seed)

@@ -87,7 +87,7 @@ def tensor_data(train: int = 70, val: int = 30) -> tuple[TensorDataset, TensorDa
 
 
 def image_folder(root: Path, train: int = 12, val: int = 4, size: int = 40) -> Path:
-    """JPEGs of three classes, each of its own colour."""
+    """JPEGs of three classes, each of its own color."""
     random = np.random.default_rng(0)
     for split, count in (("train", train), ("val", val)):
         for number, name in enumerate(("blue", "green", "red")):

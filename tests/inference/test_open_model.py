@@ -80,7 +80,7 @@ def test_every_form_teaches_the_same(forms, run, kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_form_can_be_analysed(forms, run, kind):
+def test_every_form_can_be_analyzed(forms, run, kind):
     subject = open_subject(forms[kind])
     assert torch.equal(computed(subject.model), computed(load_student(run).network))
     assert subject.preprocessing.recipe.mean == MEAN

@@ -169,7 +169,7 @@ def test_pipes_and_devices_are_unreadable_and_those_in_a_folder_are_told(run, tm
 
 
 @pytest.mark.parametrize("name", ["a.h5", "a.mpg", "a.eps", "a.pdf", "a.npy"])
-def test_a_folder_gives_no_files_that_pillow_recognises_but_cannot_read(run, tmp_path, name):
+def test_a_folder_gives_no_files_that_pillow_recognizes_but_cannot_read(run, tmp_path, name):
     Image.new("RGB", (8, 8)).save(tmp_path / "good.png")
     (tmp_path / name).write_bytes(b"no picture")
     predictions = predict(run, tmp_path, **CPU)

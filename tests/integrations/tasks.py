@@ -38,6 +38,6 @@ def projected_task(**options):
 
 
 def with_statistics(model, mean, std):
-    """Say what a model's images of one channel are normalised with."""
+    """Say what a model's images of one channel are normalized with."""
     model.pretrained_cfg = {"mean": (mean,), "std": (std,)}
     return model

@@ -406,7 +406,7 @@ def test_the_terms_are_built_in_the_tasks_dtype():
 
 
 def train_on_rank(rank, folder):
-    """Half of every batch; accumulated over two, of which the first is not synchronised."""
+    """Half of every batch; accumulated over two, of which the first is not synchronized."""
     dist.init_process_group("gloo")
     for name, task in ddp_tasks():
         optimizer = adamw(task)

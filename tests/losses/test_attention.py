@@ -26,7 +26,7 @@ def definition(student: torch.Tensor, teacher: torch.Tensor, power: float) -> to
 
 
 @pytest.mark.parametrize("power", [1, 2, 2.5, 4, 40])
-def test_it_is_the_mean_squared_difference_of_normalised_energies(power):
+def test_it_is_the_mean_squared_difference_of_normalized_energies(power):
     student, teacher = tokens(0).requires_grad_(), tokens(1, dim=7)
     value, expected = (
         AttentionTransfer(power)(student, teacher),

@@ -173,7 +173,7 @@ def share(rank: int, chosen: slice) -> list[torch.Tensor]:
 
 
 def accumulate(rank: int) -> list[torch.Tensor]:
-    """Gradients of two slices of a share, of which only the second is synchronised."""
+    """Gradients of two slices of a share, of which only the second is synchronized."""
     distance = DistributedDataParallel(crd(gather=True))
     with distance.no_sync():
         distance(*share(rank, slice(0, 2))).backward()

@@ -127,14 +127,14 @@ def test_an_empty_batch_costs_nothing():
     assert {name: value.item() for name, value in parts.items()} == dict.fromkeys(terms.names, 0)
 
 
-def test_timms_optimisers_leave_the_angles_of_orthogonal_projectors_undecayed():
+def test_timms_optimizers_leave_the_angles_of_orthogonal_projectors_undecayed():
     terms = DistillationLoss(feature=FeatureKD("vkd", ((0, 0),), 1.0, "orthogonal", {0: 3}, {0: 4}))
     assert terms.no_weight_decay() == {"feature.projectors.0.parametrizations.weight.original"}
     groups = timm.optim.create_optimizer_v2(terms, "adamw", weight_decay=0.1).param_groups
     assert [group["weight_decay"] for group in groups] == [0]
 
 
-def test_timms_optimisers_decay_plain_projectors():
+def test_timms_optimizers_decay_plain_projectors():
     terms = DistillationLoss(feature=FeatureKD("mse", ((0, 0),), 1.0, "linear", {0: 3}, {0: 4}))
     assert terms.no_weight_decay() == set()
     groups = timm.optim.create_optimizer_v2(terms, "adamw", weight_decay=0.1).param_groups

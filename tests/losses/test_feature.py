@@ -280,7 +280,7 @@ def test_what_only_sees_the_mean_token_has_it_projected_alone(loss, projector):
     assert shapes == [(4, 12, 6)]  # a replaced forward gets all tokens
 
 
-def test_timms_optimisers_spare_orthogonal_projectors():
+def test_timms_optimizers_spare_orthogonal_projectors():
     dims = {"student_dims": {0: 6}, "teacher_dims": {0: 8}}
     term = unit("vkd", ((0, 0),), projector="orthogonal", **dims)
     groups = create_optimizer_v2(term, opt="adamw", lr=1e-3, weight_decay=0.05).param_groups

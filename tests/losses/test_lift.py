@@ -109,7 +109,7 @@ def test_beta_is_the_threshold_of_smooth_l1():
     torch.testing.assert_close(term(tokens, teacher), expected)
 
 
-def test_a_new_projector_is_the_papers_initialised_as_in_vits():
+def test_a_new_projector_is_the_papers_initialized_as_in_vits():
     projector = LiftKD(192, 384).projector
     assert list(projector.state_dict()) == ["proj.weight", "norm.weight", "norm.bias"]
     assert projector.norm.eps == LIFT_EPS

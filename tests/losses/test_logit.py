@@ -71,7 +71,7 @@ def decoupled(term: DKD, student: np.ndarray, teacher: np.ndarray) -> float:
     return term.tau**2 * total / len(student)
 
 
-def normalised(term: NKD, student: np.ndarray, teacher: np.ndarray) -> float:
+def normalized(term: NKD, student: np.ndarray, teacher: np.ndarray) -> float:
     total = 0.0
     for s, t, label in zip(student, teacher, LABELS.tolist()):
         target = probabilities(t, 1)[label] * math.log(probabilities(s, 1)[label])
@@ -97,8 +97,8 @@ DEFINED = [
     (DKD(), decoupled),
     (DKD(4.0, target_weight=1.0, other_weight=8.0), decoupled),  # the paper's for CIFAR-100
     (DKD(0.5, target_weight=0.0, other_weight=2.0), decoupled),
-    (NKD(), normalised),
-    (NKD(3.0, gamma=0.7), normalised),
+    (NKD(), normalized),
+    (NKD(3.0, gamma=0.7), normalized),
     (DIST(), correlated),
     (DIST(4.0, inter=2.0, intra=0.5), correlated),
     (DIST(eps=0.1), correlated),

@@ -1,4 +1,4 @@
-"""Every loss where only a real GPU can answer: values, graphs, streams, synchronisation."""
+"""Every loss where only a real GPU can answer: values, graphs, streams, synchronization."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def value_and_gradients(term: nn.Module, step: Step, student: Tensor, teacher: T
 
 
 def warm_up(term: nn.Module, step: Step, student: Tensor, teacher: Tensor) -> None:
-    """On a stream of its own, as capture asks for; makes self-checks, which synchronise."""
+    """On a stream of its own, as capture asks for; makes self-checks, which synchronize."""
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
         for _ in range(3):

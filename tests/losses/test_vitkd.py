@@ -64,7 +64,7 @@ def aligned(layer: nn.Module, tokens: np.ndarray) -> np.ndarray:
 
 
 def convolved(layer: nn.Conv2d, image: np.ndarray) -> np.ndarray:
-    """One map [H, W, D] by loops: nine neighbours, zeros beyond the border."""
+    """One map [H, W, D] by loops: nine neighbors, zeros beyond the border."""
     weight, bias = (parameter.detach().numpy() for parameter in (layer.weight, layer.bias))
     out = np.zeros((*image.shape[:2], len(bias)))
     for row, column in np.ndindex(*image.shape[:2]):

@@ -177,7 +177,7 @@ def test_the_teacher_gets_no_gradient(normalize):
 
 
 @pytest.mark.parametrize("normalize", ["standardize", "whiten"])
-def test_a_student_that_is_the_normalised_teacher_is_at_distance_zero(normalize):
+def test_a_student_that_is_the_normalized_teacher_is_at_distance_zero(normalize):
     teacher = tokens(1)
     target = F.layer_norm(teacher, (D,)) if normalize == "standardize" else whiten(teacher)
     student = target.clone().requires_grad_()

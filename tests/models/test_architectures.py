@@ -184,7 +184,7 @@ def test_widelast_keeps_drop_path_layer_scale_and_biases_of_the_last_block(tiny)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_new_parts_are_initialised_as_timm_does(variant, tiny):
+def test_new_parts_are_initialized_as_timm_does(variant, tiny):
     model = student(variant, tiny, num_classes=1000, init_weights="timm")
     for name, parameter in model.named_parameters():
         if parameter.ndim == 2:

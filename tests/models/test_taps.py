@@ -330,7 +330,7 @@ def test_channels_of_named_modules_are_known_after_a_probe(images):
     assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
 
 
-def test_a_module_that_does_not_exist_is_refused_with_its_neighbours():
+def test_a_module_that_does_not_exist_is_refused_with_its_neighbors():
     with pytest.raises(ValueError, match=r"Plain has no module 'convs'; there are conv"):
         Taps(Plain(), ["convs"])
 

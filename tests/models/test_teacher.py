@@ -62,7 +62,7 @@ def test_any_module_is_a_teacher(images):
     assert teacher.prepare(images) is images
 
 
-def test_images_are_renormalised_from_the_students_statistics_to_the_teachers(vit):
+def test_images_are_renormalized_from_the_students_statistics_to_the_teachers(vit):
     pixels = torch.rand(2, 3, 32, 32)
     mean, std = (
         torch.tensor(s).view(3, 1, 1) for s in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
@@ -95,7 +95,7 @@ def test_statistics_of_another_channel_count_are_not_taken_for_the_models(tiny):
     assert teacher.prepare(images) is images
 
 
-def test_renormalised_images_keep_their_dtype(vit, images):
+def test_renormalized_images_keep_their_dtype(vit, images):
     teacher = create_teacher(vit)
     teacher.set_input_stats(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
     assert teacher.prepare(images.bfloat16()).dtype == torch.bfloat16
@@ -226,7 +226,7 @@ def test_a_random_head_on_published_weights_is_refused():
         create_teacher("resnet10t", num_classes=10)
 
 
-def test_an_unknown_name_is_refused_with_its_neighbours(checkpoint):
+def test_an_unknown_name_is_refused_with_its_neighbors(checkpoint):
     for options in ({}, {"checkpoint": checkpoint}):
         with pytest.raises(
             ValueError, match=r"create_teacher: .*timm has no model 'resnet10tt'.*resnet10t"

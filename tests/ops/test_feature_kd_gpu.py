@@ -1,4 +1,4 @@
-"""feature_kd where only a real GPU can answer: graphs, streams, synchronisation, compilation."""
+"""feature_kd where only a real GPU can answer: graphs, streams, synchronization, compilation."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SHAPE = (64, 196, 384)
 def maps(backend):
     student, teacher = (torch.randn(SHAPE, device="cuda", dtype=torch.bfloat16) for _ in range(2))
     student.requires_grad_()
-    for loss in LOSSES:  # compiles, and makes the self-check, which synchronises
+    for loss in LOSSES:  # compiles, and makes the self-check, which synchronizes
         step(student, teacher, loss, backend.name)
     torch.cuda.synchronize()
     return student, teacher

@@ -1,4 +1,4 @@
-"""lift_kd where only a real GPU can answer: graphs, streams, synchronisation, memory, tuning."""
+"""lift_kd where only a real GPU can answer: graphs, streams, synchronization, memory, tuning."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def inputs(backend, monkeypatch):
     tokens, teacher = draw(BATCH, TOKENS, NARROW), draw(BATCH, TOKENS, WIDE)
     weight, norm_weight, norm_bias = draw(WIDE, NARROW) * 0.07, draw(WIDE), draw(WIDE)
     leaves = [x.requires_grad_() for x in (tokens, weight, norm_weight, norm_bias)]
-    for loss in LOSSES:  # compiles, and makes the self-check, which synchronises
+    for loss in LOSSES:  # compiles, and makes the self-check, which synchronizes
         for pool in (False, True):
             step(leaves, teacher, loss, pool, backend.name)
     torch.cuda.synchronize()

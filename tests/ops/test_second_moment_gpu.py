@@ -1,4 +1,4 @@
-"""second_moment and sep where only a real GPU can answer: graphs, streams, synchronisation."""
+"""second_moment and sep where only a real GPU can answer: graphs, streams, synchronization."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SHAPE = (64, 196, 384)
 @pytest.fixture
 def tokens(backend):
     tokens = torch.randn(SHAPE, device="cuda", dtype=torch.bfloat16)
-    for weight in WEIGHTS:  # compiles, and makes the self-check, which synchronises
+    for weight in WEIGHTS:  # compiles, and makes the self-check, which synchronizes
         second_moment(tokens, weight, backend=backend.name)
     torch.cuda.synchronize()
     return tokens

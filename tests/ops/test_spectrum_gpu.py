@@ -1,4 +1,4 @@
-"""spectrum where only a real GPU can answer: graphs, streams, synchronisation, large batches."""
+"""spectrum where only a real GPU can answer: graphs, streams, synchronization, large batches."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ SHAPE = (64, 196, 384)
 @pytest.fixture
 def tokens(backend):
     tokens = torch.randn(SHAPE, device="cuda", dtype=torch.bfloat16)
-    spectral_ranks(tokens, backend=backend.name)  # the self-check, which synchronises
+    spectral_ranks(tokens, backend=backend.name)  # the self-check, which synchronizes
     torch.cuda.synchronize()
     return tokens
 

@@ -37,18 +37,18 @@ class HandLift(nn.Module):
         super().__init__()
         self.deit = timm.create_model("deit_tiny_patch16_224", img_size=img_size)
         self.projection = nn.Linear(192, 384, bias=False)
-        self.normalisation = nn.LayerNorm(384)
+        self.normalization = nn.LayerNorm(384)
         self.head = nn.Linear(384, CLASSES)
 
     def forward(self, images: Tensor) -> tuple[Tensor, list[Tensor]]:
         (narrow,) = self.deit.forward_intermediates(images, indices=[11], intermediates_only=True)
-        lifted = self.normalisation(self.projection(narrow.permute(0, 2, 3, 1)))
+        lifted = self.normalization(self.projection(narrow.permute(0, 2, 3, 1)))
         return self.head(lifted.mean(dim=(1, 2))), [lifted.permute(0, 3, 1, 2)]
 
     @staticmethod
     def renamed(name: str) -> str:
         """Where a weight of fastkd's student is kept here."""
-        own = {"norm.proj.": "projection.", "norm.norm.": "normalisation.", "head.": "head."}
+        own = {"norm.proj.": "projection.", "norm.norm.": "normalization.", "head.": "head."}
         for theirs, ours in own.items():
             if name.startswith(theirs):
                 return name.replace(theirs, ours, 1)
@@ -64,13 +64,13 @@ class HandWideLast(nn.Module):
         self.deit.blocks, self.deit.norm = self.deit.blocks[:11], nn.Identity()
         norm = partial(nn.LayerNorm, eps=1e-6)
         self.projection = nn.Linear(192, 384, bias=False)
-        self.normalisation = norm(384)
+        self.normalization = norm(384)
         self.last = timm.models.vision_transformer.Block(384, 6, qkv_bias=True, norm_layer=norm)
         self.norm = norm(384)
         self.head = nn.Linear(384, CLASSES)
 
     def forward(self, images: Tensor) -> tuple[Tensor, list[Tensor]]:
-        wide = self.last(self.normalisation(self.projection(self.deit.forward_features(images))))
+        wide = self.last(self.normalization(self.projection(self.deit.forward_features(images))))
         patches = wide[:, 1:].transpose(1, 2)
         grid = self.deit.patch_embed.grid_size
         return self.head(self.norm(wide)[:, 0]), [patches.unflatten(2, grid)]
@@ -80,7 +80,7 @@ class HandWideLast(nn.Module):
         """Where a weight of fastkd's student is kept here."""
         own = {
             "blocks.11.proj_in.": "projection.",
-            "blocks.11.proj_norm.": "normalisation.",
+            "blocks.11.proj_norm.": "normalization.",
             "blocks.11.": "last.",
             "norm.": "norm.",
             "head.": "head.",

@@ -1,7 +1,7 @@
 """Every shipped recipe, from its name to a student that has learnt, on JPEGs made here.
 
 Models and images are small and the schedule is short; all else is the recipe's: its variant, terms,
-pairs of blocks, augmentation, optimiser and averaging.
+pairs of blocks, augmentation, optimizer and averaging.
 """
 
 from collections.abc import Iterator

@@ -530,9 +530,9 @@ def weight_gradient(
 
 
 @triton.jit
-def centre_columns(
+def center_columns(
     source, target, rows, columns, target_row, parts, part_stride,
-    CENTRE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+    CENTER: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """Target [rows, columns] = sum of the parts of source, minus its mean over the rows.
 
@@ -540,7 +540,7 @@ def centre_columns(
     """
     column = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     mean = tl.zeros([BLOCK_C], dtype=tl.float32)
-    if CENTRE:
+    if CENTER:
         for first in range(0, rows, BLOCK_R):
             mean += tl.sum(
                 _summed_parts(source, first, column, rows, columns, parts, part_stride, BLOCK_R),

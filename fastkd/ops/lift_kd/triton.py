@@ -223,7 +223,7 @@ def _center_launch(source: Tensor, target: Tensor, parts: int, center: bool) -> 
     rows, target_row = target.shape
     columns = source.shape[-1]
     return KernelLaunch(
-        kernels.centre_columns,
+        kernels.center_columns,
         (triton.cdiv(target_row, BLOCK), triton.cdiv(rows, BLOCK)),
         {
             "source": source,
@@ -234,7 +234,7 @@ def _center_launch(source: Tensor, target: Tensor, parts: int, center: bool) -> 
             "parts": parts,
             "part_stride": rows * columns,
         },
-        {"CENTRE": center, "BLOCK_R": BLOCK, "BLOCK_C": BLOCK},
+        {"CENTER": center, "BLOCK_R": BLOCK, "BLOCK_C": BLOCK},
         num_warps=8,
     )
 

@@ -79,7 +79,7 @@ def spectrum(x: Tensor, *, backend: Backend = "auto") -> Tensor:
     They are the eigenvalues of the smaller Gram matrix (`gram`). On a CPU it is made and solved in
     float64, so that energies down to about 1e-10 of the total are right; elsewhere in float32, with
     errors of a few 1e-7 of the total, so that smaller energies are rounding. Nothing is centered.
-    Allocates [..., n, n]; the library's solver, where it is the one that runs, may synchronise with
+    Allocates [..., n, n]; the library's solver, where it is the one that runs, may synchronize with
     the host.
 
     The gradient goes through the eigenvectors of the saved Gram matrix, 2 V diag(g) V^T X, and
@@ -111,9 +111,9 @@ def spectral_ranks(
     """Energies of every matrix with their rank@q, which the CUDA kernel finds in the same launch.
 
     Args:
-        x: as in `spectrum`.
+        x: [..., N, D] in float16, bfloat16, float32 or float64, any strides.
         q: a part of the energy, in (0, 1], or up to eight of them.
-        backend: as in `spectrum`.
+        backend: ``"auto"``, ``"cuda"`` or ``"torch"``.
 
     Returns:
         `spectrum` of x, [..., n], which carries the gradient; and `rank_at` of it, [..., len(q)]
@@ -144,8 +144,8 @@ def singular_values(x: Tensor, *, backend: Backend = "auto") -> Tensor:
     `spectrum`), values below about 5e-4 of the largest are not told from 0.
 
     Args:
-        x: as in `spectrum`.
-        backend: as in `spectrum`.
+        x: [..., N, D] in float16, bfloat16, float32 or float64, any strides.
+        backend: ``"auto"``, ``"cuda"`` or ``"torch"``.
 
     Returns:
         [..., n] float32 (float64 for float64), descending; the gradient of a value that is 0 is 0.

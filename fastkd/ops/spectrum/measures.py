@@ -52,7 +52,7 @@ def energy_curve(energies: Tensor) -> Tensor:
     """Part of the total in the first 1, 2, ..., n energies.
 
     Args:
-        energies: [..., n], as in `rank_at`.
+        energies: [..., n], in the order of their directions.
 
     Returns:
         [..., n] float32 (float64 for float64), non-decreasing to 1, summed in float64; 0 where
