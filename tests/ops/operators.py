@@ -70,6 +70,7 @@ class Operator:
         transforms: whether `torch.func` is refused.
         twice: whether a second derivative is "refused" or "right"; None where neither.
         follows_autocast: whether autocast decides the dtype of products.
+        plain: made of torch's own operations.
         inner: called by others only, which check what they hand on; linear.
         traced: whether shapes alone are enough to trace it.
         own_layers: has layers of torch's own, whose backward autocast would change.
@@ -111,6 +112,7 @@ class Operator:
     transforms: bool = True
     twice: str | None = "refused"
     follows_autocast: bool = False
+    plain: bool = False
     inner: bool = False
     traced: bool = True
     own_layers: bool = False
@@ -410,7 +412,7 @@ def patch_relations(student: Tensor, teacher: Tensor) -> Tensor:
 
 MAPS = {
     "small": (2, 6, 6, 40),
-    "deit": (2, 14, 14, 48),  # even grid, whole packs of 8 channels
+    "deit": (1, 14, 14, 48),  # even grid, whole packs of 8 channels
     "swin": (2, 7, 7, 40),  # odd grid: no Nyquist column
     "oblong": (3, 5, 6, 33),  # nothing a multiple of any tile
     "one_token": (2, 1, 1, 24),
@@ -472,6 +474,7 @@ OF_ENERGIES = {
     "dtypes": (torch.float32,),
     "images": "apart",
     "twice": "right",
+    "plain": True,
 }
 OF_BASES = {
     "draw": bases,
@@ -486,6 +489,7 @@ OF_BASES = {
     "measures": True,
     "tolerance": 1e-6,
     "twice": None,
+    "plain": True,
 }
 
 OPERATORS = {
@@ -496,7 +500,7 @@ OPERATORS = {
         shapes=MAPS,
         variants={loss: {"loss": loss} for loss in LOSSES},
         forms=("spectral", "cosine"),
-        costly=("deit", "wide"),
+        costly=("deit", "swin", "oblong", "one_token", "one_row", "wide"),
         any_shape=True,
         wanted=("student", "teacher"),
         backends=("torch", "triton", "cuda"),
@@ -543,6 +547,7 @@ OPERATORS = {
         call=functools.partial(ops.lift, pool=True),
         reference=lambda tokens, **parameters: layers(tokens, **parameters).mean(dim=(1, 2)),
         draw=with_layers("tokens"),
+        costly=("swin", "oblong", "one_token", "narrower", "slabs"),
         shapes=LIFTED,
         maps=("tokens",),
         parameters=LIFT_PARAMETERS,
@@ -559,6 +564,7 @@ OPERATORS = {
         call=ops.lift,
         reference=lifted_map,
         draw=with_layers("tokens"),
+        costly=("swin", "oblong", "one_token", "narrower", "slabs"),
         shapes=LIFTED,
         maps=("tokens",),
         parameters=LIFT_PARAMETERS,
@@ -611,6 +617,7 @@ OPERATORS = {
         reference=energies_of,
         backends=("torch", "cuda"),
         errors=spectral_errors,
+        kernels_of="spectral_ranks",
         tolerance=1e-6,
         ties=True,
         **OF_MATRICES,
@@ -632,6 +639,7 @@ OPERATORS = {
         reference=lambda x: torch.linalg.svdvals(x),
         backends=("torch", "cuda"),
         errors=lambda found, truth: [of_total(found[0].square(), truth[0].square())],
+        kernels_of="spectral_ranks",
         tolerance=1e-6,
         **OF_MATRICES | {"wanted": ()},  # the gradient of zeros is ours alone
     ),

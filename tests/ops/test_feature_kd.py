@@ -88,8 +88,11 @@ def by_pooling(monkeypatch):
     monkeypatch.setitem(OPERATORS, "feature_kd", operator)
 
 
-@pytest.mark.parametrize("wide", [80, 120, 57])  # ratios 2, 3, and overlapping windows
-@pytest.mark.parametrize("loss", LOSSES)
+# Ratios 3 and 2, and overlapping windows.
+@pytest.mark.parametrize("wide", [120, pytest.param(80, marks=slow), 57])
+@pytest.mark.parametrize(
+    "loss", [pytest.param(x, marks=slow if x == "smooth_l1" else ()) for x in LOSSES]
+)
 @pytest.mark.parametrize("layout", ["tokens", pytest.param("channels_first", marks=slow)])
 @pytest.mark.parametrize("pool", ["teacher", "student"])
 def test_channel_pooling_equals_adaptive_avg_pool(backend, by_pooling, pool, layout, loss, wide):
