@@ -95,13 +95,13 @@ def api() -> str:
 # Which backends a function runs on; those that are not named here are plain PyTorch.
 BACKENDS = {
     "feature_kd": "feature_kd:BACKENDS",
-    "lift": "lift_kd:BACKENDS",
     "lift_kd": "lift_kd:BACKENDS",
+    "lift": "lift_kd:BACKENDS",
     "second_moment": "second_moment:BACKENDS",
     "sep": "second_moment:BACKENDS",
+    "spectrum": "spectrum:SOLVERS",
     "singular_values": "spectrum:SOLVERS",
     "spectral_ranks": "spectrum:SOLVERS",
-    "spectrum": "spectrum:SOLVERS",
 }
 
 

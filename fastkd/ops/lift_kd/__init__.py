@@ -71,7 +71,7 @@ def lift_kd(  # type: ignore[misc]
     beta: float = 1.0,
     backend: Backend = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
-    r"""Distance between lifted student tokens and a frozen teacher's, and the lifted tokens' mean.
+    r"""Distance between lifted student tokens and the teacher's, and the lifted tokens' mean.
 
     With z = LayerNorm(student_tokens weight^T + bias): the distance of z to teacher_tokens as
     `fastkd.ops.feature_kd` defines it, and, with ``pool``, the mean of z over the tokens, which a
@@ -149,7 +149,7 @@ def lift(
     *,
     backend: Backend = "auto",
 ) -> Tensor:
-    """Lift tokens: Linear, then LayerNorm where there is a ``norm_weight``; or only their mean.
+    """Lifted tokens, LayerNorm(x W^T + b), or their mean; no LayerNorm without ``norm_weight``.
 
     The companion of `lift_kd` where there is no teacher: inference, or training on labels. With
     ``pool`` the lifted map is never allocated, and the gradient computes it again. Without, it is

@@ -74,7 +74,7 @@ def gram(x: Tensor) -> Tensor:
 
 
 def spectrum(x: Tensor, *, backend: Backend = "auto") -> Tensor:
-    r"""Energies of every matrix: its squared singular values s_1^2 >= s_2^2 >= ...
+    r"""Squared singular values of every matrix, the largest first: its energies.
 
     They are the eigenvalues of the smaller Gram matrix (`gram`). On a CPU it is made and solved in
     float64, so that energies down to about 1e-10 of the total are right; elsewhere in float32, with
@@ -108,7 +108,9 @@ def spectrum(x: Tensor, *, backend: Backend = "auto") -> Tensor:
 def spectral_ranks(
     x: Tensor, q: float | Sequence[float] = LEVELS, *, backend: Backend = "auto"
 ) -> tuple[Tensor, Tensor]:
-    """Energies of every matrix with their rank@q, which the CUDA kernel finds in the same launch.
+    """Squared singular values of every matrix, and its rank@q.
+
+    The CUDA kernel finds both in one launch.
 
     Args:
         x: [..., N, D] in float16, bfloat16, float32 or float64, any strides.
@@ -138,7 +140,7 @@ def spectral_ranks(
 
 
 def singular_values(x: Tensor, *, backend: Backend = "auto") -> Tensor:
-    """Singular values of every matrix, as square roots of `spectrum`.
+    """Singular values of every matrix: the roots of its `spectrum`.
 
     A square root magnifies what rounding leaves: where energies are found in float32 (see
     `spectrum`), values below about 5e-4 of the largest are not told from 0.
